@@ -1,0 +1,323 @@
+"""The nouns of genkit. Nothing here computes; everything else speaks these words.
+
+Conventions, for the whole package:
+
+- Time ``t`` is a ``[B]`` tensor in [0, 1]; **t = 0 is data, t = 1 is noise** (the source). Other conventions are
+  converted at the border where they come in.
+- ``x0`` is data, ``x1`` the source (noise), ``x = alpha(t) x0 + sigma(t) x1`` a point of the path between them,
+  ``tau = sigma / (alpha + sigma)`` its chart time, ``z`` a standard normal, ``cond`` the conditions.
+- Images are float in [-1, 1] inside, uint8 (or [0, 1]) outside.
+- A condition is a named tensor. Two names are reserved: ``cond["mask"]``, Bool ``[B, L]``, says which tokens exist;
+  ``cond["keep"]``, Bool ``[B]``, says which *samples* see their conditions at all (False: the learned null).
+  A condition that is absent means null.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Cond = Mapping[str, Tensor]
+NO_COND: Cond = {}
+
+
+# --------------------------------------------------------------------------------------------------- data
+@dataclass(frozen=True)
+class Label:
+    """A class index: ``cond[name]`` is Int ``[B]`` in [0, num)."""
+
+    num: int
+    names: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.shape != (batch,) or value.dtype.is_floating_point:
+            raise ValueError(f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] integers")
+        if batch and not (0 <= int(value.min()) and int(value.max()) < self.num):
+            raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..{self.num - 1}")
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Numbers without a picture's layout (an observation, an embedding): ``cond[name]`` is Float ``[B, *shape]``."""
+
+    shape: tuple[int, ...]
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.shape != (batch, *self.shape):
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs {(batch, *self.shape)}")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture of the sample's own size, concatenated to it: ``cond[name]`` is Float ``[B, channels, *size]``."""
+
+    channels: int
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.ndim < 3 or value.shape[:2] != (batch, self.channels):
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs ({batch}, {self.channels}, ...)")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence, seen by cross-attention: ``cond[name]`` is Float ``[B, L, dim]`` with ``cond["mask"]`` Bool ``[B, L]``."""
+
+    dim: int
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.ndim != 3 or value.shape[0] != batch or value.shape[2] != self.dim:
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs ({batch}, length, {self.dim})")
+
+
+Condition = Label | Vector | Image | Tokens
+RESERVED = ("keep", "mask")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one sample looks like: ``shape`` is ``(D,)``, ``(C, T)`` or ``(C, H, W)``. Data tells, backbones listen."""
+
+    shape: tuple[int, ...]
+    cond: Mapping[str, Condition] = field(default_factory=dict)
+
+    def check(self, cond: Cond, batch: int) -> None:
+        """Raise ``ValueError`` where ``cond`` does not fit: an unknown name, a wrong shape, a label out of range."""
+        for name, value in cond.items():
+            if name == "keep":
+                if value.shape != (batch,) or value.dtype != torch.bool:
+                    raise ValueError(f"cond['keep']: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] bool")
+            elif name == "mask":
+                tokens = [k for k, kind in self.cond.items() if isinstance(kind, Tokens) and k in cond]
+                if not tokens:
+                    raise ValueError("cond['mask'] is given, but there are no tokens that it could mask")
+                if value.shape != cond[tokens[0]].shape[:2] or value.dtype != torch.bool:
+                    raise ValueError(
+                        f"cond['mask']: given {tuple(value.shape)} of {value.dtype}; "
+                        f"needs {list(cond[tokens[0]].shape[:2])} bool"
+                    )
+            elif name not in self.cond:
+                raise ValueError(f"condition {name!r} is unknown here; allowed: {', '.join(self.cond) or 'none'}")
+            else:
+                self.cond[name].check(name, value, batch)
+
+
+class Draw:
+    """The random numbers of rows ``start..stop`` of one global batch.
+
+    They depend on ``key`` and on the row alone: two ranks with half the rows each, or four micro-batches, draw what
+    one rank with one batch draws. One generator serves ``BLOCK`` rows, so a step costs a few generators, not one a row.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, key: Sequence[int], start: int, stop: int, device: torch.device | str = "cpu"):
+        self.start, self.stop, self.device = start, stop, torch.device(device)
+        self.blocks = range(start // self.BLOCK, -(-stop // self.BLOCK))
+        self.generators = [torch.Generator(self.device).manual_seed(seed_of(*key, b)) for b in self.blocks]
+
+    def _rows(self, function: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        drawn = [function(self.BLOCK, *shape, generator=g, device=self.device) for g in self.generators]
+        first = self.start - self.blocks.start * self.BLOCK
+        return torch.cat(drawn)[first : first + self.stop - self.start]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normals, ``[rows, *shape]``."""
+        return self._rows(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), ``[rows, *shape]``."""
+        return self._rows(torch.rand, shape)
+
+
+def seed_of(*key: int) -> int:
+    """One 63-bit seed from several integers (FNV-1a over their bytes), the same on every machine."""
+    h = 0xCBF29CE484222325
+    for k in key:
+        for byte in (k & (2**64 - 1)).to_bytes(8, "little"):
+            h = ((h ^ byte) * 0x100000001B3) & (2**64 - 1)
+    return h >> 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples: ``x`` ``[B, *shape]``, their conditions, optional loss weights ``[B]`` and their random numbers.
+
+    ``draw`` None means fresh numbers from torch's global generator, which is what a person at a prompt wants.
+    """
+
+    x: Tensor
+    cond: Cond = field(default_factory=dict)
+    weight: Tensor | None = None
+    draw: Draw | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normals ``[B, *shape]`` on the device and in the dtype of ``x``; the shape of ``x`` if none is named."""
+        shape = shape or tuple(self.x.shape[1:])
+        drawn = self.draw.normal(*shape) if self.draw else torch.randn(len(self), *shape, device=self.x.device)
+        return drawn.to(self.x)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), ``[B, *shape]``, in the dtype of ``x``."""
+        drawn = self.draw.uniform(*shape) if self.draw else torch.rand(len(self), *shape, device=self.x.device)
+        return drawn.to(self.x)
+
+    def drop(self, probability: float) -> Cond:
+        """The conditions, dropped for each *sample* with ``probability`` (Ho & Salimans 2022, Algorithm 1)."""
+        if not self.cond or probability == 0:
+            return self.cond
+        return {**self.cond, "keep": self.uniform() >= probability}
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = lambda v: v.to(device, non_blocking=True)  # noqa: E731
+        return replace(
+            self,
+            x=move(self.x),
+            cond={k: move(v) for k, v in self.cond.items()},
+            weight=None if self.weight is None else move(self.weight),
+        )
+
+
+# ------------------------------------------------------------------------------------------------- models
+class Prediction(NamedTuple):
+    """A denoiser's estimate of both ends of the path through ``x``: ``x = alpha(t) x0 + sigma(t) x1``."""
+
+    x0: Tensor
+    x1: Tensor
+
+
+class Loss(NamedTuple):
+    """``per_sample`` ``[B]`` is what the optimiser sees (its weighted mean); ``logs`` are scalars for the log."""
+
+    per_sample: Tensor
+    logs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser step: which networks it trains, how often a step repeats it, and every how many steps it comes."""
+
+    name: str
+    trains: tuple[str, ...]
+    repeats: int = 1
+    every: int = 1
+
+
+class Path(Protocol):
+    """A noise schedule: two functions of time, ``[B] -> [B]``."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+
+class Parametrization(Protocol):
+    """What a network's input, output and regression target mean."""
+
+    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees: ``(x_in [B, *S], time label [B])``."""
+        ...
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction: ...
+
+
+class Denoiser(Protocol):
+    """Anything with a path that answers ``(x, t, cond) -> Prediction``. Samplers and guidance know nothing more."""
+
+    @property
+    def path(self) -> Path: ...
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction: ...
+
+
+Noise = Callable[[Sequence[int]], Tensor]  # shape of one sample -> [B, *shape]: fresh normals of each sample's own seed
+Guidance = Callable[[Denoiser], Denoiser]
+Sampler = Callable[..., Tensor]  # (denoise, x, times, cond, *, noise, callback) -> x
+
+
+class Generator(Protocol):
+    """``(z, cond) -> x``: a sampler bound to a denoiser, a GAN's generator, a VAE's decoder.
+
+    ``noise`` gives the further random numbers of stochastic samplers; one-pass models have no use for it.
+    """
+
+    def __call__(self, z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor: ...
+
+
+class Backbones(ABC):
+    """A family of networks with three cuts of the same blocks: a frozen dataclass of hyperparameters.
+
+    ``ValueError`` where the family cannot serve the spec (a U-Net asked for vectors, say).
+    """
+
+    @abstractmethod
+    def denoiser(self, spec: Spec) -> nn.Module:
+        """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
+
+    @abstractmethod
+    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
+        """A network ``(x [B, *S], cond) -> [B, *out]``, out = (D,) or (C, h, w)."""
+
+    @abstractmethod
+    def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
+        """A network ``(z [B, *inp], cond) -> [B, *S]``."""
+
+
+class Objective(ABC):
+    """What is learned, and how a sample is drawn from it. A frozen dataclass: fields are configuration, no weights."""
+
+    @property
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]: ...
+
+    @abstractmethod
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]: ...
+
+    @abstractmethod
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss: ...
+
+    @abstractmethod
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        """The generator of these networks. ``ValueError`` where ``sampling`` is missing, or would have no effect."""
+
+
+class Codec(Protocol):
+    """Between the world's samples (uint8 pixels, actions in metres) and the model's (numbers of order one)."""
+
+    def encode(self, batch: Batch) -> Batch: ...
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+class Data(Protocol):
+    """Loaded samples, addressed by index."""
+
+    spec: Spec
+    codec: Codec
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The samples at ``indices`` ``[B]`` as the codec takes them (uint8 images), augmented by ``draw``."""
+        ...
+
+
+class Evaluator(Protocol):
+    def __call__(self, generate: Generator, data: Iterable[Batch]) -> dict[str, float]: ...
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+def expand(v: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` as ``[B, 1, ..., 1]`` with as many dimensions as ``like``."""
+    return v.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """The mean over all but the batch dimension, ``[B, *S] -> [B]``."""
+    return x.flatten(1).mean(1)
