@@ -1,0 +1,163 @@
+"""What a network's output means. Each class turns it into a :class:`~genkit.core.Prediction` of both endpoints.
+
+All follow from ``x = alpha x0 + sigma x1`` by linear algebra. A class that divides by alpha is refused on a path with
+``alpha(1) = 0``, where the network's output would not determine the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genkit.core import Cond, Parametrization, Path, Prediction, expand
+
+
+def _coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    return expand(path.alpha(t), like), expand(path.sigma(t), like)
+
+
+class Plain:
+    """The network sees ``x`` and ``t`` as they are."""
+
+    divides_by_alpha: ClassVar[bool] = False
+
+    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, t
+
+
+@dataclass(frozen=True)
+class Velocity(Plain):
+    """``v = x1 - x0``, the velocity of rectified flow (Liu et al. 2023, eq. 1), on every path that of its chart.
+
+    Well conditioned at both ends: ``x0 = (x - sigma v) / (alpha + sigma)``, ``x1 = (x + alpha v) / (alpha + sigma)``.
+    """
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x1 - x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        return Prediction((x - s * out) / (a + s), (x + a * out) / (a + s))
+
+
+@dataclass(frozen=True)
+class Epsilon(Plain):
+    """The noise, ``x1`` (Ho et al. 2020, eq. 11)."""
+
+    divides_by_alpha: ClassVar[bool] = True
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x1
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        return Prediction((x - s * out) / a, out)
+
+
+@dataclass(frozen=True)
+class Data(Plain):
+    """The clean sample, ``x0`` (Salimans & Ho 2022, section 4; Li & He 2025)."""
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        return Prediction(out, (x - a * out) / s)
+
+
+@dataclass(frozen=True)
+class V(Plain):
+    """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), divided back by alpha^2 + sigma^2 off the VP paths."""
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        a, s = _coefficients(path, t, x0)
+        return a * x1 - s * x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        r = a**2 + s**2
+        return Prediction((a * x - s * out) / r, (s * x + a * out) / r)
+
+
+@dataclass(frozen=True)
+class Score(Plain):
+    """``grad log p_t(x) = -x1 / sigma`` (Song et al. 2021, eq. 7)."""
+
+    divides_by_alpha: ClassVar[bool] = True
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return -x1 / expand(path.sigma(t), x1)
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        return Prediction((x + s**2 * out) / a, -s * out)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """EDM's preconditioning (Karras et al. 2022, table 1), at noise level ``sigma / alpha`` on any path.
+
+    ``x0 = c_skip x / alpha + c_out F(c_in x / alpha, log(sigma / alpha) / 4)``, multiplied out so that only the
+    time label divides by alpha.
+    """
+
+    sigma_data: float = 0.5
+    divides_by_alpha: ClassVar[bool] = True
+
+    def _scales(self, path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, s = _coefficients(path, t, like)
+        norm = (s**2 + (a * self.sigma_data) ** 2).sqrt()
+        return 1 / norm, a * (self.sigma_data / norm) ** 2, s * self.sigma_data / norm  # in, skip, out
+
+    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales(path, t, x)[0] * x, (path.sigma(t) / path.alpha(t)).log() / 4
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        a, s = _coefficients(path, t, x0)
+        _, skip, out = self._scales(path, t, x0)
+        return (x0 - skip * (a * x0 + s * x1)) / out
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = _coefficients(path, t, x)
+        _, skip, scale = self._scales(path, t, x)
+        x0 = skip * x + scale * out
+        return Prediction(x0, (x - a * x0) / s)
+
+
+PARAMETRIZATIONS: Mapping[str, type] = {
+    "velocity": Velocity,
+    "eps": Epsilon,
+    "x0": Data,
+    "v": V,
+    "score": Score,
+    "karras": Karras,
+}
+
+
+def refuse_singular(parametrization: Parametrization, path: Path) -> None:
+    """``ValueError`` where the prediction cannot determine the data at t = 1."""
+    one = torch.ones(1, dtype=torch.float64)
+    if parametrization.divides_by_alpha and float(path.alpha(one)) == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        name = next(k for k, v in PARAMETRIZATIONS.items() if type(parametrization) is v)
+        raise ValueError(
+            f"{name}-prediction on the path {type(path).__name__}: alpha(1) = 0, so at t = 1 it says nothing about the "
+            "data; allowed here: velocity, x0, v; or take a path that keeps some signal, such as vp"
+        )
+
+
+@dataclass(frozen=True)
+class NetDenoiser:
+    """A network read through a parametrisation: a :class:`~genkit.core.Denoiser`."""
+
+    net: nn.Module
+    path: Path
+    parametrization: Parametrization
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        x_in, label = self.parametrization.inputs(self.path, x, t)
+        return self.parametrization.predict(self.path, x, t, self.net(x_in, label, cond))

@@ -1,0 +1,140 @@
+"""Paths between data and noise, ``x = alpha(t) x0 + sigma(t) x1``, and the chart in which they are all the same.
+
+With ``tau = sigma / (alpha + sigma)`` and ``u = x / (alpha + sigma)`` every path becomes ``u = (1 - tau) x0 + tau x1``:
+rectified flow (Liu et al. 2023, eq. 1). Its probability-flow ODE is ``du/dtau = E[x1 - x0 | u]`` whatever the path, so
+a solver is written once, needs no derivative of the schedule, and its grids are grids of tau.
+
+Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+from genkit.core import Path, expand
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Rectified flow / optimal-transport conditional paths: Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 20."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Trigonometric interpolant, "GVP": Albergo & Vanden-Eijnden 2023, eq. 8; Ma et al. 2024 (SiT), eq. 8."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin((1 - t) * (math.pi / 2))  # not cos(t pi/2), which is not 0 at t = 1 in floating point
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t * (math.pi / 2))
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance preserving: the discrete DDPM table, reproduced exactly at ``t = k / timesteps``, k = 0 .. timesteps.
+
+    ``alpha(k / T)^2 = prod_{i <= k} (1 - beta_i)`` (Ho et al. 2020, eq. 4), ``log alpha`` linear in between. Betas:
+    "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    """
+
+    betas: Literal["linear", "cosine"] = "linear"
+    timesteps: Annotated[int, Ge(1)] = 1000
+    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # of "linear"
+    beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < 1:
+            raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max < 1")
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """``log alpha(t)^2``, float64."""
+        table = _vp_table(self, t.device)
+        k = t.double() * self.timesteps
+        low = k.detach().floor().long().clamp(0, self.timesteps - 1)
+        return table[low] + (table[low + 1] - table[low]) * (k - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (0.5 * self.log_alpha_bar(t)).exp().to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(self.log_alpha_bar(t))).sqrt().to(t.dtype)
+
+
+@lru_cache(maxsize=32)
+def _vp_table(path: VP, device: torch.device) -> Tensor:
+    """``log alpha_bar_k``, k = 0 .. T, float64."""
+    if path.betas == "linear":
+        betas = torch.linspace(path.beta_min, path.beta_max, path.timesteps, dtype=torch.float64)
+    else:
+        k = torch.arange(path.timesteps + 1, dtype=torch.float64) / path.timesteps
+        f = torch.cos((k + 0.008) / 1.008 * (math.pi / 2)) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)]).to(device)
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance exploding, ``alpha = 1``: ``sigma(t)^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1)``.
+
+    That is the kernel of the VE SDE (Song et al. 2021, eq. 29): ``sigma(0) = 0``, and sigma_min is where the geometric
+    growth sets in. Defaults: Karras et al. 2022, table 1.
+    """
+
+    sigma_min: Annotated[float, Gt(0)] = 0.002
+    sigma_max: Annotated[float, Gt(0)] = 80.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma: given {self.sigma_min} .. {self.sigma_max}; allowed 0 < sigma_min < sigma_max")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t).sqrt()
+
+
+PATHS: Mapping[str, type] = {"linear": Linear, "cosine": Cosine, "vp": VP, "ve": VE}
+
+
+def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """The point of the path, ``alpha(t) x0 + sigma(t) x1``: ``[B, *S]`` for ``x0, x1`` ``[B, *S]`` and ``t`` ``[B]``."""
+    return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
+
+
+def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``(tau, scale)``: chart time ``sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so ``u = x / scale``."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    scale = alpha + sigma
+    return sigma / scale, scale
+
+
+def times_at(path: Path, tau: Tensor) -> Tensor:
+    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
+
+    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1.
+    """
+    tau = tau.double()
+    low, high = torch.zeros_like(tau), torch.ones_like(tau)
+    for _ in range(60):  # 2^-60 is below the spacing of doubles at 1; absolute error near 0 is 1e-18
+        middle = (low + high) / 2
+        above = chart(path, middle)[0] > tau
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    ends = chart(path, torch.tensor([0.0, 1.0], dtype=torch.float64, device=tau.device))[0]
+    t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
+    return torch.where(tau >= ends[1], torch.ones_like(tau), t)
