@@ -49,7 +49,9 @@ class Mixture:
 
     def noised(self, alpha: float, sigma: float) -> Mixture:
         """The law of ``alpha x0 + sigma z``."""
-        return Mixture(self.weights, alpha * self.means, alpha**2 * self.covs + sigma**2 * torch.eye(self.dim, dtype=F64))
+        return Mixture(
+            self.weights, alpha * self.means, alpha**2 * self.covs + sigma**2 * torch.eye(self.dim, dtype=F64)
+        )
 
     def component(self, k: int) -> Mixture:
         return Mixture(torch.ones(1, dtype=F64), self.means[k : k + 1], self.covs[k : k + 1])

@@ -1,0 +1,12 @@
+"""Objectives: what is learned. A new one is one file, and one line in this dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from genkit.objectives.ddpm import DDPM
+from genkit.objectives.flow import Flow
+
+OBJECTIVES: Mapping[str, type] = {"flow": Flow, "ddpm": DDPM}
+
+__all__ = ["DDPM", "OBJECTIVES", "Flow"]

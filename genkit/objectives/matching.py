@@ -1,0 +1,97 @@
+"""Regression onto a path: the loss that flow matching, DDPM and EDM share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from genkit.core import (
+    Backbones,
+    Batch,
+    Denoiser,
+    Generator,
+    Loss,
+    Objective,
+    Parametrization,
+    Path,
+    Phase,
+    Prediction,
+    Spec,
+    expand,
+    mean_flat,
+)
+from genkit.parametrize import NetDenoiser
+from genkit.paths import mix
+
+PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
+Space = Literal["x0", "eps", "velocity"]
+SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
+    "x0": lambda p: p.x0,
+    "eps": lambda p: p.x1,
+    "velocity": lambda p: p.x1 - p.x0,
+}
+MAX_GAIN = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
+
+
+class Matching(Objective):
+    """One network ``net``, one phase: predict an endpoint of the path through ``x = alpha(t) x0 + sigma(t) x1``.
+
+    A subclass says on which path, what the network predicts, in which space the squared error is taken (a choice apart
+    from the prediction: Li & He 2025, table 1), how times are drawn, and how often conditions are dropped.
+    """
+
+    drop: float
+
+    @property
+    @abstractmethod
+    def along(self) -> Path: ...
+
+    @property
+    @abstractmethod
+    def parametrization(self) -> Parametrization: ...
+
+    @property
+    @abstractmethod
+    def loss_space(self) -> Space: ...
+
+    @abstractmethod
+    def draw_times(self, batch: Batch) -> Tensor:
+        """Times ``[B]`` in (0, 1]."""
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("denoise", trains=("net",)),)
+
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbones.denoiser(spec)}
+
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        t, x1 = self.draw_times(batch), batch.normal()
+        x = mix(self.along, batch.x, x1, t)
+        x_in, label = self.parametrization.inputs(self.along, x, t)
+        out = nets["net"](x_in, label, batch.drop(self.drop)).float()
+        error = out - self.parametrization.target(self.along, batch.x, x1, t)
+        return Loss(mean_flat((self.gain(t, x) * error) ** 2), {})
+
+    def gain(self, t: Tensor, like: Tensor) -> Tensor:
+        """How much an error of the network's output weighs in the loss space, ``[B, 1, ...]``, at most MAX_GAIN.
+
+        Every parametrisation is affine in the output, so its linear part is its answer to 1 at x = 0.
+        """
+        one = torch.ones_like(expand(t, like))
+        linear = self.parametrization.predict(self.along, torch.zeros_like(one), t, one)
+        return SPACES[self.loss_space](linear).clamp(-MAX_GAIN, MAX_GAIN)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        return NetDenoiser(net, self.along, self.parametrization)
+
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        if sampling is None:
+            raise ValueError(f"{type(self).__name__} needs a sampler to draw with, say bind('heun', 20)")
+        return sampling(self.denoiser(nets["net"]))
