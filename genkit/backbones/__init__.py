@@ -1,0 +1,10 @@
+"""Families of networks with three cuts each: ``denoiser``, ``encoder``, ``decoder`` (``genkit.core.Backbones``)."""
+
+from genkit.backbones.dit import DiT
+from genkit.backbones.mlp import MLP
+from genkit.backbones.unet import UNet
+from genkit.core import Backbones
+
+BACKBONES: dict[str, type[Backbones]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+
+__all__ = ["BACKBONES", "MLP", "DiT", "UNet"]

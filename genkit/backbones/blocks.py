@@ -1,0 +1,192 @@
+"""The blocks that the families share: norms, attention, residual blocks, resampling, padding.
+
+Under autocast the norms stay in the dtype of their input (their statistics are float32 inside the kernel) instead of
+going through float32 tensors, and attention on the CPU stays in float32, which is faster there than bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with all its parameters at zero: a residual branch that starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def remat(function: Callable[..., Tensor], active: bool, *args) -> Tensor:
+    """``function(*args)``, its activations computed again in the backward pass if ``active`` (Chen et al. 2016)."""
+    if active and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def pad_to(x: Float[Tensor, "b c *size"], size: Sequence[int]) -> Tensor:
+    """Zeros after the end of each axis up to ``size``: the border that convolutions see anyway, and deterministic
+    (the gradient of replicated borders is not, on CUDA)."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.pad(x, [n for have, want in zip(x.shape[:1:-1], reversed(size), strict=True) for n in (0, want - have)])
+
+
+def crop_to(x: Float[Tensor, "b c *padded"], size: Sequence[int]) -> Tensor:
+    """The inverse of ``pad_to``."""
+    for axis, n in enumerate(size, 2):
+        x = x.narrow(axis, 0, n)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------- norm
+def num_groups(channels: int) -> int:
+    """At most 32 groups of at least 4 channels (Karras et al. 2022, table 7 counts likewise), dividing ``channels``."""
+    return max(g for g in range(1, min(32, max(channels // 4, 1)) + 1) if channels % g == 0)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018), ``[B, C, *size]``; its scale and shift may be given for each sample.
+
+    ``y = (1 + scale) norm(x) + shift``: AdaGN (Dhariwal & Nichol 2021, section 3) with ``[B, C]`` from an embedding.
+    """
+
+    def __init__(self, channels: int, adaptive: bool = False):
+        super().__init__()
+        self.groups = num_groups(channels)
+        self.weight = None if adaptive else nn.Parameter(torch.ones(channels))
+        self.bias = None if adaptive else nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Float[Tensor, "b c *size"], scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if scale is None or shift is None:
+                return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            # the batch as further groups of one sample: then scale and shift ride inside the kernel
+            joined = x.reshape(1, -1, *x.shape[2:])
+            scale, shift = (1 + scale).to(x.dtype).flatten(), shift.to(x.dtype).flatten()
+            return F.group_norm(joined, self.groups * len(x), scale, shift).view_as(x)
+
+
+def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]) -> Tensor:
+    """adaLN: ``(1 + scale) layer_norm(x) + shift`` (Peebles & Xie 2023, section 3.2)."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None = None) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` over ``[B, heads, N, d]`` (Vaswani et al. 2017, eq. 1).
+
+    For a second derivative or ``torch.func.jvp``, wrap the call of the network in
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``: the fused kernels have only a first, backward derivative.
+    """
+    if q.device.type == "cpu" and (q.dtype in HALF or torch.is_autocast_enabled("cpu")):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention ``[B, N, dim] -> [B, N, dim]``, to itself, or to a context ``[B, L, context]`` with a mask.
+
+    One head where ``head_size`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, head_size: int, context: int = 0):
+        super().__init__()
+        self.heads = dim // head_size if dim % head_size == 0 else 1
+        self.q = nn.Linear(dim, dim) if context else None
+        self.kv = nn.Linear(context or dim, 2 * dim if context else 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        split = lambda y: y.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads)).permute(2, 0, 3, 1, 4)  # noqa: E731
+        projected = split(self.kv(x if self.q is None else context)).unbind(0)
+        q, k, v = projected if self.q is None else (*split(self.q(x)).unbind(0), *projected)
+        y = attend(q, k, v, None if mask is None else mask[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MapAttention(nn.Module):
+    """Residual attention of a map ``[B, C, *size]`` to itself (Ho et al. 2020, appendix B), then to the tokens if any."""
+
+    def __init__(self, channels: int, head_size: int, context: int = 0):
+        super().__init__()
+        self.norm = GroupNorm(channels)
+        self.self_attention = Attention(channels, head_size)
+        zero(self.self_attention.out)
+        self.cross_norm = nn.LayerNorm(channels) if context else None
+        self.cross = Attention(channels, head_size, context) if context else None
+        if self.cross:
+            zero(self.cross.out)
+
+    def forward(self, x: Float[Tensor, "b c *size"], tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        y = self.self_attention(self.norm(x).flatten(2).transpose(1, 2))
+        if self.cross and self.cross_norm:
+            y = y + self.cross(self.cross_norm(x.flatten(2).transpose(1, 2) + y), tokens, mask)
+        return x + y.transpose(1, 2).reshape(x.shape)
+
+
+# ------------------------------------------------------------------------------------------------------ residual
+class ResBlock(nn.Module):
+    """The residual block of ADM (Dhariwal & Nichol 2021): norm, SiLU, conv; AdaGN, SiLU, conv. ``[B, inp, *size]``."""
+
+    def __init__(self, dims: int, inp: int, out: int, emb: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = GroupNorm(inp)
+        self.conv1 = CONV[dims](inp, out, 3, padding=1)
+        self.emb = nn.Linear(emb, 2 * out)
+        self.norm2 = GroupNorm(out, adaptive=True)
+        self.conv2 = zero(CONV[dims](out, out, 3, padding=1))
+        self.skip = CONV[dims](inp, out, 1) if inp != out else None
+        self.dropout = dropout
+
+    def forward(self, x: Float[Tensor, "b c *size"], emb: Float[Tensor, "b e"]) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm2(h, *self.emb(emb).chunk(2, 1)))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, self.training)
+        return self.conv2(h) + (x if self.skip is None else self.skip(x))
+
+
+class Downsample(nn.Module):
+    """Half the size, by a convolution of stride 2."""
+
+    def __init__(self, dims: int, channels: int):
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size, by repetition and a convolution."""
+
+    def __init__(self, dims: int, channels: int):
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def positive(family: str, **fields: int | Sequence[int]) -> None:
+    """``ValueError`` unless every number of every field is a positive integer."""
+    for name, value in fields.items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if not numbers or any(n < 1 for n in numbers):
+            raise ValueError(f"{family}: {name} is {value!r}; needs {'numbers' if value is numbers else 'a number'} >= 1")
+
+
+def size_of(shape: Sequence[int]) -> int:
+    """How many numbers a sample of this shape has."""
+    return math.prod(shape)

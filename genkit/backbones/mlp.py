@@ -1,0 +1,91 @@
+"""A residual perceptron with adaptive layer norm, for vectors; other shapes are flattened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from genkit.backbones.blocks import modulate, positive, remat, zero
+from genkit.backbones.embed import Conditioner, require_routes
+from genkit.core import NO_COND, Backbones, Cond, Spec
+
+
+@dataclass(frozen=True)
+class MLP(Backbones):
+    """Residual blocks ``h + gate W2 silu(W1 adaLN(h))``: the DiT block (Peebles & Xie 2023) without its attention.
+
+    Takes Label and Vector conditions.
+    """
+
+    width: Annotated[int, Ge(1)] = 256  # 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states
+    depth: Annotated[int, Ge(1)] = 4
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # off: it costs as much as a layer on a CPU
+    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+    def __post_init__(self):
+        positive("MLP", width=self.width, depth=self.depth)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"MLP: dropout is {self.dropout}; allowed 0 <= dropout < 1")
+
+    def denoiser(self, spec: Spec) -> nn.Module:
+        return MLPDenoiser(MLPNet(self, spec, spec.shape, spec.shape, time=True))
+
+    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
+        return MLPNet(self, spec, spec.shape, out)
+
+    def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
+        return MLPNet(self, spec, inp, spec.shape)
+
+
+class MLPBlock(nn.Module):
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.emb = zero(nn.Linear(width, 3 * width))  # adaLN-Zero: the gate starts at 0, the block as the identity
+        self.layer1 = nn.Linear(width, width)
+        self.layer2 = nn.Linear(width, width)
+        self.dropout = dropout
+
+    def forward(self, h: Float[Tensor, "b 1 d"], emb: Float[Tensor, "b d"]) -> Tensor:
+        shift, scale, gate = self.emb(emb).chunk(3, 1)
+        y = F.silu(self.layer1(modulate(h, shift, scale)))
+        if self.dropout:
+            y = F.dropout(y, self.dropout, self.training)
+        return h + gate[:, None] * self.layer2(y)
+
+
+class MLPNet(nn.Module):
+    """``[B, *inp] -> [B, *out]``. No norm before the last layer: the answer may grow with its input, as velocities do."""
+
+    def __init__(self, cfg: MLP, spec: Spec, inp: tuple[int, ...], out: tuple[int, ...], time: bool = False):
+        super().__init__()
+        require_routes("MLP", spec, ("global",), "--backbone=unet or --backbone=dit")
+        self.out_shape, self.checkpoint = tuple(out), cfg.checkpoint
+        self.cond = Conditioner(spec, cfg.width, time)
+        self.first = nn.Linear(math.prod(inp), cfg.width)
+        self.blocks = nn.ModuleList(MLPBlock(cfg.width, cfg.dropout) for _ in range(cfg.depth))
+        self.last = nn.Linear(cfg.width, math.prod(out))
+
+    def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND, label: Tensor | None = None) -> Tensor:
+        emb = F.silu(self.cond(x, (), label, cond).emb)
+        h = self.first(x.flatten(1))[:, None]
+        for block in self.blocks:
+            h = remat(block, self.checkpoint, h, emb)
+        return self.last(h[:, 0]).unflatten(1, self.out_shape)
+
+
+class MLPDenoiser(nn.Module):
+    """The denoiser's order of arguments; its last layer starts at zero."""
+
+    def __init__(self, net: MLPNet):
+        super().__init__()
+        self.net = net
+        zero(net.last)
+
+    def forward(self, x: Float[Tensor, "b *s"], label: Float[Tensor, "b"], cond: Cond = NO_COND) -> Float[Tensor, "b *s"]:
+        return self.net(x, cond, label)

@@ -1,0 +1,251 @@
+"""The U-Net of DDPM and ADM for signals (C, T) and images (C, H, W)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from genkit.backbones.blocks import (
+    CONV,
+    Downsample,
+    GroupNorm,
+    MapAttention,
+    ResBlock,
+    Upsample,
+    crop_to,
+    pad_to,
+    positive,
+    remat,
+    zero,
+)
+from genkit.backbones.embed import Conditioner, Routed
+from genkit.core import NO_COND, Backbones, Cond, Spec
+
+
+@dataclass(frozen=True)
+class UNet(Backbones):
+    """U-Net (Ho et al. 2020; the residual blocks of Dhariwal & Nichol 2021), for ``(C, T)`` and ``(C, H, W)``.
+
+    Levels whose shorter side would fall under 4 are left out, so one default serves 8x8 (two levels) and 32x32 (three).
+    Sizes that do not halve evenly are padded with zeros inside and cropped again.
+    """
+
+    width: Annotated[int, Ge(1)] = 64  # channels at full size
+    mults: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 2)  # channels of each level, in widths; each level halves the size
+    num_blocks: Annotated[int, Ge(1)] = 1  # residual blocks of a level on the way down; one more on the way up
+    attention: Annotated[int, Ge(0)] = 64  # levels of at most so many positions attend (8x8); the middle always does
+    head_size: Annotated[int, Ge(1)] = 64  # 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # off: it costs as much as a convolution on a CPU
+    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+    def __post_init__(self):
+        positive("UNet", width=self.width, mults=self.mults, num_blocks=self.num_blocks, head_size=self.head_size)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"UNet: dropout is {self.dropout}; allowed 0 <= dropout < 1")
+
+    def denoiser(self, spec: Spec) -> nn.Module:
+        return UNetDenoiser(self, spec)
+
+    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
+        return UNetEncoder(self, spec, out)
+
+    def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
+        return UNetDecoder(self, spec, inp)
+
+
+class Plan:
+    """The sizes and channels of a U-Net of this configuration on data of this shape."""
+
+    def __init__(self, cfg: UNet, spec: Spec, code: tuple[int, ...] | None = None):
+        if len(spec.shape) - 1 not in CONV:
+            raise ValueError(f"UNet: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp")
+        self.cfg, self.spec = cfg, spec
+        self.size = spec.shape[1:]
+        self.dims = len(self.size)
+        shrunk = [tuple(-(-n // 2**i) for n in self.size) for i in range(len(cfg.mults))]
+        levels = max(i + 1 for i, s in enumerate(shrunk) if i == 0 or min(s) >= 4)
+        if code is not None and len(code) > 1:  # a map: stop at its level, at whatever size it asks for
+            if code[1:] not in shrunk:
+                allowed = ", ".join("x".join(map(str, s)) for s in shrunk)
+                raise ValueError(f"UNet: given a code of size {code[1:]}; {len(cfg.mults)} mults reach {allowed}")
+            levels = shrunk.index(code[1:]) + 1
+        self.sizes = [tuple(n * 2 ** (levels - 1 - i) for n in shrunk[levels - 1]) for i in range(levels)]
+        self.channels = [cfg.width * m for m in cfg.mults[:levels]]
+        self.emb = 4 * cfg.width
+        self.attends = [math.prod(s) <= cfg.attention for s in self.sizes]
+
+    def stage(self, inp: int, out: int, attend: bool, tokens: bool) -> Stage:
+        return Stage(self.cfg, self.dims, inp, out, self.emb, attend, self.emb if tokens else 0)
+
+
+class Stage(nn.Module):
+    """A residual block, and attention where its level attends."""
+
+    def __init__(self, cfg: UNet, dims: int, inp: int, out: int, emb: int, attend: bool, context: int):
+        super().__init__()
+        self.checkpoint = cfg.checkpoint
+        self.block = ResBlock(dims, inp, out, emb, cfg.dropout)
+        self.attention = MapAttention(out, cfg.head_size, context) if attend else None
+
+    def _forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = self.block(x, emb)
+        return x if self.attention is None else self.attention(x, tokens, mask)
+
+    def forward(self, x: Float[Tensor, "b c *size"], c: Routed) -> Tensor:
+        return remat(self._forward, self.checkpoint, x, c.emb, c.tokens, c.mask)
+
+
+class Descent(nn.Module):
+    """The way down, ``[B, inp, *size] -> [B, C, *bottom]``, and what it leaves for the way up."""
+
+    def __init__(self, plan: Plan, inp: int, tokens: bool):
+        super().__init__()
+        have = plan.channels[0]
+        self.first = CONV[plan.dims](inp, have, 3, padding=1)
+        self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
+        self.left = [have]
+        for i, (out, attend) in enumerate(zip(plan.channels, plan.attends, strict=True)):
+            if i:
+                self.downs.append(Downsample(plan.dims, have))
+                self.left.append(have)
+            stages = nn.ModuleList()
+            for _ in range(plan.cfg.num_blocks):
+                stages.append(plan.stage(have, out, attend, tokens))
+                self.left.append(have := out)
+            self.levels.append(stages)
+
+    def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
+        left = [h := self.first(x)]
+        for i, stages in enumerate(self.levels):
+            if i:
+                left.append(h := self.downs[i - 1](h))
+            for stage in stages:
+                left.append(h := stage(h, c))
+        return h, left
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the smallest size."""
+
+    def __init__(self, plan: Plan, tokens: bool):
+        super().__init__()
+        channels = plan.channels[-1]
+        self.stages = nn.ModuleList(plan.stage(channels, channels, attend, tokens) for attend in (True, False))
+
+    def forward(self, h: Tensor, c: Routed) -> Tensor:
+        for stage in self.stages:
+            h = stage(h, c)
+        return h
+
+
+class Ascent(nn.Module):
+    """The way up, ``[B, C, *bottom] -> [B, out, *size]``. ``left`` are the channels each block finds beside its input."""
+
+    def __init__(self, plan: Plan, out: int, left: list[int], tokens: bool):
+        super().__init__()
+        left, have = list(left), plan.channels[-1]
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i in reversed(range(len(plan.channels))):
+            stages = nn.ModuleList()
+            for _ in range(plan.cfg.num_blocks + 1):
+                stages.append(plan.stage(have + left.pop(), have := plan.channels[i], plan.attends[i], tokens))
+            self.levels.append(stages)
+            if i:
+                self.ups.append(Upsample(plan.dims, have))
+        self.norm = GroupNorm(have)
+        self.last = CONV[plan.dims](have, out, 3, padding=1)
+
+    def forward(self, h: Tensor, left: list[Tensor | None], c: Routed) -> Tensor:
+        left = list(left)
+        for i, stages in enumerate(self.levels):
+            if i:
+                h = self.ups[i - 1](h)
+            for stage in stages:
+                beside = left.pop()
+                h = stage(h if beside is None else torch.cat([h, beside], 1), c)
+        return self.last(F.silu(self.norm(h)))
+
+
+class UNetDenoiser(nn.Module):
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
+
+    def __init__(self, cfg: UNet, spec: Spec):
+        super().__init__()
+        self.plan = Plan(cfg, spec)
+        self.cond = Conditioner(spec, self.plan.emb)
+        self.down = Descent(self.plan, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
+        self.middle = Middle(self.plan, self.cond.has_tokens)
+        self.up = Ascent(self.plan, spec.shape[0], self.down.left, self.cond.has_tokens)
+        zero(self.up.last)
+
+    def forward(self, x: Float[Tensor, "b *s"], label: Float[Tensor, "b"], cond: Cond = NO_COND) -> Float[Tensor, "b *s"]:
+        c = route(self.cond, self.plan, x, label, cond)
+        h, left = self.down(joined(x, c, self.plan), c)
+        return crop_to(self.up(self.middle(h, c), left, c), self.plan.size)
+
+
+class UNetEncoder(nn.Module):
+    """``(x [B, *S], cond) -> [B, *out]``: the way down and a head.
+
+    A vector ``(D,)`` is one linear layer of the whole last map; a map ``(C, h, w)`` stops at the level of that size.
+    """
+
+    def __init__(self, cfg: UNet, spec: Spec, out: tuple[int, ...]):
+        super().__init__()
+        self.plan = Plan(cfg, spec, out)
+        self.cond = Conditioner(spec, self.plan.emb, time=False)
+        self.down = Descent(self.plan, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
+        self.middle = Middle(self.plan, self.cond.has_tokens)
+        channels = self.plan.channels[-1]
+        self.norm = GroupNorm(channels)
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.plan.sizes[-1]), out[0]))
+        self.last = flat if len(out) == 1 else CONV[self.plan.dims](channels, out[0], 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b *s"], cond: Cond = NO_COND) -> Tensor:
+        c = route(self.cond, self.plan, x, None, cond)
+        h, _ = self.down(joined(x, c, self.plan), c)
+        return self.last(F.silu(self.norm(self.middle(h, c))))
+
+
+class UNetDecoder(nn.Module):
+    """``(z [B, *inp], cond) -> [B, *S]``: a projection and the way up.
+
+    Nothing was left on a way down; an Image condition stands beside the first block of full size.
+    """
+
+    def __init__(self, cfg: UNet, spec: Spec, inp: tuple[int, ...]):
+        super().__init__()
+        self.plan = plan = Plan(cfg, spec, inp)
+        self.cond = Conditioner(spec, plan.emb, time=False)
+        bottom = (plan.channels[-1], *plan.sizes[-1])
+        flat = nn.Sequential(nn.Linear(inp[0], math.prod(bottom)), nn.Unflatten(1, bottom))
+        self.first = flat if len(inp) == 1 else CONV[plan.dims](inp[0], bottom[0], 3, padding=1)
+        self.middle = Middle(plan, self.cond.has_tokens)
+        per_level = cfg.num_blocks + 1
+        self.blank = len(plan.channels) * per_level - per_level
+        left = [0] * cfg.num_blocks + [self.cond.num_channels] + [0] * self.blank
+        self.up = Ascent(plan, spec.shape[0], left, self.cond.has_tokens)
+
+    def forward(self, z: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
+        c = route(self.cond, self.plan, z, None, cond)
+        beside = None if c.channels is None else pad_to(c.channels, self.plan.sizes[0])
+        left = [*[None] * self.plan.cfg.num_blocks, beside, *[None] * self.blank]
+        return crop_to(self.up(self.middle(self.first(z), c), left, c), self.plan.size)
+
+
+def route(conditioner: Conditioner, plan: Plan, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
+    """The conditions, with the activation that every block would otherwise apply to the embedding itself."""
+    c = conditioner(like, plan.size, label, cond)
+    return c._replace(emb=F.silu(c.emb))
+
+
+def joined(x: Tensor, c: Routed, plan: Plan) -> Tensor:
+    """The sample and its Image conditions as one padded map."""
+    return pad_to(x if c.channels is None else torch.cat([x, c.channels.to(x.dtype)], 1), plan.sizes[0])
