@@ -1,0 +1,115 @@
+"""What a person can set: one frozen dataclass per command, the same thing as a YAML file and as a command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+from tyro.conf import Positional
+
+from genkit.config.blocks import ConfigError, dump, from_dict, load, load_yaml, to_yaml
+from genkit.config.command import parse
+
+if TYPE_CHECKING:
+    from genkit.core import Backbones, Objective
+
+__all__ = ["ConfigError", "Sample", "Train", "dump", "from_dict", "load_yaml", "parse", "table", "to_yaml"]
+
+Count = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+def table(registry: str, name: str, **metadata: str) -> dict[str, Any]:
+    """For ``field(**table(...))``: an object of a dataclass in ``registry`` ("module:NAME"), by default ``name``'s."""
+    return {"default_factory": lambda: load(registry)[name](), "metadata": {"table": registry, **metadata}}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model."""
+
+    objective: Objective = field(**table("genkit.objectives:OBJECTIVES", "flow"))
+    """What is learned."""
+    backbone: Backbones = field(**table("genkit.backbones:BACKBONES", "unet", follows="data.suits"))
+    """The family of networks; without a NAME, the one that suits the data."""
+    data: Any = field(**table("genkit.data:DATA", "digits", fallback="genkit.data:source"))
+    """What is learned from: a NAME, or a path to a folder of images."""
+    steps: Count = 3000
+    """Optimiser steps. 3000 of them show the shape of a small dataset on a laptop."""
+    batch: Count = 128
+    """Samples per step, over all ranks together."""
+    micro: Count | None = None
+    """Samples per forward pass on one rank, to save memory; None: all at once. The result does not depend on it."""
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """Peak learning rate of AdamW; 1e-3 suits small networks, 1e-4 large ones."""
+    warmup: Annotated[int, Ge(0)] = 100
+    """Steps over which the learning rate rises from 0: Adam's second moment is not to be trusted before."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """The learning rate after the warmup: constant, or down to 0 along half a cosine."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay (AdamW)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """Adam's decay rates; 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
+    clip: Annotated[float, Ge(0)] = 1.0
+    """Largest norm of a gradient; 0: no clipping."""
+    ema: tuple[Fraction, ...] = (0.999,)
+    """Decay rates per step of the averaged weights, one copy of the networks each."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto: bf16 where the device has it."""
+    compile: bool = False
+    """torch.compile the networks: a minute at the start, then faster steps."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Every random number depends on it, the step and the row alone."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    out: str = "runs"
+    """The folder in which the run's own folder is made."""
+    name: str | None = None
+    """The run's name; None: data-objective-backbone."""
+    save_every: Count = 1000
+    """Steps from one checkpoint to the next."""
+    sample_every: Annotated[int, Ge(0)] = 500
+    """Steps from one grid of samples to the next; 0: none."""
+    log_every: Count = 50
+    """Steps from one line of the log to the next."""
+    keep: Count = 3
+    """The newest checkpoints that are kept."""
+    workers: Annotated[int, Ge(0)] = 2
+    """Processes that load data; 0: none but this one."""
+    bad_steps: Count = 10
+    """Steps in a row with a loss or gradient that is not finite, after which training stops."""
+    tensorboard: bool = True
+    """Write scalars and images for TensorBoard, besides log.jsonl."""
+    resume: str | None = None
+    """A run's folder to go on with."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run."""
+
+    run: Positional[str]
+    """The run's folder."""
+    n: Count = 64
+    """How many samples."""
+    sampler: str | None = None
+    """A name in genkit.sampling.SAMPLERS; None: the objective's own choice."""
+    steps: Count = 20
+    """Steps of the sampler."""
+    guidance: float = 1.0
+    """Strength of classifier-free guidance; 1: none."""
+    label: Annotated[int, Ge(0)] | None = None
+    """The class to draw; None: all in turn."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Sample i depends on it and on i alone, whatever the batch size."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One picture, one file per sample, or arrays."""
+    out: str | None = None
+    """Where to; None: into the run's folder."""
+    trajectory: bool = False
+    """Also keep the way from noise to sample."""
+    ema: str | None = None
+    """Which averaged weights, by decay rate; None: the slowest. "none": the weights themselves."""
+    batch: Count = 64
+    """Samples at a time."""

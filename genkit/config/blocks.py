@@ -1,0 +1,268 @@
+"""From plain mappings to frozen dataclasses and back: the one door for YAML, the command line and saved runs.
+
+A *table* is a field whose value is an object of one of several dataclasses. Its metadata names them:
+
+    path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
+
+``table``     "module:NAME" of the registry, a plain dict name -> dataclass, imported when it is first needed;
+``fallback``  "module:function", called with a NAME that is not in the registry but exists on disk; returns
+              ``(registry name, its settings)``: so a bare folder can be a dataset;
+``follows``   "field.attribute": without a NAME, the class is the one that this attribute of a sibling's class names.
+
+In YAML a table is a NAME or a block: ``path: vp`` or ``path: {name: vp, beta_max: 10}``. A block without ``name``
+changes the settings of the default. A NAME may also be ``package.module:Class``, a dataclass from outside; nothing else
+that stands in a configuration is ever imported or executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import operator
+import os
+import re
+import reprlib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+T = TypeVar("T")
+ABSENT: Any = dataclasses.MISSING
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, in one line. ``path`` is the dotted path of the setting, ``problem`` the rest."""
+
+    def __init__(self, path: str, problem: str):
+        super().__init__(f"{path}: {problem}" if path else problem)
+        self.path, self.problem = path, problem
+
+
+def suggest(given: object, allowed: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing where no allowed name is close."""
+    close = difflib.get_close_matches(str(given), list(allowed), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def show(value: object) -> str:
+    """``value`` on one line, shortened."""
+    return (
+        reprlib.repr(value) if isinstance(value, (str, bytes, int, float)) else reprlib.repr(value).replace("\n", " ")
+    )
+
+
+# ----------------------------------------------------------------------------------------------- the classes
+def fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of the fields. Those of tables are not evaluated: their names may exist for type checkers only."""
+    tables = {f.type: Any for f in dataclasses.fields(cls) if "table" in f.metadata and isinstance(f.type, str)}
+    return typing.get_type_hints(cls, localns=tables, include_extras=True)
+
+
+def load(where: str) -> Any:
+    """The object that ``"module:NAME"`` names."""
+    module, _, name = where.partition(":")
+    return operator.attrgetter(name)(importlib.import_module(module))
+
+
+def lookup(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, dict[str, Any]]:
+    """The dataclass that ``name`` means in this table, and settings that come with it."""
+    registry = load(meta["table"])
+    same = {str(k).replace("_", "-").lower(): k for k in registry}
+    if str(name).replace("_", "-").lower() in same:
+        return registry[same[str(name).replace("_", "-").lower()]], {}
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
+        return outside(name, path), {}
+    if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(name):
+        found, settings = load(meta["fallback"])(name)
+        return registry[found], settings
+    also = ", package.module:Class" + (", an existing path" if "fallback" in meta else "")
+    raise ConfigError(
+        path, f"given {show(name)}; allowed: {', '.join(sorted(registry))}{also}{suggest(name, registry)}"
+    )
+
+
+def outside(name: str, path: str) -> type:
+    """The dataclass ``package.module:Class``. An error inside that module is its author's, and keeps its traceback."""
+    try:
+        cls = load(name)
+    except ModuleNotFoundError as e:
+        if not name.startswith(e.name or "\0"):
+            raise
+        raise ConfigError(path, f"given {name}; there is no module {e.name} to import") from None
+    except AttributeError:
+        raise ConfigError(path, f"given {name}; the module has no such class") from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(path, f"given {name}; needs a dataclass, and this is a {type(cls).__name__}")
+    return cls
+
+
+# ----------------------------------------------------------------------------------------- mapping -> object
+def from_dict(cls: Callable[..., T], tree: object, path: str = "", base: object = ABSENT) -> T:
+    """The object that ``tree`` describes; what it does not mention stays as in ``base``, or at the class's default."""
+    values = check_block(typing.cast(type, cls), tree, path, base)
+    for name in fields(typing.cast(type, cls)):
+        if name not in values:
+            raise ConfigError(join(path, name), "is missing, and has no default")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(path, " ".join(str(e).split())) from e
+
+
+def check_block(cls: type, tree: object, path: str = "", base: object = ABSENT) -> dict[str, Any]:
+    """The checked values of all fields of a block; only fields with neither a value nor a default are left out."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(path, f"given {show(tree)}; needs a mapping of settings")
+    known = fields(cls)
+    for key in tree:
+        if key not in known:
+            allowed = ", ".join(known) or f"nothing, {cls.__name__} has no settings"
+            raise ConfigError(join(path, str(key)), f"unknown; allowed here: {allowed}{suggest(key, known)}")
+    values: dict[str, Any] = {}
+    for f in sorted(known.values(), key=lambda f: "follows" in f.metadata):  # followers after those whom they follow
+        given, here = tree.get(f.name, ABSENT), join(path, f.name)
+        value = default(f) if base is ABSENT else getattr(base, f.name)
+        if "table" in f.metadata:
+            if base is ABSENT and "follows" in f.metadata:
+                value = follow(f.metadata, values, here, value)
+            value = check_table(f.metadata, given, here, value)
+        elif given is not ABSENT:
+            value = check(hints(cls)[f.name], given, here)
+        if value is not ABSENT:
+            values[f.name] = value
+    return {name: values[name] for name in known if name in values}
+
+
+def check_table(meta: Mapping[str, Any], given: object, path: str, value: object) -> object:
+    if given is ABSENT:
+        return value
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping):
+        raise ConfigError(path, f"given {show(given)}; needs a name or a block like {{name: ..., setting: ...}}")
+    rest = {k: v for k, v in given.items() if k != "name"}
+    if "name" in given:
+        cls, settings = lookup(meta, given["name"], path)
+        return from_dict(cls, {**settings, **rest}, path)
+    if value is ABSENT:
+        raise ConfigError(path, f"needs a name; allowed: {', '.join(sorted(load(meta['table'])))}")
+    return from_dict(type(value), rest, path, value)
+
+
+def follow(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: object) -> object:
+    sibling, attribute = meta["follows"].split(".")
+    name = getattr(type(values[sibling]), attribute, ABSENT)  # a class from outside need not say
+    return value if name is ABSENT else from_dict(lookup(meta, name, path)[0], {}, path)
+
+
+def default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# -------------------------------------------------------------------------------------------- single settings
+@functools.cache
+def adapter(hint: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def check(hint: Any, given: object, path: str) -> Any:
+    """``given`` as a value of type ``hint``. Text may be a number ("1e-4" is text in YAML), a bool may not."""
+    if has_bool(given) and bool not in atoms(hint):
+        raise ConfigError(path, f"given {show(given)}; needs {words(hint)}")
+    try:
+        return adapter(hint).validate_python(given)
+    except pydantic.ValidationError as e:
+        errors = e.errors(include_url=False)
+    where = path + "".join(f"[{i}]" for i in errors[0]["loc"] if isinstance(i, int))
+    problems = dict.fromkeys(re.sub("^(Input|Value) ", "", x["msg"]).replace("Tuple", "the list") for x in errors)
+    names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
+    optional = " (or null)" if type(None) in atoms(hint) else ""
+    problem = f"given {show(errors[0]['input'])}; {' or '.join(problems)}{optional}{suggest(errors[0]['input'], names)}"
+    raise ConfigError(where, " ".join(problem.split()))
+
+
+def atoms(hint: Any) -> set[Any]:
+    """The types that ``hint`` is made of: ``tuple[int | None, ...]`` gives tuple, int, NoneType."""
+    if typing.get_origin(hint) is typing.Literal:
+        return {type(x) for x in typing.get_args(hint)}
+    return {typing.get_origin(hint) or hint}.union(*map(atoms, typing.get_args(hint)))
+
+
+def words(hint: Any) -> str:
+    nouns = {int: "an integer", float: "a number", str: "text", type(None): "null", tuple: "a list"}
+    return " or ".join(nouns[t] for t in nouns if t in atoms(hint)) or str(hint)
+
+
+def has_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(isinstance(v, bool) for v in value))
+
+
+# ----------------------------------------------------------------------------------------- object -> mapping
+def dump(cfg: Any) -> dict[str, Any]:
+    """``cfg`` as YAML can hold it: ``from_dict(type(cfg), dump(cfg)) == cfg``."""
+    return {name: dump_field(f, getattr(cfg, name)) for name, f in fields(type(cfg)).items()}
+
+
+def dump_field(f: dataclasses.Field, value: Any) -> Any:
+    return {"name": name_of(f.metadata, type(value)), **dump(value)} if "table" in f.metadata else plain(value)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def name_of(meta: Mapping[str, Any], cls: type) -> str:
+    """The name of ``cls`` in its table, ``package.module:Class`` for one from outside."""
+    return next((k for k, v in load(meta["table"]).items() if v is cls), f"{cls.__module__}:{cls.__qualname__}")
+
+
+def to_yaml(cfg: Any) -> str:
+    tree = dump(cfg)
+    nested = any(
+        isinstance(v, (dict, list)) for v in tree.values()
+    )  # then None puts only innermost collections in a row
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None if nested else False, width=110)
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = yaml.safe_load(f)
+    except OSError as e:
+        raise ConfigError(str(path), f"cannot be read ({e.strerror})") from None
+    except yaml.MarkedYAMLError as e:
+        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"{path}{line}", f"not valid YAML: {e.problem or e.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(str(path), f"not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, (dict, type(None))):
+        raise ConfigError(str(path), f"given {show(tree)}; a configuration is a mapping such as 'steps: 1000'")
+    return tree or {}
+
+
+def tables(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The dotted paths of all tables, outer ones first; ``values`` may lack some."""
+    for name, f in fields(cls).items():
+        if "table" in f.metadata:
+            yield join(path, name)
+            if name in values:
+                yield from tables(type(values[name]), vars(values[name]), join(path, name))

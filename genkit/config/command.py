@@ -1,0 +1,282 @@
+"""The command line in two passes: the NAMEs choose the classes, then tyro reads the flags that those classes have.
+
+Precedence, low to high: dataclass defaults < YAML (``--config FILE``) < a NAME (``--objective flow``: always resets its
+block to that class's defaults) < dotted flags (``--objective.t-std 2``). Order on the command line does not matter,
+except that the last of two equal flags holds.
+
+tyro knows the grammar (which flags there are, how many values each takes, ``--help``); the values themselves go, as
+text, through the same check as YAML. So a mistake reads the same wherever it was made.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import itertools
+import operator
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Annotated, Any, TypeVar, cast
+
+import tyro
+import yaml
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+)
+
+from genkit.config.blocks import (
+    ABSENT,
+    ConfigError,
+    atoms,
+    check,
+    check_block,
+    fields,
+    from_dict,
+    hints,
+    join,
+    load,
+    load_yaml,
+    name_of,
+    tables,
+)
+
+T = TypeVar("T")
+
+
+def parse(cls: Callable[..., T], argv: Sequence[str], prog: str = "genkit", description: str | None = None) -> T:
+    """The ``cls`` that ``argv`` asks for. ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0."""
+    file = peek(argv, "config")
+    tree = load_yaml(file) if file else {}
+    flags: set[str] = set()  # the dotted paths that the command line gives
+    try:
+        values = choose(cast(type, cls), tree, argv, flags)
+        for path, value in Flags(cast(type, cls), values).read(argv, prog, description).items():
+            put(tree, path, value)
+            flags.add(path)
+        return from_dict(cls, tree)
+    except ConfigError as e:
+        raise locate(e, file, tree, flags) from None
+
+
+def locate(e: ConfigError, file: str | None, tree: Mapping[str, Any], flags: set[str]) -> ConfigError:
+    """The same mistake, with the flag or the file that made it."""
+    setting, *rest = e.path.partition("[")
+    if setting in flags:
+        return ConfigError(flag(setting) + "".join(rest), e.problem)
+    inside = any(path.startswith(e.path + ".") for path in flags)
+    return ConfigError(
+        f"{file}: {e.path}" if file and e.path and mentions(tree, setting) and not inside else e.path, e.problem
+    )
+
+
+def mentions(tree: object, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(tree, Mapping) or name not in map(str, tree):
+            return False
+        tree = tree.get(name)
+    return True
+
+
+# ----------------------------------------------------------------------------------------- pass 1: the NAMEs
+def choose(cls: type, tree: dict[str, Any], argv: Sequence[str], flags: set[str]) -> dict[str, Any]:
+    """Put the NAMEs of ``argv`` into ``tree``, outer tables first, and return the values that this gives."""
+    values: dict[str, Any] = {}
+    while True:
+        before = list(tables(cls, values))
+        for path in before:
+            name = peek(argv, path)
+            if name is not None and path not in flags:
+                put(tree, path, {"name": name})
+                flags.add(path)
+        values = check_block(cls, tree)
+        if list(tables(cls, values)) == before:
+            return values
+
+
+def peek(argv: Sequence[str], path: str) -> str | None:
+    """The last value of ``--path VALUE`` or ``--path=VALUE``."""
+    found = None
+    for token, following in itertools.zip_longest(argv, argv[1:]):
+        if token == "--":
+            break
+        name, equals, value = token.partition("=")
+        if path_of(name) == path:
+            found = value if equals else following
+    return found
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """``tree[a][b][c] = value`` for the path "a.b.c"; a NAME on the way becomes a block."""
+    *blocks, last = path.split(".")
+    for name in blocks:
+        inner = tree.get(name, {})
+        tree[name] = dict(inner) if isinstance(inner, Mapping) else {"name": inner}
+        tree = tree[name]
+    tree[last] = value
+
+
+def flag(path: str) -> str:
+    return "--" + path.replace("_", "-")
+
+
+def path_of(token: str) -> str | None:
+    return token[2:].replace("-", "_") if token.startswith("--") else None
+
+
+def no(path: str) -> str:
+    """``data.flip`` -> ``data.no_flip``, the switch that turns it off."""
+    return re.sub(r"([^.]+)$", r"no_\1", path)
+
+
+# ---------------------------------------------------------------------------------------- pass 2: the flags
+class Given(tuple):
+    """The values of one flag, as text. Whatever is not ``Given`` in tyro's answer is a default."""
+
+
+def raw(hint: Any) -> PrimitiveConstructorSpec:
+    """How tyro reads and describes a value of type ``hint``, but left as text. Without a syntax of its own: as YAML."""
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        as_yaml = functools.partial(yaml.safe_dump, default_flow_style=True)
+        spec = PrimitiveConstructorSpec(1, "YAML", Given, lambda x: True, lambda x: [as_yaml(x).strip()])
+    return replace(spec, instance_from_str=Given, choices=None)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting on the command line: its type, its value without a flag, and how tyro reads it."""
+
+    hint: Any
+    value: Any
+    spec: PrimitiveConstructorSpec
+
+    def text(self, given: Given) -> Any:
+        """What YAML would hold in place of ``given``."""
+        if type(None) in atoms(self.hint) and given in [("None",), ("null",)]:
+            return None
+        if self.spec.metavar == "YAML":
+            return yaml.safe_load(given[0])
+        return given[0] if self.spec.nargs == 1 else list(given)
+
+
+class Flags:
+    """The flags that a configuration has. tyro sees a stand-in type for each block, and fills it as a plain dict."""
+
+    def __init__(self, cls: type, values: Mapping[str, Any]):
+        self.leaves: dict[str, Leaf] = {}
+        self.tables: list[str] = []
+        self.specs: dict[type, StructConstructorSpec] = {}
+        config = self.text("config", "config", "FILE", None, "Settings, in YAML.")
+        self.root = self.block(cls, values, "", [config])
+
+    def block(self, cls: type, values: Mapping[str, Any], path: str, out: list[StructFieldSpec]) -> type:
+        docs = field_docs(cls)
+        for name, f in fields(cls).items():
+            here, value, doc = join(path, name), values.get(name, ABSENT), docs.get(name)
+            if "table" in f.metadata:
+                self.tables.append(here)
+                names = "{" + ",".join(load(f.metadata["table"])) + "}"
+                out.append(self.text(f"{name} NAME", name, names, name_of(f.metadata, type(value)), doc))
+                kind: Any = self.block(type(value), vars(value), here, [])
+                value, doc = kind(), (inspect.getdoc(type(value)) or "").partition("\n")[0]
+            else:
+                leaf = self.leaves[here] = Leaf(hints(cls)[name], value, raw(hints(cls)[name]))
+                kind = leaf.hint if leaf.hint is bool else Annotated[leaf.hint, leaf.spec]
+            out.append(StructFieldSpec(name, kind, MISSING_NONPROP if value is ABSENT else value, doc))
+        stand_in = type(cls.__name__, (), {})
+        self.specs[stand_in] = StructConstructorSpec(dict, tuple(out))
+        return stand_in
+
+    def text(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
+        """A flag that pass 1 has read already. tyro sees it for ``--help``, and to know that it takes a value."""
+        hint = Annotated[str | None, raw(str | None), tyro.conf.arg(name=name, metavar=metavar)]
+        return StructFieldSpec(key, cast(Any, hint), value, doc)
+
+    def read(self, argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
+        """The settings that ``argv`` gives, by their dotted paths."""
+        registry = ConstructorRegistry()
+        registry.struct_rule(lambda info: self.specs.get(info.type))
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                answer, left = tyro.cli(
+                    self.root,
+                    args=self.spell(argv),
+                    prog=prog,
+                    description=description,
+                    registry=registry,
+                    return_unknown_args=True,
+                    config=(tyro.conf.PositionalMetavarFromFieldName,),
+                )
+        except SystemExit as e:
+            if not e.code:
+                raise
+            text = complaint.getvalue().partition("For full helptext")[0]
+            raise ConfigError("", " ".join(re.sub("[─-╿]", " ", text).split())) from None
+        if left:
+            raise ConfigError("", f"unexpected argument {left[0]!r}; see {prog} --help")
+        out = {}
+        for path, leaf in self.leaves.items():
+            value = functools.reduce(operator.getitem, path.split("."), answer)
+            if isinstance(value, Given):
+                out[path] = leaf.text(value)
+            elif leaf.hint is bool and value != leaf.value:
+                out[path] = value
+        return out
+
+    def spell(self, argv: Sequence[str]) -> list[str]:
+        """``argv`` with ``--flip=false`` as ``--no-flip``. An unknown flag is an error here, where all are known."""
+        switches = {path for path, leaf in self.leaves.items() if leaf.hint is bool}
+        known = {*self.leaves, *self.tables, *map(no, switches), "config", "help"}
+        argv, rest = (list(argv[: argv.index("--")]), argv[argv.index("--") :]) if "--" in argv else (list(argv), [])
+        for i, token in enumerate(argv):
+            name, equals, value = token.partition("=")
+            path = path_of(name)
+            if path and path not in known and not path.startswith("tyro_") and not {"-h", "--help"} & set(argv):
+                raise ConfigError("", f"unknown option {name}{self.near(path)}")
+            if path in switches and equals:
+                argv[i] = flag(path if check(bool, value, flag(path)) else no(path))
+        return [*argv, *rest]
+
+    def near(self, path: str) -> str:
+        """A flag that ``path`` may have meant: one of the same block, else one of the same name elsewhere."""
+        block, _, leaf = path.rpartition(".")
+        known = [*self.leaves, *self.tables]
+        here = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == block}
+        everywhere = {p.rpartition(".")[2]: p for p in reversed(known)}
+        close = difflib.get_close_matches(leaf, here, 1) or difflib.get_close_matches(leaf, everywhere, 1)
+        return f"; did you mean {flag({**everywhere, **here}[close[0]])}?" if close else "; see --help"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under, or behind, each field in the source of a dataclass and its bases."""
+    docs = {}
+    for base in filter(is_dataclass, reversed(cls.__mro__)):
+        try:
+            source = textwrap.dedent(inspect.getsource(cast(type, base)))
+        except OSError:  # a class typed at a prompt
+            continue
+        body = cast(ast.ClassDef, ast.parse(source).body[0]).body
+        for field, after in itertools.zip_longest(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                line = source.splitlines()[cast(int, field.end_lineno) - 1]
+                text = line.encode()[cast(int, field.end_col_offset) :].decode().partition("#")[2]
+                if (
+                    isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                    and isinstance(after.value.value, str)
+                ):
+                    text = inspect.cleandoc(after.value.value)
+                docs[field.target.id] = " ".join(text.split())
+    return docs
