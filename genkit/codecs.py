@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def to_dict(codec: Codec) -> dict[str, Any]:
     """``{"name": ..., **fields}``, ready for JSON. ``ValueError`` for a codec that is not in ``CODECS``."""
     for name, kind in CODECS.items():
         if type(codec) is kind:
-            return {"name": name, **asdict(codec)}
+            return {"name": name, **{f.name: getattr(codec, f.name) for f in fields(kind)}}
     raise ValueError(f"{type(codec).__name__} is not in CODECS; it holds {', '.join(CODECS)}")
 
 

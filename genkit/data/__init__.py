@@ -1,12 +1,13 @@
-"""Where samples come from: ``DATA`` maps a name to the configuration of a source, and ``load(split)`` gives the data."""
+"""Where samples come from: ``DATA`` maps a name to the configuration of a source, whose ``load(split)`` gives them."""
 
 from __future__ import annotations
 
-from genkit.data.images import Digits, InMemory
+from genkit.data.folders import Folder, Npz, Zip, source
+from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 
-__all__ = ["DATA", "InMemory", "Stream"]
+__all__ = ["DATA", "InMemory", "OnDisk", "Stream", "source"]
 
 DATA: dict[str, type] = {
     "moons": Moons,
@@ -16,4 +17,10 @@ DATA: dict[str, type] = {
     "swissroll": SwissRoll,
     "spirals": Spirals,
     "digits": Digits,
+    "mnist": Mnist,
+    "fashion-mnist": FashionMnist,
+    "cifar10": Cifar10,
+    "folder": Folder,
+    "zip": Zip,
+    "npz": Npz,
 }

@@ -6,10 +6,14 @@ of a whole batch is one tensor operation.
 
 from __future__ import annotations
 
+import io
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +21,86 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.codecs import Pixels
-from genkit.core import Batch, Codec, Data, Draw, Image, Label, Spec, expand
+from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Label, Spec, expand
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+T = TypeVar("T")
 Split = Literal["train", "test"]
 Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
 Channels = Literal[1, 3] | None
+
+MEMORY = 2.0  # GiB of decoded pixels up to which a data set is held in memory; a field of the sources that read files
+LONG = 2000  # pictures from which on decoding shows a progress bar
+CHUNK = 64  # pictures that one task of the thread pool decodes
 DIGITS = tuple("0123456789")
+GREY = ("1", "L", "LA", "La")  # Pillow's names; palettes count as colour, 16 bits are handled apart
 
 
-# ----------------------------------------------------------------------------------------------- in memory
+# ------------------------------------------------------------------------------------------------- decoding
+def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def pixels_of(picture: Picture, size: Size = None, channels: Channels = None) -> np.ndarray:
+    """uint8 ``[C, H, W]``: turned upright (EXIF), without transparency (on white), 16 bits brought to 8, and cropped
+    around the centre to the shape of ``size`` before it is resized (Lanczos, antialiased). ``ValueError`` for floats.
+    """
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture).astype(np.float64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("it has more than 16 bits a pixel")
+        picture = pil.fromarray(np.round(wide / 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, whose range is unknown; save 8 or 16 bits")
+    grey = picture.mode in GREY
+    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = pil.alpha_composite(pil.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if (channels or (1 if grey else 3)) == 1 else "RGB")
+    if size is not None:
+        height, width = height_width(size)
+        zoom = min(picture.width / width, picture.height / height)
+        w, h = max(1, round(width * zoom)), max(1, round(height * zoom))
+        left, top = (picture.width - w) // 2, (picture.height - h) // 2
+        picture = picture.crop((left, top, left + w, top + h))
+        if (w, h) != (width, height):
+            picture = picture.resize((width, height), pil.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = np.asarray(picture)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def decode(blob: bytes, name: str, size: Size = None, channels: Channels = None) -> np.ndarray:
+    """``pixels_of`` an encoded picture. ``ValueError`` that names it where it is not one, is truncated or corrupt."""
+    from PIL import Image as pil
+
+    try:
+        with pil.open(io.BytesIO(blob)) as picture:
+            return pixels_of(picture, size, channels)
+    except pil.UnidentifiedImageError as e:
+        raise ValueError(f"{name}: is not a picture that Pillow can read") from e
+    except Exception as e:  # Pillow's plug-ins raise anything over a corrupt file
+        raise ValueError(f"{name}: cannot be decoded: {one_line(e)}") from e
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """``items``, with a bar on standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total, console=Console(stderr=True), transient=True)
+
+
+# -------------------------------------------------------------------------------------------------- holding
 def flipped(batch: Batch, spec: Spec, draw: Draw) -> Batch:
     """Half of the samples mirrored left to right, together with the pictures among their conditions."""
     mirror = draw.uniform() < 0.5
@@ -34,7 +109,7 @@ def flipped(batch: Batch, spec: Spec, draw: Draw) -> Batch:
     return replace(batch, x=flip(batch.x), cond=cond)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InMemory:
     """Samples in one tensor: ``x`` uint8 or float ``[N, *S]``, ``cond`` of ``[N, ...]`` tensors; ``flip`` augments."""
 
@@ -59,6 +134,76 @@ class InMemory:
         return flipped(batch, self.spec, draw) if self.flip else batch
 
 
+class Files(Protocol):
+    """Encoded pictures, in a fixed order. ``read`` is called from several threads at once."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    def read(self, i: int) -> bytes: ...
+    def where(self, i: int) -> str:
+        """The file's name as a person would look for it."""
+        ...
+
+
+@dataclass(eq=False)
+class OnDisk:
+    """Pictures that are decoded when they are asked for: those that do not fit into memory."""
+
+    files: Files
+    cond: Mapping[str, Tensor]
+    spec: Spec
+    size: Size = None
+    channels: Channels = None
+    flip: bool = False
+    codec: Codec = Pixels()  # noqa: RUF009  (frozen)
+
+    def __len__(self) -> int:
+        return len(self.files.names)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The decoded pictures, uint8 ``[B, C, H, W]``. ``ValueError`` names the file that differs or is corrupt."""
+        out = np.empty((len(indices), *self.spec.shape), dtype=np.uint8)
+        for row, i in enumerate(indices):
+            pixels = decode(self.files.read(i), self.files.where(i), self.size, self.channels)
+            if pixels.shape != self.spec.shape:
+                raise ValueError(self._differs(i, pixels.shape))
+            out[row] = pixels
+        return torch.from_numpy(out)
+
+    def _differs(self, i: int, shape: tuple[int, ...]) -> str:
+        one, other = self.files.where(i), self.files.where(0)
+        (c, *hw), (first_c, *first_hw) = shape, self.spec.shape
+        if hw != first_hw:
+            h, w, first_h, first_w = *hw, *first_hw
+            side = min(*hw, *first_hw)
+            return f"{one} is {h}x{w}, but {other} is {first_h}x{first_w}: choose one size, say --data.size={side}"
+        colour = {1: "grey", 3: "colour"}
+        return f"{one} is {colour[c]}, but {other} is {colour[first_c]}: choose with --data.channels=1 or 3"
+
+    def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
+        """What ``read`` gave, with its conditions and augmented."""
+        batch = Batch(x, {k: v.index_select(0, indices) for k, v in self.cond.items()})
+        return flipped(batch, self.spec, draw) if self.flip else batch
+
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        return self.finish(self.read(indices.tolist()), indices, draw)
+
+    def in_memory(self) -> InMemory:
+        """All of it decoded, by a pool of threads (Pillow lets go of the interpreter while it decodes)."""
+        n = len(self)
+        x = torch.empty((n, *self.spec.shape), dtype=torch.uint8)
+
+        def fill(start: int) -> None:
+            x[start : start + CHUNK] = self.read(range(start, min(start + CHUNK, n)))
+
+        starts = range(0, n, CHUNK)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            done = pool.map(fill, starts)
+            for _ in progress(done, len(starts), "decoding") if n > LONG else done:
+                pass
+        return InMemory(x, self.cond, self.spec, self.codec, self.flip)
+
+
 # ----------------------------------------------------------------------------------------------- the sources
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
@@ -71,13 +216,31 @@ class Source(ABC):
     @abstractmethod
     def load(self, split: Split = "train") -> Data: ...
 
-    def from_array(self, pixels: Tensor, labels: Tensor | None, kind: Label | None) -> InMemory:
-        """``pixels`` uint8 ``[N, H, W]`` or ``[N, H, W, C]``, as these options want them."""
+    def from_files(
+        self, files: Files, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], memory: float
+    ) -> Data:
+        """Pictures from files, as these options want them; the first one says what the others must look like."""
+        first = decode(files.read(0), files.where(0), self.size, self.channels)
+        spec = Spec(first.shape, kinds)
+        spec.check(cond, len(files.names))
+        data = OnDisk(files, cond, spec, self.size, self.channels, self.flip)
+        return data.in_memory() if len(data) * first.size <= memory * 2**30 else data
+
+    def from_array(self, pixels: Tensor, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition]) -> InMemory:
+        """Pictures uint8 ``[N, H, W]`` or ``[N, H, W, C]``, as these options want them."""
+        from PIL import Image as pil
+
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-        x = pixels.movedim(-1, 1).contiguous()
-        spec = Spec(tuple(x.shape[1:]), {} if kind is None else {"label": kind})
-        cond = {} if labels is None else {"label": labels.long()}
-        return InMemory(x, cond, spec, Pixels(), self.flip)
+        n, *found, c = pixels.shape
+        wanted = height_width(self.size) if self.size else tuple(found)
+        if wanted != tuple(found) or (self.channels or c) != c:
+            pictures = (pil.fromarray(p.squeeze(-1) if c == 1 else p) for p in pixels.numpy())
+            if n > LONG:
+                pictures = progress(pictures, n, "resizing")
+            x = torch.from_numpy(np.stack([pixels_of(p, self.size, self.channels) for p in pictures]))
+        else:
+            x = pixels.movedim(-1, 1).contiguous()
+        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), Pixels(), self.flip)
 
 
 def check_split(split: str) -> None:
@@ -87,13 +250,13 @@ def check_split(split: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Source):
-    """1,797 handwritten digits, 8x8 grey, that come with scikit-learn: no network. A fifth of each class is held out."""
+    """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is held out."""
 
     def load(self, split: Split = "train") -> InMemory:
         from sklearn.datasets import load_digits
 
         check_split(split)
-        digits = load_digits()
+        digits: Any = load_digits()
         held_out = np.zeros(len(digits.target), dtype=bool)
         shuffle = np.random.RandomState(0)  # numpy promises its numbers for ever; the split must never change
         for c in range(10):
@@ -101,4 +264,94 @@ class Digits(Source):
             held_out[of_class[: round(len(of_class) / 5)]] = True
         rows = np.flatnonzero(held_out == (split == "test"))
         pixels = torch.from_numpy(np.round(digits.images[rows] * 255 / 16).astype(np.uint8))
-        return self.from_array(pixels, torch.from_numpy(digits.target[rows]), Label(10, DIGITS))
+        labels = torch.from_numpy(digits.target[rows]).long()
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torchvision(Source):
+    """A classic that torchvision knows how to read, and downloads to ``root`` where it is absent."""
+
+    root: str = "data"
+
+    def read(self, name: str, files: str, split: Split) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Pixels ``[N, H, W]`` or ``[N, H, W, C]``, classes ``[N]`` and the names of ``torchvision.datasets.<name>``.
+
+        ``files`` says where they are expected. ``ValueError`` in one line where they are neither there nor to be had.
+        """
+        from torchvision import datasets
+
+        check_split(split)
+        root = Path(self.root).expanduser()
+        try:
+            try:
+                found = getattr(datasets, name)(root, train=split == "train")
+            except RuntimeError:  # not there
+                found = download(getattr(datasets, name), root, split)
+        except OSError as e:
+            hint = f"put {files} there, or name the folder above with --data.root"
+            raise ValueError(f"{name}: not found in {root}, and not to be downloaded ({one_line(e)}); {hint}") from e
+        except Exception as e:
+            raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
+        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
+        if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(found.classes):
+            raise ValueError(
+                f"{name}: {root / files} holds {len(pixels)} pictures and {len(labels)} labels; "
+                f"needs as many, in 0..{len(found.classes) - 1}"
+            )
+        return pixels, labels, tuple(found.classes)
+
+
+def download(dataset: Any, root: Path, split: Split) -> Any:
+    """``OSError`` where it fails, and no waiting for ever."""
+    import socket
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        return dataset(root, train=split == "train", download=True)
+    except RuntimeError as e:  # torchvision's way to say that no mirror answered
+        raise OSError(str(e)) from e
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist(Torchvision):
+    """70,000 handwritten digits, 28x28 grey (LeCun et al. 1998)."""
+
+    def load(self, split: Split = "train") -> InMemory:
+        pixels, labels, _ = self.read("MNIST", "MNIST/raw/*-ubyte", split)
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist(Torchvision):
+    """70,000 pieces of clothing, 28x28 grey (Xiao et al. 2017)."""
+
+    def load(self, split: Split = "train") -> InMemory:
+        pixels, labels, names = self.read("FashionMNIST", "FashionMNIST/raw/*-ubyte", split)
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(Torchvision):
+    """60,000 photographs, 32x32 colour, of ten classes (Krizhevsky 2009).
+
+    Read from torchvision's ``root/cifar-10-batches-py`` (pickles, which torchvision opens only if their MD5 is the
+    published one) or from ``root/cifar10/{train,test}.zip``, which StyleGAN and EDM made popular.
+    """
+
+    flip: bool = True
+
+    NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    def load(self, split: Split = "train") -> Data:
+        zips = Path(self.root).expanduser() / "cifar10"
+        if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
+            from genkit.data.folders import Zip
+
+            archive = Zip(root=str(zips), size=self.size, channels=self.channels, flip=self.flip)
+            return archive.load(split, names=self.NAMES)
+        pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})

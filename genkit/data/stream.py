@@ -6,6 +6,8 @@ and another size of micro-batch all see the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,6 +15,9 @@ import torch
 from torch import Tensor
 
 from genkit.core import Batch, Data, Draw, seed_of
+from genkit.data.images import OnDisk
+
+Rows = tuple[int, int, int]  # draw, start, stop
 
 AUGMENT = 1  # the last number of the key of the augmentation's draws: they never shift the loss's
 
@@ -22,7 +27,8 @@ class Stream:
 
     Each ``draw`` (phases that repeat within a step count them up) is an endless stream of its own: row r of step s is
     its element ``s * batch_size + r``, and every ``len(data)`` elements are one epoch, in an order of its own. Samples
-    leave as the codec takes them (uint8 pictures), on ``device``.
+    leave as the codec takes them (uint8 pictures), on ``device``. ``workers`` threads read ahead from the disk; data
+    in memory have no use for them.
     """
 
     def __init__(
@@ -34,21 +40,59 @@ class Stream:
             )
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, torch.device(device)
         self.order = lru_cache(maxsize=8)(self._order)
+        self.ahead = ReadAhead(data, self.indices, workers) if workers and isinstance(data, OnDisk) else None
 
     def _order(self, draw: int, epoch: int) -> Tensor:
         return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(self.seed, draw, epoch)))
 
     def indices(self, step: int, draw: int, start: int, stop: int) -> Tensor:
         """Which samples these rows are, ``[stop - start]``."""
-        n, first = len(self.data), step * self.batch_size + start
-        last = step * self.batch_size + stop
+        n, first, last = len(self.data), step * self.batch_size + start, step * self.batch_size + stop
         epochs = range(first // n, (last - 1) // n + 1)
         return torch.cat([self.order(draw, e)[max(first - e * n, 0) : min(last - e * n, n)] for e in epochs])
 
     def __call__(self, step: int, draw: int, start: int, stop: int) -> Batch:
-        assert 0 <= start < stop <= self.batch_size, (start, stop, self.batch_size)
+        assert step >= 0 and 0 <= start < stop <= self.batch_size, (step, start, stop, self.batch_size)  # noqa: PT018
         augment = Draw((self.seed, step, draw, AUGMENT), start, stop)
-        batch = self.data.batch(self.indices(step, draw, start, stop), augment)
+        if self.ahead is None:
+            batch = self.data.batch(self.indices(step, draw, start, stop), augment)
+        else:
+            batch = self.ahead.batch(step, (draw, start, stop), augment)
         if self.device.type == "cuda":
             batch = replace(batch, x=batch.x.pin_memory(), cond={k: v.pin_memory() for k, v in batch.cond.items()})
         return replace(batch.to(self.device), draw=Draw((self.seed, step, draw), start, stop, self.device))
+
+
+class ReadAhead:
+    """Decodes in threads what the next steps will ask for, as far as the last ones tell.
+
+    Rows that were asked for at steps s and s + k are expected at s + 2k and s + 3k. A wrong guess costs time, never
+    another answer: what was not foreseen is read when it is asked for, and what was and is not wanted is dropped.
+    """
+
+    DEPTH = 2  # steps
+    CHUNK = 16  # pictures a task: one batch keeps all threads busy
+
+    def __init__(self, data: OnDisk, indices: Callable[..., Tensor], workers: int) -> None:
+        self.data, self.indices = data, indices
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="genkit-read")
+        self.tasks: dict[Rows, dict[int, list[Future[Tensor]]]] = {}
+        self.last: dict[Rows, int] = {}
+
+    def submit(self, step: int, rows: Rows) -> list[Future[Tensor]]:
+        chunks = self.indices(step, *rows).split(self.CHUNK)
+        return [self.pool.submit(self.data.read, chunk.tolist()) for chunk in chunks]
+
+    def batch(self, step: int, rows: Rows, augment: Draw) -> Batch:
+        tasks = self.tasks.setdefault(rows, {})
+        stride = step - self.last.get(rows, step - 1)
+        foreseen = [step + k * stride for k in range(self.DEPTH + 1)] if stride > 0 else [step]
+        for s in tasks.keys() - set(foreseen):
+            for task in tasks.pop(s):
+                task.cancel()
+        for s in foreseen:
+            if s not in tasks:
+                tasks[s] = self.submit(s, rows)
+        self.last[rows] = step
+        x = torch.cat([task.result() for task in tasks.pop(step)])
+        return self.data.finish(x, self.indices(step, *rows), augment)

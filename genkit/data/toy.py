@@ -59,17 +59,22 @@ class Moons(Toy):
     def shape(self, rng: np.random.Generator) -> Points:
         from sklearn.datasets import make_moons
 
-        return make_moons(self.n, random_state=int(rng.integers(2**32)))
+        points, labels = make_moons(self.n, random_state=int(rng.integers(2**32)))
+        return np.asarray(points), np.asarray(labels)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatedMoons(Moons):
+class RotatedMoons(Toy):
     """Two moons, turned counter-clockwise by ``angle`` degrees: the same data set seen from another domain."""
 
     angle: float = 45.0
 
+    classes = Moons.classes
+    mean = Moons.mean
+    scale = Moons.scale
+
     def shape(self, rng: np.random.Generator) -> Points:
-        points, labels = super().shape(rng)
+        points, labels = Moons(n=self.n).shape(rng)
         c, s = np.cos(self.angle * pi / 180), np.sin(self.angle * pi / 180)
         return (points - self.mean) @ np.array([[c, s], [-s, c]]) + self.mean, labels
 

@@ -1,0 +1,284 @@
+"""A person's own files: folders of pictures, zips of pictures, arrays in an ``.npz``.
+
+Nothing is unpickled, and nothing is extracted from an archive to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from genkit.codecs import Identity, MinMax, Standardize
+from genkit.core import Condition, Data, Label, Spec
+from genkit.data.images import MEMORY, InMemory, Source, Split, check_split, one_line
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT = ("test", "val")
+
+
+# ------------------------------------------------------------------------------------------------- finding
+def is_picture(name: str) -> bool:
+    """By its suffix; what lies in hidden folders or in those that macOS adds is none."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not any(p.startswith((".", "__MACOSX")) for p in path.parts)
+
+
+def find(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
+    """The path of this split, and that of the training split, which says what the classes are.
+
+    ``root`` is the training split, or a folder that holds ``train{suffix}`` and ``test{suffix}`` (or ``val``).
+    """
+    check_split(split)
+    top = Path(root).expanduser()
+    if not top.exists():
+        raise ValueError(f"{top}: there is no such file or folder; name yours with --data.root")
+    home, train = None, top
+    inside = top / f"train{suffix}"
+    if inside.exists() and (suffix or any((top / name).is_dir() for name in HELD_OUT)):
+        home, train = top, inside
+    elif top.name == f"train{suffix}":
+        home = top.parent
+    if train.is_dir() != (suffix == ""):
+        needs = f"a {suffix} file, or a folder with train{suffix}" if suffix else "a folder of pictures"
+        raise ValueError(f"{top}: is not {needs}")
+    if split == "train":
+        return train, train
+    for held_out in [home / f"{name}{suffix}" for name in HELD_OUT] if home else []:
+        if held_out.exists():
+            return held_out, train
+    base = home or "DIR"
+    raise ValueError(f"{top}: has no test split; lay it out as {base}/train{suffix} and {base}/test{suffix}")
+
+
+def source(name_or_path: str) -> tuple[str, dict[str, str]]:
+    """A name of ``DATA``, or a path to pictures: ``(registry name, fields)``, so that ``--data=path/to/images`` works.
+
+    A registry name goes first (``./digits`` is the folder). ``ValueError`` where it is neither.
+    """
+    from genkit.data import DATA
+
+    path = Path(name_or_path).expanduser()
+    if name_or_path in DATA:
+        return name_or_path, {}
+    if path.is_dir():
+        kinds = [kind for kind in ("zip", "npz") if (path / f"train.{kind}").exists()]
+        return (kinds or ["folder"])[0], {"root": name_or_path}
+    if path.is_file() and path.suffix in (".zip", ".npz"):
+        return path.suffix[1:], {"root": name_or_path}
+    raise ValueError(
+        f"data {name_or_path!r} is unknown; allowed: {', '.join(DATA)}, "
+        "or the path of a folder, .zip or .npz that exists"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+@dataclass(frozen=True, eq=False)
+class FolderFiles:
+    root: Path
+    names: Sequence[str]
+
+    def read(self, i: int) -> bytes:
+        return (self.root / self.names[i]).read_bytes()
+
+    def where(self, i: int) -> str:
+        return str(self.root / self.names[i])
+
+
+class ZipFiles:
+    """The pictures of one archive, read member by member. ``ValueError`` names the member that is corrupt."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()  # a ZipFile is not made for several threads
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as e:
+            raise ValueError(f"{path}: cannot be opened as a zip: {one_line(e)}") from e
+        self.names = sorted(n for n in self.archive.namelist() if is_picture(n))
+        if not self.names:
+            raise ValueError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
+
+    def member(self, name: str) -> bytes:
+        try:
+            with self.lock:
+                return self.archive.read(name)
+        except Exception as e:  # a wrong checksum, a password, an unknown compression: each has its own class
+            raise ValueError(f"{self.path}/{name}: cannot be read: {one_line(e)}") from e
+
+    def read(self, i: int) -> bytes:
+        return self.member(self.names[i])
+
+    def where(self, i: int) -> str:
+        return f"{self.path}/{self.names[i]}"
+
+    def labels(self) -> Tensor | None:
+        """The classes ``[N]`` that ``dataset.json`` gives the pictures, if it does."""
+        if "dataset.json" not in self.archive.namelist():
+            return None
+        where = f"{self.path}/dataset.json"
+        try:
+            pairs = json.loads(self.member("dataset.json"))["labels"]
+            if pairs is None:
+                return None
+            classes = {name.replace("\\", "/"): label for name, label in pairs}
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f'{where}: needs {{"labels": [[name, class], ...]}} or null: {one_line(e)}') from e
+        for name in self.names:
+            if name not in classes:
+                raise ValueError(f"{where}: gives no class to {name}")
+            if type(classes[name]) is not int or classes[name] < 0:
+                raise ValueError(f"{where}: the class of {name} is {classes[name]!r}; needs an integer from 0")
+        if len(classes) > len(self.names):
+            raise ValueError(f"{where}: {min(classes.keys() - set(self.names))} is not in the archive")
+        return torch.tensor([classes[name] for name in self.names])
+
+
+def pictures_below(directory: Path) -> list[str]:
+    """The pictures in a folder and its sub-folders (links too, but no folder twice), sorted by their path."""
+    seen: set[str] = set()
+    found: list[str] = []
+    for base, folders, files in os.walk(directory, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:  # a link to a folder above would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        found += (Path(base, name).relative_to(directory).as_posix() for name in files)
+    return sorted(name for name in found if is_picture(name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Source):
+    """What a person's own pictures have in common."""
+
+    root: str = "data"
+    labels: bool = True  # False: leave out the classes, where there are any
+    memory: Annotated[float, Ge(0)] = MEMORY  # GiB of decoded pixels up to which they are held in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Own):
+    """Pictures in a folder. Two or more sub-folders and no picture beside them: each sub-folder is a class.
+
+    Otherwise, and with ``labels`` off, all pictures below ``root`` are taken, without classes. The test split is
+    ``root/test`` (or ``val``) beside ``root/train``, with the classes of the latter.
+    """
+
+    def load(self, split: Split = "train") -> Data:
+        path, train = find(self.root, split, "")
+        files = FolderFiles(path, pictures_below(path))
+        if not files.names:
+            raise ValueError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
+        classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+        flat = any(is_picture(p.name) for p in train.iterdir() if p.is_file())
+        if flat or len(classes) < 2 or not self.labels:
+            return self.from_files(files, {}, {}, self.memory)
+        of_file = [name.split("/")[0] for name in files.names]
+        for name, c in zip(files.names, of_file, strict=True):
+            if c not in classes:
+                raise ValueError(f"{path / name}: {c} is not one of the classes of {train}")
+        index = {c: i for i, c in enumerate(classes)}
+        label = torch.tensor([index[c] for c in of_file])
+        return self.from_files(files, {"label": label}, {"label": Label(len(classes), tuple(classes))}, self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zip(Own):
+    """Pictures in a .zip, with classes if it holds a ``dataset.json``: ``{"labels": [[name, class], ...]}`` or null.
+
+    The layout of StyleGAN and EDM. Members are read, never extracted. The test split is ``test.zip`` beside
+    ``train.zip``.
+    """
+
+    def load(self, split: Split = "train", names: tuple[str, ...] = ()) -> Data:
+        """``names`` are those of the classes, which the archive itself does not tell."""
+        path, train = find(self.root, split, ".zip")
+        files = ZipFiles(path)
+        label = files.labels() if self.labels else None
+        if label is None:
+            return self.from_files(files, {}, {}, self.memory)
+        of_train = label if path == train else ZipFiles(train).labels()
+        kind = labels_of(label, of_train, names, path, train)
+        return self.from_files(files, {"label": label}, {"label": kind}, self.memory)
+
+
+def labels_of(label: Tensor, of_train: Tensor | None, names: tuple[str, ...], path: Path, train: Path) -> Label:
+    """The classes that the training split has; ``ValueError`` where this split has others."""
+    if of_train is None:
+        raise ValueError(f"{path}: has classes, but {train} has none")
+    num = len(names) or int(of_train.max()) + 1
+    if int(label.max()) >= num:
+        raise ValueError(f"{path}: has the class {int(label.max())}; {train} has 0..{num - 1}")
+    return Label(num, names)
+
+
+# ------------------------------------------------------------------------------------------------- arrays
+@dataclass(frozen=True, kw_only=True)
+class Npz(Source):
+    """Arrays in an .npz: ``x`` and, if there are classes, ``y``; or ``arr_0`` and ``arr_1`` (guided-diffusion's names).
+
+    Samples are pictures, uint8 ``[N, H, W]`` or ``[N, H, W, 1 or 3]``, or numbers, float ``[N, D]`` or ``[N, C, T]``.
+    """
+
+    root: str = "data.npz"
+    labels: bool = True  # False: leave out the classes, where there are any
+    codec: Literal["standardize", "min-max", "identity"] | None = None  # of numbers; None: standardize
+
+    def load(self, split: Split = "train") -> Data:
+        path, train = find(self.root, split, ".npz")
+        x, label = read_npz(path)
+        train_x, train_label = (x, label) if path == train else read_npz(train)
+        cond: dict[str, Tensor] = {}
+        kinds: dict[str, Condition] = {}
+        if self.labels and label is not None:
+            cond, kinds = {"label": label}, {"label": labels_of(label, train_label, (), path, train)}
+        if x.dtype == torch.uint8:
+            if self.codec is not None:
+                raise ValueError(f"{path}: holds pictures, which --data.codec is not for; given {self.codec}")
+            return self.from_array(x, cond, kinds)
+        if self.size is not None or self.channels is not None or self.flip:
+            raise ValueError(f"{path}: holds numbers, for which --data.size, channels and flip mean nothing")
+        if x.shape[1:] != train_x.shape[1:]:
+            raise ValueError(f"{path}: samples are {tuple(x.shape[1:])}, but {tuple(train_x.shape[1:])} in {train}")
+        codecs = {"standardize": Standardize.fit, "min-max": MinMax.fit, "identity": lambda _: Identity()}
+        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codecs[self.codec or "standardize"](train_x))
+
+
+def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
+    """uint8 pictures or float32 numbers ``[N, ...]``, and classes ``[N]``. ``ValueError`` names what is wrong."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            keys = ("x", "y") if "x" in stored.files else ("arr_0", "arr_1")
+            if keys[0] not in stored.files:
+                raise ValueError(
+                    f"it holds {', '.join(stored.files) or 'nothing'}; needs x (and y), or arr_0 (and arr_1)"
+                )
+            x, y = stored[keys[0]], stored[keys[1]] if keys[1] in stored.files else None
+    except Exception as e:  # not a zip, a pickle (refused), truncated: each has its own class
+        raise ValueError(f"{path}: cannot be read: {one_line(e)}") from e
+    where = f"{path}: {keys[0]} is {x.dtype} {list(x.shape)}"
+    if x.dtype == np.uint8:
+        fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))
+    else:
+        fits = x.dtype.kind == "f" and x.ndim in (2, 3)
+    if not fits or not x.size:
+        raise ValueError(f"{where}; needs uint8 [N, H, W] or [N, H, W, 1 or 3], or float [N, D] or [N, C, T]")
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+        if len(bad):
+            raise ValueError(f"{where}, of which {len(bad)} rows hold NaN or infinity, the first at {bad[0]}")
+    if y is None:
+        return torch.from_numpy(x), None
+    if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
+        raise ValueError(f"{path}: {keys[1]} is {y.dtype} {list(y.shape)}; needs [{len(x)}] integers from 0")
+    return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))
