@@ -29,9 +29,11 @@ def table(registry: str, name: str, **metadata: str) -> dict[str, Any]:
 class Train:
     """Train a model."""
 
-    objective: Objective = field(**table("genkit.objectives:OBJECTIVES", "flow"))
+    objective: Objective = field(**table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective"))
     """What is learned."""
-    backbone: Backbones = field(**table("genkit.backbones:BACKBONES", "unet", follows="data.suits"))
+    backbone: Backbones = field(
+        **table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
+    )
     """The family of networks; without a NAME, the one that suits the data."""
     data: Any = field(**table("genkit.data:DATA", "digits", fallback="genkit.data:source"))
     """What is learned from: a NAME, or a path to a folder of images."""

@@ -5,6 +5,7 @@ A *table* is a field whose value is an object of one of several dataclasses. Its
     path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
 
 ``table``     "module:NAME" of the registry, a plain dict name -> dataclass, imported when it is first needed;
+``kind``      "module:Class", which dataclasses from outside have to be subclasses of;
 ``fallback``  "module:function", called with a NAME that is not in the registry but exists on disk; returns
               ``(registry name, its settings)``: so a bare folder can be a dataset;
 ``follows``   "field.attribute": without a NAME, the class is the one that this attribute of a sibling's class names.
@@ -49,11 +50,9 @@ def suggest(given: object, allowed: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def show(value: object) -> str:
-    """``value`` on one line, shortened."""
-    return (
-        reprlib.repr(value) if isinstance(value, (str, bytes, int, float)) else reprlib.repr(value).replace("\n", " ")
-    )
+short = reprlib.Repr()
+short.maxstring = short.maxother = 100
+show = short.repr
 
 
 # ----------------------------------------------------------------------------------------------- the classes
@@ -81,7 +80,7 @@ def lookup(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, dict
     if str(name).replace("_", "-").lower() in same:
         return registry[same[str(name).replace("_", "-").lower()]], {}
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
-        return outside(name, path), {}
+        return outside(name, path, load(meta["kind"]) if "kind" in meta else object), {}
     if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(name):
         found, settings = load(meta["fallback"])(name)
         return registry[found], settings
@@ -91,7 +90,7 @@ def lookup(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, dict
     )
 
 
-def outside(name: str, path: str) -> type:
+def outside(name: str, path: str, kind: type) -> type:
     """The dataclass ``package.module:Class``. An error inside that module is its author's, and keeps its traceback."""
     try:
         cls = load(name)
@@ -103,6 +102,8 @@ def outside(name: str, path: str) -> type:
         raise ConfigError(path, f"given {name}; the module has no such class") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(path, f"given {name}; needs a dataclass, and this is a {type(cls).__name__}")
+    if not issubclass(cls, kind):
+        raise ConfigError(path, f"given {name}; needs a subclass of {kind.__module__}.{kind.__name__}")
     return cls
 
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, TypeVar, cast
 
 import tyro
-import yaml
 from tyro.constructors import (
     MISSING_NONPROP,
     ConstructorRegistry,
@@ -38,7 +37,6 @@ from tyro.constructors import (
 from genkit.config.blocks import (
     ABSENT,
     ConfigError,
-    atoms,
     check,
     check_block,
     fields,
@@ -112,7 +110,7 @@ def peek(argv: Sequence[str], path: str) -> str | None:
             break
         name, equals, value = token.partition("=")
         if path_of(name) == path:
-            found = value if equals else following
+            found = value if equals else following if following and not is_flag(following) else None
     return found
 
 
@@ -134,6 +132,10 @@ def path_of(token: str) -> str | None:
     return token[2:].replace("-", "_") if token.startswith("--") else None
 
 
+def is_flag(token: str) -> bool:
+    return token.startswith("-") and token.lstrip("-")[:1].isalpha()
+
+
 def no(path: str) -> str:
     """``data.flip`` -> ``data.no_flip``, the switch that turns it off."""
     return re.sub(r"([^.]+)$", r"no_\1", path)
@@ -144,30 +146,33 @@ class Given(tuple):
     """The values of one flag, as text. Whatever is not ``Given`` in tyro's answer is a default."""
 
 
-def raw(hint: Any) -> PrimitiveConstructorSpec:
-    """How tyro reads and describes a value of type ``hint``, but left as text. Without a syntax of its own: as YAML."""
+def syntax(hint: Any) -> PrimitiveConstructorSpec:
+    """How tyro reads and describes a value of type ``hint``."""
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        as_yaml = functools.partial(yaml.safe_dump, default_flow_style=True)
-        spec = PrimitiveConstructorSpec(1, "YAML", Given, lambda x: True, lambda x: [as_yaml(x).strip()])
-    return replace(spec, instance_from_str=Given, choices=None)
+    assert isinstance(spec, PrimitiveConstructorSpec), f"tyro has no syntax for {hint}"
+    return spec
+
+
+def as_text(hint: Any) -> Any:
+    """``hint`` for tyro, which shall hand on the text: values are refused in one place, by ``check``."""
+    spec = syntax(hint)
+    nargs = "*" if isinstance(spec.nargs, tuple) else spec.nargs
+    return Annotated[hint, replace(spec, nargs=nargs, instance_from_str=Given, choices=None)]
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting on the command line: its type, its value without a flag, and how tyro reads it."""
+    """One setting on the command line: its type, and its value without a flag."""
 
     hint: Any
     value: Any
-    spec: PrimitiveConstructorSpec
 
-    def text(self, given: Given) -> Any:
-        """What YAML would hold in place of ``given``."""
-        if type(None) in atoms(self.hint) and given in [("None",), ("null",)]:
-            return None
-        if self.spec.metavar == "YAML":
-            return yaml.safe_load(given[0])
-        return given[0] if self.spec.nargs == 1 else list(given)
+    def read(self, given: Given) -> Any:
+        """The value that tyro makes of the text; where it cannot, the text, as YAML would hold it."""
+        spec = syntax(self.hint)
+        with contextlib.suppress(ValueError):
+            return spec.instance_from_str(list(given))
+        return given[0] if len(given) == 1 and spec.nargs != "*" else list(given)
 
 
 class Flags:
@@ -191,8 +196,8 @@ class Flags:
                 kind: Any = self.block(type(value), vars(value), here, [])
                 value, doc = kind(), (inspect.getdoc(type(value)) or "").partition("\n")[0]
             else:
-                leaf = self.leaves[here] = Leaf(hints(cls)[name], value, raw(hints(cls)[name]))
-                kind = leaf.hint if leaf.hint is bool else Annotated[leaf.hint, leaf.spec]
+                leaf = self.leaves[here] = Leaf(hints(cls)[name], value)
+                kind = bool if leaf.hint is bool else as_text(leaf.hint)
             out.append(StructFieldSpec(name, kind, MISSING_NONPROP if value is ABSENT else value, doc))
         stand_in = type(cls.__name__, (), {})
         self.specs[stand_in] = StructConstructorSpec(dict, tuple(out))
@@ -200,16 +205,15 @@ class Flags:
 
     def text(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
         """A flag that pass 1 has read already. tyro sees it for ``--help``, and to know that it takes a value."""
-        hint = Annotated[str | None, raw(str | None), tyro.conf.arg(name=name, metavar=metavar)]
+        hint = Annotated[as_text(str | None), tyro.conf.arg(name=name, metavar=metavar)]
         return StructFieldSpec(key, cast(Any, hint), value, doc)
 
     def read(self, argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
         """The settings that ``argv`` gives, by their dotted paths."""
         registry = ConstructorRegistry()
         registry.struct_rule(lambda info: self.specs.get(info.type))
-        complaint = io.StringIO()
         try:
-            with contextlib.redirect_stderr(complaint):
+            with contextlib.redirect_stderr(io.StringIO()):  # tyro's boxes
                 answer, left = tyro.cli(
                     self.root,
                     args=self.spell(argv),
@@ -220,34 +224,45 @@ class Flags:
                     config=(tyro.conf.PositionalMetavarFromFieldName,),
                 )
         except SystemExit as e:
-            if not e.code:
+            if not e.code:  # --help
                 raise
-            text = complaint.getvalue().partition("For full helptext")[0]
-            raise ConfigError("", " ".join(re.sub("[─-╿]", " ", text).split())) from None
+            missing = [name.upper() for name, leaf in self.leaves.items() if leaf.value is ABSENT]
+            raise ConfigError("", f"{' '.join(missing)} is missing; see {prog} --help") from None
         if left:
             raise ConfigError("", f"unexpected argument {left[0]!r}; see {prog} --help")
         out = {}
         for path, leaf in self.leaves.items():
             value = functools.reduce(operator.getitem, path.split("."), answer)
             if isinstance(value, Given):
-                out[path] = leaf.text(value)
+                out[path] = leaf.read(value)
             elif leaf.hint is bool and value != leaf.value:
                 out[path] = value
         return out
 
     def spell(self, argv: Sequence[str]) -> list[str]:
-        """``argv`` with ``--flip=false`` as ``--no-flip``. An unknown flag is an error here, where all are known."""
+        """``argv`` with ``--flip=false`` as ``--no-flip``. Unknown flags and missing values are errors here."""
+        argv = list(argv)
+        end = argv.index("--") if "--" in argv else len(argv)
+        if any(token in ("-h", "--help") or token.startswith("--tyro-") for token in argv[:end]):
+            return argv
         switches = {path for path, leaf in self.leaves.items() if leaf.hint is bool}
-        known = {*self.leaves, *self.tables, *map(no, switches), "config", "help"}
-        argv, rest = (list(argv[: argv.index("--")]), argv[argv.index("--") :]) if "--" in argv else (list(argv), [])
-        for i, token in enumerate(argv):
+        for i, token in enumerate(argv[:end]):
             name, equals, value = token.partition("=")
             path = path_of(name)
-            if path and path not in known and not path.startswith("tyro_") and not {"-h", "--help"} & set(argv):
+            if path is None or path in map(no, switches):
+                continue
+            if path in switches:
+                if equals:
+                    argv[i] = flag(path if check(bool, value, flag(path)) else no(path))
+            elif path in self.leaves or path in self.tables or path == "config":
+                need = syntax(self.leaves[path].hint).nargs if path in self.leaves else 1
+                given = itertools.takewhile(lambda token: not is_flag(token), argv[i + 1 : end])
+                have = len(list(given)) + bool(equals)
+                if isinstance(need, int) and have < need:
+                    raise ConfigError("", f"{name} needs {need} value{'s' * (need > 1)}, given {have}")
+            else:
                 raise ConfigError("", f"unknown option {name}{self.near(path)}")
-            if path in switches and equals:
-                argv[i] = flag(path if check(bool, value, flag(path)) else no(path))
-        return [*argv, *rest]
+        return argv
 
     def near(self, path: str) -> str:
         """A flag that ``path`` may have meant: one of the same block, else one of the same name elsewhere."""
