@@ -133,6 +133,8 @@ class ZipFiles:
             classes = {name.replace("\\", "/"): label for name, label in pairs}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ValueError(f'{where}: needs {{"labels": [[name, class], ...]}} or null: {one_line(e)}') from e
+        if len(classes) < len(pairs):
+            raise ValueError(f"{where}: names a picture twice")
         for name in self.names:
             if name not in classes:
                 raise ValueError(f"{where}: gives no class to {name}")

@@ -50,7 +50,7 @@ def pixels_of(picture: Picture, size: Size = None, channels: Channels = None) ->
     from PIL import Image as pil
     from PIL import ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):
         wide = np.asarray(picture).astype(np.float64)
         if wide.min() < 0 or wide.max() > 65535:
@@ -62,7 +62,8 @@ def pixels_of(picture: Picture, size: Size = None, channels: Channels = None) ->
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = pil.alpha_composite(pil.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("L" if (channels or (1 if grey else 3)) == 1 else "RGB")
+    mode = "L" if (channels or (1 if grey else 3)) == 1 else "RGB"
+    picture = picture if picture.mode == mode else picture.convert(mode)
     if size is not None:
         height, width = height_width(size)
         zoom = min(picture.width / width, picture.height / height)
@@ -282,17 +283,13 @@ class Torchvision(Source):
         from torchvision import datasets
 
         check_split(split)
-        root = Path(self.root).expanduser()
+        root, kind = Path(self.root).expanduser(), getattr(datasets, name)
         try:
-            try:
-                found = getattr(datasets, name)(root, train=split == "train")
-            except RuntimeError:  # not there
-                found = download(getattr(datasets, name), root, split)
-        except OSError as e:
-            hint = f"put {files} there, or name the folder above with --data.root"
-            raise ValueError(f"{name}: not found in {root}, and not to be downloaded ({one_line(e)}); {hint}") from e
-        except Exception as e:
-            raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
+            found = kind(root, train=split == "train")
+        except Exception as e:  # damaged files trip it up in many ways, absent ones in one
+            if "Dataset not found" not in str(e):
+                raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
+            found = download(kind, root, split, files)
         pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
         if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(found.classes):
             raise ValueError(
@@ -302,16 +299,18 @@ class Torchvision(Source):
         return pixels, labels, tuple(found.classes)
 
 
-def download(dataset: Any, root: Path, split: Split) -> Any:
-    """``OSError`` where it fails, and no waiting for ever."""
+def download(kind: Any, root: Path, split: Split, files: str) -> Any:
+    """torchvision's data set ``kind``, fetched to ``root``. ``ValueError`` where that fails; no waiting for ever."""
     import socket
 
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        return dataset(root, train=split == "train", download=True)
-    except RuntimeError as e:  # torchvision's way to say that no mirror answered
-        raise OSError(str(e)) from e
+        return kind(root, train=split == "train", download=True)
+    except (OSError, RuntimeError) as e:
+        hint = f"put {files} there, or name the folder above with --data.root"
+        where = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
+        raise ValueError(f"{where} ({one_line(e)}); {hint}") from e
     finally:
         socket.setdefaulttimeout(patience)
 
