@@ -770,8 +770,11 @@ def test_long_work_shows_a_bar_and_gives_the_same(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr("genkit.data.images.LONG", 3)
     monkeypatch.setattr("genkit.data.images.CHUNK", 2)
-    assert torch.equal(DATA["folder"](root=str(tmp_path)).load().x, quiet.x)
-    DATA["digits"](size=4).load("test")
+    load = lambda: (DATA["folder"](root=str(tmp_path)).load(), DATA["digits"](size=4).load("test"))  # noqa: E731
+    assert torch.equal(load()[0].x, quiet.x)
+    assert capfd.readouterr() == ("", "")  # not a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert torch.equal(load()[0].x, quiet.x)
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "decoding" in shown.err

@@ -94,11 +94,12 @@ def one_line(error: Exception) -> str:
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """``items``, with a bar on standard error."""
+    """``items``, with a bar on standard error, where that is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, what, total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 # -------------------------------------------------------------------------------------------------- holding
