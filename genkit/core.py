@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Label:
     def check(self, name: str, value: Tensor, batch: int) -> None:
         if value.shape != (batch,) or value.dtype.is_floating_point:
             raise ValueError(f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] integers")
-        if batch and not (0 <= int(value.min()) and int(value.max()) < self.num):
+        if batch and (int(value.min()) < 0 or int(value.max()) >= self.num):
             raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..{self.num - 1}")
 
 
@@ -65,7 +65,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence, seen by cross-attention: ``cond[name]`` is Float ``[B, L, dim]`` with ``cond["mask"]`` Bool ``[B, L]``."""
+    """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``, with ``cond["mask"]`` Bool ``[B, L]``."""
 
     dim: int
 
@@ -159,7 +159,7 @@ class Batch:
         return len(self.x)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normals ``[B, *shape]`` on the device and in the dtype of ``x``; the shape of ``x`` if none is named."""
+        """Standard normals ``[B, *shape]``, like ``x`` in device and dtype, and in shape if none is named."""
         shape = shape or tuple(self.x.shape[1:])
         drawn = self.draw.normal(*shape) if self.draw else torch.randn(len(self), *shape, device=self.x.device)
         return drawn.to(self.x)
@@ -271,6 +271,9 @@ class Backbones(ABC):
 
 class Objective(ABC):
     """What is learned, and how a sample is drawn from it. A frozen dataclass: fields are configuration, no weights."""
+
+    sampler: ClassVar[str | None]
+    """the name of its usual sampler; None for a one-pass model, which needs none"""
 
     @property
     @abstractmethod

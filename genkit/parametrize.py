@@ -72,7 +72,7 @@ class Data(Plain):
 
 @dataclass(frozen=True)
 class V(Plain):
-    """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), divided back by alpha^2 + sigma^2 off the VP paths."""
+    """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), on any path."""
 
     def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         a, s = _coefficients(path, t, x0)

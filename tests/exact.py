@@ -66,7 +66,7 @@ def three() -> Mixture:
 
 @dataclass(frozen=True)
 class ExactDenoiser:
-    """The posterior means ``E[x0 | x]`` and ``E[x1 | x]`` of a mixture on a path. ``cond["label"]`` picks a component."""
+    """The posterior means ``E[x0 | x]`` and ``E[x1 | x]`` of a mixture on a path; a label picks a component."""
 
     mixture: Mixture
     path: Path

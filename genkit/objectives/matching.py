@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Matching(Objective):
     from the prediction: Li & He 2025, table 1), how times are drawn, and how often conditions are dropped.
     """
 
+    sampler: ClassVar[str | None] = "heun"
     drop: float
 
     @property

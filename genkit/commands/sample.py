@@ -1,0 +1,94 @@
+"""`genkit sample RUN`: draw from a model, as a grid, PNG files or an npz."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path as File
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from genkit import pictures, runs
+from genkit.config import Sample, parse
+from genkit.core import Prediction
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(argv: list[str]) -> int:
+    asked = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
+    run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
+    out = destination(asked, run)
+    if asked.trajectory and asked.n > asked.batch:
+        raise ValueError(f"trajectory: given --n {asked.n} over batches of {asked.batch}; take --n {asked.batch} or less")
+    frames: list[Tensor] = []
+
+    def watch(step: int, x: Tensor, prediction: Prediction) -> None:
+        frames.append(run.codec.decode(x.float()).cpu())
+
+    how: dict = {"guidance": asked.guidance}
+    how |= {k: v for k, v in (("sampler", asked.sampler), ("steps", asked.steps)) if v is not None}
+    began = time.perf_counter()
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("sampling", total=asked.n)
+        x, cond = run.sample(
+            asked.n,
+            label=asked.label,
+            seed=asked.seed,
+            batch=asked.batch,
+            progress=lambda done: bar.update(task, completed=done),
+            callback=watch if asked.trajectory else None,
+            **how,
+        )
+    if not bool(torch.isfinite(x.float()).all()):
+        raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
+    for path in FORMATS[asked.format](x, cond, out):
+        console.print(path, markup=False)
+    if asked.trajectory:
+        gif = out.with_suffix(".gif") if out.suffix else out / "trajectory.gif"
+        console.print(pictures.save_gif([pictures.picture(f, cond) for f in frames], gif), markup=False)
+    console.print(f"{asked.n} samples in {time.perf_counter() - began:.1f} s from {run.weights}", markup=False)
+    return 0
+
+
+def destination(asked: Sample, run: runs.Run) -> File:
+    if asked.out:
+        return File(asked.out)
+    label = "" if asked.label is None else f"-label{asked.label}"
+    suffix = {"grid": ".png", "npz": ".npz", "png": ""}[asked.format]
+    return run.directory / "samples" / f"sample-step{run.step}{label}-seed{asked.seed}-n{asked.n}{suffix}"
+
+
+def write_grid(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
+    return [pictures.save(pictures.picture(x, cond), out if out.suffix else out.with_suffix(".png"))]
+
+
+def write_png(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
+    """One file a sample, `000000.png` and so on, with `labels.txt` where there are classes."""
+    if x.ndim != 4:
+        raise ValueError(f"format: given png for samples of shape {tuple(x.shape[1:])}; allowed: grid, npz")
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(x.permute(0, 2, 3, 1).numpy()):
+        pictures.pil(image).save(out / f"{i:06d}.png")
+    if "label" in cond:
+        (out / "labels.txt").write_text("".join(f"{i:06d}.png {int(c)}\n" for i, c in enumerate(cond["label"])))
+    return [out]
+
+
+def write_npz(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
+    """The layout of guided-diffusion: `arr_0` uint8 NHWC (floats as they are), `arr_1` labels."""
+    array = x.permute(0, 2, 3, 1).numpy() if x.ndim == 4 else x.numpy()
+    arrays = [array, cond["label"].numpy()] if "label" in cond else [array]
+    out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part.npz")
+    np.savez(part, *arrays)
+    os.replace(part, out)
+    return [out]
+
+
+FORMATS = {"grid": write_grid, "png": write_png, "npz": write_npz}

@@ -1,0 +1,276 @@
+"""`genkit train`: one loop for every objective."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from genkit import __version__, config, pictures, runs
+from genkit.config import parse, to_yaml
+from genkit.core import Batch, Codec, Spec
+from genkit.data import Stream
+from genkit.sampling import Seeds, bind
+from genkit.train import Diverged, State, fit, sample_rows, start
+
+GRID = 64  # samples of the pictures made while training
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(argv: list[str]) -> int:
+    resumed = resume_argument(argv)
+    if resumed:
+        run = runs.find(resumed)
+        argv = ["--config", str(run / "config.yaml"), *argv]
+    cfg = parse(config.Train, argv, prog="genkit train", description="Train an objective on data.")
+    return train(cfg, runs.find(cfg.resume) if cfg.resume else None)
+
+
+def resume_argument(argv: list[str]) -> str | None:
+    """The value of ``--resume``, needed before the rest can be parsed: the run's own configuration comes first."""
+    for here, after in zip(argv, [*argv[1:], None], strict=True):
+        if here == "--resume":
+            return after
+        if here.startswith("--resume="):
+            return here.partition("=")[2]
+    return None
+
+
+def train(cfg: config.Train, resumed: File | None = None) -> int:
+    """Train ``cfg``, in a new run directory or on from the newest checkpoint of ``resumed``."""
+    device = pick_device(cfg.device)
+    cfg = replace(cfg, precision=pick_precision(cfg.precision, device), resume=None)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    device = accelerator.device
+    with accelerator.main_process_first():
+        data = cfg.data.load("train")
+    torch.manual_seed(cfg.seed)
+    nets = {k: v.to(device) for k, v in cfg.objective.networks(cfg.backbone, data.spec).items()}
+    state = start(cfg.objective, nets, cfg)
+    stream = Stream(data, cfg.batch, cfg.seed, device, cfg.workers)
+    if resumed:
+        runs.restore(runs.checkpoint_of(resumed), state, cfg.objective)
+    session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), resumed)
+    session.open(state)
+    count = sum(p.numel() for net in nets.values() for p in net.parameters())
+    session.say(
+        f"{session.run}  {session.title}, {count / 1e6:.2f}M parameters, {len(data)} samples of "
+        f"{'x'.join(map(str, data.spec.shape))}, {device}, {cfg.precision}"
+        + (f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else "")
+    )
+    if state.step >= cfg.steps:
+        session.say(f"already at step {state.step} of {cfg.steps}; to go further: --resume {session.run} --steps N")
+        return 0
+    with listening() as asked, session.bar(state.step) as progress:
+        try:
+            done = fit(
+                cfg.objective,
+                state,
+                stream,
+                data.codec,
+                cfg,
+                accelerator,
+                log=session.log,
+                sample=session.sample,
+                save=session.save,
+                progress=progress,
+                stop=lambda: bool(asked),
+            )
+        except Diverged as e:
+            raise ValueError(f"{e}; the last good checkpoint stays in {session.run}") from e
+    session.close(state, done)
+    return 0 if done else 130
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: given cuda, and torch sees no CUDA device here; allowed: cpu, auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"auto" is bf16 on a GPU that has it, else fp32; it is resolved once, so a resumed run stays what it was."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def grid_conditions(spec: Spec, stream: Stream) -> dict[str, torch.Tensor]:
+    """Conditions of the pictures: classes in turn; what is more than a class comes from the first batch of data."""
+    try:
+        return runs.labels(spec, GRID)
+    except ValueError:
+        cond = stream(0, 0, 0, min(GRID, stream.batch_size)).cond
+        return {k: torch.cat([v.cpu()] * -(-GRID // len(v)))[:GRID] for k, v in cond.items()}
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[int]]:
+    """The signals that asked us to stop. The first lets the step end and saves; a second Ctrl-C ends at once."""
+    asked: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {s: signal.signal(s, hear) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@dataclass
+class Session:
+    """What a training run writes and shows. Only the main process writes; every rank draws its share of pictures."""
+
+    cfg: config.Train
+    accelerator: Accelerator
+    spec: Spec
+    codec: Codec
+    cond: dict[str, torch.Tensor]
+    run: File | None
+
+    @property
+    def title(self) -> str:
+        block = config.dump(self.cfg)
+        return self.cfg.name or "-".join(slug(block[k]["name"]) for k in ("data", "objective", "backbone"))
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            console.print(text, markup=False)
+
+    def open(self, state: State) -> None:
+        """Make the directory, or take up the resumed one; all ranks then know its name."""
+        if self.accelerator.is_main_process:
+            fresh = self.run is None
+            run = self.run or runs.create(self.cfg.out, self.title)
+            self.run = run if run.is_absolute() and not fresh else run
+            (run / "config.yaml").write_text(to_yaml(self.cfg))
+            if fresh:
+                (run / "env.json").write_text(json.dumps(environment(self.accelerator), indent=1))
+            else:
+                runs.rewind_log(run, state.step)
+                runs.point(run.parent / "latest", run.name)
+        self.run = broadcast_object_list([self.run])[0]
+        self.writer = None
+        if self.cfg.tensorboard and self.accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.step + 1)
+
+    @contextlib.contextmanager
+    def bar(self, step: int) -> Iterator[Any]:
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} samples/s"),
+            TimeRemainingColumn(),
+        )
+        shown = self.accelerator.is_main_process and console.is_terminal
+        with Progress(*columns, console=console, disable=not shown) as bar:
+            task = bar.add_task("train", total=self.cfg.steps, completed=step, loss="–", rate="–")
+
+            def update(step: int, loss: float | None) -> None:
+                speed = bar.tasks[0].speed
+                rate = f"{speed * self.cfg.batch:.0f}" if speed else "–"
+                bar.update(task, completed=step, loss="–" if loss is None else f"{loss:.4f}", rate=rate)
+
+            yield update
+
+    def log(self, record: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        runs.append_log(self.run, record)
+        if self.writer:
+            for key, value in record.items():
+                if key not in ("step", "samples", "seconds") and value is not None:
+                    self.writer.add_scalar(key, value, record["step"])
+        if not console.is_terminal and (record["step"] // self.cfg.log_every) % 5 == 0:
+            losses = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("/loss") and v is not None)
+            console.print(f"step {record['step']}/{self.cfg.steps}  {losses}  {record['samples_per_s']:.0f} samples/s")
+
+    def sample(self, state: State) -> None:
+        """A picture of the same seeds and conditions each time, from the slowest average; each rank draws its rows."""
+        rows = sample_rows(GRID, self.accelerator)
+        nets = state.emas[max(state.emas)] if state.emas else state.nets
+        objective, device = self.cfg.objective, self.accelerator.device
+        generate = objective.generator(nets, bind(objective.sampler, 20) if objective.sampler else None)
+        for net in nets.values():
+            net.eval()
+        noise = Seeds(rows, device)
+        cond = {k: v[list(rows)].to(device) for k, v in self.cond.items()}
+        with torch.no_grad():
+            mine = self.codec.decode(generate(noise(self.spec.shape), cond, noise))
+        drawn = self.accelerator.gather(mine)[:GRID].cpu()  # type: ignore[index]
+        for net in state.nets.values():
+            net.train()
+        if self.accelerator.is_main_process:
+            image = pictures.picture(drawn, self.cond)
+            pictures.save(image, self.run / "samples" / f"step-{state.step:07d}.png")
+
+    def save(self, state: State) -> None:
+        if self.accelerator.is_main_process:
+            cfg = self.cfg
+            runs.save(self.run, state, cfg.objective, self.spec, self.codec, seed=cfg.seed, keep=cfg.keep)
+            records = runs.read_log(self.run)
+            if records:
+                pictures.loss_plot(records, self.run / "loss.png")
+        self.accelerator.wait_for_everyone()
+
+    def close(self, state: State, done: bool) -> None:
+        if self.writer:
+            self.writer.close()
+        if not done:
+            self.say(f"stopped at step {state.step}, saved; continue with: genkit train --resume {self.run}")
+            return
+        newest = sorted((self.run / "samples").glob("*.png"))[-1:]
+        self.say(f"trained {state.step} steps" + (f", {state.skipped} skipped" if state.skipped else ""))
+        for path in [*newest, self.run / "loss.png"]:
+            self.say(f"picture  {path}")
+        label = " --label 1" if self.spec.cond else ""
+        self.say(f"next     genkit sample {self.run}{label} --n 16")
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition(":")[2])
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, device and command: what a number may hang on."""
+    from importlib.metadata import version
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=File(__file__).parent, capture_output=True, text=True)
+    packages = ("torch", "accelerate", "numpy", "diffusers")
+    return {
+        "genkit": __version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "packages": {p: version(p) for p in packages},
+        "device": str(accelerator.device),
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None,
+        "world_size": accelerator.num_processes,
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+    }
+
+
+__all__ = ["Batch", "Session", "main", "train"]

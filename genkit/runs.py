@@ -1,0 +1,333 @@
+"""The run directory: a configuration, checkpoints, a log and pictures. No pickle anywhere.
+
+    runs/0007-digits-flow-unet/
+      config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
+      checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
+
+A checkpoint is written under a temporary name, then renamed; ``latest`` likewise. So whatever kills a run, what its
+directory shows is complete. :func:`load` needs ``config.yaml`` and one checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from genkit import codecs, config
+from genkit.core import Codec, Cond, Denoiser, Generator, Image, Label, Objective, Spec, Tokens, Vector
+from genkit.guidance import clamp, classifier_free
+from genkit.sampling import GRIDS, Seeds, bind
+from genkit.train import State, phase_parameters
+
+KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens}
+
+
+# ---------------------------------------------------------------------------------------------- directories
+def create(out: str | File, name: str) -> File:
+    """A new directory ``out/NNNN-name``, numbered after the largest there is; ``out/latest`` points at it."""
+    out = File(out)
+    out.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(\d{4,})-", p.name))]
+        run = out / f"{max(numbers, default=-1) + 1:04d}-{name}"
+        try:
+            run.mkdir()
+        except FileExistsError:  # another process was faster
+            continue
+        point(out / "latest", run.name)
+        return run
+
+
+def point(link: File, target: str) -> None:
+    """Make ``link`` a symbolic link to ``target``, atomically. A directory of that name is left as it is."""
+    if link.is_dir() and not link.is_symlink():
+        raise ValueError(f"{link}: is a directory, and this name is kept for a link; move it away")
+    new = link.with_name(f".{link.name}-{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def find(path: str | File) -> File:
+    """The run directory that ``path`` names. ``ValueError`` says what is there instead."""
+    run = File(path)
+    if (run / "config.yaml").is_file():
+        return run.resolve()
+    if not run.exists():
+        near = run.parent if run.parent.is_dir() else File("runs")
+        runs = sorted(p.name for p in near.glob("*") if (p / "config.yaml").is_file()) if near.is_dir() else []
+        known = f"{near} holds {', '.join(runs[-5:])}" if runs else "train one first: genkit train --objective=flow"
+        raise ValueError(f"run: given {path}, which does not exist; {known}")
+    raise ValueError(f"run: given {path}, which holds no config.yaml; a run is a directory that genkit train wrote")
+
+
+def checkpoint_of(run: File, step: int | None = None) -> File:
+    """The newest complete checkpoint, or the one of ``step``."""
+    every = sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+    if not every:
+        raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
+    if step is None:
+        newest = run / "latest"
+        return newest.resolve() if (newest / "state.json").is_file() else every[-1]
+    for p in every:
+        if int(p.name.removeprefix("step-")) == step:
+            return p
+    raise ValueError(f"step: given {step}; saved: {', '.join(p.name.removeprefix('step-').lstrip('0') for p in every)}")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    names = {kind: name for name, kind in KINDS.items()}
+    return {"shape": list(spec.shape), "cond": {k: {"kind": names[type(v)], **asdict(v)} for k, v in spec.cond.items()}}
+
+
+def spec_from_dict(d: Mapping[str, Any]) -> Spec:
+    def condition(v: Mapping[str, Any]) -> Any:
+        values = {k: tuple(x) if isinstance(x, list) else x for k, x in v.items() if k != "kind"}
+        return KINDS[v["kind"]](**values)
+
+    return Spec(tuple(d["shape"]), {k: condition(v) for k, v in d["cond"].items()})
+
+
+def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
+    return {f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()}
+
+
+def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: File) -> None:
+    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or of another shape."""
+    wanted = {f"{name}.{k}": v for name, net in nets.items() for k, v in net.state_dict().items()}
+    odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
+    if odd:
+        raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
+    for name, net in nets.items():
+        net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
+
+def optimizer_tensors(objective: Objective, state: State) -> dict[str, Tensor]:
+    """``{"denoise/net.conv.weight/exp_avg": ...}``."""
+    return {
+        f"{phase.name}/{name}/{key}": value.cpu().contiguous().clone()
+        for phase in objective.phases
+        for name, p in phase_parameters(phase, state.nets)
+        for key, value in state.optimizers[phase.name].state.get(p, {}).items()
+    }
+
+
+def save(run: File, state: State, objective: Objective, spec: Spec, codec: Codec, *, seed: int, keep: int) -> File:
+    """Write ``checkpoints/step-N``, point ``latest`` at it, and leave the newest ``keep`` checkpoints."""
+    final = run / "checkpoints" / f"step-{state.step:07d}"
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    files = {"nets.safetensors": tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
+    files |= {f"ema-{decay}.safetensors": tensors(nets) for decay, nets in state.emas.items()}
+    for name, content in files.items():
+        save_file(content, part / name)
+    record = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "seed": seed,
+        "spec": spec_to_dict(spec),
+        "codec": codecs.to_dict(codec),
+        "sha256": {name: sha256(part / name) for name in files},
+    }
+    (part / "state.json").write_text(json.dumps(record, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    point(run / "latest", f"checkpoints/{final.name}")
+    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def sha256(path: File) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read(checkpoint: File, name: str) -> dict[str, Tensor]:
+    """The tensors of one file, after its checksum was compared."""
+    path = checkpoint / name
+    recorded = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    if name not in recorded:
+        raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
+    if not path.is_file() or sha256(path) != recorded[name]:
+        raise ValueError(f"{path}: is damaged (its sha256 is not the one recorded); take an earlier checkpoint: --step N")
+    return load_file(path)
+
+
+def restore(checkpoint: File, state: State, objective: Objective) -> None:
+    """Put a checkpoint back into ``state``: networks, averages, optimisers, step."""
+    record = json.loads((checkpoint / "state.json").read_text())
+    fill(state.nets, read(checkpoint, "nets.safetensors"), checkpoint)
+    for decay, nets in state.emas.items():
+        fill(nets, read(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
+    stored = read(checkpoint, "optim.safetensors")
+    for phase in objective.phases:
+        for name, p in phase_parameters(phase, state.nets):
+            prefix = f"{phase.name}/{name}/"
+            slots = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+            # the fused kernels want the step count beside the parameter
+            state.optimizers[phase.name].state[p] = {k: v.to(p.device) for k, v in slots.items()}
+    state.step, state.skipped = record["step"], record["skipped"]
+
+
+# ------------------------------------------------------------------------------------------------- log lines
+def append_log(run: File, record: Mapping[str, Any]) -> None:
+    with open(run / "log.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_log(run: File) -> list[dict[str, Any]]:
+    """The log's complete lines; a last one that was cut off by a kill is left out."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def rewind_log(run: File, step: int) -> None:
+    """Forget the lines after ``step``: what a killed run did past its last checkpoint is done again."""
+    kept = [r for r in read_log(run) if r["step"] <= step]
+    new = run / ".log.jsonl.part"
+    new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(new, run / "log.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ using a run
+@dataclass(frozen=True)
+class Run:
+    """A trained model: its configuration, networks (in evaluation mode), and what its samples look like."""
+
+    directory: File
+    config: config.Train
+    nets: dict[str, nn.Module]
+    spec: Spec
+    codec: Codec
+    step: int
+    weights: str
+    """the file that the networks came from"""
+    device: torch.device
+
+    @property
+    def objective(self) -> Objective:
+        return self.config.objective
+
+    def generator(
+        self,
+        sampler: str | None = None,
+        steps: int = 20,
+        guidance: float = 1.0,
+        *,
+        grid: str = "uniform",
+        clip: bool = False,
+        callback: Callable[..., None] | None = None,
+        **options: Any,
+    ) -> Generator:
+        """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
+
+        ``sampler`` None is the objective's usual one.         ``clip`` keeps predicted data in [-1, 1]. ``options`` go to the sampler (``eta`` of ddim).
+        """
+        if guidance != 1 and not self.spec.cond:
+            raise ValueError(f"guidance: given {guidance}, but this model has no conditions to guide by; use 1")
+        if grid not in GRIDS:
+            raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
+
+        def guide(denoise: Denoiser) -> Denoiser:
+            denoise = classifier_free(guidance)(denoise)
+            return clamp()(denoise) if clip else denoise
+
+        sampler = sampler or self.objective.sampler
+        bound = bind(sampler, GRIDS[grid](steps), guide, callback=callback, **options) if sampler else None
+        return self.objective.generator(self.nets, bound)
+
+    def sample(
+        self,
+        n: int = 16,
+        *,
+        label: int | None = None,
+        seed: int = 0,
+        cond: Cond | None = None,
+        batch: int = 64,
+        progress: Callable[[int], None] = lambda done: None,
+        **how: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``n`` decoded samples ``[n, *S]`` (uint8 for images) and their conditions. Sample i has seed ``seed + i``.
+
+        Without ``label`` or ``cond`` a model of classes draws them in turn. ``how`` goes to :meth:`generator`.
+        """
+        conditions = dict(cond) if cond is not None else labels(self.spec, n, label)
+        self.spec.check(conditions, n)
+        generate, drawn = self.generator(**how), []
+        for first in range(0, n, batch):
+            rows = slice(first, min(first + batch, n))
+            noise = Seeds(range(seed + rows.start, seed + rows.stop), self.device)
+            here = {k: v[rows].to(self.device) for k, v in conditions.items()}
+            with torch.no_grad():
+                drawn.append(self.codec.decode(generate(noise(self.spec.shape), here, noise)).cpu())
+            progress(rows.stop)
+        return torch.cat(drawn), conditions
+
+
+def labels(spec: Spec, n: int, label: int | None = None) -> dict[str, Tensor]:
+    """The class of each of ``n`` samples: ``label``, or all classes in turn. ``{}`` for a model without conditions."""
+    if not spec.cond:
+        if label is not None:
+            raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
+        return {}
+    classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
+    if len(classes) < len(spec.cond):
+        missing = ", ".join(k for k in spec.cond if k not in classes)
+        raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
+    for name, kind in classes.items():
+        if label is not None and not 0 <= label < kind.num:
+            raise ValueError(f"{name}: given {label}; allowed 0..{kind.num - 1}")
+    turn = torch.arange(n)
+    return {k: torch.full((n,), label) if label is not None else turn % kind.num for k, kind in classes.items()}
+
+
+def load(path: str | File, *, ema: str = "best", step: int | None = None, device: str = "cpu") -> Run:
+    """The model of a run directory.
+
+    ``ema`` is a decay that the run kept ("0.999"), "none" for the raw weights, or "best": the largest decay.
+    ``ValueError`` where something is missing or damaged. Reads safetensors, JSON and YAML only.
+    """
+    run = find(path)
+    cfg = config.from_dict(config.Train, yaml.safe_load((run / "config.yaml").read_text()))
+    checkpoint = checkpoint_of(run, step)
+    record = json.loads((checkpoint / "state.json").read_text())
+    kept = sorted(cfg.ema)
+    if ema == "best":
+        ema = str(kept[-1]) if kept else "none"
+    if ema != "none" and ema not in map(str, kept):
+        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*map(str, kept), 'none'])}")
+    file = "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+    spec = spec_from_dict(record["spec"])
+    nets = cfg.objective.networks(cfg.backbone, spec)
+    fill(nets, read(checkpoint, file), checkpoint / file)
+    for net in nets.values():
+        net.to(device).eval().requires_grad_(False)
+    codec = codecs.from_dict(record["codec"])
+    where = torch.device(device)
+    return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)
