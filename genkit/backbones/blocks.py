@@ -6,7 +6,6 @@ going through float32 tensors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -192,6 +191,3 @@ def positive(family: str, **fields: int | Sequence[int]) -> None:
             raise ValueError(f"{family}: {name} is {value!r}; needs {'numbers' if value is numbers else 'a number'} >= 1")
 
 
-def size_of(shape: Sequence[int]) -> int:
-    """How many numbers a sample of this shape has."""
-    return math.prod(shape)
