@@ -27,7 +27,7 @@ import re
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pydantic
 import yaml
@@ -40,7 +40,7 @@ class ConfigError(ValueError):
     """A mistake in a configuration, in one line. ``path`` is the dotted path of the setting, ``problem`` the rest."""
 
     def __init__(self, path: str, problem: str):
-        super().__init__(f"{path}: {problem}" if path else problem)
+        super().__init__(" ".join(f"{path}: {problem}".split()) if path else " ".join(problem.split()))
         self.path, self.problem = path, problem
 
 
@@ -76,18 +76,19 @@ def load(where: str) -> Any:
 def lookup(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, dict[str, Any]]:
     """The dataclass that ``name`` means in this table, and settings that come with it."""
     registry = load(meta["table"])
-    same = {str(k).replace("_", "-").lower(): k for k in registry}
-    if str(name).replace("_", "-").lower() in same:
-        return registry[same[str(name).replace("_", "-").lower()]], {}
+    known = {k.replace("_", "-"): cls for k, cls in registry.items()}
+    if str(name).replace("_", "-") in known:
+        return known[str(name).replace("_", "-")], {}
+    if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(name):
+        try:
+            found, settings = load(meta["fallback"])(name)
+        except ValueError as e:
+            raise ConfigError(path, str(e)) from e
+        return registry[found], settings
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
         return outside(name, path, load(meta["kind"]) if "kind" in meta else object), {}
-    if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(name):
-        found, settings = load(meta["fallback"])(name)
-        return registry[found], settings
-    also = ", package.module:Class" + (", an existing path" if "fallback" in meta else "")
-    raise ConfigError(
-        path, f"given {show(name)}; allowed: {', '.join(sorted(registry))}{also}{suggest(name, registry)}"
-    )
+    allowed = [*registry, "package.module:Class", *(["a path that exists"] if "fallback" in meta else [])]
+    raise ConfigError(path, f"given {show(name)}; allowed: {', '.join(allowed)}{suggest(name, registry)}")
 
 
 def outside(name: str, path: str, kind: type) -> type:
@@ -107,23 +108,22 @@ def outside(name: str, path: str, kind: type) -> type:
     return cls
 
 
-# ----------------------------------------------------------------------------------------- mapping -> object
-def from_dict(cls: Callable[..., T], tree: object, path: str = "", base: object = ABSENT) -> T:
-    """The object that ``tree`` describes; what it does not mention stays as in ``base``, or at the class's default."""
-    values = check_block(typing.cast(type, cls), tree, path, base)
-    for name in fields(typing.cast(type, cls)):
-        if name not in values:
-            raise ConfigError(join(path, name), "is missing, and has no default")
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(path, " ".join(str(e).split())) from e
+# ------------------------------------------------------------------------------- mapping -> outline -> object
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A class and checked values for its fields, not yet an object; the values of its tables are blocks."""
+
+    cls: type
+    values: dict[str, Any]
 
 
-def check_block(cls: type, tree: object, path: str = "", base: object = ABSENT) -> dict[str, Any]:
-    """The checked values of all fields of a block; only fields with neither a value nor a default are left out."""
+def from_dict(cls: Callable[..., T], tree: object) -> T:
+    """The object that ``tree`` describes; what it does not mention stays at its default."""
+    return build(outline(cast(type, cls), tree))
+
+
+def outline(cls: type, tree: object, path: str = "", base: Block | None = None) -> Block:
+    """``tree`` checked against the fields of ``cls``; what it does not mention comes from ``base``, or the defaults."""
     if not isinstance(tree, Mapping):
         raise ConfigError(path, f"given {show(tree)}; needs a mapping of settings")
     known = fields(cls)
@@ -132,23 +132,23 @@ def check_block(cls: type, tree: object, path: str = "", base: object = ABSENT) 
             allowed = ", ".join(known) or f"nothing, {cls.__name__} has no settings"
             raise ConfigError(join(path, str(key)), f"unknown; allowed here: {allowed}{suggest(key, known)}")
     values: dict[str, Any] = {}
-    for f in sorted(known.values(), key=lambda f: "follows" in f.metadata):  # followers after those whom they follow
-        given, here = tree.get(f.name, ABSENT), join(path, f.name)
-        value = default(f) if base is ABSENT else getattr(base, f.name)
+    for name, f in sorted(known.items(), key=lambda item: "follows" in item[1].metadata):  # followers last
+        given, here = tree.get(name, ABSENT), join(path, name)
+        value = base.values.get(name, ABSENT) if base else default(f)
         if "table" in f.metadata:
-            if base is ABSENT and "follows" in f.metadata:
+            if "follows" in f.metadata and not base:
                 value = follow(f.metadata, values, here, value)
-            value = check_table(f.metadata, given, here, value)
+            value = outline_table(f.metadata, given, here, value)
         elif given is not ABSENT:
-            value = check(hints(cls)[f.name], given, here)
-        if value is not ABSENT:
-            values[f.name] = value
-    return {name: values[name] for name in known if name in values}
+            value = check(hints(cls)[name], given, here)
+        values[name] = value
+    return Block(cls, {name: values[name] for name in known if values[name] is not ABSENT})
 
 
-def check_table(meta: Mapping[str, Any], given: object, path: str, value: object) -> object:
+def outline_table(meta: Mapping[str, Any], given: object, path: str, value: Any) -> Any:
+    """The block that ``given`` makes of a table; ``value`` is the block that it changes if it has no NAME."""
     if given is ABSENT:
-        return value
+        given = {}
     if isinstance(given, str):
         given = {"name": given}
     if not isinstance(given, Mapping):
@@ -156,20 +156,48 @@ def check_table(meta: Mapping[str, Any], given: object, path: str, value: object
     rest = {k: v for k, v in given.items() if k != "name"}
     if "name" in given:
         cls, settings = lookup(meta, given["name"], path)
-        return from_dict(cls, {**settings, **rest}, path)
+        return outline(cls, {**settings, **rest}, path)
     if value is ABSENT:
-        raise ConfigError(path, f"needs a name; allowed: {', '.join(sorted(load(meta['table'])))}")
-    return from_dict(type(value), rest, path, value)
+        raise ConfigError(path, f"needs a name; allowed: {', '.join(load(meta['table']))}")
+    return outline(value.cls, rest, path, value)
 
 
-def follow(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: object) -> object:
+def follow(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: Any) -> Any:
     sibling, attribute = meta["follows"].split(".")
-    name = getattr(type(values[sibling]), attribute, ABSENT)  # a class from outside need not say
-    return value if name is ABSENT else from_dict(lookup(meta, name, path)[0], {}, path)
+    name = getattr(values[sibling].cls, attribute, ABSENT)  # a class from outside need not say
+    return value if name is ABSENT else outline_table(meta, name, path, value)
 
 
 def default(f: dataclasses.Field) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return as_block(value) if "table" in f.metadata and value is not ABSENT else value
+
+
+def as_block(obj: Any) -> Block:
+    values = {name: getattr(obj, name) for name in fields(type(obj))}
+    inner = {name: as_block(values[name]) for name, f in fields(type(obj)).items() if "table" in f.metadata}
+    return Block(type(obj), {**values, **inner})
+
+
+def build(block: Block, path: str = "") -> Any:
+    """The object, or ``ConfigError`` where a value is missing or the class itself refuses them."""
+    values = {k: build(v, join(path, k)) if isinstance(v, Block) else v for k, v in block.values.items()}
+    for name in fields(block.cls):
+        if name not in values:
+            raise ConfigError(join(path, name), "is missing, and has no default")
+    try:
+        return block.cls(**values)
+    except ValueError as e:
+        raise ConfigError(path, str(e)) from e
+
+
+def tables(block: Block, path: str = "") -> Iterator[str]:
+    """The dotted paths of all tables, outer ones first; ``block`` may lack some."""
+    for name, f in fields(block.cls).items():
+        if "table" in f.metadata:
+            yield join(path, name)
+            if name in block.values:
+                yield from tables(block.values[name], join(path, name))
 
 
 def join(path: str, name: str) -> str:
@@ -195,7 +223,7 @@ def check(hint: Any, given: object, path: str) -> Any:
     names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
     optional = " (or null)" if type(None) in atoms(hint) else ""
     problem = f"given {show(errors[0]['input'])}; {' or '.join(problems)}{optional}{suggest(errors[0]['input'], names)}"
-    raise ConfigError(where, " ".join(problem.split()))
+    raise ConfigError(where, problem)
 
 
 def atoms(hint: Any) -> set[Any]:
@@ -254,16 +282,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(f"{path}{line}", f"not valid YAML: {e.problem or e.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ConfigError(str(path), f"not valid YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(str(path), f"not valid YAML: {e}") from None
     if not isinstance(tree, (dict, type(None))):
         raise ConfigError(str(path), f"given {show(tree)}; a configuration is a mapping such as 'steps: 1000'")
     return tree or {}
-
-
-def tables(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The dotted paths of all tables, outer ones first; ``values`` may lack some."""
-    for name, f in fields(cls).items():
-        if "table" in f.metadata:
-            yield join(path, name)
-            if name in values:
-                yield from tables(type(values[name]), vars(values[name]), join(path, name))

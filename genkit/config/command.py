@@ -15,14 +15,13 @@ import contextlib
 import difflib
 import functools
 import inspect
-import io
 import itertools
 import operator
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import tyro
 from tyro.constructors import (
@@ -36,9 +35,9 @@ from tyro.constructors import (
 
 from genkit.config.blocks import (
     ABSENT,
+    Block,
     ConfigError,
     check,
-    check_block,
     fields,
     from_dict,
     hints,
@@ -46,6 +45,7 @@ from genkit.config.blocks import (
     load,
     load_yaml,
     name_of,
+    outline,
     tables,
 )
 
@@ -58,8 +58,8 @@ def parse(cls: Callable[..., T], argv: Sequence[str], prog: str = "genkit", desc
     tree = load_yaml(file) if file else {}
     flags: set[str] = set()  # the dotted paths that the command line gives
     try:
-        values = choose(cast(type, cls), tree, argv, flags)
-        for path, value in Flags(cast(type, cls), values).read(argv, prog, description).items():
+        block = choose(cast(type, cls), tree, argv, flags)
+        for path, value in Flags(block, wants_help(argv)).read(argv, prog, description).items():
             put(tree, path, value)
             flags.add(path)
         return from_dict(cls, tree)
@@ -69,13 +69,12 @@ def parse(cls: Callable[..., T], argv: Sequence[str], prog: str = "genkit", desc
 
 def locate(e: ConfigError, file: str | None, tree: Mapping[str, Any], flags: set[str]) -> ConfigError:
     """The same mistake, with the flag or the file that made it."""
-    setting, *rest = e.path.partition("[")
-    if setting in flags:
-        return ConfigError(flag(setting) + "".join(rest), e.problem)
-    inside = any(path.startswith(e.path + ".") for path in flags)
-    return ConfigError(
-        f"{file}: {e.path}" if file and e.path and mentions(tree, setting) and not inside else e.path, e.problem
-    )
+    path, *index = re.split(r"(?=\[)", e.path)
+    if path in flags:
+        return ConfigError(flag(path) + "".join(index), e.problem)
+    related = any(f"{path}.".startswith(f"{x}.") or x.startswith(f"{path}.") for x in flags)
+    in_file = mentions(tree, path) or mentions(tree, path.rpartition(".")[0])
+    return ConfigError(f"{file}: {e.path}", e.problem) if file and in_file and not related else e
 
 
 def mentions(tree: object, path: str) -> bool:
@@ -87,19 +86,19 @@ def mentions(tree: object, path: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------- pass 1: the NAMEs
-def choose(cls: type, tree: dict[str, Any], argv: Sequence[str], flags: set[str]) -> dict[str, Any]:
-    """Put the NAMEs of ``argv`` into ``tree``, outer tables first, and return the values that this gives."""
-    values: dict[str, Any] = {}
+def choose(cls: type, tree: dict[str, Any], argv: Sequence[str], flags: set[str]) -> Block:
+    """Put the NAMEs of ``argv`` into ``tree``, outer tables first, and return the outline that this gives."""
+    block = Block(cls, {})
     while True:
-        before = list(tables(cls, values))
+        before = list(tables(block))
         for path in before:
             name = peek(argv, path)
             if name is not None and path not in flags:
                 put(tree, path, {"name": name})
                 flags.add(path)
-        values = check_block(cls, tree)
-        if list(tables(cls, values)) == before:
-            return values
+        block = outline(cls, tree)
+        if list(tables(block)) == before:
+            return block
 
 
 def peek(argv: Sequence[str], path: str) -> str | None:
@@ -132,6 +131,12 @@ def path_of(token: str) -> str | None:
     return token[2:].replace("-", "_") if token.startswith("--") else None
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether tyro will print, and exit: help, or a script for the shell's completion."""
+    options = itertools.takewhile(lambda token: token != "--", argv)
+    return any(token in ("-h", "--help") or token.startswith("--tyro-") for token in options)
+
+
 def is_flag(token: str) -> bool:
     return token.startswith("-") and token.lstrip("-")[:1].isalpha()
 
@@ -157,7 +162,9 @@ def as_text(hint: Any) -> Any:
     """``hint`` for tyro, which shall hand on the text: values are refused in one place, by ``check``."""
     spec = syntax(hint)
     nargs = "*" if isinstance(spec.nargs, tuple) else spec.nargs
-    return Annotated[hint, replace(spec, nargs=nargs, instance_from_str=Given, choices=None)]
+    plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    text = replace(spec, nargs=nargs, instance_from_str=Given, choices=None)
+    return Annotated[(plain | None, *marks, text)]  # type: ignore  # None: see Flags.required
 
 
 @dataclass(frozen=True)
@@ -178,28 +185,29 @@ class Leaf:
 class Flags:
     """The flags that a configuration has. tyro sees a stand-in type for each block, and fills it as a plain dict."""
 
-    def __init__(self, cls: type, values: Mapping[str, Any]):
+    def __init__(self, block: Block, help: bool):
+        self.required = MISSING_NONPROP if help else None  # an error of from_dict's is clearer than one of tyro's
         self.leaves: dict[str, Leaf] = {}
         self.tables: list[str] = []
         self.specs: dict[type, StructConstructorSpec] = {}
         config = self.text("config", "config", "FILE", None, "Settings, in YAML.")
-        self.root = self.block(cls, values, "", [config])
+        self.root = self.block(block, "", [config])
 
-    def block(self, cls: type, values: Mapping[str, Any], path: str, out: list[StructFieldSpec]) -> type:
-        docs = field_docs(cls)
-        for name, f in fields(cls).items():
-            here, value, doc = join(path, name), values.get(name, ABSENT), docs.get(name)
+    def block(self, block: Block, path: str, out: list[StructFieldSpec]) -> type:
+        docs = field_docs(block.cls)
+        for name, f in fields(block.cls).items():
+            here, value, doc = join(path, name), block.values.get(name, ABSENT), docs.get(name)
             if "table" in f.metadata:
                 self.tables.append(here)
                 names = "{" + ",".join(load(f.metadata["table"])) + "}"
-                out.append(self.text(f"{name} NAME", name, names, name_of(f.metadata, type(value)), doc))
-                kind: Any = self.block(type(value), vars(value), here, [])
-                value, doc = kind(), (inspect.getdoc(type(value)) or "").partition("\n")[0]
+                out.append(self.text(f"{name} NAME", name, names, name_of(f.metadata, value.cls), doc))
+                kind: Any = self.block(value, here, [])
+                value, doc = kind(), (inspect.getdoc(value.cls) or "").partition("\n")[0]
             else:
-                leaf = self.leaves[here] = Leaf(hints(cls)[name], value)
+                leaf = self.leaves[here] = Leaf(hints(block.cls)[name], value)
                 kind = bool if leaf.hint is bool else as_text(leaf.hint)
-            out.append(StructFieldSpec(name, kind, MISSING_NONPROP if value is ABSENT else value, doc))
-        stand_in = type(cls.__name__, (), {})
+            out.append(StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc))
+        stand_in = type(block.cls.__name__, (), {})
         self.specs[stand_in] = StructConstructorSpec(dict, tuple(out))
         return stand_in
 
@@ -212,22 +220,15 @@ class Flags:
         """The settings that ``argv`` gives, by their dotted paths."""
         registry = ConstructorRegistry()
         registry.struct_rule(lambda info: self.specs.get(info.type))
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # tyro's boxes
-                answer, left = tyro.cli(
-                    self.root,
-                    args=self.spell(argv),
-                    prog=prog,
-                    description=description,
-                    registry=registry,
-                    return_unknown_args=True,
-                    config=(tyro.conf.PositionalMetavarFromFieldName,),
-                )
-        except SystemExit as e:
-            if not e.code:  # --help
-                raise
-            missing = [name.upper() for name, leaf in self.leaves.items() if leaf.value is ABSENT]
-            raise ConfigError("", f"{' '.join(missing)} is missing; see {prog} --help") from None
+        answer, left = tyro.cli(
+            self.root,
+            args=self.spell(argv),
+            prog=prog,
+            description=description,
+            registry=registry,
+            return_unknown_args=True,
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+        )
         if left:
             raise ConfigError("", f"unexpected argument {left[0]!r}; see {prog} --help")
         out = {}
@@ -243,7 +244,7 @@ class Flags:
         """``argv`` with ``--flip=false`` as ``--no-flip``. Unknown flags and missing values are errors here."""
         argv = list(argv)
         end = argv.index("--") if "--" in argv else len(argv)
-        if any(token in ("-h", "--help") or token.startswith("--tyro-") for token in argv[:end]):
+        if wants_help(argv):
             return argv
         switches = {path for path, leaf in self.leaves.items() if leaf.hint is bool}
         for i, token in enumerate(argv[:end]):
@@ -274,6 +275,7 @@ class Flags:
         return f"; did you mean {flag({**everywhere, **here}[close[0]])}?" if close else "; see --help"
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The text under, or behind, each field in the source of a dataclass and its bases."""
     docs = {}
