@@ -131,7 +131,7 @@ def times_at(path: Path, tau: Tensor) -> Tensor:
     """
     tau = tau.double()
     low, high = torch.zeros_like(tau), torch.ones_like(tau)
-    for _ in range(60):  # 2^-60 is below the spacing of doubles at 1; absolute error near 0 is 1e-18
+    for _ in range(110):  # to 2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16
         middle = (low + high) / 2
         above = chart(path, middle)[0] > tau
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)

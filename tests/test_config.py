@@ -295,7 +295,9 @@ def test_a_class_from_outside():
     assert "needs a dataclass, and this is a type" in mistake(f"--wave={HERE}:NotADataclass")
     assert "needs a dataclass, and this is a dict" in mistake(f"--wave={HERE}:DATA")
     assert mistake("--wave=os:path.nothing") == "--wave: given os:path.nothing; the module has no such class"
-    assert mistake("--wave=nowhere.x:Y") == "--wave: given nowhere.x:Y; there is no module nowhere to import"
+    assert (
+        mistake("--wave=nowhere.x:Y") == "--wave: given nowhere.x:Y; there is no module nowhere; is it on PYTHONPATH?"
+    )
     assert mistake(f"--net={HERE}:Arc") == f"--net: given {HERE}:Arc; needs a subclass of {HERE}.Shape"
 
 
@@ -422,6 +424,9 @@ def test_mistakes_on_the_command_line(argv, line):
     [
         ("a: [1\nb: 2\n", "c.yaml:2: not valid YAML: "),
         ("a: 1\n  b: 2\n", "c.yaml:2: not valid YAML: mapping values are not allowed here"),
+        ("steps: 1\nlr: 1\nsteps: 2\n", "c.yaml:3: not valid YAML: steps is given twice"),
+        ("wave: {low: 0, low: 1}", "c.yaml:1: not valid YAML: low is given twice"),
+        ("{[a]: 1}", "c.yaml:1: not valid YAML: found unhashable key"),
         ("- 1", "c.yaml: given [1]; a configuration is a mapping such as 'steps: 1000'"),
         ("words", "c.yaml: given 'words'; a configuration is a mapping"),
         ("a: 2020-99-99", "c.yaml: not valid YAML: month must be in 1..12"),
@@ -438,8 +443,10 @@ def test_a_file_that_is_not_text(write):
     write("")
     Path("c.yaml").write_bytes(b"\xff\xfe\xfa")
     assert mistake("--config=c.yaml").startswith("c.yaml: not valid YAML: 'utf-8' codec can't decode")
-    Path("c.yaml").write_text("# only a comment\n")
+    write("# only a comment\n")
     assert load_yaml("c.yaml") == {}
+    write("wave: &w {low: 0.5, times: uniform}\nother: {<<: *w, low: 1}")
+    assert load_yaml("c.yaml")["other"] == {"low": 1, "times": "uniform"}
 
 
 def test_a_mistake_is_blamed_on_who_made_it(write):

@@ -1,0 +1,18 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost more than they bring, and ranks share cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("genkit", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("genkit")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
