@@ -98,7 +98,7 @@ def outside(name: str, path: str, kind: type) -> type:
     except ModuleNotFoundError as e:
         if not name.startswith(e.name or "\0"):
             raise
-        raise ConfigError(path, f"given {name}; there is no module {e.name} to import") from None
+        raise ConfigError(path, f"given {name}; there is no module {e.name}; is it on PYTHONPATH?") from None
     except AttributeError:
         raise ConfigError(path, f"given {name}; the module has no such class") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
@@ -265,17 +265,28 @@ def name_of(meta: Mapping[str, Any], cls: type) -> str:
 
 def to_yaml(cfg: Any) -> str:
     tree = dump(cfg)
-    nested = any(
-        isinstance(v, (dict, list)) for v in tree.values()
-    )  # then None puts only innermost collections in a row
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None if nested else False, width=110)
+    nested = any(isinstance(v, (dict, list)) for v in tree.values())
+    style = None if nested else False  # None: the innermost collections, and only they, on one line
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=style, width=110)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two equal keys, without that."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
         with open(path, encoding="utf-8") as f:
-            tree = yaml.safe_load(f)
+            tree = yaml.load(f, Loader)
     except OSError as e:
         raise ConfigError(str(path), f"cannot be read ({e.strerror})") from None
     except yaml.MarkedYAMLError as e:

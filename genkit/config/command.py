@@ -4,8 +4,8 @@ Precedence, low to high: dataclass defaults < YAML (``--config FILE``) < a NAME 
 block to that class's defaults) < dotted flags (``--objective.t-std 2``). Order on the command line does not matter,
 except that the last of two equal flags holds.
 
-tyro knows the grammar (which flags there are, how many values each takes, ``--help``); the values themselves go, as
-text, through the same check as YAML. So a mistake reads the same wherever it was made.
+tyro knows the grammar (which flags there are, how many values each takes, what they look like, ``--help``); the values
+themselves go through the same check as YAML. So a mistake reads the same wherever it was made.
 """
 
 from __future__ import annotations
@@ -243,9 +243,9 @@ class Flags:
     def spell(self, argv: Sequence[str]) -> list[str]:
         """``argv`` with ``--flip=false`` as ``--no-flip``. Unknown flags and missing values are errors here."""
         argv = list(argv)
-        end = argv.index("--") if "--" in argv else len(argv)
         if wants_help(argv):
             return argv
+        end = argv.index("--") if "--" in argv else len(argv)
         switches = {path for path, leaf in self.leaves.items() if leaf.hint is bool}
         for i, token in enumerate(argv[:end]):
             name, equals, value = token.partition("=")
@@ -286,14 +286,10 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         body = cast(ast.ClassDef, ast.parse(source).body[0]).body
         for field, after in itertools.zip_longest(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                line = source.splitlines()[cast(int, field.end_lineno) - 1]
-                text = line.encode()[cast(int, field.end_col_offset) :].decode().partition("#")[2]
-                if (
-                    isinstance(after, ast.Expr)
-                    and isinstance(after.value, ast.Constant)
-                    and isinstance(after.value.value, str)
-                ):
-                    text = inspect.cleandoc(after.value.value)
-                docs[field.target.id] = " ".join(text.split())
+            match field, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
+                case ast.AnnAssign(target=ast.Name(id=name), end_lineno=int(line), end_col_offset=int(column)), _:
+                    rest = source.splitlines()[line - 1].encode()[column:].decode()
+                    docs[name] = rest.partition("#")[2].strip()
     return docs
