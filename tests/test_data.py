@@ -691,8 +691,8 @@ def test_a_batch_is_the_same_however_it_is_cut(cut, n, seed, step, draw):
     parts = [Stream(data, size, seed)(step, draw, a, b) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat([p.x for p in parts]), whole.x)  # the samples and their flips
     assert torch.equal(torch.cat([p.cond["label"] for p in parts]), whole.cond["label"])
-    assert torch.equal(torch.cat([p.normal(3) for p in parts]), whole.normal(3))  # and the loss's numbers,
-    assert torch.equal(torch.cat([p.uniform() for p in parts]), whole.uniform())  # one after the other
+    assert torch.equal(torch.cat([p.draw.normal(3) for p in parts]), whole.draw.normal(3))  # and the loss's numbers,
+    assert torch.equal(torch.cat([p.draw.uniform() for p in parts]), whole.draw.uniform())  # one after the other
     assert (whole.x.flatten(1).amin(1) == whole.cond["label"]).all()
 
 
@@ -710,7 +710,10 @@ def test_orders_differ_between_epochs_draws_and_seeds():
     n = 30
     first = Stream(numbered(n), n, 0)
     batches = [first(0, 0, 0, n), first(1, 0, 0, n), first(0, 1, 0, n), Stream(numbered(n), n, 1)(0, 0, 0, n)]
-    orders, noises = [b.cond["label"] for b in batches], [b.normal() for b in batches]  # a draw moves on when asked
+    orders, noises = (
+        [b.cond["label"] for b in batches],
+        [b.draw.normal(4) for b in batches],
+    )  # a draw moves on when asked
     for i in range(len(batches)):
         for j in range(i):
             assert not torch.equal(orders[i], orders[j])
@@ -728,8 +731,8 @@ def test_augmentation_leaves_the_noise_alone():
     assert all(70 < f.sum() < 130 for f in flips)
     assert not torch.equal(flips[0], flips[1])
     assert not torch.equal(flips[0], flips[2])
-    assert torch.equal(flipping(3, 0, 0, n).normal(4), plain(3, 0, 0, n).normal(4))
-    known = flipping(3, 0, 0, n).uniform() < 0.5
+    assert torch.equal(flipping(3, 0, 0, n).draw.normal(4), plain(3, 0, 0, n).draw.normal(4))
+    known = flipping(3, 0, 0, n).draw.uniform() < 0.5
     assert 70 < (known == flips[0]).sum() < 130  # or the loss would know who was mirrored
 
 
@@ -741,7 +744,7 @@ def test_reading_ahead_changes_nothing(disk, requests):
         one, other = plain(step, draw, start, stop), ahead(step, draw, start, stop)
         assert torch.equal(one.x, other.x)
         assert torch.equal(one.cond["label"], other.cond["label"])
-        assert torch.equal(one.normal(2), other.normal(2))
+        assert torch.equal(one.draw.normal(2), other.draw.normal(2))
 
 
 def test_a_resumed_stream_continues_and_foresees(disk):
