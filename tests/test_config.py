@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -21,6 +21,9 @@ from tyro.conf import Positional
 from genkit.config import ConfigError, Sample, Train, dump, from_dict, load_yaml, parse, table, to_yaml
 from genkit.config.blocks import fields, load
 from genkit.config.command import field_docs
+
+if TYPE_CHECKING:
+    from genkit.core import Path as Curve  # not there when the annotations are evaluated
 
 HERE = __name__  # registries of this module stand in for genkit's own
 
@@ -45,7 +48,7 @@ class Arc:
 class Wave:
     """A wave. And more."""
 
-    path: Any = field(default_factory=Line, metadata={"table": f"{HERE}:PATHS"})
+    path: Curve = field(default_factory=Line, metadata={"table": f"{HERE}:PATHS"})
     times: Literal["uniform", "logit-normal"] = "uniform"
     t_std: Annotated[float, Gt(0)] = 1.0
     low: float = 0.0
@@ -76,7 +79,7 @@ class Deep(Shape):
 @dataclass(frozen=True)
 class Points:
     suits: ClassVar[str] = "flat"
-    n: int = 10
+    step: int = 10
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,14 @@ class Draw:
     mix: tuple[float, float] = (0.5, 0.5)
 
 
+@dataclass(frozen=True)
+class Jobs:
+    first: Any = field(default_factory=lambda: Job(net=Deep()), metadata={"table": f"{HERE}:JOBS"})
+
+
+JOBS = {"job": Job}
+
+
 def job(*argv: str) -> Job:
     return parse(Job, argv, "genkit job")
 
@@ -157,6 +168,7 @@ def write(tmp_path, monkeypatch):
         ("wave: {t_std: 2, times: logit-normal}", ["--wave.t-std=4"], 4.0, "logit-normal"),
         ("wave: {t_std: 2, times: logit-normal}", ["--wave.t-std=4", "--wave", "wave"], 4.0, "uniform"),
         ("wave: short_pulse", ["--wave=wave", "--wave.t-std", "4"], 4.0, "uniform"),
+        ("{}", ["--wave", "short-pulse", "--wave=arc", "--wave=wave"], 1.0, "uniform"),
         ("{}", ["--wave.t-std=3", "--wave.t_std=4"], 4.0, "uniform"),  # the last of two equal flags holds
     ],
 )
@@ -181,7 +193,7 @@ def test_defaults_then_yaml_then_name_then_flags(write, text, argv, t_std, times
         ("wave: {name: short_pulse, path: {points: [3]}}", [], Arc(7.0, (3,))),  # no name: the default, changed
         ("{}", ["--wave=short_pulse", "--wave.path.points=3"], Arc(7.0, (3,))),
         ("{}", ["--wave=short-pulse", "--wave.path=arc"], Arc()),
-        ("wave: wave", ["--wave.path=arc"], Arc()),
+        ("wave: short_pulse", ["--wave.path.radius=2", "--wave.width=5"], Arc(2.0)),
         ("wave: {low: 3}", ["--wave.t-std=4", "--wave.path=arc"], Arc()),  # only the whole has to make sense
     ],
 )
@@ -206,6 +218,11 @@ def test_tables_nest(write, text, argv, path):
 def test_without_a_name_the_network_suits_the_data(write, text, argv, net):
     write(text)
     assert job("--config", "c.yaml", *argv).net == net
+
+
+def test_a_block_without_a_name_keeps_what_it_does_not_mention():
+    assert from_dict(Jobs, {"first": {"steps": 3}}) == Jobs(Job(steps=3, net=Deep()))
+    assert from_dict(Jobs, {"first": "job"}) == Jobs(Job(net=Flat()))
 
 
 # -------------------------------------------------------------------------------------------------- spelling
@@ -399,6 +416,9 @@ def test_mistakes_in_yaml(write, text, line):
         ("--wave.times=unifrom", "--wave.times: given 'unifrom'; should be 'uniform' or 'logit-normal'; did you mean"),
         ("--channels=2", "--channels: given '2'; should be 1 or 3 (or null)"),
         ("--size 1 2 3", "--size: given ['1', '2', '3']; should be a valid integer"),
+        ("--ema x", "--ema[0]: given 'x'; should be a valid number"),
+        ("--data.steps=3", "unknown option --data.steps; did you mean --data.step?"),
+        ("-- --wave=wave", "unexpected argument '--wave=wave'; see genkit job --help"),
         ("--betas .5 x", "--betas[1]: given 'x'; should be a valid number"),
         ("--flip=perhaps", "--flip: given 'perhaps'; should be a valid boolean"),
         ("--wave.low=3", "wave: low: given 3.0; allowed up to t_std = 1.0"),
@@ -455,6 +475,8 @@ def test_a_mistake_is_blamed_on_who_made_it(write):
     assert mistake("--config=c.yaml", "--wave.low=9").startswith("wave: low: given 9.0")
     assert mistake("--config=c.yaml", "--wave=wve").startswith("--wave: given 'wve'")
     assert mistake("--config=c.yaml", "--data=folder").startswith("data.root: is missing")
+    write("n: 5")
+    assert mistake("--config=c.yaml", cls=Draw) == "run: is missing, and has no default"
     write("steps: 0")
     assert mistake("--config=c.yaml", "--lr=1").startswith("c.yaml: steps: given 0")
 

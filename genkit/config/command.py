@@ -161,9 +161,8 @@ def syntax(hint: Any) -> PrimitiveConstructorSpec:
 def as_text(hint: Any) -> Any:
     """``hint`` for tyro, which shall hand on the text: values are refused in one place, by ``check``."""
     spec = syntax(hint)
-    nargs = "*" if isinstance(spec.nargs, tuple) else spec.nargs
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    text = replace(spec, nargs=nargs, instance_from_str=Given, choices=None)
+    text = replace(spec, instance_from_str=Given, choices=None)
     return Annotated[(plain | None, *marks, text)]  # type: ignore  # None: see Flags.required
 
 
