@@ -12,7 +12,7 @@ from annotated_types import Ge, Lt, MultipleOf
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import CONV, Attention, crop_to, modulate, pad_to, positive, remat, zero
+from genkit.backbones.blocks import CONV, Attention, crop_to, fraction, modulate, pad_to, positive, remat, zero
 from genkit.backbones.embed import Conditioner, Routed, grid_positions
 from genkit.core import NO_COND, Backbones, Cond, Spec
 
@@ -26,7 +26,9 @@ class DiT(Backbones):
     Sizes that ``patch`` does not divide are padded with zeros inside and cropped again.
     """
 
-    width: Annotated[int, Ge(4), MultipleOf(4)] = 128  # 6 blocks of 128: 2M parameters, as much work as the default U-Net
+    width: Annotated[int, Ge(4), MultipleOf(4)] = (
+        128  # 6 blocks of 128: 2M parameters, as much work as the default U-Net
+    )
     depth: Annotated[int, Ge(1)] = 6
     patch: Annotated[int, Ge(1)] = 2  # 16 tokens at 8x8, 256 at 32x32; 1 for short signals (action chunks)
     head_size: Annotated[int, Ge(1)] = 64  # as in the paper's larger models
@@ -35,11 +37,11 @@ class DiT(Backbones):
     checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
     def __post_init__(self):
-        positive("DiT", width=self.width, depth=self.depth, patch=self.patch, head_size=self.head_size, ratio=self.ratio)
+        positive("DiT", width=(self.width,), depth=(self.depth,), patch=(self.patch,))
+        positive("DiT", head_size=(self.head_size,), ratio=(self.ratio,))
         if self.width % 4:
             raise ValueError(f"DiT: width is {self.width}; needs a multiple of 4, for sine and cosine on two axes")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"DiT: dropout is {self.dropout}; allowed 0 <= dropout < 1")
+        fraction("DiT", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return DiTDenoiser(self, spec)
@@ -49,6 +51,13 @@ class DiT(Backbones):
 
     def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
         return DiTDecoder(self, spec, inp)
+
+
+def xavier(layer: nn.Module) -> None:
+    """The paper's initialisation of linear layers: Xavier weights, zero biases."""
+    if isinstance(layer, nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class DiTBlock(nn.Module):
@@ -64,6 +73,10 @@ class DiTBlock(nn.Module):
         self.layer1 = nn.Linear(d, cfg.ratio * d)
         self.layer2 = nn.Linear(cfg.ratio * d, d)
         self.dropout = cfg.dropout
+        self.apply(xavier)
+        zero(self.emb)
+        if self.cross:
+            zero(self.cross.out)
 
     def forward(self, h: Float[Tensor, "b n d"], emb: Float[Tensor, "b d"], tokens: Tensor | None, mask: Tensor | None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.emb(emb).chunk(6, 1)
@@ -82,36 +95,32 @@ class Trunk(nn.Module):
     def __init__(self, cfg: DiT, spec: Spec, channels: int, time: bool):
         super().__init__()
         if len(spec.shape) - 1 not in CONV:
-            raise ValueError(f"DiT: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp")
+            raise ValueError(
+                f"DiT: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp"
+            )
         d, self.size, self.checkpoint = cfg.width, spec.shape[1:], cfg.checkpoint
         self.grid = tuple(-(-n // cfg.patch) for n in self.size)
         self.padded = tuple(n * cfg.patch for n in self.grid)
         self.cond = Conditioner(spec, d, time)
         channels += self.cond.num_channels
         self.patches = CONV[len(self.size)](channels, d, cfg.patch, cfg.patch) if channels else None
+        self.positions: Tensor
         self.register_buffer("positions", grid_positions(self.grid, d), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(cfg, d if self.cond.has_tokens else 0) for _ in range(cfg.depth))
         self.emb_last = nn.Linear(d, 2 * d)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):  # the paper's initialisation: Xavier, zero biases
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for block in self.blocks:
-            zero(block.emb)
-            if block.cross:
-                zero(block.cross.out)
+        self.cond.apply(xavier)
         zero(self.emb_last)
 
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
         c = self.cond(like, self.size, label, cond)
         return c._replace(emb=F.silu(c.emb))
 
-    def forward(self, x: Tensor | None, h: Tensor | None, c: Routed) -> Float[Tensor, "b d *grid"]:
-        """From a map ``x`` ``[B, C, *size]`` (its Image conditions join it here), or from tokens ``h``, or from both."""
-        h = self.positions.expand(len(c.emb), -1, -1) if h is None else h + self.positions
-        parts = [v for v in (x, c.channels) if v is not None]
+    def forward(self, x: Tensor | None, tokens: Tensor | None, c: Routed) -> Float[Tensor, "b d *grid"]:
+        """From a map ``x`` ``[B, C, *size]``, or from ``tokens`` ``[B, N, D]``; Image conditions join either here."""
+        h = (self.positions if tokens is None else tokens + self.positions).expand(len(c.emb), -1, -1)
         if self.patches is not None:
-            h = h + self.patches(pad_to(torch.cat(parts, 1), self.padded)).flatten(2).transpose(1, 2)
+            maps = torch.cat([v for v in (x, c.channels) if v is not None], 1)
+            h = h + self.patches(pad_to(maps, self.padded)).flatten(2).transpose(1, 2)
         for block in self.blocks:
             h = remat(block, self.checkpoint, h, c.emb, c.tokens, c.mask)
         h = modulate(h, *self.emb_last(c.emb).chunk(2, 1))
@@ -126,12 +135,14 @@ class DiTDenoiser(nn.Module):
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
         self.last = zero(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
 
-    def forward(self, x: Float[Tensor, "b *s"], label: Float[Tensor, "b"], cond: Cond = NO_COND) -> Float[Tensor, "b *s"]:
+    def forward(
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+    ) -> Float[Tensor, "b ..."]:
         return crop_to(self.last(self.trunk(x, None, self.trunk.conditions(x, label, cond))), self.trunk.size)
 
 
 class DiTEncoder(nn.Module):
-    """``(x [B, *S], cond) -> [B, *out]``: a vector ``(D,)`` from the mean token, a map ``(C, *grid)`` token by token."""
+    """``(x [B, *S], cond) -> [B, *out]``: a vector ``(D,)`` of the mean token, a map ``(C, *grid)`` token by token."""
 
     def __init__(self, cfg: DiT, spec: Spec, out: tuple[int, ...]):
         super().__init__()
@@ -140,7 +151,7 @@ class DiTEncoder(nn.Module):
         self.is_map = len(out) > 1
         self.last = CONV[1](cfg.width, out[0], 1)
 
-    def forward(self, x: Float[Tensor, "b *s"], cond: Cond = NO_COND) -> Tensor:
+    def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         h = self.trunk(x, None, self.trunk.conditions(x, None, cond)).flatten(2)
         h = self.last(h if self.is_map else h.mean(2, keepdim=True))
         return h.unflatten(2, self.trunk.grid) if self.is_map else h[:, :, 0]

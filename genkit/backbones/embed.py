@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,14 +23,14 @@ from genkit.core import Cond, Image, Label, Spec, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
-    """``[cos(p w_i), sin(p w_i)]`` with ``w_i = period^(-i / (dim/2))`` (Vaswani et al. 2017, section 3.5), in float32."""
+    """``[cos(p w_i), sin(p w_i)]`` with ``w_i = period^(-i / (dim/2))`` (Vaswani et al. 2017, section 3.5), float32."""
     rates = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(period) / (dim // 2)))
     angles = position.float()[..., None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def grid_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "n {dim}"]:
-    """Fixed positions of a 1-D or 2-D grid in row-major order, ``dim / len(grid)`` numbers an axis (Dosovitskiy 2021)."""
+    """Fixed positions of a 1-D or 2-D grid in row-major order, ``dim / len(grid)`` numbers for each axis."""
     axes = torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij")
     return torch.cat([sinusoid(a.flatten(), dim // len(grid)) for a in axes], -1)
 
@@ -41,74 +42,82 @@ class TimeEmbed(nn.Module):
     1000 rad over the path, the slowest 0.1 rad. A label log(sigma) / 4 (Karras et al. 2022) has the same order.
     """
 
-    def __init__(self, dim: int, num_waves: int = 128):
+    def __init__(self, dim: int, num_waves: int = 32):
         super().__init__()
         self.num_waves = num_waves
-        self.layers = nn.Sequential(nn.Linear(2 * num_waves, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.layer1 = nn.Linear(2 * num_waves, dim)
+        self.layer2 = nn.Linear(dim, dim)
 
-    def forward(self, label: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        return self.layers(sinusoid(1000 * label, 2 * self.num_waves).to(self.layers[0].weight.dtype))
+    def forward(self, label: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        waves = sinusoid(1000 * label, 2 * self.num_waves)
+        return self.layer2(F.silu(self.layer1(waves.to(self.layer1.weight.dtype))))
 
 
 # ------------------------------------------------------------------------------------------------ one condition
-class LabelEmbed(nn.Module):
+class Embedder(nn.Module):
+    """A condition's embedding with its learned null: ``embed(value, keep [B])``."""
+
+    route: str  # "global", "channels" or "tokens"
+
+    def __init__(self, kind: Any, dim: int):
+        super().__init__()
+        self.null = nn.Parameter(torch.randn(dim))
+
+
+class LabelEmbed(Embedder):
     """A class index ``[B] -> [B, dim]``."""
 
     route = "global"
 
     def __init__(self, kind: Label, dim: int):
-        super().__init__()
+        super().__init__(kind, dim)
         self.table = nn.Embedding(kind.num, dim)
-        self.null = nn.Parameter(torch.randn(dim))
 
-    def forward(self, value: Tensor, keep: Bool[Tensor, "b"]) -> Tensor:
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         return torch.where(keep[:, None], self.table(value), self.null)
 
 
-class VectorEmbed(nn.Module):
+class VectorEmbed(Embedder):
     """An array ``[B, *shape] -> [B, dim]``: two layers."""
 
     route = "global"
 
     def __init__(self, kind: Vector, dim: int):
-        super().__init__()
+        super().__init__(kind, dim)
         self.layers = nn.Sequential(nn.Linear(math.prod(kind.shape), dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.null = nn.Parameter(torch.randn(dim))
 
-    def forward(self, value: Tensor, keep: Bool[Tensor, "b"]) -> Tensor:
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         return torch.where(keep[:, None], self.layers(value.flatten(1).to(self.null.dtype)), self.null)
 
 
-class ImageEmbed(nn.Module):
+class ImageEmbed(Embedder):
     """A picture ``[B, C, *size]``, as it is; its null is one learned colour."""
 
     route = "channels"
 
     def __init__(self, kind: Image, dim: int):
-        super().__init__()
-        self.null = nn.Parameter(torch.randn(kind.channels))
+        super().__init__(kind, kind.channels)
 
-    def forward(self, value: Tensor, keep: Bool[Tensor, "b"]) -> Tensor:
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         ones = (1,) * (value.ndim - 2)
         return torch.where(keep.view(-1, 1, *ones), value.to(self.null.dtype), self.null.view(-1, *ones))
 
 
-class TokensEmbed(nn.Module):
+class TokensEmbed(Embedder):
     """A sequence ``[B, L, D] -> [B, L + 1, dim]``, the learned null first. Tokens bring their own positions."""
 
     route = "tokens"
 
     def __init__(self, kind: Tokens, dim: int):
-        super().__init__()
+        super().__init__(kind, dim)
         self.layer = nn.Linear(kind.dim, dim)
-        self.null = nn.Parameter(torch.randn(dim))
 
-    def forward(self, value: Tensor, keep: Bool[Tensor, "b"]) -> Tensor:
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         tokens = self.layer(value.to(self.null.dtype))
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
-EMBEDDERS: dict[type, type[nn.Module]] = {
+EMBEDDERS: dict[type, type[Embedder]] = {
     Label: LabelEmbed,
     Vector: VectorEmbed,
     Image: ImageEmbed,
@@ -118,7 +127,7 @@ EMBEDDERS: dict[type, type[nn.Module]] = {
 
 # ------------------------------------------------------------------------------------------------ all conditions
 class Routed(NamedTuple):
-    """The conditions of one batch: global ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens`` ``[B, L, E]`` + mask."""
+    """The conditions of one batch: global ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens`` ``[B, L, E]``."""
 
     emb: Tensor
     channels: Tensor | None
@@ -126,28 +135,34 @@ class Routed(NamedTuple):
     mask: Tensor | None
 
 
-class Conditioner(nn.Module):
-    """Time and conditions of a batch, embedded and routed.
+class Constant(nn.Module):
+    """What stands for the time in encoders and decoders, which have none: their blocks are those of the denoiser."""
 
-    ``time`` False serves encoders and decoders, which have no time: a learned constant takes its place, so that the
-    blocks are the same in every cut.
-    """
+    def __init__(self, dim: int):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(dim))
+
+    def forward(self, label: None) -> Float[Tensor, " d"]:
+        return self.value
+
+
+class Conditioner(nn.Module):
+    """Time and conditions of a batch, embedded and routed."""
 
     def __init__(self, spec: Spec, dim: int, time: bool = True):
         super().__init__()
-        self.time = TimeEmbed(dim) if time else None
-        self.constant = None if time else nn.Parameter(torch.randn(dim))
-        routes: dict[str, dict[str, nn.Module]] = {"global": {}, "channels": {}, "tokens": {}}
+        self.start = TimeEmbed(dim) if time else Constant(dim)
+        self.names: dict[str, list[str]] = {"global": [], "channels": [], "tokens": []}
+        self.embed = nn.ModuleDict()
         for name, kind in spec.cond.items():
             embedder = EMBEDDERS[type(kind)]
-            routes[str(embedder.route)][name] = embedder(kind, dim)
-        self.names = {route: list(modules) for route, modules in routes.items()}
-        self.embed = nn.ModuleDict({route: nn.ModuleList(modules.values()) for route, modules in routes.items()})
-        self.num_channels = sum(m.null.numel() for m in routes["channels"].values())
-        self.has_tokens = bool(routes["tokens"])
+            self.names[embedder.route].append(name)
+            self.embed[key(name)] = embedder(kind, dim)
+        self.num_channels = sum(e.null.numel() for _, e in self._on("channels"))
+        self.has_tokens = bool(self.names["tokens"])
 
-    def _route(self, route: str):
-        return zip(self.names[route], self.embed[route], strict=True)
+    def _on(self, route: str) -> list[tuple[str, Embedder]]:
+        return [(name, cast(Embedder, self.embed[key(name)])) for name in self.names[route]]
 
     def forward(self, like: Float[Tensor, "b ..."], size: Sequence[int], label: Tensor | None, cond: Cond) -> Routed:
         """``like`` gives batch size and device; ``size`` is that of a sample's picture, for the null of an Image."""
@@ -155,17 +170,17 @@ class Conditioner(nn.Module):
         everyone = torch.ones(batch, dtype=torch.bool, device=like.device)
         keep = cond.get("keep", everyone)
 
-        emb = self.time(label) if self.time else self.constant.expand(batch, -1)
-        for name, embed in self._route("global"):
+        emb = self.start(label).expand(batch, -1)
+        for name, embed in self._on("global"):
             emb = emb + (embed(cond[name], keep) if name in cond else embed.null)
 
         channels = [
             embed(cond[name], keep) if name in cond else embed.null.view(-1, *(1,) * len(size)).expand(batch, -1, *size)
-            for name, embed in self._route("channels")
+            for name, embed in self._on("channels")
         ]
 
         tokens, masks, mask = [], [], cond.get("mask")
-        for name, embed in self._route("tokens"):
+        for name, embed in self._on("tokens"):
             if name not in cond:
                 tokens.append(embed.null.expand(batch, 1, -1))
                 masks.append(everyone[:, None])
@@ -181,6 +196,11 @@ class Conditioner(nn.Module):
             torch.cat(tokens, 1) if tokens else None,
             torch.cat(masks, 1) if masks else None,
         )
+
+
+def key(name: str) -> str:
+    """A name of a condition ("observation.state", "type") as one that a module may have."""
+    return "on_" + name.replace(".", "-")
 
 
 def require_routes(family: str, spec: Spec, routes: Collection[str], hint: str) -> None:

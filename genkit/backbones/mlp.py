@@ -11,7 +11,7 @@ from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import modulate, positive, remat, zero
+from genkit.backbones.blocks import fraction, modulate, positive, remat, zero
 from genkit.backbones.embed import Conditioner, require_routes
 from genkit.core import NO_COND, Backbones, Cond, Spec
 
@@ -29,9 +29,8 @@ class MLP(Backbones):
     checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
     def __post_init__(self):
-        positive("MLP", width=self.width, depth=self.depth)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"MLP: dropout is {self.dropout}; allowed 0 <= dropout < 1")
+        positive("MLP", width=(self.width,), depth=(self.depth,))
+        fraction("MLP", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return MLPDenoiser(MLPNet(self, spec, spec.shape, spec.shape, time=True))
@@ -60,7 +59,7 @@ class MLPBlock(nn.Module):
 
 
 class MLPNet(nn.Module):
-    """``[B, *inp] -> [B, *out]``. No norm before the last layer: the answer may grow with its input, as velocities do."""
+    """``[B, *inp] -> [B, *out]``. No norm before the last layer: the answer may grow with its input."""
 
     def __init__(self, cfg: MLP, spec: Spec, inp: tuple[int, ...], out: tuple[int, ...], time: bool = False):
         super().__init__()
@@ -87,5 +86,7 @@ class MLPDenoiser(nn.Module):
         self.net = net
         zero(net.last)
 
-    def forward(self, x: Float[Tensor, "b *s"], label: Float[Tensor, "b"], cond: Cond = NO_COND) -> Float[Tensor, "b *s"]:
+    def forward(
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+    ) -> Float[Tensor, "b ..."]:
         return self.net(x, cond, label)

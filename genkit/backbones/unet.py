@@ -20,6 +20,7 @@ from genkit.backbones.blocks import (
     ResBlock,
     Upsample,
     crop_to,
+    fraction,
     pad_to,
     positive,
     remat,
@@ -38,7 +39,11 @@ class UNet(Backbones):
     """
 
     width: Annotated[int, Ge(1)] = 32  # channels at full size; on digits 48 needs more CPU seconds to the same loss
-    mults: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4)  # channels of each level, in widths; each level halves the size
+    mults: tuple[Annotated[int, Ge(1)], ...] = (
+        1,
+        2,
+        4,
+    )  # channels of each level, in widths; each level halves the size
     num_blocks: Annotated[int, Ge(1)] = 1  # residual blocks of a level on the way down; one more on the way up
     attention: tuple[Annotated[int, Ge(1)], ...] = (16,)  # levels of these shorter sides attend; the middle always does
     head_size: Annotated[int, Ge(1)] = 64  # 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs
@@ -46,9 +51,9 @@ class UNet(Backbones):
     checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
     def __post_init__(self):
-        positive("UNet", width=self.width, mults=self.mults, num_blocks=self.num_blocks, head_size=self.head_size)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"UNet: dropout is {self.dropout}; allowed 0 <= dropout < 1")
+        positive("UNet", width=(self.width,), mults=self.mults)
+        positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,))
+        fraction("UNet", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return UNetDenoiser(self, spec)
@@ -65,7 +70,9 @@ class Plan:
 
     def __init__(self, cfg: UNet, spec: Spec, code: tuple[int, ...] | None = None):
         if len(spec.shape) - 1 not in CONV:
-            raise ValueError(f"UNet: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp")
+            raise ValueError(
+                f"UNet: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp"
+            )
         self.cfg, self.spec = cfg, spec
         self.size = spec.shape[1:]
         self.dims = len(self.size)
@@ -81,53 +88,49 @@ class Plan:
         self.emb = 4 * cfg.width
         self.attends = [min(s) in cfg.attention for s in self.sizes]
 
-    def stage(self, inp: int, out: int, attend: bool, tokens: bool) -> Stage:
-        return Stage(self.cfg, self.dims, inp, out, self.emb, attend, self.emb if tokens else 0)
+    def stage(self, inp: int, out: int, attend: bool, tokens: bool, up: bool = False) -> Stage:
+        return Stage(self.cfg, self.dims, inp, out, self.emb, attend, self.emb if tokens else 0, up)
 
 
 class Stage(nn.Module):
-    """A residual block, and attention where its level attends."""
+    """A residual block, attention where its level attends, and twice the size after the last block of a level."""
 
-    def __init__(self, cfg: UNet, dims: int, inp: int, out: int, emb: int, attend: bool, context: int):
+    def __init__(self, cfg: UNet, dims: int, inp: int, out: int, emb: int, attend: bool, context: int, up: bool):
         super().__init__()
         self.checkpoint = cfg.checkpoint
         self.block = ResBlock(dims, inp, out, emb, cfg.dropout)
         self.attention = MapAttention(out, cfg.head_size, context) if attend else None
+        self.up = Upsample(dims, out) if up else None
 
     def _forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.block(x, emb)
-        return x if self.attention is None else self.attention(x, tokens, mask)
+        x = x if self.attention is None else self.attention(x, tokens, mask)
+        return x if self.up is None else self.up(x)
 
     def forward(self, x: Float[Tensor, "b c *size"], c: Routed) -> Tensor:
         return remat(self._forward, self.checkpoint, x, c.emb, c.tokens, c.mask)
 
 
 class Descent(nn.Module):
-    """The way down, ``[B, inp, *size] -> [B, C, *bottom]``, and what it leaves for the way up."""
+    """The way down, ``[B, inp, *size] -> [B, C, *bottom]``, and what each of its steps leaves for the way up."""
 
     def __init__(self, plan: Plan, inp: int, tokens: bool):
         super().__init__()
         have = plan.channels[0]
         self.first = CONV[plan.dims](inp, have, 3, padding=1)
-        self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
-        self.left = [have]
+        self.steps, self.left = nn.ModuleList(), [have]
         for i, (out, attend) in enumerate(zip(plan.channels, plan.attends, strict=True)):
             if i:
-                self.downs.append(Downsample(plan.dims, have))
+                self.steps.append(Downsample(plan.dims, have))
                 self.left.append(have)
-            stages = nn.ModuleList()
             for _ in range(plan.cfg.num_blocks):
-                stages.append(plan.stage(have, out, attend, tokens))
+                self.steps.append(plan.stage(have, out, attend, tokens))
                 self.left.append(have := out)
-            self.levels.append(stages)
 
     def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
         left = [h := self.first(x)]
-        for i, stages in enumerate(self.levels):
-            if i:
-                left.append(h := self.downs[i - 1](h))
-            for stage in stages:
-                left.append(h := stage(h, c))
+        for step in self.steps:
+            left.append(h := step(h, c))
         return h, left
 
 
@@ -146,30 +149,22 @@ class Middle(nn.Module):
 
 
 class Ascent(nn.Module):
-    """The way up, ``[B, C, *bottom] -> [B, out, *size]``. ``left`` are the channels each block finds beside its input."""
+    """The way up, ``[B, C, *bottom] -> [B, out, *size]``. ``left``: the channels each block finds beside its input."""
 
     def __init__(self, plan: Plan, out: int, left: list[int], tokens: bool):
         super().__init__()
         left, have = list(left), plan.channels[-1]
-        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        self.stages = nn.ModuleList()
         for i in reversed(range(len(plan.channels))):
-            stages = nn.ModuleList()
-            for _ in range(plan.cfg.num_blocks + 1):
-                stages.append(plan.stage(have + left.pop(), have := plan.channels[i], plan.attends[i], tokens))
-            self.levels.append(stages)
-            if i:
-                self.ups.append(Upsample(plan.dims, have))
+            for last in [False] * plan.cfg.num_blocks + [True]:
+                inp, have = have + left.pop(), plan.channels[i]
+                self.stages.append(plan.stage(inp, have, plan.attends[i], tokens, up=last and i > 0))
         self.norm = GroupNorm(have)
         self.last = CONV[plan.dims](have, out, 3, padding=1)
 
-    def forward(self, h: Tensor, left: list[Tensor | None], c: Routed) -> Tensor:
-        left = list(left)
-        for i, stages in enumerate(self.levels):
-            if i:
-                h = self.ups[i - 1](h)
-            for stage in stages:
-                beside = left.pop()
-                h = stage(h if beside is None else torch.cat([h, beside], 1), c)
+    def forward(self, h: Tensor, left: list[Tensor] | list[Tensor | None], c: Routed) -> Tensor:
+        for stage, beside in zip(self.stages, reversed(left), strict=True):
+            h = stage(h if beside is None else torch.cat([h, beside], 1), c)
         return self.last(F.silu(self.norm(h)))
 
 
@@ -185,7 +180,9 @@ class UNetDenoiser(nn.Module):
         self.up = Ascent(self.plan, spec.shape[0], self.down.left, self.cond.has_tokens)
         zero(self.up.last)
 
-    def forward(self, x: Float[Tensor, "b *s"], label: Float[Tensor, "b"], cond: Cond = NO_COND) -> Float[Tensor, "b *s"]:
+    def forward(
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+    ) -> Float[Tensor, "b ..."]:
         c = route(self.cond, self.plan, x, label, cond)
         h, left = self.down(joined(x, c, self.plan), c)
         return crop_to(self.up(self.middle(h, c), left, c), self.plan.size)
@@ -208,7 +205,7 @@ class UNetEncoder(nn.Module):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.plan.sizes[-1]), out[0]))
         self.last = flat if len(out) == 1 else CONV[self.plan.dims](channels, out[0], 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b *s"], cond: Cond = NO_COND) -> Tensor:
+    def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         c = route(self.cond, self.plan, x, None, cond)
         h, _ = self.down(joined(x, c, self.plan), c)
         return self.last(F.silu(self.norm(self.middle(h, c))))
