@@ -159,15 +159,15 @@ class Batch:
         return len(self.x)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normals ``[B, *shape]``, like ``x`` in device and dtype, and in shape if none is named."""
+        """Standard normals ``[B, *shape]``, like ``x`` in device and (floating) dtype, and in shape if none is named."""
         shape = shape or tuple(self.x.shape[1:])
         drawn = self.draw.normal(*shape) if self.draw else torch.randn(len(self), *shape, device=self.x.device)
-        return drawn.to(self.x)
+        return drawn.to(self.x) if self.x.is_floating_point() else drawn
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), ``[B, *shape]``, in the dtype of ``x``."""
+        """Uniform numbers in [0, 1), ``[B, *shape]``, in the dtype of ``x`` where that is floating."""
         drawn = self.draw.uniform(*shape) if self.draw else torch.rand(len(self), *shape, device=self.x.device)
-        return drawn.to(self.x)
+        return drawn.to(self.x) if self.x.is_floating_point() else drawn
 
     def drop(self, probability: float) -> Cond:
         """The conditions, dropped for each *sample* with ``probability`` (Ho & Salimans 2022, Algorithm 1)."""

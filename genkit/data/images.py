@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -210,6 +210,8 @@ class OnDisk:
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """What every source of pictures can be asked for. Frozen: the configuration, not the pixels."""
+
+    suits: ClassVar[str] = "unet"  # the backbone that fits these samples
 
     size: Size = None  # None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)
     channels: Channels = None  # None: as found

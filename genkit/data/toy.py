@@ -28,6 +28,7 @@ class Toy(ABC):
     noise: Annotated[float, Ge(0)] = 0.05
     seed: int = 0
 
+    suits: ClassVar[str] = "mlp"  # the backbone that fits these samples
     classes: ClassVar[int] = 0
     mean: ClassVar[tuple[float, float]] = (0.0, 0.0)  # of the shape itself
     scale: ClassVar[float] = 1.0  # the root of its mean variance
