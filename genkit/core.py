@@ -65,7 +65,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``, with ``cond["mask"]`` Bool ``[B, L]``."""
+    """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``; ``cond["mask"]`` Bool ``[B, L]``."""
 
     dim: int
 
@@ -159,7 +159,7 @@ class Batch:
         return len(self.x)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normals ``[B, *shape]``, like ``x`` in device and (floating) dtype, and in shape if none is named."""
+        """Standard normals ``[B, *shape]``, device and floating dtype as ``x``; in its shape if none is named."""
         shape = shape or tuple(self.x.shape[1:])
         drawn = self.draw.normal(*shape) if self.draw else torch.randn(len(self), *shape, device=self.x.device)
         return drawn.to(self.x) if self.x.is_floating_point() else drawn

@@ -113,7 +113,7 @@ PATHS: Mapping[str, type] = {"linear": Linear, "cosine": Cosine, "vp": VP, "ve":
 
 
 def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """The point of the path, ``alpha(t) x0 + sigma(t) x1``, ``[B, *S]``; ``x0`` and ``x1`` are ``[B, *S]``, t ``[B]``."""
+    """The point of the path, ``alpha(t) x0 + sigma(t) x1``: ``[B, *S]``, as ``x0`` and ``x1`` are; t is ``[B]``."""
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path as File
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -15,17 +16,20 @@ SIDE = 64  # smaller images are enlarged to about this many pixels, by whole num
 
 
 def mosaic(images: Tensor, columns: int | None = None) -> Image.Image:
-    """uint8 ``[N, C, H, W]`` as one picture, row by row; C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA."""
+    """uint8 ``[N, C, H, W]`` as one picture, row by row; C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+
+    Small images are enlarged by whole numbers; a thin line parts them.
+    """
     n, c, h, w = images.shape
-    columns = columns or max(1, round(n**0.5 * (h / w) ** 0.5 + 1e-9))
-    rows = -(-n // columns)
-    sheet = np.zeros((rows * h, columns * w, c), np.uint8)
+    columns = columns or max(1, round((n * h / w) ** 0.5))
+    scale, gap = max(1, SIDE // max(h, w)), max(1, SIDE // 32)
+    rows, high, wide = -(-n // columns), h * scale + gap, w * scale + gap
+    sheet = np.full((rows * high + gap, columns * wide + gap, c), 128, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         r, k = divmod(i, columns)
-        sheet[r * h : (r + 1) * h, k * w : (k + 1) * w] = image
-    picture = pil(sheet)
-    scale = max(1, SIDE // max(h, w))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        tile = image.repeat(scale, 0).repeat(scale, 1)
+        sheet[gap + r * high : (r + 1) * high, gap + k * wide : (k + 1) * wide] = tile
+    return pil(sheet)
 
 
 def pil(array: np.ndarray) -> Image.Image:
@@ -33,7 +37,7 @@ def pil(array: np.ndarray) -> Image.Image:
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(array.shape[2])
     if mode is None:
         raise ValueError(f"a picture has 1 to 4 channels; given {array.shape[2]}; take --format npz")
-    return Image.fromarray(array[..., 0] if mode == "L" else array, mode)
+    return Image.fromarray(array[..., 0] if mode == "L" else array)
 
 
 def figure(draw: Callable[[Any], None], size: tuple[float, float] = (5, 5)) -> Image.Image:
@@ -56,7 +60,8 @@ def scatter(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
         if x.shape[1] == 1:
             axes.hist(x[:, 0], bins=max(10, int(len(x) ** 0.5)))
             return
-        axes.scatter(x[:, 0], x[:, 1], s=6, c=cond["label"].numpy() if "label" in cond else None, cmap="tab10")
+        colour = {"c": cond["label"].numpy(), "cmap": "tab10"} if "label" in cond else {}
+        axes.scatter(x[:, 0], x[:, 1], s=6, **colour)
         axes.set_aspect("equal")
         axes.set_title(f"{len(x)} samples")
 
@@ -75,10 +80,19 @@ def curves(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
     return figure(draw, (6, 8))
 
 
+def in_turn(cond: Mapping[str, Tensor]) -> int | None:
+    """How many classes come in turn, so that each gets a column; None where they do not, or are too many."""
+    label = cond.get("label")
+    if label is None or len(label) < 2:
+        return None
+    num = int(label.max()) + 1
+    return num if 2 <= num <= 16 and bool((label == torch.arange(len(label)) % num).all()) else None
+
+
 PICTURES: Mapping[int, Callable[..., Image.Image]] = {
     1: scatter,
     2: curves,
-    3: lambda x, cond: mosaic(x),
+    3: lambda x, cond: mosaic(x, in_turn(cond)),
 }
 
 

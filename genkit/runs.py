@@ -103,11 +103,13 @@ def spec_from_dict(d: Mapping[str, Any]) -> Spec:
 
 def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
-    return {f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()}
+    return {
+        f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()
+    }
 
 
 def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: File) -> None:
-    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or of another shape."""
+    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or misshapen."""
     wanted = {f"{name}.{k}": v for name, net in nets.items() for k, v in net.state_dict().items()}
     odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
     if odd:
@@ -168,7 +170,7 @@ def read(checkpoint: File, name: str) -> dict[str, Tensor]:
     if name not in recorded:
         raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
     if not path.is_file() or sha256(path) != recorded[name]:
-        raise ValueError(f"{path}: is damaged (its sha256 is not the one recorded); take an earlier checkpoint: --step N")
+        raise ValueError(f"{path}: is damaged (another sha256 than recorded); take an earlier checkpoint: --step N")
     return load_file(path)
 
 
@@ -247,7 +249,8 @@ class Run:
     ) -> Generator:
         """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
 
-        ``sampler`` None is the objective's usual one.         ``clip`` keeps predicted data in [-1, 1]. ``options`` go to the sampler (``eta`` of ddim).
+        ``sampler`` None is the objective's usual one; ``clip`` keeps predicted data in [-1, 1]; ``options`` go to the
+        sampler (``eta`` of ddim).
         """
         if guidance != 1 and not self.spec.cond:
             raise ValueError(f"guidance: given {guidance}, but this model has no conditions to guide by; use 1")
@@ -307,18 +310,24 @@ def labels(spec: Spec, n: int, label: int | None = None) -> dict[str, Tensor]:
     return {k: torch.full((n,), label) if label is not None else turn % kind.num for k, kind in classes.items()}
 
 
-def load(path: str | File, *, ema: str = "best", step: int | None = None, device: str = "cpu") -> Run:
-    """The model of a run directory.
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: given cuda, and torch sees no CUDA device here; allowed: cpu, auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
-    ``ema`` is a decay that the run kept ("0.999"), "none" for the raw weights, or "best": the largest decay.
+
+def load(path: str | File, *, ema: str | None = None, step: int | None = None, device: str = "auto") -> Run:
+    """The model of a run directory, at its newest checkpoint or the one of ``step``.
+
+    ``ema`` is a decay that the run kept ("0.999"), "none" for the raw weights; None is the largest decay.
     ``ValueError`` where something is missing or damaged. Reads safetensors, JSON and YAML only.
     """
-    run = find(path)
+    run, where = find(path), pick_device(device)
     cfg = config.from_dict(config.Train, yaml.safe_load((run / "config.yaml").read_text()))
     checkpoint = checkpoint_of(run, step)
     record = json.loads((checkpoint / "state.json").read_text())
     kept = sorted(cfg.ema)
-    if ema == "best":
+    if ema is None:
         ema = str(kept[-1]) if kept else "none"
     if ema != "none" and ema not in map(str, kept):
         raise ValueError(f"ema: given {ema}; this run has: {', '.join([*map(str, kept), 'none'])}")
@@ -327,7 +336,6 @@ def load(path: str | File, *, ema: str = "best", step: int | None = None, device
     nets = cfg.objective.networks(cfg.backbone, spec)
     fill(nets, read(checkpoint, file), checkpoint / file)
     for net in nets.values():
-        net.to(device).eval().requires_grad_(False)
+        net.to(where).eval().requires_grad_(False)
     codec = codecs.from_dict(record["codec"])
-    where = torch.device(device)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)

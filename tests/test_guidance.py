@@ -37,7 +37,7 @@ def test_linear_in_the_scale(scale):
 
 @pytest.mark.parametrize("path", [cls() for cls in PATHS.values()], ids=lambda p: type(p).__name__)
 def test_is_the_score_of_the_sharpened_law(path):
-    """score = s(x) + w (s(x | k) - s(x)): Ho & Salimans 2022, eq. 6, with scores by autograd of closed-form densities."""
+    """score = s(x) + w (s(x | k) - s(x)): Ho & Salimans 2022, eq. 6, with scores by autograd of the densities."""
     w, t = 2.5, torch.full((4,), 0.5, dtype=F64)
     x0, _ = MIXTURE.sample(4)
     x = mix(path, x0, torch.randn(4, 2, dtype=F64), t).requires_grad_()

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from genkit.codecs import Identity
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat
 from genkit.data import Stream
 from genkit.objectives import DDPM, OBJECTIVES, Flow
-from genkit.train import Diverged, average, fit, phase_parameters, rate, start
+from genkit.train import Diverged, State, average, fit, phase_parameters, rate, start
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip
@@ -60,7 +61,9 @@ def same(a, b):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resume_is_bit_identical(tmp_path, objective):
     whole = in_process(tmp_path / "a", f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99")
-    half = in_process(tmp_path / "b", f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", "--save-every=6")
+    half = in_process(
+        tmp_path / "b", f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", "--save-every=6"
+    )
     # go back to step 6, as a kill at step 13 would leave it
     runs.point(half / "latest", "checkpoints/step-0000006")
     for step in ("0000012", "0000014"):
@@ -179,7 +182,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
 
     cfg = replace(config.Train(), batch=64)
     with pytest.raises(ValueError, match="multiple of 3"):
-        fit(Flow(), start(Flow(), {}, cfg) if False else None, None, Identity(), cfg, Three())
+        fit(Flow(), State({}, {}, {}), None, Identity(), cfg, Three())
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -223,7 +226,9 @@ def test_a_phase_moves_only_its_own_networks_and_keeps_its_rhythm():
             steps[n].append(not torch.equal(before[n], net.weight))
     assert steps["first"] == [True] * 4
     assert steps["second"] == [True, False, True, False]
-    counts = {n: int(state.optimizers[p].state[state.nets[n].weight]["step"]) for n, p in [("first", "a"), ("second", "b")]}
+    counts = {
+        n: int(state.optimizers[p].state[state.nets[n].weight]["step"]) for n, p in [("first", "a"), ("second", "b")]
+    }
     assert counts == {"first": 8, "second": 2}
     assert all(p.grad is None for net in state.nets.values() for p in net.parameters())
 
@@ -244,7 +249,7 @@ class Poisoned(Flow):
     """Flow whose gradient is NaN at the named steps."""
 
     at: tuple[int, ...] = ()
-    count = []
+    count: ClassVar[list[int]] = []
 
     def loss(self, phase, nets, batch: Batch):
         loss = super().loss(phase, nets, batch)
@@ -372,7 +377,9 @@ def test_what_is_not_a_run_is_refused(tmp_path, path, says):
 def test_specs_survive_the_file(tmp_path):
     from genkit.core import Image, Label, Tokens, Vector
 
-    spec = Spec((3, 4, 5), {"label": Label(2, ("a", "b")), "obs": Vector((2, 3)), "image": Image(1), "tokens": Tokens(7)})
+    spec = Spec(
+        (3, 4, 5), {"label": Label(2, ("a", "b")), "obs": Vector((2, 3)), "image": Image(1), "tokens": Tokens(7)}
+    )
     assert runs.spec_from_dict(json.loads(json.dumps(runs.spec_to_dict(spec)))) == spec
 
 

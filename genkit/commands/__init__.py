@@ -1,1 +1,1 @@
-"""The commands of `genkit`, a module each with `main(argv)`. Imported only when called, so `genkit --help` is instant."""
+"""The commands of `genkit`, a module each with `main(argv)`, imported only when called: `genkit --help` is instant."""

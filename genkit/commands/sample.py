@@ -24,14 +24,13 @@ def main(argv: list[str]) -> int:
     run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
     out = destination(asked, run)
     if asked.trajectory and asked.n > asked.batch:
-        raise ValueError(f"trajectory: given --n {asked.n} over batches of {asked.batch}; take --n {asked.batch} or less")
+        raise ValueError(f"trajectory: given --n {asked.n} in batches of {asked.batch}; take --batch {asked.n}")
     frames: list[Tensor] = []
 
     def watch(step: int, x: Tensor, prediction: Prediction) -> None:
         frames.append(run.codec.decode(x.float()).cpu())
 
-    how: dict = {"guidance": asked.guidance}
-    how |= {k: v for k, v in (("sampler", asked.sampler), ("steps", asked.steps)) if v is not None}
+    how = {"guidance": asked.guidance, "sampler": asked.sampler, "steps": asked.steps, "grid": asked.grid}
     began = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=asked.n)
@@ -42,6 +41,7 @@ def main(argv: list[str]) -> int:
             batch=asked.batch,
             progress=lambda done: bar.update(task, completed=done),
             callback=watch if asked.trajectory else None,
+            clip=asked.clip,
             **how,
         )
     if not bool(torch.isfinite(x.float()).all()):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -22,37 +23,39 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from genkit import __version__, config, pictures, runs
 from genkit.config import parse, to_yaml
-from genkit.core import Batch, Codec, Spec
+from genkit.core import Codec, Spec
 from genkit.data import Stream
 from genkit.sampling import Seeds, bind
 from genkit.train import Diverged, State, fit, sample_rows, start
 
-GRID = 64  # samples of the pictures made while training
+GRID = 80  # samples of the pictures made while training: eight of each of ten classes
+NAMED = ("data", "objective", "backbone")  # what a run's directory is named after
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:
-    resumed = resume_argument(argv)
+    resumed = option(argv, "--resume")
     if resumed:
-        run = runs.find(resumed)
-        argv = ["--config", str(run / "config.yaml"), *argv]
+        if option(argv, "--config"):
+            raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
+        argv = ["--config", str(runs.find(resumed) / "config.yaml"), *argv]
     cfg = parse(config.Train, argv, prog="genkit train", description="Train an objective on data.")
     return train(cfg, runs.find(cfg.resume) if cfg.resume else None)
 
 
-def resume_argument(argv: list[str]) -> str | None:
-    """The value of ``--resume``, needed before the rest can be parsed: the run's own configuration comes first."""
+def option(argv: list[str], flag: str) -> str | None:
+    """The value of ``flag``, needed before the rest can be parsed."""
     for here, after in zip(argv, [*argv[1:], None], strict=True):
-        if here == "--resume":
+        if here == flag:
             return after
-        if here.startswith("--resume="):
+        if here.startswith(f"{flag}="):
             return here.partition("=")[2]
     return None
 
 
 def train(cfg: config.Train, resumed: File | None = None) -> int:
-    """Train ``cfg``, in a new run directory or on from the newest checkpoint of ``resumed``."""
-    device = pick_device(cfg.device)
+    """Train ``cfg``, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
+    device = runs.pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device), resume=None)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
@@ -64,18 +67,17 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     stream = Stream(data, cfg.batch, cfg.seed, device, cfg.workers)
     if resumed:
         runs.restore(runs.checkpoint_of(resumed), state, cfg.objective)
-    session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), resumed)
-    session.open(state)
+    if state.step >= cfg.steps:
+        console.print(f"already at step {state.step}; to go further: --resume {resumed} --steps N", markup=False)
+        return 0
+    run = open_run(cfg, accelerator, state, resumed)
+    session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run)
     count = sum(p.numel() for net in nets.values() for p in net.parameters())
     session.say(
-        f"{session.run}  {session.title}, {count / 1e6:.2f}M parameters, {len(data)} samples of "
-        f"{'x'.join(map(str, data.spec.shape))}, {device}, {cfg.precision}"
-        + (f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else "")
+        f"{run}  {count / 1e6:.2f}M parameters, {len(data)} samples of {'x'.join(map(str, data.spec.shape))}, "
+        f"{device}, {cfg.precision}" + (f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else "")
     )
-    if state.step >= cfg.steps:
-        session.say(f"already at step {state.step} of {cfg.steps}; to go further: --resume {session.run} --steps N")
-        return 0
-    with listening() as asked, session.bar(state.step) as progress:
+    with listening() as asked, session.bar(state.step) as progress, session.tensorboard(state.step):
         try:
             done = fit(
                 cfg.objective,
@@ -91,19 +93,30 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
                 stop=lambda: bool(asked),
             )
         except Diverged as e:
-            raise ValueError(f"{e}; the last good checkpoint stays in {session.run}") from e
+            raise ValueError(f"{e}; the last good checkpoint stays in {run}") from e
     session.close(state, done)
     return 0 if done else 130
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: given cuda, and torch sees no CUDA device here; allowed: cpu, auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def open_run(cfg: config.Train, accelerator: Accelerator, state: State, resumed: File | None) -> File:
+    """The run's directory, which the main process makes or takes up again; every rank learns its name."""
+    run = resumed
+    if accelerator.is_main_process:
+        if run is None:
+            block = config.dump(cfg)
+            run = runs.create(cfg.out, cfg.name or "-".join(slug(block[k]["name"]) for k in NAMED))
+            (run / "env.json").write_text(json.dumps(environment(accelerator), indent=1))
+        else:
+            runs.rewind_log(run, state.step)
+            runs.point(run.parent / "latest", run.name)
+        (run / "config.yaml").write_text(to_yaml(cfg))
+    named = broadcast_object_list([run])[0]
+    assert named is not None
+    return named
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"auto" is bf16 on a GPU that has it, else fp32; it is resolved once, so a resumed run stays what it was."""
+    """``auto`` is bf16 on a GPU that has it, else fp32; it is resolved once, so a resumed run stays what it was."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -145,35 +158,22 @@ class Session:
     spec: Spec
     codec: Codec
     cond: dict[str, torch.Tensor]
-    run: File | None
-
-    @property
-    def title(self) -> str:
-        block = config.dump(self.cfg)
-        return self.cfg.name or "-".join(slug(block[k]["name"]) for k in ("data", "objective", "backbone"))
+    run: File
+    writer: Any = None
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             console.print(text, markup=False)
 
-    def open(self, state: State) -> None:
-        """Make the directory, or take up the resumed one; all ranks then know its name."""
-        if self.accelerator.is_main_process:
-            fresh = self.run is None
-            run = self.run or runs.create(self.cfg.out, self.title)
-            self.run = run if run.is_absolute() and not fresh else run
-            (run / "config.yaml").write_text(to_yaml(self.cfg))
-            if fresh:
-                (run / "env.json").write_text(json.dumps(environment(self.accelerator), indent=1))
-            else:
-                runs.rewind_log(run, state.step)
-                runs.point(run.parent / "latest", run.name)
-        self.run = broadcast_object_list([self.run])[0]
-        self.writer = None
-        if self.cfg.tensorboard and self.accelerator.is_main_process:
-            from torch.utils.tensorboard import SummaryWriter
+    @contextlib.contextmanager
+    def tensorboard(self, step: int) -> Iterator[None]:
+        if not (self.cfg.tensorboard and self.accelerator.is_main_process):
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.step + 1)
+        with SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1) as self.writer:
+            yield
 
     @contextlib.contextmanager
     def bar(self, step: int) -> Iterator[Any]:
@@ -208,14 +208,14 @@ class Session:
 
     def sample(self, state: State) -> None:
         """A picture of the same seeds and conditions each time, from the slowest average; each rank draws its rows."""
-        rows = sample_rows(GRID, self.accelerator)
+        rows = list(sample_rows(GRID, self.accelerator))
         nets = state.emas[max(state.emas)] if state.emas else state.nets
         objective, device = self.cfg.objective, self.accelerator.device
         generate = objective.generator(nets, bind(objective.sampler, 20) if objective.sampler else None)
         for net in nets.values():
             net.eval()
         noise = Seeds(rows, device)
-        cond = {k: v[list(rows)].to(device) for k, v in self.cond.items()}
+        cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         with torch.no_grad():
             mine = self.codec.decode(generate(noise(self.spec.shape), cond, noise))
         drawn = self.accelerator.gather(mine)[:GRID].cpu()  # type: ignore[index]
@@ -223,6 +223,8 @@ class Session:
             net.train()
         if self.accelerator.is_main_process:
             image = pictures.picture(drawn, self.cond)
+            if self.writer:
+                self.writer.add_image("samples", np.asarray(image.convert("RGB")), state.step, dataformats="HWC")
             pictures.save(image, self.run / "samples" / f"step-{state.step:07d}.png")
 
     def save(self, state: State) -> None:
@@ -235,8 +237,6 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def close(self, state: State, done: bool) -> None:
-        if self.writer:
-            self.writer.close()
         if not done:
             self.say(f"stopped at step {state.step}, saved; continue with: genkit train --resume {self.run}")
             return
@@ -244,7 +244,7 @@ class Session:
         self.say(f"trained {state.step} steps" + (f", {state.skipped} skipped" if state.skipped else ""))
         for path in [*newest, self.run / "loss.png"]:
             self.say(f"picture  {path}")
-        label = " --label 1" if self.spec.cond else ""
+        label = " --label 1" if "label" in self.spec.cond else ""
         self.say(f"next     genkit sample {self.run}{label} --n 16")
 
 
@@ -271,6 +271,3 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "argv": sys.argv,
         "cwd": os.getcwd(),
     }
-
-
-__all__ = ["Batch", "Session", "main", "train"]

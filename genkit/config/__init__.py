@@ -38,7 +38,7 @@ class Train:
     data: Any = field(**table("genkit.data:DATA", "digits", fallback="genkit.data:source"))
     """What is learned from: a NAME, or a path to a folder of images."""
     steps: Count = 3000
-    """Optimiser steps. 3000 of them show the shape of a small dataset on a laptop."""
+    """Optimiser steps."""
     batch: Count = 128
     """Samples per step, over all ranks together."""
     micro: Count | None = None
@@ -92,26 +92,34 @@ class Sample:
     """Draw samples from a run."""
 
     run: Positional[str]
-    """The run's folder."""
+    """The run's folder, such as runs/latest."""
     n: Count = 64
     """How many samples."""
+    label: Annotated[int, Ge(0)] | None = None
+    """The class to draw; None: all in turn."""
     sampler: str | None = None
-    """A name in genkit.sampling.SAMPLERS; None: the objective's own choice."""
+    """A name in genkit.sampling.SAMPLERS; None: the objective's usual one (heun)."""
     steps: Count = 20
     """Steps of the sampler."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; 1: none."""
-    label: Annotated[int, Ge(0)] | None = None
-    """The class to draw; None: all in turn."""
+    grid: str = "uniform"
+    """Where the steps lie: a name in genkit.sampling.GRIDS."""
+    clip: bool = False
+    """Keep predicted data in [-1, 1] at every step."""
     seed: Annotated[int, Ge(0)] = 0
-    """Sample i depends on it and on i alone, whatever the batch size."""
+    """Sample i has seed + i, whatever the batch size."""
     format: Literal["grid", "png", "npz"] = "grid"
-    """One picture, one file per sample, or arrays."""
+    """One picture, a file a sample, or arrays."""
     out: str | None = None
-    """Where to; None: into the run's folder."""
+    """Where to; None: into the run's samples folder."""
     trajectory: bool = False
-    """Also keep the way from noise to sample."""
+    """Also a GIF of the way from noise to sample."""
     ema: str | None = None
-    """Which averaged weights, by decay rate; None: the slowest. "none": the weights themselves."""
+    """Which averaged weights, by decay; None: the slowest; "none": the weights themselves."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Which checkpoint; None: the newest."""
     batch: Count = 64
     """Samples at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
