@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch.func import functional_call, jvp
 
 from genkit.backbones import BACKBONES, MLP, DiT, UNet
-from genkit.backbones.blocks import GroupNorm, attend, crop_to, group_norm, num_groups, pad_to
-from genkit.backbones.embed import EMBEDDERS, grid_positions, sinusoid
+from genkit.backbones.blocks import GroupNorm, ResBlock, attend, crop_to, group_norm, num_groups, pad_to
+from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, sinusoid
 from genkit.core import Image, Label, Spec, Tokens, Vector
 
 TINY = {
@@ -194,7 +194,7 @@ def test_each_condition_has_its_own_null(family, cut):
 @pytest.mark.parametrize("cut", CUTS)
 def test_masks_hide_tokens(family, cut):
     spec = Spec((1, 6, 6), kinds(family, "text"))
-    _, f, x = build(TINY[family], cut, spec)
+    net, f, x = build(TINY[family], cut, spec)
     cond = conditions(spec)
     mask = cond["mask"]
     noise = torch.randn_like(cond["text"])
@@ -210,6 +210,15 @@ def test_masks_hide_tokens(family, cut):
         torch.testing.assert_close(y, same)
     assert ((y - shown).flatten(1).abs().amax(1) > 1e-4).all()
     torch.testing.assert_close(blind, null)
+    with torch.no_grad():
+        dict(net.named_parameters())[find(net, "on_text.null")].add_(5)
+        torch.testing.assert_close(f(x, cond), y)  # who sees tokens does not see their null
+        assert ((f(x, {}) - null).flatten(1).abs().amax(1) > 1e-4).all()
+
+
+def find(net, end: str) -> str:
+    (name,) = (n for n, _ in net.named_parameters() if n.endswith(end))
+    return name
 
 
 def test_the_mask_belongs_to_the_first_sequence_there():
@@ -242,7 +251,7 @@ def test_samples_do_not_see_each_other(family, cut):
 def test_the_time_label_matters(family):
     net, _, x = build(TINY[family], "denoiser", Spec((1, 4, 4)))
     with torch.no_grad():
-        answers = [net(x, torch.full((BATCH,), t)) for t in (-1.5, 0.0, 0.001, 0.5, 1.0)]
+        answers = [net(x, torch.full((BATCH,), t)) for t in (-1.5, 0.0, 0.001, 0.5, 1.0, 1.5)]
     assert all((a - b).abs().amax() > 1e-5 for i, a in enumerate(answers) for b in answers[:i])
 
 
@@ -336,8 +345,27 @@ def test_group_norm_is_group_norm():
         norm.weight.normal_()
         norm.bias.normal_()
     torch.testing.assert_close(norm(x), F.group_norm(x, num_groups(24), norm.weight, norm.bias))
-    assert num_groups(128) == 32
+    assert num_groups(128) == num_groups(512) == 32
     assert all(c % num_groups(c) == 0 and (c < 4 or c // num_groups(c) >= 4) for c in range(1, 200))
+
+
+def test_residual_block():
+    block = ResBlock(2, 8, 16, 5)
+    x, emb = torch.randn(2, 8, 3, 4), torch.randn(2, 5)
+    torch.testing.assert_close(block(x, emb), block.skip(x))
+    same = ResBlock(1, 8, 8, 5)
+    torch.testing.assert_close(same(x[..., 0], emb), x[..., 0])
+    torch.nn.init.normal_(block.conv2.weight)
+    scale, shift = (v[..., None, None] for v in block.emb(emb).chunk(2, 1))
+    h = block.conv1(F.silu(F.group_norm(x, 2)))
+    h = block.conv2(F.silu((1 + scale) * F.group_norm(h, 4) + shift))
+    torch.testing.assert_close(block(x, emb), h + block.skip(x))
+
+
+def test_time_is_in_thousands():
+    embed, label = TimeEmbed(8), torch.tensor([0.0, 0.3, -1.2])
+    expected = embed.layer2(F.silu(embed.layer1(sinusoid(1000 * label, 64))))
+    torch.testing.assert_close(embed(label), expected)
 
 
 def test_attention_is_attention():
