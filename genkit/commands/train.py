@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from genkit import __version__, config, pictures, runs
+from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
 from genkit.core import Codec, Spec
 from genkit.data import Stream
@@ -34,6 +35,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:
+    if (num := lost_ranks()) > 1:
+        start_ranks(num, argv)
     resumed = option(argv, "--resume")
     if resumed:
         if option(argv, "--config"):

@@ -1,0 +1,41 @@
+"""Several ranks on a machine without GPUs.
+
+There `accelerate launch --num_processes N` starts a single process (it leaves CPU ranks to MPI). That single process
+can be told by its environment: a master address, but no rank. It then becomes `torchrun` with N processes, over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import psutil
+import torch
+
+
+def lost_ranks() -> int:
+    """How many processes `accelerate launch` was asked for and did not start; 1 when nothing is missing."""
+    env = os.environ
+    if "WORLD_SIZE" in env or not {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= env.keys():
+        return 1
+    if torch.cuda.is_available():
+        return 1
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent else []
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            return int(value or after)
+    raise ValueError(
+        "accelerate launch: starts one process on a machine without GPUs; name --num_processes N on its command line, "
+        "or use: torchrun --nproc-per-node N -m genkit train ..."
+    )
+
+
+def start_ranks(num: int, argv: list[str]) -> None:
+    """Replace this process by `torchrun` with ``num`` ranks of ``genkit train argv``."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
+    sys.stdout.flush()
+    os.execve(sys.executable, [*run, "-m", "genkit", "train", *argv], env)

@@ -1,0 +1,50 @@
+"""Walk between samples: spherical interpolation of their noise, drawn with a deterministic sampler.
+
+    python samplers/interpolate.py runs/latest --label 3 --rows 5 --columns 10 --out interpolation.png
+
+Each row goes from the noise of seed 2i to that of seed 2i + 1 along a great circle (Shoemake 1985), which keeps the
+norm that normal noise has.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genkit import pictures, runs
+from genkit.sampling import Seeds
+
+
+def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
+    """The point at fraction ``w`` of the great circle from ``a`` to ``b``, each ``[*S]``."""
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="a run directory, such as runs/latest")
+    parser.add_argument("--label", type=int, help="the class of all; without it, row i has class i")
+    parser.add_argument("--rows", type=int, default=5)
+    parser.add_argument("--columns", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("interpolation.png"))
+    args = parser.parse_args()
+
+    run = runs.load(args.run)
+    z = Seeds(range(args.seed, args.seed + 2 * args.rows))(run.spec.shape)
+    fractions = torch.linspace(0, 1, args.columns).tolist()
+    walk = torch.stack([slerp(z[2 * i], z[2 * i + 1], w) for i in range(args.rows) for w in fractions])
+    labels = runs.labels(run.spec, args.rows, args.label)
+    cond = {k: v.repeat_interleave(args.columns).to(run.device) for k, v in labels.items()}
+    generate = run.generator("heun", args.steps, args.guidance)
+    x = run.codec.decode(generate(walk.to(run.device), cond)).cpu()
+    image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {k: v.cpu() for k, v in cond.items()})
+    print(pictures.save(image, args.out))
+
+
+if __name__ == "__main__":
+    main()

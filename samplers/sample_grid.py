@@ -1,0 +1,40 @@
+"""Draw a grid from a run with several samplers, one row each, from the same noise.
+
+    python samplers/sample_grid.py runs/latest --samplers ddim heun dpmpp_2m --steps 10 --out grid.png
+
+Copy this file and change it: it is all there is to sampling from Python.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from genkit import pictures, runs
+from genkit.sampling import SAMPLERS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="a run directory, such as runs/latest")
+    parser.add_argument("--samplers", nargs="+", default=["ddim", "heun", "dpmpp_2m", "ancestral"], choices=SAMPLERS)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--n", type=int, default=10, help="samples of each sampler")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("grid.png"))
+    args = parser.parse_args()
+
+    run = runs.load(args.run)
+    if len(run.spec.shape) != 3:
+        parser.error(f"this script draws images; {args.run} has samples of shape {run.spec.shape}: try genkit sample")
+    rows = []
+    for name in args.samplers:
+        x, _ = run.sample(args.n, sampler=name, steps=args.steps, guidance=args.guidance, seed=args.seed)
+        rows.append(x)
+        print(f"{name:<10} {args.n} samples, {args.steps} steps")
+    print(pictures.save(pictures.mosaic(torch.cat(rows), columns=args.n), args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The scripts in samplers/ and examples/ run as a person would run them, and the shipped configurations parse."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from genkit import cli, config
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    argv = ["--data=digits", "--backbone.width=16", "--steps=2", "--batch=8", "--tensorboard=false", "--device=cpu"]
+    assert cli.main(["train", "--objective=flow", *argv, f"--out={out}"]) == 0
+    return out / "latest"
+
+
+def python(script, *args):
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sample_grid(run, tmp_path):
+    out = tmp_path / "grid.png"
+    assert str(out) in python("samplers/sample_grid.py", run, "--steps", 3, "--n", 4, "--out", out)
+    assert Image.open(out).size == (4 * 66 + 2, 4 * 66 + 2)
+
+
+def test_interpolate(run, tmp_path):
+    out = tmp_path / "walk.png"
+    python("samplers/interpolate.py", run, "--steps", 3, "--rows", 2, "--columns", 5, "--out", out)
+    assert Image.open(out).size == (5 * 66 + 2, 2 * 66 + 2)
+
+
+def test_slerp_keeps_the_norm():
+    import importlib.util
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location("interpolate", ROOT / "samplers/interpolate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    a, b = torch.randn(2, 1, 8, 8)
+    b = b * a.norm() / b.norm()
+    assert torch.allclose(module.slerp(a, b, 0.0), a, atol=1e-5)
+    assert torch.allclose(module.slerp(a, b, 1.0), b, atol=1e-5)
+    assert float(module.slerp(a, b, 0.4).norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+
+
+def test_exact_mixture_shows_the_orders():
+    orders = re.findall(r"(ddim|heun|dpmpp_2m) .* ([\d.]+)$", python("examples/01_exact_mixture.py"), re.M)
+    assert len(orders) == 6
+    for name, order in orders:
+        assert float(order) == pytest.approx(1 if name == "ddim" else 2, abs=0.2)
+
+
+def test_flow_in_40_lines_learns(tmp_path):
+    out = tmp_path / "moons.png"
+    printed = python("examples/02_flow_in_40_lines.py", "--steps", 501, "--out", out)
+    first, last = (float(v) for v in re.findall(r"loss ([\d.]+)", printed))
+    assert last < 0.85 * first
+    assert Image.open(out).size[0] > 100
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_configs_parse_and_say_what_to_expect(path):
+    cfg = config.parse(config.Train, ["--config", str(path)])
+    assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("command:", "hardware:", "minutes:", "expect:"):
+        assert word in header, word
+
+
+def test_scripts_are_short():
+    for script in (ROOT / "samplers").glob("*.py"):
+        assert len(script.read_text().splitlines()) <= 80, script
