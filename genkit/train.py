@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path as File
 from typing import Any, Protocol
 
 import torch
@@ -222,6 +223,14 @@ def fit(
         if ending and state.step < cfg.steps:
             return False
     return True
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 by itself; a CPU that only emulates it is slower than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").is_file() else ""
+    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

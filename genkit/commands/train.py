@@ -27,7 +27,7 @@ from genkit.config import parse, to_yaml
 from genkit.core import Codec, Spec
 from genkit.data import Stream
 from genkit.sampling import Seeds, bind
-from genkit.train import Diverged, State, fit, sample_rows, start
+from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, start
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
 NAMED = ("data", "objective", "backbone")  # what a run's directory is named after
@@ -59,11 +59,11 @@ def option(argv: list[str], flag: str) -> str | None:
 def train(cfg: config.Train, resumed: File | None = None) -> int:
     """Train ``cfg``, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
     device = runs.pick_device(cfg.device)
-    cfg = replace(cfg, precision=pick_precision(cfg.precision, device), resume=None)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
     with accelerator.main_process_first():
         data = cfg.data.load("train")
+    cfg = replace(cfg, precision=pick_precision(cfg.precision, device, data.spec), resume=None)
     torch.manual_seed(cfg.seed)
     nets = {k: v.to(device) for k, v in cfg.objective.networks(cfg.backbone, data.spec).items()}
     state = start(cfg.objective, nets, cfg)
@@ -118,11 +118,14 @@ def open_run(cfg: config.Train, accelerator: Accelerator, state: State, resumed:
     return named
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU that has it, else fp32; it is resolved once, so a resumed run stays what it was."""
+def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
+    """``auto`` is bf16 where the device is fast at it, but fp32 for vectors, whose small networks gain nothing.
+
+    Resolved once and written to config.yaml, so that a resumed run stays what it was.
+    """
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if len(spec.shape) > 1 and fast_bf16(device) else "fp32"
 
 
 def grid_conditions(spec: Spec, stream: Stream) -> dict[str, torch.Tensor]:
