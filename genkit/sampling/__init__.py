@@ -1,20 +1,42 @@
-"""Samplers: plain functions ``(denoise, x, times, cond, *, noise, callback) -> x``, and :func:`bind`."""
+"""Samplers: plain functions ``(denoise, x, times, cond, *, noise, callback) -> x``, and :func:`bind`.
+
+Euler's method is ``ddim`` with eta = 0. ``heun``, ``rk4`` and ``dopri5`` solve the ODE in the chart; ``dpmpp_2m``,
+``dpmpp_3m`` and ``unipc`` remember earlier evaluations; ``ancestral``, ``churn``, ``sde``, ``dpmpp_sde`` and
+``restart`` add noise.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Generator, Guidance, Noise, Sampler
-from genkit.sampling.grids import GRIDS, Grid, trailing, uniform
-from genkit.sampling.multistep import dpmpp_2m
-from genkit.sampling.ode import ddim, heun
-from genkit.sampling.sde import ancestral
-from genkit.sampling.steps import Callback, Seeds, nodes
+from genkit.sampling.grids import GRIDS, Grid, karras, leading, linspace, logsnr, trailing, uniform
+from genkit.sampling.inversion import invert
+from genkit.sampling.likelihood import bits_per_dim, dequantise, log_prob
+from genkit.sampling.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, unipc
+from genkit.sampling.ode import ddim, dopri5, heun, rk4
+from genkit.sampling.sde import ancestral, churn, restart, sde
+from genkit.sampling.steps import Callback, Counted, Seeds, nodes
 
-SAMPLERS: Mapping[str, Sampler] = {"ddim": ddim, "heun": heun, "ancestral": ancestral, "dpmpp_2m": dpmpp_2m}
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": ddim,
+    "ancestral": ancestral,
+    "heun": heun,
+    "rk4": rk4,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
+    "dopri5": dopri5,
+    "churn": churn,
+    "sde": sde,
+    "dpmpp_sde": dpmpp_sde,
+    "restart": restart,
+}
+GIVEN = ("denoise", "x", "times", "cond", "noise", "callback")  # what every sampler takes; the rest are its options
 
 
 def bind(
@@ -33,6 +55,10 @@ def bind(
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: given {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+        known = [k for k in inspect.signature(SAMPLERS[sampler]).parameters if k not in GIVEN]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{sampler}: has no option {name!r}; allowed: {', '.join(known) or 'none'}")
         sampler = SAMPLERS[sampler]
     if isinstance(grid, int):
         grid = uniform(grid)
@@ -53,6 +79,7 @@ def bind(
 
 
 __all__ = [
-    "GRIDS", "SAMPLERS", "Callback", "Grid", "Seeds", "ancestral", "bind", "ddim", "dpmpp_2m", "heun", "nodes",
-    "trailing", "uniform",
+    "GRIDS", "SAMPLERS", "Callback", "Counted", "Grid", "Seeds", "ancestral", "bind", "bits_per_dim", "churn", "ddim",
+    "dequantise", "dopri5", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "heun", "invert", "karras", "leading", "linspace",
+    "log_prob", "logsnr", "nodes", "restart", "rk4", "sde", "trailing", "uniform", "unipc",
 ]  # fmt: skip

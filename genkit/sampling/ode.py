@@ -1,14 +1,19 @@
-"""Deterministic samplers of one step each: Euler's and Heun's method on ``du/dtau = x1 - x0``."""
+"""Deterministic samplers of one step each: Runge-Kutta methods on ``du/dtau = x1 - x0``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from genkit.core import NO_COND, Cond, Denoiser, Noise
-from genkit.sampling.steps import Callback, ask, fresh, nodes
+from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
+from genkit.sampling.steps import Callback, Node, ask, fresh, nodes, nodes_at, require
+
+Clock = Literal["tau", "sigma"]
 
 
 def posterior_variance(t: tuple[float, float], s: tuple[float, float]) -> float:
@@ -34,6 +39,7 @@ def ddim(
 
     ``eta = 0`` is deterministic: Euler's method of rectified flow in the chart. ``eta = 1`` is ancestral sampling.
     """
+    require("eta", eta, "0 … 1", 0 <= eta <= 1)
     noise = noise or fresh(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         prediction = ask(denoise, x, a, cond)
@@ -46,7 +52,46 @@ def ddim(
     return x
 
 
+def heun_step(
+    denoise: Denoiser, x: Tensor, a: Node, b: Node, cond: Cond, clock: Clock = "tau"
+) -> tuple[Tensor, Prediction]:
+    """One step of Heun's method from a to b, by the trapezoid rule in ``clock``; Euler's where b is the data.
+
+    "tau": on ``du/dtau = x1 - x0``, u = x / (alpha + sigma). "sigma": on ``dy/dlevel = x1``, y = x / alpha, as Karras
+    et al. 2022 (eq. 4, algorithm 1); where the level is infinite (alpha = 0) that step is taken in tau.
+    """
+    p = ask(denoise, x, a, cond)
+    x = b.alpha * p.x0 + b.sigma * p.x1  # Euler's method, whatever the clock
+    if b.t > 0:
+        q = ask(denoise, x, b, cond)
+        if clock == "sigma" and a.alpha > 0:
+            x = x + b.alpha * (b.level - a.level) / 2 * (q.x1 - p.x1)
+        else:
+            x = x + b.scale * (b.tau - a.tau) / 2 * ((q.x1 - q.x0) - (p.x1 - p.x0))
+    return x, p
+
+
 def heun(
+    denoise: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    cond: Cond = NO_COND,
+    *,
+    clock: Clock = "tau",
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1), in the chart. Two evaluations a step, one in the
+    last, which ends where no denoiser may be asked. ``clock="sigma"`` is EDM's own, see :func:`heun_step`."""
+    require("clock", clock, "tau, sigma", clock in ("tau", "sigma"))
+    for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
+        x, prediction = heun_step(denoise, x, a, b, cond, clock)
+        if callback:
+            callback(i, x, prediction)
+    return x
+
+
+def rk4(
     denoise: Denoiser,
     x: Tensor,
     times: Tensor,
@@ -55,16 +100,94 @@ def heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1), in the chart. Two evaluations a step, one in the
-    last, which ends where no denoiser may be asked."""
+    """The classical fourth-order Runge-Kutta method (Kutta 1901), in the chart. Four evaluations a step.
+
+    A step that ends at the data may not ask there: it is Heun's third-order rule (Heun 1900), with three evaluations at
+    0, 1/3 and 2/3 of it. Its error h^4, made once, keeps the whole at order four.
+    """
     grid = nodes(denoise.path, times)
+    inner = [(1 / 2,) if b.t > 0 else (1 / 3, 2 / 3) for b in grid[1:]]
+    taus = [a.tau + f * (b.tau - a.tau) for (a, b), at in zip(pairwise(grid), inner, strict=True) for f in at]
+    between = iter(nodes_at(denoise.path, taus))
+
+    def slope(u: Tensor, n: Node) -> Tensor:
+        p = ask(denoise, n.scale * u, n, cond)
+        return p.x1 - p.x0
+
     for i, (a, b) in enumerate(pairwise(grid)):
         prediction = ask(denoise, x, a, cond)
-        h, u, slope = b.tau - a.tau, x / a.scale, prediction.x1 - prediction.x0
-        x = b.scale * (u + h * slope)
+        h, u, k1 = b.tau - a.tau, x / a.scale, prediction.x1 - prediction.x0
+        m = next(between)
         if b.t > 0:
-            corrected = ask(denoise, x, b, cond)
-            x = b.scale * (u + h / 2 * (slope + corrected.x1 - corrected.x0))
+            k2 = slope(u + h / 2 * k1, m)
+            k3 = slope(u + h / 2 * k2, m)
+            u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(u + h * k3, b))
+        else:
+            k2 = slope(u + h / 3 * k1, m)
+            u = u + h / 4 * (k1 + 3 * slope(u + 2 * h / 3 * k2, next(between)))
+        x = b.scale * u
         if callback:
             callback(i, x, prediction)
     return x
+
+
+def dopri5(
+    denoise: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    cond: Cond = NO_COND,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    tau_min: float = 1e-3,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Dormand & Prince's adaptive 5(4) pair (1980) in the chart, through torchdiffeq.
+
+    It takes its own steps from ``times[0]`` to ``times[-1]``: of the grid only the two ends count. A grid that ends at
+    the data is solved to chart time ``tau_min``, and from there by one Euler step (error ``tau_min^2``), so nothing
+    is asked at t = 0. The samples of a batch share each step's size, set by the worst one's error: a sample depends on
+    its batch, though by no more than the tolerance. (The fixed-grid samplers do not depend on it at all.)
+    """
+    from torchdiffeq import odeint  # brings scipy along: not at import
+
+    require("rtol", rtol, "above 0", rtol > 0)
+    require("atol", atol, "above 0", atol > 0)
+    first, *_, last = nodes(denoise.path, times)
+    require("tau_min", tau_min, f"between 0 and the start, {first.tau:.3g}", 0 < tau_min < first.tau)
+    stop = max(last.tau, tau_min)
+    field = _Field(denoise, cond, (stop, first.tau), callback)
+    end = torch.tensor([stop], dtype=torch.float64, device=x.device)
+    span = torch.cat([end.new_tensor([first.tau]), end])
+    options = {"norm": worst_of_batch, "step_t": end}  # a step must end at `stop`: the solver may not look past it
+    u = odeint(field, x / first.scale, span, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    if last.tau < stop:
+        u = u + (last.tau - stop) * field(end[0], u)
+    return last.scale * u
+
+
+def worst_of_batch(error: Tensor) -> Tensor:
+    """The root mean square of each sample's errors, and of these the largest."""
+    return error.flatten(1).square().mean(1).sqrt().max()
+
+
+class _Field:
+    """``du/dtau`` as torchdiffeq asks for it. It calls ``callback_accept_step`` after the last stage of a good step,
+    which for this pair is the step's own end."""
+
+    def __init__(self, denoise: Denoiser, cond: Cond, within: Sequence[float], callback: Callback | None):
+        self.denoise, self.cond, self.within, self.callback, self.steps = denoise, cond, within, callback, 0
+        self.last: tuple[Tensor, Prediction] | None = None
+
+    def __call__(self, tau: Tensor, u: Tensor) -> Tensor:
+        low, high = self.within
+        (node,) = nodes_at(self.denoise.path, [min(max(float(tau), low), high)])
+        x = node.scale * u
+        self.last = x, ask(self.denoise, x, node, self.cond)
+        return self.last[1].x1 - self.last[1].x0
+
+    def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:
+        if self.callback and self.last:
+            self.callback(self.steps, *self.last)
+        self.steps += 1

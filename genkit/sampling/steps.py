@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Noise, Path, Prediction
+from genkit.paths import chart
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
 
@@ -26,6 +28,18 @@ class Node(NamedTuple):
     def tau(self) -> float:
         return self.sigma / (self.alpha + self.sigma)
 
+    @property
+    def level(self) -> float:
+        """The noise level ``sigma / alpha``: EDM's sigma."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """``log(alpha / sigma)``: the lambda of DPM-Solver. Infinite in pure noise and in pure data."""
+        if self.alpha > 0 and self.sigma > 0:
+            return math.log(self.alpha / self.sigma)
+        return math.inf if self.alpha > 0 else -math.inf
+
 
 def nodes(path: Path, times: Tensor) -> list[Node]:
     """The grid's coefficients in float64. ``ValueError`` unless times fall strictly from at most 1 to at least 0."""
@@ -33,13 +47,43 @@ def nodes(path: Path, times: Tensor) -> list[Node]:
     if t.ndim != 1 or len(t) < 2 or not bool((t.diff() < 0).all()) or t[0] > 1 or t[-1] < 0:
         shown = ", ".join(f"{v:.3g}" for v in t.flatten()[:6].tolist()) + (", …" if t.numel() > 6 else "")
         raise ValueError(f"times: given [{shown}]; needs at least two, strictly falling, within 1 … 0")
+    return _nodes(path, t)
+
+
+def _nodes(path: Path, t: Tensor) -> list[Node]:
     return [Node(*v) for v in zip(t.tolist(), path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True)]
+
+
+def nodes_at(path: Path, taus: Sequence[float]) -> list[Node]:
+    """The nodes at these chart times: :func:`~genkit.paths.times_at` by a 129-ary search, for use within a sampler."""
+    goal = torch.tensor(taus, dtype=torch.float64)[:, None]
+    low, high = torch.zeros_like(goal), torch.ones_like(goal)
+    fractions = torch.linspace(0, 1, 129, dtype=torch.float64)
+    for _ in range(16):  # to 2^-112 at most; fewer where t is not tiny
+        t = low + (high - low) * fractions
+        k = (chart(path, t)[0] < goal).sum(1, keepdim=True).clamp(1, 128)
+        low, high = t.gather(1, k - 1), t.gather(1, k)
+        if bool((high - low <= 2**-53 * high).all()):
+            break
+    return _nodes(path, high[:, 0])
 
 
 def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
     return denoise(x, torch.full((len(x),), node.t, dtype=x.dtype, device=x.device), cond)
+
+
+def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
+    """Noise ``x`` from one node to a noisier one, ``q(x_high | x_low)`` (Ho et al. 2020, eq. 2, between any two)."""
+    r = high.alpha / low.alpha
+    return r * x + math.sqrt(max(0.0, high.sigma**2 - (r * low.sigma) ** 2)) * z
+
+
+def require(name: str, value: object, allowed: str, holds: bool) -> None:
+    """``ValueError`` in one line where an option makes no sense."""
+    if not holds:
+        raise ValueError(f"{name}: given {value!r}; allowed {allowed}")
 
 
 def fresh(x: Tensor) -> Noise:
@@ -61,3 +105,21 @@ class Seeds:
     def __call__(self, shape: Sequence[int]) -> Tensor:
         drawn = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
         return torch.stack(drawn).to(self.device)
+
+
+class Counted:
+    """A denoiser that counts how often it is asked: ``calls`` (NFE) and ``rows``, the samples in all of them.
+
+    Wrap the network's denoiser *before* guidance: classifier-free guidance then shows twice the rows in as many calls.
+    """
+
+    def __init__(self, inner: Denoiser):
+        self.inner, self.calls, self.rows = inner, 0, 0
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        return self.inner(x, t, cond)
