@@ -43,8 +43,8 @@ class Train:
     """Samples per step, over all ranks together."""
     micro: Count | None = None
     """Samples per forward pass on one rank, to save memory; None: all at once. The result does not depend on it."""
-    lr: Annotated[float, Gt(0)] = 2e-3
-    """Peak learning rate of AdamW; 2e-3 suits networks of about a million parameters, 1e-4 large ones."""
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """Peak learning rate of AdamW; 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
     warmup: Annotated[int, Ge(0)] = 100
     """Steps over which the learning rate rises from 0: Adam's second moment is not to be trusted before."""
     schedule: Literal["constant", "cosine"] = "cosine"

@@ -304,15 +304,18 @@ class Torchvision(Source):
 
 def download(kind: Any, root: Path, split: Split, files: str) -> Any:
     """torchvision's data set ``kind``, fetched to ``root``. ``ValueError`` where that fails; no waiting for ever."""
+    import shutil
     import socket
 
-    patience = socket.getdefaulttimeout()
+    patience, fresh = socket.getdefaulttimeout(), not root.exists()
     socket.setdefaulttimeout(30)
     try:
         return kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as e:
         hint = f"put {files} there, or name the folder above with --data.root"
         where = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
+        if fresh and not any(p.is_file() for p in root.rglob("*")):
+            shutil.rmtree(root, ignore_errors=True)  # the empty folders that torchvision made
         raise ValueError(f"{where} ({one_line(e)}); {hint}") from e
     finally:
         socket.setdefaulttimeout(patience)
