@@ -4,16 +4,17 @@ With ``tau = sigma / (alpha + sigma)`` and ``u = x / (alpha + sigma)`` every pat
 rectified flow (Liu et al. 2023, eq. 1). Its probability-flow ODE is ``du/dtau = E[x1 - x0 | u]`` whatever the path, so
 a solver is written once, needs no derivative of the schedule, and its grids are grids of tau.
 
-Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows.
+Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows. Each keeps to a curve in the
+(alpha, sigma) plane; its ``norm(a, s)`` is the number that brings the ray through ``(a, s)`` back onto it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -32,6 +33,9 @@ class Linear:
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return a + s
+
 
 @dataclass(frozen=True)
 class Cosine:
@@ -43,6 +47,9 @@ class Cosine:
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(t * (math.pi / 2))
 
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (a**2 + s**2).sqrt()
+
 
 @dataclass(frozen=True)
 class VP:
@@ -50,29 +57,49 @@ class VP:
 
     ``alpha(k / T)^2 = prod_{i <= k} (1 - beta_i)`` (Ho et al. 2020, eq. 4), ``log alpha`` linear in between. Betas:
     "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17).
+
+    ``zero_snr`` shifts and scales the table of ``alpha_k``, k = 1 .. T, so that the last is 0 and the first stays
+    (Lin et al. 2024, algorithm 1); alpha is then linear in the old alpha between them, and the old one below k = 1.
     """
 
     betas: Literal["linear", "cosine"] = "linear"
     timesteps: Annotated[int, Ge(1)] = 1000
     beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # of "linear"
     beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < 1:
             raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max < 1")
+        if self.zero_snr and self.timesteps < 2:
+            raise ValueError("zero_snr: given true with one timestep, which would be pure noise; allowed from two on")
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
-        """``log alpha(t)^2``, float64."""
+        """``log alpha(t)^2`` of the table as it is before ``zero_snr``, float64."""
         table = _vp_table(self, t.device)
         k = t.double() * self.timesteps
         low = k.detach().floor().long().clamp(0, self.timesteps - 1)
         return table[low] + (table[low + 1] - table[low]) * (k - low)
 
     def alpha(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            return self._rescaled(t)[0].to(t.dtype)
         return (0.5 * self.log_alpha_bar(t)).exp().to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            return self._rescaled(t)[1].to(t.dtype)
         return (-torch.expm1(self.log_alpha_bar(t))).sqrt().to(t.dtype)
+
+    def _rescaled(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table, old = _vp_table(self, t.device), self.log_alpha_bar(t)
+        first, last, alpha = (0.5 * table[1]).exp(), (0.5 * table[-1]).exp(), (0.5 * old).exp()
+        new = (alpha - last) * (first / (first - last))
+        early = t.double() * self.timesteps <= 1
+        return torch.where(early, alpha, new), torch.where(early, -torch.expm1(old), 1 - new**2).sqrt()
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (a**2 + s**2).sqrt()
 
 
 @lru_cache(maxsize=32)
@@ -85,6 +112,34 @@ def _vp_table(path: VP, device: torch.device) -> Tensor:
         f = torch.cos((k + 0.008) / 1.008 * (math.pi / 2)) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)]).to(device)
+
+
+@dataclass(frozen=True)
+class SubVP:
+    """Sub-VP: ``alpha`` of the VP SDE, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq. 29), less noise than VP has.
+
+    ``beta(t)`` grows linearly from beta_min to beta_max; the defaults are the paper's (appendix C).
+    """
+
+    beta_min: Annotated[float, Gt(0)] = 0.1
+    beta_max: Annotated[float, Gt(0)] = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max")
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """``log alpha(t)^2``, minus the integral of beta."""
+        return -t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (0.5 * self.log_alpha_bar(t)).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(self.log_alpha_bar(t))
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (s + (s**2 + 4 * a**2).sqrt()) / 2  # from s / n = 1 - (a / n)^2
 
 
 @dataclass(frozen=True)
@@ -108,8 +163,57 @@ class VE:
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t).sqrt()
 
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return a
 
-PATHS: Mapping[str, type] = {"linear": Linear, "cosine": Cosine, "vp": VP, "ve": VE}
+
+class Curved(Path, Protocol):
+    """A path that can be shifted along its own curve."""
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """``path`` with its noise level ``sigma / alpha`` multiplied by ``shift``: for larger pictures, whose neighbouring
+    pixels say the same, more noise has to hide as much.
+
+    On the linear path that is Esser et al. 2024, eq. 23, with shift ``sqrt(m / n)`` for m pixels instead of n; on VP it
+    is the shifted log-SNR of Hoogeboom et al. 2023, section 3.1, with shift ``d / 64`` for pictures d wide.
+    """
+
+    path: Curved = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
+    """the path that is shifted"""
+    shift: Annotated[float, Gt(0)] = 3.0
+    """how many times the noise level; 3 is Esser et al.'s choice for 1024 x 1024, as compared to 256 x 256"""
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift: given {self.shift}; allowed above 0")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._along(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._along(t)[1]
+
+    def _along(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = self.path.alpha(t), self.shift * self.path.sigma(t)
+        n = self.norm(a, s)
+        return a / n, s / n
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return self.path.norm(a, s)
+
+
+PATHS: Mapping[str, type] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "vp": VP,
+    "sub-vp": SubVP,
+    "ve": VE,
+    "shifted": Shifted,
+}
 
 
 def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -125,16 +229,18 @@ def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_at(path: Path, tau: Tensor) -> Tensor:
-    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
+    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`.
 
-    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1.
+    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. Each round divides the
+    interval by 128, to 2^-112 in the end: sigma grows as sqrt(t) on VP and VE, and tau is then right to 1e-16.
     """
     tau = tau.double()
-    low, high = torch.zeros_like(tau), torch.ones_like(tau)
-    for _ in range(110):  # to 2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16
-        middle = (low + high) / 2
-        above = chart(path, middle)[0] > tau
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     ends = chart(path, torch.tensor([0.0, 1.0], dtype=torch.float64, device=tau.device))[0]
-    t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
+    goal, parts = tau[..., None], torch.linspace(0, 1, 129, dtype=torch.float64, device=tau.device)
+    low, high = torch.zeros_like(goal), torch.ones_like(goal)
+    for _ in range(16):
+        t = low + (high - low) * parts
+        k = (chart(path, t)[0] <= goal).sum(-1, keepdim=True).clamp(1, 128)
+        low, high = t.gather(-1, k - 1), t.gather(-1, k)
+    t = torch.where(tau <= ends[0], torch.zeros_like(tau), ((low + high) / 2)[..., 0])
     return torch.where(tau >= ends[1], torch.ones_like(tau), t)

@@ -9,9 +9,13 @@ from exact import F64
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
+from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, chart, mix, times_at
 
 ALL = [cls() for cls in PATHS.values()] + [VP(betas="cosine"), VP(timesteps=37, beta_max=0.3), VE(0.01, 50.0)]
+ALL += [VP(zero_snr=True), VP(betas="cosine", timesteps=50, zero_snr=True), SubVP(0.5, 5.0)]
+ALL += [
+    Shifted(p, k) for p, k in [(VP(), 4.0), (SubVP(), 0.5), (Cosine(), 2.0), (VE(), 3.0), (Shifted(Linear(), 2.0), 3.0)]
+]
 IDS = [str(p) for p in ALL]
 T = torch.linspace(0, 1, 1001, dtype=F64)
 
@@ -79,9 +83,61 @@ def test_mix_broadcasts_over_any_shape():
     assert torch.allclose(x[1], 0.7 * x0[1] + 0.3 * x1[1])
 
 
+def test_sub_vp_is_song_et_al():
+    """Song et al. 2021, eq. 29: mean exp(-B/2) x0 and deviation 1 - exp(-B), B the integral of beta from 0 to t."""
+    t, path = torch.tensor([0.2, 0.7, 1.0], dtype=F64), SubVP()
+    beta = torch.linspace(0, 1, 100_001, dtype=F64)[None] * t[:, None] * 19.9 + 0.1
+    integral = torch.trapezoid(beta, dx=1e-5, dim=1) * t
+    assert torch.allclose(path.alpha(t), (-integral / 2).exp())
+    assert torch.allclose(path.sigma(t), 1 - (-integral).exp())
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_zero_snr_is_algorithm_1(betas, steps):
+    """Lin et al. 2024, algorithm 1, on the table k = 1 .. T; and diffusers' version of it."""
+    from diffusers import DDPMScheduler
+
+    k = torch.arange(1, steps + 1, dtype=F64) / steps
+    old, path = VP(betas, steps).alpha(k), VP(betas, steps, zero_snr=True)
+    expected = (old - old[-1]) * old[0] / (old[0] - old[-1])
+    assert torch.allclose(path.alpha(k), expected, rtol=1e-12, atol=1e-15)
+    assert float(path.alpha(k[-1:])) == 0
+    assert float(path.sigma(k[-1:])) == 1
+    assert torch.allclose(path.alpha(T) ** 2 + path.sigma(T) ** 2, torch.ones_like(T), rtol=1e-14)
+    schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[betas]
+    theirs = DDPMScheduler(steps, beta_schedule=schedule, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    assert torch.allclose(path.alpha(k)[:-1] ** 2, theirs[:-1], rtol=1e-3, atol=1e-6)  # theirs: a float32 product
+
+
+def test_shifts_of_the_papers():
+    t = torch.linspace(0.01, 1, 50, dtype=F64)
+    m = 3 * t / (1 + 2 * t)  # Esser et al. 2024, eq. 23, sqrt(m / n) = 3
+    assert torch.allclose(Shifted().sigma(t), m)
+    assert torch.allclose(Shifted().alpha(t), 1 - m)
+    snr = lambda p: 2 * (p.alpha(t) / p.sigma(t)).log()  # noqa: E731
+    wide = Shifted(VP(), 256 / 64)  # Hoogeboom et al. 2023, section 3.1: logSNR + 2 log(64 / d)
+    assert torch.allclose(snr(wide), snr(VP()) + 2 * math.log(64 / 256))
+    assert torch.allclose(wide.alpha(t) ** 2 + wide.sigma(t) ** 2, torch.ones_like(t))
+    assert torch.allclose(Shifted(VE(), 2.0).sigma(t), 2 * VE().sigma(t))
+    assert torch.equal(Shifted(VE(), 2.0).alpha(t), torch.ones_like(t))
+    less = Shifted(SubVP(), 2.0)
+    assert torch.allclose(less.sigma(t), 1 - less.alpha(t) ** 2)
+    again = Shifted(Shifted(Linear(), 2.0), 1.5)
+    assert torch.allclose(again.sigma(t), Shifted().sigma(t))
+
+
 @pytest.mark.parametrize(
     "make",
-    [lambda: VE(-1.0, 80), lambda: VE(1.0, 0.5), lambda: VP(beta_min=0.5, beta_max=0.1), lambda: VP(beta_max=1.5)],
+    [
+        lambda: VE(-1.0, 80),
+        lambda: VE(1.0, 0.5),
+        lambda: VP(beta_min=0.5, beta_max=0.1),
+        lambda: VP(beta_max=1.5),
+        lambda: SubVP(2.0, 1.0),
+        lambda: Shifted(Linear(), 0.0),
+        lambda: VP(timesteps=1, zero_snr=True),
+    ],
 )
 def test_senseless_schedules_are_refused(make):
     with pytest.raises(ValueError, match="allowed"):
