@@ -274,6 +274,8 @@ class Objective(ABC):
 
     sampler: ClassVar[str | None]
     """the name of its usual sampler; None for a one-pass model, which needs none"""
+    draws: ClassVar[bool] = True
+    """whether it draws samples; a classifier, which guides other models, does not"""
 
     @property
     @abstractmethod

@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -26,8 +26,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genkit import codecs, config
-from genkit.core import Codec, Cond, Denoiser, Generator, Image, Label, Objective, Spec, Tokens, Vector
-from genkit.guidance import clamp, classifier_free
+from genkit.core import Codec, Cond, Denoiser, Generator, Guidance, Image, Label, Objective, Spec, Tokens, Vector
+from genkit.guidance import (
+    LINEAR,
+    Rule,
+    autoguidance,
+    by_classifier,
+    clamp,
+    classifier_free,
+    compose,
+    within,
+)
+from genkit.objectives import Classifier
 from genkit.sampling import GRIDS, Seeds, bind
 from genkit.train import State, phase_parameters
 
@@ -242,6 +252,12 @@ class Run:
         steps: int = 20,
         guidance: float = 1.0,
         *,
+        rule: Rule = LINEAR,
+        interval: tuple[float, float] | None = None,
+        passes: str | None = None,
+        weak: Run | None = None,
+        classifier: Run | None = None,
+        classifier_scale: float | None = None,
         grid: str = "uniform",
         clip: bool = False,
         callback: Callable[..., None] | None = None,
@@ -249,21 +265,63 @@ class Run:
     ) -> Generator:
         """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
 
-        ``sampler`` None is the objective's usual one; ``clip`` keeps predicted data in [-1, 1]; ``options`` go to the
-        sampler (``eta`` of ddim).
+        ``sampler`` None is the objective's usual one; ``options`` go to it (``eta`` of ddim). ``guidance`` goes from
+        the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.guidance`); a ``classifier`` guides by
+        its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1].
         """
-        if guidance != 1 and not self.spec.cond:
-            raise ValueError(f"guidance: given {guidance}, but this model has no conditions to guide by; use 1")
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
-
-        def guide(denoise: Denoiser) -> Denoiser:
-            denoise = classifier_free(guidance)(denoise)
-            return clamp()(denoise) if clip else denoise
-
+        guides: list[Guidance] = []
+        if guidance != 1:
+            guides.append(self.extrapolate(guidance, rule, passes, weak))
+        elif idle := [k for k, v in {"rule": rule != LINEAR, "passes": passes, "autoguide": weak}.items() if v]:
+            raise ValueError(f"{idle[0]}: has no effect at guidance 1; give --guidance, say 2")
+        if classifier is not None:
+            guides.append(self.steer(classifier, 1.0 if classifier_scale is None else classifier_scale))
+        elif classifier_scale is not None:
+            raise ValueError(f"classifier_scale: given {classifier_scale}, but no classifier; give --classifier RUN")
+        if interval is not None:
+            if not guides:
+                raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
+            guides = [within(*interval, compose(*guides))]
+        if clip:
+            guides.append(clamp())
         sampler = sampler or self.objective.sampler
-        bound = bind(sampler, GRIDS[grid](steps), guide, callback=callback, **options) if sampler else None
+        bound = bind(sampler, GRIDS[grid](steps), compose(*guides), callback=callback, **options) if sampler else None
         return self.objective.generator(self.nets, bound)
+
+    def extrapolate(self, scale: float, rule: Rule, passes: str | None, weak: Run | None) -> Guidance:
+        """Classifier-free guidance, or autoguidance where there is a weaker model."""
+        if weak is None:
+            if not self.spec.cond:
+                raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")
+            return classifier_free(scale, rule, passes or "together")
+        if passes is not None:
+            raise ValueError(f"passes: given {passes}, but autoguidance runs two networks, one after the other")
+        if (weak.directory, weak.weights) == (self.directory, self.weights):
+            raise ValueError(f"autoguide: given {weak.weights}, the model itself; take an earlier step or a faster ema")
+        self.require_alike("autoguide", weak)
+        return autoguidance(weak.denoiser, scale, rule)
+
+    def steer(self, classifier: Run, scale: float) -> Guidance:
+        """Guidance by a classifier's run."""
+        if scale == 0:
+            raise ValueError("classifier_scale: given 0, at which the classifier has no effect; leave it out")
+        self.require_alike("classifier", classifier)
+        return by_classifier(classifier_of(classifier).classify(classifier.nets), scale)
+
+    def require_alike(self, name: str, other: Run) -> None:
+        """``ValueError`` where a second run means other samples than this one."""
+        mine, its = ((run.spec.shape, codecs.to_dict(run.codec)) for run in (self, other))
+        if mine != its:
+            raise ValueError(f"{name}: was trained on samples {its[0]} by {its[1]['name']}, this model on {mine[0]} by "
+                             f"{mine[1]['name']}, or by other settings; both need the same data")  # fmt: skip
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """What a sampler is bound to. ``ValueError`` for an objective without one."""
+        unsampled: Any = lambda denoise: denoise  # noqa: E731
+        return cast(Denoiser, self.objective.generator(self.nets, unsampled))
 
     def sample(
         self,
@@ -272,17 +330,20 @@ class Run:
         label: int | None = None,
         seed: int = 0,
         cond: Cond | None = None,
+        classifier: Run | None = None,
         batch: int = 64,
         progress: Callable[[int], None] = lambda done: None,
         **how: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``n`` decoded samples ``[n, *S]`` (uint8 for images) and their conditions. Sample i has seed ``seed + i``.
 
-        Without ``label`` or ``cond`` a model of classes draws them in turn. ``how`` goes to :meth:`generator`.
+        Without ``label`` or ``cond`` a model of classes draws them in turn, as does one that a ``classifier`` guides.
+        ``how`` goes to :meth:`generator`.
         """
-        conditions = dict(cond) if cond is not None else labels(self.spec, n, label)
-        self.spec.check(conditions, n)
-        generate, drawn = self.generator(**how), []
+        spec = self.spec if classifier is None else with_classes(self.spec, classifier)
+        conditions = dict(cond) if cond is not None else labels(spec, n, label)
+        spec.check(conditions, n)
+        generate, drawn = self.generator(classifier=classifier, **how), []
         for first in range(0, n, batch):
             rows = slice(first, min(first + batch, n))
             noise = Seeds(range(seed + rows.start, seed + rows.stop), self.device)
@@ -291,6 +352,22 @@ class Run:
                 drawn.append(self.codec.decode(generate(noise(self.spec.shape), here, noise)).cpu())
             progress(rows.stop)
         return torch.cat(drawn), conditions
+
+
+def classifier_of(run: Run) -> Classifier:
+    if not isinstance(run.objective, Classifier):
+        kind = type(run.objective).__name__
+        raise ValueError(f"classifier: given a run of {kind}; train one: genkit train --objective=classifier")
+    return run.objective
+
+
+def with_classes(spec: Spec, classifier: Run) -> Spec:
+    """The model's conditions and the classifier's classes, which have to be the same where both have them."""
+    objective = classifier_of(classifier)
+    name, kind = objective.label, objective.kind(classifier.spec)
+    if spec.cond.get(name, kind) != kind:
+        raise ValueError(f"classifier: knows {name} as {kind}; the model has {spec.cond[name]}")
+    return replace(spec, cond={**spec.cond, name: kind})
 
 
 def labels(spec: Spec, n: int, label: int | None = None) -> dict[str, Tensor]:
@@ -339,3 +416,13 @@ def load(path: str | File, *, ema: str | None = None, step: int | None = None, d
         net.to(where).eval().requires_grad_(False)
     codec = codecs.from_dict(record["codec"])
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)
+
+
+def beside(run: Run, name: str) -> Run:
+    """A second model for a run's sampling: a run's directory, or ``ema:DECAY`` or ``step:N`` of the run itself."""
+    device, average = run.device.type, File(run.weights).stem.removeprefix("ema-").replace("nets", "none")
+    if found := re.fullmatch(r"ema:(.+)", name):
+        return load(run.directory, ema=found[1], step=run.step, device=device)
+    if found := re.fullmatch(r"step:(\d+)", name):
+        return load(run.directory, ema=average, step=int(found[1]), device=device)
+    return load(name, device=device)

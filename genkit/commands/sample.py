@@ -30,7 +30,19 @@ def main(argv: list[str]) -> int:
     def watch(step: int, x: Tensor, prediction: Prediction) -> None:
         frames.append(run.codec.decode(x.float()).cpu())
 
-    how = {"guidance": asked.guidance, "sampler": asked.sampler, "steps": asked.steps, "grid": asked.grid}
+    beside = lambda name: runs.beside(run, name) if name else None  # noqa: E731
+    how = {
+        "sampler": asked.sampler,
+        "steps": asked.steps,
+        "grid": asked.grid,
+        "guidance": asked.guidance,
+        "rule": asked.guidance_rule,
+        "interval": asked.guidance_interval,
+        "passes": asked.guidance_passes,
+        "weak": beside(asked.autoguide),
+        "classifier": beside(asked.classifier),
+        "classifier_scale": asked.classifier_scale,
+    }
     began = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=asked.n)

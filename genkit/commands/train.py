@@ -90,7 +90,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
                 cfg,
                 accelerator,
                 log=session.log,
-                sample=session.sample,
+                sample=session.sample if cfg.objective.draws else lambda state: None,
                 save=session.save,
                 progress=progress,
                 stop=lambda: bool(asked),
@@ -250,8 +250,11 @@ class Session:
         self.say(f"trained {state.step} steps" + (f", {state.skipped} skipped" if state.skipped else ""))
         for path in [*newest, self.run / "loss.png"]:
             self.say(f"picture  {path}")
-        label = " --label 1" if "label" in self.spec.cond else ""
-        self.say(f"next     genkit sample {self.run}{label} --n 16")
+        if self.cfg.objective.draws:
+            label = " --label 1" if "label" in self.spec.cond else ""
+            self.say(f"next     genkit sample {self.run}{label} --n 16")
+        else:
+            self.say(f"next     genkit sample MODEL --label 1 --classifier {self.run}")
 
 
 def slug(name: str) -> str:

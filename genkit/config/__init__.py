@@ -102,7 +102,19 @@ class Sample:
     steps: Count = 20
     """Steps of the sampler."""
     guidance: float = 1.0
-    """Strength of classifier-free guidance; 1: none."""
+    """From the unconditional prediction (or that of --autoguide) through the model's own; 1: none."""
+    guidance_rule: Any = field(**table("genkit.guidance:RULES", "linear", kind="genkit.guidance:Rule"))
+    """How: linear, rescale (the deviation brought back) or apg (projected, limited)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at noise in here, LOW HIGH in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
+    guidance_passes: Literal["together", "apart"] | None = None
+    """With and without the condition as one batch, or one after the other in half the memory; None: together."""
+    autoguide: str | None = None
+    """Guide away from a weaker model, not from the unconditional: a run, ema:DECAY or step:N of this run."""
+    classifier: str | None = None
+    """Guide by the gradient of this classifier: a run of --objective=classifier on the same path."""
+    classifier_scale: float | None = None
+    """Weight of that gradient; None: 1, which is Bayes' rule."""
     grid: str = "uniform"
     """Where the steps lie: a name in genkit.sampling.GRIDS."""
     clip: bool = False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from genkit.objectives.classifier import Classifier
 from genkit.objectives.ddpm import DDPM
+from genkit.objectives.edm import EDM
 from genkit.objectives.flow import Flow
 
-OBJECTIVES: Mapping[str, type] = {"flow": Flow, "ddpm": DDPM}
+OBJECTIVES: Mapping[str, type] = {"flow": Flow, "ddpm": DDPM, "classifier": Classifier}
 
-__all__ = ["DDPM", "OBJECTIVES", "Flow"]
+__all__ = ["DDPM", "EDM", "OBJECTIVES", "Classifier", "Flow"]

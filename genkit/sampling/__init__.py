@@ -65,11 +65,11 @@ def bind(
     draw, places = sampler, grid
 
     def bound(denoise: Denoiser) -> Generator:
-        guided = guidance(denoise) if guidance else denoise
         times = places if isinstance(places, Tensor) else places(denoise.path)
         start = nodes(denoise.path, times)[0]
 
         def generate(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+            guided = guidance(denoise) if guidance else denoise  # anew: it may remember its trajectory
             with torch.no_grad():
                 return draw(guided, start.sigma * z, times, cond, noise=noise, callback=callback, **options)
 

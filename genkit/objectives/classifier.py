@@ -1,0 +1,96 @@
+"""A classifier of noised samples, by whose gradient other models are guided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genkit.core import (
+    Backbones,
+    Batch,
+    Cond,
+    Denoiser,
+    Generator,
+    Label,
+    Loss,
+    Objective,
+    Path,
+    Phase,
+    Spec,
+    Vector,
+    expand,
+)
+from genkit.guidance import Classify
+from genkit.paths import Linear, chart, mix
+
+
+@dataclass(frozen=True)
+class Classifier(Objective):
+    """``p(y | x_t)`` by cross-entropy on samples noised along a path (Dhariwal & Nichol 2021, section 4.1).
+
+    It draws nothing itself: ``genkit sample MODEL --classifier THIS`` guides a model of the same path by its gradient.
+    """
+
+    sampler: ClassVar[str | None] = None
+    draws: ClassVar[bool] = False
+
+    path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
+    """the path of the models it is to guide; vp for ddpm"""
+    label: str = "label"
+    """which condition of the data it tells from a sample"""
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("classify", trains=("net",)),)
+
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbones.encoder(Spec(spec.shape, {"t": Vector((1,))}), (self.kind(spec).num,))}
+
+    def kind(self, spec: Spec) -> Label:
+        """The classes. ``ValueError`` where the data has none of this name."""
+        classes = {k: v for k, v in spec.cond.items() if isinstance(v, Label)}
+        if self.label not in classes:
+            has = ", ".join(classes) or "none; take data with classes, such as digits or moons"
+            raise ValueError(f"label: given {self.label!r}; classes of this data: {has}")
+        return classes[self.label]
+
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        t, y = 1 - batch.uniform(), batch.cond[self.label]
+        out = logits(nets["net"], self.path, mix(self.path, batch.x, batch.normal(), t), t)
+        right = (out.argmax(1) == y).float()
+        return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": right.mean()})
+
+    def classify(self, nets: Mapping[str, nn.Module]) -> Classify:
+        """What :func:`genkit.guidance.by_classifier` takes."""
+        return NetClassifier(nets["net"], self.path, self.label)
+
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        raise ValueError("classifier: draws nothing; it guides another model: genkit sample MODEL --classifier THIS")
+
+
+def logits(net: nn.Module, path: Path, x: Tensor, t: Tensor) -> Tensor:
+    """Class scores ``[B, K]``. The network sees ``alpha x / (alpha^2 + sigma^2)``, the best linear guess of unit data,
+    and chart time: then ``sigma^2 / alpha grad`` stays bounded up to pure noise, where alpha may be 0."""
+    alpha, sigma = (expand(f(t), x) for f in (path.alpha, path.sigma))
+    return net(alpha / (alpha**2 + sigma**2) * x, {"t": chart(path, t)[0][:, None]}).float()
+
+
+@dataclass(frozen=True)
+class NetClassifier:
+    """A trained classifier: a :class:`~genkit.guidance.Classify`."""
+
+    net: nn.Module
+    path: Path
+    label: str
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.label not in cond:
+            raise ValueError(f"classifier: given no {self.label} to guide to; name a class, say --label 1")
+        log_p = logits(self.net, self.path, x, t).log_softmax(1)
+        return log_p.gather(1, cond[self.label][:, None])[:, 0]
