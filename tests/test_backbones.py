@@ -12,8 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch.func import functional_call, jvp
 
 from genkit.backbones import BACKBONES, MLP, DiT, UNet
-from genkit.backbones.blocks import GroupNorm, ResBlock, attend, crop_to, group_norm, num_groups, pad_to
+from genkit.backbones.blocks import GroupNorm, MapAttention, ResBlock, attend, crop_to, group_norm, num_groups, pad_to
+from genkit.backbones.dit import DiTBlock
 from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, sinusoid
+from genkit.backbones.mlp import MLPBlock
 from genkit.core import Image, Label, Spec, Tokens, Vector
 
 TINY = {
@@ -360,6 +362,14 @@ def test_residual_block():
     h = block.conv1(F.silu(F.group_norm(x, 2)))
     h = block.conv2(F.silu((1 + scale) * F.group_norm(h, 4) + shift))
     torch.testing.assert_close(block(x, emb), h + block.skip(x))
+
+
+def test_blocks_start_as_the_identity():
+    h, emb, tokens = torch.randn(2, 9, 8), torch.randn(2, 8), torch.randn(2, 3, 8)
+    torch.testing.assert_close(DiTBlock(DiT(width=8), 8)(h, emb, tokens, None), h)
+    torch.testing.assert_close(MLPBlock(8, 0.0)(h[:, :1], emb), h[:, :1])
+    x = h.transpose(1, 2).reshape(2, 8, 3, 3)
+    torch.testing.assert_close(MapAttention(8, 64, 8)(x, tokens, None), x)
 
 
 def test_time_is_in_thousands():
