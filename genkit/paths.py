@@ -163,6 +163,11 @@ class VE:
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t).sqrt()
 
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """The inverse of ``sigma(t)``; past the path's end, 1."""
+        t = torch.log1p((sigma / self.sigma_min) ** 2) / (2 * math.log(self.sigma_max / self.sigma_min))
+        return t.clamp(max=1)
+
     def norm(self, a: Tensor, s: Tensor) -> Tensor:
         return a
 
@@ -228,19 +233,18 @@ def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
     return sigma / scale, scale
 
 
-def times_at(path: Path, tau: Tensor) -> Tensor:
-    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`.
+def times_at(path: Path, tau: Tensor, halvings: int = 110) -> Tensor:
+    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
 
-    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. Each round divides the
-    interval by 128, to 2^-112 in the end: sigma grows as sqrt(t) on VP and VE, and tau is then right to 1e-16.
+    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. The default goes to
+    2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16.
     """
     tau = tau.double()
+    low, high = torch.zeros_like(tau), torch.ones_like(tau)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        above = chart(path, middle)[0] > tau
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     ends = chart(path, torch.tensor([0.0, 1.0], dtype=torch.float64, device=tau.device))[0]
-    goal, parts = tau[..., None], torch.linspace(0, 1, 129, dtype=torch.float64, device=tau.device)
-    low, high = torch.zeros_like(goal), torch.ones_like(goal)
-    for _ in range(16):
-        t = low + (high - low) * parts
-        k = (chart(path, t)[0] <= goal).sum(-1, keepdim=True).clamp(1, 128)
-        low, high = t.gather(-1, k - 1), t.gather(-1, k)
-    t = torch.where(tau <= ends[0], torch.zeros_like(tau), ((low + high) / 2)[..., 0])
+    t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
     return torch.where(tau >= ends[1], torch.ones_like(tau), t)

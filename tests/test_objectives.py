@@ -10,15 +10,23 @@ from torch import nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Draw, Label, Spec
-from genkit.objectives import DDPM, OBJECTIVES, Flow
-from genkit.paths import VE, VP, Cosine, Linear
+from genkit.objectives import DDPM, EDM, OBJECTIVES, Flow
+from genkit.objectives.times import TIMES
+from genkit.objectives.weights import P2, Constant, Lambda, MinSNR
+from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP
 from genkit.sampling import bind
 
 MIXTURE = three()
 FLOWS = [Flow(path=p, prediction=q) for p, q in product([Linear(), Cosine()], ["velocity", "x0", "v"])]
 FLOWS += [Flow(path=p, prediction=q) for p, q in product([VP(), VE()], ["eps", "score", "karras", "x0", "velocity"])]
 FLOWS += [Flow(space="x0"), Flow(path=VP(), space="eps", prediction="x0"), Flow(times="logit-normal")]
-MATCHING = [*FLOWS, DDPM(), DDPM(prediction="v", space="x0"), DDPM(betas="cosine", timesteps=50, prediction="x0")]
+FLOWS += [Flow(path=p, prediction=q) for p, q in product([SubVP(), Shifted(), Shifted(VP(), 2.0)], ["velocity", "x0"])]
+FLOWS += [Flow(path=VP(), prediction=q, space="x0", weight=MinSNR()) for q in ("eps", "x0", "v")]
+FLOWS += [Flow(path=VP(), space="eps", weight=P2()), Flow(times="beta"), Flow(path=VP(), times="log-normal")]
+FLOWS += [Flow(path=VE(), prediction="karras", times="log-normal", t_mean=-1.2, t_std=1.2, space="x0", weight=Lambda())]
+MATCHING = [*FLOWS, EDM(), EDM(sigma_data=1.0), DDPM(zero_snr=True, prediction="v"), DDPM(times="logit-normal")]
+MATCHING += [DDPM(space="x0", weight=MinSNR(2.0)), DDPM(weight=P2(0.5))]
+MATCHING += [DDPM(), DDPM(prediction="v", space="x0"), DDPM(betas="cosine", timesteps=50, prediction="x0")]
 
 
 @pytest.mark.parametrize("objective", MATCHING, ids=lambda o: "-".join(map(str, vars(o).values()))[:70])
@@ -117,6 +125,118 @@ def test_time_distributions():
     assert float((k.round() == 10).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("path", [Linear(), VP(), VE(), Shifted(Cosine(), 2.0)], ids=lambda p: type(p).__name__)
+def test_log_normal_times_are_those_of_the_noise_level(path):
+    n = 20_000
+    batch = Batch(torch.zeros(n, 1), draw=Draw((0,), 0, n))
+    t = TIMES["log-normal"](batch, path, -1.2, 1.2).double()
+    level = (path.sigma(t) / path.alpha(t)).log()
+    z = Draw((0,), 0, n).normal(1)[:, 0].double()
+    assert torch.allclose(level, -1.2 + 1.2 * z, atol=2e-4)  # t is float32
+    assert float(t.min()) > 0
+    assert float(t.max()) <= 1
+
+
+def test_beta_times_are_biased_to_noise():
+    """Beta(1.5, 1): mean 3/5, variance 1.5 / (2.5^2 3.5) = 0.0686, P(t <= 1/4) = 1/8."""
+    batch = Batch(torch.zeros(40_000, 1), draw=Draw((0,), 0, 40_000))
+    t = Flow(times="beta").draw_times(batch)
+    assert float(t.mean()) == pytest.approx(0.6, abs=0.005)
+    assert float(t.var()) == pytest.approx(0.0686, abs=0.002)
+    assert float((t <= 0.25).float().mean()) == pytest.approx(1 / 8, abs=0.006)
+
+
+def test_discrete_times_keep_their_distribution():
+    batch = Batch(torch.zeros(40_000, 1), draw=Draw((0,), 0, 40_000))
+    k = DDPM(timesteps=4, times="beta").draw_times(batch) * 4
+    share = torch.tensor([float((k == i).float().mean()) for i in (1, 2, 3, 4)])
+    edges = (torch.arange(5) / 4) ** 1.5
+    assert torch.allclose(share, edges.diff(), atol=0.01)
+
+
+def test_weights_at_values_of_the_papers():
+    """SNR = alpha^2 / sigma^2 is 9 at (0.6, 0.2) and 1/4 at (0.5, 1)."""
+    a, s = torch.tensor([0.6, 0.5], dtype=F64), torch.tensor([0.2, 1.0], dtype=F64)
+    near = lambda x, *y: torch.allclose(x, torch.tensor(y, dtype=F64))  # noqa: E731
+    assert near(Constant()(a, s), 1, 1)
+    assert near(MinSNR()(a, s), 5, 0.25)  # Hang et al. 2023: min(SNR, 5)
+    assert near(MinSNR(10.0)(a, s), 9, 0.25)
+    assert near(P2()(a, s), 1 / 10, 4 / 5)  # Choi et al. 2022: 1 / (1 + SNR)
+    assert near(P2(0.5, 7.0)(a, s), 1 / 4, (1 / 7.25) ** 0.5)
+    # Karras et al. 2022, table 1, at noise levels 1/3 and 2
+    assert near(Lambda(0.5)(a, s), (1 / 9 + 1 / 4) / (1 / 36), (4 + 1 / 4) / 1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "velocity", "karras"])
+@pytest.mark.parametrize("weight", [MinSNR(), P2(), Lambda()], ids=lambda w: type(w).__name__)
+def test_a_weighted_loss_is_the_weight_times_the_error_of_its_own_space(weight, prediction):
+    """Whatever the network predicts, except where its error would count more than MAX_GAIN."""
+    objective = Flow(path=VP(), prediction=prediction, space=weight.space, weight=weight)
+    t, x0, x1 = torch.tensor([0.2, 0.4, 0.6], dtype=F64), *torch.randn(2, 3, 4, dtype=F64)
+    a, s = VP().alpha(t)[:, None], VP().sigma(t)[:, None]
+    x, out = a * x0 + s * x1, torch.randn(3, 4, dtype=F64)
+    error = out - objective.parametrization.target(VP(), x0, x1, t)
+    guess = objective.parametrization.predict(VP(), x, t, out)
+    wrong = {"x0": guess.x0 - x0, "eps": guess.x1 - x1}[weight.space]
+    assert torch.allclose((objective.gain(t, x) * error) ** 2, weight(a, s) * wrong**2)
+
+
+def test_min_snr_on_a_noise_prediction_is_the_papers():
+    """Hang et al. 2023: min(SNR, 5) / SNR on the error of eps, and min(SNR, 5) / (SNR + 1) on that of v; also where
+    the linear part alone, sigma / alpha = 157, is far above the bound of the gain."""
+    t = torch.tensor([0.1, 0.6, 1.0], dtype=F64)
+    snr = (VP().alpha(t) / VP().sigma(t)) ** 2
+    for prediction, weight in (("eps", snr.clamp(max=5) / snr), ("v", snr.clamp(max=5) / (snr + 1))):
+        objective = DDPM(prediction=prediction, space="x0", weight=MinSNR())
+        assert torch.allclose(objective.gain(t, t) ** 2, weight, rtol=1e-9)
+
+
+def test_edm_is_the_loss_of_karras():
+    """Karras et al. 2022, eq. 7-8 and table 1, written out with a network F that is any function of its two inputs."""
+    n, data = 500, 0.7
+    x0 = torch.randn(n, 3, dtype=F64)
+    net = lambda x, label, cond: torch.sin(x + label[:, None])  # noqa: E731
+    objective = EDM(sigma_data=data, t_mean=-0.5, t_std=0.9)
+    got = objective.loss("denoise", {"net": Float64(net)}, Batch(x0, draw=Draw((5,), 0, n))).per_sample
+    draw = Draw((5,), 0, n)
+    sigma = (-0.5 + 0.9 * draw.normal(1).double()).exp()
+    noise = draw.normal(3).double() * sigma
+    c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
+    denoised = c_skip * (x0 + noise) + c_out * net(
+        (x0 + noise) / (sigma**2 + data**2).sqrt(), sigma[:, 0].log() / 4, {}
+    )
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    assert torch.allclose(got, (weight * (denoised - x0) ** 2).mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Flow(weight=MinSNR()), "space: given velocity, but min-snr weights the error of x0"),
+        (lambda: DDPM(weight=Lambda()), "space: given eps, but edm weights the error of x0"),
+        (lambda: Flow(path=VP(), space="x0", weight=P2()), "p2 weights the error of eps; allowed: eps"),
+        (lambda: Flow(t_mean=0.5), "uniform times have neither; allowed with: logit-normal, log-normal"),
+        (lambda: DDPM(times="beta", t_std=2.0), "beta times have neither"),
+        (lambda: EDM(t_mean=9.0), "t_mean: given 9.0; allowed below 4.38"),
+        (lambda: EDM(sigma_max=0.25), "t_mean: given -1.2; allowed below -1.39"),
+        (lambda: DDPM(zero_snr=True), r"eps-prediction on the path VP: alpha\(1\) = 0"),
+        (lambda: Flow(path=Shifted(), prediction="eps"), r"eps-prediction on the path Shifted: alpha\(1\) = 0"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(make, reason):
+    with pytest.raises(ValueError, match=reason) as e:
+        make()
+    assert "\n" not in str(e.value)
+
+
+def test_every_path_is_trained_on_with_finite_losses():
+    net = {"net": lambda x, t, c: torch.zeros_like(x)}
+    batch = Batch(torch.randn(500, 2), draw=Draw((1,), 0, 500))
+    for path, times in product(PATHS.values(), TIMES):
+        assert bool(torch.isfinite(Flow(path=path(), times=times).loss("denoise", net, batch).per_sample).all())
+    assert bool(torch.isfinite(DDPM(zero_snr=True, prediction="v").loss("denoise", net, batch).per_sample).all())
+
+
 def test_conditions_are_dropped_per_sample():
     """Not for the whole batch at once, as a peer's example does."""
     seen = []
@@ -156,7 +276,7 @@ def test_predictions_that_say_nothing_at_pure_noise_are_refused(bad):
 def test_a_small_network_learns_two_gaussians():
     """Training end to end: flow and ddpm bring 2-D data back with its moments."""
     data = torch.cat([torch.randn(2000, 2) * 0.2 + 1, torch.randn(2000, 2) * 0.2 - 1])
-    for objective in (Flow(), DDPM(prediction="x0")):
+    for objective in (Flow(), DDPM(prediction="x0"), EDM(sigma_data=1.0)):
         torch.manual_seed(0)
         nets = objective.networks(MLP(width=64, depth=3) if "depth" in MLP.__annotations__ else MLP(), Spec((2,)))
         opt = torch.optim.Adam(nets["net"].parameters(), 2e-3)

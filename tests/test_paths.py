@@ -75,6 +75,12 @@ def test_float32_keeps_the_small_noise(path):
     assert path.sigma(t.float()).dtype == torch.float32
 
 
+def test_ve_knows_the_time_of_a_noise_level():
+    path = VE(0.01, 50.0)
+    assert torch.allclose(path.time_of(path.sigma(T)), T, atol=1e-12)
+    assert float(path.time_of(torch.tensor(60.0))) == 1
+
+
 def test_mix_broadcasts_over_any_shape():
     x0, x1, t = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4), torch.tensor([0.0, 0.3, 1.0])
     x = mix(Linear(), x0, x1, t)

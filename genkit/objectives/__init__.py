@@ -9,6 +9,6 @@ from genkit.objectives.ddpm import DDPM
 from genkit.objectives.edm import EDM
 from genkit.objectives.flow import Flow
 
-OBJECTIVES: Mapping[str, type] = {"flow": Flow, "ddpm": DDPM, "classifier": Classifier}
+OBJECTIVES: Mapping[str, type] = {"flow": Flow, "ddpm": DDPM, "edm": EDM, "classifier": Classifier}
 
 __all__ = ["DDPM", "EDM", "OBJECTIVES", "Classifier", "Flow"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from genkit.core import Batch, Parametrization, Path
-from genkit.objectives.matching import Matching, PredictionName, Space
+from genkit.objectives.matching import Matching, PredictionName
+from genkit.objectives.times import TIMES, TimesName, refuse_times
+from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
 from genkit.paths import Linear
 
@@ -25,17 +26,21 @@ class Flow(Matching):
     """what the network puts out"""
     space: Space = "velocity"
     """where the squared error is taken (Li & He 2025, table 1)"""
-    times: Literal["uniform", "logit-normal"] = "uniform"
-    """how times are drawn; logit-normal (Esser et al. 2024, eq. 19) spends more on the middle"""
+    weight: Weight = field(default_factory=Constant, metadata={"table": "genkit.objectives.weights:WEIGHTS"})
+    """how much each time counts"""
+    times: TimesName = "uniform"
+    """how times are drawn; logit-normal (Esser et al. 2024, eq. 19) spends more on the middle, beta on the noise"""
     t_mean: float = 0.0
-    """location of logit-normal times; above 0 biases to noise"""
+    """location of logit-normal times, or of log(sigma / alpha) for log-normal ones; above 0 biases to noise"""
     t_std: Annotated[float, Gt(0)] = 1.0
-    """scale of logit-normal times"""
+    """scale of the same"""
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability that a sample is trained without its conditions, for classifier-free guidance"""
 
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
+        refuse_times(self.times, self.path, self.t_mean, self.t_std)
+        refuse_weight(self.weight, self.space)
 
     @property
     def along(self) -> Path:
@@ -49,16 +54,9 @@ class Flow(Matching):
     def loss_space(self) -> Space:
         return self.space
 
+    @property
+    def loss_weight(self) -> Weight:
+        return self.weight
+
     def draw_times(self, batch: Batch) -> Tensor:
-        return TIMES[self.times](self, batch)
-
-
-def _uniform(flow: Flow, batch: Batch) -> Tensor:
-    return 1 - batch.uniform()  # (0, 1]
-
-
-def _logit_normal(flow: Flow, batch: Batch) -> Tensor:
-    return torch.sigmoid(flow.t_mean + flow.t_std * batch.normal(1)[:, 0]).clamp(min=1e-5)
-
-
-TIMES = {"uniform": _uniform, "logit-normal": _logit_normal}
+        return TIMES[self.times](batch, self.path, self.t_mean, self.t_std)

@@ -24,11 +24,11 @@ from genkit.core import (
     expand,
     mean_flat,
 )
+from genkit.objectives.weights import Constant, Space, Weight
 from genkit.parametrize import NetDenoiser
 from genkit.paths import mix
 
 PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
-Space = Literal["x0", "eps", "velocity"]
 SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
     "x0": lambda p: p.x0,
     "eps": lambda p: p.x1,
@@ -41,7 +41,7 @@ class Matching(Objective):
     """One network ``net``, one phase: predict an endpoint of the path through ``x = alpha(t) x0 + sigma(t) x1``.
 
     A subclass says on which path, what the network predicts, in which space the squared error is taken (a choice apart
-    from the prediction: Li & He 2025, table 1), how times are drawn, and how often conditions are dropped.
+    from the prediction: Li & He 2025, table 1), how times are drawn and weighted, and how often conditions are dropped.
     """
 
     sampler: ClassVar[str | None] = "heun"
@@ -67,25 +67,37 @@ class Matching(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net",)),)
 
+    @property
+    def loss_weight(self) -> Weight:
+        """How much each time counts, besides what ``loss_space`` makes of it."""
+        return Constant()
+
+    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x0, x1)``, each ``[B, *S]``: the ends of each sample's path."""
+        return batch.x, batch.normal()
+
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
         return {"net": backbones.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        t, x1 = self.draw_times(batch), batch.normal()
-        x = mix(self.along, batch.x, x1, t)
+        t = self.draw_times(batch)
+        x0, x1 = self.ends(batch, t)
+        x = mix(self.along, x0, x1, t)
         x_in, label = self.parametrization.inputs(self.along, x, t)
         out = nets["net"](x_in, label, batch.drop(self.drop)).float()
-        error = out - self.parametrization.target(self.along, batch.x, x1, t)
+        error = out - self.parametrization.target(self.along, x0, x1, t)
         return Loss(mean_flat((self.gain(t, x) * error) ** 2), {})
 
     def gain(self, t: Tensor, like: Tensor) -> Tensor:
         """How much an error of the network's output weighs in the loss space, ``[B, 1, ...]``, at most MAX_GAIN.
 
-        Every parametrisation is affine in the output, so its linear part is its answer to 1 at x = 0.
+        Every parametrisation is affine in the output, so its linear part is its answer to 1 at x = 0. The weight joins
+        before the bound: a small weight may balance a large linear part.
         """
         one = torch.ones_like(expand(t, like))
         linear = self.parametrization.predict(self.along, torch.zeros_like(one), t, one)
-        return SPACES[self.loss_space](linear).clamp(-MAX_GAIN, MAX_GAIN)
+        weight = self.loss_weight(expand(self.along.alpha(t), like), expand(self.along.sigma(t), like))
+        return (weight.sqrt() * SPACES[self.loss_space](linear)).clamp(-MAX_GAIN, MAX_GAIN)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         return NetDenoiser(net, self.along, self.parametrization)
