@@ -94,6 +94,9 @@ def test_shapes_and_gradients(family, cut, data):
     assert x.grad.abs().amax() > 0
     dead = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().amax() > 0]
     assert not dead
+    modulations = [p.grad for n, p in net.named_parameters() if n.endswith("emb.bias")]
+    assert modulations
+    assert all((g != 0).all() for g in modulations)  # each scale, shift and gate has its own place in the block
 
     net.zero_grad(set_to_none=True)  # without "keep" the nulls have no say, but DDP still needs them in the graph
     f(x, cond).sum().backward()
@@ -110,6 +113,13 @@ def test_default_sizes_pad_and_crop(family, shape):
     y[..., -1].sum().backward()  # the last column is made from what is there, and from the far side as well
     assert x.grad[..., -1].abs().amin(dim=tuple(range(1, x.ndim - 1))).min() > 0
     assert x.grad[..., 0].abs().amax() > 0
+
+
+@pytest.mark.parametrize("cut", ["denoiser", "encoder"])
+def test_a_transformer_knows_where_its_patches_are(cut):
+    _, f, x = build(TINY["dit"], cut, Spec((1, 8, 8)))
+    y, rolled = eval_pair(f, x, {}, {})[0], eval_pair(f, x.roll(2, -1), {}, {})[0]
+    assert ((rolled if cut == "encoder" else rolled.roll(-2, -1)) - y).abs().amax() > 1e-3
 
 
 def test_pad_and_crop_are_inverse():
