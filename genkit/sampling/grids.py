@@ -89,7 +89,7 @@ def trailing(num_steps: int, timesteps: int = 1000) -> Grid:
 def linspace(num_steps: int, timesteps: int = 1000) -> Grid:
     """The discrete times from T to 1, both included, then 0 (Lin et al. 2024, table 2). One step: from T to 0."""
     return _discrete(num_steps, timesteps, lambda: torch.linspace(
-        timesteps, 1, num_steps, dtype=torch.float64).round())  # fmt: skip
+        timesteps - 1, 0, num_steps, dtype=torch.float64).round() + 1)  # fmt: skip
 
 
 def leading(num_steps: int, timesteps: int = 1000) -> Grid:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -156,14 +155,15 @@ def dopri5(
     require("atol", atol, "above 0", atol > 0)
     first, *_, last = nodes(denoise.path, times)
     require("tau_min", tau_min, f"between 0 and the start, {first.tau:.3g}", 0 < tau_min < first.tau)
-    stop = max(last.tau, tau_min)
-    field = _Field(denoise, cond, (stop, first.tau), callback)
-    end = torch.tensor([stop], dtype=torch.float64, device=x.device)
+    stop = last if last.tau >= tau_min else nodes_at(denoise.path, [tau_min])[0]
+    field = _Field(denoise, cond, (stop, first), callback)
+    end = torch.tensor([stop.tau], dtype=torch.float64, device=x.device)
     span = torch.cat([end.new_tensor([first.tau]), end])
     options = {"norm": worst_of_batch, "step_t": end}  # a step must end at `stop`: the solver may not look past it
     u = odeint(field, x / first.scale, span, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
-    if last.tau < stop:
-        u = u + (last.tau - stop) * field(end[0], u)
+    if stop is not last:
+        u = u + (last.tau - stop.tau) * field(end[0], u)
+        field.done(last.scale * u)
     return last.scale * u
 
 
@@ -176,18 +176,21 @@ class _Field:
     """``du/dtau`` as torchdiffeq asks for it. It calls ``callback_accept_step`` after the last stage of a good step,
     which for this pair is the step's own end."""
 
-    def __init__(self, denoise: Denoiser, cond: Cond, within: Sequence[float], callback: Callback | None):
-        self.denoise, self.cond, self.within, self.callback, self.steps = denoise, cond, within, callback, 0
-        self.last: tuple[Tensor, Prediction] | None = None
+    def __init__(self, denoise: Denoiser, cond: Cond, ends: tuple[Node, Node], callback: Callback | None):
+        self.denoise, self.cond, self.ends, self.callback, self.steps = denoise, cond, ends, callback, 0
 
     def __call__(self, tau: Tensor, u: Tensor) -> Tensor:
-        low, high = self.within
-        (node,) = nodes_at(self.denoise.path, [min(max(float(tau), low), high)])
-        x = node.scale * u
-        self.last = x, ask(self.denoise, x, node, self.cond)
-        return self.last[1].x1 - self.last[1].x0
+        low, high = self.ends
+        within = low.tau < float(tau) < high.tau
+        node = nodes_at(self.denoise.path, [float(tau)])[0] if within else low if float(tau) <= low.tau else high
+        self.x = node.scale * u
+        self.prediction = ask(self.denoise, self.x, node, self.cond)
+        return self.prediction.x1 - self.prediction.x0
 
     def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:
-        if self.callback and self.last:
-            self.callback(self.steps, *self.last)
+        self.done(self.x)
+
+    def done(self, x: Tensor) -> None:
+        if self.callback:
+            self.callback(self.steps, x, self.prediction)
         self.steps += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Noise, Path, Prediction
-from genkit.paths import chart
+from genkit.paths import times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
 
@@ -50,22 +50,13 @@ def nodes(path: Path, times: Tensor) -> list[Node]:
     return _nodes(path, t)
 
 
+def nodes_at(path: Path, taus: Sequence[float]) -> list[Node]:
+    """The nodes at these chart times, in any order."""
+    return _nodes(path, times_at(path, torch.tensor(taus, dtype=torch.float64)))
+
+
 def _nodes(path: Path, t: Tensor) -> list[Node]:
     return [Node(*v) for v in zip(t.tolist(), path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True)]
-
-
-def nodes_at(path: Path, taus: Sequence[float]) -> list[Node]:
-    """The nodes at these chart times: :func:`~genkit.paths.times_at` by a 129-ary search, for use within a sampler."""
-    goal = torch.tensor(taus, dtype=torch.float64)[:, None]
-    low, high = torch.zeros_like(goal), torch.ones_like(goal)
-    fractions = torch.linspace(0, 1, 129, dtype=torch.float64)
-    for _ in range(16):  # to 2^-112 at most; fewer where t is not tiny
-        t = low + (high - low) * fractions
-        k = (chart(path, t)[0] < goal).sum(1, keepdim=True).clamp(1, 128)
-        low, high = t.gather(1, k - 1), t.gather(1, k)
-        if bool((high - low <= 2**-53 * high).all()):
-            break
-    return _nodes(path, high[:, 0])
 
 
 def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
