@@ -1,0 +1,254 @@
+"""Likelihood against the closed form of the mixture, for vectors and for images."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from exact import F64, ExactDenoiser, Mixture, three
+
+from genkit.core import Prediction
+from genkit.paths import PATHS, VP, Cosine, Linear
+from genkit.sampling import Counted, Seeds, bits_per_dim, dequantise, karras, log_prob, uniform
+from genkit.sampling.likelihood import PIXEL
+
+MIXTURE = three()
+PATH_LIST = [cls() for cls in PATHS.values()]
+on_every_path = pytest.mark.parametrize("path", PATH_LIST, ids=lambda p: type(p).__name__)
+
+
+class Pictures:
+    """The exact denoiser of independent normal pixels, each of its own mean and spread, ``[C, H, W]``."""
+
+    def __init__(self, path, mean, std):
+        self.path, self.mean, self.std = path, mean, std
+
+    def __call__(self, x, t, cond):
+        a, s = (c.reshape(-1, 1, 1, 1) for c in (self.path.alpha(t), self.path.sigma(t)))
+        away = (x - a * self.mean) / (a**2 * self.std**2 + s**2)
+        return Prediction(self.mean + a * self.std**2 * away, s * away)
+
+    def log_prob(self, x):
+        return torch.distributions.Normal(self.mean, self.std).log_prob(x).flatten(1).sum(1)
+
+
+def pictures(path=None):
+    g = torch.Generator().manual_seed(3)
+    mean, std = torch.rand(2, 3, 2, generator=g, dtype=F64) - 0.5, 0.3 + torch.rand(2, 3, 2, generator=g, dtype=F64)
+    denoise = Pictures(path or Linear(), mean, std)
+    return denoise, mean + std * torch.randn(8, 2, 3, 2, generator=g, dtype=F64)
+
+
+@pytest.mark.parametrize("path", [Linear(), Cosine()], ids=["Linear", "Cosine"])
+def test_the_mixture_to_1e_4(path):
+    """256 Heun steps. Far out in the tails, for one in twenty, it is a little more."""
+    x, _ = MIXTURE.sample(200, seed=1)
+    error = (log_prob(ExactDenoiser(MIXTURE, path), x, times=uniform(256)(path)) - MIXTURE.log_prob(x)).abs()
+    assert float(error.mean()) < 4e-5
+    assert float(error.quantile(0.95)) < 1e-4
+    assert float(error.max()) < 4e-4
+
+
+@on_every_path
+def test_the_mixture_on_every_path(path):
+    """VP and VE keep a trace of the data at their end, which is neglected: 1e-3 nats on the mean, 1e-2 on the worst."""
+    x, _ = MIXTURE.sample(100, seed=2)
+    error = log_prob(ExactDenoiser(MIXTURE, path), x, times=uniform(100)(path)) - MIXTURE.log_prob(x)
+    assert float(error.mean().abs()) < 1e-3
+    assert float(error.abs().max()) < 1e-2
+
+
+def test_second_order():
+    x, _ = MIXTURE.sample(50, seed=1)
+    errors = []
+    for n in (32, 64, 128):
+        got = log_prob(ExactDenoiser(MIXTURE, Linear()), x, times=uniform(n)(Linear()))
+        errors.append(float((got - MIXTURE.log_prob(x)).abs().mean()))
+    assert all(math.log2(a / b) > 1.8 for a, b in pairwise(errors)), errors
+
+
+def test_adaptive():
+    """dopri5 to 1e-6 is right to 1e-5, whatever the grid after its first node; and a step of half the cost is worse."""
+    x, _ = MIXTURE.sample(30, seed=1)
+    errors, calls = [], []
+    for tolerance in (1e-3, 1e-6):
+        denoise = Counted(ExactDenoiser(MIXTURE, Linear()))
+        got = log_prob(denoise, x, times=uniform(256)(Linear()), solver="dopri5", rtol=tolerance, atol=tolerance)
+        errors.append(float((got - MIXTURE.log_prob(x)).abs().max()))
+        calls.append(denoise.calls)
+    assert errors[1] < 1e-5 < errors[0] < 2e-2
+    assert calls[0] < calls[1] < 200
+    again = log_prob(ExactDenoiser(MIXTURE, Linear()), x, times=torch.tensor([1.0, 0.7, 1 / 256, 0.0]).double(),
+                     solver="dopri5", rtol=1e-6, atol=1e-6)  # fmt: skip
+    assert torch.allclose(again, got, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [Linear(), VP()], ids=["Linear", "VP"])
+def test_images(path):
+    denoise, x = pictures(path)
+    for solver in ("heun", "dopri5"):
+        got = log_prob(denoise, x, times=uniform(128)(path), solver=solver)
+        assert got.shape == (8,)
+        assert torch.allclose(got, denoise.log_prob(x), atol=2e-3 if path == Linear() else 2e-2)  # VP: see above
+
+
+def test_conditions_reach_the_denoiser():
+    x, label = MIXTURE.sample(30, seed=1)
+    got = log_prob(ExactDenoiser(MIXTURE, Linear()), x, {"label": label}, times=uniform(64)(Linear()))
+    one = torch.stack([MIXTURE.component(int(k)).log_prob(v[None])[0] for v, k in zip(x, label, strict=True)])
+    assert torch.allclose(got, one, atol=5e-3)
+
+
+def test_a_wide_and_a_shifted_gaussian():
+    """A closed form with a large log-determinant, so that no constant can hide."""
+    covs = torch.diag(torch.tensor([9.0, 0.25, 4.0], dtype=F64))[None]
+    m = Mixture(torch.ones(1, dtype=F64), torch.tensor([[3.0, -1.0, 0.5]], dtype=F64), covs)
+    x, _ = m.sample(20)
+    assert torch.allclose(
+        log_prob(ExactDenoiser(m, Linear()), x, times=uniform(200)(Linear())), m.log_prob(x), atol=1e-3
+    )
+
+
+# ---------------------------------------------------------------------------------------------- Hutchinson
+def test_hutchinson_is_unbiased():
+    """Its mean over many draws is the exact divergence's answer, within three standard errors."""
+    x = MIXTURE.sample(4, seed=1)[0].repeat_interleave(500, dim=0)
+    denoise, times = ExactDenoiser(MIXTURE, Linear()), uniform(24)(Linear())
+    g = torch.Generator().manual_seed(0)
+    noise = lambda shape: torch.randn(len(x), *shape, generator=g, dtype=F64)  # noqa: E731
+    rough = log_prob(denoise, x, times=times, divergence="hutchinson", noise=noise).reshape(4, 500)
+    truth = log_prob(denoise, x[::500], times=times)
+    off = (rough.mean(1) - truth) / (rough.std(1) / math.sqrt(500))
+    assert float(off.abs().max()) < 3.5
+    assert float(rough.std(1).min()) > 0.05
+
+
+def test_hutchinson_is_exact_where_the_jacobian_is_diagonal():
+    """Rademacher vectors: ``e_i^2 = 1``, so independent pixels have no variance (Gaussian ones would)."""
+    denoise, x = pictures()
+    exact = log_prob(denoise, x, times=uniform(20)(Linear()))
+    for probes in (1, 3):
+        rough = log_prob(denoise, x, times=uniform(20)(Linear()), divergence="hutchinson", probes=probes)
+        assert torch.allclose(rough, exact, atol=1e-10)
+
+
+def test_probes_reduce_the_variance():
+    x, _ = MIXTURE.sample(300, seed=1)
+    denoise, times = ExactDenoiser(MIXTURE, Linear()), uniform(24)(Linear())
+    exact = log_prob(denoise, x, times=times)
+    spread = [
+        float((log_prob(denoise, x, times=times, divergence="hutchinson", probes=p) - exact).square().mean())
+        for p in (1, 9)
+    ]
+    assert spread[0] / spread[1] == pytest.approx(9, rel=0.5)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_sample_i_has_its_own_directions(solver):
+    x, _ = MIXTURE.sample(5, seed=1)
+    how = {"times": uniform(16)(Linear()), "divergence": "hutchinson", "solver": solver, "rtol": 1e-7, "atol": 1e-7}
+    denoise = ExactDenoiser(MIXTURE, Linear())
+    together = log_prob(denoise, x, noise=Seeds(range(5), dtype=F64), **how)
+    apart = [log_prob(denoise, x[i : i + 1], noise=Seeds([i], dtype=F64), **how) for i in range(5)]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-12 if solver == "heun" else 1e-5)
+    other = log_prob(denoise, x, noise=Seeds(range(5, 10), dtype=F64), **how)
+    assert not torch.allclose(together, other, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------- cost, weights, misuse
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_cost_and_no_traces(divergence):
+    """Heun on n steps: 2n - 1 evaluations, none at t = 0; works within no_grad, and leaves the weights no gradients."""
+    net = torch.nn.Linear(2, 2).double()
+
+    class Net:
+        path = Linear()
+
+        def __call__(self, x, t, cond):
+            assert float(t.min()) > 0
+            v = net(x)
+            return Prediction(x - t[:, None] * v, x + (1 - t[:, None]) * v)
+
+    denoise = Counted(Net())
+    with torch.no_grad():
+        got = log_prob(denoise, torch.randn(3, 2, dtype=F64), times=uniform(10)(Linear()), divergence=divergence)
+    assert denoise.calls == 19
+    assert not got.requires_grad
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"divergence": "skilling"}, "divergence: given 'skilling'; allowed exact, hutchinson"),
+        ({"solver": "euler"}, "solver: given 'euler'"),
+        ({"probes": 0}, "probes: given 0"),
+        ({"rtol": 0.0}, "rtol: given 0.0"),
+        ({"atol": -1.0}, "atol: given -1.0"),
+        ({"times": torch.tensor([0.9, 0.0])}, "needs the whole path"),
+        ({"times": torch.tensor([1.0, 0.1])}, "needs the whole path"),
+        ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
+    ],
+)
+def test_senseless_settings_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        log_prob(
+            ExactDenoiser(MIXTURE, Linear()), torch.zeros(1, 2).double(), **{"times": torch.tensor([1.0, 0.0]), **how}
+        )
+
+
+def test_pixels_are_refused_until_dequantised():
+    with pytest.raises(ValueError, match="dequantise"):
+        log_prob(ExactDenoiser(MIXTURE, Linear()), torch.zeros(1, 2, dtype=torch.uint8), times=torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"allowed torch\.uint8"):
+        dequantise(torch.zeros(1, 2))
+
+
+# ----------------------------------------------------------------------------------------- bits per dimension
+def test_dequantised_pixels_stay_in_their_bin():
+    """And round back to themselves, and fill the bin evenly; sample i's numbers are its own."""
+    from genkit.codecs import Pixels
+
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(50, 1)
+    x = dequantise(pixels, Seeds(range(50)))
+    within = (x.double() + 1) * 127.5 - pixels
+    assert float(within.min()) > -0.5 - 1e-4
+    assert float(within.max()) < 0.5 + 1e-4
+    assert float(within.mean()) == pytest.approx(0, abs=0.01)
+    assert float(within.var()) == pytest.approx(1 / 12, rel=0.03)
+    inner = pixels[:, 1:255]
+    assert float((Pixels().decode(x)[:, 1:255] == inner).double().mean()) > 0.999
+    assert torch.equal(x[3:4], dequantise(pixels[:1], Seeds([3])))
+
+
+def test_bits_per_dim_of_a_known_code_length():
+    """Pixels of a normal law, rounded: the average of -log2 P(bin), by the normal's own distribution function."""
+    mean, std = torch.tensor(0.1, dtype=F64), torch.tensor(0.25, dtype=F64)  # about 32 grey levels wide
+    law = torch.distributions.Normal(mean, std)
+    g = torch.Generator().manual_seed(0)
+    y = mean + std * torch.randn(400, 1, 2, 2, generator=g, dtype=F64)
+    pixels = ((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    edges = [(pixels.double() + d) / 127.5 - 1 for d in (-0.5, 0.5)]
+    truth = -(law.cdf(edges[1]) - law.cdf(edges[0])).log2().flatten(1).mean(1)
+    x = dequantise(pixels, Seeds(range(400), dtype=F64))
+    log_p = log_prob(Pictures(Linear(), mean, std), x, times=uniform(64)(Linear()))
+    got = bits_per_dim(log_p, 4)
+    assert got.value == pytest.approx(float(truth.mean()), abs=2e-3)
+    assert got.stderr == pytest.approx(float(truth.std()) / math.sqrt(400), rel=0.05)
+
+
+def test_bits_per_dim_by_hand():
+    """A uniform density over the 256 levels of each pixel is 8 bits."""
+    log_p = torch.full((10,), 12 * math.log(PIXEL / 256))
+    assert bits_per_dim(log_p, 12) == (pytest.approx(8), pytest.approx(0, abs=1e-6))
+    assert bits_per_dim(torch.tensor([math.log(0.25)]), 1, scale=1.0).value == pytest.approx(2)
+    assert math.isnan(bits_per_dim(torch.zeros(1), 1).stderr)
+    assert bits_per_dim(torch.tensor([0.0, 2 * math.log(2)]), 1, scale=1.0) == (pytest.approx(-1), pytest.approx(1))
+    with pytest.raises(ValueError, match="needs"):
+        bits_per_dim(torch.zeros(0), 1)
+
+
+def test_any_grid_will_do():
+    x, _ = MIXTURE.sample(20, seed=1)
+    got = log_prob(ExactDenoiser(MIXTURE, Linear()), x, times=karras(200)(Linear()))
+    assert torch.allclose(got, MIXTURE.log_prob(x), atol=3e-3)
