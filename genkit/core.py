@@ -148,12 +148,14 @@ class Batch:
     """Some samples: ``x`` ``[B, *shape]``, their conditions, optional loss weights ``[B]`` and their random numbers.
 
     ``draw`` None means fresh numbers from torch's global generator, which is what a person at a prompt wants.
+    ``x1`` is the source that belongs to each sample, in the model's own numbers, where the data come in such pairs.
     """
 
     x: Tensor
     cond: Cond = field(default_factory=dict)
     weight: Tensor | None = None
     draw: Draw | None = None
+    x1: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -182,6 +184,7 @@ class Batch:
             x=move(self.x),
             cond={k: move(v) for k, v in self.cond.items()},
             weight=None if self.weight is None else move(self.weight),
+            x1=None if self.x1 is None else move(self.x1),
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor
+from torch import Tensor, nn
 
-from genkit.core import Batch, Parametrization, Path
+from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Parametrization, Path, Spec
+from genkit.objectives.couplings import COUPLINGS, Coupling, Independent
 from genkit.objectives.matching import Matching, PredictionName
+from genkit.objectives.sources import SOURCES, Normal, Source
 from genkit.objectives.times import TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
@@ -34,6 +37,10 @@ class Flow(Matching):
     """location of logit-normal times, or of log(sigma / alpha) for log-normal ones; above 0 biases to noise"""
     t_std: Annotated[float, Gt(0)] = 1.0
     """scale of the same"""
+    coupling: Coupling = field(default_factory=Independent, metadata={"table": "genkit.objectives.couplings:COUPLINGS"})
+    """which source goes with which sample: independent, ot, sb, or given with the data"""
+    source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.sources:SOURCES"})
+    """where the flow starts: normal, anchored at a condition, or another data set"""
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability that a sample is trained without its conditions, for classifier-free guidance"""
 
@@ -41,6 +48,11 @@ class Flow(Matching):
         refuse_singular(self.parametrization, self.path)
         refuse_times(self.times, self.path, self.t_mean, self.t_std)
         refuse_weight(self.weight, self.space)
+        if self.source.conditional and self.coupling.moves:
+            raise ValueError(
+                f"coupling: given {name_of(COUPLINGS, self.coupling)}, which gives a sample the source of another, but "
+                f"the source {name_of(SOURCES, self.source)} belongs to its condition; allowed: independent, given"
+            )
 
     @property
     def along(self) -> Path:
@@ -60,3 +72,33 @@ class Flow(Matching):
 
     def draw_times(self, batch: Batch) -> Tensor:
         return TIMES[self.times](batch, self.path, self.t_mean, self.t_std)
+
+    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.coupling(batch, self.source(batch.normal(), batch.cond), self.path, t)
+
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+        self.source.check(spec)
+        return super().networks(backbones, spec)
+
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        """Starts from the source of ``z``. Samplers that add noise are refused where it is not a diffusion's."""
+        generate = super().generator(nets, sampling)
+        if self.source.normal and self.coupling.independent:
+            return generate
+        what = f"source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
+
+        def no_noise(shape: Sequence[int]) -> Tensor:
+            raise ValueError(
+                f"sampler: this one adds noise, but a flow with {what} is only an ODE; take heun, rk4, dopri5 or ddim"
+            )
+
+        def from_source(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+            return generate(self.source(z, cond), cond, no_noise)
+
+        return from_source
+
+
+def name_of(registry: Mapping[str, type], value: object) -> str:
+    return next((k for k, v in registry.items() if type(value) is v), type(value).__name__)

@@ -1,0 +1,118 @@
+"""Where a flow starts: functions ``(z, cond) -> x1`` of standard normals, the same for training and for sampling.
+
+So a generator takes ``z`` whatever the source, and sample i has its own seed. Only the standard normal is a source of
+diffusion: from the others the ODE is right, and the SDE is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Protocol
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from genkit.core import Cond, Data, Draw, Image, Spec, Vector
+
+
+class Source(Protocol):
+    normal: ClassVar[bool]
+    """whether it is the standard normal"""
+    conditional: ClassVar[bool]
+    """whether x1 depends on the condition"""
+
+    def check(self, spec: Spec) -> None:
+        """``ValueError`` where it cannot be the source of such samples."""
+        ...
+
+    def __call__(self, z: Tensor, cond: Cond) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The standard normal."""
+
+    normal: ClassVar[bool] = True
+    conditional: ClassVar[bool] = False
+
+    def check(self, spec: Spec) -> None:
+        pass
+
+    def __call__(self, z: Tensor, cond: Cond) -> Tensor:
+        return z
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """``N(mu, std^2)`` with mu given by a condition of the sample's own shape: the last action, a blurred picture."""
+
+    anchor: str = "anchor"
+    """the name of the condition that is mu"""
+    std: Annotated[float, Gt(0)] = 1.0
+    """the standard deviation about it"""
+    normal: ClassVar[bool] = False
+    conditional: ClassVar[bool] = True
+
+    def check(self, spec: Spec) -> None:
+        fitting = [name for name, kind in spec.cond.items() if kind in (Vector(spec.shape), Image(spec.shape[0]))]
+        if self.anchor not in fitting:
+            raise ValueError(
+                f"source.anchor: given {self.anchor!r}; needs a condition of the sample's shape {spec.shape}; "
+                f"the data have: {', '.join(fitting) or 'none'}"
+            )
+
+    def __call__(self, z: Tensor, cond: Cond) -> Tensor:
+        if self.anchor not in cond:
+            raise ValueError(
+                f"source anchored: needs the condition {self.anchor!r}; given: {', '.join(cond) or 'none'}"
+            )
+        return cond[self.anchor].to(z) + self.std * z
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Another data set: a flow from data to data, without pairs. Of N samples, z stands for number ``N Phi(z_1)``,
+    Phi the normal distribution function and z_1 its first number.
+    """
+
+    data: Any = field(
+        default_factory=lambda: _moons(), metadata={"table": "genkit.data:DATA", "fallback": "genkit.data:source"}
+    )
+    """the data set that is the source, unaugmented"""
+    normal: ClassVar[bool] = False
+    conditional: ClassVar[bool] = False
+
+    def check(self, spec: Spec) -> None:
+        shape = _load(self.data).spec.shape
+        if tuple(shape) != tuple(spec.shape):
+            raise ValueError(f"source.data: given samples of shape {tuple(shape)}; needs {tuple(spec.shape)}")
+
+    def __call__(self, z: Tensor, cond: Cond) -> Tensor:
+        data = _load(self.data)
+        u = torch.special.ndtr(z.flatten(1)[:, 0].double())
+        numbers = (u * len(data)).long().clamp(max=len(data) - 1).cpu()
+        return data.codec.encode(data.batch(numbers, Still((0,), 0, len(z)))).x.to(z)
+
+
+class Still(Draw):
+    """Random numbers for which no augmentation does anything: no picture is mirrored."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.ones(self.stop - self.start, *shape)
+
+
+@lru_cache(maxsize=4)
+def _load(data: Any) -> Data:
+    return data.load("train")
+
+
+def _moons() -> Any:
+    from genkit.data.toy import Moons
+
+    return Moons()
+
+
+SOURCES: Mapping[str, type] = {"normal": Normal, "anchored": Anchored, "data": Samples}
