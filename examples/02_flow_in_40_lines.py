@@ -18,7 +18,7 @@ from genkit.guidance import classifier_free
 from genkit.objectives import Flow
 from genkit.sampling import bind, uniform
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--out", type=Path, default=Path("moons.png"))
 args = parser.parse_args()

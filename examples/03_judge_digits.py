@@ -76,7 +76,7 @@ def judge(run: runs.Run, n: int = 1000, seed: int = 0, **how: object) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--sampler", default="heun")

@@ -23,7 +23,7 @@ def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--label", type=int, help="the class of all; without it, row i has class i")
     parser.add_argument("--rows", type=int, default=5)

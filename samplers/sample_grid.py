@@ -15,7 +15,7 @@ from genkit.sampling import SAMPLERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--samplers", nargs="+", default=["ddim", "heun", "dpmpp_2m", "ancestral"], choices=SAMPLERS)
     parser.add_argument("--steps", type=int, default=10)

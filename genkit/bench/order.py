@@ -45,7 +45,7 @@ def likelihood_error(path: Path, x: Tensor) -> float:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="genkit bench order", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="genkit bench order", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=File, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)
     console = Console()
@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
     likelihood = {p: likelihood_error(PATHS[p](), three().sample(64)[0]) for p in PATHS}
     table = Table("solver", *[f"order, {p}" for p in PATHS], *[f"error, {n} steps" for n in STEPS])
     for sampler, by_path in orders.items():
-        table.add_row(sampler, *[f"{v:.2f}" for v in by_path.values()], *[f"{e:.1e}" for e in errors[sampler]["linear"]])
+        sizes = [f"{e:.1e}" for e in errors[sampler]["linear"]]
+        table.add_row(sampler, *[f"{v:.2f}" for v in by_path.values()], *sizes)
     console.print(table)
     shown = ", ".join(f"{p} {e:.1e}" for p, e in likelihood.items())
     console.print(f"log-likelihood with {LIKELIHOOD_STEPS} Heun steps, mean error in nats: {shown}")

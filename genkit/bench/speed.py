@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import UNet
 from genkit.core import Spec
+from genkit.train import fast_bf16
 
 PEAK = {
     "H200": 989e12,
@@ -44,14 +45,6 @@ PEAK = {
 }  # bf16, dense
 LEVELS = 1000
 for_each_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 multiplies are in hardware here."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    flags = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").exists() else ""
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 # ---------------------------------------------------------------------------------------------------- contenders

@@ -22,6 +22,8 @@ console = Console(highlight=False, soft_wrap=True)
 def main(argv: list[str]) -> int:
     asked = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
     run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
+    if run.config.threads:
+        torch.set_num_threads(run.config.threads)
     out = destination(asked, run)
     if asked.trajectory and asked.n > asked.batch:
         raise ValueError(f"trajectory: given --n {asked.n} in batches of {asked.batch}; take --batch {asked.n}")

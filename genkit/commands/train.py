@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -30,6 +31,7 @@ from genkit.sampling import Seeds, bind
 from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, start
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
+SMALL = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAMED = ("data", "objective", "backbone")  # what a run's directory is named after
 console = Console(highlight=False, soft_wrap=True)
 
@@ -63,7 +65,9 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     device = accelerator.device
     with accelerator.main_process_first():
         data = cfg.data.load("train")
-    cfg = replace(cfg, precision=pick_precision(cfg.precision, device, data.spec), resume=None)
+    threads = cfg.threads or pick_threads(cfg.batch // accelerator.num_processes * math.prod(data.spec.shape))
+    cfg = replace(cfg, precision=pick_precision(cfg.precision, device, data.spec), threads=threads, resume=None)
+    torch.set_num_threads(threads)
     torch.manual_seed(cfg.seed)
     nets = {k: v.to(device) for k, v in cfg.objective.networks(cfg.backbone, data.spec).items()}
     state = start(cfg.objective, nets, cfg)
@@ -126,6 +130,11 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
     if name != "auto":
         return name
     return "bf16" if len(spec.shape) > 1 and fast_bf16(device) else "fp32"
+
+
+def pick_threads(numbers: int) -> int:
+    """CPU threads for a batch of so many numbers. Like the precision it is resolved once: sums depend on it."""
+    return 1 if numbers < SMALL else torch.get_num_threads()
 
 
 def grid_conditions(spec: Spec, stream: Stream) -> dict[str, torch.Tensor]:

@@ -65,6 +65,8 @@ class Train:
     """Every random number depends on it, the step and the row alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    threads: Count | None = None
+    """CPU threads of a rank; None: one for small batches, where more only wait for each other, else all."""
     out: str = "runs"
     """The folder in which the run's own folder is made."""
     name: str | None = None
