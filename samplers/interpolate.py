@@ -42,7 +42,7 @@ def main() -> None:
     cond = {k: v.repeat_interleave(args.columns).to(run.device) for k, v in labels.items()}
     generate = run.generator("heun", args.steps, args.guidance)
     x = run.codec.decode(generate(walk.to(run.device), cond)).cpu()
-    image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {k: v.cpu() for k, v in cond.items()})
+    image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {})
     print(pictures.save(image, args.out))
 
 
