@@ -195,6 +195,25 @@ def test_dopri5_error_follows_its_tolerance():
     assert calls[-1] < 250
 
 
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("rk4", 4)])
+def test_order_to_the_data(name, order):
+    """The last step, where nothing may be asked at its end, costs no order: its larger error is made once."""
+    z, errors = normals(16), []
+    truth = in_chart(dopri5, Linear(), z, torch.tensor([0.98, 0.0]).double(), rtol=1e-9, atol=1e-9, tau_min=1e-6)
+    for n in (32, 64):
+        x = in_chart(SAMPLERS[name], Linear(), z, torch.linspace(0.98, 0, n + 1, dtype=F64))
+        errors.append(float((x - truth).norm(dim=1).mean()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3), errors
+
+
+def test_dopri5_ends_by_one_step():
+    """Its error is ``tau_min^2``."""
+    ends, how = torch.tensor([0.98, 0.0]).double(), {"rtol": 1e-8, "atol": 1e-8}
+    truth, *got = (in_chart(dopri5, Linear(), normals(16), ends, tau_min=tau, **how) for tau in (1e-6, 0.02, 0.01))
+    errors = [float((x - truth).norm(dim=1).mean()) for x in got]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_sample_on_every_path(name):
     z, taus = normals(16), torch.linspace(0.98, 0.0, 13, dtype=F64)
@@ -347,10 +366,11 @@ def test_churn_is_algorithm_2(s_churn):
 
 
 def test_churn_without_churn_is_heun():
-    z, times = normals(5), uniform(9)(VP())
-    for clock in ("tau", "sigma"):
-        still = churn(Quick(MIXTURE, VP()), z, times, s_churn=0.0, clock=clock)
-        assert torch.equal(still, heun(Quick(MIXTURE, VP()), z, times, clock=clock))
+    for path in (VP(), Linear()):
+        z, times = normals(5), uniform(9)(path)
+        for clock in ("tau", "sigma"):
+            still = churn(Quick(MIXTURE, path), z, times, s_churn=0.0, clock=clock)
+            assert torch.equal(still, heun(Quick(MIXTURE, path), z, times, clock=clock))
 
 
 def test_restart_is_algorithm_1():

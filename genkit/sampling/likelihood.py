@@ -114,7 +114,7 @@ def _dopri5(
     span = torch.tensor(taus, dtype=torch.float64, device=u.device)
     state = torch.cat([u.flatten(1), change[:, None]], dim=1)
     options = {"norm": worst_of_batch, "step_t": span[1:]}
-    state = odeint(field, state, span, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    state = torch.as_tensor(odeint(field, state, span, rtol=rtol, atol=atol, method="dopri5", options=options)[-1])
     return state[:, :-1].reshape(u.shape), state[:, -1]
 
 

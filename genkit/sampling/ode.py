@@ -159,8 +159,10 @@ def dopri5(
     field = _Field(denoise, cond, (stop, first), callback)
     end = torch.tensor([stop.tau], dtype=torch.float64, device=x.device)
     span = torch.cat([end.new_tensor([first.tau]), end])
-    options = {"norm": worst_of_batch, "step_t": end}  # a step must end at `stop`: the solver may not look past it
-    u = odeint(field, x / first.scale, span, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    # a step must end at `stop`: the solver may not look past it
+    options = {"norm": worst_of_batch, "step_t": end}
+    states = odeint(field, x / first.scale, span, rtol=rtol, atol=atol, method="dopri5", options=options)
+    u = torch.as_tensor(states[-1])
     if stop is not last:
         u = u + (last.tau - stop.tau) * field(end[0], u)
         field.done(last.scale * u)
