@@ -1,4 +1,4 @@
-"""`genkit reflow RUN`: the pairs (source, sample) that a model makes, to train a straighter one on (Liu et al. 2023)."""
+"""`genkit reflow RUN`: the pairs (source, sample) that a model makes, to train a straighter one on."""
 
 from __future__ import annotations
 

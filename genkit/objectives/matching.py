@@ -24,6 +24,7 @@ from genkit.core import (
     expand,
     mean_flat,
 )
+from genkit.objectives.sources import Normal, Source
 from genkit.objectives.weights import Constant, Space, Weight
 from genkit.parametrize import NetDenoiser
 from genkit.paths import mix
@@ -46,6 +47,7 @@ class Matching(Objective):
 
     sampler: ClassVar[str | None] = "heun"
     drop: float
+    source: Source = Normal()
 
     @property
     @abstractmethod

@@ -1,0 +1,134 @@
+"""Reflow: pairs that a model makes, a straighter flow on them, and one step; and the file that holds the pairs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from genkit.backbones import MLP
+from genkit.codecs import MinMax, Pixels
+from genkit.commands.reflow import main as reflow
+from genkit.commands.train import main as train_command
+from genkit.core import Batch, Draw, Label, Spec
+from genkit.data import DATA
+from genkit.data.pairs import Pairs, outside, save_pairs
+from genkit.objectives import Flow
+from genkit.objectives.couplings import Given
+from genkit.objectives.reflow import Distil
+from genkit.sampling import Seeds, bind, uniform
+
+
+def train(objective, draw, steps, nets=None):
+    torch.manual_seed(0)
+    nets = nets or objective.networks(MLP(width=64, depth=2), Spec((2,)))
+    optimizer = torch.optim.Adam(nets["net"].parameters(), 2e-3)
+    phase = objective.phases[0].name
+    for i in range(steps):
+        loss = objective.loss(phase, nets, replace(draw(i), draw=Draw((1, i), 0, 256))).per_sample.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return nets
+
+
+def bend(flow, nets, z):
+    """How far the energy of the way is above that of the straight one between the same ends; 0: straight."""
+    states = [z]
+    out = flow.generator(nets, bind("heun", uniform(30), callback=lambda i, x, p: states.append(x)))(z, {})
+    energy = (torch.stack(states).diff(dim=0) ** 2).sum(-1).mean(1).sum() * 30
+    return float(energy / ((out - z) ** 2).sum(1).mean()) - 1
+
+
+def off(x):
+    """Mean distance to the nearest of the eight centres."""
+    angle = torch.arange(8) * torch.pi / 4
+    return float(torch.cdist(x.detach(), 2**0.5 * torch.stack([angle.cos(), angle.sin()], 1)).amin(1).mean())
+
+
+def test_reflow_straightens_and_distillation_needs_one_step():
+    """Liu et al. 2023, section 2.2, on 8 Gaussians: the way is straighter, and one Euler step lands closer."""
+    data = DATA["8gaussians"](n=25_600).load("train").x
+    rows = lambda x, i: x[torch.arange(256 * i, 256 * (i + 1)) % len(x)]  # noqa: E731
+    flow, again = Flow(), Flow(coupling=Given())
+    first = train(flow, lambda i: Batch(rows(data, i)), 400)
+    x1 = Seeds(range(12_800))((2,))
+    x = flow.generator(first, bind("heun", 20))(x1, {})
+    paired = lambda i: Batch(rows(x, i), x1=rows(x1, i))  # noqa: E731
+    second = train(again, paired, 400)
+    z = Seeds(range(50_000, 51_000))((2,))
+    assert bend(again, second, z) < 0.2 * bend(flow, first, z)
+    step = lambda f, nets: f.generator(nets, bind("ddim", 1))(z, {})  # noqa: E731
+    assert off(step(again, second)) < 0.5 * off(step(flow, first))
+    x2, ends, euler = (again.generator(second, s)(v, {}) for s, v in (
+        (bind("heun", 20), x1), (bind("heun", 20), z), (bind("ddim", 1), z)))  # fmt: skip
+    distil = Distil()
+    last = train(distil, lambda i: Batch(rows(x2, i), x1=rows(x1, i)), 250, nets=second)  # goes on, as in the paper
+    miss = lambda x: float((x - ends).square().sum(1).mean())  # noqa: E731
+    assert miss(distil.generator(last)(z, {}).detach()) < 0.5 * miss(euler)
+
+
+def test_distillation_is_one_euler_step_and_takes_no_sampler():
+    nets = {"net": lambda x, t, c: x * 0.25 + t[:, None]}
+    z = torch.randn(5, 2)
+    assert torch.allclose(Distil().generator(nets)(z, {}), z - (0.25 * z + 1), atol=1e-6)
+    with pytest.raises(ValueError, match="one step of its own"):
+        Distil().generator(nets, bind("heun", 4))
+    with pytest.raises(ValueError, match="no pairs"):
+        Distil().loss("denoise", nets, Batch(torch.randn(4, 2)))
+    x0, x1 = torch.randn(2, 6, 2)
+    loss = Distil().loss("denoise", {"net": lambda x, t, c: x * t[:, None]}, Batch(x0, x1=x1)).per_sample
+    assert torch.allclose(loss, (x0**2).mean(1), atol=1e-6)  # (x1 - (x1 - x0))^2 at x = x1, t = 1
+
+
+@pytest.mark.parametrize("codec", [Pixels(), MinMax((-3.0, 0.0, 1.0), (5.0, 2.0, 1.0))])
+def test_pairs_come_back_in_the_models_own_numbers(tmp_path, codec):
+    """Unrounded, also beyond the codec's range; with their conditions, in whatever order they are asked for."""
+    x, x1, label = torch.randn(20, 3, 2, 2) * 1.5, torch.randn(20, 3, 2, 2), torch.arange(20) % 7
+    spec = Spec((3, 2, 2), {"label": Label(7, ("a", "b"))})
+    path = save_pairs(tmp_path / "deep" / "p.npz", x, x1, {"label": label}, spec, codec, {"seed": 3})
+    data = Pairs(root=str(path)).load("train")
+    assert (data.spec, data.codec, len(data)) == (spec, codec, 20)
+    which = torch.tensor([4, 19, 0])
+    batch = data.codec.encode(data.batch(which, Draw((0,), 0, 3)))
+    assert torch.allclose(batch.x, x[which], atol=1e-5)
+    assert torch.equal(batch.x1, x1[which])
+    assert torch.equal(batch.cond["label"], label[which])
+    with np.load(path, allow_pickle=False) as stored:
+        assert json.loads(str(stored["about"]))["made"] == {"seed": 3}
+
+
+def test_bad_files_of_pairs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="make it with: genkit reflow RUN"):
+        Pairs(root=str(tmp_path / "none.npz")).load()
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="holds x; pairs of genkit reflow hold about, x, x1"):
+        Pairs(root=str(tmp_path / "other.npz")).load()
+
+    class Cube:
+        encode = staticmethod(lambda batch: replace(batch, x=batch.x**3))
+
+    with pytest.raises(ValueError, match="not affine"):
+        outside(torch.randn(4, 2) * 2, Cube())
+
+
+SMALL = ["--backbone=mlp", "--backbone.width=16", "--batch=16", "--steps=4", "--sample-every=0", "--no-tensorboard"]
+
+
+def test_the_command_makes_pairs_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_command(["--data=moons", "--device=cpu", *SMALL]) == 0
+    assert reflow(["runs/latest", "--n=10", "--batch=4", "--steps=3", "--out=p.npz"]) == 0
+    assert reflow(["runs/latest", "--n=10", "--batch=10", "--steps=3", "--out=q.npz"]) == 0
+    p, q = Pairs(root="p.npz").load(), Pairs(root="q.npz").load()
+    assert torch.allclose(p.samples.x, q.samples.x, atol=1e-5)  # pair i has its own seed
+    assert torch.equal(p.x1, q.x1)
+    assert torch.equal(p.x1[3], Seeds([1_000_003])((2,))[0])
+    assert p.spec.cond["label"] == Label(2)
+    again = ["--data=genkit.data.pairs:Pairs", "--data.root=p.npz", "--device=cpu", *SMALL]
+    assert train_command([*again, "--objective.coupling=given"]) == 0
+    assert train_command([*again, "--objective=genkit.objectives.reflow:Distil"]) == 0
+    with pytest.raises(ValueError, match="this one adds noise"):
+        reflow(["runs/0000-moons-flow-mlp", "--n=4", "--sampler=ancestral"])
+    capsys.readouterr()
