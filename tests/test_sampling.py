@@ -249,6 +249,17 @@ def test_the_first_step_from_pure_noise(name):
     assert torch.allclose(states[0], b.alpha * p.x0 + b.sigma * x1, atol=1e-7)
 
 
+def test_infinite_log_snr_is_left_out_of_the_differences():
+    """From pure noise the first two steps are of first order, the third of second, by the rules of the 2M."""
+    states = {}
+    for sampler in (ddim, dpmpp_2m, dpmpp_3m):
+        seen = states.setdefault(sampler, [])
+        sampler(Quick(MIXTURE, Linear()), normals(5), uniform(20)(Linear()), callback=lambda i, x, p, s=seen: s.append(x))
+    assert torch.allclose(states[dpmpp_2m][1], states[ddim][1], atol=1e-12)
+    assert torch.allclose(states[dpmpp_3m][2], states[dpmpp_2m][2], atol=1e-12)
+    assert not torch.allclose(states[dpmpp_3m][3], states[dpmpp_2m][3], atol=1e-4)
+
+
 def test_ddim_is_euler_of_rectified_flow():
     z, times = normals(8), torch.linspace(1, 0, 6, dtype=F64)
     denoise = ExactDenoiser(MIXTURE, Linear())

@@ -113,8 +113,9 @@ def _integral(past: Past, h: float, k: float, curvature: float) -> Tensor:
         return phi0 * (m0 + h / 2 * slope)  # the midpoint form of algorithm 2
     l2, m2 = older[1]
     second = (2 / (l0 - l2)) * (slope - (m1 - m2) / (l1 - l2))
-    phi1 = h - phi0 / k
-    phi2 = h**2 / 2 - phi1 / k
+    assert k == 1, "the third order is of the ODE alone"
+    phi1 = h - phi0
+    phi2 = h**2 / 2 - phi1
     return phi0 * m0 + phi1 * (slope + (l0 - l1) / 2 * second) + (curvature * phi2) * second
 
 
