@@ -11,6 +11,8 @@ from pathlib import Path as File
 COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.commands.train", "train any objective on any data; --resume RUN continues one"),
     "sample": ("genkit.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
+    "likelihood": ("genkit.commands.likelihood", "bits per dimension of held-out samples under a run"),
+    "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),
     "bench": ("genkit.commands.bench", "measure: speed, order"),
 }

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def test_every_sampler_draws_from_every_model(run, sampler, tmp_path):
     argv = ["sample", str(run), "--n=2", "--steps=3", f"--sampler={sampler}", "--guidance=2", "--format=npz"]
     assert cli.main([*argv, f"--out={out}"]) == 0
     assert np.isfinite(np.load(out, allow_pickle=False)["arr_0"]).all()
+
+
+def test_likelihood_of_a_model_that_is_a_normal(tmp_path, capsys):
+    """A network that still answers 0 (its last layer starts there) carries data to noise unmoved: log p is N(0, I)'s."""
+    argv = ["train", *SMALL["digits"], "--lr=1e-12", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+    how = ["--n=20", "--steps=100", "--json", "--ema=none"]
+    assert cli.main(["likelihood", f"{tmp_path}/latest", *how]) == 0
+    result = json.loads(capsys.readouterr().out)
+    data = runs.load(tmp_path / "latest").config.data.load("test")
+    x = data.x[:20].flatten(1).double() / 127.5 - 1
+    nats = 0.5 * (x**2).sum(1) + 32 * np.log(2 * np.pi)
+    expected = float(nats.mean()) / (64 * np.log(2)) + np.log2(127.5)
+    assert result["bits_per_dim"]["value"] == pytest.approx(expected, abs=0.02)
+    assert result["bits_per_dim"]["stderr"] == pytest.approx(float(nats.std()) / 20**0.5 / (64 * np.log(2)), rel=0.2)
+    assert result["settings"]["n"] == 20
 
 
 # ------------------------------------------------------------------------------------------------- mistakes
