@@ -11,9 +11,11 @@ from torch import nn
 from genkit.backbones import MLP
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import DDPM, EDM, OBJECTIVES, Flow
+from genkit.objectives.ddpm import log_variance, reverse_step
+from genkit.objectives.matching import Place
 from genkit.objectives.times import TIMES
 from genkit.objectives.weights import P2, Constant, Lambda, MinSNR
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP
+from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, mix
 from genkit.sampling import bind
 
 MIXTURE = three()
@@ -217,6 +219,8 @@ def test_edm_is_the_loss_of_karras():
         (lambda: Flow(path=VP(), space="x0", weight=P2()), "p2 weights the error of eps; allowed: eps"),
         (lambda: Flow(t_mean=0.5), "uniform times have neither; allowed with: logit-normal, log-normal"),
         (lambda: DDPM(times="beta", t_std=2.0), "beta times have neither"),
+        (lambda: DDPM(learn_variance=True, times="beta"), "times: given beta; the bound of learn_variance"),
+        (lambda: DDPM(bound_weight=0.1), "without learn_variance there is no bound"),
         (lambda: EDM(t_mean=9.0), "t_mean: given 9.0; allowed below 4.38"),
         (lambda: EDM(sigma_max=0.25), "t_mean: given -1.2; allowed below -1.39"),
         (lambda: DDPM(zero_snr=True), r"eps-prediction on the path VP: alpha\(1\) = 0"),
@@ -259,6 +263,107 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut(name):
 
     whole = losses(0, 40)
     assert torch.allclose(torch.cat([losses(0, 13), losses(13, 32), losses(32, 40)]), whole, atol=1e-5)
+
+
+def test_reverse_steps_are_those_of_the_table():
+    """Ho et al. 2020, eq. 6-7, from the betas themselves; and by Bayes' rule between any two times."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+    bar = (1 - beta).cumprod(0)
+    k = torch.tensor([2, 10, 500, 1000])
+    got = reverse_step(VP(), k.double() / 1000, (k - 1).double() / 1000)
+    b, now, before = beta[k - 1], bar[k - 1], bar[k - 2]
+    expected = (b, b * (1 - before) / (1 - now), before.sqrt() * b / (1 - now))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9)
+    t, s = torch.tensor([0.7], dtype=F64), torch.tensor([0.2], dtype=F64)
+    a, b, sb = VP().alpha(t), VP().alpha(s), VP().sigma(s)
+    spread, variance, _ = reverse_step(VP(), t, s)
+    assert torch.allclose(variance, 1 / (1 / sb**2 + (a / b) ** 2 / spread))  # product of two Gaussians in x_s
+
+
+def test_learned_variance_lies_between_the_two_and_is_finite_at_the_last_step():
+    t = torch.tensor([0.001, 0.002, 0.5, 1.0], dtype=F64)
+    s = t - 0.001
+    beta, posterior, _ = reverse_step(VP(), t, s)
+    one = torch.ones(4, 3, dtype=F64)
+    assert torch.allclose(log_variance(VP(), t, s, one).exp(), beta[:, None].expand(4, 3))
+    low = log_variance(VP(), t, s, -one).exp()
+    assert torch.allclose(low[1:], posterior[1:, None].expand(3, 3))
+    assert torch.allclose(low[0], posterior[1].expand(3))  # k = 1 takes that of k = 2, as the paper's code does
+    assert torch.allclose(log_variance(VP(), t, s, 0 * one).exp() ** 2, low * beta[:, None])
+
+
+def test_the_bound_is_the_kl_divergence_of_the_steps():
+    objective = DDPM(timesteps=20, beta_max=0.3, learn_variance=True)
+    path, normal = objective.along, torch.distributions.Normal
+    k = torch.tensor([1.0, 2.0, 7.0, 20.0], dtype=F64)
+    t, (x0, x1, out, w) = k / 20, torch.randn(4, 4, 6, dtype=F64)
+    s, x = t - 0.05, mix(path, x0, x1, t)
+    a, b, sa, sb = (f(v)[:, None] for f in (path.alpha, path.sigma) for v in (t, s.clamp(min=0)))
+    guess = (x - sa * out) / a
+    beta = 1 - (a / b) ** 2
+    mean = lambda clean: (b * beta * clean + a / b * sb**2 * x) / sa**2  # noqa: E731  (Ho et al. 2020, eq. 7)
+    ours = normal(mean(guess), (log_variance(path, t, s.clamp(min=0).round(decimals=9), w) / 2).exp())
+    kl = torch.distributions.kl_divergence(normal(mean(x0)[1:], (beta.sqrt() * sb / sa)[1:]), normal(
+        ours.mean[1:], ours.stddev[1:]))  # fmt: skip
+    got = objective.bound(Place(x, t, x0, x1), out, w)
+    assert torch.allclose(got[1:], kl.mean(1))
+    assert torch.allclose(got[0], -ours.log_prob(x0)[0].mean())
+
+
+def test_the_hybrid_loss_is_least_at_the_true_variance():
+    """For normal data N(0, c^2) the exact reverse step has variance ``posterior + pull^2 Var(x0 | x)``: w is put there,
+    and the gradient of the bound by w vanishes; it does not touch the first half (stop-gradient)."""
+    objective, n, c = DDPM(timesteps=50, beta_max=0.2, learn_variance=True), 60_000, 0.6
+    path, x0, x1 = objective.along, *torch.randn(2, n, 1, dtype=F64)
+    t = torch.full((n,), 0.4, dtype=F64)
+    x0, s = c * x0, t - 0.02
+    a, sa = path.alpha(t)[:, None], path.sigma(t)[:, None]
+    x = a * x0 + sa * x1
+    total = a**2 * c**2 + sa**2
+    out = (x - a * (a * c**2 / total) * x) / sa  # E[x1 | x]
+    beta, posterior, pull = (v[:, None] for v in reverse_step(path, t, s))
+    true = posterior + pull**2 * c**2 * sa**2 / total
+    v = (true.log() - posterior.log()) / (beta.log() - posterior.log())
+    for shift in (0.0, 0.3):
+        w = (2 * v - 1 + shift).requires_grad_()
+        out = out.detach().requires_grad_()
+        each = torch.autograd.grad(objective.bound(Place(x, t, x0, x1), out.detach(), w).sum(), w)[0]
+        away = float(each.mean() / (each.std() / n**0.5))
+        assert abs(away) < 4 if shift == 0 else away > 7
+
+
+def test_learned_variance_from_training_to_sampling():
+    objective, spec = DDPM(learn_variance=True, prediction="x0"), Spec((2,), {"label": Label(3)})
+    nets = objective.networks(MLP(width=16), spec)
+    batch = Batch(torch.randn(40, 2), {"label": torch.arange(40) % 3}, draw=Draw((1,), 0, 40))
+    again = replace(batch, draw=Draw((1,), 0, 40))
+    loss = objective.loss("denoise", nets, batch)
+    assert bool(torch.isfinite(loss.per_sample).all())
+    assert float(loss.per_sample.detach().mean()) == pytest.approx(
+        float((loss.logs["simple"] + 1e-3 * loss.logs["bound"]).detach()), rel=1e-5
+    )
+    simple = {"net": lambda x, t, c: nets["net"](x, t, c).chunk(2, 1)[0]}
+    fixed = DDPM(prediction="x0").loss("denoise", simple, again).per_sample
+    assert torch.allclose(fixed.mean(), loss.logs["simple"])
+    x = objective.generator(nets, bind("ancestral", 4))(torch.randn(5, 2), {"label": torch.arange(5) % 3})
+    assert x.shape == (5, 2)
+    prediction, w = objective.denoiser(nets["net"]).both(torch.randn(5, 2), torch.full((5,), 0.5), {})
+    assert prediction.x0.shape == w.shape == (5, 2)
+    out = nets["net"](torch.randn(5, 2), torch.full((5,), 0.5), {})
+    assert out.shape == (5, 4)
+
+
+def test_the_bound_trains_the_variance_alone():
+    out = torch.randn(6, 4, requires_grad=True)
+    batch = lambda: Batch(torch.ones(6, 2), draw=Draw((1,), 0, 6))  # noqa: E731
+    grads = [
+        torch.autograd.grad(DDPM(learn_variance=True, bound_weight=k).loss(
+            "denoise", {"net": lambda x, t, c: out}, batch()).per_sample.sum(), out)[0]
+        for k in (1e-3, 10.0)
+    ]  # fmt: skip
+    assert torch.allclose(grads[0][:, :2], grads[1][:, :2])
+    assert torch.allclose(grads[0][:, 2:] * 1e4, grads[1][:, 2:], rtol=1e-2, atol=1e-4)
 
 
 def test_a_sampler_is_needed():

@@ -17,7 +17,7 @@ from genkit import codecs
 from genkit.core import Batch, Codec, Draw, Image, Label, Spec, Tokens, Vector
 from genkit.data.images import InMemory, Split, check_split
 
-KINDS = {kind.__name__: kind for kind in (Label, Vector, Image, Tokens)}
+KINDS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Label, Vector, Image, Tokens)}
 
 
 @dataclass(eq=False)

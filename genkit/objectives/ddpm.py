@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor
+from torch import Tensor, nn
 
-from genkit.core import Batch, Parametrization, Path
-from genkit.objectives.matching import Matching, PredictionName
+from genkit.core import (
+    Backbones,
+    Batch,
+    Cond,
+    Denoiser,
+    Loss,
+    Parametrization,
+    Path,
+    Prediction,
+    Spec,
+    expand,
+    mean_flat,
+)
+from genkit.objectives.matching import Matching, Place, PredictionName
 from genkit.objectives.times import TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
@@ -43,6 +57,10 @@ class DDPM(Matching):
     """location of logit-normal times, or of log(sigma / alpha) for log-normal ones; above 0 biases to noise"""
     t_std: Annotated[float, Gt(0)] = 1.0
     """scale of the same"""
+    learn_variance: bool = False
+    """also learn the variance of the reverse steps, by the hybrid loss (Nichol & Dhariwal 2021, eq. 16)"""
+    bound_weight: Annotated[float, Gt(0)] = 1e-3
+    """how much the variational bound, in nats a dimension, counts beside the simple loss in the hybrid one"""
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability that a sample is trained without its conditions, for classifier-free guidance"""
 
@@ -50,6 +68,12 @@ class DDPM(Matching):
         refuse_singular(self.parametrization, self.along)
         refuse_times(self.times, self.along, self.t_mean, self.t_std)
         refuse_weight(self.weight, self.space)
+        if self.learn_variance and self.times != "uniform":
+            raise ValueError(
+                f"times: given {self.times}; the bound of learn_variance is a sum over all: allowed: uniform"
+            )
+        if self.bound_weight != 1e-3 and not self.learn_variance:
+            raise ValueError(f"bound_weight: given {self.bound_weight}, but without learn_variance there is no bound")
 
     @property
     def along(self) -> Path:
@@ -69,6 +93,89 @@ class DDPM(Matching):
 
     def draw_times(self, batch: Batch) -> Tensor:
         return DRAWN.get(self.times, rounded_up)(self, batch)
+
+    # ---- learned variance: the network's output has twice the channels, the second half being w in [-1, 1] or so
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+        if not self.learn_variance:
+            return super().networks(backbones, spec)
+        return {"net": Twofold(backbones.denoiser(Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond)))}
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        return (
+            super().denoiser(net) if not self.learn_variance else LearnedDenoiser(net, self.along, self.parametrization)
+        )
+
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        """``L_simple``; with a learned variance ``L_simple + bound_weight L_vlb`` (Nichol & Dhariwal 2021, eq. 16)."""
+        if not self.learn_variance:
+            return super().loss(phase, nets, batch)
+        at = self.place(batch)
+        out, w = self.answer(nets["net"], at, batch).chunk(2, 1)
+        simple, bound = self.squared_error(at, out), self.timesteps * self.bound(at, out.detach(), w)
+        return Loss(simple + self.bound_weight * bound, {"simple": simple.mean(), "bound": bound.mean()})
+
+    def bound(self, at: Place, out: Tensor, w: Tensor) -> Tensor:
+        """``L_{k-1}``, the term of the variational bound at k = T t, in nats a dimension (Ho et al. 2020, eq. 5).
+
+        At k = 1 it is minus the log density of x0, not the probability of one of 256 levels: not all data are pixels.
+        """
+        guess = self.parametrization.predict(self.along, at.x, at.t, out).x0
+        s = (at.t * self.timesteps - 1).round().clamp(min=0) / self.timesteps
+        _, posterior, pull = (expand(v, at.x) for v in reverse_step(self.along, at.t, s))
+        log_var = log_variance(self.along, at.t, s, w)
+        away = (pull * (at.x0 - guess)).square() / log_var.exp()
+        kl = (log_var - posterior.clamp(min=1e-20).log() + posterior / log_var.exp() + away - 1) / 2
+        density = (math.log(2 * math.pi) + log_var + away) / 2
+        return mean_flat(torch.where(expand(s, at.x) > 0, kl, density))
+
+
+class Twofold(nn.Module):
+    """A denoiser of ``[B, 2C, ...]`` as a network from ``[B, C, ...]`` to ``[B, 2C, ...]``: it sees x twice."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+        return self.inner(torch.cat([x, x], 1), label, cond)
+
+
+@dataclass(frozen=True)
+class LearnedDenoiser:
+    """The denoiser of the first half of the channels; ``both`` also gives the second, for :func:`log_variance`."""
+
+    net: nn.Module
+    path: Path
+    parametrization: Parametrization
+
+    def both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        x_in, label = self.parametrization.inputs(self.path, x, t)
+        out, w = self.net(x_in, label, cond).chunk(2, 1)
+        return self.parametrization.predict(self.path, x, t, out), w
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return self.both(x, t, cond)[0]
+
+
+def reverse_step(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``q(x_s | x_t, x0)``, s < t (Ho et al. 2020, eq. 6-7, between any two times): ``beta`` of the step there, the
+    variance, and the factor of x0 in the mean.
+    """
+    a, b, sa, sb = (f(v.double()) for f in (path.alpha, path.sigma) for v in (t, s))
+    beta = sa**2 - (a / b * sb) ** 2
+    return beta.to(t), (beta * (sb / sa) ** 2).to(t), (beta * b / sa**2).to(t)
+
+
+def log_variance(path: Path, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
+    """The learned log variance of a step from t to s, between the posterior's (w = -1) and beta's (w = 1): Nichol &
+    Dhariwal 2021, eq. 15, with v = (w + 1) / 2. The last step, to s = 0, has no posterior variance; there it is that of
+    the step before, from 2t to t.
+    """
+    beta, posterior, _ = reverse_step(path, t, s)
+    floor = reverse_step(path, (2 * t).clamp(max=1), t.clamp(max=0.5))[1]
+    low = torch.where(s > 0, posterior, torch.minimum(floor, beta))
+    v = (w + 1) / 2
+    return v * expand(beta, w).log() + (1 - v) * expand(low, w).log()
 
 
 def rounded_up(ddpm: DDPM, batch: Batch) -> Tensor:

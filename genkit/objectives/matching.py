@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,15 @@ SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
     "velocity": lambda p: p.x1 - p.x0,
 }
 MAX_GAIN = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
+
+
+class Place(NamedTuple):
+    """Points ``x = alpha(t) x0 + sigma(t) x1``, ``[B, *S]`` at times ``[B]``."""
+
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+    x1: Tensor
 
 
 class Matching(Objective):
@@ -82,13 +91,23 @@ class Matching(Objective):
         return {"net": backbones.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        at = self.place(batch)
+        return Loss(self.squared_error(at, self.answer(nets["net"], at, batch)), {})
+
+    def place(self, batch: Batch) -> Place:
+        """A point of each sample's path."""
         t = self.draw_times(batch)
         x0, x1 = self.ends(batch, t)
-        x = mix(self.along, x0, x1, t)
-        x_in, label = self.parametrization.inputs(self.along, x, t)
-        out = nets["net"](x_in, label, batch.drop(self.drop)).float()
-        error = out - self.parametrization.target(self.along, x0, x1, t)
-        return Loss(mean_flat((self.gain(t, x) * error) ** 2), {})
+        return Place(mix(self.along, x0, x1, t), t, x0, x1)
+
+    def answer(self, net: nn.Module, at: Place, batch: Batch) -> Tensor:
+        """What the network says of it, some conditions dropped."""
+        x_in, label = self.parametrization.inputs(self.along, at.x, at.t)
+        return net(x_in, label, batch.drop(self.drop)).float()
+
+    def squared_error(self, at: Place, out: Tensor) -> Tensor:
+        error = out - self.parametrization.target(self.along, at.x0, at.x1, at.t)
+        return mean_flat((self.gain(at.t, at.x) * error) ** 2)
 
     def gain(self, t: Tensor, like: Tensor) -> Tensor:
         """How much an error of the network's output weighs in the loss space, ``[B, 1, ...]``, at most MAX_GAIN.
