@@ -132,6 +132,8 @@ def apart(denoise: Denoiser) -> Pair:
     return each
 
 
+# measured on one CPU core: together is 1.3 to 1.5 times faster at 1 to 16 small samples, as fast at 64; apart is 1.1
+# times faster at 16 samples of 3x32x32
 PASSES: Mapping[str, Callable[[Denoiser], Pair]] = {"together": together, "apart": apart}
 
 

@@ -16,7 +16,7 @@ from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
 from genkit.core import Batch, Draw, Label, Prediction, Spec
 from genkit.data import DATA
-from genkit.guidance import by_classifier, classifier_free, compose
+from genkit.guidance import APG, by_classifier, classifier_free, compose
 from genkit.objectives import Classifier
 from genkit.paths import PATHS, VE, VP, Cosine, Linear, mix
 from genkit.sampling import bind
@@ -335,6 +335,20 @@ def test_mistakes_are_one_line(capsys, trained, run, argv, says, tmp_path):
     assert says in err
     assert "\n" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_hands_every_setting_on(trained):
+    run, weak = runs.load(trained["flow"]), runs.beside(runs.load(trained["flow"]), "step:2")
+    bare, (linear, apart, apg, limited, auto, auto_apg) = run.sample(4, steps=4)[0], (
+        run.sample(4, steps=4, guidance=3.0, **how)[0]
+        for how in ({}, {"passes": "apart"}, {"rule": APG()}, {"interval": (0.2, 0.8)}, {"weak": weak},
+                    {"weak": weak, "rule": APG()})
+    )  # fmt: skip
+    assert torch.allclose(linear, apart, atol=1e-5)
+    different = [bare, linear, apg, limited, auto, auto_apg]
+    assert all(not torch.allclose(a, b, atol=1e-5) for i, a in enumerate(different) for b in different[:i])
+    assert weak.step == 2
+    assert Path(weak.weights).name == "ema-0.9.safetensors"
 
 
 def test_data_without_classes_is_refused(capsys, tmp_path):

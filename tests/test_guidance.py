@@ -109,6 +109,10 @@ def test_scale_zero_is_the_null_pass_alone():
     got = classifier_free(0.0)(counted)(x, t, cond)
     assert torch.equal(got.x0, counted.inner(x, t, {}).x0)
     assert counted.rows == 4
+    good, bad = counted.inner(x, t, cond), counted.inner(x, t, {})
+    projected = classifier_free(0.0, APG())(counted)(x, t, cond)  # other rules have a limit of their own
+    assert torch.allclose(projected.x0, APG()(good.x0, bad.x0, 0.0, None)[0], atol=1e-12)
+    assert not torch.allclose(projected.x0, bad.x0, atol=1e-3)
 
 
 def test_needs_a_condition():
