@@ -251,13 +251,25 @@ def test_the_first_step_from_pure_noise(name):
 
 def test_infinite_log_snr_is_left_out_of_the_differences():
     """From pure noise the first two steps are of first order, the third of second, by the rules of the 2M."""
-    states = {}
-    for sampler in (ddim, dpmpp_2m, dpmpp_3m):
-        seen = states.setdefault(sampler, [])
-        sampler(Quick(MIXTURE, Linear()), normals(5), uniform(20)(Linear()), callback=lambda i, x, p, s=seen: s.append(x))
-    assert torch.allclose(states[dpmpp_2m][1], states[ddim][1], atol=1e-12)
-    assert torch.allclose(states[dpmpp_3m][2], states[dpmpp_2m][2], atol=1e-12)
-    assert not torch.allclose(states[dpmpp_3m][3], states[dpmpp_2m][3], atol=1e-4)
+
+    def states(sampler):
+        seen = []
+        watch = lambda i, x, p: seen.append(x)  # noqa: E731
+        sampler(Quick(MIXTURE, Linear()), normals(5), uniform(20)(Linear()), callback=watch)
+        return seen
+
+    first, second, third = states(ddim), states(dpmpp_2m), states(dpmpp_3m)
+    assert torch.allclose(second[1], first[1], atol=1e-12)
+    assert torch.allclose(third[2], second[2], atol=1e-12)
+    assert not torch.allclose(third[3], second[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_from_pure_noise(order, variant):
+    z, denoise = normals(16), Quick(MIXTURE, Linear())
+    x = unipc(denoise, z, uniform(60)(Linear()), order=order, variant=variant)
+    assert float((x - rk4(denoise, z, uniform(60)(Linear()))).norm(dim=1).mean()) < 0.01
 
 
 def test_ddim_is_euler_of_rectified_flow():

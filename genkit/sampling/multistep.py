@@ -137,11 +137,11 @@ def unipc(
     """
     require("order", order, "1, 2, 3", order in (1, 2, 3))
     require("variant", variant, "bh1, bh2", variant in ("bh1", "bh2"))
-    grid, past, begun, p = nodes(denoise.path, times), [], x, 1
+    grid, past, begun = nodes(denoise.path, times), [], x
     for i, (a, b) in enumerate(pairwise(grid)):
         prediction = ask(denoise, x, a, cond)
         if i:
-            x = _unified(begun, grid[i - 1], a, past[:p], prediction.x0, variant)
+            x = _unified(begun, grid[i - 1], a, past, prediction.x0, variant)
         past = [(a.half_log_snr, prediction.x0), *past][:order]
         p = min(order, i + 1, len(grid) - 1 - i if grid[-1].sigma == 0 else order)
         begun, x = x, _unified(x, a, b, past[:p], None, variant)
