@@ -19,7 +19,7 @@ from genkit.sampling import Seeds, bind, uniform
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory")
     parser.add_argument("classifier", help="a run of --objective=classifier on the same path")
     parser.add_argument("--label", type=int, default=1)
