@@ -139,17 +139,18 @@ def test_partners_of_the_bridge_follow_the_entropic_plan():
 
 def test_the_bridge_has_the_variance_of_a_brownian_bridge():
     """Between one point and another: mean on the line, variance sigma^2 t (1 - t); so also in the chart of VP."""
-    n, sigma = 40_000, 0.8
+    n, sigma = 20_000, 0.8
     x0, x1 = torch.tensor([[1.0, -1.0]], dtype=F64).expand(n, 2), torch.tensor([[3.0, 0.5]], dtype=F64).expand(n, 2)
     for path, time in ((Linear(), 0.3), (VP(), 0.4)):
         t = torch.full((n,), time, dtype=F64)
         a, s = float(path.alpha(t[0])), float(path.sigma(t[0]))
-        few = [Bridge(sigma)(Batch(x0[i : i + 500], draw=Draw((7, i), 0, 500)), x1[:500], path, t[:500])
-               for i in range(0, n, 500)]  # fmt: skip
-        x = torch.cat([mix(path, p, q, t[:500]) for p, q in few]) / (a + s)
+        few = [
+            Bridge(sigma)(Batch(x0[:100], draw=Draw((7, i), 0, 100)), x1[:100], path, t[:100]) for i in range(n // 100)
+        ]
+        x = torch.cat([mix(path, p, q, t[:100]) for p, q in few]) / (a + s)
         tau = s / (a + s)
         assert torch.allclose(x.mean(0), (1 - tau) * x0[0] + tau * x1[0], atol=0.01)
-        assert torch.allclose(x.var(0), torch.tensor(sigma**2 * tau * (1 - tau), dtype=F64), rtol=0.03)
+        assert torch.allclose(x.var(0), torch.tensor(sigma**2 * tau * (1 - tau), dtype=F64), rtol=0.04)
 
 
 @pytest.mark.parametrize("coupling", [Independent(), OptimalTransport(), Bridge()], ids=str)
