@@ -219,6 +219,7 @@ def fit(
         if ending or state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
             state.skipped += int(skipped)
             skipped = torch.zeros_like(skipped)
+            require_same(accelerator, state)
             save(state)
         if ending and state.step < cfg.steps:
             return False
@@ -238,6 +239,17 @@ def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # the protocol of torch.amp.GradScaler
     optimizer.step()
     optimizer.found_inf = None  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def require_same(accelerator: Accelerator, state: State) -> None:
+    """Before a checkpoint: every rank holds the same weights, to the last bit."""
+    if accelerator.num_processes == 1:
+        return
+    parts = [p.double().sum() for net in state.nets.values() for p in net.parameters()]
+    sums = accelerator.gather(torch.stack(parts)[None])
+    assert isinstance(sums, Tensor)
+    assert bool((sums == sums[0]).all()), f"step {state.step}: the ranks' weights have drifted apart"
 
 
 def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> bool:

@@ -6,8 +6,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from hypothesis import settings
 
+# Shapes in annotations are checked, under pytest only. Before anything of these rooms is imported.
+install_import_hook("genkit.backbones", "beartype.beartype")
 settings.register_profile("genkit", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("genkit")
 torch.set_num_threads(1)

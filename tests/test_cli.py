@@ -127,7 +127,7 @@ def test_every_sampler_draws_from_every_model(run, sampler, tmp_path):
 
 
 def test_likelihood_of_a_model_that_is_a_normal(tmp_path, capsys):
-    """A network that still answers 0 (its last layer starts there) carries data to noise unmoved: log p is N(0, I)'s."""
+    """A network that still answers 0 (its last layer starts there) moves nothing: log p is that of N(0, I)."""
     argv = ["train", *SMALL["digits"], "--lr=1e-12", f"--out={tmp_path}"]
     assert cli.main(argv) == 0
     capsys.readouterr()

@@ -24,7 +24,7 @@ from genkit.commands.train import main
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat
 from genkit.data import Stream
 from genkit.objectives import DDPM, OBJECTIVES, Flow
-from genkit.train import Diverged, State, average, fit, phase_parameters, rate, start
+from genkit.train import Diverged, State, average, fit, phase_parameters, rate, require_same, start
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip
@@ -162,6 +162,21 @@ def test_two_ranks_equal_one(tmp_path):
     assert json.loads((two / "env.json").read_text())["world_size"] == 2
     assert (two / "samples/step-0000012.png").exists()
     assert len(list((tmp_path / "two/runs").glob("0*"))) == 1, "both ranks made a directory"
+
+
+def test_ranks_that_drift_apart_are_found():
+    class Two:
+        num_processes = 2
+
+        def gather(self, mine):
+            return torch.cat([mine, mine + drift])
+
+    state = State({"net": nn.Linear(2, 2)}, {}, {})
+    drift = 0.0
+    require_same(Two(), state)
+    drift = 1e-12
+    with pytest.raises(AssertionError, match="drifted apart"):
+        require_same(Two(), state)
 
 
 def test_micro_batches_equal_one_batch(tmp_path):
