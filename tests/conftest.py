@@ -6,8 +6,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked, under pytest only. Before anything of these rooms is imported.
 install_import_hook("genkit.backbones", "beartype.beartype")

@@ -107,10 +107,10 @@ def source(path: str) -> tuple[str, dict]:
 class Job:
     """All kinds of settings."""
 
-    wave: Any = field(**table(f"{HERE}:WAVES", "wave"))
+    wave: Any = table(f"{HERE}:WAVES", "wave")
     """What moves."""
-    net: Any = field(**table(f"{HERE}:NETS", "deep", follows="data.suits", kind=f"{HERE}:Shape"))
-    data: Any = field(**table(f"{HERE}:DATA", "points", fallback=f"{HERE}:source"))
+    net: Any = table(f"{HERE}:NETS", "deep", follows="data.suits", kind=f"{HERE}:Shape")
+    data: Any = table(f"{HERE}:DATA", "points", fallback=f"{HERE}:source")
     steps: Annotated[int, Ge(1)] = 100
     lr: Annotated[float, Gt(0)] = 1e-3
     micro: Annotated[int, Ge(1)] | None = None

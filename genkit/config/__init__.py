@@ -20,22 +20,22 @@ Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
-def table(registry: str, name: str, **metadata: str) -> dict[str, Any]:
-    """For ``field(**table(...))``: an object of a dataclass in ``registry`` ("module:NAME"), by default ``name``'s."""
-    return {"default_factory": lambda: load(registry)[name](), "metadata": {"table": registry, **metadata}}
+def table(registry: str, name: str, **metadata: str) -> Any:
+    """A field that holds an object of a dataclass in ``registry`` ("module:NAME"), by default ``name``'s."""
+    return field(default_factory=lambda: load(registry)[name](), metadata={"table": registry, **metadata})
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a model."""
 
-    objective: Objective = field(**table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective"))
+    objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
-    backbone: Backbones = field(
-        **table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
+    backbone: Backbones = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits"
     )
     """The family of networks; without a NAME, the one that suits the data."""
-    data: Any = field(**table("genkit.data:DATA", "digits", fallback="genkit.data:source"))
+    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
     """What is learned from: a NAME, or a path to a folder of images."""
     steps: Count = 2400
     """Optimiser steps; the default learns the digits in some minutes on two CPU cores."""
@@ -105,7 +105,7 @@ class Sample:
     """Steps of the sampler."""
     guidance: float = 1.0
     """From the unconditional prediction (or that of --autoguide) through the model's own; 1: none."""
-    guidance_rule: Any = field(**table("genkit.guidance:RULES", "linear", kind="genkit.guidance:Rule"))
+    guidance_rule: Any = table("genkit.guidance:RULES", "linear", kind="genkit.guidance:Rule")
     """How: linear, rescale (the deviation brought back) or apg (projected, limited)."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only at noise in here, LOW HIGH in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
