@@ -353,6 +353,17 @@ def test_sde_has_the_drift_and_diffusion_of_song(path, eta):
     assert torch.allclose((moved - still) ** 2 / dt, (eta * g2).expand(4, 2), rtol=1e-3)
 
 
+def test_sde_step_is_euler_maruyama():
+    """In the chart: ``du = (x1 - x0 - g^2 / 2 score) dtau + g dw``, all of it at the step's beginning."""
+    u, z, a, b = normals(4), normals(4, seed=1), 0.7, 0.5
+    x0, x1 = Quick(MIXTURE, Linear())(u, torch.full((4,), a, dtype=F64), {})
+    for eta in (0.4, 1.0):
+        g2, score = eta * 2 * a / (1 - a), -x1 / a
+        expected = u + (x1 - x0 - g2 / 2 * score) * (b - a) + math.sqrt(g2 * (a - b)) * z
+        got = sde(Quick(MIXTURE, Linear()), u, torch.tensor([a, b], dtype=F64), eta=eta, noise=lambda shape: z)
+        assert torch.allclose(got, expected, atol=1e-12)
+
+
 def karras_algorithm_2(denoiser, x, sigmas, s_churn, s_tmin, s_tmax, s_noise, noise):
     """Karras et al. 2022, algorithm 2, in its own words: D(x, sigma) and levels t_0 > ... > t_N = 0."""
     n, states = len(sigmas) - 1, []
@@ -375,7 +386,7 @@ def karras_algorithm_2(denoiser, x, sigmas, s_churn, s_tmin, s_tmax, s_noise, no
 def test_churn_is_algorithm_2(s_churn):
     path, z = VE(), normals(5)
     grid = nodes(path, karras(12)(path))
-    how = {"s_churn": s_churn, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    how = {"s_churn": s_churn, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.003}
 
     def denoiser(x, sigma):
         (node,) = nodes_at(path, [sigma / (1 + sigma)])

@@ -107,10 +107,10 @@ def churn(
     require("clock", clock, "tau, sigma", clock in ("tau", "sigma"))
     noise, grid = noise or fresh(x), nodes(denoise.path, times)
     gamma = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
-    levels = [n.level * (1 + gamma * (s_tmin <= n.level <= s_tmax)) for n in grid[:-1]]
+    levels = [n.level * (1 + gamma) for n in grid[:-1]]
     raised = nodes_at(denoise.path, [s / (1 + s) if math.isfinite(s) else 1.0 for s in levels])
     for i, (a, b) in enumerate(pairwise(grid)):
-        if raised[i].level > a.level and gamma:
+        if s_tmin <= a.level <= s_tmax and raised[i].t > a.t and gamma > 0:
             x, a = lift(x, a, raised[i], s_noise * noise(x.shape[1:])), raised[i]
         x, prediction = heun_step(denoise, x, a, b, cond, clock)
         if callback:
