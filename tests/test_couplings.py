@@ -1,6 +1,6 @@
 """Couplings and sources: against torchcfm and POT, their marginals, and where sampling starts."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from exact import F64, Mixture, three
 from torch import nn
 
 from genkit.backbones import MLP
+from genkit.codecs import Pixels
 from genkit.core import Batch, Draw, Label, Spec, Vector
-from genkit.data import DATA
+from genkit.data import DATA, InMemory
 from genkit.objectives import Flow
 from genkit.objectives.couplings import (
     COUPLINGS,
@@ -219,6 +220,23 @@ def test_pictures_as_source_come_encoded_and_unmirrored():
     number = int(torch.special.ndtr(z[0].flatten()[0].double()) * len(data))
     once = data.codec.encode(data.batch(torch.tensor([number]), Draw((0,), 0, 1))).x[0]
     assert torch.equal(x1[0], once) or torch.equal(x1[0], once.flip(-1))
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Pictures that are flipped when they are trained on."""
+
+    def load(self, split):
+        x = torch.arange(4 * 6, dtype=torch.uint8).reshape(4, 1, 2, 3)
+        return InMemory(x, {}, Spec((1, 2, 3)), Pixels(), flip=True)
+
+
+def test_a_source_is_not_augmented():
+    """Else sample i would depend on the row that it is drawn in."""
+    z = torch.randn(1, 1, 2, 3).expand(40, 1, 2, 3)
+    x1 = Samples(Mirrored())(z, {})
+    assert torch.equal(x1, x1[:1].expand_as(x1))
+    assert bool((x1.diff(dim=-1) > 0).all())
 
 
 def test_sampling_starts_at_the_source():
