@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,61 @@ def test_configs_parse_and_say_what_to_expect(path):
 def test_scripts_are_short():
     for script in (ROOT / "samplers").glob("*.py"):
         assert len(script.read_text().splitlines()) <= 80, script
+
+
+def refusal(script, *args):
+    """What a script says to a mistake as it ends: one line, no traceback. In this process: six starts take a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert isinstance(ended.value.code, str)
+    assert "\n" not in ended.value.code
+    return ended.value.code
+
+
+@pytest.mark.parametrize("script", ["inpaint", "super_resolve", "deblur"])
+def test_restorations(run, tmp_path, script):
+    out = tmp_path / "restored.png"
+    options = ("--steps", 3, "--n", 4, "--noise", 0.05, "--sampler", "ancestral", "--out", out)
+    printed = python(f"samplers/{script}.py", run, *options)
+    assert len(re.findall(r"^(pigdm|dps) +error .*?\d\.\d+", printed, re.M)) == 2
+    assert Image.open(out).size == (4 * 66 + 2, 4 * 66 + 2)
+
+
+def test_restores_pictures_from_a_folder(run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / "pictures" / f"{i}.png")
+    out = tmp_path / "restored.png"
+    options = ("--images", tmp_path / "pictures", "--hide", "box", "--methods", "dps", "--steps", 2, "--n", 3)
+    python("samplers/inpaint.py", run, *options, "--out", out)
+    picture = Image.open(out)
+    assert picture.size == (3 * 66 + 2, 3 * 66 + 2)
+    assert picture.getpixel((2 * 66 + 30, 30)) == 160  # the last original; below it, what is hidden is grey
+    assert picture.getpixel((2 * 66 + 30, 66 + 30)) in (127, 128)
+
+
+def test_sdedit(run, tmp_path):
+    out = tmp_path / "variations.png"
+    options = ("--strengths", 0.2, 0.9, "--label", 3, "--guidance", 2, "--steps", 4, "--n", 5, "--out", out)
+    near, far = (float(d) for d in re.findall(r"originals ([\d.]+)", python("samplers/sdedit.py", run, *options)))
+    assert near < far
+    assert Image.open(out).size == (5 * 66 + 2, 3 * 66 + 2)
+
+
+def test_image_to_image(tmp_path):
+    out = tmp_path / "translated.png"
+    options = ("--task", "complete", "--steps", 2, "--n", 4, "--answers", 2, "--out", out)
+    python("samplers/image_to_image.py", *options)
+    assert Image.open(out).size == (4 * 66 + 2, 4 * 66 + 2)
+
+
+def test_editing_scripts_refuse_in_one_line(run, tmp_path):
+    assert "factor: given 3" in refusal("samplers/super_resolve.py", run, "--factor", 3)
+    assert "sigma_y: given -1" in refusal("samplers/inpaint.py", run, "--noise", -1)
+    assert "width: given 0" in refusal("samplers/deblur.py", run, "--width", 0)
+    assert "strength: given 2" in refusal("samplers/sdedit.py", run, "--strengths", 2)
+    assert "needs pictures" in refusal("samplers/image_to_image.py", "--data", "moons")
+    Image.new("L", (5, 5)).save(tmp_path / "small.png")
+    assert "the model draws (1, 8, 8)" in refusal("samplers/inpaint.py", run, "--images", tmp_path)
