@@ -44,7 +44,7 @@ def main() -> None:
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x
     if data.spec.shape != run.spec.shape or x0.ndim != 4:
-        raise ValueError(f"images: given samples of shape {data.spec.shape}; the model draws {run.spec.shape}")
+        raise ValueError(f"images: given {data.spec.shape}, the model draws {run.spec.shape}; needs one (C, H, W)")
 
     operator = Blur.gaussian(args.width)
     seeds = range(args.seed, args.seed + args.n)

@@ -41,7 +41,7 @@ def main() -> None:
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x
     if data.spec.shape != run.spec.shape or x0.ndim != 4:
-        raise ValueError(f"images: given samples of shape {data.spec.shape}; the model draws {run.spec.shape}")
+        raise ValueError(f"images: given {data.spec.shape}, the model draws {run.spec.shape}; needs one (C, H, W)")
 
     cond = runs.labels(run.spec, args.n, args.label) if args.label is not None else {}
     cond = {k: v.to(run.device) for k, v in cond.items()}
