@@ -43,8 +43,8 @@ def main() -> None:
 
     name, fields = source(args.data)
     train, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
-    if len(train.spec.shape) != 3:
-        raise ValueError(f"data: given samples of shape {train.spec.shape}; needs pictures [C, H, W]")
+    if len(train.spec.shape) != 3 or min(args.n, args.answers) < 1:
+        raise ValueError(f"given {args.n} x {args.answers} of {train.spec.shape}; needs pictures [C, H, W], 1 or more")
     task, spec = TASKS[args.task], Spec(train.spec.shape, {"image": Image(train.spec.shape[0])})
     Average(2).measured(spec.shape)  # refuses odd sizes
     torch.manual_seed(args.seed)

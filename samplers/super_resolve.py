@@ -43,8 +43,8 @@ def main() -> None:
     data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x
-    if data.spec.shape != run.spec.shape or x0.ndim != 4:
-        raise ValueError(f"images: given {data.spec.shape}, the model draws {run.spec.shape}; needs one (C, H, W)")
+    if data.spec.shape != run.spec.shape or x0.ndim != 4 or args.n < 1:
+        raise ValueError(f"images: given {args.n} of {data.spec.shape}, the model draws {run.spec.shape}; needs images")
 
     operator = Average(args.factor)
     seeds = range(args.seed, args.seed + args.n)

@@ -141,5 +141,7 @@ def test_editing_scripts_refuse_in_one_line(run, tmp_path):
     assert "width: given 0" in refusal("samplers/deblur.py", run, "--width", 0)
     assert "strength: given 2" in refusal("samplers/sdedit.py", run, "--strengths", 2)
     assert "needs pictures" in refusal("samplers/image_to_image.py", "--data", "moons")
+    assert "given 10 x 0" in refusal("samplers/image_to_image.py", "--answers", 0)
+    assert "given 0 of" in refusal("samplers/sdedit.py", run, "--n", 0)
     Image.new("L", (5, 5)).save(tmp_path / "small.png")
     assert "the model draws (1, 8, 8)" in refusal("samplers/inpaint.py", run, "--images", tmp_path)
