@@ -102,10 +102,13 @@ def picture(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
 
 
 def save(image: Image.Image, path: File, **options: Any) -> File:
-    """Write a picture so that no half of it can be left behind."""
+    """Write a picture so that no half of it can be left behind. ``ValueError`` for an ending that is no picture's."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: {path.suffix or 'no ending'} is not a picture's; take .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    image.save(part, format=path.suffix[1:].upper(), **options)
+    image.save(part, format=kind, **options)
     os.replace(part, path)
     return path
 

@@ -260,6 +260,7 @@ class Run:
         classifier_scale: float | None = None,
         grid: str = "uniform",
         clip: bool = False,
+        watch: Guidance | None = None,
         callback: Callable[..., None] | None = None,
         **options: Any,
     ) -> Generator:
@@ -267,7 +268,8 @@ class Run:
 
         ``sampler`` None is the objective's usual one; ``options`` go to it (``eta`` of ddim). ``guidance`` goes from
         the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.guidance`); a ``classifier`` guides by
-        its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1].
+        its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1]. ``watch``
+        stands nearest to the network, and may count its evaluations.
         """
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
@@ -286,6 +288,8 @@ class Run:
             guides = [within(*interval, compose(*guides))]
         if clip:
             guides.append(clamp())
+        if watch is not None:
+            guides.insert(0, watch)
         sampler = sampler or self.objective.sampler
         bound = bind(sampler, GRIDS[grid](steps), compose(*guides), callback=callback, **options) if sampler else None
         return self.objective.generator(self.nets, bound)

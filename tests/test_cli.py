@@ -92,6 +92,9 @@ def test_sample_formats(run, tmp_path, capsys):
         assert z["arr_0"].shape == ((6, 8, 8, 1) if len(shape) == 3 else (6, 2))
         assert z["arr_0"].dtype == (np.uint8 if len(shape) == 3 else np.float32)
         assert (z["arr_1"] == 1).all()
+    settings = json.loads((tmp_path / "arrays.json").read_text())
+    assert (settings["sampler"], settings["steps"], settings["nfe"]) == ("heun", 2, 3)
+    assert settings["rows_per_sample"] == 3
     assert str(arrays) in capsys.readouterr().out
 
 
@@ -181,6 +184,7 @@ def test_mistakes_are_one_line(capsys, argv, says, tmp_path, monkeypatch):
         (["--grid=none"], "allowed: uniform"),
         (["--trajectory", "--n=9", "--batch=4"], "--batch 9"),
         (["--device=cuda"], "no CUDA"),
+        (["--out=grid.xyz", "--steps=1", "--n=1"], "take .png"),
     ],
 )
 def test_mistakes_in_sampling_are_one_line(capsys, digits, argv, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path as File
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from genkit import pictures, runs
+from genkit import __version__, config, pictures, runs
 from genkit.config import Sample, parse
-from genkit.core import Prediction
+from genkit.core import Denoiser, Prediction
+from genkit.sampling import Counted
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -28,9 +30,14 @@ def main(argv: list[str]) -> int:
     if asked.trajectory and asked.n > asked.batch:
         raise ValueError(f"trajectory: given --n {asked.n} in batches of {asked.batch}; take --batch {asked.n}")
     frames: list[Tensor] = []
+    asks: list[Counted] = []
 
     def watch(step: int, x: Tensor, prediction: Prediction) -> None:
         frames.append(run.codec.decode(x.float()).cpu())
+
+    def count(denoise: Denoiser) -> Denoiser:
+        asks.append(Counted(denoise))
+        return asks[-1]
 
     beside = lambda name: runs.beside(run, name) if name else None  # noqa: E731
     how = {
@@ -56,6 +63,7 @@ def main(argv: list[str]) -> int:
             progress=lambda done: bar.update(task, completed=done),
             callback=watch if asked.trajectory else None,
             clip=asked.clip,
+            watch=count,
             **how,
         )
     if not bool(torch.isfinite(x.float()).all()):
@@ -65,20 +73,30 @@ def main(argv: list[str]) -> int:
     if asked.trajectory:
         gif = out.with_suffix(".gif") if out.suffix else out / "trajectory.gif"
         console.print(pictures.save_gif([pictures.picture(f, cond) for f in frames], gif), markup=False)
-    console.print(f"{asked.n} samples in {time.perf_counter() - began:.1f} s from {run.weights}", markup=False)
+    seconds = time.perf_counter() - began
+    nfe = asks[0].calls if asks else 1  # a one-pass model has no denoiser to ask
+    settings = config.dump(asked) | {"sampler": asked.sampler or run.objective.sampler, "nfe": nfe}
+    settings |= {"rows_per_sample": sum(a.rows for a in asks) / asked.n, "weights": run.weights, "genkit": __version__}
+    beside_it = out.with_suffix(".json") if out.suffix else out / "samples.json"
+    beside_it.write_text(json.dumps(settings, indent=1) + "\n")
+    console.print(f"{asked.n} samples, {nfe} evaluations each, in {seconds:.1f} s from {run.weights}", markup=False)
     return 0
 
 
 def destination(asked: Sample, run: runs.Run) -> File:
+    suffix = SUFFIX[asked.format]
     if asked.out:
-        return File(asked.out)
+        out = File(asked.out)
+        return out if not suffix or out.suffix else out.with_name(out.name + suffix)
     label = "" if asked.label is None else f"-label{asked.label}"
-    suffix = {"grid": ".png", "npz": ".npz", "png": ""}[asked.format]
-    return run.directory / "samples" / f"sample-step{run.step}{label}-seed{asked.seed}-n{asked.n}{suffix}"
+    guided = "" if asked.guidance == 1 else f"-guidance{asked.guidance:g}"
+    how = f"{asked.sampler or run.objective.sampler}{asked.steps}{guided}"
+    name = f"sample-step{run.step}-{how}{label}-seed{asked.seed}-n{asked.n}"
+    return run.directory / "samples" / (name + suffix)  # not with_suffix: the name may hold a point
 
 
 def write_grid(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
-    return [pictures.save(pictures.picture(x, cond), out if out.suffix else out.with_suffix(".png"))]
+    return [pictures.save(pictures.picture(x, cond), out)]
 
 
 def write_png(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
@@ -97,7 +115,6 @@ def write_npz(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
     """The layout of guided-diffusion: `arr_0` uint8 NHWC (floats as they are), `arr_1` labels."""
     array = x.permute(0, 2, 3, 1).numpy() if x.ndim == 4 else x.numpy()
     arrays = [array, cond["label"].numpy()] if "label" in cond else [array]
-    out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part.npz")
     np.savez(part, *arrays)
@@ -105,4 +122,5 @@ def write_npz(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
     return [out]
 
 
+SUFFIX = {"grid": ".png", "npz": ".npz", "png": ""}
 FORMATS = {"grid": write_grid, "png": write_png, "npz": write_npz}

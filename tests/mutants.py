@@ -1,0 +1,431 @@
+"""Planted faults: one-line mistakes that the tests must catch.
+
+    python tests/mutants.py [--only paths] [--first 0] [--last 20]
+
+Each is planted in a copy of the tree, and the tests of its room run until one fails. Survivors are printed, and the
+exit code is their number. It takes about half a minute a fault, so it is not part of the test run; `test_mutants.py`
+checks that each fault still finds its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is planted, the tests that should see it
+    (
+        "genkit/sampling/ode.py",
+        "h / 6 * (k1 + 2 * k2 + 2 * k3 + slope",
+        "h / 6 * (k1 + 2 * k2 + 2 * k2 + slope",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/ode.py",
+        "u = u + h / 4 * (k1 + 3 * slope(u + 2 * h / 3 * k2",
+        "u = u + h / 4 * (k1 + 3 * slope(u + h / 3 * k2",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/ode.py", "(1 / 3, 2 / 3)", "(1 / 3, 1 / 3)", "tests/test_sampling.py"),
+    ("genkit/sampling/ode.py", 'clock == "sigma" and a.alpha > 0', 'clock == "sigma"', "tests/test_sampling.py"),
+    (
+        "genkit/sampling/ode.py",
+        "x = x + b.alpha * (b.level - a.level) / 2",
+        "x = x + b.alpha * (b.level - a.level)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/ode.py",
+        "x = x + b.scale * (b.tau - a.tau) / 2",
+        "x = x + a.scale * (b.tau - a.tau) / 2",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/ode.py",
+        "u = u + (last.tau - stop.tau) *",
+        "u = u - (last.tau - stop.tau) *",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/ode.py", '"step_t": end', '"dtype": torch.float64', "tests/test_sampling.py"),
+    (
+        "genkit/sampling/ode.py",
+        "square().mean(1).sqrt().max()",
+        "square().mean(1).sqrt().mean()",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/ode.py",
+        "rtol=rtol, atol=atol, method",
+        "rtol=rtol, atol=1e-3, method",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/multistep.py", "(2 / (l0 - l2))", "(1 / (l0 - l2))", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/multistep.py",
+        "(slope + (l0 - l1) / 2 * second)",
+        "(slope + (l1 - l2) / 2 * second)",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/multistep.py", "phi1 = h - phi0", "phi1 = h + phi0", "tests/test_sampling.py"),
+    ("genkit/sampling/multistep.py", "len(grid) <= 15 else -1", "len(grid) <= 16 else -1", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/multistep.py",
+        "before_last = len(grid) - 3",
+        "before_last = len(grid) - 2",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/multistep.py", "*(p for p in past if math.isfinite(p[0]))", "*past", "tests/test_sampling.py"),
+    ("genkit/sampling/multistep.py", "math.expm1(-2 * eta * h)", "math.expm1(-eta * h)", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/multistep.py",
+        "keep = math.exp(-eta * h)",
+        "keep = math.exp(-2 * eta * h)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/multistep.py",
+        "_integral(known, h, 1 + eta",
+        "_integral(known, h, 1.0",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/multistep.py",
+        "p = min(order, i + 1, len(grid) - 1 - i",
+        "p = min(order, i + 1, len(grid) - i",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/multistep.py", "weights = [0.5]", "weights = [1.0]", "tests/test_sampling.py"),
+    ("genkit/sampling/multistep.py", "math.factorial(j + 1)", "math.factorial(j)", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/multistep.py",
+        "((lk - l0) / h, mk) for lk, mk in past[1:] if math.isfinite(lk)",
+        "((lk - l0) / h, mk) for lk, mk in past[1:]",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/multistep.py", "and math.isfinite(h) else phi", "else phi", "tests/test_sampling.py"),
+    ("genkit/sampling/multistep.py", "past[:p], None, variant)", "past, None, variant)", "tests/test_sampling.py"),
+    ("genkit/sampling/sde.py", "(b.sigma - b.scale * k)", "(b.sigma + b.scale * k)", "tests/test_sampling.py"),
+    ("genkit/sampling/sde.py", "math.sqrt(2 * a.tau * k)", "math.sqrt(2 * b.tau * k)", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/sde.py",
+        "(a.tau - b.tau) / (1 - a.tau)",
+        "(a.tau - b.tau) / (1 - b.tau)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/sde.py",
+        "        elif b.sigma > 0:\n            x = x + b.sigma * noise",
+        "        elif b.sigma > 0:\n            x = x + b.scale * noise",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/sde.py",
+        "min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)",
+        "min(s_churn / len(grid), math.sqrt(2) - 1)",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/sde.py", "math.sqrt(2) - 1)", "math.sqrt(2))", "tests/test_sampling.py"),
+    ("genkit/sampling/sde.py", "s_tmin <= a.level <= s_tmax", "s_tmin <= a.level", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/sde.py",
+        "lift(x, a, raised[i], s_noise * noise(x.shape[1:])), raised[i]",
+        "lift(x, a, raised[i], s_noise * noise(x.shape[1:])), a",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/sde.py",
+        "lift(x, again[-1], again[0], s_noise *",
+        "lift(x, again[0], again[-1], s_noise *",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/sde.py",
+        "karras_levels(steps + 1, low, high)",
+        "karras_levels(steps, low, high)",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/steps.py", "(r * low.sigma) ** 2", "low.sigma ** 2", "tests/test_sampling.py"),
+    ("genkit/sampling/steps.py", "return r * x +", "return x +", "tests/test_sampling.py"),
+    ("genkit/sampling/steps.py", "self.rows + len(x)", "self.rows + 1", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/grids.py",
+        "(timesteps // num_steps) + 1)",
+        "(timesteps // num_steps))",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/grids.py",
+        "top = min(high, sigma / alpha)",
+        "top = max(high, sigma / alpha)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/grids.py",
+        "** (1 / rho), low ** (1 / rho), num",
+        "** (1 / rho), low ** (1 / rho), num + 1",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/grids.py", "levels / (1 + levels)", "levels", "tests/test_sampling.py"),
+    (
+        "genkit/sampling/inversion.py",
+        "first.sigma * ask(denoise, x, first, cond).x1",
+        "first.sigma * ask(denoise, x, first, cond).x0",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/inversion.py",
+        "x = first.alpha * x0\n        for",
+        "x = x0\n        for",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/inversion.py",
+        "return Prediction(x1, x0)",
+        "return Prediction(x0, x1)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "genkit/sampling/inversion.py",
+        "Mirrored(denoise), x, 1 - t.flip(0) / 2, cond",
+        "Mirrored(denoise), x, 1 - t.flip(0) / 2, {}",
+        "tests/test_sampling.py",
+    ),
+    ("genkit/sampling/likelihood.py", "return -u, torch", "return u, torch", "tests/test_likelihood.py"),
+    ("genkit/sampling/likelihood.py", "-float(u[0].numel())", "-float(u[0].numel() - 1)", "tests/test_likelihood.py"),
+    (
+        "genkit/sampling/likelihood.py",
+        "return change - (u / tau)",
+        "return -change - (u / tau)",
+        "tests/test_likelihood.py",
+    ),
+    (
+        "genkit/sampling/likelihood.py",
+        "math.log(tau * math.sqrt(2 * math.pi))",
+        "math.log(math.sqrt(2 * math.pi))",
+        "tests/test_likelihood.py",
+    ),
+    ("genkit/sampling/likelihood.py", "h / 2 * (div + div_end)", "h * div", "tests/test_likelihood.py"),
+    (
+        "genkit/sampling/likelihood.py",
+        "flatten(1).sum(1) / len(directions)",
+        "flatten(1).sum(1)",
+        "tests/test_likelihood.py",
+    ),
+    (
+        "genkit/sampling/likelihood.py",
+        "torch.where(drawn < 0, -1.0, 1.0).to(x)",
+        "drawn.to(x)",
+        "tests/test_likelihood.py",
+    ),
+    (
+        "genkit/sampling/likelihood.py",
+        "torch.special.ndtr(z) - 0.5",
+        "torch.special.ndtr(z)",
+        "tests/test_likelihood.py",
+    ),
+    (
+        "genkit/sampling/likelihood.py",
+        "math.log2(scale) - log_prob",
+        "-math.log2(scale) - log_prob",
+        "tests/test_likelihood.py",
+    ),
+    ("genkit/sampling/likelihood.py", "bits.std() / math.sqrt(len(bits))", "bits.std()", "tests/test_likelihood.py"),
+    ("genkit/sampling/likelihood.py", "(num_dims * math.log(2))", "num_dims", "tests/test_likelihood.py"),
+    ("genkit/sampling/likelihood.py", '"step_t": span[1:]', '"dtype": torch.float64', "tests/test_likelihood.py"),
+    (
+        "genkit/paths.py",
+        "-t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)",
+        "-t * (self.beta_min + t * (self.beta_max - self.beta_min))",
+        "tests/test_paths.py",
+    ),
+    (
+        "genkit/paths.py",
+        "return -torch.expm1(self.log_alpha_bar(t))\n",
+        "return (-torch.expm1(self.log_alpha_bar(t))).sqrt()\n",
+        "tests/test_paths.py",
+    ),
+    ("genkit/paths.py", "(s + (s**2 + 4 * a**2).sqrt()) / 2", "(s + (s**2 + a**2).sqrt()) / 2", "tests/test_paths.py"),
+    ("genkit/paths.py", "(first / (first - last))", "(1 / (first - last))", "tests/test_paths.py"),
+    (
+        "genkit/paths.py",
+        "early = t.double() * self.timesteps <= 1",
+        "early = t.double() * self.timesteps <= 0",
+        "tests/test_paths.py",
+    ),
+    (
+        "genkit/paths.py",
+        "a, s = self.path.alpha(t), self.shift * self.path.sigma(t)",
+        "a, s = self.shift * self.path.alpha(t), self.path.sigma(t)",
+        "tests/test_paths.py",
+    ),
+    (
+        "genkit/paths.py",
+        "(2 * math.log(self.sigma_max / self.sigma_min))\n        return t.clamp",
+        "(math.log(self.sigma_max / self.sigma_min))\n        return t.clamp",
+        "tests/test_paths.py",
+    ),
+    ("genkit/objectives/times.py", "** (1 / 1.5)", "** 1.5", "tests/test_objectives.py"),
+    (
+        "genkit/objectives/times.py",
+        "tau = torch.sigmoid(mean + std",
+        "tau = torch.sigmoid(-mean + std",
+        "tests/test_objectives.py",
+    ),
+    ("genkit/objectives/times.py", "halvings=50", "halvings=8", "tests/test_objectives.py"),
+    ("genkit/objectives/times.py", "if mean >= end", "if mean <= end", "tests/test_objectives.py"),
+    ("genkit/objectives/weights.py", ".clamp(max=self.gamma)", ".clamp(min=self.gamma)", "tests/test_objectives.py"),
+    ("genkit/objectives/weights.py", "** -self.gamma", "** self.gamma", "tests/test_objectives.py"),
+    (
+        "genkit/objectives/weights.py",
+        "(sigma * self.sigma_data) ** 2\n",
+        "(sigma + self.sigma_data) ** 2\n",
+        "tests/test_objectives.py",
+    ),
+    (
+        "genkit/objectives/weights.py",
+        "sigma**2 + (alpha * self.sigma_data) ** 2",
+        "sigma**2 + self.sigma_data ** 2",
+        "tests/test_objectives.py",
+    ),
+    (
+        "genkit/objectives/weights.py",
+        "if weight.space not in (None, space)",
+        "if weight.space in (None, space)",
+        "tests/test_objectives.py",
+    ),
+    ("genkit/objectives/matching.py", "weight.sqrt() * SPACES", "weight * SPACES", "tests/test_objectives.py"),
+    (
+        "genkit/objectives/matching.py",
+        "(weight.sqrt() * SPACES[self.loss_space](linear)).clamp(-MAX_GAIN, MAX_GAIN)",
+        "weight.sqrt() * SPACES[self.loss_space](linear).clamp(-MAX_GAIN, MAX_GAIN)",
+        "tests/test_objectives.py",
+    ),
+    (
+        "genkit/objectives/matching.py",
+        "weight = self.loss_weight(expand(self.along.alpha(t), like), expand(self.along.sigma(t), like))",
+        "weight = self.loss_weight(expand(self.along.sigma(t), like), expand(self.along.alpha(t), like))",
+        "tests/test_objectives.py",
+    ),
+    ("genkit/objectives/edm.py", "return Lambda(self.sigma_data)", "return Lambda()", "tests/test_objectives.py"),
+    ("genkit/objectives/edm.py", "return Karras(self.sigma_data)", "return Karras()", "tests/test_objectives.py"),
+    ("genkit/objectives/edm.py", "return VE(sigma_max=self.sigma_max)", "return VE()", "tests/test_objectives.py"),
+    ("genkit/objectives/edm.py", 'return "x0"', 'return "eps"', "tests/test_objectives.py"),
+    ("genkit/objectives/ddpm.py", ".ceil().clamp(1,", ".floor().clamp(1,", "tests/test_objectives.py"),
+    ("genkit/objectives/ddpm.py", "self.beta_max, self.zero_snr)", "self.beta_max)", "tests/test_objectives.py"),
+    (
+        "genkit/objectives/ddpm.py",
+        "        return self.weight\n",
+        "        return Constant()\n",
+        "tests/test_objectives.py",
+    ),
+    ("genkit/objectives/couplings.py", "_, order = linear", "order, _ = linear", "tests/test_couplings.py"),
+    (
+        "genkit/objectives/couplings.py",
+        "cost / regularisation",
+        "cost / (2 * regularisation)",
+        "tests/test_couplings.py",
+    ),
+    ("genkit/objectives/couplings.py", "2 * self.sigma**2", "self.sigma**2", "tests/test_couplings.py"),
+    (
+        "genkit/objectives/couplings.py",
+        "self.sigma / 2 * ratio * e",
+        "self.sigma * ratio * e",
+        "tests/test_couplings.py",
+    ),
+    (
+        "genkit/objectives/couplings.py",
+        "self.sigma / 2 / ratio * e",
+        "self.sigma / 2 * ratio * e",
+        "tests/test_couplings.py",
+    ),
+    ("genkit/objectives/couplings.py", "expand(chart(path, t)[0], e)", "expand(t, e)", "tests/test_couplings.py"),
+    ("genkit/objectives/couplings.py", "plan.cumsum(1)", "plan.cumsum(0)", "tests/test_couplings.py"),
+    ("genkit/objectives/couplings.py", "right=True", "right=False", "tests/test_couplings.py"),
+    ("genkit/objectives/couplings.py", ".double()).square()", ".double())", "tests/test_couplings.py"),
+    ("genkit/objectives/couplings.py", "return batch.x, given(batch)", "return batch.x, x1", "tests/test_couplings.py"),
+    ("genkit/objectives/sources.py", ".to(z) + self.std * z", ".to(z) + z", "tests/test_couplings.py"),
+    (
+        "genkit/objectives/sources.py",
+        "torch.special.ndtr(z.flatten(1)[:, 0].double())",
+        "torch.sigmoid(z.flatten(1)[:, 0].double())",
+        "tests/test_couplings.py",
+    ),
+    ("genkit/objectives/sources.py", ".clamp(max=len(data) - 1)", "", "tests/test_couplings.py"),
+    ("genkit/objectives/sources.py", "Still((0,), 0, len(z))", "Draw((0,), 0, len(z))", "tests/test_couplings.py"),
+    (
+        "genkit/objectives/flow.py",
+        "return generate(self.source(z, cond), cond, no_noise)",
+        "return generate(z, cond, no_noise)",
+        "tests/test_couplings.py",
+    ),
+    (
+        "genkit/objectives/flow.py",
+        "return generate(self.source(z, cond), cond, no_noise)",
+        "return generate(self.source(z, cond), cond, noise)",
+        "tests/test_couplings.py",
+    ),
+    ("genkit/objectives/flow.py", "        self.source.check(spec)\n", "", "tests/test_couplings.py"),
+    (
+        "genkit/objectives/flow.py",
+        "self.source.conditional and self.coupling.moves",
+        "self.source.conditional and self.coupling.independent",
+        "tests/test_couplings.py",
+    ),
+    ("genkit/objectives/reflow.py", "torch.ones_like(batch.uniform())", "batch.uniform()", "tests/test_reflow.py"),
+    (
+        "genkit/objectives/reflow.py",
+        "x1 = self.source(z, cond)",
+        "x1 = 0 * self.source(z, cond)",
+        "tests/test_reflow.py",
+    ),
+    ("genkit/data/pairs.py", "self.x1.index_select(0, indices)", "self.x1[: len(indices)]", "tests/test_reflow.py"),
+    ("genkit/data/pairs.py", "(x - low) / (encode", "x / (encode", "tests/test_reflow.py"),
+    ("genkit/core.py", "x1=None if self.x1 is None else move(self.x1),", "", "tests/test_couplings.py"),
+]
+
+
+def survives(tree: Path, fault: tuple[str, str, str, str]) -> bool:
+    file, old, new, tests = fault
+    path = tree / file
+    sound = path.read_text()
+    path.write_text(sound.replace(old, new, 1))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests.split()]
+    env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=600)
+        return done.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False  # an endless loop is noticed
+    finally:
+        path.write_text(sound)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", default="", help="faults in files whose path holds this")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--last", type=int, default=len(FAULTS))
+    args = parser.parse_args()
+    chosen = [f for f in FAULTS[args.first : args.last] if args.only in f[0]]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("runs", ".git", ".venv", "__pycache__", "*.egg-info"))
+        for i, fault in enumerate(chosen):
+            alive = survives(tree, fault)
+            survivors += alive
+            print(
+                f"{i + 1}/{len(chosen)} {'SURVIVED' if alive else 'caught'}  {fault[0]}: {fault[1]!r} -> {fault[2]!r}",
+                flush=True,
+            )
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
