@@ -19,6 +19,7 @@ from genkit import runs
 from genkit.codecs import Identity, Pixels
 from genkit.config import parse
 from genkit.core import Draw
+from genkit.objectives.matching import Matching
 from genkit.sampling import Seeds, bits_per_dim, dequantise, log_prob, uniform
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> int:
     if type(run.codec) not in SCALES:
         allowed = ", ".join(kind.__name__ for kind in SCALES)
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
+    if not (isinstance(run.objective, Matching) and run.objective.source.normal):
+        raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
     nats = log_probs(run, asked)
