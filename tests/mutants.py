@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -386,6 +387,34 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ("genkit/data/pairs.py", "self.x1.index_select(0, indices)", "self.x1[: len(indices)]", "tests/test_reflow.py"),
     ("genkit/data/pairs.py", "(x - low) / (encode", "x / (encode", "tests/test_reflow.py"),
     ("genkit/core.py", "x1=None if self.x1 is None else move(self.x1),", "", "tests/test_couplings.py"),
+    ("genkit/train.py", "first = rank * local", "first = 0", "tests/test_train.py -k ranks_equal"),
+    ("genkit/train.py", "each.sum() / local)", "each.mean())", "tests/test_train.py -k equal"),
+    ("genkit/train.py", "if piece is not pieces[-1]", "if piece is pieces[-1]", "tests/test_train.py -k ranks_equal"),
+    ("genkit/train.py", "guarded_step(optimizer, bad)", "optimizer.step()", "tests/test_train.py -k finite"),
+    ("genkit/train.py", "requires_grad_(name in phase.trains)", "requires_grad_(True)", "tests/test_train.py -k phase"),
+    ("genkit/train.py", "if step % phase.every", "if False", "tests/test_train.py -k phase"),
+    ("genkit/train.py", "draw += 1", "draw += 0", "tests/test_train.py -k repeats"),
+    ("genkit/train.py", "(1 + step) / (10 + step))\n", "1.0)\n", "tests/test_train.py -k average"),
+    ("genkit/train.py", "(streak + 1) * bad", "streak + bad", "tests/test_train.py -k bad"),
+    ("genkit/train.py", "seed_of(cfg.seed, rank, step)", "seed_of(cfg.seed, rank)", "tests/test_train.py -k unet_up"),
+    ("genkit/train.py", "loss.per_sample * batch.weight", "loss.per_sample", "tests/test_train.py -k weights_of"),
+    ("genkit/runs.py", "{k: v.to(p.device) for k, v in slots.items()}", "{}", "tests/test_train.py -k resume"),
+    ("genkit/runs.py", 'if r["step"] <= step]', "]", "tests/test_train.py -k log_cut"),
+    ("genkit/runs.py", "[:-keep]", "[:-1]", "tests/test_train.py -k old_checkpoints"),
+    ("genkit/runs.py", "sha256(path) != recorded[name]", "False", "tests/test_train.py -k damage"),
+    (
+        "genkit/runs.py",
+        "range(seed + rows.start, seed + rows.stop)",
+        "range(seed, seed + rows.stop - rows.start)",
+        "tests/test_train.py -k depend_on_the_batch",
+    ),
+    ("genkit/core.py", "self.start - self.blocks.start * self.BLOCK", "0", "tests/test_objectives.py -k cut"),
+    (
+        "genkit/core.py",
+        "self.uniform() >= probability",
+        "self.uniform() < probability",
+        "tests/test_objectives.py -k drop",
+    ),
 ]
 
 
@@ -394,7 +423,7 @@ def survives(tree: Path, fault: tuple[str, str, str, str]) -> bool:
     path = tree / file
     sound = path.read_text()
     path.write_text(sound.replace(old, new, 1))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *shlex.split(tests)]
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=600)

@@ -151,7 +151,7 @@ def test_two_ranks_equal_one(tmp_path):
     """Global batch 64 on 2 ranks is 64 on one, to float tolerance: same data, same noise, mean gradient."""
     (tmp_path / "two").mkdir()
     args = ["--batch=64", "--steps=12", "--sample-every=12"]
-    two = launch(tmp_path / "two", *args)
+    two = launch(tmp_path / "two", *args, "--micro=16")
     one = in_process(tmp_path / "one", *args)
     a, b = weights(two), weights(one)
     assert a.keys() == b.keys()

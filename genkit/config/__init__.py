@@ -37,7 +37,7 @@ class Train:
     """The family of networks; without a NAME, the one that suits the data."""
     data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
     """What is learned from: a NAME, or a path to a folder of images."""
-    steps: Count = 2400
+    steps: Count = 2000
     """Optimiser steps; the default learns the digits in some minutes on two CPU cores."""
     batch: Count = 64
     """Samples per step, over all ranks together."""
@@ -71,9 +71,9 @@ class Train:
     """The folder in which the run's own folder is made."""
     name: str | None = None
     """The run's name; None: data-objective-backbone."""
-    save_every: Count = 600
+    save_every: Count = 500
     """Steps from one checkpoint to the next."""
-    sample_every: Annotated[int, Ge(0)] = 600
+    sample_every: Annotated[int, Ge(0)] = 500
     """Steps from one grid of samples to the next; 0: none."""
     log_every: Count = 50
     """Steps from one line of the log to the next."""
