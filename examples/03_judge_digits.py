@@ -91,10 +91,10 @@ def main() -> None:
     how = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     result = judge(run, args.n, args.seed, **how)
     text = json.dumps(result, indent=1)
-    print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
