@@ -290,6 +290,34 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
     assert any(not torch.equal(before[k], v) for k, v in state.nets["net"].state_dict().items())
 
 
+def test_only_bad_steps_in_a_row_end_a_run():
+    Poisoned.count.clear()
+    objective = Poisoned(at=(0, 1, 3, 4, 6))
+    cfg, data, state = toy(objective, steps=8, bad_steps=3)
+    assert fit(objective, state, Stream(data, 16, 0), Identity(), cfg, Accelerator(cpu=True))
+    assert state.skipped == 5
+
+
+@dataclass(frozen=True)
+class Dice(Flow):
+    """Flow that notes what torch's own generator, which drives dropout, would give next."""
+
+    rolled: ClassVar[list[float]] = []
+
+    def loss(self, phase, nets, batch: Batch):
+        self.rolled.append(float(torch.rand(())))
+        return super().loss(phase, nets, batch)
+
+
+def test_dropout_draws_anew_at_each_step_and_the_same_again():
+    for _ in range(2):
+        cfg, data, state = toy(Dice(), steps=4)
+        fit(Dice(), state, Stream(data, 16, 0), Identity(), cfg, Accelerator(cpu=True))
+    first, again = Dice.rolled[:4], Dice.rolled[4:]
+    assert first == again
+    assert len(set(first)) == 4
+
+
 def test_after_too_many_bad_steps_the_first_bad_layer_is_named():
     cfg, data, state = toy(Flow(), steps=50, bad_steps=3)
     layers = [n for n, m in state.nets["net"].named_modules() if isinstance(m, nn.Linear)]
