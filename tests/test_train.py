@@ -188,6 +188,21 @@ def test_micro_batches_equal_one_batch(tmp_path):
             assert torch.allclose(a[key], b[key], atol=2e-5), key
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_and_tensorboard_hears_of_it(tmp_path):
+    plain = in_process(tmp_path / "a", "--steps=6")
+    compiled = in_process(tmp_path / "b", "--steps=6", "--compile", "--tensorboard")
+    a, b = weights(plain), weights(compiled)
+    assert a.keys() == b.keys()
+    for key in a:
+        if "nets.safetensors" in key:
+            assert torch.allclose(a[key], b[key], atol=2e-5), key
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(compiled / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("denoise/loss")] == [5, 6]
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused():
     accelerator = Accelerator(cpu=True)
 
