@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,23 @@ class Spec:
                 raise ValueError(f"condition {name!r} is unknown here; allowed: {', '.join(self.cond) or 'none'}")
             else:
                 self.cond[name].check(name, value, batch)
+
+
+KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens}
+
+
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    """What JSON can hold of a spec; :func:`spec_from_dict` is the inverse."""
+    names = {kind: name for name, kind in KINDS.items()}
+    return {"shape": list(spec.shape), "cond": {k: {"kind": names[type(v)], **asdict(v)} for k, v in spec.cond.items()}}
+
+
+def spec_from_dict(d: Mapping[str, Any]) -> Spec:
+    def condition(v: Mapping[str, Any]) -> Any:
+        values = {k: tuple(x) if isinstance(x, list) else x for k, x in v.items() if k != "kind"}
+        return KINDS[v["kind"]](**values)
+
+    return Spec(tuple(d["shape"]), {k: condition(v) for k, v in d["cond"].items()})
 
 
 class Draw:

@@ -16,17 +16,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any, cast
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genkit import codecs, config
-from genkit.core import Codec, Cond, Denoiser, Generator, Guidance, Image, Label, Objective, Spec, Tokens, Vector
+from genkit.core import Codec, Cond, Denoiser, Generator, Guidance, Label, Objective, Spec, spec_from_dict, spec_to_dict
 from genkit.guidance import (
     LINEAR,
     Rule,
@@ -40,8 +39,6 @@ from genkit.guidance import (
 from genkit.objectives import Classifier
 from genkit.sampling import GRIDS, Seeds, bind
 from genkit.train import State, phase_parameters
-
-KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens}
 
 
 # ---------------------------------------------------------------------------------------------- directories
@@ -98,19 +95,6 @@ def checkpoint_of(run: File, step: int | None = None) -> File:
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
-def spec_to_dict(spec: Spec) -> dict[str, Any]:
-    names = {kind: name for name, kind in KINDS.items()}
-    return {"shape": list(spec.shape), "cond": {k: {"kind": names[type(v)], **asdict(v)} for k, v in spec.cond.items()}}
-
-
-def spec_from_dict(d: Mapping[str, Any]) -> Spec:
-    def condition(v: Mapping[str, Any]) -> Any:
-        values = {k: tuple(x) if isinstance(x, list) else x for k, x in v.items() if k != "kind"}
-        return KINDS[v["kind"]](**values)
-
-    return Spec(tuple(d["shape"]), {k: condition(v) for k, v in d["cond"].items()})
-
-
 def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
     return {
@@ -404,7 +388,7 @@ def load(path: str | File, *, ema: str | None = None, step: int | None = None, d
     ``ValueError`` where something is missing or damaged. Reads safetensors, JSON and YAML only.
     """
     run, where = find(path), pick_device(device)
-    cfg = config.from_dict(config.Train, yaml.safe_load((run / "config.yaml").read_text()))
+    cfg = config.from_dict(config.Train, config.load_yaml(run / "config.yaml"))
     checkpoint = checkpoint_of(run, step)
     record = json.loads((checkpoint / "state.json").read_text())
     kept = sorted(cfg.ema)

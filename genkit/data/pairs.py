@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from genkit import codecs
-from genkit.core import Batch, Codec, Draw, Image, Label, Spec, Tokens, Vector
+from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.data.images import InMemory, Split, check_split
-
-KINDS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Label, Vector, Image, Tokens)}
 
 
 @dataclass(eq=False)
@@ -42,8 +40,7 @@ def save_pairs(
 ) -> Path:
     """Write pairs in the model's own numbers, with all that training on them has to know; ``made`` says how."""
     about = {
-        "shape": list(spec.shape),
-        "cond": {k: {"kind": type(v).__name__, **asdict(v)} for k, v in spec.cond.items()},
+        **spec_to_dict(spec),
         "codec": codecs.to_dict(codec),
         "made": dict(made),
     }
@@ -74,15 +71,10 @@ class Pairs:
             x, x1 = torch.from_numpy(stored["x"]), torch.from_numpy(stored["x1"])
             cond = {k[5:]: torch.from_numpy(stored[k]) for k in stored.files if k.startswith("cond.")}
         codec = codecs.from_dict(about["codec"])
-        spec = Spec(tuple(about["shape"]), {k: condition(v) for k, v in about["cond"].items()})
+        spec = spec_from_dict(about)
         if x.shape != x1.shape:
             raise ValueError(f"{path}: holds x {list(x.shape)} and x1 {list(x1.shape)}, which are no pairs")
         return InPairs(InMemory(outside(x, codec), cond, spec, codec), x1)
-
-
-def condition(stored: Mapping[str, Any]) -> Any:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "kind"}
-    return KINDS[stored["kind"]](**values)
 
 
 def outside(x: Tensor, codec: Codec) -> Tensor:
