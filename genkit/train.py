@@ -118,6 +118,13 @@ def average(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: 
             a.copy_(b)
 
 
+def share(batch: int, world: int) -> int:
+    """The rows of a global batch that each rank takes."""
+    if batch % world:
+        raise ValueError(f"batch: given {batch} on {world} ranks; needs a multiple of {world}")
+    return batch // world
+
+
 def micro_batches(local: int, micro: int | None) -> list[tuple[int, int]]:
     size = micro or local
     return [(i, min(i + size, local)) for i in range(0, local, size)]
@@ -145,9 +152,7 @@ def fit(
     synchronisation; after ``cfg.bad_steps`` in a row :class:`Diverged` names the first bad layer.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    if cfg.batch % world:
-        raise ValueError(f"batch: given {cfg.batch} on {world} ranks; needs a multiple of {world}")
-    local = cfg.batch // world
+    local = share(cfg.batch, world)
     if cfg.compile:
         for net in state.nets.values():
             net.compile()

@@ -28,7 +28,7 @@ from genkit.config import parse, to_yaml
 from genkit.core import Codec, Spec
 from genkit.data import Stream
 from genkit.sampling import Seeds, bind
-from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, start
+from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, share, start
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
 SMALL = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
@@ -65,7 +65,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     device = accelerator.device
     with accelerator.main_process_first():
         data = cfg.data.load("train")
-    threads = cfg.threads or pick_threads(cfg.batch // accelerator.num_processes * math.prod(data.spec.shape))
+    threads = cfg.threads or pick_threads(share(cfg.batch, accelerator.num_processes) * math.prod(data.spec.shape))
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device, data.spec), threads=threads, resume=None)
     torch.set_num_threads(threads)
     torch.manual_seed(cfg.seed)
