@@ -166,6 +166,8 @@ class Batch:
 
     ``draw`` None means fresh numbers from torch's global generator, which is what a person at a prompt wants.
     ``x1`` is the source that belongs to each sample, in the model's own numbers, where the data come in such pairs.
+    ``step`` counts the steps of training before this one, for losses that change on the way (a KL term that rises, a
+    discriminator that comes late); None, outside training, means as at its end.
     """
 
     x: Tensor
@@ -173,6 +175,7 @@ class Batch:
     weight: Tensor | None = None
     draw: Draw | None = None
     x1: Tensor | None = None
+    step: int | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -296,6 +299,8 @@ class Objective(ABC):
     """the name of its usual sampler; None for a one-pass model, which needs none"""
     draws: ClassVar[bool] = True
     """whether it draws samples; a classifier, which guides other models, does not"""
+    use: ClassVar[str] = "genkit sample {run}{label} --n 16"
+    """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
 
     @property
     @abstractmethod
@@ -312,6 +317,21 @@ class Objective(ABC):
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
         """The generator of these networks. ``ValueError`` where ``sampling`` is missing, or would have no effect."""
+
+    def noise_shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of one ``z`` that the generator starts from: a sample's own, or that of a latent."""
+        return spec.shape
+
+    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:  # noqa: B027  (most have nothing to settle)
+        """Called on every rank when the optimisers have made step ``step``, before the averages.
+
+        Here is the place of what changes without a gradient, such as the running means of a codebook. The loss only
+        gathers (into buffers), so that the answer does not depend on how a batch is cut into micro-batches and ranks.
+        """
+
+    def remark(self, record: Mapping[str, Any]) -> str | None:
+        """What a person should hear about a line of the log, in one line: that a posterior has collapsed, say."""
+        return None
 
 
 class Codec(Protocol):

@@ -253,8 +253,14 @@ class Run:
         ``sampler`` None is the objective's usual one; ``options`` go to it (``eta`` of ddim). ``guidance`` goes from
         the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.guidance`); a ``classifier`` guides by
         its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1]. ``watch``
-        stands nearest to the network, and may count its evaluations.
+        stands nearest to the network, and may count its evaluations. A one-pass model (a VAE, a GAN) refuses all these.
         """
+        if self.objective.sampler is None and self.objective.draws:
+            given = {"sampler": sampler, "steps": steps != 20, "guidance": guidance != 1, "classifier": classifier,
+                     "grid": grid != "uniform", "clip": clip, "callback": callback, "interval": interval}  # fmt: skip
+            if odd := [name for name, value in given.items() if value]:
+                kind = type(self.objective).__name__
+                raise ValueError(f"{odd[0]}: has no effect on {kind}, which draws in one pass; leave it out")
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
         guides: list[Guidance] = []
@@ -332,12 +338,13 @@ class Run:
         conditions = dict(cond) if cond is not None else labels(spec, n, label)
         spec.check(conditions, n)
         generate, drawn = self.generator(classifier=classifier, **how), []
+        shape = self.objective.noise_shape(self.spec)
         for first in range(0, n, batch):
             rows = slice(first, min(first + batch, n))
             noise = Seeds(range(seed + rows.start, seed + rows.stop), self.device)
             here = {k: v[rows].to(self.device) for k, v in conditions.items()}
             with torch.no_grad():
-                drawn.append(self.codec.decode(generate(noise(self.spec.shape), here, noise)).cpu())
+                drawn.append(self.codec.decode(generate(noise(shape), here, noise)).cpu())
             progress(rows.stop)
         return torch.cat(drawn), conditions
 

@@ -204,6 +204,7 @@ def fit(
                 meter.add(f"{phase.name}/grad_norm", norm, 1.0)
                 streak, skipped = (streak + 1) * bad, skipped + bad
                 draw += 1
+        objective.settle(state.nets, step)
         state.step += 1
         for decay, ema in state.emas.items():
             average(ema, state.nets, decay, step)

@@ -90,7 +90,8 @@ def destination(asked: Sample, run: runs.Run) -> File:
         return out if not suffix or out.suffix else out.with_name(out.name + suffix)
     label = "" if asked.label is None else f"-label{asked.label}"
     guided = "" if asked.guidance == 1 else f"-guidance{asked.guidance:g}"
-    how = f"{asked.sampler or run.objective.sampler}{asked.steps}{guided}"
+    sampler = asked.sampler or run.objective.sampler
+    how = f"{sampler}{asked.steps}{guided}" if sampler else "one-pass"
     name = f"sample-step{run.step}-{how}{label}-seed{asked.seed}-n{asked.n}"
     return run.directory / "samples" / (name + suffix)  # not with_suffix: the name may hold a point
 

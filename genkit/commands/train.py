@@ -175,6 +175,7 @@ class Session:
     cond: dict[str, torch.Tensor]
     run: File
     writer: Any = None
+    remark: str | None = None
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -213,6 +214,9 @@ class Session:
         if not self.accelerator.is_main_process:
             return
         runs.append_log(self.run, record)
+        before, self.remark = self.remark, self.cfg.objective.remark(record)
+        if self.remark and not before:
+            self.say(f"step {record['step']}: {self.remark}")
         if self.writer:
             for key, value in record.items():
                 if key not in ("step", "samples", "seconds") and value is not None:
@@ -232,7 +236,7 @@ class Session:
         noise = Seeds(rows, device)
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         with torch.no_grad():
-            mine = self.codec.decode(generate(noise(self.spec.shape), cond, noise))
+            mine = self.codec.decode(generate(noise(objective.noise_shape(self.spec)), cond, noise))
         drawn = self.accelerator.gather(mine)[:GRID].cpu()  # type: ignore[index]
         for net in state.nets.values():
             net.train()
@@ -259,11 +263,10 @@ class Session:
         self.say(f"trained {state.step} steps" + (f", {state.skipped} skipped" if state.skipped else ""))
         for path in [*newest, self.run / "loss.png"]:
             self.say(f"picture  {path}")
-        if self.cfg.objective.draws:
-            label = " --label 1" if "label" in self.spec.cond else ""
-            self.say(f"next     genkit sample {self.run}{label} --n 16")
-        else:
-            self.say(f"next     genkit sample MODEL --label 1 --classifier {self.run}")
+        label = " --label 1" if "label" in self.spec.cond else ""
+        if self.remark:
+            self.say(f"note     {self.remark}")
+        self.say("next     " + self.cfg.objective.use.format(run=self.run, label=label))
 
 
 def slug(name: str) -> str:

@@ -60,7 +60,8 @@ class Stream:
             batch = self.ahead.batch(step, (draw, start, stop), augment)
         if self.device.type == "cuda":
             batch = replace(batch, x=batch.x.pin_memory(), cond={k: v.pin_memory() for k, v in batch.cond.items()})
-        return replace(batch.to(self.device), draw=Draw((self.seed, step, draw), start, stop, self.device))
+        numbers = Draw((self.seed, step, draw), start, stop, self.device)
+        return replace(batch.to(self.device), draw=numbers, step=step)
 
 
 class ReadAhead:

@@ -37,6 +37,7 @@ class Classifier(Objective):
 
     sampler: ClassVar[str | None] = None
     draws: ClassVar[bool] = False
+    use: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
 
     path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
     """the path of the models it is to guide; vp for ddpm"""
