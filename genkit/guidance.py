@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Path, Prediction, expand
+from genkit.reverse import part, with_ends
 
 Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
 
@@ -30,7 +31,7 @@ Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t,
 def moved(p: Prediction, path: Path, t: Tensor, shift: Tensor) -> Prediction:
     """The prediction with its data moved by ``shift``, and its noise by ``-alpha / sigma shift``: ``x`` stays."""
     ratio = expand(path.alpha(t) / path.sigma(t), shift)
-    return Prediction(p.x0 + shift, p.x1 - ratio * shift)
+    return with_ends(p, p.x0 + shift, p.x1 - ratio * shift)
 
 
 def compose(*guidances: Guidance) -> Guidance:
@@ -117,8 +118,8 @@ def together(denoise: Denoiser) -> Pair:
     def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         n, seen = len(x), keep(x, cond)
         twice = {k: torch.cat([v, v]) for k, v in cond.items()} | {"keep": torch.cat([seen, torch.zeros_like(seen)])}
-        x0, x1 = denoise(torch.cat([x, x]), torch.cat([t, t]), twice)
-        return Prediction(x0[:n], x1[:n]), Prediction(x0[n:], x1[n:])
+        p = denoise(torch.cat([x, x]), torch.cat([t, t]), twice)
+        return part(p, slice(n)), part(p, slice(n, None))
 
     return both
 
@@ -269,8 +270,9 @@ def clamp(low: float = -1.0, high: float = 1.0) -> Guidance:
 
     def guide(denoise: Denoiser) -> Denoiser:
         def clamped(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            x0 = denoise(x, t, cond).x0.clamp(low, high)
-            return Prediction(x0, (x - expand(denoise.path.alpha(t), x) * x0) / expand(denoise.path.sigma(t), x))
+            p = denoise(x, t, cond)
+            x0 = p.x0.clamp(low, high)
+            return with_ends(p, x0, (x - expand(denoise.path.alpha(t), x) * x0) / expand(denoise.path.sigma(t), x))
 
         return Wrapped(denoise, clamped)
 

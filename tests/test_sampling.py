@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genkit.core import Prediction
-from genkit.guidance import classifier_free
+from genkit.guidance import clamp, classifier_free
 from genkit.parametrize import Karras, NetDenoiser
 from genkit.paths import PATHS, VE, VP, Linear, chart, mix, times_at
+from genkit.reverse import Learned, log_variance, reverse_step, width
 from genkit.sampling import (
     GRIDS,
     SAMPLERS,
     Counted,
     Seeds,
+    ancestral,
     bind,
     churn,
     ddim,
@@ -814,7 +816,7 @@ def test_sample_i_is_the_same_for_any_batch_size(name, split):
     [
         ("ddim", {"eta": -0.1}, "eta: given -0.1; allowed 0 … 1"),
         ("ddim", {"eta": 1.5}, "eta: given 1.5"),
-        ("ancestral", {"variance": "huge"}, "variance: given 'huge'; allowed small, large"),
+        ("ancestral", {"variance": "huge"}, "variance: given 'huge'; allowed small, large, learned"),
         ("heun", {"clock": "t"}, "clock: given 't'"),
         ("heun", {"eta": 0.5}, "heun: has no option 'eta'; allowed: clock"),
         ("rk4", {"eta": 0.5}, "rk4: has no option 'eta'; allowed: none"),
@@ -922,3 +924,100 @@ def test_guidance_reaches_the_sampler():
     assert torch.allclose(null, bind("heun", 30)(denoise)(z, {}), atol=1e-10)
     strong = bind("heun", 30, classifier_free(3.0))(denoise)(z, cond)
     assert float(MIXTURE.component(0).log_prob(strong).mean()) > float(MIXTURE.component(0).log_prob(plain).mean())
+
+
+# ------------------------------------------------------------------------------------------ learned variance
+class FromBoth:
+    """The stand-in of diffusers' tests as a model that learned its variance: w is another smooth function."""
+
+    path = VP()
+
+    def __call__(self, x, t, cond):
+        return Learned.of(FromEpsilon()(x, t, cond), torch.sin(3 * x + t[0]))
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_learned_variance_agrees_with_diffusers(steps, monkeypatch):
+    """Every state, strided chains included; their last step adds no noise, as ours."""
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    s = module.DDPMScheduler(variance_type="learned_range", clip_sample=False, timestep_spacing="leading")
+    s.set_timesteps(steps)
+    x, noise = normals(6), [normals(6, seed=k) for k in range(1, steps + 1)]
+    times = torch.cat([(s.timesteps.double() + 1) / 1000, torch.zeros(1)])
+    drawn, states, y = iter(noise), [], x
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(drawn))
+    for k in s.timesteps:
+        out = torch.cat([epsilon(y, k), torch.sin(3 * y + (k + 1) / 1000)], 1)
+        y = s.step(out, k, y).prev_sample
+        states.append(y)
+    for how in ({"variance": "learned"}, {}):
+        mine, drawn_here = [], iter(noise)
+        ancestral(FromBoth(), x, times, callback=lambda i, x, p, mine=mine: mine.append(x),
+                  noise=lambda shape, drawn_here=drawn_here: next(drawn_here), **how)  # fmt: skip
+        agree(mine, states, 1e-5)
+
+
+class Bell:
+    """Normal data ``N(mean, std^2)`` and the step's true variance ``posterior + pull^2 Var(x0 | x_t)`` on ``times``."""
+
+    def __init__(self, path, mean, std, times):
+        self.path, self.mean, self.std, self.times = path, mean, std, times
+
+    def __call__(self, x, t, cond):
+        a, sa = (c[:, None] for c in (self.path.alpha(t), self.path.sigma(t)))
+        total = a**2 * self.std**2 + sa**2
+        ends = Prediction(self.mean + a * self.std**2 / total * (x - a * self.mean), sa / total * (x - a * self.mean))
+        s = self.times[self.times < t[0] - 1e-9].max().expand(len(t)).to(t)
+        _, posterior, pull = (v[:, None] for v in reverse_step(self.path, t, s))
+        true = (posterior + pull**2 * self.std**2 * sa**2 / total).log()
+        low, high = (log_variance(self.path, t, s, v * torch.ones_like(x)) for v in (-1, 1))
+        return Learned.of(ends, 2 * (true.expand_as(x) - low) / (high - low) - 1)
+
+
+@pytest.mark.parametrize("std", [0.3, 1.5])
+def test_few_steps_of_the_learned_variance_have_the_right_moments(std):
+    """With the true variance each step is exact: the spread at the last noisy node is that of the data there, after
+    two steps; the fixed ones miss it by more than a tenth (Bao et al. 2022, theorem 1, has the same optimum)."""
+    path, n = VP(), 40_000
+    times = torch.tensor([1.0, 0.45, 0.15], dtype=F64)
+    bell = Bell(path, 0.4, std, times)
+    last = nodes(path, times)[-1]
+    wanted = math.sqrt((last.alpha * std) ** 2 + last.sigma**2)
+    spread = {}
+    for variance in ("small", "large", "learned"):
+        z, g = (
+            torch.randn(n, 1, generator=torch.Generator().manual_seed(5), dtype=F64),
+            torch.Generator().manual_seed(6),
+        )
+        noise = lambda shape, g=g: torch.randn(n, *shape, generator=g, dtype=F64)  # noqa: E731
+        x = ancestral(bell, z, times, variance=variance, noise=noise)
+        spread[variance] = float(x.std()) / wanted
+        assert float(x.mean()) == pytest.approx(last.alpha * 0.4, abs=0.02)
+    assert spread["learned"] == pytest.approx(1, abs=0.01)
+    assert spread["small"] < 0.97
+    assert abs(spread["large"] - 1) > 0.03, spread
+
+
+def test_the_width_of_a_step_survives_guidance_and_counting():
+    """With classifier-free guidance it is the conditional model's; a model without one is told so."""
+    z, cond, times = normals(4), {"label": torch.tensor([0, 1, 2, 0])}, uniform(4)(VP())
+
+    class Labelled:
+        path = VP()
+
+        def __call__(self, x, t, cond):
+            seen = cond["keep"] if "keep" in cond else torch.ones(len(x), dtype=torch.bool)
+            return Learned.of(ExactDenoiser(MIXTURE, VP())(x, t, cond), torch.where(seen, 1.0, -1.0)[:, None] + 0 * x)
+
+    for guide in (classifier_free(2.0), classifier_free(2.0, passes="apart"), clamp(-9, 9)):
+        got = guide(Counted(Labelled()))(z, torch.full((4,), 0.5, dtype=F64), cond)
+        assert torch.equal(width(got), torch.ones_like(z))
+        assert torch.allclose(VP().alpha(torch.tensor(0.5)) * got.x0 + VP().sigma(torch.tensor(0.5)) * got.x1, z)
+    learned, large = (ancestral(classifier_free(2.0)(Labelled()), z, times, cond, variance=v,
+                                noise=Seeds(range(4), dtype=F64)) for v in ("learned", "large"))  # fmt: skip
+    assert torch.allclose(learned, large, atol=1e-9)  # w = 1 is beta
+    for variance in ("small", "large"):
+        ancestral(Labelled(), z, times, variance=variance)
+    with pytest.raises(ValueError, match="has learned none; allowed small, large"):
+        ancestral(ExactDenoiser(MIXTURE, VP()), z, times, variance="learned")

@@ -29,6 +29,7 @@ from genkit.objectives.times import TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
 from genkit.paths import VP
+from genkit.reverse import Learned, log_variance, reverse_step
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Twofold(nn.Module):
 
 @dataclass(frozen=True)
 class LearnedDenoiser:
-    """The denoiser of the first half of the channels; ``both`` also gives the second, for :func:`log_variance`."""
+    """The denoiser of the first half of the channels; the second is the width of its predictions."""
 
     net: nn.Module
     path: Path
@@ -153,29 +154,8 @@ class LearnedDenoiser:
         out, w = self.net(x_in, label, cond).chunk(2, 1)
         return self.parametrization.predict(self.path, x, t, out), w
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return self.both(x, t, cond)[0]
-
-
-def reverse_step(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``q(x_s | x_t, x0)``, s < t (Ho et al. 2020, eq. 6-7, between any two times): ``beta`` of the step there, the
-    variance, and the factor of x0 in the mean.
-    """
-    a, b, sa, sb = (f(v.double()) for f in (path.alpha, path.sigma) for v in (t, s))
-    beta = sa**2 - (a / b * sb) ** 2
-    return beta.to(t), (beta * (sb / sa) ** 2).to(t), (beta * b / sa**2).to(t)
-
-
-def log_variance(path: Path, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
-    """The learned log variance of a step from t to s, between the posterior's (w = -1) and beta's (w = 1): Nichol &
-    Dhariwal 2021, eq. 15, with v = (w + 1) / 2. The last step, to s = 0, has no posterior variance; there it is that of
-    the step before, from 2t to t.
-    """
-    beta, posterior, _ = reverse_step(path, t, s)
-    floor = reverse_step(path, (2 * t).clamp(max=1), t.clamp(max=0.5))[1]
-    low = torch.where(s > 0, posterior, torch.minimum(floor, beta))
-    v = (w + 1) / 2
-    return v * expand(beta, w).log() + (1 - v) * expand(low, w).log()
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Learned:
+        return Learned.of(*self.both(x, t, cond))
 
 
 def rounded_up(ddpm: DDPM, batch: Batch) -> Tensor:

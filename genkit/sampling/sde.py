@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
+from genkit.reverse import log_variance, width
 from genkit.sampling.grids import karras_levels
 from genkit.sampling.ode import Clock, heun, heun_step, posterior_variance
 from genkit.sampling.steps import Callback, Node, ask, fresh, lift, nodes, nodes_at, require
+
+NONE_LEARNED = (
+    "variance: given 'learned', but this model has learned none; allowed small, large; or train with "
+    "--objective=ddpm --objective.learn-variance"
+)
 
 
 def ancestral(
@@ -22,23 +28,31 @@ def ancestral(
     times: Tensor,
     cond: Cond = NO_COND,
     *,
-    variance: Literal["small", "large"] = "small",
+    variance: Literal["small", "large", "learned"] | None = None,
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2) on any path and grid.
 
     The mean is that of ``q(x_s | x_t, x0)`` (eq. 7); its variance is that of the posterior ("small", the choice for a
-    deterministic x0) or ``beta = sigma_t^2 - r^2 sigma_s^2`` ("large", for normal data; section 3.2). On paths with
-    alpha(1) = 0 "large" is the same as "small" in the first step, where beta would be the whole of sigma_t^2.
+    deterministic x0), ``beta = sigma_t^2 - r^2 sigma_s^2`` ("large", for normal data; section 3.2), or the one that the
+    model has "learned" in between (Nichol & Dhariwal 2021, eq. 15; :mod:`genkit.reverse`). None: learned where the
+    model has one, else small. On paths with alpha(1) = 0 "large" is the same as "small" in the first step, where beta
+    would be the whole of sigma_t^2.
     """
-    require("variance", variance, "small, large", variance in ("small", "large"))
+    require("variance", variance, "small, large, learned", variance in (None, "small", "large", "learned"))
     noise = noise or fresh(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         prediction = ask(denoise, x, a, cond)
+        w = width(prediction) if variance in (None, "learned") else None
+        if variance == "learned" and w is None:
+            raise ValueError(NONE_LEARNED)
         var = posterior_variance(a[1:], b[1:])
         x = b.alpha * prediction.x0 + math.sqrt(max(0.0, b.sigma**2 - var)) * prediction.x1
-        if b.sigma > 0:
+        if b.sigma > 0 and w is not None:
+            t, s = (torch.full((len(x),), n.t, dtype=torch.float64, device=x.device) for n in (a, b))
+            x = x + (log_variance(denoise.path, t, s, w) / 2).exp().to(x) * noise(x.shape[1:])
+        elif b.sigma > 0:
             beta = a.sigma**2 - (a.alpha / b.alpha * b.sigma) ** 2 if b.alpha else 0.0
             spread = beta if variance == "large" and a.alpha > 0 else var
             x = x + math.sqrt(spread) * noise(x.shape[1:])
@@ -141,7 +155,7 @@ def restart(
     require("repeats", repeats, "0 or more", repeats >= 0)
     require("steps", steps, "1 or more", steps >= 1)
     require("s_noise", s_noise, "above 0", s_noise > 0)
-    grid = nodes(denoise.path, times)
+    grid = list(nodes(denoise.path, times))
     ends = grid[-1].level, grid[0].level
     require("low, high", (low, high), f"within the grid's levels, {ends[0]:.3g} … {ends[1]:.3g}",
             ends[0] < low and high <= ends[1])  # fmt: skip

@@ -1,0 +1,70 @@
+"""The reverse steps of a diffusion, ``p(x_s | x_t)`` for any two times s < t: their variances, fixed and learned.
+
+``q(x_s | x_t, x0)`` is normal (Ho et al. 2020, eq. 6-7). A model's step has its mean, with the predicted data for x0,
+and one of three variances: the posterior's ("small", right for a deterministic x0), ``beta`` ("large", right for normal
+data), or one in between that the network has learned (Nichol & Dhariwal 2021, eq. 15), which a :class:`Learned`
+prediction brings along.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genkit.core import Path, Prediction, expand
+
+
+class Learned(Prediction):
+    """A prediction that also says how wide the reverse step is: ``w`` ``[B, *S]``, for :func:`log_variance`.
+
+    Guidance moves the ends and leaves the width as it is (as the code of Dhariwal & Nichol 2021 does).
+    """
+
+    w: Tensor
+
+    @classmethod
+    def of(cls, ends: Prediction, w: Tensor) -> Learned:
+        made = cls(*ends)
+        made.w = w
+        return made
+
+
+def width(prediction: Prediction) -> Tensor | None:
+    """The ``w`` of a prediction, None where none was learned."""
+    return prediction.w if isinstance(prediction, Learned) else None
+
+
+def with_ends(prediction: Prediction, x0: Tensor, x1: Tensor) -> Prediction:
+    """Other ends, of the same width."""
+    return as_wide(prediction, Prediction(x0, x1), slice(None))
+
+
+def part(prediction: Prediction, rows: slice) -> Prediction:
+    """Some of the samples."""
+    return as_wide(prediction, Prediction(prediction.x0[rows], prediction.x1[rows]), rows)
+
+
+def as_wide(prediction: Prediction, ends: Prediction, rows: slice) -> Prediction:
+    w = width(prediction)
+    return ends if w is None else Learned.of(ends, w[rows])
+
+
+def reverse_step(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``q(x_s | x_t, x0)``, s < t (Ho et al. 2020, eq. 6-7, between any two times): ``beta`` of the step there, the
+    variance, and the factor of x0 in the mean.
+    """
+    a, b, sa, sb = (f(v.double()) for f in (path.alpha, path.sigma) for v in (t, s))
+    beta = sa**2 - (a / b * sb) ** 2
+    return beta.to(t), (beta * (sb / sa) ** 2).to(t), (beta * b / sa**2).to(t)
+
+
+def log_variance(path: Path, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
+    """The learned log variance of a step from t to s, between the posterior's (w = -1) and beta's (w = 1): Nichol &
+    Dhariwal 2021, eq. 15, with v = (w + 1) / 2. The last step, to s = 0, has no posterior variance; there it is that of
+    the step before, from 2t to t.
+    """
+    beta, posterior, _ = reverse_step(path, t, s)
+    floor = reverse_step(path, (2 * t).clamp(max=1), t.clamp(max=0.5))[1]
+    low = torch.where(s > 0, posterior, torch.minimum(floor, beta))
+    v = (w + 1) / 2
+    return v * expand(beta, w).log() + (1 - v) * expand(low, w).log()
