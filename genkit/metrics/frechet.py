@@ -1,0 +1,234 @@
+"""Fréchet distance of two Gaussians (FID where the features are Inception's), its noise and its bias.
+
+Dowson & Landau (1982), eq. 16; Heusel et al. (2017), section 2: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))``.
+The trace of the root needs no root: with ``S1 = L L^T`` the eigenvalues of ``S1 S2`` are those of ``L^T S2 L``, which
+is symmetric, so Cholesky and ``eigvalsh`` in float64 do it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path as File
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.metrics.estimate import LEVEL, Estimate, rows
+
+FEW = 10_000
+
+
+def bias_warning(n: int) -> str | None:
+    """One line where ``n`` samples are too few for an FID to be compared with published ones, else None."""
+    if n >= FEW:
+        return None
+    return (
+        f"FID of {n} samples is too high: its bias falls as 1/n and differs between models; compare only at equal n, "
+        f"draw {FEW} or more (papers: 50000), or look at fid_inf and kid"
+    )
+
+
+class Moments:
+    """Mean and covariance of the rows that were added, in float64, by the update of Chan et al. (1979), eq. 2.1.
+
+    The sums are of centred numbers, so features of mean 1000 and spread 0.01 keep their covariance.
+    ``n`` is None where a file of other statistics does not tell; such moments cannot be added to.
+    """
+
+    n: int | None
+    mean: Tensor
+    """``[D]`` float64"""
+
+    def __init__(self, n: int | None, mean: Tensor, scatter: Tensor):
+        """``scatter`` ``[D, D]``: the sum of centred outer products; the covariance itself where ``n`` is None."""
+        self.n, self.mean, self.scatter = n, mean, scatter
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> Moments:
+        """No rows yet."""
+        kind = {"dtype": torch.float64, "device": device}
+        return cls(0, torch.zeros(dim, **kind), torch.zeros(dim, dim, **kind))
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """The moments of ``[N, D]``, any floating dtype, on its device."""
+        moments = cls.zeros(rows(features, "features").shape[1], features.device)
+        for part in features.split(8192):
+            moments.add(part)
+        return moments
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def cov(self) -> Tensor:
+        """``[D, D]`` with n - 1 below, as ``np.cov``."""
+        if self.n is None:
+            return self.scatter
+        if self.n < 2:
+            raise ValueError(f"covariance: given {self.n} samples; needs at least 2")
+        return self.scatter / (self.n - 1)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the covariance can have."""
+        return self.dim if self.n is None else min(self.dim, self.n - 1)
+
+    def to(self, device: torch.device | str) -> Moments:
+        return Moments(self.n, self.mean.to(device), self.scatter.to(device))
+
+    def add(self, features: Tensor) -> None:
+        """Count the rows ``[B, D]`` in."""
+        x = rows(features, "features", 0, self.n or 0).to(self.mean)
+        if not len(x):
+            return
+        mean = x.mean(0)
+        x = x - mean
+        mean = mean + (residue := x.mean(0))  # the mean again, of small numbers
+        x = x - residue
+        both = self.merge(Moments(len(x), mean, x.T @ x))
+        self.n, self.mean, self.scatter = both.n, both.mean, both.scatter
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of rows."""
+        if self.n is None or other.n is None:
+            raise ValueError("moments: a file that does not tell its number of samples cannot be added to")
+        same(self, other)
+        n = self.n + other.n
+        if not self.n or not other.n:
+            return other if other.n else self
+        step = other.mean.to(self.mean) - self.mean
+        between = torch.outer(step, step) * (self.n * other.n / n)
+        return Moments(n, self.mean + step * (other.n / n), self.scatter + other.scatter.to(self.scatter) + between)
+
+    def save(self, path: str | File) -> None:
+        """Write an npz of ``mu``, ``sigma`` (the names of pytorch-fid and EDM) and, where known, ``n``."""
+        path = File(path)
+        part = path.with_name(f".{path.name}.part")
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
+        if self.n is not None:
+            arrays["n"] = np.asarray(self.n)
+        with open(part, "wb") as f:
+            np.savez(f, allow_pickle=False, **arrays)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | File) -> Moments:
+        """Read such an npz. ``ValueError`` where it is not one."""
+        found: dict[str, np.ndarray] = {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {k: file[k] for k in file.files}
+            mean, cov = (torch.from_numpy(np.asarray(found[k], dtype=np.float64)) for k in ("mu", "sigma"))
+        except KeyError:
+            raise ValueError(f"{path}: holds {', '.join(found) or 'nothing'}; statistics need mu and sigma") from None
+        except (ValueError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: not an npz of statistics (mu, sigma): {e}") from None
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"{path}: mu is {tuple(mean.shape)}, sigma {tuple(cov.shape)}; needs [D] and [D, D]")
+        if not (mean.isfinite().all() and cov.isfinite().all()):
+            raise ValueError(f"{path}: holds numbers that are not finite")
+        n = int(found["n"]) if "n" in found else None
+        return cls(n, mean, cov if n is None else cov * (n - 1))
+
+
+def same(a: Moments, b: Moments) -> None:
+    if a.dim != b.dim:
+        raise ValueError(f"moments: one set has {a.dim} features, the other {b.dim}; take the same features for both")
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """The squared Fréchet distance of the Gaussians with these moments. It works on the device of ``a``."""
+    same(a, b)
+    b = b.to(a.mean.device)
+    s1, s2 = a.cov, b.cov
+    return float((a.mean - b.mean).square().sum() + s1.trace() + s2.trace() - 2 * trace_root(a, b))
+
+
+def trace_root(a: Moments, b: Moments) -> Tensor:
+    """``tr((S1 S2)^(1/2))``. Of a singular covariance only the ``rank`` largest eigenvalues are kept.
+
+    What rounding leaves of an eigenvalue 0 is some 1e-16, and its root 1e-8: a thousand of them would be seen.
+    """
+    p, q = (a, b) if a.rank >= b.rank else (b, a)
+    factor = halves(p.cov, p.rank)[0]
+    found = torch.linalg.eigvalsh(factor.T @ q.cov @ factor)
+    return found[-q.rank :].clamp(min=0).sqrt().sum()
+
+
+def frechet_from_features(x: Tensor, reference: Moments, level: float = LEVEL) -> Estimate:
+    """The distance of the rows ``x`` ``[N, D]`` from the reference, and an interval for its mean at this N.
+
+    The interval is what other draws of N samples from the same generator would give against the same reference: it
+    knows nothing of the bias, for which see :func:`frechet_infinity`. It is the infinitesimal jackknife (Jaeckel 1972;
+    Efron 1982, chapter 6): a sample's influence on the distance has a closed form, and the variance of their mean is
+    that of the distance. A bootstrap costs hundreds of eigendecompositions for the same interval.
+    """
+    value, influence = linearised(x, reference)
+    return Estimate.normal(value, float(influence.var()) / len(influence), level)
+
+
+def linearised(x: Tensor, reference: Moments) -> tuple[float, Tensor]:
+    """The distance of ``x`` and the influence ``[N]`` of each row on it, through ``N x N`` matrices where ``N <= D``.
+
+    With ``W`` the map that carries the Gaussian of ``x`` to the reference, the derivative of the distance is
+    ``2 (m - m2) . (x - m) + (x - m)^T (1 - W) (x - m)`` (Dowson & Landau 1982, differentiated).
+    """
+    rows(x, "features", 2)
+    if x.shape[1] != reference.dim:
+        raise ValueError(f"features: given {x.shape[1]} a row; the reference has {reference.dim}; take the same ones")
+    x = x.to(torch.float64)
+    mean, cov = reference.mean.to(x.device), reference.cov.to(x.device)
+    m = x.mean(0)
+    x, away = x - m, m - mean
+    n, dim = x.shape
+    if n <= dim:
+        values, vectors = torch.linalg.eigh(x @ cov @ x.T / (n - 1))
+        rank = min(n - 1, reference.rank)  # n - 1, as the rows sum to 0
+        roots = values[-rank:].clamp(min=0).sqrt()
+        carried = (n - 1) * (vectors[:, -rank:].square() @ roots)
+    else:
+        factor, whiten = halves(x.T @ x / (n - 1), dim)
+        values, vectors = torch.linalg.eigh(factor.T @ cov @ factor)
+        roots = values[-reference.rank :].clamp(min=0).sqrt()
+        carried = (vectors[:, -reference.rank :].T @ whiten(x.T)).square().T @ roots
+    squares = x.square().sum(1)
+    value = away.square().sum() + squares.sum() / (n - 1) + cov.trace() - 2 * roots.sum()
+    return float(value), 2 * x @ away + squares - carried
+
+
+def halves(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``A`` with ``A A^T = cov``, and what multiplies by its (pseudo-)inverse; ``rank`` is the largest it can have."""
+    if rank == len(cov):
+        factor, failed = torch.linalg.cholesky_ex(cov)
+        if not failed:
+            return factor, lambda v: torch.linalg.solve_triangular(factor, v, upper=False)
+    values, vectors = torch.linalg.eigh(cov)
+    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    keep[: len(cov) - rank] = False
+    values, vectors = values[keep], vectors[:, keep]
+    return vectors * values.sqrt(), lambda v: (vectors / values.sqrt()).T @ v
+
+
+def frechet_infinity(x: Tensor, reference: Moments, parts: int = 4, seed: int = 0, level: float = LEVEL) -> Estimate:
+    """The distance without its bias: linear in 1/N, extrapolated to 0 (Chong & Forsyth 2020, section 3).
+
+    Where they draw subsets at random, ``x`` is cut here into 1, 2, ..., ``parts`` parts: every row is used at every
+    size, so the noise of the draw cancels in the slope. The interval is for the distance itself.
+    """
+    rows(x, "features", 2 * parts)
+    value, influence = linearised(x, reference)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
+    k = torch.arange(1, parts + 1, dtype=torch.float64)
+    means = [value]
+    for number in range(2, parts + 1):
+        size = len(x) // number
+        cuts = x[: size * number].split(size)
+        means.append(sum(frechet_distance(Moments.of(c), reference) for c in cuts) / number)
+    means = torch.tensor(means, dtype=torch.float64)
+    slope = float(((k - k.mean()) * means).sum() / (k - k.mean()).square().sum())
+    limit = float(means.mean()) - slope * float(k.mean())
+    return Estimate.normal(limit, float(influence.var()) / len(influence), level)
