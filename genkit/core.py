@@ -299,6 +299,8 @@ class Objective(ABC):
     """the name of its usual sampler; None for a one-pass model, which needs none"""
     draws: ClassVar[bool] = True
     """whether it draws samples; a classifier, which guides other models, does not"""
+    evidence: ClassVar[str | None] = None
+    """how ``genkit likelihood`` scores samples: "ode" along the flow, "latent" for :class:`Bounded`; None: it cannot"""
     use: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
 
@@ -332,6 +334,24 @@ class Objective(ABC):
     def remark(self, record: Mapping[str, Any]) -> str | None:
         """What a person should hear about a line of the log, in one line: that a posterior has collapsed, say."""
         return None
+
+
+class Bounds(NamedTuple):
+    """Lower bounds of ``log p(x)`` (given the conditions) in nats a sample, float64 ``[B]``."""
+
+    elbo: Tensor
+    iwae: Tensor
+
+
+class Bounded(Protocol):
+    """An objective with a latent, whose evidence is bounded by draws of it."""
+
+    @property
+    def mass(self) -> bool:
+        """whether the bounds are of probabilities of pixels, not of a density of continuous numbers"""
+        ...
+
+    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> Bounds: ...
 
 
 class Codec(Protocol):

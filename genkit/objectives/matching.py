@@ -55,6 +55,7 @@ class Matching(Objective):
     """
 
     sampler: ClassVar[str | None] = "heun"
+    evidence: ClassVar[str | None] = "ode"
     drop: float
     source: Source = Normal()
 

@@ -1,0 +1,177 @@
+"""``p(x | z)``: what a decoder's numbers say of a sample. Each is a few lines, and is summed over the dimensions."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Gt
+from torch import Tensor, nn
+
+from genkit.core import NO_COND, Backbones, Batch, Cond, Spec
+
+LEVEL = 1 / 255  # half the distance of two neighbouring grey levels in [-1, 1]
+FLOOR = math.log(LEVEL)  # no learned scale is smaller: a density of pixels would grow without end
+
+
+class Emission(NamedTuple):
+    """What a decoder says: a location ``[B, *S]`` and a log scale that broadcasts to it."""
+
+    at: Tensor
+    log_scale: Tensor
+
+
+class Emitter(nn.Module):
+    """A backbone's decoder with a scale: fixed, one learned number, or a second half of the decoder's channels."""
+
+    def __init__(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...], scale: ScaleName, start: float):
+        super().__init__()
+        channels = spec.shape[0] * (2 if scale == "each" else 1)
+        self.decoder = backbones.decoder(Spec((channels, *spec.shape[1:]), spec.cond), latent)
+        self.scale, self.start = scale, start
+        self.log_scale = nn.Parameter(torch.tensor(math.log(start))) if scale == "shared" else None
+
+    def forward(self, z: Tensor, cond: Cond = NO_COND) -> Emission:
+        out = self.decoder(z, cond).to(z)
+        if self.scale == "each":
+            at, raw = out.chunk(2, 1)
+            return Emission(at, FLOOR + F.softplus(raw + math.log(self.start) - FLOOR))
+        if self.log_scale is None:
+            return Emission(out, torch.full_like(out[:1], math.log(self.start)))
+        return Emission(out, FLOOR + F.softplus(self.log_scale.to(out) - FLOOR))
+
+
+ScaleName = Literal["fixed", "shared", "each"]
+
+
+class Likelihood(ABC):
+    """A conditional law of a sample. Configuration alone; its learned scale, if any, lives in the :class:`Emitter`."""
+
+    mass: ClassVar[bool] = False
+    """whether :meth:`log_prob` is of the pixels themselves, not a density of continuous numbers"""
+    pixels: ClassVar[bool] = False
+    """whether the samples have to be pictures, in [-1, 1]"""
+
+    @abstractmethod
+    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        """The decoder ``(z, cond) -> Emission``. ``ValueError`` where this law does not suit the samples."""
+
+    @abstractmethod
+    def log_prob(self, said: Emission, x: Tensor) -> Tensor:
+        """``log p(x | z)`` in nats, ``[B]``."""
+
+    def prepare(self, batch: Batch) -> Tensor:
+        """The samples that are modelled, ``[B, *S]``: the data, or black and white made of it."""
+        return batch.x
+
+    def mean(self, said: Emission) -> Tensor:
+        """``E[x | z]`` in the model's numbers, ``[B, *S]``."""
+        return said.at
+
+    def require(self, spec: Spec) -> None:
+        """``ValueError`` for samples that cannot have this law."""
+        if self.pixels and len(spec.shape) < 3:
+            name = type(self).__name__.lower()
+            raise ValueError(
+                f"likelihood: {name} is a law of pixels; given samples of shape {spec.shape}; "
+                "try --objective.likelihood=gaussian"
+            )
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """``N(x; f(z), sigma^2)``, independent dimensions (Kingma & Welling 2014, appendix C.2)."""
+
+    std: Annotated[float, Gt(0)] = 0.5
+    """sigma, in the model's numbers (pixels lie in [-1, 1]); where it is learned, what it starts at"""
+    scale: ScaleName = "shared"
+    """fixed; shared: one learned number (Rybkin et al. 2021, sigma-VAE); each: the decoder says one per dimension"""
+
+    def __post_init__(self) -> None:
+        refuse_std("std", self.std)
+
+    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        return Emitter(backbones, spec, latent, self.scale, self.std)
+
+    def log_prob(self, said: Emission, x: Tensor) -> Tensor:
+        away = (x - said.at) * (-said.log_scale).exp()
+        return -(0.5 * away.square() + said.log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Black or white pixels; the decoder puts out logits (Kingma & Welling 2014, appendix C.1). Samples show p.
+
+    Grey pixels are made black or white first, for encoder and decoder: their cross-entropy would be no likelihood.
+    """
+
+    mass: ClassVar[bool] = True
+    pixels: ClassVar[bool] = True
+
+    binarise: Literal["dynamic", "threshold"] = "dynamic"
+    """dynamic: white with the grey value as probability, drawn anew each time (Salakhutdinov & Murray 2008; Burda et
+    al. 2016); threshold: white from 1/2"""
+
+    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        self.require(spec)
+        return Emitter(backbones, spec, latent, "fixed", 1.0)
+
+    def prepare(self, batch: Batch) -> Tensor:
+        p = (batch.x + 1) / 2
+        u = batch.uniform(*p.shape[1:]) if self.binarise == "dynamic" else torch.full_like(p, 0.5)
+        return torch.where(u < p, 1.0, -1.0).to(p)
+
+    def log_prob(self, said: Emission, x: Tensor) -> Tensor:
+        return F.logsigmoid(x * said.at).flatten(1).sum(1)  # x = +-1: p(-1) = 1 - sigmoid(l) = sigmoid(-l)
+
+    def mean(self, said: Emission) -> Tensor:
+        return 2 * said.at.sigmoid() - 1
+
+
+@dataclass(frozen=True)
+class DiscretisedLogistic(Likelihood):
+    """The mass that a logistic law puts on each of 256 grey levels (Kingma et al. 2016, eq. 10 and appendix C.2)."""
+
+    mass: ClassVar[bool] = True
+    pixels: ClassVar[bool] = True
+
+    std: Annotated[float, Gt(0)] = 0.2
+    """the scale, in [-1, 1]; where it is learned, what it starts at"""
+    scale: ScaleName = "shared"
+    """fixed; shared: one learned number; each: the decoder says one per dimension"""
+
+    def __post_init__(self) -> None:
+        refuse_std("std", self.std)
+
+    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        self.require(spec)
+        return Emitter(backbones, spec, latent, self.scale, self.std)
+
+    def log_prob(self, said: Emission, x: Tensor) -> Tensor:
+        """``log (sigmoid(b) - sigmoid(a))``, a and b the edges of the level; the first and the last reach to infinity.
+
+        ``sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b))``, of which no factor is lost to rounding.
+        """
+        rate = (-said.log_scale).exp()
+        a, b = ((x - said.at + d) * rate for d in (-LEVEL, LEVEL))
+        black, white = x < -1 + LEVEL, x > 1 - LEVEL
+        within = F.logsigmoid(b) + F.logsigmoid(-a) + (-torch.expm1(-2 * LEVEL * rate)).log()
+        each = torch.where(black, F.logsigmoid(b), torch.where(white, F.logsigmoid(-a), within))
+        return each.flatten(1).sum(1)
+
+
+def refuse_std(name: str, value: float) -> None:
+    if not value > LEVEL:
+        raise ValueError(f"{name}: given {value}; allowed above 1/255, half a grey level in [-1, 1]; try 0.1")
+
+
+LIKELIHOODS: Mapping[str, type] = {
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+    "discretised-logistic": DiscretisedLogistic,
+}
