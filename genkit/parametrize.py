@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import Cond, Parametrization, Path, Prediction, expand
-
-
-def _coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    return expand(path.alpha(t), like), expand(path.sigma(t), like)
+from genkit.paths import coefficients, weighted
 
 
 class Plain:
@@ -40,8 +37,8 @@ class Velocity(Plain):
         return x1 - x0
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
-        return Prediction((x - s * out) / (a + s), (x + a * out) / (a + s))
+        a, s = coefficients(path, t, x)
+        return Prediction(weighted(1 / (a + s), x, -s / (a + s), out), weighted(1 / (a + s), x, a / (a + s), out))
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class Epsilon(Plain):
         return x1
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
-        return Prediction((x - s * out) / a, out)
+        a, s = coefficients(path, t, x)
+        return Prediction(weighted(1 / a, x, -s / a, out), out)
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Data(Plain):
         return x0
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
-        return Prediction(out, (x - a * out) / s)
+        a, s = coefficients(path, t, x)
+        return Prediction(out, weighted(1 / s, x, -a / s, out))
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,13 @@ class V(Plain):
     """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), on any path."""
 
     def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        a, s = _coefficients(path, t, x0)
+        a, s = coefficients(path, t, x0)
         return a * x1 - s * x0
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
+        a, s = coefficients(path, t, x)
         r = a**2 + s**2
-        return Prediction((a * x - s * out) / r, (s * x + a * out) / r)
+        return Prediction(weighted(a / r, x, -s / r, out), weighted(s / r, x, a / r, out))
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ class Score(Plain):
         return -x1 / expand(path.sigma(t), x1)
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
-        return Prediction((x + s**2 * out) / a, -s * out)
+        a, s = coefficients(path, t, x)
+        return Prediction(weighted(1 / a, x, s**2 / a, out), -s * out)
 
 
 @dataclass(frozen=True)
@@ -109,24 +106,24 @@ class Karras:
     sigma_data: float = 0.5
     divides_by_alpha: ClassVar[bool] = True
 
-    def _scales(self, path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, s = _coefficients(path, t, like)
-        norm = (s**2 + (a * self.sigma_data) ** 2).sqrt()
+    def _scales(self, path: Path, t: Tensor, like: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        a, s = coefficients(path, t, like)
+        norm = (s**2 + (a * self.sigma_data) ** 2) ** 0.5
         return 1 / norm, a * (self.sigma_data / norm) ** 2, s * self.sigma_data / norm  # in, skip, out
 
     def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self._scales(path, t, x)[0] * x, (path.sigma(t) / path.alpha(t)).log() / 4
 
     def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        a, s = _coefficients(path, t, x0)
+        a, s = coefficients(path, t, x0)
         _, skip, out = self._scales(path, t, x0)
         return (x0 - skip * (a * x0 + s * x1)) / out
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
-        a, s = _coefficients(path, t, x)
+        a, s = coefficients(path, t, x)
         _, skip, scale = self._scales(path, t, x)
-        x0 = skip * x + scale * out
-        return Prediction(x0, (x - a * x0) / s)
+        x0 = weighted(skip, x, scale, out)
+        return Prediction(x0, weighted(1 / s, x, -a / s, x0))
 
 
 PARAMETRIZATIONS: Mapping[str, type] = {

@@ -226,6 +226,31 @@ def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
 
+def coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    """``(alpha(t), sigma(t))`` as factors of ``like`` ``[B, *S]``.
+
+    A sampler asks about one time for the whole batch, by a tensor that is expanded (its stride is 0). On a CPU these
+    are then two numbers, which are remembered: a path's functions cost more than a solver's step. On a GPU, where to
+    look at ``t`` would be to wait for it, and for times that differ, they are tensors ``[B, 1, ..., 1]``.
+    """
+    if t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0) and not t.requires_grad:
+        return _at(path, t[0].item())
+    return expand(path.alpha(t), like), expand(path.sigma(t), like)
+
+
+def weighted(p: Tensor | float, x: Tensor, q: Tensor | float, y: Tensor) -> Tensor:
+    """``p x + q y`` with such factors, in as few kernels as they allow."""
+    if isinstance(q, Tensor):
+        return torch.addcmul(p * x, q, y)
+    return torch.add(x if p == 1 else p * x, y, alpha=q)
+
+
+@lru_cache(maxsize=4096)
+def _at(path: Path, t: float) -> tuple[float, float]:
+    one = torch.tensor([t], dtype=torch.float64)
+    return path.alpha(one).item(), path.sigma(one).item()
+
+
 def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
     """``(tau, scale)``: chart time ``sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so ``u = x / scale``."""
     alpha, sigma = path.alpha(t), path.sigma(t)

@@ -7,6 +7,7 @@ import importlib
 
 BENCHES = {  # name -> (module with main(argv), one line of help)
     "speed": ("genkit.bench.speed", "a training step of our U-Net against diffusers' in the loop of its example"),
+    "overhead": ("genkit.bench.overhead", "what samplers cost besides the network, against diffusers' schedulers"),
     "order": ("genkit.bench.order", "the convergence order of every solver, on a mixture in closed form"),
 }
 

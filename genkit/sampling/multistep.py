@@ -91,7 +91,7 @@ def _dpmpp(
             h = b.half_log_snr - a.half_log_snr
             keep = math.exp(-eta * h) if eta else 1.0
             known = past[:2] if i == before_last else past
-            x = (b.sigma / a.sigma * keep) * x + b.alpha * _integral(known, h, 1 + eta, curvature)
+            x = torch.add((b.sigma / a.sigma * keep) * x, _integral(known, h, 1 + eta, curvature), alpha=b.alpha)
             if eta:
                 x = x + b.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * noise(x.shape[1:])
         else:

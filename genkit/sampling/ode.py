@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
-from genkit.sampling.steps import Callback, Node, ask, fresh, nodes, nodes_at, require
+from genkit.sampling.steps import Callback, Node, ask, fresh, land, nodes, nodes_at, require
 
 Clock = Literal["tau", "sigma"]
 
@@ -43,7 +43,7 @@ def ddim(
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         prediction = ask(denoise, x, a, cond)
         var = eta**2 * posterior_variance(a[1:], b[1:]) if eta else 0.0
-        x = b.alpha * prediction.x0 + math.sqrt(max(0.0, b.sigma**2 - var)) * prediction.x1
+        x = land(b._replace(sigma=math.sqrt(max(0.0, b.sigma**2 - var))) if var else b, prediction)
         if var:
             x = x + math.sqrt(var) * noise(x.shape[1:])
         if callback:
@@ -60,13 +60,13 @@ def heun_step(
     et al. 2022 (eq. 4, algorithm 1); where the level is infinite (alpha = 0) that step is taken in tau.
     """
     p = ask(denoise, x, a, cond)
-    x = b.alpha * p.x0 + b.sigma * p.x1  # Euler's method, whatever the clock
+    x = land(b, p)  # Euler's method, whatever the clock
     if b.t > 0:
         q = ask(denoise, x, b, cond)
         if clock == "sigma" and a.alpha > 0:
-            x = x + b.alpha * (b.level - a.level) / 2 * (q.x1 - p.x1)
+            x = torch.add(x, q.x1 - p.x1, alpha=b.alpha * (b.level - a.level) / 2)
         else:
-            x = x + b.scale * (b.tau - a.tau) / 2 * ((q.x1 - q.x0) - (p.x1 - p.x0))
+            x = torch.add(x, (q.x1 - q.x0) - (p.x1 - p.x0), alpha=b.scale * (b.tau - a.tau) / 2)
     return x, p
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,28 +43,40 @@ class Node(NamedTuple):
         return math.inf if self.alpha > 0 else -math.inf
 
 
-def nodes(path: Path, times: Tensor) -> list[Node]:
+def nodes(path: Path, times: Tensor) -> Sequence[Node]:
     """The grid's coefficients in float64. ``ValueError`` unless times fall strictly from at most 1 to at least 0."""
-    t = torch.as_tensor(times, dtype=torch.float64).cpu()
-    if t.ndim != 1 or len(t) < 2 or not bool((t.diff() < 0).all()) or t[0] > 1 or t[-1] < 0:
-        shown = ", ".join(f"{v:.3g}" for v in t.flatten()[:6].tolist()) + (", …" if t.numel() > 6 else "")
+    t = times.flatten().tolist()
+    if times.ndim != 1 or len(t) < 2 or any(not a > b for a, b in pairwise(t)) or t[0] > 1 or t[-1] < 0:
+        shown = ", ".join(f"{v:.3g}" for v in t[:6]) + (", …" if len(t) > 6 else "")
         raise ValueError(f"times: given [{shown}]; needs at least two, strictly falling, within 1 … 0")
-    return _nodes(path, t)
+    return _nodes(path, tuple(t))
 
 
-def nodes_at(path: Path, taus: Sequence[float]) -> list[Node]:
+def nodes_at(path: Path, taus: Sequence[float]) -> Sequence[Node]:
     """The nodes at these chart times, in any order."""
-    return _nodes(path, times_at(path, torch.tensor(taus, dtype=torch.float64)))
+    return _nodes(path, tuple(times_at(path, torch.tensor(taus, dtype=torch.float64)).tolist()))
 
 
-def _nodes(path: Path, t: Tensor) -> list[Node]:
-    return [Node(*v) for v in zip(t.tolist(), path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True)]
+@lru_cache(maxsize=64)  # every batch of a run has the same grid
+def _nodes(path: Path, times: tuple[float, ...]) -> tuple[Node, ...]:
+    t = torch.tensor(times, dtype=torch.float64)
+    return tuple(Node(*v) for v in zip(times, path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True))
 
 
 def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
-    return denoise(x, torch.full((len(x),), node.t, dtype=x.dtype, device=x.device), cond)
+    return denoise(x, _time(node.t, x.dtype, x.device).expand(len(x)), cond)
+
+
+@lru_cache(maxsize=256)
+def _time(t: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([t], dtype=dtype, device=device)
+
+
+def land(node: Node, p: Prediction) -> Tensor:
+    """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
+    return torch.add(node.alpha * p.x0, p.x1, alpha=node.sigma)
 
 
 def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
