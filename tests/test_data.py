@@ -793,3 +793,10 @@ def test_long_work_shows_a_bar_and_gives_the_same(tmp_path, monkeypatch, capfd):
     assert shown.out == ""
     assert "decoding" in shown.err
     assert "resizing" in shown.err
+
+
+def test_classes_can_be_left_out():
+    pixels = DATA["digits"](labels=False).load()
+    assert pixels.spec.cond == {}
+    assert pixels.batch(torch.arange(3), Draw((0,), 0, 3)).cond == {}
+    assert torch.equal(pixels.x, DATA["digits"]().load().x)

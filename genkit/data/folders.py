@@ -163,7 +163,6 @@ class Own(Source):
     """What a person's own pictures have in common."""
 
     root: str = "data"
-    labels: bool = True  # False: leave out the classes, where there are any
     memory: Annotated[float, Ge(0)] = MEMORY  # GiB of decoded pixels up to which they are held in memory
 
 
@@ -232,7 +231,6 @@ class Npz(Source):
     """
 
     root: str = "data.npz"
-    labels: bool = True  # False: leave out the classes, where there are any
     codec: Literal["standardize", "min-max", "identity"] | None = None  # of numbers; None: standardize
 
     def load(self, split: Split = "train") -> Data:

@@ -216,6 +216,7 @@ class Source(ABC):
     size: Size = None  # None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)
     channels: Channels = None  # None: as found
     flip: bool = False  # mirror half of the pictures of a batch, left to right
+    labels: bool = True  # False: leave out the classes, where there are any
 
     @abstractmethod
     def load(self, split: Split = "train") -> Data: ...
@@ -234,6 +235,7 @@ class Source(ABC):
         """Pictures uint8 ``[N, H, W]`` or ``[N, H, W, C]``, as these options want them."""
         from PIL import Image as pil
 
+        cond, kinds = (cond, kinds) if self.labels else ({}, {})
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         n, *found, c = pixels.shape
         wanted = height_width(self.size) if self.size else tuple(found)
@@ -356,7 +358,7 @@ class Cifar10(Torchvision):
         if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
             from genkit.data.folders import Zip
 
-            archive = Zip(root=str(zips), size=self.size, channels=self.channels, flip=self.flip)
+            archive = Zip(root=str(zips), size=self.size, channels=self.channels, flip=self.flip, labels=self.labels)
             return archive.load(split, names=self.NAMES)
         pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
         return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})
