@@ -5,11 +5,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact import F64, ExactDenoiser, Mixture, three
+from exact import F64, Bell, ExactDenoiser, Mixture, three
 
 from genkit.core import Prediction
-from genkit.paths import PATHS, VP, Cosine, Linear
-from genkit.sampling import Counted, Seeds, bits_per_dim, dequantise, karras, log_prob, uniform
+from genkit.paths import PATHS, VE, VP, Cosine, Linear
+from genkit.reverse import Learned
+from genkit.sampling import (
+    Counted,
+    Seeds,
+    bits_per_dim,
+    dequantise,
+    karras,
+    log_prob,
+    nodes,
+    trailing,
+    uniform,
+    variational_bound,
+)
+from genkit.sampling.bound import log_level
 from genkit.sampling.likelihood import PIXEL
 
 MIXTURE = three()
@@ -252,3 +265,165 @@ def test_any_grid_will_do():
     x, _ = MIXTURE.sample(20, seed=1)
     got = log_prob(ExactDenoiser(MIXTURE, Linear()), x, times=karras(200)(Linear()))
     assert torch.allclose(got, MIXTURE.log_prob(x), atol=3e-3)
+
+
+# --------------------------------------------------------------------------------------- the variational bound
+def chain_of(path, n, std=0.8, mean=0.3):
+    times = uniform(n)(path)
+    return Bell(path, mean, std, times), times
+
+
+def normals_of(n, dims=1, std=0.8, mean=0.3):
+    return mean + std * torch.randn(n, dims, generator=torch.Generator().manual_seed(2), dtype=F64)
+
+
+ENTROPY = math.log(0.8 * math.sqrt(2 * math.pi * math.e))
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_the_bound_of_the_true_steps_is_the_likelihood(n):
+    """With the true mean and variance of every step the chain is the data's own: the bound is the entropy, for any
+    number of steps (the linear path ends in pure noise)."""
+    denoise, times = chain_of(Linear(), n)
+    got = variational_bound(denoise, normals_of(60_000), times=times, noise=drawn(60_000))
+    assert got.steps.shape == (60_000, n - 1)
+    assert float(got.prior.abs().max()) == 0
+    error = float(got.total.std()) / math.sqrt(60_000)
+    assert float(got.total.mean()) == pytest.approx(ENTROPY, abs=4 * error)
+    assert error < 0.006
+
+
+def drawn(n, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(n, *shape, generator=g, dtype=F64)
+
+
+def closed_form(path, times, variance, std=0.8, mean=0.3):
+    """The expected bound of N(mean, std^2) and its exact denoiser, by the closed forms of KL divergences."""
+    grid, total = nodes(path, times), 0.0
+    total += (grid[0].alpha / grid[0].sigma) ** 2 * (mean**2 + std**2) / 2
+    for a, b in pairwise(grid):
+        left = std**2 * a.sigma**2 / (a.alpha**2 * std**2 + a.sigma**2)  # Var(x0 | x_t)
+        r = a.alpha / b.alpha
+        beta = a.sigma**2 - (r * b.sigma) ** 2
+        posterior, pull = beta * (b.sigma / a.sigma) ** 2, beta * b.alpha / a.sigma**2
+        if b.sigma > 0:
+            var = {"small": posterior, "large": beta}[variance]
+            total += (math.log(var / posterior) + (posterior + pull**2 * left) / var - 1) / 2
+        else:
+            two = nodes(path, torch.tensor([2 * a.t, a.t], dtype=F64))
+            before = two[1].sigma ** 2 * (1 - (two[0].alpha / two[1].alpha * two[1].sigma / two[0].sigma) ** 2)
+            var = {"small": min(before, beta), "large": beta}[variance]
+            total += (math.log(2 * math.pi * var) + left / var) / 2
+    return total
+
+
+@pytest.mark.parametrize("path", [Linear(), VP(), VE()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_bound_has_its_closed_form(path, variance):
+    n = 20_000
+    x, times = normals_of(n), uniform(7)(path)
+    got = variational_bound(Bell(path, 0.3, 0.8, times), x, times=times, variance=variance, noise=drawn(n)).total
+    error = float(got.std()) / math.sqrt(n)
+    assert float(got.mean()) == pytest.approx(closed_form(path, times, variance), abs=4 * error)
+    assert error < 0.03
+
+
+def test_the_bound_closes_as_the_chain_grows():
+    """Never below the entropy; with "large", which is right for normal data in the limit, the gap is of order 1 / N."""
+    gaps = [closed_form(Linear(), uniform(n)(Linear()), "large") - ENTROPY for n in (10, 40, 160, 640)]
+    assert gaps[-1] > 0
+    assert all(3 < a / b < 5 for a, b in pairwise(gaps)), gaps
+    for n in (10, 160):
+        denoise, times = chain_of(Linear(), n)
+        got = variational_bound(denoise, normals_of(4000), times=times, variance="large", noise=drawn(4000)).total
+        assert float(got.mean()) == pytest.approx(
+            ENTROPY + gaps[(10, 40, 160).index(n)], abs=4 * float(got.std()) / math.sqrt(4000)
+        )
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_the_steps_of_the_bound_are_those_of_diffusers(variance):
+    """KL divergences between the steps of a DDPMScheduler that knows the noise and of one that guesses it."""
+    from diffusers import DDPMScheduler
+
+    kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
+    s = DDPMScheduler(variance_type=kind, clip_sample=False, timestep_spacing="trailing")
+    s.set_timesteps(20)
+    x0, guess = normals_of(5, 2), lambda x, t: (torch.tanh(x + t), torch.sin(3 * x))
+
+    class Net:
+        path = VP()
+
+        def __call__(self, x, t, cond):
+            eps, w = guess(x, t[0])
+            a, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
+            return Learned.of(Prediction((x - sigma * eps) / a, eps), w)
+
+    got = variational_bound(Net(), x0, times=trailing(20)(VP()), variance=variance, noise=drawn(5))
+    noise, normal = drawn(5), torch.distributions.Normal
+    for i, k in enumerate(s.timesteps[:-1]):
+        z = noise((2,))
+        x = s.add_noise(x0, z, k)
+        eps, w = guess(x, (k + 1) / 1000)
+        spread = s._get_variance(k, predicted_variance=w)
+        spread = (spread / 2).exp() if variance == "learned" else spread.sqrt()
+        mean = lambda e: module_mean(s, e, k, x)  # noqa: B023, E731
+        true = normal(mean(z), s._get_variance(k, variance_type="fixed_small").double().sqrt())
+        kl = torch.distributions.kl_divergence(true, normal(mean(eps), spread.double().expand_as(x)))
+        assert torch.allclose(got.steps[:, i], kl.sum(1), rtol=2e-3, atol=1e-6), i
+
+
+def module_mean(scheduler, eps, k, x):
+    """The mean of a step: the scheduler's own, with noise that is zero."""
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    learned = scheduler.config.variance_type == "learned_range"
+    original, module.randn_tensor = module.randn_tensor, lambda shape, **how: torch.zeros(shape, dtype=F64)
+    try:
+        return scheduler.step(torch.cat([eps, eps], 1) if learned else eps, k, x).prev_sample
+    finally:
+        module.randn_tensor = original
+
+
+def test_the_levels_of_a_pixel_sum_to_one():
+    """And are differences of the normal's distribution function, open at both ends, down to a tail of e^-10^5."""
+    x = (torch.arange(256, dtype=F64) / 127.5 - 1).repeat(4, 1)
+    mean, std = (
+        torch.tensor(v, dtype=F64)[:, None].expand(4, 256) for v in ([-0.9, 0.2, 0.999, 2.0], [0.2, 0.01, 3.0, 0.005])
+    )
+    got = log_level(x, mean, 2 * std.log())
+    assert torch.allclose(got.exp().sum(1), torch.ones(4, dtype=F64), atol=1e-12)
+    law = torch.distributions.Normal(mean, std)
+    inner = slice(1, 255)
+    direct = (law.cdf(x + 1 / 255) - law.cdf(x - 1 / 255))[:, inner]
+    assert torch.allclose(got.exp()[:, inner], direct, atol=1e-12)
+    assert torch.allclose(got[:, 0].exp(), law.cdf(x + 1 / 255)[:, 0], atol=1e-12)
+    assert bool(got.isfinite().all())
+    assert float(got[3, 0]) == pytest.approx(float(-(((3 - 1 / 255) / 0.005) ** 2) / 2), rel=1e-3)
+
+
+def test_the_bound_of_pixels_is_their_code_length():
+    """Pixels of a normal law about 32 levels wide: with exact steps the bound is the average of -log2 P(level)."""
+    n, law = 30_000, torch.distributions.Normal(torch.tensor(0.1, dtype=F64), torch.tensor(0.25, dtype=F64))
+    pixels = ((normals_of(n, 4, 0.25, 0.1) + 1) * 127.5).round().clamp(0, 255)
+    x, half = pixels / 127.5 - 1, 1 / 255
+    truth = -(law.cdf(x + half) - law.cdf(x - half)).log2().mean(1)
+    times = uniform(60)(Linear())
+    got = variational_bound(Bell(Linear(), 0.1, 0.25, times), x, times=times, pixels=True, noise=drawn(n)).total
+    bits = got / (4 * math.log(2)) - truth
+    assert float(bits.mean()) == pytest.approx(0, abs=4 * float(bits.std()) / math.sqrt(n) + 1e-3)
+    assert float(bits.std()) / math.sqrt(n) < 5e-3
+
+
+def test_senseless_bounds_are_refused():
+    denoise, x = ExactDenoiser(MIXTURE, Linear()), torch.zeros(1, 2, dtype=F64)
+    for how, message in (
+        ({"variance": "huge"}, "variance: given 'huge'; allowed small, large, learned"),
+        ({"variance": "learned"}, "has learned none"),
+        ({"times": torch.tensor([0.9, 0.0])}, "needs the whole path"),
+        ({"times": torch.tensor([1.0, 0.1])}, "needs the whole path"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            variational_bound(denoise, x, **{"times": torch.tensor([1.0, 0.0]), **how})
+        assert "\n" not in str(refused.value)

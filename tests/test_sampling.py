@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from exact import F64, ExactDenoiser, three
+from exact import F64, Bell, ExactDenoiser, three
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from genkit.core import Prediction
 from genkit.guidance import clamp, classifier_free
 from genkit.parametrize import Karras, NetDenoiser
 from genkit.paths import PATHS, VE, VP, Linear, chart, mix, times_at
-from genkit.reverse import Learned, log_variance, reverse_step, width
+from genkit.reverse import Learned, width
 from genkit.sampling import (
     GRIDS,
     SAMPLERS,
@@ -958,23 +958,6 @@ def test_learned_variance_agrees_with_diffusers(steps, monkeypatch):
         agree(mine, states, 1e-5)
 
 
-class Bell:
-    """Normal data ``N(mean, std^2)`` and the step's true variance ``posterior + pull^2 Var(x0 | x_t)`` on ``times``."""
-
-    def __init__(self, path, mean, std, times):
-        self.path, self.mean, self.std, self.times = path, mean, std, times
-
-    def __call__(self, x, t, cond):
-        a, sa = (c[:, None] for c in (self.path.alpha(t), self.path.sigma(t)))
-        total = a**2 * self.std**2 + sa**2
-        ends = Prediction(self.mean + a * self.std**2 / total * (x - a * self.mean), sa / total * (x - a * self.mean))
-        s = self.times[self.times < t[0] - 1e-9].max().expand(len(t)).to(t)
-        _, posterior, pull = (v[:, None] for v in reverse_step(self.path, t, s))
-        true = (posterior + pull**2 * self.std**2 * sa**2 / total).log()
-        low, high = (log_variance(self.path, t, s, v * torch.ones_like(x)) for v in (-1, 1))
-        return Learned.of(ends, 2 * (true.expand_as(x) - low) / (high - low) - 1)
-
-
 @pytest.mark.parametrize("std", [0.3, 1.5])
 def test_few_steps_of_the_learned_variance_have_the_right_moments(std):
     """With the true variance each step is exact: the spread at the last noisy node is that of the data there, after
@@ -986,10 +969,8 @@ def test_few_steps_of_the_learned_variance_have_the_right_moments(std):
     wanted = math.sqrt((last.alpha * std) ** 2 + last.sigma**2)
     spread = {}
     for variance in ("small", "large", "learned"):
-        z, g = (
-            torch.randn(n, 1, generator=torch.Generator().manual_seed(5), dtype=F64),
-            torch.Generator().manual_seed(6),
-        )
+        g = torch.Generator().manual_seed(5)
+        z = torch.randn(n, 1, generator=g, dtype=F64)
         noise = lambda shape, g=g: torch.randn(n, *shape, generator=g, dtype=F64)  # noqa: E731
         x = ancestral(bell, z, times, variance=variance, noise=noise)
         spread[variance] = float(x.std()) / wanted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Generator, Guidance, Noise, Sampler
+from genkit.sampling.bound import Bound, variational_bound
 from genkit.sampling.grids import GRIDS, Grid, karras, leading, linspace, logsnr, trailing, uniform
 from genkit.sampling.inversion import invert
 from genkit.sampling.likelihood import bits_per_dim, dequantise, log_prob
@@ -79,7 +80,8 @@ def bind(
 
 
 __all__ = [
-    "GRIDS", "SAMPLERS", "Callback", "Counted", "Grid", "Seeds", "ancestral", "bind", "bits_per_dim", "churn", "ddim",
-    "dequantise", "dopri5", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "heun", "invert", "karras", "leading", "linspace",
-    "log_prob", "logsnr", "nodes", "restart", "rk4", "sde", "trailing", "uniform", "unipc",
+    "GRIDS", "SAMPLERS", "Bound", "Callback", "Counted", "Grid", "Seeds", "ancestral", "bind", "bits_per_dim", "churn",
+    "ddim", "dequantise", "dopri5", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "heun", "invert", "karras", "leading",
+    "linspace", "log_prob", "logsnr", "nodes", "restart", "rk4", "sde", "trailing", "uniform", "unipc",
+    "variational_bound",
 ]  # fmt: skip
