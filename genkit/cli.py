@@ -11,8 +11,10 @@ from pathlib import Path as File
 COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.commands.train", "train any objective on any data; --resume RUN continues one"),
     "sample": ("genkit.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
+    "eval": ("genkit.commands.evaluate", "measure samples: FID, KID, precision and recall ..., of a run or of folders"),
     "likelihood": ("genkit.commands.likelihood", "bits per dimension of held-out samples under a run"),
     "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
+    "report": ("genkit.commands.report", "a run on one HTML page: curves, samples, quality, settings"),
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),
     "bench": ("genkit.commands.bench", "measure: speed, order"),
 }
