@@ -32,10 +32,10 @@ def lost_ranks() -> int:
     )
 
 
-def start_ranks(num: int, argv: list[str]) -> None:
-    """Replace this process by `torchrun` with ``num`` ranks of ``genkit train argv``."""
+def start_ranks(num: int, command: str, argv: list[str]) -> None:
+    """Replace this process by `torchrun` with ``num`` ranks of ``genkit command argv``."""
     env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
     sys.stdout.flush()
-    os.execve(sys.executable, [*run, "-m", "genkit", "train", *argv], env)
+    os.execve(sys.executable, [*run, "-m", "genkit", command, *argv], env)

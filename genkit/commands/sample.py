@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path as File
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from genkit import __version__, config, pictures, runs
-from genkit.config import Sample, parse
+from genkit.config import Sample, Sampling, parse
 from genkit.core import Denoiser, Prediction
 from genkit.sampling import Counted
 
@@ -39,19 +40,6 @@ def main(argv: list[str]) -> int:
         asks.append(Counted(denoise))
         return asks[-1]
 
-    beside = lambda name: runs.beside(run, name) if name else None  # noqa: E731
-    how = {
-        "sampler": asked.sampler,
-        "steps": asked.steps,
-        "grid": asked.grid,
-        "guidance": asked.guidance,
-        "rule": asked.guidance_rule,
-        "interval": asked.guidance_interval,
-        "passes": asked.guidance_passes,
-        "weak": beside(asked.autoguide),
-        "classifier": beside(asked.classifier),
-        "classifier_scale": asked.classifier_scale,
-    }
     began = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=asked.n)
@@ -62,9 +50,8 @@ def main(argv: list[str]) -> int:
             batch=asked.batch,
             progress=lambda done: bar.update(task, completed=done),
             callback=watch if asked.trajectory else None,
-            clip=asked.clip,
             watch=count,
-            **how,
+            **how(asked, run),
         )
     if not bool(torch.isfinite(x.float()).all()):
         raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
@@ -81,6 +68,24 @@ def main(argv: list[str]) -> int:
     beside_it.write_text(json.dumps(settings, indent=1) + "\n")
     console.print(f"{asked.n} samples, {nfe} evaluations each, in {seconds:.1f} s from {run.weights}", markup=False)
     return 0
+
+
+def how(asked: Sampling, run: runs.Run) -> dict[str, Any]:
+    """What :meth:`genkit.runs.Run.generator` is asked for."""
+    beside = lambda name: runs.beside(run, name) if name else None  # noqa: E731
+    return {
+        "sampler": asked.sampler,
+        "steps": asked.steps,
+        "grid": asked.grid,
+        "guidance": asked.guidance,
+        "rule": asked.guidance_rule,
+        "interval": asked.guidance_interval,
+        "passes": asked.guidance_passes,
+        "weak": beside(asked.autoguide),
+        "classifier": beside(asked.classifier),
+        "classifier_scale": asked.classifier_scale,
+        "clip": asked.clip,
+    }
 
 
 def destination(asked: Sample, run: runs.Run) -> File:

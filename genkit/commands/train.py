@@ -38,7 +38,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(argv: list[str]) -> int:
     if (num := lost_ranks()) > 1:
-        start_ranks(num, argv)
+        start_ranks(num, "train", argv)
     resumed = option(argv, "--resume")
     if resumed:
         if option(argv, "--config"):

@@ -14,7 +14,20 @@ from genkit.config.command import parse
 if TYPE_CHECKING:
     from genkit.core import Backbones, Objective
 
-__all__ = ["ConfigError", "Sample", "Train", "dump", "from_dict", "load_yaml", "parse", "table", "to_yaml"]
+__all__ = [
+    "ConfigError",
+    "Evaluate",
+    "Sample",
+    "Sampling",
+    "Sweep",
+    "Train",
+    "dump",
+    "from_dict",
+    "load_yaml",
+    "parse",
+    "table",
+    "to_yaml",
+]
 
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -75,6 +88,18 @@ class Train:
     """Steps from one checkpoint to the next."""
     sample_every: Annotated[int, Ge(0)] = 500
     """Steps from one grid of samples to the next; 0: none."""
+    eval_every: Annotated[int, Ge(0)] = 0
+    """Steps from one evaluation of the slowest average to the next; 0: none."""
+    eval_n: Annotated[int, Ge(2)] = 1000
+    """Samples of an evaluation, shared by the ranks."""
+    eval_metrics: str | None = None
+    """Names with commas between, as of genkit eval; None: those that suit the data."""
+    eval_steps: Count = 20
+    """Steps of the objective's usual sampler."""
+    eval_features: str = "auto"
+    """What samples are measured in: auto, classifier, inception or raw."""
+    eval_weights: str | None = None
+    """The file of Inception's weights; None: where clean-fid or genkit keeps it."""
     log_every: Count = 50
     """Steps from one line of the log to the next."""
     keep: Count = 3
@@ -89,16 +114,10 @@ class Train:
     """A run's folder to go on with."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Draw samples from a run."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn from a run."""
 
-    run: Positional[str]
-    """The run's folder, such as runs/latest."""
-    n: Count = 64
-    """How many samples."""
-    label: Annotated[int, Ge(0)] | None = None
-    """The class to draw; None: all in turn."""
     sampler: str | None = None
     """A name in genkit.sampling.SAMPLERS; None: the objective's usual one (heun)."""
     steps: Count = 20
@@ -123,12 +142,6 @@ class Sample:
     """Keep predicted data in [-1, 1] at every step."""
     seed: Annotated[int, Ge(0)] = 0
     """Sample i has seed + i, whatever the batch size."""
-    format: Literal["grid", "png", "npz"] = "grid"
-    """One picture, a file a sample, or arrays."""
-    out: str | None = None
-    """Where to; None: into the run's samples folder."""
-    trajectory: bool = False
-    """Also a GIF of the way from noise to sample."""
     ema: str | None = None
     """Which averaged weights, by decay; None: the slowest; "none": the weights themselves."""
     step: Annotated[int, Ge(0)] | None = None
@@ -137,3 +150,105 @@ class Sample:
     """Samples at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+
+
+@dataclass(frozen=True)
+class Sample(Sampling):
+    """Draw samples from a run."""
+
+    run: Positional[str]
+    """The run's folder, such as runs/latest."""
+    n: Count = 64
+    """How many samples."""
+    label: Annotated[int, Ge(0)] | None = None
+    """The class to draw; None: all in turn."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One picture, a file a sample, or arrays."""
+    out: str | None = None
+    """Where to; None: into the run's samples folder."""
+    trajectory: bool = False
+    """Also a GIF of the way from noise to sample."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Sampling):
+    """Measure samples against a reference: of a run, of a folder, zip or npz, or of a data set such as cifar10:test."""
+
+    what: Positional[tuple[str, ...]] = ()
+    """RUN, or A B: what is measured, and the reference; with --compare two cards or runs."""
+    metrics: str | None = None
+    """Names with commas between: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
+    n: Annotated[int, Ge(2)] | None = None
+    """How many samples; None: all that there are, of a run 10000 pictures or 2000 vectors."""
+    reference: str | None = None
+    """train or test of a run's own data, any source, or an .npz of mu and sigma; None: train."""
+    reference_n: Annotated[int, Ge(2)] | None = None
+    """How many samples of the reference; None: all, of vectors no more than are measured (but 2000)."""
+    features: Any = table("genkit.evaluate:FEATURES", "auto", kind="genkit.metrics.features:Features")
+    """What distances are taken in; auto: classifier for small grey pictures, inception for others, raw for vectors."""
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
+    """Short for --features.mode: how pictures are resized for Inception."""
+    weights: str | None = None
+    """Short for --features.weights: the file of the network."""
+    settings: Any = table("genkit.evaluate:SETTINGS", "usual")
+    """Of the metrics."""
+    data: Any = table("genkit.evaluate:OPTIONS", "named")
+    """Where the data sets that A, B and --reference name lie."""
+    compare: bool = False
+    """Set two cards side by side, which may differ in nothing but the weights."""
+    save_stats: str | None = None
+    """Write mu and sigma of the samples to this .npz, as a later reference."""
+    out: str | None = None
+    """The card; None: into the run's eval folder, of data only printed."""
+    json: bool = False
+    """Print JSON alone."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Find the averages, guidance, samplers and steps that draw well and fast: screen with few, confirm with many."""
+
+    run: Positional[str]
+    """The run's folder, such as runs/latest."""
+    metric: str = "fid"
+    """What is to be small: fid, kid, w2 ...; of precision, recall, density, coverage, accuracy, is: large."""
+    ema: tuple[str, ...] = ()
+    """Averaged weights, by decay, and "none"; without: the slowest."""
+    guidance: tuple[float, ...] = (1.0,)
+    """Scales; 1: none."""
+    interval: tuple[str, ...] = ("all",)
+    """Where guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
+    sampler: tuple[str, ...] = ()
+    """Names in genkit.sampling.SAMPLERS; without: the objective's usual one."""
+    steps: tuple[Count, ...] = (5, 10, 20)
+    """Steps of the samplers."""
+    grid: str = "uniform"
+    """Where the steps lie: a name in genkit.sampling.GRIDS."""
+    n: Annotated[int, Ge(2)] = 500
+    """Samples that every combination is screened with."""
+    confirm: Annotated[int, Ge(2)] = 5000
+    """Samples that the best are measured with again."""
+    spare: Annotated[int, Ge(0)] = 2
+    """Combinations beside the Pareto list that are confirmed too: the next best."""
+    reference: str = "train"
+    """train or test of the run's own data, any source, or an .npz of mu and sigma."""
+    features: Any = table("genkit.evaluate:FEATURES", "auto", kind="genkit.metrics.features:Features")
+    """What distances are taken in."""
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
+    """Short for --features.mode."""
+    weights: str | None = None
+    """Short for --features.weights."""
+    settings: Any = table("genkit.evaluate:SETTINGS", "usual")
+    """Of the metrics."""
+    data: Any = table("genkit.evaluate:OPTIONS", "named")
+    """Where a data set that --reference names lies."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Sample i has seed + i."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Which checkpoint; None: the newest."""
+    batch: Count = 64
+    """Samples at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    json: bool = False
+    """Print JSON alone."""

@@ -1,0 +1,38 @@
+"""Evaluation: samples of a run or of a folder, measured against a reference, and the card that says all about it."""
+
+from __future__ import annotations
+
+from genkit.evaluate import cards
+from genkit.evaluate.cards import Card, compare, newest
+from genkit.evaluate.measure import Found, Ranks, measure, reference
+from genkit.evaluate.ruler import FEATURES, Ruler, how_of, is_picture, named, ruler
+from genkit.evaluate.sources import OPTIONS, Drawn, Given, Named, data_of, find_data, is_stats, weights_sha256
+from genkit.metrics import Settings
+
+SETTINGS = {"usual": Settings}
+
+__all__ = [
+    "FEATURES",
+    "OPTIONS",
+    "SETTINGS",
+    "Card",
+    "Drawn",
+    "Found",
+    "Given",
+    "Named",
+    "Ranks",
+    "Ruler",
+    "cards",
+    "compare",
+    "data_of",
+    "find_data",
+    "how_of",
+    "is_picture",
+    "is_stats",
+    "measure",
+    "named",
+    "newest",
+    "reference",
+    "ruler",
+    "weights_sha256",
+]
