@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from genkit.metrics.estimate import Estimate, bootstrap
@@ -55,8 +56,6 @@ class Settings:
     """how large they are"""
     splits: int = 10
     """how many parts the inception score is the mean of"""
-    parts: int = 4
-    """FID's limit is extrapolated from the samples cut into 1..parts parts"""
     projections: int = 256
     """directions of the sliced Wasserstein distance"""
     transport: int = 2000
@@ -103,12 +102,10 @@ def _fid(generated: Measured, reference: Measured | None, s: Settings) -> dict[s
 def _fid_inf(generated: Measured, reference: Measured | None, s: Settings) -> dict[str, Estimate]:
     against = kept(reference, "moments", "reference")
     features = kept(generated, "features", "generated samples")
-    return {"fid_inf": frechet_infinity(features, against, s.parts, s.seed, s.level)}
+    return {"fid_inf": frechet_infinity(features, against, s.seed, s.level)}
 
 
 def _kid(generated: Measured, reference: Measured | None, s: Settings) -> dict[str, Estimate]:
-    import numpy as np
-
     x, y = _both(generated, reference)
     return {"kid": kid(x, y, s.subsets, s.subset_size, np.random.default_rng(s.seed), s.level)}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from genkit.metrics.estimate import LEVEL, Estimate, rows
 
 FEW = 10_000
+CHUNK = 8192  # rows that are held in float64 at once
 
 
 def bias_warning(n: int) -> str | None:
@@ -55,7 +56,7 @@ class Moments:
     def of(cls, features: Tensor) -> Moments:
         """The moments of ``[N, D]``, any floating dtype, on its device."""
         moments = cls.zeros(rows(features, "features").shape[1], features.device)
-        for part in features.split(8192):
+        for part in features.split(CHUNK):
             moments.add(part)
         return moments
 
@@ -154,7 +155,7 @@ def trace_root(a: Moments, b: Moments) -> Tensor:
     What rounding leaves of an eigenvalue 0 is some 1e-16, and its root 1e-8: a thousand of them would be seen.
     """
     p, q = (a, b) if a.rank >= b.rank else (b, a)
-    factor = halves(p.cov, p.rank)[0]
+    factor = factors(p.cov, p.rank)[0]
     found = torch.linalg.eigvalsh(factor.T @ q.cov @ factor)
     return found[-q.rank :].clamp(min=0).sqrt().sum()
 
@@ -165,7 +166,9 @@ def frechet_from_features(x: Tensor, reference: Moments, level: float = LEVEL) -
     The interval is what other draws of N samples from the same generator would give against the same reference: it
     knows nothing of the bias, for which see :func:`frechet_infinity`. It is the infinitesimal jackknife (Jaeckel 1972;
     Efron 1982, chapter 6): a sample's influence on the distance has a closed form, and the variance of their mean is
-    that of the distance. A bootstrap costs hundreds of eigendecompositions for the same interval.
+    that of the distance. It was measured to hold the mean in 90 to 100 of 100 cases at D = 8, 16 and 64, N = 12 to 2000,
+    also where N < D; a bootstrap, whose resamples repeat rows, is up to five times too wide there, and costs hundreds
+    of eigendecompositions.
     """
     value, influence = linearised(x, reference)
     return Estimate.normal(value, float(influence.var()) / len(influence), level)
@@ -180,27 +183,28 @@ def linearised(x: Tensor, reference: Moments) -> tuple[float, Tensor]:
     rows(x, "features", 2)
     if x.shape[1] != reference.dim:
         raise ValueError(f"features: given {x.shape[1]} a row; the reference has {reference.dim}; take the same ones")
-    x = x.to(torch.float64)
-    mean, cov = reference.mean.to(x.device), reference.cov.to(x.device)
-    m = x.mean(0)
-    x, away = x - m, m - mean
-    n, dim = x.shape
+    own = Moments.of(x)
+    mean, cov = reference.mean.to(own.mean), reference.cov.to(own.mean)
+    away, (n, dim) = own.mean - mean, x.shape
     if n <= dim:
+        x = x.to(own.mean) - own.mean
+        rank = min(own.rank, reference.rank)
         values, vectors = torch.linalg.eigh(x @ cov @ x.T / (n - 1))
-        rank = min(n - 1, reference.rank)  # n - 1, as the rows sum to 0
         roots = values[-rank:].clamp(min=0).sqrt()
-        carried = (n - 1) * (vectors[:, -rank:].square() @ roots)
+        influence = 2 * x @ away + x.square().sum(1) - (n - 1) * (vectors[:, -rank:].square() @ roots)
     else:
-        factor, whiten = halves(x.T @ x / (n - 1), dim)
+        factor, whiten = factors(own.cov, own.rank)
         values, vectors = torch.linalg.eigh(factor.T @ cov @ factor)
-        roots = values[-reference.rank :].clamp(min=0).sqrt()
-        carried = (vectors[:, -reference.rank :].T @ whiten(x.T)).square().T @ roots
-    squares = x.square().sum(1)
-    value = away.square().sum() + squares.sum() / (n - 1) + cov.trace() - 2 * roots.sum()
-    return float(value), 2 * x @ away + squares - carried
+        roots, vectors = values[-reference.rank :].clamp(min=0).sqrt(), vectors[:, -reference.rank :]
+        influence = torch.cat([
+            2 * c @ away + c.square().sum(1) - (vectors.T @ whiten(c.T)).square().T @ roots
+            for c in (part.to(own.mean) - own.mean for part in x.split(CHUNK))
+        ])  # fmt: skip
+    value = away.square().sum() + own.cov.trace() + cov.trace() - 2 * roots.sum()
+    return float(value), influence
 
 
-def halves(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def factors(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``A`` with ``A A^T = cov``, and what multiplies by its (pseudo-)inverse; ``rank`` is the largest it can have."""
     if rank == len(cov):
         factor, failed = torch.linalg.cholesky_ex(cov)
@@ -213,22 +217,24 @@ def halves(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return vectors * values.sqrt(), lambda v: (vectors / values.sqrt()).T @ v
 
 
-def frechet_infinity(x: Tensor, reference: Moments, parts: int = 4, seed: int = 0, level: float = LEVEL) -> Estimate:
-    """The distance without its bias: linear in 1/N, extrapolated to 0 (Chong & Forsyth 2020, section 3).
+def frechet_infinity(x: Tensor, reference: Moments, seed: int = 0, level: float = LEVEL) -> Estimate:
+    """The distance without its bias: a line in 1/N, extrapolated to 0 (Chong & Forsyth 2020, section 3).
 
-    Where they draw subsets at random, ``x`` is cut here into 1, 2, ..., ``parts`` parts: every row is used at every
-    size, so the noise of the draw cancels in the slope. The interval is for the distance itself.
+    They fit the line to distances of random subsets. Here it goes through the distance of ``x`` and the mean distance
+    of its two halves: every row is used at both sizes, so most of the noise of the draw cancels in the slope.
+    (Thirds, quarters and parabolas through them were measured to be worse: ``LOG.md``.)
+
+    The interval is for the distance itself. Below N = 10 D the line bends, its interval misses, and there is none;
+    ``ValueError`` where a half has no more rows than features, where it is no line at all.
     """
-    rows(x, "features", 2 * parts)
+    least, n = 2 * reference.dim + 1, len(rows(x, "features", 2))
+    if n < least:
+        raise ValueError(
+            f"fid_inf: given {n} samples of {reference.dim} features; needs at least {least}: draw more, "
+            "or look at kid, which has no bias"
+        )
     value, influence = linearised(x, reference)
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
-    k = torch.arange(1, parts + 1, dtype=torch.float64)
-    means = [value]
-    for number in range(2, parts + 1):
-        size = len(x) // number
-        cuts = x[: size * number].split(size)
-        means.append(sum(frechet_distance(Moments.of(c), reference) for c in cuts) / number)
-    means = torch.tensor(means, dtype=torch.float64)
-    slope = float(((k - k.mean()) * means).sum() / (k - k.mean()).square().sum())
-    limit = float(means.mean()) - slope * float(k.mean())
-    return Estimate.normal(limit, float(influence.var()) / len(influence), level)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    halves = [frechet_distance(Moments.of(x[part]), reference) for part in order.tensor_split(2)]
+    limit = 2 * value - sum(halves) / 2
+    return Estimate.normal(limit, float(influence.var()) / n, level) if n >= 10 * reference.dim else Estimate(limit)

@@ -21,7 +21,8 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0, level: floa
     if splits < 1:
         raise ValueError(f"splits: given {splits}; needs at least 1 (10 is usual)")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).to(logits.device)
-    scores = torch.stack([score(part) for part in logits[order].double().tensor_split(splits)])
+    ends = [i * len(logits) // splits for i in range(1, splits)]
+    scores = torch.stack([score(part) for part in logits[order].double().tensor_split(ends)])
     value = float(scores.mean())
     if splits == 1:
         return Estimate(value)

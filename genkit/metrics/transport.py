@@ -15,8 +15,8 @@ from genkit.metrics.estimate import pair
 def wasserstein2(x: Tensor, y: Tensor) -> float:
     """The distance ``W2`` (not its square) of the point sets ``[N, D]`` and ``[M, D]``, each point of equal weight.
 
-    Exact: by POT's network simplex where it is installed, else, for N = M, by scipy's assignment. It costs about
-    N^2 to N^3: seconds at N = 2000. That of two finite draws of one law is above 0.
+    Exact: for N = M by scipy's assignment, else by POT's network simplex (``pip install POT``). The cost grows as N^2
+    to N^3: seconds at N = 2000. Of two finite draws of one law it is above 0, the more so in many dimensions.
     """
     pair(x, y, ("generated vectors", "real vectors"), 1)
     cost = torch.cdist(x.double(), y.double()).square().cpu().numpy()
