@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.commands.train", "train any objective on any data; --resume RUN continues one"),
     "sample": ("genkit.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
     "eval": ("genkit.commands.evaluate", "measure samples: FID, KID, precision and recall ..., of a run or of folders"),
+    "sweep": ("genkit.commands.sweep", "which sampler, steps and guidance draw a run's samples well and fast"),
     "likelihood": ("genkit.commands.likelihood", "bits per dimension of held-out samples under a run"),
     "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
     "report": ("genkit.commands.report", "a run on one HTML page: curves, samples, quality, settings"),

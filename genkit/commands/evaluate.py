@@ -28,7 +28,6 @@ from genkit.evaluate import (
     cards,
     data_of,
     find_data,
-    how_of,
     is_picture,
     is_stats,
     named,
@@ -91,8 +90,7 @@ def evaluate(asked: Evaluate, accelerator: Accelerator, ranks: Ranks) -> int:
         )
     with bar("samples", ranks, n) as progress:
         found = held.look(samples, n, progress)
-    tree = config.dump(asked)
-    card = ranks.once(lambda: held.card(samples, n, how_of(samples, {k: tree[k] for k in HOW}), found))
+    card = ranks.once(lambda: held.card(samples, n, found))
     if not ranks.main:
         return 0
     if asked.save_stats:
@@ -123,7 +121,7 @@ def opened(asked: Evaluate, device: torch.device) -> Samples:
         run = runs.load(File(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
         if run.config.threads:
             torch.set_num_threads(run.config.threads)
-        return Drawn(run, how(asked, run), asked.seed, weights_sha256(run))
+        return draw(run, asked)
     for f in fields(Sampling):
         if f.name not in EVERYWHERE and config.dump(asked)[f.name] != USUAL[f.name]:
             raise ValueError(f"{f.name}: has no effect on samples that exist; {name} is not a run")
@@ -134,6 +132,12 @@ def opened(asked: Evaluate, device: torch.device) -> Samples:
 
 
 USUAL = config.dump(Evaluate())
+
+
+def draw(run: runs.Run, asked: Sampling, sha256: str | None = None) -> Drawn:
+    """Samples of a run, as asked; ``sha256`` of its weights where these are not in a file."""
+    tree = config.dump(asked)
+    return Drawn(run, how(asked, run), asked.seed, sha256 or weights_sha256(run), {k: tree[k] for k in HOW})
 
 
 def reference_of(name: str, samples: Samples, options: Named) -> Given | File | None:

@@ -210,8 +210,8 @@ class Sweep:
 
     run: Positional[str]
     """The run's folder, such as runs/latest."""
-    metric: str = "fid"
-    """What is to be small: fid, kid, w2 ...; of precision, recall, density, coverage, accuracy, is: large."""
+    metric: str | None = None
+    """What decides, such as fid, kid, recall or w2; None: fid of pictures, w2 of vectors."""
     ema: tuple[str, ...] = ()
     """Averaged weights, by decay, and "none"; without: the slowest."""
     guidance: tuple[float, ...] = (1.0,)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.evaluate.sources import Given, Rows, Samples, split_rows
 from genkit.metrics import Measured, Moments
-from genkit.metrics.features import Extractor
+from genkit.metrics.features import Extractor, cache
 
 KEPT = ("features", "logits", "labels")
 SAVE = 30.0  # seconds of work that a kill may cost
@@ -33,11 +33,6 @@ Progress = Callable[[int], None]
 
 
 def quiet(done: int) -> None: ...
-
-
-def cache(*parts: str) -> File:
-    """A place below $GENKIT_CACHE, else ~/.cache/genkit."""
-    return File(os.environ.get("GENKIT_CACHE") or File.home() / ".cache" / "genkit").joinpath(*parts)
 
 
 def key_of(tree: Any) -> str:
@@ -237,13 +232,16 @@ def reference(
     progress: Progress = quiet,
 ) -> Measured:
     """:func:`measure` of stored samples, remembered below :func:`cache` by the hash of pixels and of the features."""
-    path = cache("reference", key_of({**given.identity(), "features": dict(extractor.settings), "n": n})[:24] + ".npz")
+    path = (
+        cache()
+        / "reference"
+        / f"{key_of({'samples': given.hashed, 'features': dict(extractor.settings), 'n': n})[:24]}.npz"
+    )
     stored = ranks.once(lambda: Shard.load(path))
     if stored.moments is not None and all(stored.kept[k] for k in keep):
         return Measured(stored.moments, **{k: stored.kept[k][0] for k in keep}, settings=extractor.settings)
-    partial = cache("partial")
-    how: dict[str, Any] = {"keep": keep, "batch": batch, "ranks": ranks, "partial": partial, "progress": progress}
-    measured = measure(given, extractor, n, **how).measured
+    how: dict[str, Any] = {"keep": keep, "batch": batch, "ranks": ranks, "progress": progress}
+    measured = measure(given, extractor, n, partial=cache() / "partial", **how).measured
     kept = {k: [v] if (v := getattr(measured, k)) is not None else [] for k in KEPT}
     ranks.once(lambda: Shard(measured.moments, kept).save(path))
     return measured

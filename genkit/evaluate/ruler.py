@@ -14,12 +14,12 @@ import torch
 from genkit import config, runs
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
-from genkit.evaluate import cards, sources
-from genkit.evaluate.measure import Found, Progress, Ranks, cache, measure, quiet, reference
-from genkit.evaluate.sources import Drawn, Given, Samples, class_of, data_of
+from genkit.evaluate import cards
+from genkit.evaluate.measure import Found, Progress, Ranks, measure, quiet, reference
+from genkit.evaluate.sources import Drawn, Given, Samples, class_of, data_of, how_of, split_rows
 from genkit.metrics import METRICS, Estimate, Measured, Metric, Moments, Settings, bias_warning
 from genkit.metrics.features import FEATURES as ALL
-from genkit.metrics.features import Extractor, Features
+from genkit.metrics.features import Extractor, Features, cache
 
 SMALL = range(8, 33)  # pixels a side of the pictures for which a classifier of their own says more than Inception
 KEEPS = {"moments": (), "features": ("features",), "samples": ("features",), "logits": ("logits",),
@@ -100,17 +100,19 @@ class Ruler:
     device: torch.device
     batch: int = 64
     ranks: Ranks = field(default_factory=Ranks)
+    also: frozenset[str] = frozenset()
+    """what is kept though no metric needs it: features give the FID its interval"""
 
     @property
     def keep(self) -> frozenset[str]:
-        return frozenset(k for m in self.metrics.values() for k in KEEPS[m.needs])
+        return self.also | frozenset(k for m in self.metrics.values() for k in KEEPS[m.needs])
 
     def look(self, samples: Samples, n: int, progress: Progress = quiet) -> Found:
         """Measure ``n`` samples, on all ranks together. A kill costs half a minute of work."""
         if n < 2:
             raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
         how: dict[str, Any] = {"keep": self.keep, "batch": self.batch, "ranks": self.ranks, "progress": progress}
-        return measure(samples, self.extractor, n, partial=cache("partial"), **how)
+        return measure(samples, self.extractor, n, partial=cache() / "partial", **how)
 
     def compute(self, found: Found) -> dict[str, Estimate]:
         """All metrics."""
@@ -121,27 +123,26 @@ class Ruler:
             out |= metric.compute(mine, against if metric.reference else None, self.settings)
         return out
 
-    def plan(self, samples: Samples, n: int, how: Mapping[str, Any]) -> dict[str, Any]:
+    def plan(self, samples: Samples, n: int) -> dict[str, Any]:
         """The settings of a card that are known before the work."""
         return {
-            **how,
+            **how_of(samples),
             "n": n,
             "batch": self.batch,
+            "effective_batch": len(split_rows(n, self.batch)[0]),
             "metrics": list(self.metrics),
             "metric_settings": asdict(self.settings),
             "features": dict(self.extractor.settings),
             "reference": dict(self.about),
         }
 
-    def card(self, samples: Samples, n: int, how: Mapping[str, Any], found: Found) -> cards.Card:
-        """The card of what was found. ``how`` says how the samples came about."""
+    def card(self, samples: Samples, n: int, found: Found) -> cards.Card:
+        """The card of what was found."""
         began = time.perf_counter()
         estimates = cards.numbers(self.compute(found))
         note = bias_warning(n) if "fid" in self.metrics else None
-        observed: dict[str, Any] = {"effective_batch": found.block}
-        if "sampler" in how:
-            observed |= {"nfe": found.nfe, "passes": found.passes}
-        observed |= {
+        observed = {
+            **({"nfe": found.nfe, "passes": found.passes} if isinstance(samples, Drawn) else {}),
             "seconds": round(found.seconds, 2),
             "metric_seconds": round(time.perf_counter() - began, 2),
             "device": device_name(self.device),
@@ -149,7 +150,7 @@ class Ruler:
             "versions": cards.versions(),
             "notes": [note] if note else [],
         }
-        return {"metrics": estimates, "settings": {**self.plan(samples, n, how), **observed}}
+        return {"metrics": estimates, "settings": {**self.plan(samples, n), **observed}}
 
 
 def placed(m: Measured, device: torch.device) -> Measured:
@@ -192,7 +193,10 @@ def ruler(
     if stored is not None and stored.spec.shape != samples.spec.shape and (kind != "inception"):
         raise ValueError(f"reference: {stored.name} holds samples {list(stored.spec.shape)}, {samples.name} "
                          f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
-    extractor = wanted.load(device, None if kind == "inception" else training(samples, stored))
+    learns = None if kind == "inception" else training(samples, stored)
+    if ranks.world > 1:  # one that trains itself shall do so once, and the others find it in the cache
+        ranks.once(lambda: bool(wanted.load(device, learns)))
+    extractor = wanted.load(device, learns)
     for source in (s for s in (samples, stored) if isinstance(s, Given) and s.hashed is None):
         source.hashed = ranks.once(source.hash)  # which also reads every file, before the work
     made = Ruler(metrics, extractor, settings, None, {}, torch.device(device), batch, ranks)
@@ -238,20 +242,3 @@ def statistics(path: File, extractor: Extractor, metrics: Mapping[str, Metric]) 
         have = f"{name} features have {extractor.dim}"
         raise ValueError(f"reference: {path} holds statistics of {moments.dim} numbers; {have}")
     return Measured(moments), {"stats": str(path), "sha256": runs.sha256(path), "n": moments.n}
-
-
-def how_of(samples: Samples, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """How samples came about, for their card: of a run its weights and ``asked``, of data their hash."""
-    if not isinstance(samples, Drawn):
-        return {"samples": samples.identity()}
-    run = samples.run
-    told = {
-        "run": run.directory.name,
-        "step": run.step,
-        "ema": File(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
-        "weights": run.weights,
-        "weights_sha256": samples.weights_sha256,
-    }
-    others = {"autoguide": samples.how.get("weak"), "classifier": samples.how.get("classifier")}
-    beside = {k: sources.told(v) for k, v in others.items()}
-    return {**told, **asked, **beside, "sampler": asked.get("sampler") or run.objective.sampler, "seed": samples.seed}

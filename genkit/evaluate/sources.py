@@ -179,6 +179,9 @@ class Drawn:
     how: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     weights_sha256: str = ""
+    """of the file, or of what the file would be"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """``how`` as a card tells it"""
     conditions: Data | None = None
 
     def __post_init__(self) -> None:
@@ -247,6 +250,25 @@ class Drawn:
         calls = sum(a.calls for a in self.asked) if self.asked else 1
         passes = sum(a.rows for a in self.asked) if self.asked else len(rows)
         return Rows(x, cond[self.label].cpu() if self.label else None, float(calls * len(rows)), float(passes))
+
+
+def how_of(samples: Samples) -> dict[str, Any]:
+    """How samples came about, for their card: of a run its weights and settings, of data their hash."""
+    if not isinstance(samples, Drawn):
+        return {"samples": samples.identity()}
+    run = samples.run
+    others = {"autoguide": samples.how.get("weak"), "classifier": samples.how.get("classifier")}
+    return {
+        "run": run.directory.name,
+        "step": run.step,
+        "ema": File(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
+        "weights": run.weights,
+        "weights_sha256": samples.weights_sha256,
+        **samples.settings,
+        **{k: told(v) for k, v in others.items()},
+        "sampler": samples.how.get("sampler") or run.objective.sampler,
+        "seed": samples.seed,
+    }
 
 
 def told(value: Any) -> Any:
