@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as File
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -314,8 +314,10 @@ class Run:
     @property
     def denoiser(self) -> Denoiser:
         """What a sampler is bound to. ``ValueError`` for an objective without one."""
-        unsampled: Any = lambda denoise: denoise  # noqa: E731
-        return cast(Denoiser, self.objective.generator(self.nets, unsampled))
+        found: list[Denoiser] = []
+        unsampled: Any = lambda denoise: found.append(denoise) or denoise  # noqa: E731
+        self.objective.generator(self.nets, unsampled)
+        return found[0]
 
     def sample(
         self,

@@ -1,5 +1,6 @@
 """Likelihood against the closed form of the mixture, for vectors and for images."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 from exact import F64, Bell, ExactDenoiser, Mixture, three
 
+from genkit import runs
+from genkit.commands.likelihood import main as likelihood
+from genkit.commands.train import main as train_command
 from genkit.core import Prediction
 from genkit.paths import PATHS, VE, VP, Cosine, Linear
 from genkit.reverse import Learned
@@ -427,3 +431,80 @@ def test_senseless_bounds_are_refused():
         with pytest.raises(ValueError, match=message) as refused:
             variational_bound(denoise, x, **{"times": torch.tensor([1.0, 0.0]), **how})
         assert "\n" not in str(refused.value)
+
+
+# ----------------------------------------------------------------------------------------------- the command
+TINY = ["--steps=3", "--batch=16", "--backbone.width=16", "--sample-every=0", "--no-tensorboard", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three steps for each kind of model."""
+    out = tmp_path_factory.mktemp("runs")
+    kinds = {
+        "learned": ["--data=digits", "--objective=ddpm", "--objective.learn-variance", "--objective.timesteps=40"],
+        "points": ["--data=moons", "--objective=ddpm"],
+        "flow": ["--data=moons"],
+        "ot": ["--data=moons", "--objective.coupling=ot"],
+    }
+    for name, how in kinds.items():
+        assert train_command([*how, *TINY, f"--out={out}", f"--name={name}"]) == 0
+    return {name: next(out.glob(f"*-{name}")) for name in kinds}
+
+
+def told(capsys, *argv):
+    capsys.readouterr()
+    assert likelihood([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_tells_the_bound_term_by_term(trained, capsys):
+    """As `variational_bound` has it for the same samples and seeds; whatever the batch; all steps, or every fourth."""
+    found = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6")
+    cut = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6", "--batch=4")
+    assert found["bits_per_dim"]["value"] == pytest.approx(cut["bits_per_dim"]["value"], rel=1e-5)
+    run = runs.load(trained["learned"])
+    data = run.config.data.load("test")
+    x, label = data.x[:6].float() / 127.5 - 1, data.cond["label"][:6]
+    with torch.no_grad():
+        truth = variational_bound(run.denoiser, x, {"label": label}, times=torch.linspace(1, 0, 41, dtype=F64),
+                                  variance="learned", pixels=True, noise=Seeds(range(6)))  # fmt: skip
+    bits = lambda nats: float(nats.mean()) / (64 * math.log(2))  # noqa: E731
+    assert found["bits_per_dim"]["value"] == pytest.approx(bits(truth.total), rel=1e-5)
+    assert found["terms"]["data"]["value"] == pytest.approx(bits(truth.data), rel=1e-5)
+    assert found["terms"]["prior"]["value"] == pytest.approx(bits(truth.prior), rel=1e-4)
+    steps = found["terms"]["steps"]
+    assert len(steps) == 39
+    assert (steps[0]["t"], steps[-1]["s"]) == (1, 1 / 40)
+    assert sum(s["value"] for s in steps) == pytest.approx(bits(truth.steps.sum(1)), rel=1e-5)
+    assert found["log_prob_nats"]["value"] == pytest.approx(-float(truth.total.mean()), rel=1e-5)
+    fewer = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6", "--steps=10", "--variance=large")
+    assert [s["t"] for s in fewer["terms"]["steps"]] == pytest.approx([1 - k / 10 for k in range(9)])
+
+
+def test_bounds_of_points_and_of_other_paths(trained, capsys):
+    """In nats of a density, on the discrete times of a DDPM or uniform in the chart; by the ODE for any coupling."""
+    for name in ("points", "flow"):
+        found = told(capsys, str(trained[name]), "--bound=vlb", "--n=8", "--steps=30")
+        assert found["bits_per_dim"]["value"] == pytest.approx(
+            -found["log_prob_nats"]["value"] / (2 * math.log(2)), rel=1e-9
+        )
+        assert len(found["terms"]["steps"]) == 29
+        assert found["bits_per_dim"]["stderr"] > 0
+    assert math.isfinite(told(capsys, str(trained["ot"]), "--n=4", "--steps=8")["bits_per_dim"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("ot", ["--bound=vlb"], "makes it no diffusion; allowed: ode"),
+        ("points", ["--bound=vlb", "--steps=1001"], "allowed 1 … 1000"),
+        ("points", ["--bound=vlb", "--variance=learned"], "has learned none"),
+        ("points", ["--bound=vlb", "--probes=2"], "which is for the ODE"),
+        ("points", ["--variance=large"], "allowed with --bound vlb"),
+    ],
+)
+def test_the_command_refuses_what_has_no_meaning(trained, name, how, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        likelihood([str(trained[name]), "--n=2", *how])
+    assert "\n" not in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,9 +19,21 @@ from tyro.conf import Positional
 from genkit import runs
 from genkit.codecs import Identity, Pixels
 from genkit.config import parse
-from genkit.core import Draw
+from genkit.core import Cond, Draw
+from genkit.objectives import DDPM
 from genkit.objectives.matching import Matching
-from genkit.sampling import Seeds, bits_per_dim, dequantise, log_prob, uniform
+from genkit.sampling import (
+    Bound,
+    Grid,
+    Seeds,
+    bits_per_dim,
+    dequantise,
+    log_prob,
+    trailing,
+    uniform,
+    variational_bound,
+)
+from genkit.sampling.likelihood import BitsPerDim
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 Count = Annotated[int, Ge(1)]
@@ -29,7 +42,7 @@ SCALES = {Pixels: 127.5, Identity: 1.0}  # model numbers to the unit in which a 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Bits per dimension of held-out samples, by the change of variables along the probability-flow ODE."""
+    """Bits per dimension of held-out samples: an upper bound on their code length."""
 
     run: Positional[str]
     """A run's folder, such as runs/latest."""
@@ -37,14 +50,18 @@ class Likelihood:
     """How many samples of the split; None: all."""
     split: Literal["train", "test"] = "test"
     """Which samples."""
+    bound: Literal["ode", "vlb"] = "ode"
+    """ode: change of variables along the probability-flow ODE; vlb: the variational bound of the ancestral chain."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Of the chain's steps, with --bound vlb; None: learned where the model has it, else small."""
     divergence: Literal["hutchinson", "exact"] = "hutchinson"
     """exact costs a backward pass for each dimension; hutchinson one for each probe, and is unbiased."""
     probes: Count = 1
     """Random directions of hutchinson."""
     solver: Literal["heun", "dopri5"] = "heun"
     """Fixed steps, or adaptive ones."""
-    steps: Count = 64
-    """Steps of heun."""
+    steps: Count | None = None
+    """Steps of heun (None: 64), or of the chain (None: all timesteps of a DDPM, 1000 of others)."""
     seed: Annotated[int, Ge(0)] = 0
     """Of dequantisation and probes; sample i has seed + i."""
     batch: Count = 128
@@ -65,33 +82,96 @@ def main(argv: list[str]) -> int:
     if type(run.codec) not in SCALES:
         allowed = ", ".join(kind.__name__ for kind in SCALES)
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
-    if not (isinstance(run.objective, Matching) and run.objective.source.normal):
+    if not (isinstance(run.objective, Matching) and run.objective.source.normal and run.objective.sampler):
         raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
-    nats = log_probs(run, asked)
-    if not bool(torch.isfinite(nats).all()):
+    result, n, by = MEANS[asked.bound](run, asked)
+    if not math.isfinite(result["log_prob_nats"]["value"]):
         raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
-    found = bits_per_dim(nats, math.prod(run.spec.shape), SCALES[type(run.codec)])
-    stderr = float(nats.double().std() / math.sqrt(len(nats))) if len(nats) > 1 else None
-    result: dict[str, Any] = {
-        "bits_per_dim": {"value": found.value, "stderr": None if math.isnan(found.stderr) else found.stderr},
-        "log_prob_nats": {"value": float(nats.double().mean()), "stderr": stderr},
-        "settings": {**vars(asked), "n": len(nats), "run": run.directory.name, "weights": run.weights},
-    }
+    result["settings"] = {**vars(asked), "n": n, "run": run.directory.name, "weights": run.weights}
     if asked.json:
         print(json.dumps(result))
         return 0
-    print(f"{found.value:.4f} ± {found.stderr:.4f} bits per dimension ({asked.split}, {len(nats)} samples)")
-    print(f"{result['log_prob_nats']['value']:.3f} nats a sample; {asked.divergence} divergence, {run.weights}")
+    found = result["bits_per_dim"]
+    stderr = math.nan if found["stderr"] is None else found["stderr"]
+    print(f"{found['value']:.4f} ± {stderr:.4f} bits per dimension ({asked.split}, {n} samples)")
+    print(f"{result['log_prob_nats']['value']:.3f} nats a sample; {by}, {run.weights}")
     return 0
+
+
+Found = tuple[dict[str, Any], int, str]  # numbers, how many samples, by what means
+
+
+def by_ode(run: runs.Run, asked: Likelihood) -> Found:
+    """The change of variables of dequantised pixels."""
+    if asked.variance is not None:
+        raise ValueError(f"variance: given {asked.variance}, but the ODE has none; allowed with --bound vlb")
+    nats = log_probs(run, asked)
+    bits = bits_per_dim(nats, math.prod(run.spec.shape), SCALES[type(run.codec)])
+    return {"bits_per_dim": number(bits), "log_prob_nats": mean(nats)}, len(nats), f"{asked.divergence} divergence"
+
+
+def by_bound(run: runs.Run, asked: Likelihood) -> Found:
+    """The variational bound; the noise of its terms is drawn once for each sample."""
+    usual = Likelihood(asked.run)
+    for name in ("divergence", "probes", "solver"):
+        if getattr(asked, name) != getattr(usual, name):
+            raise ValueError(f"{name}: given {getattr(asked, name)}, which is for the ODE; allowed with --bound ode")
+    objective = run.objective
+    if not (isinstance(objective, Matching) and objective.diffuses):
+        raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
+    times, kept = chain(objective, asked.steps)(run.denoiser.path), []
+    pixels = isinstance(run.codec, Pixels)
+    for x, cond, noise in batches(run, asked, dequantised=False):
+        with torch.no_grad():
+            bound = variational_bound(
+                run.denoiser, x, cond, times=times, variance=asked.variance, pixels=pixels, noise=noise
+            )
+        kept.append([part.double().cpu() for part in bound])
+    bound = Bound(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+    dims = math.prod(run.spec.shape)
+    in_bits = lambda nats: number(bits_per_dim(-nats, dims, scale=1.0))  # noqa: E731
+    ends = zip(times.tolist(), times[1:].tolist(), bound.steps.T, strict=False)  # all but the last step, to the data
+    each = [{"t": t, "s": s, **in_bits(nats)} for t, s, nats in ends]
+    terms = {"prior": in_bits(bound.prior), "steps": each, "data": in_bits(bound.data)}
+    numbers = {"bits_per_dim": in_bits(bound.total), "log_prob_nats": mean(-bound.total), "terms": terms}
+    return numbers, len(bound.total), f"bound of {len(times) - 1} steps"
+
+
+MEANS = {"ode": by_ode, "vlb": by_bound}
+
+
+def chain(objective: Matching, steps: int | None) -> Grid:
+    """The steps of a DDPM's own times, or of chart time."""
+    if isinstance(objective, DDPM):
+        return trailing(steps or objective.timesteps, objective.timesteps)
+    return uniform(steps or 1000)
+
+
+def number(found: BitsPerDim) -> dict[str, float | None]:
+    return {"value": found.value, "stderr": None if math.isnan(found.stderr) else found.stderr}
+
+
+def mean(nats: Tensor) -> dict[str, float | None]:
+    stderr = float(nats.double().std() / math.sqrt(len(nats))) if len(nats) > 1 else None
+    return {"value": float(nats.double().mean()), "stderr": stderr}
 
 
 def log_probs(run: runs.Run, asked: Likelihood) -> Tensor:
     """``log p`` in nats of the model's own numbers, ``[N]``, each sample with its own conditions."""
+    times = uniform(asked.steps or 64)(run.denoiser.path)
+    how: dict[str, Any] = {"divergence": asked.divergence, "probes": asked.probes, "solver": asked.solver}
+    return torch.cat([
+        log_prob(run.denoiser, x, cond, times=times, noise=noise, **how).cpu()
+        for x, cond, noise in batches(run, asked, dequantised=True)
+    ])  # fmt: skip
+
+
+def batches(run: runs.Run, asked: Likelihood, dequantised: bool) -> Iterator[tuple[Tensor, Cond, Seeds]]:
+    """Samples in the model's own numbers, their conditions and their own noise."""
     data = run.config.data.load(asked.split)
     n = min(asked.n or len(data), len(data))
-    times, found = uniform(asked.steps)(run.denoiser.path), []
     with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("likelihood", total=n)
         for first in range(0, n, asked.batch):
@@ -99,8 +179,6 @@ def log_probs(run: runs.Run, asked: Likelihood) -> Tensor:
             noise = Seeds([asked.seed + i for i in rows], run.device)
             batch = data.batch(torch.arange(rows.start, rows.stop), Draw((asked.seed,), rows.start, rows.stop))
             batch = batch.to(run.device)
-            x = dequantise(batch.x, noise) if batch.x.dtype == torch.uint8 else run.codec.encode(batch).x
-            how: dict[str, Any] = {"divergence": asked.divergence, "probes": asked.probes, "solver": asked.solver}
-            found.append(log_prob(run.denoiser, x, batch.cond, times=times, noise=noise, **how).cpu())
+            pixels = batch.x.dtype == torch.uint8 and dequantised
+            yield dequantise(batch.x, noise) if pixels else run.codec.encode(batch).x, batch.cond, noise
             bar.update(task, completed=rows.stop)
-    return torch.cat(found)

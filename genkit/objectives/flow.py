@@ -55,6 +55,10 @@ class Flow(Matching):
             )
 
     @property
+    def diffuses(self) -> bool:
+        return self.source.normal and self.coupling.independent
+
+    @property
     def along(self) -> Path:
         return self.path
 
@@ -85,7 +89,7 @@ class Flow(Matching):
     ) -> Generator:
         """Starts from the source of ``z``. Samplers that add noise are refused where it is not a diffusion's."""
         generate = super().generator(nets, sampling)
-        if self.source.normal and self.coupling.independent:
+        if self.diffuses:
             return generate
         what = f"source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 

@@ -76,6 +76,12 @@ class Matching(Objective):
         """Times ``[B]`` in (0, 1]."""
 
     @property
+    def diffuses(self) -> bool:
+        """Whether x1 is the standard normal, drawn without regard to x0: then ``E[x1 | x]`` is a multiple of the score,
+        and there are an SDE, a variational bound, guidance by Bayes' rule. Else the ODE alone is right."""
+        return self.source.normal
+
+    @property
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net",)),)
 

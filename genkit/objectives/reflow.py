@@ -38,6 +38,10 @@ class Distil(Matching):
     sampler: ClassVar[str | None] = None
 
     @property
+    def diffuses(self) -> bool:
+        return False
+
+    @property
     def along(self) -> Path:
         return Linear()
 
