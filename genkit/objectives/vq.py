@@ -48,8 +48,9 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Quantised:
         """The entries nearest to ``z`` ``[B, C, *grid]``."""
-        flat = z.movedim(1, -1).float()
-        distance = self.codes.square().sum(1) - 2 * flat @ self.codes.T  # and |z|^2, the same for all
+        flat = z.movedim(1, -1).to(self.codes)
+        with torch.autocast(z.device.type, enabled=False):  # neighbours would be mistaken in bf16
+            distance = self.codes.square().sum(1) - 2 * flat @ self.codes.T  # and |z|^2, the same for all
         index = distance.argmin(-1)
         return Quantised(self.codes[index].movedim(-1, 1).to(z), index)
 
@@ -57,10 +58,11 @@ class Codebook(nn.Module):
     def gather(self, z: Tensor, index: Tensor, luck: Tensor) -> None:
         """Count the vectors ``z`` ``[B, C, *grid]`` towards their entries, and keep the luckiest (``luck`` in (0, 1],
         ``[B, *grid]``) as spare entries: a choice by row, whatever the cut of the batch."""
-        flat, index, luck = z.movedim(1, -1).flatten(0, -2).float(), index.flatten(), luck.flatten().float()
+        flat = z.movedim(1, -1).flatten(0, -2).to(self.codes)
+        index, luck = index.flatten(), luck.flatten().to(flat)
         sound = torch.isfinite(flat).all(1)
         flat = torch.where(sound[:, None], flat, 0.0)
-        self.new_counts.index_add_(0, index, sound.float())
+        self.new_counts.index_add_(0, index, sound.to(flat))
         self.new_sums.index_add_(0, index, flat)
         self.draw_lots(torch.cat([self.luck, luck * sound]), torch.cat([self.spare, flat]))
 
