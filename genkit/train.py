@@ -54,6 +54,8 @@ class Settings(Protocol):
     @property
     def sample_every(self) -> int: ...
     @property
+    def eval_every(self) -> int: ...
+    @property
     def save_every(self) -> int: ...
     @property
     def bad_steps(self) -> int: ...
@@ -140,6 +142,7 @@ def fit(
     *,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     sample: Callable[[State], None] = lambda state: None,
+    evaluate: Callable[[State], None] = lambda state: None,
     save: Callable[[State], None] = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
@@ -221,6 +224,10 @@ def fit(
         progress(state.step, meter.last if device.type == "cuda" else meter.peek(objective.phases[0].name))
         if cfg.sample_every and (state.step % cfg.sample_every == 0 or state.step == cfg.steps):
             sample(state)
+        if cfg.eval_every and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
+            began = time.perf_counter()
+            evaluate(state)
+            meter.mark += time.perf_counter() - began  # samples_per_s is that of training
         ending = all_agree(accelerator, state.step, stop)
         if ending or state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
             state.skipped += int(skipped)

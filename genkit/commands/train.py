@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path as File
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,12 @@ from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
 from genkit.core import Codec, Spec
 from genkit.data import Stream
+from genkit.objectives.couplings import given
 from genkit.sampling import Seeds, bind
 from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, share, start
+
+if TYPE_CHECKING:
+    from genkit.commands.watch import Watch
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
 SMALL = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> int:
     if resumed:
         if option(argv, "--config"):
             raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
+        if option(argv, "--init"):
+            raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         argv = ["--config", str(runs.find(resumed) / "config.yaml"), *argv]
     cfg = parse(config.Train, argv, prog="genkit train", description="Train an objective on data.")
     return train(cfg, runs.find(cfg.resume) if cfg.resume else None)
@@ -70,15 +76,25 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     torch.set_num_threads(threads)
     torch.manual_seed(cfg.seed)
     nets = {k: v.to(device) for k, v in cfg.objective.networks(cfg.backbone, data.spec).items()}
+    begun = None
+    if cfg.init and not resumed:
+        cfg, begun = replace(cfg, init=str(runs.find(cfg.init))), runs.begin(nets, cfg.init)
     state = start(cfg.objective, nets, cfg)
     stream = Stream(data, cfg.batch, cfg.seed, device, cfg.workers)
+    if cfg.objective.paired:
+        given(stream(0, 0, 0, 1))
     if resumed:
         runs.restore(runs.checkpoint_of(resumed), state, cfg.objective)
     if state.step >= cfg.steps:
         console.print(f"already at step {state.step}; to go further: --resume {resumed} --steps N", markup=False)
         return 0
-    run = open_run(cfg, accelerator, state, resumed)
-    session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run)
+    watched = None
+    if cfg.eval_every:
+        from genkit.commands.watch import watch  # metrics take a second to import
+
+        watched = watch(cfg, state, data, accelerator)
+    run = open_run(cfg, accelerator, state, resumed, begun)
+    session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run, watched)
     count = sum(p.numel() for net in nets.values() for p in net.parameters())
     session.say(
         f"{run}  {count / 1e6:.2f}M parameters, {len(data)} samples of {'x'.join(map(str, data.spec.shape))}, "
@@ -95,6 +111,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
                 accelerator,
                 log=session.log,
                 sample=session.sample if cfg.objective.draws else lambda state: None,
+                evaluate=session.evaluate,
                 save=session.save,
                 progress=progress,
                 stop=lambda: bool(asked),
@@ -105,14 +122,16 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     return 0 if done else 130
 
 
-def open_run(cfg: config.Train, accelerator: Accelerator, state: State, resumed: File | None) -> File:
+def open_run(
+    cfg: config.Train, accelerator: Accelerator, state: State, resumed: File | None, begun: dict[str, str] | None
+) -> File:
     """The run's directory, which the main process makes or takes up again; every rank learns its name."""
     run = resumed
     if accelerator.is_main_process:
         if run is None:
             block = config.dump(cfg)
             run = runs.create(cfg.out, cfg.name or "-".join(slug(block[k]["name"]) for k in NAMED))
-            (run / "env.json").write_text(json.dumps(environment(accelerator), indent=1))
+            (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": begun}, indent=1))
         else:
             runs.rewind_log(run, state.step)
             runs.point(run.parent / "latest", run.name)
@@ -174,6 +193,7 @@ class Session:
     codec: Codec
     cond: dict[str, torch.Tensor]
     run: File
+    watch: Watch | None = None
     writer: Any = None
     remark: str | None = None
 
@@ -245,6 +265,25 @@ class Session:
             if self.writer:
                 self.writer.add_image("samples", np.asarray(image.convert("RGB")), state.step, dataformats="HWC")
             pictures.save(image, self.run / "samples" / f"step-{state.step:07d}.png")
+
+    def evaluate(self, state: State) -> None:
+        """A card, a line of the log and scalars. A model that cannot be measured now goes on training."""
+        assert self.watch is not None
+        try:
+            card = self.watch(state, self.run)
+        except ValueError as e:
+            self.say(f"step {state.step}: not evaluated: {e}")
+            return
+        if card is None:
+            return
+        ends = {"": "value", "_low": "low", "_high": "high"}
+        found = {f"eval/{k}{end}": v[part] for k, v in card["metrics"].items() for end, part in ends.items()}
+        runs.append_log(self.run, {"step": state.step, **{k: v for k, v in found.items() if v is not None}})
+        values = {k: v["value"] for k, v in card["metrics"].items()}
+        if self.writer:
+            for key, value in values.items():
+                self.writer.add_scalar(f"eval/{key}", value, state.step)
+        self.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def save(self, state: State) -> None:
         if self.accelerator.is_main_process:
