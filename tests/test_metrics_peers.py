@@ -27,12 +27,12 @@ CASES = [  # rows real, rows generated, features, neighbours, shift, scale
 def features(case):
     """Real and generated features of a case; ``RandomState`` promises the same numbers for ever."""
     n, m, dim, _, shift, scale = CASES[case]
-    rng = np.random.RandomState(case)  # noqa: NPY002
+    rng = np.random.RandomState(case)
     return rng.randn(n, dim).astype(np.float32), (shift + scale * rng.randn(m, dim)).astype(np.float32)
 
 
 def logits():
-    return np.random.RandomState(7).randn(120, 6) * 3  # noqa: NPY002
+    return np.random.RandomState(7).randn(120, 6) * 3
 
 
 def by_prdc():
@@ -136,7 +136,7 @@ def test_clean_fid_kernel_distance(n, m, size):
     real, fake = torch.randn(n, 24, generator=g), 0.3 + 0.8 * torch.randn(m, 24, generator=g)
     np.random.seed(5)  # noqa: NPY002
     peer = fid.kernel_distance(real.double().numpy(), fake.double().numpy(), num_subsets=20, max_subset_size=size)
-    stream = np.random.RandomState(5)  # noqa: NPY002
+    stream = np.random.RandomState(5)
     assert metrics.kid(fake, real, 20, size, stream).value == pytest.approx(peer, abs=1e-6, rel=1e-6)
 
 
