@@ -300,9 +300,11 @@ class Objective(ABC):
     draws: ClassVar[bool] = True
     """whether it draws samples; a classifier, which guides other models, does not"""
     evidence: ClassVar[str | None] = None
-    """how ``genkit likelihood`` scores samples: "ode" along the flow, "latent" for :class:`Bounded`; None: it cannot"""
+    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`Bounded`; None: it cannot"""
     use: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
+    suits: ClassVar[Mapping[str, Any]] = {}
+    """settings of ``genkit.config.Train`` that it needs, where a person gives none; of those that follow it"""
 
     @property
     @abstractmethod
@@ -319,6 +321,11 @@ class Objective(ABC):
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
         """The generator of these networks. ``ValueError`` where ``sampling`` is missing, or would have no effect."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data hold."""
+        return False
 
     def noise_shape(self, spec: Spec) -> tuple[int, ...]:
         """The shape of one ``z`` that the generator starts from: a sample's own, or that of a latent."""

@@ -258,8 +258,8 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut(name):
     x, label = torch.randn(40, 2), torch.arange(40) % 3
 
     def losses(a, b):
-        batch = Batch(x[a:b], {"label": label[a:b]}, draw=Draw((7, 1), a, b))
-        return torch.cat([objective.loss(p.name, nets, batch).per_sample for p in objective.phases])
+        batch = Batch(x[a:b], {"label": label[a:b]}, draw=Draw((7, 1), a, b), x1=x[a:b].flip(1))
+        return torch.stack([objective.loss(p.name, nets, batch).per_sample for p in objective.phases], 1)
 
     whole = losses(0, 40)
     assert torch.allclose(torch.cat([losses(0, 13), losses(13, 32), losses(32, 40)]), whole, atol=1e-5)

@@ -38,6 +38,11 @@ def table(registry: str, name: str, **metadata: str) -> Any:
     return field(default_factory=lambda: load(registry)[name](), metadata={"table": registry, **metadata})
 
 
+def by_objective(default: Any) -> Any:
+    """A field whose default the objective may have an opinion on (``Objective.suits``)."""
+    return field(default=default, metadata={"follows": "objective.suits"})
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a model."""
@@ -58,13 +63,13 @@ class Train:
     """Samples per forward pass on one rank, to save memory; None: all at once. The result does not depend on it."""
     lr: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate of AdamW; 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
-    warmup: Annotated[int, Ge(0)] = 100
+    warmup: Annotated[int, Ge(0)] = by_objective(100)
     """Steps over which the learning rate rises from 0: Adam's second moment is not to be trusted before."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = by_objective("cosine")
     """The learning rate after the warmup: constant, or down to 0 along half a cosine."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay (AdamW)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
     """Adam's decay rates; 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
     clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of a gradient; 0: no clipping."""
@@ -110,6 +115,8 @@ class Train:
     """Steps in a row with a loss or gradient that is not finite, after which training stops."""
     tensorboard: bool = True
     """Write scalars and images for TensorBoard, besides log.jsonl."""
+    init: str | None = None
+    """A run whose weights, its slowest average, this one begins with; they have to fit."""
     resume: str | None = None
     """A run's folder to go on with."""
 

@@ -10,6 +10,8 @@ A *table* is a field whose value is an object of one of several dataclasses. Its
               ``(registry name, its settings)``: so a bare folder can be a dataset;
 ``follows``   "field.attribute": without a NAME, the class is the one that this attribute of a sibling's class names.
 
+A field that is no table may follow too: then that attribute is a mapping, which may hold a default for the field.
+
 In YAML a table is a NAME or a block: ``path: vp`` or ``path: {name: vp, beta_max: 10}``. A block without ``name``
 changes the settings of the default. A NAME may also be ``package.module:Class``, a dataclass from outside; nothing else
 that stands in a configuration is ever imported or executed.
@@ -141,6 +143,8 @@ def outline(cls: type, tree: object, path: str = "", base: Block | None = None) 
             value = outline_table(f.metadata, given, here, value)
         elif given is not ABSENT:
             value = check(hints(cls)[name], given, here)
+        elif "follows" in f.metadata and not base:
+            value = suggested(f.metadata, values, name, value)
         values[name] = value
     return Block(cls, {name: values[name] for name in known if values[name] is not ABSENT})
 
@@ -166,6 +170,11 @@ def follow(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value:
     sibling, attribute = meta["follows"].split(".")
     name = getattr(values[sibling].cls, attribute, ABSENT)  # a class from outside need not say
     return value if name is ABSENT else outline_table(meta, name, path, value)
+
+
+def suggested(meta: Mapping[str, Any], values: Mapping[str, Any], name: str, value: Any) -> Any:
+    sibling, attribute = meta["follows"].split(".")
+    return getattr(values[sibling].cls, attribute, {}).get(name, value)
 
 
 def default(f: dataclasses.Field) -> Any:

@@ -9,6 +9,8 @@ from genkit.objectives.classifier import Classifier
 from genkit.objectives.ddpm import DDPM
 from genkit.objectives.edm import EDM
 from genkit.objectives.flow import Flow
+from genkit.objectives.gan import GAN
+from genkit.objectives.reflow import Distil
 from genkit.objectives.vae import VAE
 from genkit.objectives.vq import VQ
 
@@ -16,10 +18,12 @@ OBJECTIVES: Mapping[str, type] = {
     "flow": Flow,
     "ddpm": DDPM,
     "edm": EDM,
+    "distil": Distil,
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
+    "gan": GAN,
     "classifier": Classifier,
 }
 
-__all__ = ["DDPM", "EDM", "OBJECTIVES", "VAE", "VQ", "Autoencoder", "Classifier", "Flow"]
+__all__ = ["DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "Autoencoder", "Classifier", "Distil", "Flow"]
