@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--sampler", default="heun")
+    parser.add_argument("--sampler", help="None: the objective's usual one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
