@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from genkit.metrics.estimate import Estimate, bootstrap
+from genkit.metrics.features import FEATURES
 from genkit.metrics.frechet import (
     Moments,
     bias_warning,
@@ -153,6 +154,7 @@ METRICS: dict[str, Metric] = {
 }
 
 __all__ = [
+    "FEATURES",
     "METRICS",
     "Estimate",
     "Measured",

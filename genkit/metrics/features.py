@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -31,6 +32,8 @@ from genkit.core import Data, Draw, Label
 from genkit.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights, sha256
 
 Device = torch.device | str
+CHUNK = 100  # pictures at a time: activations of about 1 GiB
+CLEAN_FID = File("." if platform.system() == "Windows" else "/tmp") / NAME  # the place is cleanfid.features' choice
 
 
 class Seen(NamedTuple):
@@ -158,7 +161,7 @@ class InceptionExtractor:
         }
 
     def __call__(self, x: Tensor) -> Seen:
-        if x.ndim != 4 or x.dtype != torch.uint8 or x.shape[1] not in (1, 3):
+        if x.ndim != 4 or x.dtype != torch.uint8 or x.shape[1] not in (1, 3) or not x.numel():
             raise ValueError(
                 f"inception: given {x.dtype} {tuple(x.shape)}; needs pictures, uint8 [B, 1 or 3, H, W] without "
                 "transparency; for vectors take --features raw"
@@ -172,25 +175,16 @@ class InceptionExtractor:
         return Seen(*self.network(resized / self.way.scale - 1))
 
 
-CHUNK = 100  # pictures at a time: activations of about 1 GiB
-
-
 def find_weights(given: str | None) -> File:
     """``given``, else where clean-fid keeps the file, else genkit's cache, else downloaded there by clean-fid."""
-    import platform
-
-    if given is not None:
-        return File(given)
-    theirs = File("." if platform.system() == "Windows" else "/tmp") / NAME  # as in cleanfid.features
-    for place in (theirs, cache() / NAME):
-        if place.is_file():
-            return place
-    return download()
+    places = [File(given)] if given is not None else [p for p in (CLEAN_FID, cache() / NAME) if p.is_file()]
+    return places[0] if places else download()
 
 
 def download() -> File:
     """The weights, fetched by clean-fid into genkit's cache. ``ValueError`` where that fails; nothing half-written."""
     import socket
+    from http.client import HTTPException
 
     from cleanfid import downloads_helper
 
@@ -199,8 +193,10 @@ def download() -> File:
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=wanted.parent) as part:
-            os.replace(downloads_helper.check_download_inception(part), wanted)
-    except OSError as e:
+            fetched = downloads_helper.check_download_inception(part)
+            read_weights(fetched)  # a connection may end early without a word
+            os.replace(fetched, wanted)
+    except (OSError, HTTPException) as e:
         raise ValueError(
             f"weights: no {NAME} here, and it cannot be downloaded ({' '.join(str(e).split())}); get it from "
             f"{downloads_helper.inception_url} and put it at {wanted}, or name it with --features.weights"
@@ -266,14 +262,16 @@ class Classifier(Features):
         return ClassifierExtractor(network, device, settings)
 
     def _train(self, network: nn.Module, x: Tensor, y: Tensor) -> None:
-        """AdamW, one cycle, on all but the first tenth."""
-        held_out = len(x) // HELD_OUT
+        """AdamW, one cycle, on all but the first tenth, moved by up to a pixel."""
+        held_out, (height, width) = len(x) // HELD_OUT, x.shape[2:]
         optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, self.steps)
         with torch.enable_grad():
             for _ in range(self.steps):
                 rows = torch.randint(held_out, len(x), (BATCH,))
-                loss = F.cross_entropy(network(x[rows]).logits, y[rows], label_smoothing=0.1)
+                top, left = torch.randint(3, (2,)).tolist()
+                moved = F.pad(x[rows], (1, 1, 1, 1))[..., top : top + height, left : left + width]
+                loss = F.cross_entropy(network(moved).logits, y[rows], label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
