@@ -40,7 +40,7 @@ class VAE(Autoencoding):
     without free bits, ``kl`` and ``reconstruction``, its two parts, and ``active_units``.
     """
 
-    evidence: ClassVar[str | None] = "latent"
+    evidence: ClassVar[str | None] = "iwae"
 
     latent: Latent = (16,)
     """z: D for a vector, or C h w for a map that fits the backbone"""
