@@ -349,6 +349,7 @@ def test_inception_score_of_splits():
 def test_wasserstein_of_known_sets():
     x, v = normal(40, 3), torch.tensor([3.0, 0.0, 4.0], dtype=F64)
     assert metrics.wasserstein2(x, (x + v)[torch.randperm(40)]) == pytest.approx(5)
+    assert metrics.wasserstein2(x, x[torch.randperm(40)]) == 0
     assert metrics.sliced_wasserstein2(x, x[torch.randperm(40)]) == pytest.approx(0, abs=1e-12)
     assert metrics.sliced_wasserstein2(x, x + v, 20_000) == pytest.approx(5 / math.sqrt(3), rel=2e-2)
     small, other = x[:5], normal(5, 3, seed=1)
