@@ -89,8 +89,6 @@ class Moments:
             return
         mean = x.mean(0)
         x = x - mean
-        mean = mean + (residue := x.mean(0))  # the mean again, of small numbers
-        x = x - residue
         both = self.merge(Moments(len(x), mean, x.T @ x))
         self.n, self.mean, self.scatter = both.n, both.mean, both.scatter
 
