@@ -317,6 +317,8 @@ class Run:
         found: list[Denoiser] = []
         unsampled: Any = lambda denoise: found.append(denoise) or denoise  # noqa: E731
         self.objective.generator(self.nets, unsampled)
+        if not found:
+            raise ValueError(f"{type(self.objective).__name__}: draws in one pass, without a denoiser")
         return found[0]
 
     def sample(
@@ -413,6 +415,24 @@ def load(path: str | File, *, ema: str | None = None, step: int | None = None, d
         net.to(where).eval().requires_grad_(False)
     codec = codecs.from_dict(record["codec"])
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)
+
+
+def begin(nets: Mapping[str, nn.Module], path: str | File) -> dict[str, str]:
+    """Give ``nets`` the weights of another run, its slowest average; where those came from.
+
+    ``ValueError`` names the first tensor that does not fit.
+    """
+    other = load(path, device="cpu")
+    stored, wanted = tensors(other.nets), tensors(nets)
+    for key in sorted(wanted.keys() | stored.keys()):
+        there, here = (list(v[key].shape) if key in v else None for v in (stored, wanted))
+        if there != here:
+            raise ValueError(
+                f"init: {other.directory.name} does not fit, first at {key}: {there or 'absent'} there, "
+                f"{here or 'absent'} here; needs the same --backbone and samples of the same shape and conditions"
+            )
+    fill(nets, stored, other.directory)
+    return {"run": str(other.directory), "weights": other.weights}
 
 
 def beside(run: Run, name: str) -> Run:

@@ -1,12 +1,16 @@
 """Reflow: pairs that a model makes, a straighter flow on them, and one step; and the file that holds the pairs."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from genkit import runs
 from genkit.backbones import MLP
 from genkit.codecs import MinMax, Pixels
 from genkit.commands.reflow import main as reflow
@@ -126,9 +130,51 @@ def test_the_command_makes_pairs_of_a_run(tmp_path, monkeypatch, capsys):
     assert torch.equal(p.x1, q.x1)
     assert torch.equal(p.x1[3], Seeds([1_000_003])((2,))[0])
     assert p.spec.cond["label"] == Label(2)
-    again = ["--data=genkit.data.pairs:Pairs", "--data.root=p.npz", "--device=cpu", *SMALL]
+    again = ["--data=pairs", "--data.root=p.npz", "--device=cpu", *SMALL]
     assert train_command([*again, "--objective.coupling=given"]) == 0
-    assert train_command([*again, "--objective=genkit.objectives.reflow:Distil"]) == 0
+    assert train_command([*again, "--objective=distil"]) == 0
     with pytest.raises(ValueError, match="this one adds noise"):
         reflow(["runs/0000-moons-flow-mlp", "--n=4", "--sampler=ancestral"])
     capsys.readouterr()
+
+
+def commands(told):
+    """The commands that were printed, as arguments of `genkit train`."""
+    found = dict(re.findall(r"^(straighten|one step) +genkit train (.+)$", told, re.M))
+    return {k: shlex.split(v) for k, v in found.items()}
+
+
+def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeypatch, capsys):
+    """Each begins with the model that made its pairs; the one-step model needs no sampler."""
+    monkeypatch.chdir(tmp_path)
+    assert train_command(["--data=moons", "--device=cpu", *SMALL]) == 0
+    for generation in (1, 2):
+        capsys.readouterr()
+        assert (
+            reflow([f"runs/{Path('runs/latest').resolve().name}", "--n=16", "--steps=3", f"--out=p{generation}.npz"])
+            == 0
+        )
+        printed = commands(capsys.readouterr().out)
+        before = Path("runs/latest").resolve()
+        assert train_command([*printed["straighten"], "--lr=1e-12", "--steps=1"]) == 0
+        run = runs.load("runs/latest")
+        assert run.config.objective.coupling == Given()
+        assert run.config.init == str(before)
+        old, new = (next(r.nets["net"].parameters()) for r in (runs.load(before), run))
+        assert torch.allclose(old, new, atol=1e-6)
+    assert train_command([*printed["one step"], "--steps=1"]) == 0
+    run = runs.load("runs/latest")
+    assert isinstance(run.objective, Distil)
+    assert run.config.init == str(before)
+    assert run.sample(3)[0].shape == (3, 2)
+
+
+def test_what_does_not_speak_of_velocities_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_command(["--data=moons", "--objective=ddpm", "--device=cpu", *SMALL]) == 0
+    capsys.readouterr()
+    assert reflow(["runs/latest", "--n=8", "--steps=2"]) == 0
+    printed = commands(capsys.readouterr().out)
+    assert not any("--init" in argv for argv in printed.values())
+    for argv in printed.values():
+        assert train_command([*argv, "--steps=1"]) == 0

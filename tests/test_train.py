@@ -23,6 +23,7 @@ from genkit.codecs import Identity
 from genkit.commands.train import main
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat
 from genkit.data import Stream
+from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
 from genkit.train import Diverged, State, average, fit, phase_parameters, rate, require_same, start
 
@@ -56,18 +57,24 @@ def same(a, b):
     return [k for k in a if not torch.equal(a[k], b[k])]
 
 
+def some_pairs(tmp_path):
+    x = torch.randn(100, 2)
+    return save_pairs(tmp_path / "pairs.npz", x, x.flip(1), {}, Spec((2,)), Identity(), {})
+
+
 # ------------------------------------------------------------------------------------------------- resuming
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resume_is_bit_identical(tmp_path, objective):
-    whole = in_process(tmp_path / "a", f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99")
-    half = in_process(
-        tmp_path / "b", f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", "--save-every=6"
-    )
+    paired = ["--data=pairs", f"--data.root={some_pairs(tmp_path)}", "--backbone=mlp"]
+    data = paired if OBJECTIVES[objective]().paired else []
+    args = [f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", *data]
+    whole = in_process(tmp_path / "a", *args)
+    half = in_process(tmp_path / "b", *args, "--save-every=6")
     # go back to step 6, as a kill at step 13 would leave it
     runs.point(half / "latest", "checkpoints/step-0000006")
     for step in ("0000012", "0000014"):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
-    resumed = in_process(tmp_path / "b", "--resume", str(half))
+    resumed = in_process(tmp_path / "b", "--resume", str(half), *data)
     assert resumed == half
     assert same(whole, half) == []
     steps = [r["step"] for r in runs.read_log(half)]
@@ -461,3 +468,64 @@ def test_sample_i_of_a_run_does_not_depend_on_the_batch(tmp_path):
 def test_ddpm_is_saved_with_its_schedule(tmp_path):
     run = runs.load(in_process(tmp_path, "--objective=ddpm", "--objective.timesteps=50", "--steps=1"))
     assert run.objective == DDPM(timesteps=50)
+
+
+# ------------------------------------------------------------------------------------- beginning with other weights
+def moved(a, b):
+    """How far the weights of two runs are apart, network and average."""
+    a, b = (load_file(run / "latest" / "ema-0.999.safetensors") for run in (a, b))
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path):
+    """The slowest average of it, for the network and all its own averages; said in config.yaml and env.json."""
+    first = in_process(tmp_path / "a", "--steps=20", "--lr=1e-2", "--ema", "0.5", "0.999", "--seed=3")
+    second = in_process(tmp_path / "b", "--steps=1", "--lr=1e-12", f"--init={tmp_path}/a/runs/latest", "--ema=0.999")
+    slow = load_file(first / "latest" / "ema-0.999.safetensors")
+    for file in ("nets", "ema-0.999"):
+        found = load_file(second / "latest" / f"{file}.safetensors")
+        assert all(torch.allclose(found[k], slow[k], atol=1e-6) for k in slow)
+    fresh = in_process(tmp_path / "c", "--steps=1", "--lr=1e-12")
+    assert moved(second, first) < 1e-6 < 1e-2 < moved(fresh, first)
+    assert f"init: {first}" in (second / "config.yaml").read_text()
+    begun = json.loads((second / "env.json").read_text())["init"]
+    assert begun == {"run": str(first), "weights": "checkpoints/step-0000020/ema-0.999.safetensors"}
+    assert json.loads((first / "env.json").read_text())["init"] is None
+
+
+def test_a_resumed_run_does_not_begin_again(tmp_path, capsys):
+    """Bit-identical to one that never stopped, even if the run that it began with is gone; --init is refused there."""
+    first = in_process(tmp_path / "a", "--steps=3", "--lr=1e-2")
+    whole = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
+    cut = in_process(tmp_path / "c", "--steps=6", "--save-every=3", f"--init={first}")
+    runs.point(cut / "latest", "checkpoints/step-0000003")
+    os.rename(cut / "checkpoints/step-0000006", cut / "gone")
+    os.rename(first, tmp_path / "elsewhere")
+    in_process(tmp_path / "c", "--resume", str(cut))
+    assert same(whole, cut) == []
+    with pytest.raises(ValueError, match="leave --init out"):
+        main(["--resume", str(cut), "--init", str(whole)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--backbone.width=16"], r"does not fit, first at net\.\S+: \[.*\] there, \[.*\] here"),
+        (["--objective=classifier"], r"does not fit, first at net\.\S+: "),
+        (["--init=nowhere"], "does not exist"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, change, message):
+    first = in_process(tmp_path / "a", "--steps=1")
+    with pytest.raises(ValueError, match=message) as refused:
+        in_process(tmp_path / "b", "--steps=1", f"--init={first}", *change)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_pairs_are_needed_before_a_run_is_made(tmp_path):
+    for how in ("--objective=distil", "--objective.coupling=given"):
+        with pytest.raises(ValueError, match="hold no pairs"):
+            in_process(tmp_path / "b", how)
+    assert not (tmp_path / "b").exists()

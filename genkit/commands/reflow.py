@@ -15,9 +15,11 @@ from tyro.conf import Positional
 
 from genkit import runs
 from genkit.config import parse
-from genkit.core import Draw
+from genkit.core import Draw, Objective
 from genkit.data.pairs import save_pairs
+from genkit.objectives import Flow
 from genkit.objectives.matching import Matching
+from genkit.paths import Linear
 from genkit.sampling import Seeds
 
 console = Console(highlight=False, soft_wrap=True)
@@ -61,14 +63,18 @@ def main(argv: list[str]) -> int:
     out = File(asked.out) if asked.out else run.directory / f"pairs-step{run.step}.npz"
     made = {**asdict(asked), "run": str(run.directory), "weights": run.weights}
     save_pairs(out, x, x1, cond, run.spec, run.codec, made)
-    data = f"--data=genkit.data.pairs:Pairs --data.root {out}"
     console.print(f"{asked.n} pairs  {out}", markup=False)
-    config = run.directory / "config.yaml"
-    console.print(f"straighten  genkit train --config {config} {data} --objective.coupling=given", markup=False)
-    console.print(
-        f"one step    genkit train --config {config} {data} --objective=genkit.objectives.reflow:Distil", markup=False
-    )
+    same = f"genkit train --config {run.directory / 'config.yaml'} --data=pairs --data.root {out}"
+    goes_on = f" --init {run.directory}" if isinstance(run.objective, Flow) else ""
+    straight = "--objective.coupling=given" if goes_on else "--objective=flow --objective.coupling=given"
+    console.print(f"straighten  {same} {straight}{goes_on}", markup=False)
+    console.print(f"one step    {same} --objective=distil{goes_on if plain(run.objective) else ''}", markup=False)
     return 0
+
+
+def plain(objective: Objective) -> bool:
+    """Whether its network says what that of a distilled flow says: the velocity on straight lines."""
+    return isinstance(objective, Flow) and (objective.path, objective.prediction) == (Linear(), "velocity")
 
 
 def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

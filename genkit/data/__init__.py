@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from genkit.data.folders import Folder, Npz, Zip, source
 from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
+from genkit.data.pairs import Pairs
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 
@@ -23,4 +24,5 @@ DATA: dict[str, type] = {
     "folder": Folder,
     "zip": Zip,
     "npz": Npz,
+    "pairs": Pairs,
 }

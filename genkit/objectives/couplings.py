@@ -28,6 +28,8 @@ class Coupling(Protocol):
     """whether x1 is drawn without regard to x0"""
     moves: ClassVar[bool]
     """whether a sample may get the source that was drawn for another"""
+    given: ClassVar[bool]
+    """whether the data have to bring the sources"""
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -38,6 +40,7 @@ class Independent:
 
     independent: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+    given: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, x1
@@ -51,6 +54,7 @@ class OptimalTransport:
 
     independent: ClassVar[bool] = False
     moves: ClassVar[bool] = True
+    given: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         _, order = linear_sum_assignment(torch.nan_to_num(squared_distances(batch.x, x1)).cpu().numpy())
@@ -71,6 +75,7 @@ class Bridge:
     """the diffusion of the bridge; 0.5 is half the spread of data that are scaled to one"""
     independent: ClassVar[bool] = False
     moves: ClassVar[bool] = True
+    given: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         plan = entropic_plan(squared_distances(batch.x, x1), 2 * self.sigma**2)
@@ -89,6 +94,7 @@ class Given:
 
     independent: ClassVar[bool] = False
     moves: ClassVar[bool] = False
+    given: ClassVar[bool] = True
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, given(batch)
@@ -97,7 +103,7 @@ class Given:
 def given(batch: Batch) -> Tensor:
     """``batch.x1``, or ``ValueError``."""
     if batch.x1 is None:
-        raise ValueError("coupling: given 'given', but the data hold no pairs (noise, sample); make them by reflow")
+        raise ValueError("data: hold no pairs (noise, sample), which this needs; make them of a run: genkit reflow RUN")
     return batch.x1
 
 

@@ -59,6 +59,10 @@ class Flow(Matching):
         return self.source.normal and self.coupling.independent
 
     @property
+    def paired(self) -> bool:
+        return self.coupling.given
+
+    @property
     def along(self) -> Path:
         return self.path
 

@@ -1,8 +1,9 @@
 """Reflow and distillation (Liu et al. 2023): train on the pairs (source, sample) that a model itself makes.
 
 ``flow`` with ``--objective.coupling=given`` on such pairs is reflow (section 2.2): the new ODE has the same marginals
-and a straighter way. Pairs of the reflowed model reflow it once more; ``Distil`` ends it with a model of one step.
-`genkit reflow RUN` makes the pairs, and the data source ``pairs`` reads them.
+and a straighter way. Pairs of the reflowed model reflow it once more; ``distil`` ends it with a model of one step.
+`genkit reflow RUN` makes the pairs, the data source ``pairs`` reads them, and ``--init RUN`` goes on from the model
+that made them, as the paper does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Distil(Matching):
     @property
     def diffuses(self) -> bool:
         return False
+
+    @property
+    def paired(self) -> bool:
+        return True
 
     @property
     def along(self) -> Path:
