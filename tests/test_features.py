@@ -5,6 +5,7 @@ The published file is looked for at ``$GENKIT_INCEPTION`` and where genkit looks
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -23,22 +24,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from genkit.codecs import Pixels
 from genkit.config import ConfigError, from_dict, parse, table, to_yaml
-from genkit.core import Spec
+from genkit.core import Label, Spec
 from genkit.data import DATA, InMemory
-from genkit.metrics import FEATURES, features
-from genkit.metrics.features import WAYS, Classifier, Features, Inception, Raw, Seen, like_tensorflow
+from genkit.metrics import FEATURES, Moments, features, frechet_distance
+from genkit.metrics.features import WAYS, Classifier, Features, Inception, Raw, Seen, find_weights, like_tensorflow
 from genkit.metrics.inception import NAME, Conv, InceptionV3, read_weights, sha256
 
 MODES = list(WAYS)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache() / NAME)
                   if p and Path(p).is_file()), None)  # fmt: skip
 published = pytest.mark.skipif(not PUBLISHED, reason=f"no {NAME}: name it with GENKIT_INCEPTION")
-CIFAR = Path(os.environ.get("GENKIT_DATA", "data"))
+ROOT = Path(os.environ.get("GENKIT_DATA", "data"))  # where MNIST may be
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +134,7 @@ def let_clean_fid_find(monkeypatch, folder: Path, weights: dict[str, torch.Tenso
     state = to_state_dict(weights)
     monkeypatch.setattr(cleanfid.inception_pytorch, "load_state_dict_from_url", lambda *a, **k: state)
     if layers is None:
-        whole = cleanfid.inception_pytorch.InceptionV3(resize_input=False, normalize_input=False)
+        whole = cleanfid.inception_pytorch.InceptionV3()
         layers = torch.jit.trace(nn.Sequential(*whole.blocks).eval(), torch.zeros(1, 3, 299, 299), check_trace=False)
     torch.jit.script(Script(layers)).save(str(folder / NAME))
     theirs = cleanfid.features.InceptionV3W
@@ -142,7 +145,7 @@ def by_clean_fid(folder: str, mode: str) -> np.ndarray:
     with warnings.catch_warnings():  # it changes the filters of the whole process
         network = cleanfid.features.build_feature_extractor(mode, torch.device("cpu"), use_dataparallel=False)
         return cleanfid.fid.get_folder_features(
-            folder, network, num_workers=0, batch_size=8, device=torch.device("cpu"), mode=mode, verbose=False
+            folder, network, num_workers=0, batch_size=2, device=torch.device("cpu"), mode=mode, verbose=False
         )
 
 
@@ -153,16 +156,348 @@ def assert_same(ours: torch.Tensor, theirs: np.ndarray, relative: float) -> None
     assert float(np.abs(ours.numpy() - theirs).max()) < relative * spread
 
 
-KINDS = {"rgb": pictures(2), "grey": pictures(2, c=1), "tall and large": pictures(2, h=330, w=41)}
-
-
 def test_the_three_modes_are_clean_fids_with_random_weights(random_weights, tmp_path, monkeypatch):
-    """Files of colour, grey and oblong pictures, read by clean-fid, through its two networks and all of its resizing."""
+    """Grey and oblong pictures, read from files by clean-fid, through its two networks and all of its resizing."""
     let_clean_fid_find(monkeypatch, tmp_path, random_weights)
     save_file(random_weights, tmp_path / "random.safetensors")
-    folders = {kind: as_folder(x, tmp_path / kind.replace(" ", "-")) for kind, x in KINDS.items()}
-    for mode in MODES:
+    oblong, grey = pictures(2, h=310, w=41), pictures(2, c=1, h=28, w=28)
+    for mode, x in (("clean", grey), ("clean", oblong), ("legacy_tensorflow", oblong), ("legacy_pytorch", oblong)):
+        folder = as_folder(x, tmp_path / f"{mode}{x.shape[1]}")
         see = Inception(mode, str(tmp_path / "random.safetensors")).load("cpu")
-        kinds = KINDS if mode != "legacy_pytorch" else {"tall and large": KINDS["tall and large"]}
-        for kind, x in kinds.items():
-            assert_same(see(x).features, by_clean_fid(folders[kind], mode), 1e-3)
+        assert_same(see(x).features, by_clean_fid(folder, mode), 1e-3)
+
+
+@published
+def test_the_three_modes_are_clean_fids_with_the_published_weights(tmp_path, monkeypatch):
+    weights = read_weights(PUBLISHED)
+    let_clean_fid_find(monkeypatch, tmp_path, weights, torch.jit.load(PUBLISHED).layers)
+    x = pictures(2)
+    folder = as_folder(x, tmp_path / "pictures")
+    for mode in MODES:
+        assert_same(Inception(mode, str(PUBLISHED)).load("cpu")(x).features, by_clean_fid(folder, mode), 1e-3)
+
+
+@published
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_fid_is_clean_fids(mode, tmp_path, monkeypatch):
+    """``cleanfid.fid.compute_fid`` on two folders of 100 files: to 1e-3 of its value."""
+    let_clean_fid_find(monkeypatch, tmp_path, read_weights(PUBLISHED), torch.jit.load(PUBLISHED).layers)
+    sets = [pictures(100, seed=1), pictures(100, seed=2) // 2 + 40]
+    folders = [as_folder(x, tmp_path / str(i)) for i, x in enumerate(sets)]
+    see = Inception(mode, str(PUBLISHED)).load("cpu")
+    ours = frechet_distance(*(Moments.of(see(x).features) for x in sets))
+    with warnings.catch_warnings():
+        theirs = cleanfid.fid.compute_fid(
+            *folders, mode=mode, num_workers=0, device=torch.device("cpu"), verbose=False, use_dataparallel=False
+        )
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- resizing
+@pytest.mark.parametrize("mode", ["clean", "legacy_pytorch"])
+def test_resizing_is_clean_fids(mode, tmp_path):
+    """As its data set reads and resizes files, oblong ones too: channels and sides in their places, to the bit."""
+    from cleanfid.utils import ResizeDataset
+
+    x = pictures(3, h=20, w=350)
+    folder = Path(as_folder(x, tmp_path / "x"))
+    with warnings.catch_warnings():
+        theirs = list(ResizeDataset(sorted(folder.glob("*.png")), mode))
+    assert torch.equal(WAYS[mode].resizer()(x), torch.stack(theirs))
+
+
+@pytest.mark.parametrize(("h", "w"), [(2, 5), (299, 299), (400, 31)])
+def test_tensorflows_resizing_by_its_formula(h, w):
+    """Pixel j takes ``j n / 299`` between its two neighbours, the last of which is repeated."""
+    x = pictures(1, h=h, w=w)
+    got, v = like_tensorflow(x)[0], x[0].double()
+    for i, j in [(0, 0), (298, 298), (150, 7), (7, 150), (297, 1), (200, 298)]:
+        (y, dy), (z, dz) = (divmod(k * n / 299, 1) for k, n in ((i, h), (j, w)))
+        y, z = int(y), int(z)
+        rows = [v[:, k, z] * (1 - dz) + v[:, k, min(z + 1, w - 1)] * dz for k in (y, min(y + 1, h - 1))]
+        assert torch.allclose(got[:, i, j].double(), rows[0] * (1 - dy) + rows[1] * dy, atol=0.05)
+
+
+def test_nobodys_warnings_are_silenced():
+    before = list(warnings.filters)
+    WAYS["legacy_pytorch"].resizer()
+    assert warnings.filters == before
+
+
+# --------------------------------------------------------------------------------------------------- network
+def test_batch_norm_is_folded_exactly():
+    g = torch.Generator().manual_seed(0)
+    p = {f"layers.a.{k}": torch.rand(*s, generator=g) for k, s in
+         {"weight": (4, 3, 1, 7), "beta": (4,), "mean": (4,), "var": (4,)}.items()}  # fmt: skip
+    p["layers.a.var"][0] = 1e-4  # where epsilon matters
+    x = torch.randn(2, 3, 9, 9, generator=g)
+    plain = F.conv2d(x, p["layers.a.weight"], stride=2, padding=(0, 3))
+    plain = F.batch_norm(plain, p["layers.a.mean"], p["layers.a.var"], None, p["layers.a.beta"], False, 0.1, 1e-3)
+    assert torch.allclose(Conv(p, "a", 2, (0, 3))(x), plain.relu(), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_without_their_bias(random_weights, tmp_path):
+    save_file(random_weights, tmp_path / "a.safetensors")
+    seen = Inception("legacy_tensorflow", str(tmp_path / "a.safetensors")).load("cpu")(pictures(1))
+    assert seen.logits is not None
+    assert torch.allclose(seen.logits, F.linear(seen.features, random_weights["output.weight"]), rtol=1e-4, atol=1e-2)
+
+
+def test_settings_say_it_all(random_weights, tmp_path):
+    save_file({k: v for k, v in random_weights.items() if k.startswith("layers")}, tmp_path / "a.safetensors")
+    exact, fast = (Inception("clean", str(tmp_path / "a.safetensors"), fast=f).load("cpu") for f in (False, True))
+    assert json.loads(json.dumps(dict(exact.settings))) == exact.settings
+    assert exact.settings["sha256"] == sha256(tmp_path / "a.safetensors")
+    assert {k for k in exact.settings if exact.settings[k] != fast.settings[k]} == {"precision"}
+    x = pictures(1)
+    assert torch.equal(exact(x[:, :1]).features, exact(x[:, :1].repeat(1, 3, 1, 1)).features)
+    assert exact(x).logits is None
+    for wrong in (torch.zeros(1, 4, 8, 8, dtype=torch.uint8), x.float(), torch.zeros(3, 2), x[:0]):
+        with pytest.raises(ValueError, match=r"inception: given .* needs pictures, uint8 \[B, 1 or 3, H, W\]"):
+            exact(wrong)
+
+
+# --------------------------------------------------------------------------------------------- weights' places
+def one_line(message: str) -> Any:
+    return pytest.raises(ValueError, match=rf"^(?!.*\n).*{message}")
+
+
+def test_weights_that_will_not_do(random_weights, tmp_path):
+    with one_line("which is not a file"):
+        Inception(weights=str(tmp_path / "absent.pt")).load("cpu")
+    for name in ("damaged.pt", "damaged.safetensors"):
+        (tmp_path / name).write_bytes(b"<html>not found</html>" * 100)
+        with one_line(f"{name} cannot be read as {NAME}"):
+            Inception(weights=str(tmp_path / name)).load("cpu")
+    with one_line("no tensor layers.conv.weight"):
+        InceptionV3({})
+    with one_line("no tensor layers.mixed_10.tower_1_mixed_conv_1.var"):
+        InceptionV3({k: v for k, v in random_weights.items() if k != "layers.mixed_10.tower_1_mixed_conv_1.var"})
+    with one_line("layers.conv_1 is not a convolution"):
+        InceptionV3(random_weights | {"layers.conv_1.mean": torch.zeros(3)})
+    with one_line("do not fit together"):
+        InceptionV3(random_weights | {"layers.conv_1.weight": torch.zeros(32, 31, 3, 3)})
+    with one_line("mode: given 'best'; allowed: clean, legacy_tensorflow, legacy_pytorch"):
+        Inception("best").load("cpu")  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_of_another_width(random_weights, tmp_path):
+    narrow = {k: v[:100] if k.startswith("layers.mixed_10.conv.") else v for k, v in random_weights.items()}
+    save_file({k: v.contiguous() for k, v in narrow.items() if k != "output.weight"}, tmp_path / "a.safetensors")
+    with one_line("gives 1828 features; needs the 2048"):
+        Inception(weights=str(tmp_path / "a.safetensors")).load("cpu")
+
+
+def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "CLEAN_FID", tmp_path / NAME)
+
+    def no_network(url):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    wanted = tmp_path / "cache" / NAME
+    with one_line(f"no route to host.*put it at {wanted}, or name it with --features.weights"):
+        Inception().load("cpu")
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO(b"half of a fi"))
+    with one_line("cannot be read"):
+        Inception().load("cpu")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO(script.getvalue()))
+    assert find_weights(None) == wanted
+    assert [p.name for p in wanted.parent.iterdir()] == [NAME]
+    assert sorted(read_weights(wanted)) == ["bias", "weight"]
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    assert find_weights(None) == wanted
+    (tmp_path / NAME).touch()
+    assert find_weights(None) == tmp_path / NAME
+    assert find_weights("mine") == Path("mine")
+
+
+# ------------------------------------------------------------------------------------------------------- fast
+@published
+@pytest.mark.slow
+def test_fast_is_three_times_as_fast():
+    """As the TorchScript network, in the same process; the best of three, since others may be at work here."""
+    theirs, x = torch.jit.load(PUBLISHED).eval(), pictures(16)
+    see = Inception("legacy_tensorflow", str(PUBLISHED), fast=True).load("cpu")
+
+    def seconds(f: Any) -> float:
+        times = []
+        for _ in range(4):
+            start = time.process_time()
+            f()
+            times.append(time.process_time() - start)
+        return min(times[1:])
+
+    with torch.no_grad():
+        slow = seconds(lambda: theirs.layers((like_tensorflow(x) - 128) / 128))
+    assert slow / seconds(lambda: see(x)) > 3
+
+
+# ------------------------------------------------------------------------------------------------- classifier
+@pytest.fixture(scope="session")
+def digits():
+    return DATA["digits"]().load("train")
+
+
+@pytest.fixture(scope="session")
+def scored(digits, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("GENKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return Classifier(250).load("cpu", digits)
+
+
+def test_the_classifier_knows_digits(scored):
+    test = DATA["digits"]().load("test")
+    features, logits = scored(test.x)
+    assert features.shape == (len(test), scored.dim)
+    assert float((logits.argmax(1) == test.cond["label"]).double().mean()) >= 0.98
+    assert scored.settings["accuracy"] >= 0.98
+    assert scored.settings["held_out"] == 143
+    assert torch.allclose(scored.network.scores(features), logits, atol=1e-5)
+    assert json.loads(json.dumps(scored.settings)) == scored.settings
+    assert torch.allclose(scored(test.x[7:8]).logits, logits[7:8], atol=1e-4)  # not of the others in its batch
+
+
+def test_the_classifier_is_kept(digits, scored, monkeypatch):
+    """Known by the content of the data; a damaged file is made anew."""
+
+    class Trained(Exception): ...
+
+    def train(*_):
+        raise Trained
+
+    monkeypatch.setattr(Classifier, "_train", train)
+    again = Classifier(250).load("cpu", digits)
+    x = pictures(5, 1, 8, 8)
+    assert all(torch.equal(a, b) for a, b in zip(again(x), scored(x), strict=True))
+    assert again.settings == scored.settings
+    changed = digits.x.clone()
+    changed[0, 0, 0, 0] += 1
+    relabelled = {"label": digits.cond["label"].roll(1)}
+    for how, data in (
+        (Classifier(301), digits),
+        (Classifier(250, seed=1), digits),
+        (Classifier(250), InMemory(changed, digits.cond, digits.spec, digits.codec)),
+        (Classifier(250), InMemory(digits.x, relabelled, digits.spec, digits.codec)),
+    ):
+        with pytest.raises(Trained):
+            how.load("cpu", data)
+    (file,) = features.cache().glob(f"classifier-{scored.settings['sha256'][:16]}*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    try:
+        with pytest.raises(Trained):
+            Classifier(250).load("cpu", digits)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_the_classifier_is_a_function_of_its_seed(digits, tmp_path, monkeypatch):
+    """And it takes no random numbers from others, nor gives them any."""
+    x, seen = pictures(5, 1, 8, 8), []
+    for i, seed in enumerate((0, 0, 1)):
+        monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / str(i)))
+        torch.manual_seed(i)
+        before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+        with torch.no_grad():
+            seen.append(Classifier(3, seed).load("cpu", digits)(x).features)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert torch.get_num_threads() == threads
+        assert [p.suffix for p in (tmp_path / str(i)).iterdir()] == [".safetensors"]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.allclose(seen[0], seen[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 5, 17), (2, 2, 2)])
+def test_the_classifier_takes_pictures_of_any_shape(shape):
+    label = torch.arange(40) % 2
+    x = (label.reshape(-1, 1, 1, 1) * 100 + torch.randint(50, (40, *shape))).to(torch.uint8)
+    data = InMemory(x, {"label": label}, Spec(shape, {"label": Label(2)}), Pixels())
+    see = Classifier(30).load("cpu", data)
+    assert bool((see(x).logits.argmax(1) == label).all())
+    with one_line("classifier: given .* needs uint8 pictures"):
+        see(x[..., :-1])
+
+
+def test_what_the_classifier_refuses(digits, tmp_path, monkeypatch):
+    bare = InMemory(digits.x, {}, Spec((1, 8, 8)), digits.codec)
+    large = InMemory(pictures(20, h=33), {}, Spec((3, 33, 32), digits.spec.cond), digits.codec)
+    few = InMemory(digits.x[:19], {}, digits.spec, digits.codec)
+    floats = InMemory(digits.x.float(), digits.cond, digits.spec, digits.codec)
+    for data, message in (
+        (None, "there are no data"),
+        (bare, "no labels; take --features inception or raw"),
+        (large, "at most 32 pixels a side"),
+        (few, "given 19 samples of shape"),
+        (floats, "given torch.float32; needs uint8"),
+    ):
+        with one_line(message):
+            Classifier().load("cpu", data)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "file"))
+    with one_line("cannot be written .*set GENKIT_CACHE"):
+        Classifier(1).load("cpu", digits)
+
+
+@pytest.mark.slow
+def test_the_classifier_knows_mnist():
+    """Within a minute of one core (12 s measured)."""
+    try:
+        data = [DATA["mnist"](root=str(ROOT)).load(split) for split in ("train", "test")]
+    except ValueError as e:
+        pytest.skip(str(e))
+    start = time.process_time()
+    see = Classifier().load("cpu", data[0])
+    assert time.process_time() - start < 60
+    right = see(data[1].x).logits.argmax(1) == data[1].cond["label"]
+    assert float(right.double().mean()) >= 0.985
+
+
+# ------------------------------------------------------------------------------------------- raw, and the table
+def test_raw():
+    see = Raw().load("cpu", DATA["moons"]().load("train"))
+    assert see.dim == 2
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert torch.equal(see(x).features, x.float())
+    assert see(x).logits is None
+    with one_line("given samples of 3 numbers; needs 2"):
+        see(torch.zeros(1, 3))
+    with one_line("given shape"):
+        see(torch.zeros(2))
+    see, p = Raw().load("cpu"), pictures(2, h=2, w=3)
+    assert torch.equal(see(p).features[1].reshape(3, 2, 3), p[1].float())
+    assert see.dim == 18
+    assert json.loads(json.dumps(see.settings)) == see.settings
+
+
+@dataclass(frozen=True)
+class Mean(Features):
+    """From outside."""
+
+    scale: float = 1.0
+
+    def load(self, device, data=None):
+        return lambda x: Seen(self.scale * x.float().mean((1, 2, 3))[:, None], None)
+
+
+@dataclass(frozen=True)
+class Job:
+    features: Any = table("genkit.metrics:FEATURES", "inception", kind="genkit.metrics.features:Features")
+
+
+def test_the_table():
+    job = parse(Job, ["--features", "inception", "--features.mode", "legacy_pytorch", "--features.fast"], "genkit x")
+    assert job.features == Inception("legacy_pytorch", fast=True)
+    for name in FEATURES:
+        job = from_dict(Job, {"features": name})
+        assert from_dict(Job, yaml.safe_load(to_yaml(job))) == job
+    mine = parse(Job, ["--features", f"{__name__}:Mean", "--features.scale", "2"], "genkit x").features
+    assert mine.load("cpu")(torch.full((1, 1, 2, 2), 3)).features.item() == 6
+    with pytest.raises(ConfigError, match="mode"):
+        parse(Job, ["--features.mode", "cleann"], "genkit x")
