@@ -537,7 +537,7 @@ def curve_plot(title: str, curves: Mapping[str, list[Point]], log_scale: bool = 
             if low != high:
                 axes.fill_between(step, low, high, color=COLOURS[i % 8], alpha=0.25, lw=0)
             axes.plot(step, mean, label=short(key), lw=1.3, marker="o" if len(step) == 1 else "", **look(i))
-        if log_scale and all(p.low > 0 for p in every):
+        if log_scale and max(p.high for p in every) > 3 * min(p.low for p in every) > 0:
             logarithmic(axes.yaxis, [p.low for p in every] + [p.high for p in every])
         plain_ticks(axes.xaxis)
         axes.set_xlabel("step")

@@ -369,17 +369,20 @@ def test_seconds_over_sessions(run):
 
 @pytest.mark.slow
 def test_a_million_lines(run):
-    """In little memory, and to a page of the same size."""
+    """In the memory of few, and to a page of the same size."""
     import tracemalloc
 
     line = json.dumps(lines(7)[6]) + "\n"
     with open(run / "log.jsonl", "w") as f:
-        for i in range(1_000_000):
-            f.write(line.replace('"step": 70', f'"step": {i}'))
+        f.writelines(line.replace('"step": 70', f'"step": {i}') for i in range(100_000))
     tracemalloc.start()
+    report.read_log(run / "log.jsonl")
+    assert tracemalloc.get_traced_memory()[1] < 8e6  # the file has 16 MB, its objects 100 MB
+    tracemalloc.stop()
+    with open(run / "log.jsonl", "w") as f:
+        f.writelines(line.replace('"step": 70', f'"step": {i}') for i in range(1_000_000))
     html = report.run_page(run)
-    assert tracemalloc.get_traced_memory()[1] < 64e6
-    assert len(html) < 400_000
+    assert len(html) < 200_000
     assert "1000000 lines, 2000 to a point" in html
 
 

@@ -8,12 +8,19 @@ import importlib
 BENCHES = {  # name -> (module with main(argv), one line of help)
     "speed": ("genkit.bench.speed", "a training step of our U-Net against diffusers' in the loop of its example"),
     "overhead": ("genkit.bench.overhead", "what samplers cost besides the network, against diffusers' schedulers"),
+    "quality": ("genkit.bench.quality", "objectives on one network, data and budget, measured with one ruler"),
     "order": ("genkit.bench.order", "the convergence order of every solver, on a mixture in closed form"),
+    "toy": ("genkit.bench.toy", "flows in the plane with and without optimal transport, beside the published table"),
+    "prediction": (
+        "genkit.bench.prediction",
+        "what to predict, x0, eps or velocity, of a plane in 512 dimensions",
+    ),
+    "reflow": ("genkit.bench.reflow", "one step of 1-, 2- and 3-rectified flow, and distilled"),
 }
 
 
 def main(argv: list[str]) -> int:
-    lines = "\n".join(f"  {name:<8} {text}" for name, (_, text) in BENCHES.items())
+    lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in BENCHES.items())
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: genkit bench NAME [options]\n\nmeasurements:\n{lines}\n\ngenkit bench NAME --help says more.")
         return 0
