@@ -293,6 +293,7 @@ def test_kid_of_subsets():
     x, y = 0.3 + normal(300, 8), normal(300, 8, seed=1)
     whole, many, few = metrics.kid(x, y), metrics.kid(x, y, 200, 50), metrics.kid(x, y, 5, 50)
     assert many.value == pytest.approx(whole.value, rel=0.1)
+    assert 1 < (many.high - many.low) / (whole.high - whole.low) < 1.6
     assert few.high - few.low > 1.5 * (whole.high - whole.low)
     assert metrics.kid(x, y, 5, 50) == few
     assert metrics.kid(x, y, 5, 50, np.random.default_rng(1)) != few

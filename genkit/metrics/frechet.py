@@ -216,7 +216,6 @@ def factors(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]
             return factor, lambda v: torch.linalg.solve_triangular(factor, v, upper=False)
     values, vectors = torch.linalg.eigh(cov)
     keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    keep[: len(cov) - rank] = False
     values, vectors = values[keep], vectors[:, keep]
     return vectors * values.sqrt(), lambda v: (vectors / values.sqrt()).T @ v
 
