@@ -20,7 +20,7 @@ from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import Sampling, Sweep, parse
 from genkit.config.blocks import suggest
 from genkit.evaluate import Drawn, Ranks, Ruler, cards, is_picture, ruler
-from genkit.evaluate.measure import key_of
+from genkit.evaluate.shards import key_of
 from genkit.metrics import METRICS
 
 console = Console(highlight=False, soft_wrap=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from genkit.evaluate import cards
 from genkit.evaluate.cards import Card, compare, newest
-from genkit.evaluate.measure import Found, Ranks, measure, reference
-from genkit.evaluate.ruler import FEATURES, Ruler, is_picture, named, ruler
+from genkit.evaluate.rulers import FEATURES, Ruler, is_picture, named, ruler
+from genkit.evaluate.shards import Found, Ranks, measure, reference
 from genkit.evaluate.sources import OPTIONS, Drawn, Given, Named, data_of, find_data, how_of, is_stats, weights_sha256
 from genkit.metrics import Settings
 

@@ -17,7 +17,7 @@ from pathlib import Path as File
 from typing import Any
 
 from genkit import __version__
-from genkit.evaluate.measure import key_of
+from genkit.evaluate.shards import key_of
 from genkit.metrics import Estimate
 
 Card = dict[str, Any]

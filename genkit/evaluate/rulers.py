@@ -15,7 +15,7 @@ from genkit import config, runs
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
 from genkit.evaluate import cards
-from genkit.evaluate.measure import Found, Progress, Ranks, measure, quiet, reference
+from genkit.evaluate.shards import Found, Progress, Ranks, measure, quiet, reference, require_logits
 from genkit.evaluate.sources import Drawn, Given, Samples, class_of, data_of, how_of, split_rows
 from genkit.metrics import METRICS, Estimate, Measured, Metric, Moments, Settings, bias_warning
 from genkit.metrics.features import FEATURES as ALL
@@ -197,6 +197,8 @@ def ruler(
     if ranks.world > 1:  # one that trains itself shall do so once, and the others find it in the cache
         ranks.once(lambda: bool(wanted.load(device, learns)))
     extractor = wanted.load(device, learns)
+    if stored is not None and any("logits" in KEEPS[m.needs] for m in metrics.values()):
+        require_logits(extractor(stored.rows(0, 1, 1).x), extractor)
     for source in (s for s in (samples, stored) if isinstance(s, Given) and s.hashed is None):
         source.hashed = ranks.once(source.hash)  # which also reads every file, before the work
     made = Ruler(metrics, extractor, settings, None, {}, torch.device(device), batch, ranks)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.evaluate.sources import Given, Rows, Samples, split_rows
 from genkit.metrics import Measured, Moments
-from genkit.metrics.features import Extractor, cache
+from genkit.metrics.features import Extractor, Seen, cache
 
 KEPT = ("features", "logits", "labels")
 SAVE = 30.0  # seconds of work that a kill may cost
@@ -133,7 +133,6 @@ def measure(
     batch: int = 64,
     ranks: Ranks = Ranks(),
     partial: File | None = None,
-    save_every: float = SAVE,
     progress: Progress = quiet,
 ) -> Found:
     """The moments of the features of ``n`` samples, and of ``keep`` (features, logits, labels) the rows themselves.
@@ -160,7 +159,7 @@ def measure(
                 progress(min(n, (turn + 1) * ranks.world * len(blocks[0])))
                 now = time.perf_counter()
                 shard.seconds = now - began
-                if path and now - saved >= save_every:
+                if path and now - saved >= SAVE:
                     shard.save(path)
                     saved = time.perf_counter() + 20 * (time.perf_counter() - now)  # at most a twentieth of the time
         except (ValueError, OSError) as e:
@@ -192,10 +191,19 @@ def add(shard: Shard, samples: Samples, extractor: Extractor, rows: range, n: in
     found = shard.moments or Moments.zeros(seen.features.shape[1])
     shard.moments = found.to(seen.features.device)
     shard.moments.add(seen.features)
+    if "logits" in keep:
+        require_logits(seen, extractor)
     for name, value in {"features": seen.features, "logits": seen.logits, "labels": drawn.labels}.items():
         if name in keep and value is not None:
             shard.kept[name].append(value.cpu())
     shard.blocks, shard.calls, shard.passes = shard.blocks + 1, shard.calls + drawn.calls, shard.passes + drawn.passes
+
+
+def require_logits(seen: Seen, extractor: Extractor) -> None:
+    if seen.logits is None:
+        name = extractor.settings.get("name", "these")
+        raise ValueError(f"metrics: {name} features have no scores of classes, which is and accuracy need; "
+                         "take --features inception or classifier")  # fmt: skip
 
 
 def combine(shards: Sequence[Shard], blocks: Sequence[range], n: int, extractor: Extractor) -> Found:
