@@ -211,6 +211,30 @@ class Shifted:
         return self.path.norm(a, s)
 
 
+@dataclass(frozen=True)
+class Between:
+    """``path`` to a source that is not normal noise drawn apart from the data: its ODE is right, but the noise that is
+    expected at x says nothing of the score there. :func:`require_noise` refuses it where a score is needed.
+    """
+
+    path: Path
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.path.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.path.sigma(t)
+
+
+def require_noise(name: str, path: Path) -> None:
+    """``ValueError`` where ``name`` needs a diffusion and the path is another's."""
+    if isinstance(path, Between):
+        raise ValueError(
+            f"{name}: given a flow whose source or coupling makes it no diffusion, so that it has no score; allowed: "
+            "models of --objective.source=normal and --objective.coupling=independent"
+        )
+
+
 PATHS: Mapping[str, type] = {
     "linear": Linear,
     "cosine": Cosine,

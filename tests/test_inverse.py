@@ -5,10 +5,13 @@ import torch
 from exact import F64, ExactDenoiser, Mixture
 
 from genkit.core import Prediction
-from genkit.guidance import classifier_free, compose, moved, within
+from genkit.guidance import by_classifier, classifier_free, compose, moved, within
 from genkit.inverse import Average, Blur, Dense, Mask, Measurement, dps, measure, pigdm, sdedit
+from genkit.objectives import Flow
+from genkit.objectives.couplings import Given, OptimalTransport
+from genkit.objectives.sources import Anchored
 from genkit.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
-from genkit.sampling import SAMPLERS, Counted, Seeds, bind, uniform
+from genkit.sampling import SAMPLERS, Counted, Seeds, bind, uniform, variational_bound
 
 PATH_LIST = [cls() for cls in PATHS.values()]
 VARIANCE, NOISE, DIM = 0.7, 0.3, 4
@@ -371,3 +374,34 @@ def test_mistakes_are_refused_in_one_line(message):
         MISTAKES[message]()
     assert "\n" not in str(caught.value)
     assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("flow", [Flow(coupling=OptimalTransport()), Flow(source=Anchored()), Flow(coupling=Given())])
+def test_flows_that_are_no_diffusions_are_refused(flow):
+    """Their ODE is right, but nothing that rests on a score is; also behind other guidance. A usual flow is taken."""
+    other, usual = ({"net": lambda x, t, c: 0 * x}, flow), ({"net": lambda x, t, c: 0 * x}, Flow())
+    bare = lambda d: d  # noqa: E731
+    z, x = torch.randn(2, 2), torch.zeros(2, 2)
+
+    def denoiser(nets, objective):
+        found = []
+        objective.generator(nets, lambda d: found.append(d) or bare)
+        return found[0]
+
+    for use in (
+        lambda d: sdedit(d, x, uniform(3)(d.path)),
+        lambda d: bind("heun", 3, pigdm(measure(Mask(torch.tensor([True, False])), x)))(d)(z, {}),
+        lambda d: bind("heun", 3, dps(measure(Mask(torch.tensor([True, False])), x)))(classifier_free(2.0)(d))(z, {}),
+        lambda d: variational_bound(d, x, times=uniform(3)(d.path)),
+        lambda d: by_classifier(Straight())(d),
+    ):
+        with pytest.raises(ValueError, match=r"makes it no diffusion.*allowed: models of") as caught:
+            use(denoiser(*other))
+        assert "\n" not in str(caught.value)
+    sdedit(denoiser(*usual), x, uniform(3)(Linear()))
+    by_classifier(Straight())(denoiser(*usual))
+    assert torch.equal(bind("heun", 3)(denoiser(*other))(z, {}), z)  # the ODE is taken
+
+
+class Straight:
+    path = Linear()

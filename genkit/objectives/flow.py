@@ -15,8 +15,8 @@ from genkit.objectives.matching import Matching, PredictionName
 from genkit.objectives.sources import SOURCES, Normal, Source
 from genkit.objectives.times import TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
-from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
-from genkit.paths import Linear
+from genkit.parametrize import PARAMETRIZATIONS, NetDenoiser, refuse_singular
+from genkit.paths import Between, Linear
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ class Flow(Matching):
 
     def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.coupling(batch, self.source(batch.normal(), batch.cond), self.path, t)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        return NetDenoiser(net, self.path if self.diffuses else Between(self.path), self.parametrization)
 
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, expand
+from genkit.paths import require_noise
 from genkit.reverse import log_variance, reverse_step, width
 from genkit.sampling.sde import NONE_LEARNED
 from genkit.sampling.steps import ask, fresh, nodes, require
@@ -58,6 +59,7 @@ def variational_bound(
     levels (Ho et al. 2020, eq. 13), else of the density of ``x0``.
     """
     require("variance", variance, "small, large, learned", variance in (None, "learned", *WIDTHS))
+    require_noise("bound", denoise.path)
     grid = nodes(denoise.path, times)
     if grid[0].t != 1 or grid[-1].t != 0:
         raise ValueError(f"times: given {grid[0].t:.3g} … {grid[-1].t:.3g}; a bound needs the whole path, 1 … 0")
