@@ -123,7 +123,10 @@ WAYS: dict[str, Way] = {
 
 @dataclass(frozen=True)
 class Inception(Features):
-    """Inception-v3 through clean-fid (Parmar et al. 2022): the features of the FID, resizing included."""
+    """Inception-v3 through clean-fid (Parmar et al. 2022): the features of the FID, resizing included.
+
+    ``fast`` wants a CPU with bf16 instructions, or a GPU; without, it is slower than fp32.
+    """
 
     mode: Mode = "clean"
     """How pictures become 299x299; FIDs of different modes do not compare (Parmar et al. 2022)."""
