@@ -346,6 +346,14 @@ def test_inception_score_of_splits():
     assert metrics.inception_score(two + 50, 1).value == pytest.approx(truth, rel=1e-5)  # a constant adds nothing
 
 
+def test_the_interval_of_the_inception_score():
+    """Of 200 intervals of 95 % about that many hold the mean, and one in two of 50 %."""
+    for level, least, most in ((0.95, 0.88, 0.99), (0.5, 0.4, 0.62)):
+        found = [metrics.inception_score(2 * normal(200, 3, seed=s), 10, level=level) for s in range(200)]
+        mean = np.mean([e.value for e in found])
+        assert least <= np.mean([e.low < mean < e.high for e in found]) <= most
+
+
 # ----------------------------------------------------------------------------------------------- transport
 def test_wasserstein_of_known_sets():
     x, v = normal(40, 3), torch.tensor([3.0, 0.0, 4.0], dtype=F64)
