@@ -429,6 +429,34 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
         "self.uniform() < probability",
         "tests/test_objectives.py -k drop",
     ),
+    (
+        "genkit/metrics/frechet.py",
+        "limit = 2 * value - sum(halves) / 2",
+        "limit = 2 * value - sum(halves)",
+        "tests/test_metrics.py",
+    ),
+    ("genkit/metrics/frechet.py", "n * (vectors[:, -rank:]", "(n - 1) * (vectors[:, -rank:]", "tests/test_metrics.py"),
+    ("genkit/metrics/frechet.py", "(self.n * other.n / n)", "(self.n * other.n / (n + 1))", "tests/test_metrics.py"),
+    ("genkit/metrics/kernel.py", "(len(k) - 1)", "len(k)", "tests/test_metrics.py"),
+    ("genkit/metrics/kernel.py", "+ spread, level", "+ 0, level", "tests/test_metrics.py"),
+    ("genkit/metrics/manifold.py", "distance.kthvalue(k, 1)", "distance.kthvalue(k + 1, 1)", "tests/test_metrics.py"),
+    ("genkit/metrics/score.py", "logits[order].double()", "logits.double()", "tests/test_metrics.py"),
+    (
+        "genkit/metrics/transport.py",
+        "(widths[:, None] * (a[i] - b[j]).square()).sum(0)",
+        "(a[i] - b[j]).square().mean(0)",
+        "tests/test_metrics.py",
+    ),
+    ("genkit/metrics/inception.py", "EPS = 1e-3", "EPS = 1e-5", "tests/test_features.py"),
+    ("genkit/metrics/inception.py", "count_include_pad=False", "count_include_pad=True", "tests/test_features.py"),
+    (
+        "genkit/metrics/inception.py",
+        'mixed_8(p, "mixed_10", nn.MaxPool2d(3, 1, 1))',
+        'mixed_8(p, "mixed_10", Average())',
+        "tests/test_features.py",
+    ),
+    ("genkit/metrics/features.py", "for part in (x, y):", "for part in (x,):", "tests/test_features.py"),
+    ("genkit/metrics/features.py", "with torch.random.fork_rng(devices=[]):", "if True:", "tests/test_features.py"),
 ]
 
 
