@@ -203,13 +203,14 @@ class Spectral(nn.Module):
         self.settle(weight, 20)
 
     def forward(self, weight: Tensor) -> Tensor:
-        sigma = self.u.clone() @ (weight.flatten(1) @ self.v.clone())
-        return weight / sigma.clamp(min=1)
+        with torch.autocast(weight.device.type, enabled=False):
+            sigma = self.u.clone() @ (weight.flatten(1) @ self.v.clone())
+            return weight / sigma.clamp(min=1)
 
     @torch.no_grad()
     def settle(self, weight: Tensor, times: int) -> None:
         """``v = W^T u / |W^T u|``, ``u = W v / |W v|``; a weight of zeros leaves u, from which it starts again."""
-        flat = weight.detach().flatten(1).float()
+        flat = weight.detach().flatten(1)
         for _ in range(times):
             self.v.copy_(F.normalize(flat.T @ self.u, dim=0))
             u = flat @ self.v
