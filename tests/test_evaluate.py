@@ -11,17 +11,21 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from genkit import cli, runs
+from genkit import cli, config, runs
+from genkit.backbones import MLP
+from genkit.commands.watch import watch
 from genkit.core import Loss, Objective, Phase
 from genkit.evaluate import Drawn, Ranks, cards, find_data, measure
 from genkit.evaluate.sources import split_rows
 from genkit.metrics.features import Classifier, Raw, RawExtractor
+from genkit.train import start
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--sample-every=0", "--warmup=0", "--batch=16", "--lr=1e-3"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -376,8 +380,8 @@ def test_two_ranks_draw_and_measure_what_one_does(tmp_path, moons, monkeypatch):
 def test_accelerate_launch_writes_the_card_of_one_rank(tmp_path, moons):
     argv = ["eval", str(moons), "--metrics=fid,w2,mmd", "--n=100", "--steps=3", "--device=cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "genkit"]
-    for name, start in {"one": [sys.executable, "-m", "genkit"], "two": command}.items():
-        done = subprocess.run([*start, *argv, f"--out={tmp_path}/{name}.json"], cwd=tmp_path, env=ENV,
+    for name, begin in {"one": [sys.executable, "-m", "genkit"], "two": command}.items():
+        done = subprocess.run([*begin, *argv, f"--out={tmp_path}/{name}.json"], cwd=tmp_path, env=ENV,
                               capture_output=True, text=True, timeout=300)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = (cards.read(tmp_path / f"{name}.json") for name in ("one", "two"))
@@ -436,6 +440,37 @@ def test_watching_a_training_does_not_change_it(tmp_path):
 
     events = EventAccumulator(str(watched / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("eval/w2")] == [3, 6]
+
+
+def test_what_is_watched_goes_on_training(tmp_path):
+    """Without an average the networks themselves are measured, and must have their dropout back."""
+    cfg = replace(config.Train(), eval_every=1, eval_n=4, eval_steps=1, ema=(), precision="fp32")
+    cfg = replace(cfg, data=find_data("moons").config, backbone=MLP(width=8))
+    data = cfg.data.load("train")
+    state = start(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
+    seen = []
+    state.nets["net"].train().register_forward_hook(lambda net, *_: seen.append(net.training))
+    card = watch(cfg, state, data, Accelerator(cpu=True))(state, tmp_path)
+    assert set(seen) == {False}
+    assert state.nets["net"].training
+    assert card["settings"]["ema"] == "none"
+
+
+@pytest.mark.slow
+def test_two_ranks_that_train_watch_together(tmp_path):
+    """The card is what one rank makes of that checkpoint afterwards."""
+    args = ["train", *TRAIN, "--data=moons", "--data.n=300", "--backbone.width=16", "--steps=4", "--eval-every=2",
+            "--eval-n=50", "--eval-metrics=fid,w2", "--save-every=2"]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "genkit"]
+    done = subprocess.run([*command, *args], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = (tmp_path / "runs" / "latest").resolve()
+    told = {c["settings"]["step"]: c for c in map(cards.read, run.glob("eval/*.json"))}
+    assert sorted(told) == [2, 4]
+    for step, card in told.items():
+        alone = card_of(tmp_path, run, "--n=50", "--metrics=fid,w2", "--batch=16", f"--step={step}")
+        assert card["settings"]["ranks"] == 2
+        assert values(alone) == pytest.approx(values(card), rel=1e-10)
 
 
 def test_a_mistake_in_what_to_watch_is_found_before_training(tmp_path, capsys):

@@ -38,4 +38,4 @@ def start_ranks(num: int, command: str, argv: list[str]) -> None:
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
     sys.stdout.flush()
-    os.execve(sys.executable, [*run, "-m", "genkit", command, *argv], env)
+    os.execve(sys.executable, [*run, "-m", "--", "genkit", command, *argv], env)
