@@ -423,7 +423,8 @@ def begin(nets: Mapping[str, nn.Module], path: str | File) -> dict[str, str]:
     ``ValueError`` names the first tensor that does not fit.
     """
     other = load(path, device="cpu")
-    stored, wanted = tensors(other.nets), tensors(nets)
+    both = {k for k in nets if k in other.nets or any(True for _ in nets[k].parameters())}  # a new memory may be empty
+    stored, wanted = (tensors({k: v for k, v in each.items() if k in both}) for each in (other.nets, nets))
     for key in sorted(wanted.keys() | stored.keys()):
         there, here = (list(v[key].shape) if key in v else None for v in (stored, wanted))
         if there != here:
@@ -431,7 +432,7 @@ def begin(nets: Mapping[str, nn.Module], path: str | File) -> dict[str, str]:
                 f"init: {other.directory.name} does not fit, first at {key}: {there or 'absent'} there, "
                 f"{here or 'absent'} here; needs the same --backbone and samples of the same shape and conditions"
             )
-    fill(nets, stored, other.directory)
+    fill({k: nets[k] for k in both}, stored, other.directory)
     return {"run": str(other.directory), "weights": other.weights}
 
 

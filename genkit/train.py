@@ -159,7 +159,8 @@ def fit(
     if cfg.compile:
         for net in state.nets.values():
             net.compile()
-    wrapped = {k: accelerator.prepare_model(net) for k, net in state.nets.items()}
+    learned = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]  # DDP wants no mere memory
+    wrapped = {k: accelerator.prepare_model(net) if k in learned else net for k, net in state.nets.items()}
     pieces = micro_batches(local, cfg.micro)
     bf16 = cfg.precision == "bf16"
     streak, skipped = torch.zeros((), device=device), torch.zeros((), device=device)

@@ -13,7 +13,7 @@ from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import DDPM, EDM, OBJECTIVES, Flow
 from genkit.objectives.ddpm import log_variance, reverse_step
 from genkit.objectives.matching import Place
-from genkit.objectives.times import TIMES
+from genkit.objectives.times import TIMES, History
 from genkit.objectives.weights import P2, Constant, Lambda, MinSNR
 from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, mix
 from genkit.sampling import bind
@@ -394,3 +394,74 @@ def test_a_small_network_learns_two_gaussians():
         side = (x.mean(1) > 0).float().mean()
         assert 0.35 < float(side) < 0.65, objective
         assert float((x.abs() - 1).abs().mean()) < 0.3, objective
+
+
+# ------------------------------------------------------------------------------------------ loss-aware times
+def remembering(objective, losses):
+    """A memory that holds the mean square ``losses(t)^2`` of each bin."""
+    history = History()
+    middle = (torch.arange(History.BINS, dtype=F64) + 0.5) / History.BINS
+    history.note(middle.repeat(20), losses(middle).repeat(20))
+    history.settle()
+    return history
+
+
+@pytest.mark.parametrize("objective", [Flow(path=VP(), space="x0", prediction="eps", times="loss-aware"),
+                                       DDPM(space="x0", timesteps=70, times="loss-aware")])  # fmt: skip
+def test_loss_aware_times_leave_the_loss_as_it_is_and_calm_its_gradient(objective):
+    """The mean of losses and gradients is that of uniform times; their variance falls where losses are unequal."""
+    n, spread, means = 60_000, {}, {}
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    weight = torch.tensor(0.9, dtype=F64, requires_grad=True)
+    plain = replace(objective, times="uniform")
+    rms = lambda t: 0.02 + 3 * (plain.along.sigma(t) / plain.along.alpha(t)).clamp(max=20) ** 2  # noqa: E731
+    for name, each in (("uniform", plain), ("aware", objective)):
+        nets = {"net": lambda x, t, c: weight * 0.3 * x, "history": remembering(objective, rms)}
+        loss = each.loss("denoise", nets, Batch(x, draw=Draw((5,), 0, n))).per_sample
+        # the loss is quadratic in the weight: its slope at each sample, by two values of it
+        with torch.no_grad():
+            up, down = (each.loss("denoise", {**nets, "net": lambda x, t, c, k=k: k * 0.3 * x}, Batch(
+                x, draw=Draw((5,), 0, n))).per_sample for k in (1.0, 0.8))  # fmt: skip
+        for what, v in (("loss", loss.detach()), ("slope", (up - down) / 0.2)):
+            spread[name, what], means[name, what] = float(v.std()) / n**0.5, float(v.mean())
+    for what in ("loss", "slope"):
+        error = (spread["uniform", what] ** 2 + spread["aware", what] ** 2) ** 0.5
+        assert abs(means["uniform", what] - means["aware", what]) < 4 * error
+        assert spread["aware", what] < 0.75 * spread["uniform", what], spread
+
+
+def test_times_are_drawn_by_the_root_mean_square_of_each_part():
+    """Half the parts have twice the loss: two thirds of the times, all of (0, 1]; alike until each part is known."""
+    loss = lambda t: torch.where(t > 0.5, 2.0, 1.0).double()  # noqa: E731
+    history = remembering(Flow(), loss)
+    t = history.draw(Batch(torch.zeros(100_000, 1, dtype=F64), draw=Draw((3,), 0, 100_000)))
+    assert float(t.min()) > 0
+    assert float(t.max()) <= 1
+    assert float((t > 0.5).double().mean()) == pytest.approx(2 / 3, abs=0.01)
+    assert float(t[t > 0.5].mean()) == pytest.approx(0.75, abs=0.005)
+    assert float(history.weight(t).mean()) == pytest.approx(1, abs=0.01)
+    young = History()
+    young.note(t[:500], loss(t[:500]))
+    young.settle()
+    assert torch.allclose(young.shares(), torch.full_like(young.shares(), 1 / History.BINS))
+    history.note(torch.tensor([0.1, 0.2]).double(), torch.tensor([float("nan"), 1.0]).double())
+    history.settle()
+    assert bool(history.shares().isfinite().all())
+    for _ in range(30):  # the old is forgotten
+        history.note(torch.full((10,), 0.105, dtype=F64), torch.full((10,), 7.0, dtype=F64))
+        history.settle()
+    assert float(history.mean[10]) == pytest.approx(49, rel=1e-3)
+
+
+def test_a_memory_does_not_depend_on_how_the_batch_is_cut():
+    objective, x = DDPM(prediction="v", times="loss-aware"), torch.randn(48, 2)
+    whole, cut = (objective.networks(MLP(width=8), Spec((2,))) for _ in range(2))
+    cut["net"].load_state_dict(whole["net"].state_dict())
+    for nets, pieces in ((whole, [(0, 48)]), (cut, [(0, 5), (5, 32), (32, 48)])):
+        for step in range(60):
+            for a, b in pieces:
+                objective.loss("denoise", nets, Batch(x[a:b], draw=Draw((step,), a, b)))
+            objective.settle(nets, step)
+    assert float(whole["history"].seen.min()) >= History.MEMORY
+    assert torch.allclose(whole["history"].shares(), cut["history"].shares(), rtol=1e-5)
+    assert float(whole["history"].shares().std()) > 0

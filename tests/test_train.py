@@ -529,3 +529,31 @@ def test_pairs_are_needed_before_a_run_is_made(tmp_path):
         with pytest.raises(ValueError, match="hold no pairs"):
             in_process(tmp_path / "b", how)
     assert not (tmp_path / "b").exists()
+
+
+# ------------------------------------------------------------------------------------------- loss-aware times
+AWARE = ["--objective.times=loss-aware", "--batch=128", "--steps=30"]
+
+
+def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
+    whole = in_process(tmp_path / "a", *AWARE)
+    cut = in_process(tmp_path / "b", *AWARE, "--save-every=24")
+    runs.point(cut / "latest", "checkpoints/step-0000024")
+    os.rename(cut / "checkpoints/step-0000030", cut / "gone")
+    in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
+    assert same(whole, cut) == []
+    shares = runs.load(whole).nets["history"].shares()
+    assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
+    begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}")  # without a memory of its own
+    again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")
+    assert runs.load(again).nets["history"].seen.sum() == 128
+
+
+@pytest.mark.slow
+def test_the_memory_of_losses_is_that_of_all_ranks(tmp_path):
+    (tmp_path / "two").mkdir()
+    two, one = launch(tmp_path / "two", *AWARE, "--micro=16"), in_process(tmp_path / "one", *AWARE)
+    a, b = weights(two), weights(one)
+    for key in a:
+        if "nets.safetensors" in key:
+            assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-4), key

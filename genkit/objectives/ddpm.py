@@ -25,7 +25,7 @@ from genkit.core import (
     mean_flat,
 )
 from genkit.objectives.matching import Matching, Place, PredictionName
-from genkit.objectives.times import TIMES, TimesName, refuse_times
+from genkit.objectives.times import LOSS_AWARE, TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, refuse_singular
 from genkit.paths import VP
@@ -69,9 +69,10 @@ class DDPM(Matching):
         refuse_singular(self.parametrization, self.along)
         refuse_times(self.times, self.along, self.t_mean, self.t_std)
         refuse_weight(self.weight, self.space)
-        if self.learn_variance and self.times != "uniform":
+        if self.learn_variance and self.times not in ("uniform", LOSS_AWARE):
             raise ValueError(
-                f"times: given {self.times}; the bound of learn_variance is a sum over all: allowed: uniform"
+                f"times: given {self.times}; the bound of learn_variance is a sum over all: allowed: uniform, "
+                f"{LOSS_AWARE}"
             )
         if self.bound_weight != 1e-3 and not self.learn_variance:
             raise ValueError(f"bound_weight: given {self.bound_weight}, but without learn_variance there is no bound")
@@ -92,6 +93,13 @@ class DDPM(Matching):
     def loss_weight(self) -> Weight:
         return self.weight
 
+    @property
+    def loss_aware(self) -> bool:
+        return self.times == LOSS_AWARE
+
+    def on_grid(self, t: Tensor) -> Tensor:
+        return (t * self.timesteps).ceil().clamp(1, self.timesteps) / self.timesteps
+
     def draw_times(self, batch: Batch) -> Tensor:
         return DRAWN.get(self.times, rounded_up)(self, batch)
 
@@ -99,7 +107,8 @@ class DDPM(Matching):
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
         if not self.learn_variance:
             return super().networks(backbones, spec)
-        return {"net": Twofold(backbones.denoiser(Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond)))}
+        nets = super().networks(backbones, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))
+        return nets | {"net": Twofold(nets["net"])}
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         return (
@@ -110,10 +119,12 @@ class DDPM(Matching):
         """``L_simple``; with a learned variance ``L_simple + bound_weight L_vlb`` (Nichol & Dhariwal 2021, eq. 16)."""
         if not self.learn_variance:
             return super().loss(phase, nets, batch)
-        at = self.place(batch)
+        at = self.place(batch, nets)
         out, w = self.answer(nets["net"], at, batch).chunk(2, 1)
         simple, bound = self.squared_error(at, out), self.timesteps * self.bound(at, out.detach(), w)
-        return Loss(simple + self.bound_weight * bound, {"simple": simple.mean(), "bound": bound.mean()})
+        scale = self.scale(nets, at)
+        logs = {"simple": (scale * simple).mean(), "bound": (scale * bound).mean()}
+        return Loss(self.weighed(nets, at, simple + self.bound_weight * bound), logs)
 
     def bound(self, at: Place, out: Tensor, w: Tensor) -> Tensor:
         """``L_{k-1}``, the term of the variational bound at k = T t, in nats a dimension (Ho et al. 2020, eq. 5).
@@ -159,8 +170,7 @@ class LearnedDenoiser:
 
 
 def rounded_up(ddpm: DDPM, batch: Batch) -> Tensor:
-    t = TIMES[ddpm.times](batch, ddpm.along, ddpm.t_mean, ddpm.t_std)
-    return (t * ddpm.timesteps).ceil().clamp(1, ddpm.timesteps) / ddpm.timesteps
+    return ddpm.on_grid(TIMES[ddpm.times](batch, ddpm.along, ddpm.t_mean, ddpm.t_std))
 
 
 def uniform(ddpm: DDPM, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Para
 from genkit.objectives.couplings import COUPLINGS, Coupling, Independent
 from genkit.objectives.matching import Matching, PredictionName
 from genkit.objectives.sources import SOURCES, Normal, Source
-from genkit.objectives.times import TIMES, TimesName, refuse_times
+from genkit.objectives.times import LOSS_AWARE, TIMES, TimesName, refuse_times
 from genkit.objectives.weights import Constant, Space, Weight, refuse_weight
 from genkit.parametrize import PARAMETRIZATIONS, NetDenoiser, refuse_singular
 from genkit.paths import Between, Linear
@@ -32,7 +32,8 @@ class Flow(Matching):
     weight: Weight = field(default_factory=Constant, metadata={"table": "genkit.objectives.weights:WEIGHTS"})
     """how much each time counts"""
     times: TimesName = "uniform"
-    """how times are drawn; logit-normal (Esser et al. 2024, eq. 19) spends more on the middle, beta on the noise"""
+    """how times are drawn; logit-normal (Esser et al. 2024, eq. 19) spends more on the middle, beta on the noise;
+    loss-aware where losses are large (Nichol & Dhariwal 2021, section 3.3), weighted back"""
     t_mean: float = 0.0
     """location of logit-normal times, or of log(sigma / alpha) for log-normal ones; above 0 biases to noise"""
     t_std: Annotated[float, Gt(0)] = 1.0
@@ -77,6 +78,10 @@ class Flow(Matching):
     @property
     def loss_weight(self) -> Weight:
         return self.weight
+
+    @property
+    def loss_aware(self) -> bool:
+        return self.times == LOSS_AWARE
 
     def draw_times(self, batch: Batch) -> Tensor:
         return TIMES[self.times](batch, self.path, self.t_mean, self.t_std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from genkit.core import (
     mean_flat,
 )
 from genkit.objectives.sources import Normal, Source
+from genkit.objectives.times import History
 from genkit.objectives.weights import Constant, Space, Weight
 from genkit.parametrize import NetDenoiser
 from genkit.paths import mix
@@ -45,6 +46,8 @@ class Place(NamedTuple):
     t: Tensor
     x0: Tensor
     x1: Tensor
+    drawn: Tensor | None = None
+    """loss-aware times as they were drawn, before they were put on a grid"""
 
 
 class Matching(Objective):
@@ -94,18 +97,44 @@ class Matching(Objective):
         """``(x0, x1)``, each ``[B, *S]``: the ends of each sample's path."""
         return batch.x, batch.normal()
 
+    @property
+    def loss_aware(self) -> bool:
+        """Whether times are drawn by the losses of the past (:class:`~genkit.objectives.times.History`)."""
+        return False
+
+    def on_grid(self, t: Tensor) -> Tensor:
+        """Loss-aware times as the objective wants them."""
+        return t
+
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbones.denoiser(spec)}
+        return {"net": backbones.denoiser(spec), **({"history": History()} if self.loss_aware else {})}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        at = self.place(batch)
-        return Loss(self.squared_error(at, self.answer(nets["net"], at, batch)), {})
+        at = self.place(batch, nets)
+        return Loss(self.weighed(nets, at, self.squared_error(at, self.answer(nets["net"], at, batch))), {})
 
-    def place(self, batch: Batch) -> Place:
+    def place(self, batch: Batch, nets: Mapping[str, nn.Module]) -> Place:
         """A point of each sample's path."""
-        t = self.draw_times(batch)
+        drawn = cast(History, nets["history"]).draw(batch) if self.loss_aware else None
+        t = self.draw_times(batch) if drawn is None else self.on_grid(drawn)
         x0, x1 = self.ends(batch, t)
-        return Place(mix(self.along, x0, x1, t), t, x0, x1)
+        return Place(mix(self.along, x0, x1, t), t, x0, x1, drawn)
+
+    def weighed(self, nets: Mapping[str, nn.Module], at: Place, each: Tensor) -> Tensor:
+        """Losses ``[B]``, whose mean is that of uniform times; they are remembered where times depend on them."""
+        if at.drawn is not None and torch.is_grad_enabled():
+            cast(History, nets["history"]).note(at.drawn, each.detach())
+        return self.scale(nets, at) * each
+
+    def scale(self, nets: Mapping[str, nn.Module], at: Place) -> Tensor:
+        """One over the density of the times as they were drawn, ``[B]``."""
+        if at.drawn is None:
+            return torch.ones_like(at.t)
+        return cast(History, nets["history"]).weight(at.drawn)
+
+    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
+        if self.loss_aware:
+            cast(History, nets["history"]).settle()
 
     def answer(self, net: nn.Module, at: Place, batch: Batch) -> Tensor:
         """What the network says of it, some conditions dropped."""
