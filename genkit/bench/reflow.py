@@ -40,7 +40,7 @@ from genkit.objectives.reflow import Distil
 from genkit.sampling import bind
 
 HEUN, ROUNDS = 25, 3
-TEST = {"plane": 2000, "digits": 1000}
+TEST = {"plane": 1024, "digits": 1000}
 PAIRS = {"plane": 20_000, "digits": 4000}
 LR = {"plane": 2e-3, "digits": 1e-3}
 
@@ -162,8 +162,8 @@ def digits(seeds: int, steps: int, progress: Callable[[int], None] = lambda step
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="genkit bench reflow", description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
-    parser.add_argument("--plane-steps", type=int, default=2000, help="training steps of each stage, in the plane")
-    parser.add_argument("--digits-steps", type=int, default=2000, help="the same, on the digits")
+    parser.add_argument("--plane-steps", type=int, default=1000, help="training steps of each stage, in the plane")
+    parser.add_argument("--digits-steps", type=int, default=1000, help="the same, on the digits")
     parser.add_argument("--only", choices=("plane", "digits"), help="one of the two")
     parser.add_argument("--out", type=File, help="JSON; a part that is there is not measured again")
     args = parser.parse_args(argv)
