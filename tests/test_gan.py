@@ -165,7 +165,7 @@ class Judged(GAN):
 def judge(objective, drawn, real, steps, lr, batch=512):
     """A discriminator of two normal laws ``(mean, scale)``, each with independent numbers."""
     torch.manual_seed(0)
-    nets = {"generator": Shift(*drawn), "discriminator": MLP(width=48, depth=2).encoder(PLANE, (1,))}
+    nets = {"generator": Shift(*drawn), "discriminator": MLP(width=48, depth=1).encoder(PLANE, (1,))}
     cfg = config.from_dict(config.Train, {"steps": steps, "batch": batch, "lr": lr, "precision": "fp32",
                                           "log_every": steps, "ema": [0.99], "warmup": 20})  # fmt: skip
     mean, scale = map(torch.tensor, real)
@@ -186,7 +186,7 @@ def law(mean, scale):
 def test_the_best_discriminator_is_p_over_p_plus_q():
     """Goodfellow et al. 2014, proposition 1, on laws whose log ratio is no linear function."""
     p, q = ((0.0, 0.0), (1.0, 1.0)), ((1.0, 0.0), (0.6, 1.2))
-    state = judge(Judged(game=Minimax(), latent=(2,)), q, p, steps=700, lr=4e-3)
+    state = judge(Judged(game=Minimax(), latent=(2,)), q, p, steps=300, lr=6e-3, batch=256)
     x = torch.cat([law(*p).sample((2000,)), law(*q).sample((2000,))])
     truth = torch.sigmoid(law(*p).log_prob(x) - law(*q).log_prob(x))
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_the_critic_of_wgan_gp_measures_the_distance():
     about W1 / (2 L), so L is large here."""
     objective = Judged(game=Wasserstein(gp=50.0), latent=(2,))
     away = (0.9, -1.2)  # 1.5
-    state = judge(objective, ((0.0, 0.0), (0.7, 1.0)), (away, (0.7, 1.0)), steps=250, lr=4e-3, batch=256)
+    state = judge(objective, ((0.0, 0.0), (0.7, 1.0)), (away, (0.7, 1.0)), steps=150, lr=6e-3, batch=256)
     x, y = law(away, (0.7, 1.0)).sample((20_000,)), law((0.0, 0.0), (0.7, 1.0)).sample((20_000,))
     critic = state.emas[0.99]["discriminator"]
     with torch.no_grad():
@@ -389,7 +389,7 @@ def test_the_power_iteration_moves_between_steps_only_and_finds_its_way_from_zer
 
 
 def test_spectral_norm_bounds_every_weight_of_a_discriminator_in_training():
-    state, _ = small(GAN(game=Hinge(), latent=(4,), spectral=True), steps=40)
+    state, _ = small(GAN(game=Hinge(), latent=(4,), spectral=True), steps=20)
     norms = [float(torch.linalg.matrix_norm(m.weight, 2)) for m in state.nets["discriminator"].modules()
              if isinstance(m, nn.Linear | nn.Embedding)]  # fmt: skip
     assert len(norms) > 5

@@ -27,6 +27,7 @@ class Toy(ABC):
     n: Annotated[int, Ge(1)] = 50_000
     noise: Annotated[float, Ge(0)] = 0.05
     seed: int = 0
+    labels: bool = True  # False: leave out the classes, where there are any
 
     suits: ClassVar[str] = "mlp"  # the backbone that fits these samples
     classes: ClassVar[int] = 0
@@ -43,7 +44,7 @@ class Toy(ABC):
         points, labels = self.shape(rng)
         points = (points - self.mean) / self.scale + self.noise * rng.standard_normal(points.shape)
         x = torch.from_numpy(points).float()
-        if labels is None:
+        if labels is None or not self.labels:
             return InMemory(x, {}, Spec((2,)), Identity())
         spec = Spec((2,), {"label": Label(self.classes)})
         return InMemory(x, {"label": torch.from_numpy(labels).long()}, spec, Identity())
