@@ -160,7 +160,7 @@ def restart(
     require("low, high", (low, high), f"within the grid's levels, {ends[0]:.3g} … {ends[1]:.3g}",
             ends[0] < low and high <= ends[1])  # fmt: skip
     noise = noise or fresh(x)
-    again = nodes_at(denoise.path, [s / (1 + s) for s in karras_levels(steps + 1, low, high)])
+    again = [*nodes_at(denoise.path, [s / (1 + s) for s in karras_levels(steps + 1, low, high)])]
     count = itertools.count()
 
     def tick(_: int, x: Tensor, prediction: Prediction) -> None:
