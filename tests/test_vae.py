@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,18 +14,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_latent import F64, Linear, LinearGaussian, principal
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
 from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
+from genkit.commands.likelihood import LATENT as LATENT_KEY
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
 from genkit.objectives import OBJECTIVES, VAE, VQ, Autoencoder
 from genkit.objectives.autoencoder import Posterior, largest, sparseness
 from genkit.objectives.likelihoods import LIKELIHOODS, Bernoulli, DiscretisedLogistic, Emission, Gaussian
 from genkit.objectives.vq import Codebook, perplexity, straight_through
+from genkit.sampling import Seeds, dequantise
 from genkit.train import phase_parameters
 
 LATENT = 3
@@ -565,3 +571,95 @@ def test_settings_out_of_range_are_refused_by_the_command_line(tmp_path, capsys)
         assert said.count("\n") == 1
         assert reason in said
     assert not list(tmp_path.iterdir())
+
+
+def test_the_loop_lends_the_step_and_settles_the_codebook(tmp_path):
+    """A KL term that has hardly begun to rise after ten steps; a codebook that follows the encoder's answers."""
+    args = [*SMALL, f"--out={tmp_path}", "--steps=10", "--sample-every=0", "--log-every=10"]
+    assert cli.main(["train", "--objective=vae", "--objective.anneal=1000000", *args]) == 0
+    record = runs.read_log(tmp_path / "latest")[-1]
+    assert record["vae/loss"] * 64 == pytest.approx(record["vae/reconstruction"], abs=1e-3)
+    assert record["vae/kl"] > 0.01
+    assert cli.main(["train", "--objective=vq", "--objective.latent", "4", "--objective.codes=8", *args]) == 0
+    run = runs.load(tmp_path / "latest")
+    book = run.nets["codebook"]
+    assert float(book.counts.sum()) == pytest.approx(32 * (1 - 0.99**10), rel=0.2)  # revived entries count as average
+    assert torch.allclose(book.codes[book.counts > 0], (book.sums / book.counts[:, None])[book.counts > 0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae", "vq"])
+def test_training_on_two_ranks_is_training_on_one(tmp_path, name):
+    """The codebook too, although neither rank sees the whole batch."""
+    args = ["--data=moons", "--backbone.width=16", f"--objective={name}", "--objective.latent", "4", "--batch=32",
+            "--device=cpu", "--tensorboard=false", "--steps=6", "--sample-every=0", "--clip=0"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "-m",
+        "genkit",
+        "train",
+        *args,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, f"--out={tmp_path}/two"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["train", *args, "--micro=5", f"--out={tmp_path}/one"]) == 0
+    one, two = (load_file(tmp_path / k / "latest" / "latest" / "nets.safetensors") for k in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=2e-5), key
+
+
+def told(capsys, *argv):
+    capsys.readouterr()
+    assert cli.main(["likelihood", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("law", LIKELIHOODS)
+def test_the_command_tells_the_bounds(trained, capsys, law):
+    """As the objective has them for the same rows, whatever the batch; bits of masses, or of a density of pixels."""
+    found = told(capsys, trained[law], "--n=20", "--draws=5")
+    cut = told(capsys, trained[law], "--n=20", "--draws=5", "--batch=7")
+    assert found["iwae_nats"] == pytest.approx(cut["iwae_nats"], rel=1e-6)
+    assert found["iwae_nats"]["value"] > -found["neg_elbo_nats"]["value"]
+    assert found["neg_elbo_nats"]["stderr"] > 0
+    assert (found["draws"], found["settings"]["bound"], found["settings"]["n"]) == (5, "iwae", 20)
+    density = law == "gaussian"
+    bits = -found["iwae_nats"]["value"] / (64 * math.log(2)) + (math.log2(127.5) if density else 0)
+    assert found["bits_per_dim"]["value"] == pytest.approx(bits, rel=1e-9)
+    run = runs.load(trained[law])
+    data = run.config.data.load("test")
+    x = data.x[:20].float() / 127.5 - 1
+    if density:
+        x = dequantise(data.x[:20], Seeds(range(20)))
+    batch = Batch(x, {"label": data.cond["label"][:20]}, draw=Draw((0, LATENT_KEY), 0, 20))
+    assert found["iwae_nats"]["value"] == pytest.approx(
+        float(run.objective.bounds(run.nets, batch, 5).iwae.mean()), rel=1e-6
+    )
+    more = told(capsys, trained[law], "--n=20", "--draws=60")
+    assert more["iwae_nats"]["value"] > found["iwae_nats"]["value"]
+
+
+def test_the_command_refuses_what_has_no_meaning(trained, tmp_path, capsys):
+    flow, code = tmp_path / "flow", tmp_path / "ae"
+    tiny = ["--backbone.width=8", "--steps=1", "--sample-every=0", "--tensorboard=false", "--device=cpu"]
+    assert cli.main(["train", "--data=moons", *tiny, f"--out={flow}"]) == 0
+    assert cli.main(["train", "--data=moons", "--objective=ae", *tiny, f"--out={code}"]) == 0
+    for argv, reason in (
+        ([trained["bernoulli"], "--steps=8"], "steps: given 8, which is for a path to noise"),
+        ([trained["bernoulli"], "--probes=2"], "probes: given 2, which is for the ODE"),
+        ([trained["bernoulli"], "--bound=ode"], "needs a model whose path ends in standard normal noise"),
+        ([flow / "latest", "--bound=iwae"], "bound: given iwae, but Flow has no latent; allowed: ode, vlb"),
+        ([flow / "latest", "--draws=8"], "draws: given 8, which is for a VAE; allowed with --bound iwae"),
+        ([code / "latest"], "likelihood: Autoencoder has none; needs a flow, a diffusion or a VAE"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["likelihood", *map(str, argv), "--n=2"]) == 2
+        said = capsys.readouterr().err
+        assert reason in said
+        assert said.count("\n") == 1

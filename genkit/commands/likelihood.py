@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge
@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from genkit import runs
 from genkit.codecs import Identity, Pixels
 from genkit.config import parse
-from genkit.core import Cond, Draw
+from genkit.core import Batch, Bounded, Bounds, Cond, Draw
 from genkit.objectives import DDPM
 from genkit.objectives.matching import Matching
 from genkit.sampling import (
@@ -50,8 +50,11 @@ class Likelihood:
     """How many samples of the split; None: all."""
     split: Literal["train", "test"] = "test"
     """Which samples."""
-    bound: Literal["ode", "vlb"] = "ode"
-    """ode: change of variables along the probability-flow ODE; vlb: the variational bound of the ancestral chain."""
+    bound: Literal["ode", "vlb", "iwae"] | None = None
+    """ode: change of variables along the probability-flow ODE; vlb: the variational bound of the ancestral chain; iwae:
+    importance-weighted draws of a VAE's latent (and its ELBO). None: iwae of a VAE, ode of the others."""
+    draws: Count | None = None
+    """Of the latent for each sample, with --bound iwae; None: 64. More draws, a tighter bound."""
     variance: Literal["small", "large", "learned"] | None = None
     """Of the chain's steps, with --bound vlb; None: learned where the model has it, else small."""
     divergence: Literal["hutchinson", "exact"] = "hutchinson"
@@ -82,44 +85,61 @@ def main(argv: list[str]) -> int:
     if type(run.codec) not in SCALES:
         allowed = ", ".join(kind.__name__ for kind in SCALES)
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
-    if not (isinstance(run.objective, Matching) and run.objective.source.normal and run.objective.sampler):
-        raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
-    result, n, by = MEANS[asked.bound](run, asked)
-    if not math.isfinite(result["log_prob_nats"]["value"]):
+    means = asked.bound or run.objective.evidence
+    if means is None:
+        raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
+    result, n, by = MEANS[means](run, asked)
+    if not math.isfinite(result["bits_per_dim"]["value"]):
         raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
-    result["settings"] = {**vars(asked), "n": n, "run": run.directory.name, "weights": run.weights}
+    result["settings"] = {**vars(asked), "bound": means, "n": n, "run": run.directory.name, "weights": run.weights}
     if asked.json:
         print(json.dumps(result))
         return 0
     found = result["bits_per_dim"]
     stderr = math.nan if found["stderr"] is None else found["stderr"]
     print(f"{found['value']:.4f} ± {stderr:.4f} bits per dimension ({asked.split}, {n} samples)")
-    print(f"{result['log_prob_nats']['value']:.3f} nats a sample; {by}, {run.weights}")
+    print(f"{by}, {run.weights}")
     return 0
 
 
-Found = tuple[dict[str, Any], int, str]  # numbers, how many samples, by what means
+Found = tuple[dict[str, Any], int, str]  # numbers, how many samples, and a sentence on them
+
+
+def flowing(run: runs.Run) -> Matching:
+    """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
+    objective = run.objective
+    if not (isinstance(objective, Matching) and objective.source.normal and objective.sampler):
+        raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
+    return objective
+
+
+def refuse(asked: Likelihood, names: tuple[str, ...], what: str) -> None:
+    """``ValueError`` for a setting that would have no effect."""
+    usual = Likelihood(asked.run)
+    for name in names:
+        if getattr(asked, name) != getattr(usual, name):
+            raise ValueError(f"{name}: given {getattr(asked, name)}, which is for {what}")
 
 
 def by_ode(run: runs.Run, asked: Likelihood) -> Found:
     """The change of variables of dequantised pixels."""
-    if asked.variance is not None:
-        raise ValueError(f"variance: given {asked.variance}, but the ODE has none; allowed with --bound vlb")
+    flowing(run)
+    refuse(asked, ("variance",), "the chain; allowed with --bound vlb")
+    refuse(asked, ("draws",), "a VAE; allowed with --bound iwae")
     nats = log_probs(run, asked)
     bits = bits_per_dim(nats, math.prod(run.spec.shape), SCALES[type(run.codec)])
-    return {"bits_per_dim": number(bits), "log_prob_nats": mean(nats)}, len(nats), f"{asked.divergence} divergence"
+    by = f"{float(nats.mean()):.3f} nats a sample; {asked.divergence} divergence"
+    return {"bits_per_dim": number(bits), "log_prob_nats": mean(nats)}, len(nats), by
 
 
 def by_bound(run: runs.Run, asked: Likelihood) -> Found:
     """The variational bound; the noise of its terms is drawn once for each sample."""
-    usual = Likelihood(asked.run)
-    for name in ("divergence", "probes", "solver"):
-        if getattr(asked, name) != getattr(usual, name):
-            raise ValueError(f"{name}: given {getattr(asked, name)}, which is for the ODE; allowed with --bound ode")
-    objective = run.objective
-    if not (isinstance(objective, Matching) and objective.diffuses):
+    objective = flowing(run)
+    refuse(asked, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
+    refuse(asked, ("draws",), "a VAE; allowed with --bound iwae")
+    if not objective.diffuses:
         raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
     times, kept = chain(objective, asked.steps)(run.denoiser.path), []
     pixels = isinstance(run.codec, Pixels)
@@ -136,10 +156,40 @@ def by_bound(run: runs.Run, asked: Likelihood) -> Found:
     each = [{"t": t, "s": s, **in_bits(nats)} for t, s, nats in ends]
     terms = {"prior": in_bits(bound.prior), "steps": each, "data": in_bits(bound.data)}
     numbers = {"bits_per_dim": in_bits(bound.total), "log_prob_nats": mean(-bound.total), "terms": terms}
-    return numbers, len(bound.total), f"bound of {len(times) - 1} steps"
+    by = f"{-float(bound.total.mean()):.3f} nats a sample; bound of {len(times) - 1} steps"
+    return numbers, len(bound.total), by
 
 
-MEANS = {"ode": by_ode, "vlb": by_bound}
+def by_draws(run: runs.Run, asked: Likelihood) -> Found:
+    """The ELBO and the importance-weighted bound, of which the bits per dimension are.
+
+    Black and white pixels and grey levels count by their mass, other numbers by their density, pixels dequantised. The
+    draws of a sample depend on its row alone.
+    """
+    if run.objective.evidence != "iwae":
+        raise ValueError(f"bound: given iwae, but {type(run.objective).__name__} has no latent; allowed: ode, vlb")
+    refuse(asked, ("variance", "steps"), "a path to noise, and a VAE has none")
+    refuse(asked, ("divergence", "probes", "solver"), "the ODE, and a VAE has none")
+    objective, samples = cast(Bounded, run.objective), asked.draws or 64
+    found, done = [], 0
+    for x, cond, _ in batches(run, asked, dequantised=not objective.mass):
+        rows, done = (done, done + len(x)), done + len(x)
+        draw = Draw((asked.seed, LATENT), *rows, run.device)
+        found.append([v.cpu() for v in objective.bounds(run.nets, Batch(x, cond, draw=draw), samples)])
+    bounds = Bounds(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    scale = 1.0 if objective.mass else SCALES[type(run.codec)]
+    numbers = {
+        "neg_elbo_nats": mean(-bounds.elbo),
+        "iwae_nats": mean(bounds.iwae),
+        "bits_per_dim": number(bits_per_dim(bounds.iwae, math.prod(run.spec.shape), scale)),
+        "draws": samples,
+    }
+    elbo, iwae = (float(v.mean()) for v in bounds)
+    return numbers, len(bounds.elbo), f"{-elbo:.3f} nats is minus the ELBO, log p >= {iwae:.3f} by {samples} draws"
+
+
+LATENT = 2  # the last number of the key of a latent's draws
+MEANS = {"ode": by_ode, "vlb": by_bound, "iwae": by_draws}
 
 
 def chain(objective: Matching, steps: int | None) -> Grid:
