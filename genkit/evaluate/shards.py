@@ -240,11 +240,8 @@ def reference(
     progress: Progress = quiet,
 ) -> Measured:
     """:func:`measure` of stored samples, remembered below :func:`cache` by the hash of pixels and of the features."""
-    path = (
-        cache()
-        / "reference"
-        / f"{key_of({'samples': given.hashed, 'features': dict(extractor.settings), 'n': n})[:24]}.npz"
-    )
+    key = key_of({"samples": given.hashed, "features": dict(extractor.settings), "n": n})
+    path = cache() / "reference" / f"{key[:24]}.npz"
     stored = ranks.once(lambda: Shard.load(path))
     if stored.moments is not None and all(stored.kept[k] for k in keep):
         return Measured(stored.moments, **{k: stored.kept[k][0] for k in keep}, settings=extractor.settings)
