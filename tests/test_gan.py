@@ -1,16 +1,19 @@
 """GANs: each game's slopes in closed form, the best discriminator known, penalties whole through ranks and pieces."""
 
 import copy
+import importlib.util
 import math
 import os
 import socket
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from sklearn.svm import SVC
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,6 +21,7 @@ from genkit import cli, config, runs
 from genkit.backbones import MLP, DiT, UNet
 from genkit.codecs import Identity
 from genkit.core import Batch, Draw, Image, Label, Spec, Vector
+from genkit.data import DATA
 from genkit.objectives import GAN
 from genkit.objectives.adversarial import (
     GAMES,
@@ -574,3 +578,62 @@ def test_senseless_settings_are_refused_in_python_too(make, message):
     with pytest.raises(ValueError, match=message) as e:
         make()
     assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------- trained ones
+ROOT = Path(__file__).parent.parent
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location("example", next((ROOT / "examples").glob(f"*_{name}.py")))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["projection", "embedding"])
+def test_a_conditional_gan_draws_the_digit_asked_for(tmp_path, condition):
+    """A quarter of configs/digits_gan.yaml: an SVM sees the class asked for, and the classes have variety."""
+    argv = ["--config", str(ROOT / "configs/digits_gan.yaml"), "--steps=500", f"--objective.condition={condition}"]
+    assert cli.main(["train", *argv, "--device=cpu", "--tensorboard=false", f"--out={tmp_path}"]) == 0
+    run, judge = runs.load(tmp_path / "latest"), example("judge_digits")
+    x, cond = run.sample(1000)
+    classifier = SVC(gamma=0.001).fit(*judge.real("train"))
+    right = torch.from_numpy(classifier.predict(x.flatten(1).numpy() * (16 / 255))) == cond["label"]
+    assert float(right.float().mean()) >= 0.95
+    assert min(float(right[cond["label"] == c].float().mean()) for c in range(10)) >= 0.8
+    real = DATA["digits"]().load("train").batch(torch.arange(1000), Draw((0,), 0, 1000))
+    assert 0.7 < apart(x, cond["label"]) / apart(real.x, real.cond["label"]) < 1.3
+
+
+def apart(x, label):
+    """The mean distance of two samples of a class."""
+    flat = x.flatten(1).float()
+    return float(torch.stack([torch.pdist(flat[label == c]).mean() for c in range(10)]).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", ["non-saturating", "relativistic"])
+def test_gans_with_r1_find_all_eight_modes(game):
+    """What docs/gan_8gaussians.png shows, of one seed."""
+    x, told = example("gan_modes").train(game, seed=0, steps=5000)
+    assert told["modes"] == 8
+    assert told["near"] >= 0.9
+    assert told["said"] is None
+    assert x.shape == (5000, 2)
+
+
+def test_the_example_counts_modes():
+    modes = example("gan_modes").modes
+    data = DATA["8gaussians"](n=4000, noise=0.1, labels=False).load()
+    assert data.spec.cond == {}
+    assert data.cond == {}
+    found = modes(data.x)
+    assert found["modes"] == 8
+    assert found["near"] == pytest.approx(
+        1 - math.exp(-4.5), abs=0.006
+    )  # a normal law of the plane within 3 deviations
+    half = modes(torch.cat([data.x[data.x[:, 0] > 0.5], torch.zeros(2000, 2)]))
+    assert half["modes"] == 3
+    assert half["near"] < 0.5
