@@ -492,6 +492,57 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ("genkit/objectives/times.py", "self.sums.zero_()", "pass", "tests/test_objectives.py"),
     ("genkit/commands/train.py", "if cfg.init and not resumed:", "if cfg.init:", "tests/test_train.py"),
     ("genkit/objectives/flow.py", "Between(self.path)", "self.path", "tests/test_inverse.py"),
+    (
+        "genkit/evaluate/sources.py",
+        "torch.arange(first, last) * len(self.data) // n",
+        "torch.arange(first, last)",
+        "tests/test_evaluate.py",
+    ),
+    (
+        "genkit/evaluate/sources.py",
+        "Seeds([self.seed + i for i in rows]",
+        "Seeds([i for i in rows]",
+        "tests/test_evaluate.py",
+    ),
+    ("genkit/evaluate/sources.py", '"seed": self.seed, ', "", "tests/test_evaluate.py"),
+    ("genkit/evaluate/shards.py", 'key_of({"samples": given.hashed, ', "key_of({", "tests/test_evaluate.py"),
+    (
+        "genkit/evaluate/cards.py",
+        "not in (*WEIGHTS, *OBSERVED)})",
+        'not in (*WEIGHTS, *OBSERVED, "n", "effective_batch")})',
+        "tests/test_evaluate.py",
+    ),
+    (
+        "genkit/commands/sweep.py",
+        "return -self.value if self.metric in LARGE else self.value",
+        "return self.value",
+        "tests/test_sweep.py",
+    ),
+    (
+        "genkit/commands/sweep.py",
+        "guidance_interval=interval if guidance != 1 else None",
+        "guidance_interval=interval",
+        "tests/test_sweep.py",
+    ),
+    ("genkit/commands/watch.py", "net.train()", "pass", "tests/test_evaluate.py"),
+    (
+        "genkit/report.py",
+        "math.fsum(v) / len(v), min(v), max(v)",
+        "math.fsum(v) / len(v), v[0], v[-1]",
+        "tests/test_report.py",
+    ),
+    ("genkit/report.py", "autoescape=True", "autoescape=False", "tests/test_report.py"),
+    ("genkit/report.py", "past + (before if now < before else 0.0), now", "past, now", "tests/test_report.py"),
+    ("genkit/report.py", 'key = f"f{next(_figures)}-"', 'key = ""', "tests/test_report.py"),
+    ("genkit/bench/quality.py", "return replace(a, **rest) == b", "return True", "tests/test_quality.py"),
+    (
+        "genkit/bench/quality.py",
+        "if run is not None and first >= cfg.steps:",
+        "if run is not None:",
+        "tests/test_quality.py",
+    ),
+    ("genkit/bench/quality.py", "if not path.is_file():", "if True:", "tests/test_quality.py"),
+    ("genkit/bench/quality.py", '"steps": nfe,', '"steps": nfe + 1,', "tests/test_quality.py"),
 ]
 
 
