@@ -327,6 +327,10 @@ class Objective(ABC):
         """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data hold."""
         return False
 
+    def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
+        """The samples of a batch after the way through a code and back, ``[B, *S]``; None where there is no code."""
+        return None
+
     def noise_shape(self, spec: Spec) -> tuple[int, ...]:
         """The shape of one ``z`` that the generator starts from: a sample's own, or that of a latent."""
         return spec.shape

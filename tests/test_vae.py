@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_latent import F64, Linear, LinearGaussian, principal
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
@@ -133,6 +134,8 @@ def test_a_linear_autoencoder_learns_the_principal_subspace():
     rest = torch.linalg.eigvalsh(torch.cov(x.T))[:2].sum() / 5
     error = float(objective.loss("reconstruct", nets, batch_of(x)).logs["error"].detach())
     assert float(rest) * 0.98 < error < float(rest) * 1.05
+    back = objective.reconstruct(nets, batch_of(x)).detach()
+    assert float((back - x).square().mean()) == pytest.approx(error, rel=1e-5)
 
 
 def test_kl_is_that_of_torch():
@@ -581,9 +584,13 @@ def test_the_loop_lends_the_step_and_settles_the_codebook(tmp_path):
     assert record["vae/loss"] * 64 == pytest.approx(record["vae/reconstruction"], abs=1e-3)
     assert record["vae/kl"] > 0.01
     assert cli.main(["train", "--objective=vq", "--objective.latent", "4", "--objective.codes=8", *args]) == 0
+    assert not (tmp_path / "latest" / "samples").exists()
+    assert cli.main(["train", "--resume", str(tmp_path / "latest"), "--steps=12", "--sample-every=12"]) == 0
+    picture = Image.open(tmp_path / "latest" / "samples" / "step-0000012.png")  # 32 samples above, 32 answers below
+    assert picture.width == picture.height
     run = runs.load(tmp_path / "latest")
     book = run.nets["codebook"]
-    assert float(book.counts.sum()) == pytest.approx(32 * (1 - 0.99**10), rel=0.2)  # revived entries count as average
+    assert float(book.counts.sum()) == pytest.approx(32 * (1 - 0.99**12), rel=0.2)  # revived entries count as average
     assert torch.allclose(book.codes[book.counts > 0], (book.sums / book.counts[:, None])[book.counts > 0], atol=1e-5)
 
 

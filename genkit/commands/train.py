@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from genkit import __version__, config, pictures, runs
 from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
-from genkit.core import Codec, Spec
+from genkit.core import Batch, Codec, Spec
 from genkit.data import Stream
 from genkit.objectives.couplings import given
 from genkit.sampling import Seeds, bind
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from genkit.commands.watch import Watch
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
+PAIRS = 32  # samples that are shown beside their reconstructions
 SMALL = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAMED = ("data", "objective", "backbone")  # what a run's directory is named after
 console = Console(highlight=False, soft_wrap=True)
@@ -110,7 +112,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
                 cfg,
                 accelerator,
                 log=session.log,
-                sample=session.sample if cfg.objective.draws else lambda state: None,
+                sample=session.sample if cfg.objective.draws else partial(session.reconstruct, first_rows(stream)),
                 evaluate=session.evaluate,
                 save=session.save,
                 progress=progress,
@@ -154,6 +156,11 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
 def pick_threads(numbers: int) -> int:
     """CPU threads for a batch of so many numbers. Like the precision it is resolved once: sums depend on it."""
     return 1 if numbers < SMALL else torch.get_num_threads()
+
+
+def first_rows(stream: Stream) -> Batch:
+    """Some samples to reconstruct."""
+    return stream(0, 0, 0, min(PAIRS, stream.batch_size))
 
 
 def grid_conditions(spec: Spec, stream: Stream) -> dict[str, torch.Tensor]:
@@ -260,11 +267,28 @@ class Session:
         drawn = self.accelerator.gather(mine)[:GRID].cpu()  # type: ignore[index]
         for net in state.nets.values():
             net.train()
+        self.show(drawn, self.cond, state.step)
+
+    def reconstruct(self, batch: Batch, state: State) -> None:
+        """For what draws no samples: some of the data, and below or in another colour what its code keeps of them."""
+        nets = state.emas[max(state.emas)] if state.emas else state.nets
+        for net in nets.values():
+            net.eval()
+        encoded = self.codec.encode(batch.to(self.accelerator.device))
+        with torch.no_grad():
+            back = self.cfg.objective.reconstruct(nets, encoded)
+        for net in state.nets.values():
+            net.train()
+        if back is not None:
+            kind = torch.arange(2).repeat_interleave(len(back))
+            self.show(torch.cat([batch.x, self.codec.decode(back)]).cpu(), {"label": kind}, state.step)
+
+    def show(self, x: torch.Tensor, cond: dict[str, torch.Tensor], step: int) -> None:
         if self.accelerator.is_main_process:
-            image = pictures.picture(drawn, self.cond)
+            image = pictures.picture(x, cond)
             if self.writer:
-                self.writer.add_image("samples", np.asarray(image.convert("RGB")), state.step, dataformats="HWC")
-            pictures.save(image, self.run / "samples" / f"step-{state.step:07d}.png")
+                self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            pictures.save(image, self.run / "samples" / f"step-{step:07d}.png")
 
     def evaluate(self, state: State) -> None:
         """A card, a line of the log and scalars. A model that cannot be measured now goes on training."""

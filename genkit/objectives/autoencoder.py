@@ -70,6 +70,9 @@ class Autoencoding(Objective):
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
         """The sample that a latent ``[B, *latent]`` stands for, ``[B, *S]``."""
 
+    def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
+        return self.decode(nets, self.encode(nets, batch.x, batch.cond).mean, batch.cond)
+
 
 def certain(z: Tensor) -> Posterior:
     """A posterior without a spread."""
