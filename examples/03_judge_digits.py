@@ -88,8 +88,7 @@ def main() -> None:
     run = runs.load(args.run)
     if run.spec.shape != (1, 8, 8):
         parser.error(f"this script judges 8x8 digits; {args.run} has samples of shape {run.spec.shape}")
-    given = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    how = {name: value for name, value in given.items() if value is not None}
+    how = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     result = judge(run, args.n, args.seed, **how)
     text = json.dumps(result, indent=1)
     if args.out:

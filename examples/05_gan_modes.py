@@ -1,6 +1,6 @@
 """Do GANs find all of eight Gaussians? Each game from some seeds, with the same networks and steps, side by side.
 
-    python examples/05_gan_modes.py [--games minimax non-saturating relativistic] [--seeds 0 1 2] [--steps 5000]
+    python examples/05_gan_modes.py [--games minimax non-saturating relativistic] [--seeds 0 1 2] [--steps 4000]
         [--picture docs/gan_8gaussians.png] [--out docs/results/gan-8gaussians.json]
 
 A mode is found where at least 2 % of the samples lie within three deviations of it (each has 12.5 % of the data);
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", nargs="+", choices=list(GAMES), default=list(GAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--picture", type=Path, default=Path("gan_8gaussians.png"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -617,7 +617,7 @@ def apart(x, label):
 @pytest.mark.parametrize("game", ["non-saturating", "relativistic"])
 def test_gans_with_r1_find_all_eight_modes(game):
     """What docs/gan_8gaussians.png shows, of one seed."""
-    x, told = example("gan_modes").train(game, seed=0, steps=5000)
+    x, told = example("gan_modes").train(game, seed=0, steps=4000)
     assert told["modes"] == 8
     assert told["near"] >= 0.9
     assert told["said"] is None
