@@ -17,6 +17,8 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
     "report": ("genkit.commands.report", "a run on one HTML page: curves, samples, quality, settings"),
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),
+    "rollout": ("genkit.commands.rollout", "let a trained policy act: success, return, ways taken, time per chunk"),
+    "demo": ("genkit.commands.demo", "record an expert, as demonstrations to learn from"),
     "bench": ("genkit.commands.bench", "measure: speed, order"),
 }
 

@@ -104,6 +104,28 @@ class Standardize(Affine):
         return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Actions(Affine):
+    """Chunks of actions ``[B, A, T]``, scaled by a range or by mean and deviation.
+
+    ``reference`` are the columns of the newest observation that the actions are counted from, one for each of the A
+    dimensions (a target position, as seen from the hand); () where they are absolute. ``decode`` gives the actions as
+    they are counted, :meth:`world` adds what they are counted from.
+    """
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    reference: tuple[float, ...] = ()
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
+
+    def world(self, x: Tensor, obs: Tensor) -> Tensor:
+        """Actions ``[B, A, T]`` that the environment takes, of samples ``x`` and observations ``[B, To, Do]``."""
+        out = self.decode(x)
+        return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
+
+
 def _per_dimension(x: Tensor) -> Tensor:
     """``[N, C, ...] -> [C, N * ...]`` in float64."""
     if x.ndim < 2 or not x.numel():
@@ -116,6 +138,7 @@ CODECS: dict[str, type] = {
     "identity": Identity,
     "min-max": MinMax,
     "standardize": Standardize,
+    "actions": Actions,
 }
 
 

@@ -29,10 +29,15 @@ NO_COND: Cond = {}
 # --------------------------------------------------------------------------------------------------- data
 @dataclass(frozen=True)
 class Label:
-    """A class index: ``cond[name]`` is Int ``[B]`` in [0, num)."""
+    """A class index: ``cond[name]`` is Int ``[B]`` in [0, num).
+
+    Where a class stands for a sample (the anchor that a chunk of actions is near), ``centers`` holds those samples, in
+    the model's own numbers, one after the other.
+    """
 
     num: int
     names: tuple[str, ...] = ()
+    centers: tuple[float, ...] = ()
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         if value.shape != (batch,) or value.dtype.is_floating_point:
@@ -43,9 +48,15 @@ class Label:
 
 @dataclass(frozen=True)
 class Vector:
-    """Numbers without a picture's layout (an observation, an embedding): ``cond[name]`` is Float ``[B, *shape]``."""
+    """Numbers without a picture's layout (an observation, an embedding): ``cond[name]`` is Float ``[B, *shape]``.
+
+    They are given in the world's units: networks see ``(value - shift) / scale``, with one number for each of the last
+    axis, () meaning as they are. Kept here, they go wherever the model goes, and nobody can forget them.
+    """
 
     shape: tuple[int, ...]
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         if value.shape != (batch, *self.shape):

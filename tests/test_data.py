@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from genkit.codecs import CODECS, Identity, MinMax, Pixels, Standardize, from_dict, to_dict
+from genkit.codecs import CODECS, Actions, Identity, MinMax, Pixels, Standardize, from_dict, to_dict
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA, InMemory, OnDisk, Stream, source
 from genkit.data.images import pixels_of
@@ -104,7 +104,7 @@ def test_affine_codecs_bring_numbers_to_order_one_and_back(shape):
 
 def test_codecs_are_stored_as_json():
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    codecs = [Pixels(), Identity(), MinMax.fit(x), Standardize.fit(x)]
+    codecs = [Pixels(), Identity(), MinMax.fit(x), Standardize.fit(x), Actions((1.0, 2.0), (3.0, 4.0), (0.0, 1.0))]
     assert {to_dict(c)["name"] for c in codecs} == set(CODECS)
     for codec in codecs:
         assert from_dict(json.loads(json.dumps(to_dict(codec)))) == codec

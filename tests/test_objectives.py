@@ -253,12 +253,14 @@ def test_conditions_are_dropped_per_sample():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_does_not_depend_on_how_the_batch_is_cut(name):
-    objective, spec = OBJECTIVES[name](), Spec((2,), {"label": Label(3)})
+    anchor = {"anchor": Label(3, centers=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))} if name == "anchored" else {}
+    objective, spec = OBJECTIVES[name](), Spec((2,), {"label": Label(3), **anchor})
     nets = objective.networks(MLP(width=32), spec)
     x, label = torch.randn(40, 2), torch.arange(40) % 3
+    cond = {name: label for name in spec.cond}
 
     def losses(a, b):
-        batch = Batch(x[a:b], {"label": label[a:b]}, draw=Draw((7, 1), a, b), x1=x[a:b].flip(1))
+        batch = Batch(x[a:b], {k: v[a:b] for k, v in cond.items()}, draw=Draw((7, 1), a, b), x1=x[a:b].flip(1))
         return torch.stack([objective.loss(p.name, nets, batch).per_sample for p in objective.phases], 1)
 
     whole = losses(0, 40)

@@ -78,15 +78,22 @@ class LabelEmbed(Embedder):
 
 
 class VectorEmbed(Embedder):
-    """An array ``[B, *shape] -> [B, dim]``: two layers."""
+    """An array ``[B, *shape] -> [B, dim]``: shifted and scaled as its kind says, then two layers."""
 
     route = "global"
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, kind: Vector, dim: int):
         super().__init__(kind, dim)
+        for name, numbers, without in (("shift", kind.shift, 0.0), ("scale", kind.scale, 1.0)):
+            if numbers and len(numbers) != kind.shape[-1]:
+                raise ValueError(f"vector: given {len(numbers)} numbers of {name} for a last axis of {kind.shape[-1]}")
+            self.register_buffer(name, torch.tensor(numbers or without), persistent=False)  # the spec keeps them
         self.layers = nn.Sequential(nn.Linear(math.prod(kind.shape), dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        value = (value - self.shift) / self.scale
         return torch.where(keep[:, None], self.layers(value.flatten(1).to(self.null.dtype)), self.null)
 
 

@@ -7,6 +7,7 @@ from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, O
 from genkit.data.pairs import Pairs
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
+from genkit.data.trajectories import FourWays, Pusht, Replay
 
 __all__ = ["DATA", "InMemory", "OnDisk", "Stream", "source"]
 
@@ -25,4 +26,7 @@ DATA: dict[str, type] = {
     "zip": Zip,
     "npz": Npz,
     "pairs": Pairs,
+    "four-ways": FourWays,
+    "replay": Replay,
+    "pusht": Pusht,
 }

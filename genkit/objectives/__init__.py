@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from genkit.objectives.anchored import AnchoredFlow
 from genkit.objectives.autoencoder import Autoencoder
 from genkit.objectives.classifier import Classifier
 from genkit.objectives.ddpm import DDPM
@@ -11,6 +12,7 @@ from genkit.objectives.edm import EDM
 from genkit.objectives.flow import Flow
 from genkit.objectives.gan import GAN
 from genkit.objectives.reflow import Distil
+from genkit.objectives.regression import Regression
 from genkit.objectives.vae import VAE
 from genkit.objectives.vq import VQ
 
@@ -18,6 +20,8 @@ OBJECTIVES: Mapping[str, type] = {
     "flow": Flow,
     "ddpm": DDPM,
     "edm": EDM,
+    "anchored": AnchoredFlow,
+    "regression": Regression,
     "distil": Distil,
     "vae": VAE,
     "ae": Autoencoder,
@@ -26,4 +30,7 @@ OBJECTIVES: Mapping[str, type] = {
     "classifier": Classifier,
 }
 
-__all__ = ["DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "Autoencoder", "Classifier", "Distil", "Flow"]
+__all__ = [
+    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distil", "Flow",
+    "Regression",
+]  # fmt: skip
