@@ -128,7 +128,7 @@ def test_the_plane_is_orthonormal_and_the_path_never_quite_noise():
 def narrow():
     """Networks 32 wide: too narrow to carry 64 numbers of noise, wide enough for a plane."""
     return {
-        (p, d): prediction.measure(p, d, seeds=1, steps=250, width=32, test=200, lr=3e-3)[0]
+        (p, d): prediction.measure(p, d, seeds=1, steps=200, width=32, test=200, lr=3e-3)[0]
         for p in prediction.PREDICTIONS
         for d in (2, 64)
     }
