@@ -182,12 +182,12 @@ class GAN(Objective):
 
 @contextlib.contextmanager
 def differentiable_twice(needed: bool) -> Iterator[None]:
-    """Where a penalty asks for a gradient of a gradient, which fused attention has not; also inside ``no_grad``, where
-    the loop looks for the first bad layer."""
+    """Where a penalty asks for a gradient of a gradient, which neither fused attention nor compiled code has; also
+    inside ``no_grad``, where the loop looks for the first bad layer."""
     if not needed:
         yield
         return
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         yield
 
 
