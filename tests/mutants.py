@@ -543,6 +543,21 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ),
     ("genkit/bench/quality.py", "if not path.is_file():", "if True:", "tests/test_quality.py"),
     ("genkit/bench/quality.py", '"steps": nfe,', '"steps": nfe + 1,', "tests/test_quality.py"),
+    (
+        "genkit/bench/stack.py",
+        "ends = [self.coupling(Batch(x), s, path, u) for x, s, u in parts]",
+        "ends = [self.coupling(batch, x1, path, t)]",
+        "tests/test_toy_benches.py",
+    ),
+    ("genkit/bench/toy.py", '"OT-CFM": OptimalTransport()', '"OT-CFM": Independent()', "tests/test_toy_benches.py"),
+    ("genkit/bench/toy.py", ".sum(1) / steps)", ".sum(1))", "tests/test_toy_benches.py"),
+    ("genkit/bench/prediction.py", "off = (x - flat @ up)", "off = (x - x)", "tests/test_toy_benches.py"),
+    (
+        "genkit/bench/reflow.py",
+        "return Batch(x[i], x1=x1[i])",
+        "return Batch(x[i], x1=x1[i.flip(0)])",
+        "tests/test_toy_benches.py",
+    ),
 ]
 
 

@@ -546,6 +546,8 @@ def test_nan_hides_in_no_pixel(grey):
             p.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="sample 0 is not finite"):
         Drawn(run, {"steps": 2}).rows(0, 2, 2)
+    with pytest.raises(ValueError, match="sample 0 is not finite"):
+        run.sample(2, steps=2)
 
 
 def test_ranks_hear_what_the_main_one_refuses():

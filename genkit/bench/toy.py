@@ -166,7 +166,7 @@ def measure(
 
 
 def limits(column: Column, test: int) -> dict[str, Any]:
-    """What no model can beat: ``floor``, the W2 of data to data at this size; and ``cost``, W2^2 of source and data."""
+    """What to compare with: ``floor``, the W2 of data to data at this size; and ``cost``, W2^2 of source and data."""
     held_out, other = held(column.data, test), held(column.data, test, seed=1)
     return {"floor": [w2(other, held_out)], "cost": w2(column.source(normals(test, 1000), NO_COND), held_out) ** 2}
 

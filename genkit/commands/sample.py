@@ -53,8 +53,6 @@ def main(argv: list[str]) -> int:
             watch=count,
             **how(asked, run),
         )
-    if not bool(torch.isfinite(x.float()).all()):
-        raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
     for path in FORMATS[asked.format](x, cond, out):
         console.print(path, markup=False)
     if asked.trajectory:
