@@ -19,6 +19,7 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),
     "rollout": ("genkit.commands.rollout", "let a trained policy act: success, return, ways taken, time per chunk"),
     "demo": ("genkit.commands.demo", "record an expert, as demonstrations to learn from"),
+    "finetune": ("genkit.commands.finetune", "improve a run by the reward of an environment, or of a function"),
     "bench": ("genkit.commands.bench", "measure: speed, order"),
 }
 

@@ -1,0 +1,266 @@
+"""`genkit finetune RUN`: improve a trained model by a reward, of an environment or of a function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path as File
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Lt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from tyro.conf import Positional
+
+from genkit import __version__, config, runs
+from genkit.config import parse, table, to_yaml
+from genkit.core import Batch, seed_of
+from genkit.data import Stream
+from genkit.envs import Env, make
+from genkit.rl.chain import Chain, Noising, denoiser_of
+from genkit.rl.learn import Critic, Learner, Method, Task
+from genkit.rl.policy import Policy
+from genkit.rl.rollout import rollout
+from genkit.rl.tasks import Acting, OneWay, Scoring, function_of
+from genkit.train import start as fresh_state
+
+console = Console(highlight=False, soft_wrap=True)
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Improve a trained model by a reward."""
+
+    run: Positional[str] = ""
+    """The run's folder, such as runs/latest."""
+    reward: str = "env"
+    """env: what a policy's environment gives; or package.module:function, of (samples [B, ...], cond) to [B]."""
+    method: Method = table("genkit.rl.methods:METHODS", "dppo", kind="genkit.rl.learn:Method")
+    """How it learns."""
+    noise: Noising = table("genkit.rl.chain:NOISES", "fixed")
+    """How a step of the sampler is made noisy, so that there is something to try."""
+    floor: Annotated[float, Ge(0)] = 0.05
+    """The least deviation of a step, in the model's numbers; the last step of ddim and sde has no other."""
+    steps: Count = 4
+    """Steps of the sampler; the trained model wants as many."""
+    grid: str = "uniform"
+    """Where the steps lie: a name in genkit.sampling.GRIDS."""
+    iterations: Count = 40
+    """Rounds of trying and learning."""
+    env: str | None = None
+    """four-ways, pusht, or an id of gymnasium; None: that of the demonstrations."""
+    mode: Annotated[int, Ge(0)] | None = None
+    """Of an environment with several ways: reward this one alone."""
+    num: Count = 50
+    """Worlds side by side."""
+    decisions: Count = 40
+    """Decisions of a world in an iteration."""
+    act_steps: Count | None = None
+    """Actions of a chunk that are carried out; None: as in training."""
+    samples: Count = 512
+    """Samples in an iteration, where the reward is a function."""
+    group: Count = 1
+    """Samples of one condition that are compared to each other (GRPO); 1: all are compared to all."""
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """Decay per gradient step of the averaged weights."""
+    eval_episodes: Annotated[int, Ge(0)] = 200
+    """Episodes before and after, without noise, of seeds that are not trained on; 0: none."""
+    eval_seeds: Annotated[int, Ge(0)] = 100_000
+    """The first of them."""
+    save_every: Count = 10
+    """Iterations from one checkpoint to the next. Every one begins new episodes, so that a resumed run is the same."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Every random number depends on it."""
+    out: str = "runs"
+    """The folder in which the new run's folder is made."""
+    name: str | None = None
+    """The new run's name; None: that of the old one and the method's."""
+    resume: str | None = None
+    """A run of this command, to go on with."""
+
+
+def main(argv: list[str]) -> int:
+    resumed = next((b for a, b in pairwise(argv) if a == "--resume"), None)
+    if resumed:
+        found = runs.find(resumed) / "finetune.yaml"
+        if not found.is_file():
+            raise ValueError(f"resume: given {resumed}, which genkit finetune did not make; it has no finetune.yaml")
+        argv = ["--config", str(found), *argv]
+    asked = parse(Finetune, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
+    if not asked.run:
+        raise ValueError("run: not given; say which: genkit finetune runs/latest")
+    return finetune(asked, runs.find(asked.resume) if asked.resume else None)
+
+
+def finetune(asked: Finetune, resumed: File | None = None) -> int:
+    """Improve, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
+    torch.set_num_threads(1)
+    torch.manual_seed(asked.seed)
+    base = runs.load(asked.run, device="cpu")
+    chain = Chain.over(denoiser_of(base.objective, base.nets).path, asked.steps, asked.noise, asked.floor, asked.grid)
+    task, policy = task_of(asked, base)
+    asked.method.check(chain, task)
+    learner = learner_of(asked, base, chain, critic=policy is not None)
+    method, cfg = asked.method, learner_config(asked, base)
+    named = asked.name or f"{base.directory.name.partition('-')[2]}-{type(method).__name__.lower()}"
+    run = resumed or runs.create(asked.out, named)
+    if resumed:
+        take_up(learner, run)
+    else:
+        (run / "env.json").write_text(json.dumps({"genkit": __version__, "argv": sys.argv}, indent=1))
+        (run / "config.yaml").write_text(to_yaml(cfg))
+    (run / "finetune.yaml").write_text(to_yaml(replace(asked, run=str(base.directory), resume=None)))
+    console.print(f"{run}  from {base.directory} ({base.weights})", markup=False)
+    measure = measured(asked, base, learner, policy)
+    if not resumed:
+        told(run, 0, "before", measure())
+    began = time.perf_counter()
+    columns = (TextColumn("iteration {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[said]}"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        shown = bar.add_task("finetune", total=asked.iterations, completed=learner.state.step, said="")
+        while learner.state.step < asked.iterations:
+            i = learner.state.step
+            if i % asked.save_every == 0 or not began_here(task):
+                task.begin(learner, i)
+            torch.manual_seed(seed_of(asked.seed, i))  # for the objective's own draws
+            seen = task.collect(learner, i)
+            logs = {**seen.logs, **method.update(learner, task, seen, i)}
+            learner.state.step += 1
+            record = {"step": i + 1, "seconds": round(time.perf_counter() - began, 2), **logs}
+            runs.append_log(run, record)
+            said = "  ".join(f"{k} {logs[k]:.3g}" for k in SHOWN if k in logs)
+            bar.update(shown, completed=i + 1, said=said)
+            if not console.is_terminal and (i % 5 == 4 or i == 0):
+                console.print(f"iteration {i + 1}/{asked.iterations}  {said}", markup=False)
+            if (i + 1) % asked.save_every == 0 or i + 1 == asked.iterations:
+                save(run, learner, base, asked)
+    after = measure()
+    told(run, learner.state.step, "after", after)
+    console.print(f"next     genkit {'rollout' if policy else 'sample'} {run} --steps {asked.steps}", markup=False)
+    return 0
+
+
+SHOWN = ("reward", "return", "success", "mode_entropy_bits", "kl_reference", "clipped", "diffusion_loss", "loss")
+
+
+def began_here(task: Task) -> bool:
+    return not isinstance(task, Acting) or bool(task.history)
+
+
+def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
+    if asked.reward != "env":
+        if asked.mode is not None or asked.env is not None:
+            raise ValueError("env, mode: have no effect where the reward is a function; leave them out")
+        return Scoring(function_of(asked.reward), asked.reward, base.codec, asked.samples, asked.group), None
+    policy = Policy.load(base, steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
+    env = world(asked, policy, asked.num)
+    do = policy.obs_shape[1]
+    if (do, policy.action_dim) != (env.obs_dim, env.action_dim):
+        raise ValueError(
+            f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
+            f"{do} and {policy.action_dim}; give the environment of its demonstrations"
+        )
+    method: Any = asked.method
+    return Acting(env, base.codec, policy.act_steps, asked.decisions, method.gamma, method.lam), policy  # type: ignore
+
+
+def world(asked: Finetune, policy: Policy, num: int) -> Env:
+    env = make(asked.env or policy.env, num)
+    return env if asked.mode is None else OneWay(env, asked.mode)
+
+
+def learner_config(asked: Finetune, base: runs.Run) -> config.Train:
+    """What the new run's config.yaml says: the old one's, from its weights."""
+    return replace(base.config, init=str(base.directory), ema=(asked.ema,), lr=asked.method.lr, out=asked.out,
+                   seed=asked.seed, resume=None, precision="fp32")  # fmt: skip
+
+
+def learner_of(asked: Finetune, base: runs.Run, chain: Chain, critic: bool) -> Learner:
+    cfg = learner_config(asked, base)
+    torch.manual_seed(asked.seed)
+    nets = {k: v.requires_grad_(True) for k, v in base.config.objective.networks(cfg.backbone, base.spec).items()}
+    for k, net in nets.items():
+        net.load_state_dict(base.nets[k].state_dict())
+    state = fresh_state(cfg.objective, nets, cfg)
+    data = base.config.data.load("train")
+    stream = Stream(data, 1 << 16, asked.seed, "cpu", workers=0)
+
+    def demos(number: int, rows: int) -> Batch:
+        return data.codec.encode(stream(number, 0, 0, rows))
+
+    value = Critic(base.spec) if critic else None
+    fit = torch.optim.Adam(value.parameters(), lr=asked.method.critic_lr) if value else None
+    return Learner(cfg.objective, state, chain, base.spec, demos, asked.seed, value, fit)
+
+
+def measured(asked: Finetune, base: runs.Run, learner: Learner, policy: Policy | None) -> Callable[[], dict[str, Any]]:
+    """A measurement of the averaged weights as they are used later: without noise, on seeds that are not trained on."""
+    if policy is None or not asked.eval_episodes:
+        return dict
+    env = world(asked, policy, min(50, asked.eval_episodes))
+
+    def measure() -> dict[str, Any]:
+        nets = learner.state.emas[asked.ema]
+        here = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
+        return rollout(here, env, range(asked.eval_seeds, asked.eval_seeds + asked.eval_episodes)).summary()
+
+    return measure
+
+
+def told(run: File, step: int, when: str, found: dict[str, Any]) -> None:
+    if not found:
+        return
+    flat = {k: v["value"] if isinstance(v, dict) else v for k, v in found.items()}
+    runs.append_log(run, {"step": step, **{f"{when}/{k}": v for k, v in flat.items() if v is not None}})
+    part = run / f".{when}.json.part"
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(part, run / f"{when}.json")
+    names = ("success", "coverage", "return", "mode_entropy_bits")
+    console.print(
+        f"{when:<8} " + "  ".join(f"{k} {flat[k]:.3f}" for k in names if flat.get(k) is not None), markup=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+EXTRA = "finetune.safetensors"
+
+
+def save(run: File, learner: Learner, base: runs.Run, asked: Finetune) -> None:
+    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic and its optimiser."""
+    extra = {"draws": torch.tensor(learner.draws)}
+    if learner.critic is not None and learner.critic_optimizer is not None:
+        extra |= {f"critic.{k}": v.clone() for k, v in learner.critic.state_dict().items()}
+        for i, p in enumerate(learner.critic.parameters()):
+            extra |= {f"adam.{i}.{k}": v.clone() for k, v in learner.critic_optimizer.state.get(p, {}).items()}
+    part = run / f".{EXTRA}.part"
+    save_file(extra, part)
+    final = runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3)
+    os.replace(part, final / EXTRA)
+
+
+def take_up(learner: Learner, run: File) -> None:
+    """Put the newest checkpoint back into ``learner``."""
+    from safetensors.torch import load_file
+
+    checkpoint = runs.checkpoint_of(run)
+    if not (checkpoint / EXTRA).is_file():
+        raise ValueError(f"{checkpoint}: has no {EXTRA}; take an earlier checkpoint")
+    runs.restore(checkpoint, learner.state, learner.objective)
+    stored = load_file(checkpoint / EXTRA)
+    learner.draws = int(stored["draws"])
+    if learner.critic is not None and learner.critic_optimizer is not None:
+        learner.critic.load_state_dict({k[7:]: v for k, v in stored.items() if k.startswith("critic.")})
+        for i, p in enumerate(learner.critic.parameters()):
+            slots = {k.split(".", 2)[2]: v for k, v in stored.items() if k.startswith(f"adam.{i}.")}
+            if slots:
+                learner.critic_optimizer.state[p] = slots
+    runs.rewind_log(run, learner.state.step)

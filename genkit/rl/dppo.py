@@ -1,0 +1,90 @@
+"""Diffusion policy policy optimisation (Ren et al. 2024): PPO on the steps of the denoising chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from genkit.rl.advantages import normalised, over_steps
+from genkit.rl.chain import Chain
+from genkit.rl.learn import Experience, Learner, Method, Share, Task, divergence, means_of
+
+
+def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7), each ``[B]``; to be made large."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(Method):
+    """Every denoising step is an action with its own ratio; what came of the sample is credited to all of them."""
+
+    clip: Annotated[float, Gt(0)] = 0.1
+    """how far a step's ratio may go from 1; 10 to 20 % of them clipped is healthy"""
+    epochs: Annotated[int, Ge(1)] = 5
+    """passes over an iteration's walks"""
+    last: Annotated[int, Ge(1)] | None = None
+    """train the last so many steps only, the K' of the paper; None: all"""
+    denoise_gamma: Share = 0.95
+    """discount from one denoising step to the one before"""
+    clone: Annotated[float, Ge(0)] = 0.1
+    """weight of the objective's own loss on demonstrations: it keeps the variety that a reward does not ask for"""
+    kl: Annotated[float, Ge(0)] = 0.0
+    """weight of the divergence from the model as it was, in nats a step"""
+    stop_kl: Annotated[float, Gt(0)] = 0.05
+    """divergence of a step from its law when it was drawn, in nats, after which an iteration ends early"""
+    warmup: Annotated[int, Ge(0)] = 2
+    """first iterations, in which the critic alone learns"""
+
+    def check(self, chain: Chain, task: Task) -> None:
+        chain.first(self.last)
+
+    def update(self, learner: Learner, task: Task, seen: Experience, iteration: int) -> dict[str, float]:
+        logs = self.critic_update(learner, seen, iteration)
+        if learner.critic is not None and iteration < self.warmup:
+            return logs
+        chain, last = learner.chain, self.last or learner.chain.steps
+        first = chain.first(last)
+        fade = over_steps(last, self.denoise_gamma).to(seen.advantages)
+        advantages = normalised(seen.advantages)
+        reference = means_of(chain, learner.reference, seen) if self.kl else seen.walk.means
+        count, g = len(advantages), learner.generator(iteration, 2)
+        sums, steps, stopped = torch.zeros(4, dtype=torch.float64), 0, False
+        for _ in range(self.epochs):
+            moved, rows = 0.0, 0
+            for pairs in torch.randperm(last * count, generator=g).split(self.batch):
+                k, m = first + pairs // count, pairs % count
+                cond = {name: v[m] for name, v in seen.cond.items()}
+                x, after, old = seen.walk.xs[k, m], seen.walk.xs[k + 1, m], seen.walk.means[k, m]
+                mean = chain.mean_at(learner.denoiser, x, k, cond)
+                ratio = (chain.density(after, mean, k) - chain.density(after, old, k)).exp()
+                gain = surrogate(ratio, advantages[m] * fade[k - first], self.clip).mean()
+                std = chain.table(x)[3, k]
+                loss = -gain
+                if self.kl:
+                    loss = loss + self.kl * (apart(mean, reference[k, m]) / (2 * std**2)).mean()
+                if self.clone:
+                    loss = loss + self.clone * learner.clone_loss(self.clone_batch)
+                learner.step(loss, self.lr)
+                with torch.no_grad():
+                    kl = (apart(mean, old) / (2 * std**2)).mean()
+                    clipped = ((ratio - 1).abs() > self.clip).double().mean()
+                    sums += torch.stack([gain.double(), kl.double(), clipped, (ratio - 1).abs().max().double()]).cpu()
+                steps, moved, rows = steps + 1, moved + float(kl) * len(pairs), rows + len(pairs)
+            if moved / rows > self.stop_kl:
+                stopped = True
+                break
+        gain, kl, clipped, _ = (sums / steps).tolist()
+        kept = means_of(chain, learner.denoiser, seen)
+        before = means_of(chain, learner.reference, seen)
+        far = float(divergence(chain, kept, before, last).mean())
+        return {**logs, "gain": gain, "kl_step": kl, "clipped": clipped, "kl_reference": far, "stopped": float(stopped)}
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances ``[B]``."""
+    return ((a - b) ** 2).flatten(1).sum(1)

@@ -1,0 +1,11 @@
+"""The methods of `genkit finetune`. A new one is one file, and one line in this dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from genkit.rl.dppo import DPPO
+from genkit.rl.mixed import Mixed
+from genkit.rl.rwr import RWR
+
+METHODS: Mapping[str, type] = {"dppo": DPPO, "mixed": Mixed, "rwr": RWR}

@@ -1,0 +1,241 @@
+"""Where rewards come from: an environment in which a policy acts, or a function of samples."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.codecs import Actions, Pixels
+from genkit.core import Codec, Cond, Label, seed_of
+from genkit.envs import Env
+from genkit.rl.advantages import gae, of_groups
+from genkit.rl.chain import Walk, start
+from genkit.rl.learn import Experience, Learner
+from genkit.rl.rollout import entropy_bits
+
+Reward = Callable[[Tensor, Cond], Tensor]  # samples as the world sees them [B, *S] (pictures in [0, 1]), cond -> [B]
+
+
+class OneWay:
+    """An environment whose rewards count only where the episode's ``mode`` is the one that is asked for."""
+
+    def __init__(self, env: Env, mode: int):
+        modes = getattr(env, "modes", 0)
+        if not 0 <= mode < modes:
+            known = f"allowed 0..{modes - 1}" if modes else "this environment knows no modes; leave it out"
+            raise ValueError(f"mode: given {mode}; {known}")
+        self.env, self.mode, self.modes = env, mode, modes
+        self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
+
+    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        return self.env.reset(seeds, rows)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        right = info["mode"] == self.mode
+        return obs, reward * right, terminated, truncated, {**info, "success": info["success"] & right}
+
+
+@dataclass
+class Acting:
+    """N worlds, in each of which the policy makes ``decisions`` an iteration. Episodes go on from one to the next.
+
+    The first episode of row i is cut after its share of the time limit, so that the rows do not all come to their
+    limits at once; a cut is a truncation, and is bootstrapped from.
+    """
+
+    env: Env
+    codec: Actions
+    act_steps: int
+    decisions: int
+    gamma: float
+    lam: float
+    differentiable: ClassVar[bool] = False
+    history: list[np.ndarray] = field(default_factory=list)
+
+    def begin(self, learner: Learner, iteration: int) -> None:
+        n, to = self.env.num, learner_horizon(learner)
+        self.begun, self.resets = iteration, 0
+        obs = self.env.reset(self.seeds(learner, n))
+        self.history = [obs.copy() for _ in range(to)]
+        self.age = np.zeros(n, int)
+        self.limit = np.ceil(self.env.max_steps * (1 + np.arange(n)) / n)
+        self.limit[-1] = np.inf  # the last has the environment's own limit
+        self.total = np.zeros(n)
+        self.good = np.zeros(n, bool)
+
+    def seeds(self, learner: Learner, n: int) -> list[int]:
+        """Of the next ``n`` episodes; far from those that a policy is measured with."""
+        first = self.resets
+        self.resets += n
+        return [2**30 + seed_of(learner.seed, self.begun, i) % 2**30 for i in range(first, first + n)]
+
+    @torch.no_grad()
+    def collect(self, learner: Learner, iteration: int) -> Experience:
+        critic, n, to = learner.critic, self.env.num, learner_horizon(learner)
+        assert critic is not None
+        g, device = learner.generator(iteration, 0), learner.device
+        noise = lambda shape: torch.randn(n, *shape, generator=g).to(device)  # noqa: E731
+        starts, walks, obs_after, rewards, terminations, ends, finished = [], [], [], [], [], [], []
+        for _ in range(self.decisions):
+            obs = torch.from_numpy(np.stack(self.history, 1)).float().to(device)
+            z = noise(learner.spec.shape)
+            at = start(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
+            walk = learner.chain.sample(at.denoise, at.x, at.cond, noise)
+            actions = self.codec.world(walk.xs[-1], obs)[:, :, to - 1 : to - 1 + self.act_steps].cpu().numpy()
+            reward, terminated, ended = self.act(actions)
+            starts.append(at.cond)
+            walks.append(walk)
+            del self.history[:-to]
+            obs_after.append(np.stack(self.history, 1))
+            rewards.append(reward)
+            terminations.append(terminated)
+            ends.append(ended)
+            finished += self.renew(learner, ended)
+        after = torch.from_numpy(np.stack(obs_after)).float().to(device)
+        cond = {k: torch.cat([c[k] for c in starts]) for k in starts[0]}
+        stack = lambda parts: torch.from_numpy(np.stack(parts)).to(device)  # noqa: E731
+        reward, terminated, ended = stack(rewards).float(), stack(terminations), stack(ends)
+        if float(critic.scale) == 0:  # before any values: what the decisions brought by themselves
+            zero = torch.zeros_like(reward)
+            critic.note(gae(reward, zero, zero, terminated, ended, self.gamma, 1.0))
+        values = critic.values(cond["obs"]).reshape(reward.shape)
+        beyond = critic.values(after.flatten(0, 1)).reshape(reward.shape)
+        advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
+        whole = Walk(torch.cat([w.xs for w in walks], 1), torch.cat([w.means for w in walks], 1))
+        logs = {"reward": float(reward.sum()) / n, **summary(finished, getattr(self.env, "modes", 0))}
+        return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs)
+
+    def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Carry out chunks ``[N, A, Ta]``: what they brought, which rows terminated, which ended in any way."""
+        n = self.env.num
+        brought, terminated, ended = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
+        for j in range(actions.shape[2]):
+            obs, reward, stop, cut, info = self.env.step(np.where(ended[:, None], 0, actions[:, :, j]))
+            if reward.shape != (n,) or not np.isfinite(reward).all():
+                raise ValueError(f"reward: the environment gave {bad(reward)}; needs ({n},) finite numbers")
+            brought += np.where(ended, 0, reward)
+            if "success" in info:
+                self.good |= ~ended & info["success"].astype(bool)
+            self.mode = info.get("mode", np.full(n, -1))
+            terminated |= stop & ~ended
+            self.age += ~ended
+            ended |= stop | cut
+            self.history.append(obs)
+        self.total += brought
+        return brought, terminated, ended | (self.age >= self.limit)
+
+    def renew(self, learner: Learner, ended: np.ndarray) -> list[tuple[float, bool, int]]:
+        """Begin new episodes in rows that have ended: ``(return, success, mode)`` of those that ran their course."""
+        rows = np.flatnonzero(ended)
+        if not len(rows):
+            return []
+        told = [(self.total[i], bool(self.good[i]), int(self.mode[i])) for i in rows if self.age[i] < self.limit[i]]
+        obs = self.env.reset(self.seeds(learner, len(rows)), rows.tolist())
+        for past in self.history:
+            past[rows] = obs[rows]
+        self.age[rows], self.total[rows], self.good[rows], self.limit[rows] = 0, 0, False, np.inf
+        return told
+
+    def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
+        raise NotImplementedError
+
+    def reward(self, x: Tensor, cond: Cond) -> Tensor:
+        raise NotImplementedError
+
+
+def learner_horizon(learner: Learner) -> int:
+    shape = getattr(learner.spec.cond["obs"], "shape", (1,))
+    return int(shape[0])
+
+
+def summary(finished: Sequence[tuple[float, bool, int]], modes: int) -> dict[str, float]:
+    """Of the episodes that ended in an iteration."""
+    if not finished:
+        return {}
+    returns, good, mode = (np.array(v) for v in zip(*finished, strict=True))
+    out = {"episodes": float(len(finished)), "return": float(returns.mean()), "success": float(good.mean())}
+    if modes:
+        out["mode_entropy_bits"] = entropy_bits(np.bincount(mode[good & (mode >= 0)], minlength=modes))
+    return out
+
+
+@dataclass
+class Scoring:
+    """A function of samples, for models of anything. ``group`` samples of one condition are compared to each other."""
+
+    function: Reward
+    name: str
+    codec: Codec
+    samples: int
+    group: int
+    differentiable: ClassVar[bool] = True
+
+    def begin(self, learner: Learner, iteration: int) -> None:
+        if self.samples % self.group:
+            raise ValueError(f"group: given {self.group} of {self.samples} samples; needs a divisor of them")
+
+    def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
+        g = learner.generator(iteration, 0)
+        groups = -(-n // self.group)
+        spec, cond = learner.spec, {}
+        if spec.cond and all(isinstance(kind, Label) for kind in spec.cond.values()):
+            which = torch.arange(groups).repeat_interleave(self.group)[:n].to(learner.device)
+            cond = {k: which % kind.num for k, kind in spec.cond.items() if isinstance(kind, Label)}
+        elif spec.cond:
+            cond = {k: v.repeat_interleave(self.group, 0)[:n] for k, v in learner.next_demos(groups).cond.items()}
+        return torch.randn(n, *spec.shape, generator=g).to(learner.device), cond
+
+    def seen(self, x: Tensor) -> Tensor:
+        """As the world sees them, differentiably: pictures in [0, 1], all else as the codec says."""
+        return (x + 1) / 2 if isinstance(self.codec, Pixels) else self.codec.decode(x)
+
+    def reward(self, x: Tensor, cond: Cond) -> Tensor:
+        found = self.function(self.seen(x), cond)
+        if not isinstance(found, Tensor) or found.shape != (len(x),):
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"reward: {self.name} gave {given} for {len(x)} samples; needs a tensor ({len(x)},)")
+        if not bool(torch.isfinite(found).all()):
+            where = int((~torch.isfinite(found)).nonzero()[0])
+            raise ValueError(f"reward: {self.name} gave {float(found[where])} for sample {where}; needs finite numbers")
+        return found.float()
+
+    @torch.no_grad()
+    def collect(self, learner: Learner, iteration: int) -> Experience:
+        z, cond = self.draw(learner, iteration, self.samples)
+        g = learner.generator(iteration, 4)
+        noise = lambda shape: torch.randn(len(z), *shape, generator=g).to(z)  # noqa: E731
+        at = start(learner.objective, learner.state.nets, z, cond, noise, learner.chain)
+        walk = learner.chain.sample(at.denoise, at.x, at.cond, noise)
+        rewards = self.reward(walk.xs[-1], at.cond)
+        groups = torch.arange(len(z), device=z.device) // self.group
+        advantages = of_groups(rewards, groups) if self.group > 1 else rewards - rewards.mean()
+        logs = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
+        return Experience(walk, at.cond, advantages, None, logs)
+
+
+def function_of(name: str) -> Reward:
+    """The function ``package.module:function``. ``ValueError`` where there is none."""
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise ValueError(f"reward: given {name!r}; allowed: env, or package.module:function")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"reward: given {name}; there is no module {e.name}; is it on PYTHONPATH?") from None
+    except AttributeError:
+        raise ValueError(f"reward: given {name}; the module has no such function") from None
+    if not callable(found):
+        raise ValueError(f"reward: given {name}; needs a function (x [B, ...], cond) -> [B]")
+    return cast(Reward, found)
+
+
+def bad(reward: np.ndarray) -> str:
+    """The first number that is none, or the shape, for a message."""
+    return f"{reward[~np.isfinite(reward)][0]}" if reward.size and not np.isfinite(reward).all() else f"{reward.shape}"
