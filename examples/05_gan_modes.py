@@ -92,16 +92,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     samples, found = {}, {game: {} for game in args.games}
-    for game in args.games:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for game in args.games:
             samples[game, seed], found[game][seed] = train(game, seed, args.steps)
             print(game, seed, json.dumps(found[game][seed]), flush=True)
-    draw(samples, found, args.picture)
+        draw(samples, found, args.picture)  # after each seed: a run that is cut short leaves what it has
+        if args.out:
+            games = {game: GAMES[game] for game in args.games}
+            told = {"games": games, "steps": args.steps, "found": found, "genkit": __version__}
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(told, indent=1) + "\n")
     print(f"picture  {args.picture}")
-    if args.out:
-        told = {"games": {g: GAMES[g] for g in args.games}, "steps": args.steps, "found": found, "genkit": __version__}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

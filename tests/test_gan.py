@@ -215,10 +215,8 @@ def test_the_critic_of_wgan_gp_measures_the_distance():
 def small(objective, steps=2, accelerator=None, micro=None, spec=None):
     """A few steps in float64 on points with classes; the state."""
     spec = spec or Spec((2,), {"label": Label(3)})
-    cfg = config.from_dict(
-        config.Train, {"objective": "gan", "steps": steps, "batch": 32, "micro": micro, "log_every": 1, "ema": [0.9],
-                       "precision": "fp32"}
-    )  # fmt: skip
+    how = {"steps": max(1, steps), "batch": 32, "micro": micro, "log_every": 1, "ema": [0.9], "precision": "fp32"}
+    cfg = config.from_dict(config.Train, {"objective": "gan", **how})
     torch.manual_seed(0)
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), spec).items()}
     logged = []
@@ -229,7 +227,8 @@ def small(objective, steps=2, accelerator=None, micro=None, spec=None):
         return Batch(mine.normal(2).double(), cond, draw=Draw((4, step, draw), first, last), step=step)
 
     state = start(objective, nets, cfg)
-    fit(objective, state, stream, Identity(), cfg, accelerator or Accelerator(cpu=True), log=logged.append)
+    if steps:
+        fit(objective, state, stream, Identity(), cfg, accelerator or Accelerator(cpu=True), log=logged.append)
     return state, logged
 
 
@@ -275,7 +274,26 @@ def test_four_pieces_are_one_batch(objective):
             assert torch.allclose(a, b, atol=1e-9), name
 
 
-def test_a_phase_moves_only_its_own_network_and_repeats_as_the_game_says():
+@dataclass(frozen=True)
+class Half(GAN):
+    """One phase of the two."""
+
+    which: int = 0
+
+    @property
+    def phases(self):
+        return super().phases[self.which : self.which + 1]
+
+
+@pytest.mark.parametrize(("which", "mover"), [(0, "discriminator"), (1, "generator")])
+def test_a_phase_moves_only_its_own_network(which, mover):
+    before, after = (small(Half(latent=(4,), which=which), steps=n)[0].nets for n in (0, 1))
+    for name in before:
+        same = [torch.equal(a, b) for a, b in zip(before[name].parameters(), after[name].parameters(), strict=True)]
+        assert all(same) == (name != mover), name
+
+
+def test_a_phase_asks_no_gradient_of_the_other_and_repeats_as_the_game_says():
     objective = GAN(game=Wasserstein(critic_steps=3), latent=(4,))
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), PLANE).items()}
     for mine, other in (("generator", "discriminator"), ("discriminator", "generator")):
