@@ -7,7 +7,7 @@ obstacle. Needs numpy only; N worlds run beside each other, a million steps a se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,9 @@ class FourWays:
     ``max_steps``. Row i depends on its seed alone. A row that has ended stands still, with reward 0, until its reset.
     """
 
-    obs_dim: ClassVar[int] = 2
-    action_dim: ClassVar[int] = 2
-    modes: ClassVar[int] = WAYS
+    obs_dim: int = 2
+    action_dim: int = 2
+    modes: int = WAYS
 
     def __init__(self, num: int, max_steps: int = 80):
         self.num, self.max_steps = num, max_steps
