@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "eval": ("genkit.commands.evaluate", "measure samples: FID, KID, precision and recall ..., of a run or of folders"),
     "sweep": ("genkit.commands.sweep", "which sampler, steps and guidance draw a run's samples well and fast"),
     "likelihood": ("genkit.commands.likelihood", "bits per dimension of held-out samples under a run"),
+    "encode": ("genkit.commands.encode", "cache the latents of a data set, to train on them with --data=latents"),
     "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
     "report": ("genkit.commands.report", "a run on one HTML page: curves, samples, quality, settings"),
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),

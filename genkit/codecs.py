@@ -126,6 +126,28 @@ class Actions(Affine):
         return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
 
 
+class Learned(ABC):
+    """A codec with weights, which are stored beside what :meth:`to_dict` says of it (:mod:`genkit.latents`)."""
+
+    shape: tuple[int, ...]
+    """of one of the world's samples"""
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Batch: ...
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., "sha256": of the weights, ...}``, ready for JSON."""
+
+
+def world_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the model's samples of this ``shape`` are when they are decoded."""
+    return codec.shape if isinstance(codec, Learned) else shape
+
+
 def _per_dimension(x: Tensor) -> Tensor:
     """``[N, C, ...] -> [C, N * ...]`` in float64."""
     if x.ndim < 2 or not x.numel():
@@ -144,6 +166,8 @@ CODECS: dict[str, type] = {
 
 def to_dict(codec: Codec) -> dict[str, Any]:
     """``{"name": ..., **fields}``, ready for JSON. ``ValueError`` for a codec that is not in ``CODECS``."""
+    if isinstance(codec, Learned):
+        return codec.to_dict()
     for name, kind in CODECS.items():
         if type(codec) is kind:
             return {"name": name, **{f.name: getattr(codec, f.name) for f in fields(kind)}}

@@ -2,15 +2,15 @@
 
     runs/0007-digits-flow-unet/
       config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
+      codec/first-stage.safetensors  (of a model of latents only: a copy, made once)
       checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
 
 A checkpoint is written under a temporary name, then renamed; ``latest`` likewise. So whatever kills a run, what its
-directory shows is complete. :func:`load` needs ``config.yaml`` and one checkpoint.
+directory shows is complete. :func:`load` needs ``config.yaml``, one checkpoint and, where there is one, ``codec``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genkit import codecs, config
+from genkit import codecs, config, latents
 from genkit.core import Codec, Cond, Denoiser, Generator, Guidance, Label, Objective, Spec, spec_from_dict, spec_to_dict
 from genkit.guidance import (
     LINEAR,
@@ -38,6 +38,7 @@ from genkit.guidance import (
 )
 from genkit.objectives import Classifier
 from genkit.sampling import GRIDS, Seeds, bind
+from genkit.tensors import fill, sha256, tensors
 from genkit.train import State, phase_parameters
 
 
@@ -95,23 +96,6 @@ def checkpoint_of(run: File, step: int | None = None) -> File:
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
-def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
-    return {
-        f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()
-    }
-
-
-def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: File) -> None:
-    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or misshapen."""
-    wanted = {f"{name}.{k}": v for name, net in nets.items() for k, v in net.state_dict().items()}
-    odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
-    if odd:
-        raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
-    for name, net in nets.items():
-        net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
-
-
 def optimizer_tensors(objective: Objective, state: State) -> dict[str, Tensor]:
     """``{"denoise/net.conv.weight/exp_avg": ...}``."""
     return {
@@ -147,14 +131,6 @@ def save(run: File, state: State, objective: Objective, spec: Spec, codec: Codec
     for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def sha256(path: File) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def read(checkpoint: File, name: str) -> dict[str, Tensor]:
@@ -230,6 +206,11 @@ class Run:
     def objective(self) -> Objective:
         return self.config.objective
 
+    @property
+    def world(self) -> Spec:
+        """What a decoded sample looks like; another shape than ``spec``, the model's, where that models latents."""
+        return replace(self.spec, shape=codecs.world_shape(self.codec, self.spec.shape))
+
     def generator(
         self,
         sampler: str | None = None,
@@ -277,6 +258,8 @@ class Run:
                 raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
             guides = [within(*interval, compose(*guides))]
         if clip:
+            if isinstance(self.codec, codecs.Learned):
+                raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
             guides.append(clamp())
         if watch is not None:
             guides.insert(0, watch)
@@ -348,9 +331,18 @@ class Run:
             noise = Seeds(range(seed + rows.start, seed + rows.stop), self.device)
             here = {k: v[rows].to(self.device) for k, v in conditions.items()}
             with torch.no_grad():
-                drawn.append(self.codec.decode(generate(noise(shape), here, noise)).cpu())
+                x = generate(noise(shape), here, noise)
+                self.require_finite(x, rows.start)
+                drawn.append(self.codec.decode(x).cpu())
             progress(rows.stop)
         return torch.cat(drawn), conditions
+
+    def require_finite(self, x: Tensor, first: int = 0) -> None:
+        """``ValueError`` that names a sample which is not finite, before the codec hides it in a pixel."""
+        bad = ~torch.isfinite(x.float()).flatten(1).all(1)
+        if bool(bad.any()):
+            odd = first + int(bad.nonzero()[0])
+            raise ValueError(f"{self.weights}: sample {odd} is not finite; the run has diverged")
 
 
 def classifier_of(run: Run) -> Classifier:
@@ -413,7 +405,7 @@ def load(path: str | File, *, ema: str | None = None, step: int | None = None, d
     fill(nets, read(checkpoint, file), checkpoint / file)
     for net in nets.values():
         net.to(where).eval().requires_grad_(False)
-    codec = codecs.from_dict(record["codec"])
+    codec = latents.from_dict(record["codec"], run / "codec", where)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)
 
 
@@ -444,3 +436,18 @@ def beside(run: Run, name: str) -> Run:
     if found := re.fullmatch(r"step:(\d+)", name):
         return load(run.directory, ema=average, step=int(found[1]), device=device)
     return load(name, device=device)
+
+
+def first_stage(name: str, device: torch.device) -> latents.Stage:
+    """The weights behind ``--codec``: a run with a code, or one of the kinds that :mod:`genkit.latents` can open."""
+    kind, colon, where = name.partition(":")
+    if colon and kind in latents.OPEN:
+        return latents.OPEN[kind](where, device)
+    run = load(name, device=device.type)
+    return latents.of_run(run.directory.name, run.config.objective, run.config.backbone, run.nets, run.spec, run.codec)
+
+
+def name_of_stage(name: str) -> str:
+    """``--codec`` as config.yaml keeps it: the same from everywhere."""
+    kind, colon, where = name.partition(":")
+    return f"{kind}:{File(where).resolve()}" if colon and kind in latents.OPEN else str(find(name))

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from genkit import runs
+from genkit.codecs import Learned
 from genkit.config import parse, to_yaml
 
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+    if isinstance(run.codec, Learned):
+        lines["decoded"] = f"{'x'.join(map(str, run.world.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
         last = records[-1]
         losses = ", ".join(f"{k} {v:.5f}" for k, v in last.items() if k.endswith("/loss") and v is not None)

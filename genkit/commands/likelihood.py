@@ -17,7 +17,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from genkit import runs
-from genkit.codecs import Identity, Pixels
+from genkit.codecs import Identity, Learned, Pixels
 from genkit.config import parse
 from genkit.core import Batch, Bounded, Bounds, Cond, Draw
 from genkit.objectives import DDPM
@@ -82,6 +82,9 @@ class Likelihood:
 def main(argv: list[str]) -> int:
     asked = parse(Likelihood, argv, prog="genkit likelihood", description=Likelihood.__doc__)
     run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
+    if isinstance(run.codec, Learned):
+        raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
+                         "allowed: a model of the samples themselves")  # fmt: skip
     if type(run.codec) not in SCALES:
         allowed = ", ".join(kind.__name__ for kind in SCALES)
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")

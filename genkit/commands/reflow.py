@@ -14,6 +14,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from genkit import runs
+from genkit.codecs import Learned
 from genkit.config import parse
 from genkit.core import Draw, Objective
 from genkit.data.pairs import save_pairs
@@ -82,6 +83,8 @@ def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tupl
     objective = run.objective
     if not isinstance(objective, Matching):
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
+    if isinstance(run.codec, Learned):
+        raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
     generate = run.generator(asked.sampler, asked.steps, asked.guidance)
     data, found = run.config.data.load("train") if run.spec.cond else None, []
     for first in range(0, asked.n, asked.batch):

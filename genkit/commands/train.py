@@ -22,12 +22,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from genkit import __version__, config, pictures, runs
+from genkit.commands.encode import coded
 from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
-from genkit.core import Batch, Codec, Spec
+from genkit.core import Batch, Codec, Data, Spec
 from genkit.data import Stream
+from genkit.latents import Latent
 from genkit.objectives.couplings import given
 from genkit.sampling import Seeds, bind
 from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, share, start
@@ -72,17 +75,20 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
     with accelerator.main_process_first():
-        data = cfg.data.load("train")
+        loaded = cfg.data.load("train")
+    data = coded(cfg, loaded, accelerator, resumed)
     threads = cfg.threads or pick_threads(share(cfg.batch, accelerator.num_processes) * math.prod(data.spec.shape))
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device, data.spec), threads=threads, resume=None)
     torch.set_num_threads(threads)
     torch.manual_seed(cfg.seed)
-    nets = {k: v.to(device) for k, v in cfg.objective.networks(cfg.backbone, data.spec).items()}
+    nets = {k: v.to(device) for k, v in networks(cfg, data).items()}
     begun = None
+    if cfg.codec and not resumed:
+        cfg = replace(cfg, codec=runs.name_of_stage(cfg.codec))
     if cfg.init and not resumed:
         cfg, begun = replace(cfg, init=str(runs.find(cfg.init))), runs.begin(nets, cfg.init)
     state = start(cfg.objective, nets, cfg)
-    stream = Stream(data, cfg.batch, cfg.seed, device, cfg.workers)
+    stream = Stream(loaded, cfg.batch, cfg.seed, device, cfg.workers)
     if cfg.objective.paired:
         given(stream(0, 0, 0, 1))
     if resumed:
@@ -95,7 +101,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
         from genkit.commands.watch import watch  # metrics take a second to import
 
         watched = watch(cfg, state, data, accelerator)
-    run = open_run(cfg, accelerator, state, resumed, begun)
+    run = open_run(cfg, accelerator, state, resumed, begun, data.codec)
     session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run, watched)
     count = sum(p.numel() for net in nets.values() for p in net.parameters())
     session.say(
@@ -124,8 +130,25 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     return 0 if done else 130
 
 
+def networks(cfg: config.Train, data: Data) -> dict[str, nn.Module]:
+    """New ones. ``ValueError`` where they cannot serve the data, which may be latents."""
+    try:
+        return cfg.objective.networks(cfg.backbone, data.spec)
+    except ValueError as e:
+        if not isinstance(data.codec, Latent):
+            raise
+        raise ValueError(
+            f"codec: {data.codec.stage.name} gives latents {data.spec.shape}, which do not fit: {e}"
+        ) from e
+
+
 def open_run(
-    cfg: config.Train, accelerator: Accelerator, state: State, resumed: File | None, begun: dict[str, str] | None
+    cfg: config.Train,
+    accelerator: Accelerator,
+    state: State,
+    resumed: File | None,
+    begun: dict[str, str] | None,
+    codec: Codec,
 ) -> File:
     """The run's directory, which the main process makes or takes up again; every rank learns its name."""
     run = resumed
@@ -134,6 +157,8 @@ def open_run(
             block = config.dump(cfg)
             run = runs.create(cfg.out, cfg.name or "-".join(slug(block[k]["name"]) for k in NAMED))
             (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": begun}, indent=1))
+            if isinstance(codec, Latent):
+                codec.stage.write(run / "codec")
         else:
             runs.rewind_log(run, state.step)
             runs.point(run.parent / "latest", run.name)

@@ -115,6 +115,11 @@ class Train:
     """Steps in a row with a loss or gradient that is not finite, after which training stops."""
     tensorboard: bool = True
     """Write scalars and images for TensorBoard, besides log.jsonl."""
+    codec: str | None = None
+    """Learn the latents of this run (of vae, ae or vq), not the samples; or diffusers:DIR. They have deviation 1, so
+    edm wants --objective.sigma-data 1."""
+    codec_posterior: Literal["draw", "mean"] = "draw"
+    """What of a VAE's posterior is learned: a draw, a new one each time, or its mean."""
     init: str | None = None
     """A run whose weights, its slowest average, this one begins with; they have to fit."""
     resume: str | None = None

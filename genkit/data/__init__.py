@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from genkit.data.folders import Folder, Npz, Zip, source
 from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
+from genkit.data.latents import InLatents, Latents, world
 from genkit.data.pairs import Pairs
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 from genkit.data.trajectories import FourWays, Pusht, Replay
 
-__all__ = ["DATA", "InMemory", "OnDisk", "Stream", "source"]
+__all__ = ["DATA", "InLatents", "InMemory", "OnDisk", "Stream", "source", "world"]
 
 DATA: dict[str, type] = {
     "moons": Moons,
@@ -26,6 +27,7 @@ DATA: dict[str, type] = {
     "zip": Zip,
     "npz": Npz,
     "pairs": Pairs,
+    "latents": Latents,
     "four-ways": FourWays,
     "replay": Replay,
     "pusht": Pusht,

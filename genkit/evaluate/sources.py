@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit import codecs, runs
 from genkit.core import Data, Denoiser, Draw, Label, Spec, spec_to_dict
-from genkit.data import DATA, source
+from genkit.data import DATA, source, world
 from genkit.data.images import Channels, Size
 from genkit.sampling import Counted, Seeds
 
@@ -143,7 +143,7 @@ def find_data(name: str, options: Named = Named()) -> Given:
 
 def data_of(run: runs.Run, split: str = "train", options: Named = Named()) -> Given:
     """The data that a run was trained on, without augmentation, wherever ``options`` say that they lie now."""
-    config = still(run.config.data)
+    config = still(world(run.config.data))
     if options.root is not None and "root" in {f.name for f in fields(config)}:
         config = replace(config, root=options.root)
     name = next((k for k, v in DATA.items() if v is type(config)), type(config).__name__)
@@ -209,7 +209,7 @@ class Drawn:
 
     @property
     def spec(self) -> Spec:
-        return self.run.spec
+        return self.run.world
 
     @property
     def name(self) -> str:
@@ -233,7 +233,7 @@ class Drawn:
         return dict(self.conditions.codec.encode(batch).cond)
 
     def rows(self, first: int, last: int, n: int) -> Rows:
-        """``ValueError`` where a sample is not finite; it is looked for before the codec hides it in a pixel."""
+        """``ValueError`` where a sample is not finite."""
         run, rows = self.run, range(first, last)
         noise = Seeds([self.seed + i for i in rows], run.device)
         cond = self.cond(rows)
@@ -242,10 +242,7 @@ class Drawn:
             x = self.generate(
                 noise(run.objective.noise_shape(run.spec)), {k: v.to(run.device) for k, v in cond.items()}, noise
             )
-            bad = ~torch.isfinite(x.float()).flatten(1).all(1)
-            if bool(bad.any()):
-                odd = first + int(bad.nonzero()[0])
-                raise ValueError(f"{run.weights}: sample {odd} is not finite; the run has diverged")
+            run.require_finite(x, first)
             x = run.codec.decode(x)
         calls = sum(a.calls for a in self.asked) if self.asked else 1
         passes = sum(a.rows for a in self.asked) if self.asked else len(rows)

@@ -70,6 +70,14 @@ class Autoencoding(Objective):
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
         """The sample that a latent ``[B, *latent]`` stands for, ``[B, *S]``."""
 
+    def seen(self, batch: Batch) -> Tensor:
+        """What the encoder sees of a batch of samples, ``[B, *S]``."""
+        return batch.x
+
+    def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        """The latent that the decoder knows best near any ``z``, as a model of latents draws it."""
+        return z
+
     def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
         return self.decode(nets, self.encode(nets, batch.x, batch.cond).mean, batch.cond)
 

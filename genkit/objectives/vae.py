@@ -72,6 +72,9 @@ class VAE(Autoencoding):
             "decoder": self.likelihood.emitter(backbones, spec, self.latent),
         }
 
+    def seen(self, batch: Batch) -> Tensor:
+        return self.likelihood.prepare(batch)
+
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
         mean, log_var = nets["encoder"](x, cond).to(x).chunk(2, 1)
         return Posterior(mean, log_var.clamp(-30, 20))

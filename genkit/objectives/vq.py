@@ -144,6 +144,9 @@ class VQ(Autoencoding):
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
         return certain(nets["codebook"](nets["encoder"](x, cond).to(x)).code)
 
+    def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        return nets["codebook"](z).code
+
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
         return nets["decoder"](z, cond).to(z)
 

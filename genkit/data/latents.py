@@ -1,0 +1,153 @@
+"""Latents that `genkit encode` has cached: the moments of every sample's posterior, in shards without pickles.
+
+    DIR/latents.json                       what encoded what; a split is named there when it is complete
+    DIR/train-00000-of-00007.safetensors   mean, log_var (unless all are certain) [rows, views, C, ...], cond.NAME
+    DIR/codec/first-stage.safetensors      the weights, so that the folder needs nothing else
+
+A sample has two views where the data are mirrored at random: training then takes either, as it would of the pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from genkit.codecs import Identity
+from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
+from genkit.data.images import Split, check_split, one_line
+
+ABOUT = "latents.json"
+
+
+@dataclass(eq=False)
+class InLatents:
+    """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
+
+    What encoded them, and turns draws of them into samples, is in ``about`` and ``root``; the codec here does nothing.
+    """
+
+    moments: Tensor
+    cond: Mapping[str, Tensor]
+    spec: Spec
+    root: Path
+    about: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    codec: Codec = Identity()  # noqa: RUF009  (frozen)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        cond = {k: v.index_select(0, indices) for k, v in self.cond.items()}
+        chosen = self.moments.index_select(0, indices)
+        if chosen.shape[1] == 1:
+            return Batch(chosen[:, 0], cond)
+        mirrored = draw.uniform() < 0.5
+        return Batch(chosen[torch.arange(len(chosen)), mirrored.long()], cond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Latents that `genkit encode RUN` has cached."""
+
+    suits: ClassVar[str] = "dit"
+
+    root: str = "latents"
+    """the folder"""
+
+    def load(self, split: Split = "train") -> InLatents:
+        check_split(split)
+        root = Path(self.root).expanduser()
+        about = read_about(root)
+        if split not in about["splits"]:
+            raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode RUN --split {split}")
+        found = about["splits"][split]
+        parts = [read_shard(root / name, digest) for name, digest in found["shards"].items()]
+        mean = torch.cat([p["mean"] for p in parts])
+        spread = "log_var" in parts[0]
+        log_var = torch.cat([p["log_var"] for p in parts]) if spread else torch.full_like(mean, -torch.inf)
+        cond = {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k.startswith("cond.")}
+        spec = spec_from_dict(found["spec"])
+        return InLatents(torch.cat([mean, log_var], 2), {k[5:]: v for k, v in cond.items()}, spec, root, about,
+                         found["statistics"])  # fmt: skip
+
+    def world(self) -> Any:
+        """The data that were encoded. ``ValueError`` where they are of a class that is not in ``DATA``."""
+        from genkit.data import DATA
+
+        block = dict(read_about(Path(self.root).expanduser())["data"])
+        name = block.pop("name")
+        if name not in DATA:
+            raise ValueError(
+                f"{self.root}: was encoded from {name}, which is not in DATA; name what to measure against"
+            )
+        known = {f.name for f in fields(DATA[name])}
+        return DATA[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items() if k in known})
+
+
+def read_about(root: Path) -> dict[str, Any]:
+    """``latents.json``. ``ValueError`` where the folder is no cache."""
+    path = root / ABOUT
+    if not path.is_file():
+        raise ValueError(f"{root}: holds no {ABOUT}; make a cache of latents with: genkit encode RUN --out {root}")
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: is no JSON: {one_line(e)}") from e
+    if not isinstance(about, dict) or not {"stage", "data", "splits"} <= set(about):
+        raise ValueError(f"{path}: is not what genkit encode writes; it needs stage, data and splits")
+    return about
+
+
+def write_about(root: Path, about: Mapping[str, Any]) -> None:
+    part = root / f".{ABOUT}.part"
+    part.write_text(json.dumps(about, indent=1))
+    os.replace(part, root / ABOUT)
+
+
+def write_shard(path: Path, content: Mapping[str, Tensor], made: Mapping[str, str]) -> None:
+    """``made`` says what of, for :func:`is_shard`."""
+    part = path.with_name(f".{path.name}.part")
+    save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=as_metadata(made))
+    os.replace(part, path)
+
+
+def as_metadata(made: Mapping[str, str]) -> dict[str, str]:
+    """One entry: safetensors writes several in any order, and equal shards shall be equal files."""
+    return {"made": json.dumps(made, sort_keys=True)}
+
+
+def is_shard(path: Path, made: Mapping[str, str]) -> bool:
+    """Whether this shard is there already, and made of the same."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() == as_metadata(made)
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_shard(path: Path, digest: str | None = None) -> dict[str, Tensor]:
+    """``ValueError`` where it is absent or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; run the same genkit encode again, it makes what is missing")
+    stored = path.read_bytes()
+    if digest is not None and hashlib.sha256(stored).hexdigest() != digest:
+        raise ValueError(f"{path}: is damaged (another sha256 than recorded); remove it and run genkit encode again")
+    return load(stored)
+
+
+def world(config: Any) -> Any:
+    """The data whose samples a model of ``config`` draws: of cached latents, what was encoded."""
+    return config.world() if isinstance(config, Latents) else config

@@ -1,0 +1,34 @@
+"""Networks as named tensors in safetensors files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path as File
+
+from torch import Tensor, nn
+
+
+def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
+    return {
+        f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()
+    }
+
+
+def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: File) -> None:
+    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or misshapen."""
+    wanted = {f"{name}.{k}": v for name, net in nets.items() for k, v in net.state_dict().items()}
+    odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
+    if odd:
+        raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
+    for name, net in nets.items():
+        net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
+
+def sha256(path: File) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
