@@ -1,0 +1,440 @@
+"""Learning from rewards: gradients and optima against closed forms, episodes by hand, the command end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import F64, ExactDenoiser, Mixture
+from safetensors.torch import load_file
+from torch import nn
+
+from genkit import runs
+from genkit.backbones import MLP
+from genkit.cli import main as genkit
+from genkit.codecs import Actions, Identity
+from genkit.commands.finetune import main as finetune
+from genkit.commands.train import main as train
+from genkit.core import Batch, Spec, Vector, expand
+from genkit.objectives import DDPM, EDM, Flow
+from genkit.paths import Linear
+from genkit.rl.chain import NOISES, SDE, Chain, Fixed, Walk
+from genkit.rl.dppo import DPPO, surrogate
+from genkit.rl.learn import Critic, Experience, Learner, divergence
+from genkit.rl.methods import METHODS
+from genkit.rl.mixed import Mixed, through
+from genkit.rl.rwr import RWR, weights_of
+from genkit.rl.tasks import Acting, OneWay, Scoring
+from genkit.train import State
+
+PLAIN = Flow(prediction="x0", drop=0.0)
+
+
+class Constant(nn.Module):
+    """Says theta, whatever it sees."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta, dtype=F64))
+
+    def forward(self, x, t, cond):
+        return self.theta.expand_as(x)
+
+
+def learner(nets, chain, spec=None, objective=PLAIN, demos=None, critic=None, optimizer=torch.optim.SGD):
+    optimizers = {"denoise": optimizer(nets["net"].parameters(), lr=0.1)}
+    values = None if critic is None else torch.optim.Adam(critic.parameters(), lr=1e-3)
+    return Learner(objective, State(nets, {}, optimizers), chain, spec or Spec((1,)), demos, 0, critic, values)
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+THETA, AIM, STD, COUNT = 0.3, 1.0, 2.0, 20_001
+
+
+def bandit():
+    """One step, one number, action ``theta + std z``, reward ``-(a - aim)^2``; z are the quantiles of a normal, so
+    that means over the rows are integrals."""
+    z = torch.special.ndtri((torch.arange(COUNT, dtype=F64) + 0.5) / COUNT)[:, None]
+    a = THETA + STD * z
+    walk = Walk(torch.stack([torch.zeros_like(a), a]), torch.full_like(a, THETA)[None])
+    seen = Experience(walk, {}, -((a[:, 0] - AIM) ** 2), None, {})
+    away = THETA - AIM
+    slope = -2 * away  # of E[R] = -(theta - aim)^2 - std^2
+    spread = math.sqrt(4 * away**2 * STD**2 + 2 * STD**4)  # the deviation of R
+    return seen, slope / spread
+
+
+@pytest.mark.parametrize("name", ["dppo", "mixed"])
+def test_policy_gradient_is_that_of_the_gaussian_bandit(name):
+    seen, slope = bandit()
+    usual = {"lr": 0.01, "batch": COUNT, "warmup": 0}
+    method = {"dppo": DPPO(**usual, epochs=1, clone=0.0), "mixed": Mixed(**usual)}[name]
+    net = Constant(THETA)
+    demos = lambda number, rows: Batch(torch.full((rows, 1), THETA, dtype=F64))  # noqa: E731  cloned already: slope 0
+    method.update(learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), demos=demos), None, seen, 0)
+    assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(slope, rel=2e-3)
+
+
+def test_lambda_weighs_the_reward_against_the_demonstrations():
+    """Both slopes in closed form: that of the diffusion loss at the only step's time pulls theta to the data."""
+    seen, slope = bandit()
+    data = 0.1
+    demos = lambda number, rows: Batch(torch.full((rows, 1), data, dtype=F64))  # noqa: E731
+    moved = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        net = Constant(THETA)
+        method = Mixed(lr=1e-4, batch=COUNT, warmup=0, weight=weight)
+        method.update(learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), demos=demos), None, seen, 0)
+        moved.append(float(net.theta.detach() - THETA) / 1e-4)
+    clipped = 1.0  # the diffusion loss alone is so steep that the norm of its slope is clipped
+    assert moved[0] == pytest.approx(-clipped, rel=1e-3)
+    assert moved[1] == pytest.approx(-clipped, rel=1e-3)
+    assert slope > 0
+
+
+class Bent(nn.Module):
+    """A network of two numbers that sees x and t."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.8, -0.4], dtype=F64))
+
+    def forward(self, x, t, cond):
+        return torch.tanh(self.w[0] * x + self.w[1] * expand(t, x))
+
+
+@pytest.mark.parametrize("last", [4, 2, 1])
+def test_reward_gradient_through_the_chain_is_the_finite_difference(last):
+    """Of the last steps: the walk to them is that of the weights as they are, and does not move with them."""
+    chain = Chain.over(Linear(), 4, SDE(0.5), floor=0.1)
+    z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(4, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    reward = lambda x: (x.sin().sum(1) + x[:, 0] * x[:, 1]).mean()  # noqa: E731
+
+    def noise():
+        left = iter(drawn)
+        return lambda shape: next(left)
+
+    grads = []
+    for save in (True, False):
+        net = Bent()
+        reward(through(chain, PLAIN.denoiser(net), z, {}, noise(), last, save)).backward()
+        grads.append(net.w.grad)
+    base, h, slopes = Bent(), 1e-5, []
+    with torch.no_grad():
+        for i in range(2):
+            ends = []
+            for sign in (1, -1):
+                net, x, draw = Bent(), z, noise()
+                net.w[i] += sign * h
+                for k in range(4):
+                    mean, std = chain.mean_std(PLAIN.denoiser(net if k >= 4 - last else base), x, k)
+                    x = mean + std * draw(())
+                ends.append(float(reward(x)))
+            slopes.append((ends[0] - ends[1]) / (2 * h))
+    assert grads[0].tolist() == pytest.approx(slopes, rel=1e-6)
+    assert torch.equal(*grads)
+
+
+def test_surrogate_by_hand():
+    ratio, gain = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.05]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
+    assert surrogate(ratio, gain, 0.1).tolist() == pytest.approx([1.1, -1.5, 0.5, -0.9, 2.1])
+
+
+def test_divergence_is_the_normals():
+    chain = Chain.over(Linear(), 3, SDE(0.5), floor=0.2)
+    a, b = torch.randn(2, 3, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    got = divergence(chain, a, b, 2)
+    law = torch.distributions.Normal
+    want = sum(
+        torch.distributions.kl_divergence(law(a[k], chain.links[k].std), law(b[k], chain.links[k].std)).sum(1)
+        for k in (1, 2)
+    )
+    assert torch.allclose(got, want)
+
+
+@pytest.fixture
+def _doubles():
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_doubles")
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("objective", [PLAIN, Flow(drop=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"])
+def test_nothing_is_clipped_before_the_first_step(objective, noise):
+    """The ratios of unchanged weights are 1, whatever the noise and the objective, rows at steps of their own."""
+    spec = Spec((3,))
+    torch.manual_seed(0)
+    nets = {"net": MLP(width=16, depth=1).denoiser(spec)}
+    for p in nets["net"].parameters():
+        nn.init.normal_(p, std=0.3)
+    chain = Chain.over(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), floor=0.05)
+    who = learner(nets, chain, spec, objective)
+    seen = Scoring(lambda x, cond: x.sum(1), "sum", Identity(), 64, 1).collect(who, 0)
+    logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, clone=0.0).update(who, None, seen, 0)
+    assert logs["clipped"] == 0
+    assert logs["kl_step"] < 1e-12
+    assert logs["kl_reference"] < 1e-12
+
+
+def test_reward_weighted_regression_ends_at_the_tilted_law():
+    """With R linear, p0 exp(R / tau) of a normal mixture is one again, in closed form: its posterior mean makes the
+    weighted regression's slope vanish in any direction, and that of p0 does not."""
+    means = torch.tensor([[-1.0], [1.2]], dtype=F64)
+    var, tau, slope = 0.2, 0.7, 0.9
+    p0 = Mixture(torch.tensor([0.6, 0.4], dtype=F64), means, torch.full((2, 1, 1), var, dtype=F64))
+    s = slope / tau
+    heavier = p0.weights * (s * means[:, 0] + s**2 * var / 2).exp()
+    tilted = Mixture(heavier / heavier.sum(), means + s * var, p0.covs)
+    x = p0.sample(200_000)[0]
+    weight = weights_of(slope * x[:, 0], tau)
+    assert float(weight.mean()) == pytest.approx(1)
+
+    class Says(nn.Module):
+        def __init__(self, law):
+            super().__init__()
+            self.law, self.off = law, nn.Parameter(torch.zeros(3, dtype=F64))
+
+        def forward(self, x, t, cond):
+            features = torch.stack([torch.ones_like(x), x, x.sin()])
+            return ExactDenoiser(self.law, Linear())(x, t, {}).x0 + (self.off[:, None, None] * features).sum(0)
+
+    found = {}
+    for name, law in (("tilted", tilted), ("p0", p0)):
+        torch.manual_seed(0)
+        net = Says(law)
+        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed()))
+        RWR(demos=0.0).loss(who, Batch(x, {}, weight), torch.arange(len(x)), ()).backward()
+        found[name] = float(net.off.grad.norm())
+    assert found["tilted"] < 0.05 * found["p0"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_raises_a_reward(name):
+    spec, aim = Spec((2,)), torch.tensor([0.8, -0.5])
+    torch.manual_seed(0)
+    nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
+    demos = lambda number, rows: Batch(torch.zeros(rows, 2))  # noqa: E731
+    more = {"dppo": {"clone": 0.0}, "mixed": {"weight": 3.0}, "rwr": {"demos": 0.1}}[name]
+    who = learner(nets, Chain.over(Linear(), 2, Fixed(0.3)), spec, demos=demos, optimizer=torch.optim.Adam)
+    task = Scoring(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
+    method = METHODS[name](lr=1e-2, batch=256, warmup=0, clone_batch=16, **more)
+    rewards = []
+    for i in range(15):
+        seen = task.collect(who, i)
+        method.update(who, task, seen, i)
+        rewards.append(seen.logs["reward"])
+    assert rewards[0] < -0.9
+    assert rewards[-1] > -0.6  # noise alone costs 0.18, or more where two steps add up
+
+
+def test_through_follows_the_gradient_of_a_reward():
+    spec = Spec((2,))
+    torch.manual_seed(0)
+    nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
+    who = learner(nets, Chain.over(Linear(), 2, Fixed(0.0)), spec, optimizer=torch.optim.Adam,
+                  demos=lambda number, rows: Batch(torch.zeros(rows, 2)))  # fmt: skip
+    task = Scoring(lambda x, cond: -((x - 0.5) ** 2).sum(1), "near", Identity(), 256, 1)
+    method = Mixed(gradient="through", weight=10.0, lr=1e-2, batch=64, warmup=0, clone_batch=16)
+    method.check(who.chain, task)
+    before = task.collect(who, 0)
+    for i in range(10):
+        method.update(who, task, task.collect(who, i), i)
+    assert task.collect(who, 0).logs["reward"] > before.logs["reward"] + 0.2
+
+
+# ------------------------------------------------------------------------------------------------- episodes
+class Clock:
+    """N worlds of one number, the time; a step is worth 1, and the time limit (or, if so told, the world) ends it."""
+
+    obs_dim = action_dim = 1
+
+    def __init__(self, num, max_steps, terminates=False):
+        self.num, self.max_steps, self.terminates = num, max_steps, terminates
+        self.time = np.zeros(num)
+
+    def reset(self, seeds, rows=None):
+        self.time[range(self.num) if rows is None else rows] = 0
+        return self.time[:, None].copy()
+
+    def step(self, actions):
+        ended = self.time >= self.max_steps
+        self.time = np.where(ended, self.time, self.time + 1)
+        now = ~ended & (self.time >= self.max_steps)
+        no = np.zeros(self.num, bool)
+        return (
+            self.time[:, None].copy(),
+            1.0 - ended,
+            now if self.terminates else no,
+            no if self.terminates else now,
+            {},
+        )
+
+
+class Flat(Critic):
+    """Knows no better than that all is worth 3."""
+
+    def forward(self, obs):
+        return torch.full((len(obs),), 3.0)
+
+
+def acting(env, num, decisions, lam=0.0, act_steps=2):
+    spec = Spec((1, 2), {"obs": Vector((1, 1))})
+    nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
+    critic = Flat(spec)
+    critic.scale.fill_(1.0)
+    who = learner(nets, Chain.over(Linear(), 1, Fixed(0.1)), spec, critic=critic)
+    task = Acting(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam)
+    task.begin(who, 0)
+    return task, who
+
+
+@pytest.mark.parametrize("terminates", [True, False])
+def test_time_limits_are_bootstrapped_from_and_ends_are_not(terminates):
+    """One world of five steps, two to a decision: of three decisions the last brings 1 and ends the episode."""
+    task, who = acting(Clock(1, 5, terminates), 1, 6)
+    seen = task.collect(who, 0)
+    goes_on, end = 2 + 0.5 * 3 - 3, 1 - 3 + (0 if terminates else 0.5 * 3)
+    assert seen.advantages.tolist() == [goes_on, goes_on, end] * 2
+    assert seen.cond["obs"].flatten().tolist() == [0, 2, 4, 0, 2, 4]
+    assert torch.equal(seen.returns, seen.advantages + 3)
+    assert seen.logs == {"reward": 10.0, "episodes": 2.0, "return": 5.0, "success": 0.0}
+
+
+def test_first_episodes_are_cut_at_ages_of_their_own():
+    task, who = acting(Clock(4, 8), 4, 4)
+    obs = task.collect(who, 0).cond["obs"].reshape(4, 4)
+    assert obs.T.tolist() == [[0, 0, 2, 4], [0, 2, 0, 2], [0, 2, 4, 0], [0, 2, 4, 6]]
+    assert task.collect(who, 1).cond["obs"].reshape(4, 4)[0].tolist() == [6, 4, 2, 0]
+
+
+def test_cut_episodes_are_not_counted_but_bootstrapped():
+    task, who = acting(Clock(4, 8), 4, 4)
+    seen = task.collect(who, 0)
+    assert seen.advantages.tolist() == [0.5] * 16
+    assert seen.logs["episodes"] == 1
+
+
+def test_one_way_alone_is_worth_something():
+    from genkit.envs.four_ways import Expert, FourWays
+
+    env = OneWay(FourWays(8), 2)
+    guide = Expert(8)
+    seeds = list(range(8))
+    obs = env.reset(seeds)
+    guide.reset(seeds)
+    total, success = np.zeros(8), np.zeros(8, bool)
+    for _ in range(80):
+        obs, reward, _, _, info = env.step(guide.act(obs))
+        total += reward
+        success |= info["success"]
+    assert total.tolist() == [0, 0, 1, 0] * 2
+    assert success.tolist() == [False, False, True, False] * 2
+    with pytest.raises(ValueError, match=r"mode: given 4; allowed 0\.\.3"):
+        OneWay(FourWays(2), 4)
+
+
+# ------------------------------------------------------------------------------------------------- the command
+def nan_reward(x, cond):
+    return torch.where(torch.arange(len(x)) == 3, math.nan, x.flatten(1).sum(1))
+
+
+def flat_reward(x, cond):
+    return x.mean()
+
+
+def height(x, cond):
+    return x[:, 1].mean(1)
+
+
+SMALL = ["--num", "8", "--decisions", "4", "--eval-episodes", "8", "--method.batch", "64", "--method.warmup", "1",
+         "--save-every", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("policy")
+    train(["--data=four-ways", "--data.n=20", "--objective.prediction=x0", "--backbone.width=32", "--backbone.depth=2",
+           "--steps=60", "--batch=64", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32",
+           "--workers=0", "--out", str(out)])  # fmt: skip
+    return runs.find(out / "latest")
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory):
+    out = tmp_path_factory.mktemp("moons")
+    train(["--data=moons", "--backbone.width=16", "--backbone.depth=1", "--steps=2", "--sample-every=0",
+           "--no-tensorboard", "--device=cpu", "--out", str(out)])  # fmt: skip
+    return runs.find(out / "latest")
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(policy, tmp_path, capsys):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    finetune([str(policy), "--iterations", "4", "--out", str(whole), *SMALL])
+    finetune([str(policy), "--iterations", "2", "--out", str(part), *SMALL])
+    finetune(["--resume", str(part / "latest"), "--iterations", "4"])
+    a, b = (runs.checkpoint_of(runs.find(p / "latest")) for p in (whole, part))
+    for file in ("nets.safetensors", "ema-0.99.safetensors", "optim.safetensors", "finetune.safetensors"):
+        x, y = load_file(a / file), load_file(b / file)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x), file
+    run = runs.load(whole / "latest")
+    old = runs.load(policy)
+    assert run.step == 4
+    assert run.weights.endswith("ema-0.99.safetensors")
+    assert any(
+        not torch.equal(x, y) for x, y in zip(run.nets["net"].parameters(), old.nets["net"].parameters(), strict=True)
+    )
+    log = runs.read_log(run.directory)
+    assert {"before/success", "before/mode_entropy_bits"} <= log[0].keys()
+    assert {"after/success", "after/mode_entropy_bits"} <= log[-1].keys()
+    assert [r["step"] for r in log] == [0, 1, 2, 3, 4, 4]
+    assert "kl_reference" not in log[1]  # the critic warms up alone
+    assert log[2]["kl_reference"] > 0
+    assert genkit(["rollout", str(whole / "latest"), "--episodes", "2", "--json", "--no-picture"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 2
+
+
+def test_a_function_is_a_reward_too(policy, tmp_path):
+    finetune([str(policy), "--reward", "test_finetune:height", "--iterations", "12", "--samples", "128",
+              "--method.lr", "1e-3", "--method.batch", "256", "--out", str(tmp_path)])  # fmt: skip
+    rewards = [r["reward"] for r in runs.read_log(runs.find(tmp_path / "latest"))]
+    spread = runs.read_log(runs.find(tmp_path / "latest"))[0]["reward_std"]
+    assert rewards[-1] > rewards[0] + 0.5 * spread
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--reward", "test_finetune:nan_reward"], "reward: test_finetune:nan_reward gave nan for sample 3"),
+        (["--reward", "test_finetune:flat_reward"], r"reward: test_finetune:flat_reward gave \(\) for 512 samples"),
+        (["--reward", "brightness"], "reward: given 'brightness'; allowed: env, or package.module:function"),
+        (["--reward", "no_such_module:f"], "reward: given no_such_module:f; there is no module no_such_module"),
+        (["--reward", "test_finetune:nothing"], "the module has no such function"),
+        (["--method=ppo"], "method: given 'ppo'; allowed: dppo, mixed, rwr"),
+        (["--noise=brown"], "noise: given 'brown'; allowed: fixed, ddim, sde"),
+        (["--env", "five-ways"], "five-ways"),
+        (["--mode", "7"], r"mode: given 7; allowed 0\.\.3"),
+        (["--noise=ddim", "--floor", "0"], "noise: step 4 of 4 has none"),
+        (["--method=mixed", "--method.gradient", "through"], "an environment has no gradient; allowed: ratio"),
+        (["--method.last", "5"], "last: given 5; allowed 1 … 4"),
+        (["--samples", "10", "--group", "3", "--reward", "test_finetune:height"], "group: given 3 of 10 samples"),
+    ],
+)
+def test_bad_requests_in_one_line(policy, tmp_path, argv, message):
+    with pytest.raises(ValueError, match=message) as e:
+        finetune([str(policy), "--eval-episodes", "0", "--out", str(tmp_path), *argv])
+    assert "\n" not in str(e.value)
+
+
+def test_runs_that_cannot_be_improved(moons, policy, tmp_path):
+    with pytest.raises(ValueError, match="not actions given obs"):
+        finetune([str(moons), "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"it has no finetune\.yaml"):
+        finetune(["--resume", str(policy)])
+    with pytest.raises(ValueError, match="run: not given"):
+        finetune([])
