@@ -437,11 +437,13 @@ def test_dead_entries_come_alive_and_find_all_clusters():
 
 def test_what_is_not_finite_does_not_enter_the_codebook():
     book = Codebook(4, 2)
-    z = torch.randn(10, 2)
-    z[3] = math.nan
-    book.gather(z, book(z).entry, torch.rand(10))
+    z, luck = torch.randn(10, 2), torch.full((10,), 0.5)
+    z[3], luck[3] = math.nan, 1.0
+    book.codes[1:] = 100.0  # dead, so that the luckiest vectors stand in
+    book.gather(z, torch.zeros(10, dtype=torch.long), luck)
     book.settle(0.5, 0.1)
-    assert bool(torch.isfinite(book.codes).all())
+    assert float(book.sums[0].sum() / book.counts[0]) == pytest.approx(float(z.nansum() / 9), rel=1e-5)
+    assert all(bool((z == code).all(1).any()) for code in book.codes[1:])
 
 
 def test_perplexity():
