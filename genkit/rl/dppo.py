@@ -23,9 +23,9 @@ def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 class DPPO(Method):
     """Every denoising step is an action with its own ratio; what came of the sample is credited to all of them."""
 
-    clip: Annotated[float, Gt(0)] = 0.1
+    clip: Annotated[float, Gt(0)] = 0.2
     """how far a step's ratio may go from 1; 10 to 20 % of them clipped is healthy"""
-    epochs: Annotated[int, Ge(1)] = 5
+    epochs: Annotated[int, Ge(1)] = 3
     """passes over an iteration's walks"""
     last: Annotated[int, Ge(1)] | None = None
     """train the last so many steps only, the K' of the paper; None: all"""
@@ -35,7 +35,7 @@ class DPPO(Method):
     """weight of the objective's own loss on demonstrations: it keeps the variety that a reward does not ask for"""
     kl: Annotated[float, Ge(0)] = 0.0
     """weight of the divergence from the model as it was, in nats a step"""
-    stop_kl: Annotated[float, Gt(0)] = 0.05
+    stop_kl: Annotated[float, Gt(0)] = 0.03
     """divergence of a step from its law when it was drawn, in nats, after which an iteration ends early"""
     warmup: Annotated[int, Ge(0)] = 2
     """first iterations, in which the critic alone learns"""
