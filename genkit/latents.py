@@ -10,6 +10,7 @@ gone. What JSON can hold of it, with the sha256 of the weights, stands in every 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from genkit import codecs, config
 from genkit.codecs import Learned, Standardize
 from genkit.config import table
 from genkit.core import Backbones, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
-from genkit.objectives.autoencoder import Autoencoding, Posterior
+from genkit.objectives.autoencoder import Autoencoding, Posterior, certain
 from genkit.tensors import fill, tensors
 
 WEIGHTS = "first-stage.safetensors"
@@ -135,8 +136,81 @@ def of_run(
     return OfRun(name, objective, backbone, spec, codec, nets)
 
 
-STAGES: dict[str, type[Stage]] = {"run": OfRun}
-OPEN: dict[str, Callable[[str, torch.device], Stage]] = {}  # kinds of --codec KIND:WHERE, besides a run's folder
+class OfDiffusers(Stage):
+    """An autoencoder that diffusers saved, for pictures of one ``shape``. Its ``scaling_factor`` is not used: mean and
+    deviation are measured."""
+
+    def __init__(self, name: str, kind: str, settings: Mapping[str, Any], shape: tuple[int, ...], net: nn.Module):
+        self.name, self.kind, self.settings, self.shape = name, kind, dict(settings), tuple(shape)
+        self.nets = {"net": net.eval()}
+        with torch.no_grad():
+            blank = torch.zeros(1, *shape, device=next(net.parameters()).device)
+            mean = self.moments(blank).mean
+            back = net.decode(mean).sample  # type: ignore[operator]
+        if back.shape != blank.shape:
+            raise ValueError(f"codec: {name} makes {list(back.shape[1:])} of pictures {list(shape)}; "
+                             "choose a size that it halves evenly, with --data.size")  # fmt: skip
+        self.latent = tuple(mean.shape[1:])
+
+    def moments(self, x: Tensor) -> Posterior:
+        out: Any = self.nets["net"].encode(x)  # type: ignore[operator]
+        return SPREAD[self.kind](out)
+
+    def posterior(self, batch: Batch) -> Posterior:
+        return self.moments(codecs.Pixels().encode(batch).x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return codecs.Pixels().decode(self.nets["net"].decode(z).sample)  # type: ignore[operator]
+
+    def about(self) -> dict[str, Any]:
+        return {"kind": "diffusers", "run": self.name, "class": self.kind, "config": self.settings,
+                "shape": list(self.shape)}  # fmt: skip
+
+    @staticmethod
+    def rebuild(about: Mapping[str, Any]) -> OfDiffusers:
+        net = diffusers_class(about["class"], about["run"]).from_config(about["config"])
+        return OfDiffusers(about["run"], about["class"], about["config"], tuple(about["shape"]), net)
+
+    @staticmethod
+    def open(where: str, shape: tuple[int, ...], device: torch.device) -> OfDiffusers:
+        """The model in a local folder, or in the folder ``vae`` of a pipeline. ``ValueError`` where there is none."""
+        folder = File(where).expanduser()
+        folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"codec: diffusers:{where} holds no config.json; needs a local folder of save_pretrained")
+        settings = json.loads((folder / "config.json").read_text())
+        kind = settings.get("_class_name", "")
+        model = diffusers_class(kind, str(folder))
+        settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+        channels = settings.get("in_channels", 3)
+        if len(shape) != 3 or shape[0] != channels:
+            raise ValueError(f"codec: {folder} is for pictures of {channels} channels; the data are {list(shape)}; "
+                             f"grey and colour are changed by --data.channels={channels}")  # fmt: skip
+        try:
+            net = model.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ValueError(f"codec: {folder} cannot be read: {' '.join(str(e).split())[:200]}") from e
+        return OfDiffusers(str(folder), kind, settings, shape, net.float().to(device))
+
+
+SPREAD: Mapping[str, Callable[[Any], Posterior]] = {  # what diffusers' encoders answer
+    "AutoencoderKL": lambda out: Posterior(out.latent_dist.mean, out.latent_dist.logvar),
+    "AutoencoderTiny": lambda out: certain(out.latents),
+    "VQModel": lambda out: certain(out.latents),
+}
+
+
+def diffusers_class(kind: str, where: str) -> Any:
+    if kind not in SPREAD:
+        raise ValueError(f"codec: {where} holds a {kind or 'model without a class'}; allowed: {', '.join(SPREAD)}")
+    import diffusers  # takes seconds
+
+    return getattr(diffusers, kind)
+
+
+STAGES: dict[str, type[Stage]] = {"run": OfRun, "diffusers": OfDiffusers}
+Opener = Callable[[str, tuple[int, ...], torch.device], Stage]
+OPEN: dict[str, Opener] = {"diffusers": OfDiffusers.open}  # kinds of --codec KIND:WHERE, besides a run's folder
 
 
 def read_stage(about: Mapping[str, Any], folder: File, device: torch.device) -> Stage:
@@ -277,7 +351,7 @@ def posterior_of(stage: Stage, data: Data, indices: Tensor, rows: range, device:
         return stage.posterior(replace(batch, draw=Draw((0,), rows.start, rows.stop, device)))
 
 
-def require_fit(stage: Stage, spec: Spec) -> None:
+def require_fit(stage: Stage, shape: tuple[int, ...]) -> None:
     """``ValueError`` where the samples are not those that the first stage is for."""
-    if tuple(stage.shape) != tuple(spec.shape):
-        raise ValueError(f"codec: {stage.name} encodes samples {list(stage.shape)}; the data are {list(spec.shape)}")
+    if tuple(stage.shape) != tuple(shape):
+        raise ValueError(f"codec: {stage.name} encodes samples {list(stage.shape)}; the data are {list(shape)}")

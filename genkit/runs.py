@@ -438,13 +438,18 @@ def beside(run: Run, name: str) -> Run:
     return load(name, device=device)
 
 
-def first_stage(name: str, device: torch.device) -> latents.Stage:
-    """The weights behind ``--codec``: a run with a code, or one of the kinds that :mod:`genkit.latents` can open."""
+def first_stage(name: str, shape: tuple[int, ...], device: torch.device) -> latents.Stage:
+    """The weights behind ``--codec``, for samples of this shape: a run with a code, or KIND:WHERE of a kind that
+    :mod:`genkit.latents` can open. ``ValueError`` where it is none, or not for such samples."""
     kind, colon, where = name.partition(":")
     if colon and kind in latents.OPEN:
-        return latents.OPEN[kind](where, device)
+        return latents.OPEN[kind](where, shape, device)
     run = load(name, device=device.type)
-    return latents.of_run(run.directory.name, run.config.objective, run.config.backbone, run.nets, run.spec, run.codec)
+    stage = latents.of_run(
+        run.directory.name, run.config.objective, run.config.backbone, run.nets, run.spec, run.codec
+    ).to(device)
+    latents.require_fit(stage, shape)
+    return stage
 
 
 def name_of_stage(name: str) -> str:

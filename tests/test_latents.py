@@ -193,7 +193,7 @@ def cache(trained):
 
 
 def stage_of(run):
-    return runs.first_stage(str(run), CPU)
+    return runs.first_stage(str(run), (1, 8, 8), CPU)
 
 
 def test_a_run_of_latents_says_what_it_decodes_to_and_draws_pictures(trained):
@@ -432,3 +432,77 @@ def test_latents_that_do_not_fit_the_backbone_are_told_in_one_line(trained, tmp_
     assert len(said.splitlines()) == 1
     assert "codec" in said
     assert "(4,)" in said
+
+
+# --------------------------------------------------------------------------------------------------------- diffusers
+def foreign(kind, folder):
+    """A tiny model, as diffusers saves it."""
+    import diffusers
+
+    torch.manual_seed(3)
+    settings = {
+        "AutoencoderKL": {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "norm_num_groups": 2,
+                          "block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+                          "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1},
+        "AutoencoderTiny": {"in_channels": 1, "out_channels": 1, "latent_channels": 2,
+                            "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+                            "num_encoder_blocks": (1, 1),
+                            "num_decoder_blocks": (1, 1)},
+        "VQModel": {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "vq_embed_dim": 2, "norm_num_groups": 2,
+                    "num_vq_embeddings": 16, "block_out_channels": (4, 8), "layers_per_block": 1,
+                    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
+    }[kind]  # fmt: skip
+    net = getattr(diffusers, kind)(**settings).eval()
+    net.save_pretrained(folder)
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "VQModel"])
+def test_an_autoencoder_of_diffusers_is_a_codec(kind, tmp_path, capsys):
+    net = foreign(kind, tmp_path / "saved")
+    x = DATA["digits"]().load("train").x[:20]
+    inside = x.float() / 127.5 - 1
+    stage = runs.first_stage(f"diffusers:{tmp_path}/saved", (1, 8, 8), CPU)
+    q = stage.posterior(Batch(x))
+    with torch.no_grad():
+        out = net.encode(inside)
+        z = out.latent_dist.mean if kind == "AutoencoderKL" else out.latents
+        back = net.decode(z).sample
+    assert torch.allclose(q.mean, z, atol=1e-6)
+    if kind == "AutoencoderKL":
+        assert torch.allclose(q.log_var.exp(), out.latent_dist.var, rtol=1e-4)
+    assert stage.latent == tuple(z.shape[1:])
+    assert int((stage.decode(z).int() - ((back + 1) * 127.5).round().clamp(0, 255).int()).abs().max()) <= 1
+    args = ["train", "--objective=flow", f"--codec=diffusers:{tmp_path}/saved", "--steps=2", f"--out={tmp_path}/runs"]
+    assert cli.main([*args, *TINY]) == 0
+    shutil.rmtree(tmp_path / "saved")  # the run has its own copy
+    run = runs.load(tmp_path / "runs" / "latest")
+    assert run.codec.stage.sha256 == stage.sha256
+    assert run.sample(3, steps=2)[0].shape == (3, 1, 8, 8)
+
+
+@pytest.mark.slow
+def test_what_diffusers_cannot_give_is_told_in_one_line(tmp_path, capsys):
+    foreign("AutoencoderKL", tmp_path / "kl")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for where, data, expected in (
+        ("none", "digits", "holds no config.json"),
+        ("unet", "digits", "holds a UNet2DModel; allowed: AutoencoderKL, AutoencoderTiny, VQModel"),
+        ("kl", "moons", "is for pictures of 1 channels; the data are [2]"),
+    ):
+        argv = ["train", f"--data={data}", f"--codec=diffusers:{tmp_path}/{where}", f"--out={tmp_path}/runs"]
+        assert cli.main(argv) == 2
+        said = capsys.readouterr().err.strip()
+        assert expected in said
+        assert len(said.splitlines()) == 1
+    argv = ["train", "--data=digits", "--data.size=9", f"--codec=diffusers:{tmp_path}/kl", f"--out={tmp_path}/runs"]
+    assert cli.main(argv) == 2
+    assert "choose a size that it halves evenly" in capsys.readouterr().err
+    for pickled in (tmp_path / "kl").glob("*.safetensors"):
+        torch.save({}, pickled.with_suffix(".bin"))
+        pickled.unlink()
+    argv = ["train", "--data=digits", f"--codec=diffusers:{tmp_path}/kl", f"--out={tmp_path}/runs"]
+    assert cli.main(argv) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -61,26 +61,23 @@ class Encode:
 
 def main(argv: list[str]) -> int:
     asked = parse(Encode, argv, prog="genkit encode", description="Cache the latents of a data set.")
-    device = runs.pick_device(asked.device)
-    stage = runs.first_stage(asked.run, device)
-    source = asked.data
-    if isinstance(source, Same):
-        if not (File(asked.run) / "config.yaml").is_file():
-            raise ValueError(f"data: {asked.run} is no run, and has no data of its own; name them with --data")
-        source = runs.load(asked.run, device="cpu").config.data
+    foreign = asked.run.partition(":")[0] in latents.OPEN
+    if foreign and (isinstance(asked.data, Same) or not asked.out):
+        raise ValueError(f"encode: {asked.run} is no run, and has no data or folder of its own; give --data and --out")
+    source = runs.load(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
     out = File(asked.out) if asked.out else runs.find(asked.run) / "latents"
-    n, made = encode(stage, source, out, asked, device)
+    n, made = encode(source, out, asked, runs.pick_device(asked.device))
     console.print(f"{n} samples of {asked.split}, {made} files written  {out}", markup=False)
     console.print(f"next  genkit train --objective=flow --backbone=dit --data=latents --data.root {out}", markup=False)
     return 0
 
 
-def encode(stage: Stage, source: Any, out: File, asked: Encode, device: torch.device) -> tuple[int, int]:
+def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple[int, int]:
     """Make the shards that are missing; how many samples there are, and how many files were made now."""
     data, kinds = source.load(asked.split), {"table": "genkit.data:DATA"}
     if isinstance(data, InLatents):
         raise ValueError(f"data: {out} would be latents of latents; name the samples themselves")
-    latents.require_fit(stage, data.spec)
+    stage = runs.first_stage(asked.run, data.spec.shape, device)
     about: dict[str, Any] = {"stage": {**stage.about(), "sha256": stage.sha256}, "data": {
         "name": name_of(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
     if (out / ABOUT).is_file():
@@ -172,10 +169,8 @@ def coded(cfg: config.Train, data: Data, accelerator: Accelerator, resumed: File
             raise ValueError(f"codec: {resumed.name} was trained without one, and goes on without; leave --codec out")
         stage = codec.stage
     else:
-        stage, codec = opened(cfg, cached, device), None
-    if cached is None:
-        latents.require_fit(stage, data.spec)
-    elif stage.sha256 != cached.about["stage"]["sha256"]:
+        stage, codec = opened(cfg, data, device), None
+    if cached and stage.sha256 != cached.about["stage"]["sha256"]:
         there, here = cached.about["stage"]["sha256"][:12], stage.sha256[:12]
         raise ValueError(f"codec: the latents in {cached.root} are of other weights (sha256 {there}) than "
                          f"{stage.name} ({here}); leave --codec out, or encode again")  # fmt: skip
@@ -194,8 +189,9 @@ def coded(cfg: config.Train, data: Data, accelerator: Accelerator, resumed: File
     return Encoded(data, spec, codec)
 
 
-def opened(cfg: config.Train, cached: InLatents | None, device: torch.device) -> Stage:
-    if cfg.codec is not None:
-        return runs.first_stage(cfg.codec, device).to(device)
-    assert cached is not None
-    return latents.read_stage(cached.about["stage"], cached.root / "codec", device)
+def opened(cfg: config.Train, data: Data, device: torch.device) -> Stage:
+    if not isinstance(data, InLatents):
+        assert cfg.codec is not None
+        return runs.first_stage(cfg.codec, data.spec.shape, device)
+    kept = latents.read_stage(data.about["stage"], data.root / "codec", device)
+    return kept if cfg.codec is None else runs.first_stage(cfg.codec, kept.shape, device)
