@@ -64,6 +64,11 @@ def test_the_world_ends_as_it_should():
     assert world.place[0, 0] < OBSTACLES[0][0]  # who has ended stands still
     world.reset([5], [1])
     assert world.ended.tolist() == [True, False, True]
+    both = FourWays(1, max_steps=6)
+    both.reset([0])
+    both.place[:] = 0
+    last = [both.step(moves[:1]) for _ in range(6)][-1]
+    assert (last[2].tolist(), last[3].tolist()) == ([True], [False])  # a hit at the time limit is a hit
     fast = FourWays(1)
     fast.reset([0])
     fast.place[:] = 0
@@ -231,7 +236,7 @@ class Logging:
         ends = self.time == np.array([5, 6])
         reward = np.array([1.0, 2.0])
         cut = ends & np.array([False, True])
-        info = {"success": ends & ~cut, "coverage": np.array([0.5, 1.0]) / self.time}
+        info = {"success": ends & ~cut, "coverage": np.array([self.time / 10, 1 / self.time])}
         return np.full((2, 1), float(self.time)), reward, ends & ~cut, cut, info
 
 
@@ -242,10 +247,11 @@ def test_of_each_chunk_just_the_right_actions_are_carried_out():
     assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0]  # who has ended is given nothing more
     assert [s[1] for s in policy.seen] == [[0, 0, 0], [2, 3, 4]]  # the newest three, the first repeated at the start
     assert done.returns.tolist() == [5, 12]
+    assert done.best.tolist() == [1, 2]
     assert done.lengths.tolist() == [5, 6]
     assert done.truncated.tolist() == [False, True]
     assert done.info["success"].tolist() == [True, False]
-    assert done.info["coverage"].tolist() == [0.5, 1.0]  # the largest on the way
+    assert done.info["coverage"].tolist() == [0.5, 1.0]  # the largest on the way, none of it after the end
     assert [len(p) for p in done.paths] == [6, 7]
     assert done.summary()["success"]["value"] == 0.5
 
@@ -260,7 +266,7 @@ def test_entropy_is_that_of_the_ways_that_succeed():
     assert entropy_bits(np.array([5, 5, 5, 5])) == pytest.approx(2)
     assert entropy_bits(np.array([8, 0, 0, 0])) == 0
     info = {"mode": np.array([0, 1, 3, 3, 3]), "success": np.array([1, 1, 0, 0, 0])}
-    many = Episodes(np.zeros(5), np.ones(5), np.zeros(5), info, [], 4)
+    many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], 4)
     assert many.mode_entropy_bits == pytest.approx(1)
 
 
@@ -319,6 +325,16 @@ def test_anchored_starts_lie_about_the_centre_that_is_given():
     _, x1 = objective.ends(batch, torch.ones(n))
     assert torch.allclose(x1.mean(0), torch.tensor([1.0, -2.0]), atol=0.01)
     assert torch.allclose(x1.std(0), torch.tensor(0.3), atol=0.01)
+    seen = {}
+    spec = Spec((2,), {"anchor": Label(3, centers=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0))})
+    narrow = AnchoredFlow(std=1e-6)
+    nets: dict[str, Any] = narrow.networks(MLP(width=8, depth=1), spec)
+    nets["net"] = lambda x, t, cond: seen.update(x=x, t=t[:, None]) or torch.zeros_like(x)
+    which, x0 = torch.arange(300) % 3, torch.randn(300, 2)
+    narrow.loss("denoise", nets, Batch(x0, {"anchor": which}))
+    start = (seen["x"] - (1 - seen["t"]) * x0) / seen["t"]
+    late = seen["t"][:, 0] > 0.1
+    assert torch.allclose(start[late], torch.arange(6.0).reshape(3, 2)[which[late]], atol=1e-3)
 
 
 def test_each_chunk_gets_its_nearest_anchor():

@@ -122,7 +122,7 @@ def latency(policy: Policy, obs: Any, repeats: int = 20) -> float:
 def line(found: Mapping[str, Any]) -> str:
     """What a person reads first."""
     said = [f"{found['episodes']} episodes"]
-    for name in ("success", "coverage", "return"):
+    for name in ("success", "coverage", "best_reward", "return"):
         if name in found:
             e = found[name]
             interval = "" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})"
