@@ -62,10 +62,12 @@ def test_noisy_chains_are_the_noisy_samplers(path):
 @on_paths
 @of_all_noises
 def test_log_probability_is_that_of_the_joint_normal(name, path):
-    """The walk of a linear-Gaussian denoiser is one normal vector (x_1 .. x_K) given x_0, here by its covariance."""
+    """The walk of a linear-Gaussian denoiser is one normal vector (x_1 .. x_K) given x_0, here by its covariance: one
+    for each of two numbers that know nothing of each other."""
     steps, floor = 5, 0.05
-    chain, denoise = Chain.over(path, steps, NOISES[name](), floor), ExactDenoiser(BELL, path)
-    walk = chain.sample(denoise, normals(4, 1), noise=lambda shape: normals(4, *shape, seed=3))
+    pair = Mixture(torch.ones(1, dtype=F64), torch.full((1, 2), MEAN, dtype=F64), VAR * torch.eye(2, dtype=F64)[None])
+    chain, denoise = Chain.over(path, steps, NOISES[name](), floor), ExactDenoiser(pair, path)
+    walk = chain.sample(denoise, normals(4, 2), noise=lambda shape: normals(4, *shape, seed=3))
     # E[x0 | x] of a normal by conditioning, written out: mean + a var (x - a mean) / (a^2 var + s^2)
     grow, shift, std = [], [], []
     for link in chain.links:
@@ -77,15 +79,27 @@ def test_log_probability_is_that_of_the_joint_normal(name, path):
         shift.append(link.alpha * at0 + link.kept * at1)
         std.append(link.std)
     # x_{k+1} - grow x_k = shift + std z: a unit triangular system
-    lower = torch.eye(steps, dtype=F64) - torch.diag(torch.tensor(grow[1:], dtype=F64), -1)
-    inverse = torch.linalg.inv(lower)
+    inverse = torch.linalg.inv(torch.eye(steps, dtype=F64) - torch.diag(torch.tensor(grow[1:], dtype=F64), -1))
     cov = inverse @ torch.diag(torch.tensor(std, dtype=F64) ** 2) @ inverse.T
+    want = torch.zeros(4, dtype=F64)
     for i in range(4):
-        right = torch.tensor(shift, dtype=F64)
-        right[0] += grow[0] * walk.xs[0, i, 0]
-        law = torch.distributions.MultivariateNormal(inverse @ right, cov)
-        got = chain.log_prob(denoise, walk.xs)[:, i].sum()
-        assert torch.isclose(got, law.log_prob(walk.xs[1:, i, 0]), atol=1e-8)
+        for d in range(2):
+            right = torch.tensor(shift, dtype=F64)
+            right[0] += grow[0] * walk.xs[0, i, d]
+            law = torch.distributions.MultivariateNormal(inverse @ right, cov)
+            want[i] += law.log_prob(walk.xs[1:, i, d])
+    assert torch.allclose(chain.log_prob(denoise, walk.xs).sum(0), want, atol=1e-8)
+
+
+def test_numbers_that_nobody_sees_are_left_out_of_the_last_step():
+    """Of two numbers the second is not used: at the last step the density is that of the first alone."""
+    chain = Chain.over(Linear(), 3, Fixed(0.2))
+    xs, means = normals(4, 5, 2), normals(3, 5, 2, seed=1)
+    for k in range(3):
+        at = torch.full((5,), k)
+        got = chain.density(xs[k + 1], means[k], at, torch.tensor([1.0, 0.0]))
+        one = chain.density(xs[k + 1][:, :1], means[k][:, :1], at)
+        assert torch.allclose(got, one if k == 2 else chain.density(xs[k + 1], means[k], at))
 
 
 @on_paths

@@ -160,21 +160,31 @@ class Chain:
             xs.append(mean + std * noise(x.shape[1:]) if std else mean)
         return Walk(torch.stack(xs), torch.stack(means))
 
-    def log_prob(self, denoise: Denoiser, xs: Tensor, cond: Cond = NO_COND, last: int | None = None) -> Tensor:
+    def log_prob(
+        self, denoise: Denoiser, xs: Tensor, cond: Cond = NO_COND, last: int | None = None, used: Tensor | None = None
+    ) -> Tensor:
         """``log p(x_{k+1} | x_k)`` of the ``last`` steps (all) of walks ``xs`` [K + 1, B, *S]: ``[last, B]``."""
         first = self.first(last)
         found = []
         for k in range(first, self.steps):
             mean, _ = self.mean_std(denoise, xs[k], k, cond)
-            found.append(self.density(xs[k + 1], mean, torch.full(xs.shape[1:2], k)))
+            found.append(self.density(xs[k + 1], mean, torch.full(xs.shape[1:2], k, device=xs.device), used))
         return torch.stack(found)
 
-    def density(self, x: Tensor, mean: Tensor, k: Tensor) -> Tensor:
-        """``log N(x; mean, std_k^2)``, each row ``[B]`` at its step ``k``."""
+    def density(self, x: Tensor, mean: Tensor, k: Tensor, used: Tensor | None = None) -> Tensor:
+        """``log N(x; mean, std_k^2)``, each row ``[B]`` at its step ``k``.
+
+        ``used`` [*S] says which numbers of a sample (1, else 0) the world gets to see: of the last step the others are
+        left out. What nobody saw had no effect, and its log-probability would be noise in the gradient alone.
+        """
         std = self.table(x)[3, k]
-        size = x[0].numel()
-        square = ((x - mean) ** 2).flatten(1).sum(1)
-        return -0.5 * square / std**2 - size * (std.log() + 0.5 * math.log(2 * math.pi))
+        square = ((x - mean) ** 2).flatten(1)
+        if used is not None:
+            counted = torch.where(k[:, None] == self.steps - 1, used.flatten().to(x), 1.0)
+            square, size = square * counted, counted.sum(1)
+        else:
+            size = square.shape[1]
+        return -0.5 * square.sum(1) / std**2 - size * (std.log() + 0.5 * math.log(2 * math.pi))
 
     def first(self, last: int | None) -> int:
         """The number of the first of the ``last`` steps. ``ValueError`` where one of them has no noise."""

@@ -61,7 +61,7 @@ class DPPO(Method):
                 cond = {name: v[m] for name, v in seen.cond.items()}
                 x, after, old = seen.walk.xs[k, m], seen.walk.xs[k + 1, m], seen.walk.means[k, m]
                 mean = chain.mean_at(learner.denoiser, x, k, cond)
-                ratio = (chain.density(after, mean, k) - chain.density(after, old, k)).exp()
+                ratio = (chain.density(after, mean, k, seen.used) - chain.density(after, old, k, seen.used)).exp()
                 gain = surrogate(ratio, advantages[m] * fade[k - first], self.clip).mean()
                 std = chain.table(x)[3, k]
                 loss = -gain

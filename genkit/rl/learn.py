@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Experience(NamedTuple):
     returns: Tensor | None
     """[M], what the critic should have said; None where there is no critic"""
     logs: dict[str, float]
+    used: Tensor | None = None
+    """which numbers of a sample the world got to see, 1 or 0, [*S]; None: all"""
 
 
 class Task(Protocol):
@@ -123,8 +126,10 @@ class Learner:
         return torch.Generator().manual_seed(seed_of(self.seed, *key))
 
     def clone_loss(self, rows: int) -> Tensor:
-        """The objective's own loss on demonstrations: behaviour cloning."""
-        return self.objective.loss(self.phase, self.state.nets, self.next_demos(rows)).per_sample.mean()
+        """The objective's own loss on demonstrations: behaviour cloning. The sum over a sample's numbers, as a
+        log-probability is one: their weights then mean the same for long chunks and short ones."""
+        each = self.objective.loss(self.phase, self.state.nets, self.next_demos(rows)).per_sample
+        return each.mean() * math.prod(self.spec.shape)
 
     def next_demos(self, rows: int) -> Batch:
         self.draws += 1

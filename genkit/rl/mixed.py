@@ -48,10 +48,9 @@ class Mixed(Method):
         order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2))
         for m in order.split(max(1, self.batch // learner.chain.steps)):
             cond = {name: v[m] for name, v in seen.cond.items()}
-            log_p = learner.chain.log_prob(learner.denoiser, seen.walk.xs[:, m], cond, self.last)
+            log_p = learner.chain.log_prob(learner.denoiser, seen.walk.xs[:, m], cond, self.last, seen.used)
             clone = learner.clone_loss(self.clone_batch)
-            # in units of a step and a number, so that lambda means the same for every chain and every shape
-            each = log_p.sum(0) / len(log_p)
+            each = log_p.sum(0) / len(log_p)  # of a step, so that lambda means the same for every chain
             learner.step(clone - self.weight * (advantages[m] * each).mean(), self.lr)
             total, steps = total + float(clone.detach()), steps + 1
         return {"diffusion_loss": total / max(1, steps)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -67,6 +68,6 @@ class RWR(Method):
         assert own.weight is not None
         loss = (each * own.weight).mean()
         if self.demos:
-            clone = learner.clone_loss(max(1, round(self.demos * len(rows))))
+            clone = learner.clone_loss(max(1, round(self.demos * len(rows)))) / math.prod(learner.spec.shape)
             loss = (1 - self.demos) * loss + self.demos * clone
         return loss

@@ -110,7 +110,9 @@ class Acting:
         advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
         whole = Walk(torch.cat([w.xs for w in walks], 1), torch.cat([w.means for w in walks], 1))
         logs = {"reward": float(reward.sum()) / n, **summary(finished, getattr(self.env, "modes", 0))}
-        return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs)
+        used = torch.zeros(learner.spec.shape, device=device)
+        used[:, to - 1 : to - 1 + self.act_steps] = 1
+        return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs, used)
 
     def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Carry out chunks ``[N, A, Ta]``: what they brought, which rows terminated, which ended in any way."""
