@@ -29,7 +29,7 @@ SIGMA = 0.1  # of the data
 # a penalty for numbers of order one with modes of 0.1 is weaker than one for pictures
 GAMES: Mapping[str, dict[str, Any]] = {
     "minimax": {},
-    "non-saturating": {"r1": 0.01, "every": 4},
+    "non-saturating": {"r1": 0.04, "every": 2},
     "relativistic": {"r1": 0.005, "r2": 0.005, "every": 4},
 }
 
