@@ -91,15 +91,15 @@ class Networks:
 
 
 class OfRun(Stage):
-    """A finished run of ``--objective=vae``, ``ae`` or ``vq``."""
+    """A finished run of ``--objective=vae``, ``ae``, ``vq`` or ``autoencoder``."""
 
     def __init__(
         self, name: str, objective: Autoencoding, backbone: Backbones, spec: Spec, base: Codec,
         nets: Mapping[str, nn.Module],
     ):  # fmt: skip
-        self.name, self.objective, self.backbone, self.spec, self.base, self.nets = (
-            name, objective, backbone, spec, base, nets)  # fmt: skip
+        self.name, self.objective, self.backbone, self.spec, self.base = name, objective, backbone, spec, base
         self.shape, self.latent = spec.shape, objective.latent
+        self.nets = {k: nets[k] for k in objective.parts}
 
     def posterior(self, batch: Batch) -> Posterior:
         seen = self.base.encode(replace(batch, cond={}))

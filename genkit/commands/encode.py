@@ -44,7 +44,7 @@ class Encode:
     """Cache the latents of a data set."""
 
     run: Positional[str]
-    """A run with a code (of vae, ae or vq), such as runs/latest; or diffusers:DIR."""
+    """A run with a code (of vae, ae, vq or autoencoder), such as runs/latest; or diffusers:DIR."""
     data: Any = table("genkit.commands.encode:DATA", "same", fallback="genkit.data:source")
     """What is encoded: a NAME, or a path to a folder of images."""
     split: Literal["train", "test"] = "train"

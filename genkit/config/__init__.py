@@ -116,8 +116,8 @@ class Train:
     tensorboard: bool = True
     """Write scalars and images for TensorBoard, besides log.jsonl."""
     codec: str | None = None
-    """Learn the latents of this run (of vae, ae or vq), not the samples; or diffusers:DIR. They have deviation 1, so
-    edm wants --objective.sigma-data 1."""
+    """Learn the latents of this run (of vae, ae, vq or autoencoder), not the samples; or diffusers:DIR. Their deviation
+    is 1: give edm --objective.sigma-data 1."""
     codec_posterior: Literal["draw", "mean"] = "draw"
     """What of a VAE's posterior is learned: a draw, a new one each time, or its mean."""
     init: str | None = None

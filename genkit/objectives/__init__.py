@@ -9,6 +9,7 @@ from genkit.objectives.autoencoder import Autoencoder
 from genkit.objectives.classifier import Classifier
 from genkit.objectives.ddpm import DDPM
 from genkit.objectives.edm import EDM
+from genkit.objectives.first_stage import FirstStage
 from genkit.objectives.flow import Flow
 from genkit.objectives.gan import GAN
 from genkit.objectives.reflow import Distil
@@ -26,11 +27,13 @@ OBJECTIVES: Mapping[str, type] = {
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
+    "autoencoder": FirstStage,
     "gan": GAN,
     "classifier": Classifier,
 }
 
 __all__ = [
-    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distil", "Flow",
+    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distil",
+    "FirstStage", "Flow",
     "Regression",
 ]  # fmt: skip

@@ -70,6 +70,11 @@ class Autoencoding(Objective):
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
         """The sample that a latent ``[B, *latent]`` stands for, ``[B, *S]``."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that encode and decode; others are for training only."""
+        return ("encoder", "decoder")
+
     def seen(self, batch: Batch) -> Tensor:
         """What the encoder sees of a batch of samples, ``[B, *S]``."""
         return batch.x

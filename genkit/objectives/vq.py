@@ -144,6 +144,10 @@ class VQ(Autoencoding):
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
         return certain(nets["codebook"](nets["encoder"](x, cond).to(x)).code)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("encoder", "decoder", "codebook")
+
     def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         return nets["codebook"](z).code
 

@@ -1,0 +1,234 @@
+"""The first stage of latent diffusion: what looks alike, patches, the adaptive weight, and two stages on digits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from genkit import cli, runs
+from genkit.backbones import MLP, DiT, UNet
+from genkit.core import Batch, Draw, Spec
+from genkit.objectives import FirstStage
+from genkit.objectives.first_stage import KL, Balance, Entries, Gradients, Patches, RandomFeatures, last_layer
+
+PICTURES = Spec((1, 8, 8))
+
+
+def batch_of(x, start=0, step=None):
+    return Batch(x, draw=Draw((0,), start, start + len(x)), step=step)
+
+
+# --------------------------------------------------------------------------------------------------- what looks alike
+def test_gradients_see_edges_at_every_size_and_no_brightness():
+    """A ramp of slope a differs from nothing by a, 2 a and 4 a at 8x8, 4x4 and 2x2, across it; and not along it."""
+    ramp = 0.3 * torch.arange(8.0).expand(2, 1, 8, 8)
+    see = Gradients()
+    for x in (ramp, ramp.mT):
+        assert torch.allclose(see(x, torch.zeros_like(x)), torch.full((2,), 0.3 * (1 + 2 + 4) / 3))
+    assert torch.allclose(see(ramp + 5, ramp), torch.zeros(2), atol=1e-5)
+
+
+def test_random_features_are_the_same_everywhere_and_compare_unit_vectors():
+    x, y = torch.randn(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(4)
+    one = RandomFeatures(3)
+    torch.manual_seed(5)
+    assert RandomFeatures(3)(x, y).equal(one(x, y))
+    assert torch.allclose(one(x, x), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(one(x, 7 * x), torch.zeros(3), atol=1e-5)  # without biases, a factor turns no feature
+    small = x + 0.1 * (y - x)
+    assert bool((one(x, small) < one(x, y)).all())
+    assert torch.allclose(one(x[1:2], y[1:2]), one(x, y)[1:2], atol=1e-6)
+    assert not list(one.parameters())
+
+
+def test_the_first_layer_of_random_features_is_a_distance_of_cosines():
+    """``|u - v|^2 = 2 - 2 cos`` of unit vectors: against torch's cosine."""
+    x, y = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    see, expected = RandomFeatures(3), []
+    a, b = x, y
+    for i in range(3):
+        a, b = (F.conv2d(v, see.get_buffer(f"filters{i}"), stride=1 if i == 0 else 2, padding=1).relu() for v in (a, b))
+        expected.append((2 - 2 * F.cosine_similarity(a, b, dim=1)).mean((1, 2)))
+    assert torch.allclose(see(x, y), torch.stack(expected).mean(0), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- patches
+def test_a_patch_knows_its_surroundings_alone():
+    net = Patches((3, 32, 32))
+    x = torch.randn(2, 3, 32, 32)
+    other = x.clone()
+    other[:, :, :4, :4] += 1
+    a, b = net(x), net(other)
+    assert a.shape == (2, 1, 4, 4)
+    assert not torch.allclose(a[..., 0, 0], b[..., 0, 0])
+    assert a[..., 3, 3].equal(b[..., 3, 3])
+    assert torch.allclose(net(x[:1]), a[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", [MLP(width=8, depth=1), UNet(width=8), DiT(width=8, depth=1, head_size=4)])
+def test_the_last_layer_is_the_last_the_output_is_linear_in_it(backbone):
+    decoder = backbone.decoder(PICTURES, (2, 4, 4)).double()
+    with torch.no_grad():
+        for p in decoder.parameters():  # blocks start as the identity
+            p += 0.1 * torch.randn_like(p)
+        weight, z = last_layer(decoder), torch.randn(2, 2, 4, 4).double()
+        once = decoder(z)
+        weight *= 2
+        twice = decoder(z)
+        weight *= 0
+        never = decoder(z)
+    assert torch.allclose(twice - once, once - never, atol=1e-9)
+    assert float((once - never).abs().max()) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- the loss
+def test_the_cost_of_a_posterior_is_its_divergence():
+    objective = FirstStage(latent=(2, 4, 4), code=KL(weight=0.3), perceptual=0)
+    nets = objective.networks(MLP(width=16, depth=1), PICTURES)
+    x = torch.randn(5, 1, 8, 8)
+    q = objective.encode(nets, x)
+    truth = kl_divergence(Normal(q.mean, (0.5 * q.log_var).exp()), Normal(0.0, 1.0)).flatten(1).sum(1)
+    loss = objective.loss("reconstruct", nets, batch_of(x))
+    error = (objective.decode(nets, q.draw(batch_of(x).normal(2, 4, 4))) - x).abs().flatten(1).mean(1)
+    assert torch.allclose(loss.per_sample, error + 0.3 * truth / 64, atol=1e-5)
+    assert torch.allclose(loss.logs["kl"], truth.mean(), rtol=1e-4)
+
+
+def with_adversary(**more):
+    objective = FirstStage(latent=(2, 4, 4), adversary=0.7, start=3, **more)
+    nets = objective.networks(MLP(width=16, depth=1), PICTURES)
+    return objective, {k: v.train() for k, v in nets.items()}
+
+
+def test_the_adaptive_weight_is_the_ratio_of_the_batchs_gradients_however_it_is_cut():
+    """By autograd on the whole batch; used a step later, and forgotten by no micro-batch."""
+    objective, nets = with_adversary()
+    x, last, plain = torch.randn(12, 1, 8, 8), last_layer(nets["decoder"]), FirstStage(latent=(2, 4, 4))
+    rec = plain.loss("reconstruct", nets, batch_of(x)).per_sample
+    out = objective.decode(nets, objective.encode(nets, x).draw(batch_of(x).normal(2, 4, 4)))
+    opinion = -nets["discriminator"](out).flatten(1).mean(1)
+    sizes = [torch.autograd.grad(v.sum(), last, retain_graph=True)[0].norm() for v in (rec, opinion)]
+    expected = float(sizes[0] / sizes[1])
+    for cuts in (((0, 12),), ((0, 5), (5, 6), (6, 12))):
+        balance = nets["balance"] = Balance(last).train()
+        for a, b in cuts:
+            objective.loss("reconstruct", nets, batch_of(x[a:b], a, step=3))
+        assert float(balance.weight) == 0
+        objective.settle(nets, 3)
+        assert float(balance.weight) == pytest.approx(expected, rel=1e-3)
+        assert not bool(balance.rec.any() | balance.gan.any())
+    got = objective.loss("reconstruct", nets, batch_of(x, step=4))
+    assert torch.allclose(got.per_sample, rec + 0.7 * expected * opinion, atol=1e-4)
+    assert float(got.logs["weight"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_discriminator_comes_late():
+    objective, nets = with_adversary()
+    nets["balance"].weight.fill_(5.0)
+    x = torch.randn(6, 1, 8, 8)
+    plain = FirstStage(latent=(2, 4, 4)).loss("reconstruct", nets, batch_of(x)).per_sample
+    assert objective.loss("reconstruct", nets, batch_of(x, step=2)).per_sample.equal(plain)
+    judged = objective.loss("discriminator", nets, batch_of(x, step=2)).per_sample
+    assert judged.tolist() == [0.0] * 6
+    judged.sum().backward()  # every weight has a gradient, of zeros: ranks wait for one
+    assert all(p.grad is not None and not p.grad.any() for p in nets["discriminator"].parameters())
+    assert not objective.loss("reconstruct", nets, batch_of(x, step=3)).per_sample.equal(plain)
+    nn.init.zeros_(nets["discriminator"].layers[-1].weight)
+    nn.init.constant_(nets["discriminator"].layers[-1].bias, 0.25)  # hinge: (1 - s) + (1 + s)
+    assert torch.allclose(objective.loss("discriminator", nets, batch_of(x, step=3)).per_sample, torch.tensor(2.0))
+
+
+def test_the_discriminator_learns_what_the_decoder_cannot_draw():
+    objective, nets = with_adversary()
+    x = torch.randn(24, 1, 8, 8)
+    optimiser = torch.optim.Adam(nets["discriminator"].parameters(), 2e-3)
+    for _ in range(20):
+        loss = objective.loss("discriminator", nets, batch_of(x, step=3))
+        optimiser.zero_grad()
+        loss.per_sample.mean().backward()
+        optimiser.step()
+    assert float(loss.logs["accuracy"]) > 0.95
+    assert float(loss.per_sample.detach().mean()) < 0.5
+
+
+def test_the_codebooks_latents_are_entries():
+    objective = FirstStage(latent=(3, 4, 4), code=Entries(codes=8))
+    nets = objective.networks(MLP(width=16, depth=1), PICTURES)
+    z = objective.encode(nets, torch.randn(5, 1, 8, 8)).mean
+    assert bool((z.movedim(1, -1)[..., None, :] == nets["codebook"].codes).all(-1).any(-1).all())
+    before = nets["codebook"].codes.clone()
+    for net in nets.values():
+        net.train()
+    objective.loss("reconstruct", nets, batch_of(torch.randn(5, 1, 8, 8)))
+    objective.settle(nets, 0)
+    assert not nets["codebook"].codes.equal(before)
+
+
+@pytest.mark.parametrize(
+    ("how", "spec", "expected"),
+    [
+        ({"perceptual": 1.0}, Spec((6,)), "perceptual and adversary are for pictures"),
+        ({"adversary": 1.0}, Spec((6,)), "perceptual and adversary are for pictures"),
+        ({"adversary": -1.0}, PICTURES, "adversary -1.0"),
+        ({"latent": ()}, PICTURES, "latent"),
+    ],
+)
+def test_mistakes_are_told(how, spec, expected):
+    with pytest.raises(ValueError, match=expected):
+        FirstStage(**how).networks(MLP(width=8, depth=1), spec)
+
+
+# ----------------------------------------------------------------------------------------------------- whole training
+ARGS = ["--backbone=mlp", "--backbone.width=8", "--backbone.depth=1", "--batch=16", "--sample-every=0", "--workers=0",
+        "--no-tensorboard", "--schedule=constant", "--precision=fp32"]  # fmt: skip
+
+
+def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discriminator(tmp_path):
+    argv = ["train", "--objective=autoencoder", "--objective.latent", "2", "4", "4", "--objective.adversary=0.5",
+            "--objective.start=1", "--data.labels=false", "--micro=5", f"--out={tmp_path}", *ARGS]  # fmt: skip
+    assert cli.main([*argv, "--steps=4"]) == 0
+    whole = (tmp_path / "latest").resolve()
+    assert cli.main([*argv, "--steps=2"]) == 0
+    cut = (tmp_path / "latest").resolve()
+    assert cli.main(["train", "--resume", str(cut), "--steps=4"]) == 0
+    a, b = (load_file(run / "latest" / "nets.safetensors") for run in (whole, cut))
+    assert all(a[k].equal(b[k]) for k in a)
+    assert float(a["balance.weight"]) > 0
+    assert cli.main(["train", "--objective=flow", f"--codec={whole}", "--steps=1", f"--out={tmp_path}", *ARGS]) == 0
+    shutil.rmtree(whole)
+    run = runs.load(tmp_path / "latest")
+    assert set(run.codec.stage.nets) == {"encoder", "decoder"}
+    assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+
+
+FIRST = ["train", "--data=digits", "--objective=autoencoder", "--objective.latent", "4", "4", "4",
+         "--data.labels=false", "--backbone=mlp", "--backbone.width=128", "--backbone.depth=2",
+         "--sample-every=0", "--no-tensorboard", "--lr=2e-3"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_stages_draw_digits(tmp_path, capsys):
+    """Fréchet distances in the digits' own features; noise has the one of a flow that has learned nothing."""
+
+    def fid(run, *more):
+        capsys.readouterr()
+        assert cli.main(["eval", str(run), "--n=1000", "--metrics=fid", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)["metrics"]["fid"]["value"]
+
+    assert cli.main([*FIRST, "--steps=1500", f"--out={tmp_path}"]) == 0
+    first = (tmp_path / "latest").resolve()
+    flow = ["train", "--objective=flow", f"--codec={first}", "--backbone=dit", "--backbone.width=64",
+            "--backbone.depth=2", "--backbone.patch=1", "--backbone.head-size=32", "--sample-every=0",
+            "--no-tensorboard", f"--out={tmp_path}"]  # fmt: skip
+    assert cli.main([*flow, "--steps=1"]) == 0
+    untrained = fid(tmp_path / "latest")
+    assert cli.main([*flow, "--steps=1000", "--batch=32"]) == 0
+    trained = fid(tmp_path / "latest")
+    print(untrained, trained)
+    assert trained < 0.2 * untrained
