@@ -91,7 +91,7 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
 def test_discount_over_denoising_steps_and_the_last_ones_alone():
     """Discounted by 0 the last step alone is credited, as it is where it alone is trained, of half as many rows."""
     moved = []
-    for more in ({"denoise_gamma": 0.0}, {"last": 1}, {"denoise_gamma": 1.0}):
+    for more in ({"denoise_gamma": 0.0, "last": None}, {"last": 1}, {"last": 2, "denoise_gamma": 1.0}):
         net = Constant(THETA)
         who = learner({"net": net}, Chain.over(Linear(), 2, Fixed(STD)), demos=None)
         seen = Scoring(lambda x, cond: -((x[:, 0] - AIM) ** 2), "near", Identity(), 512, 1).collect(who, 0)
@@ -182,7 +182,7 @@ def test_nothing_is_clipped_before_the_first_step(objective, noise):
     chain = Chain.over(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), floor=0.05)
     who = learner(nets, chain, spec, objective)
     seen = Scoring(lambda x, cond: x.sum(1), "sum", Identity(), 64, 1).collect(who, 0)
-    logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, clone=0.0).update(who, None, seen, 0)
+    logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, clone=0.0, last=None).update(who, None, seen, 0)
     assert logs["clipped"] == 0
     assert logs["kl_step"] < 1e-12
     assert logs["kl_reference"] < 1e-12
@@ -446,3 +446,33 @@ def test_runs_that_cannot_be_improved(moons, policy, tmp_path):
         finetune(["--resume", str(policy)])
     with pytest.raises(ValueError, match="run: not given"):
         finetune([])
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+def test_rewards_of_pictures():
+    from genkit.rl import image
+
+    flat = torch.full((1, 3, 16, 16), 0.25)
+    noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([flat, noise])
+    assert image.brightness(both, {})[0] == 0.25
+    assert torch.equal(image.darkness(both, {}), -image.brightness(both, {}))
+    sizes = image.incompressibility(both[:, :1], {})
+    assert 0.2 < float(sizes[0]) < float(sizes[1]) < 2  # kilobytes: a header, and what cannot be compressed
+    assert torch.equal(image.compressibility(both[:, :1], {}), -sizes)
+    assert image.compressibility(both, {}).shape == (2,)
+
+
+@pytest.mark.slow
+def test_the_judge_knows_an_eight():
+    from genkit.core import Draw
+    from genkit.data import DATA
+    from genkit.rl import image
+
+    data = DATA["digits"]().load("test")
+    batch = data.batch(torch.arange(200), Draw((0,), 0, 200))
+    x = (batch.x.float() / 255).requires_grad_()
+    said = image.eight(x, {})
+    is_eight = batch.cond["label"] == 8
+    assert float(said[is_eight].mean()) > float(said[~is_eight].mean()) + 2
+    assert float(torch.autograd.grad(said.sum(), x)[0].abs().sum()) > 0

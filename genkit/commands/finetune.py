@@ -59,7 +59,7 @@ class Finetune:
     """four-ways, pusht, or an id of gymnasium; None: that of the demonstrations."""
     mode: Annotated[int, Ge(0)] | None = None
     """Of an environment with several ways: reward this one alone."""
-    num: Count = 50
+    num: Count = 100
     """Worlds side by side."""
     decisions: Count = 40
     """Decisions of a world in an iteration."""

@@ -76,7 +76,7 @@ class Fixed:
     Right for every source, few steps and the last one too; the noise is meant to be left out once trained.
     """
 
-    std: Annotated[float, Ge(0)] = 0.1
+    std: Annotated[float, Ge(0)] = 0.15
     diffuses: ClassVar[bool] = False
 
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
