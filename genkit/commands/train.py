@@ -30,7 +30,7 @@ from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
 from genkit.core import Batch, Codec, Data, Spec
 from genkit.data import Stream
-from genkit.latents import Latent
+from genkit.latents import Latent, OfCache
 from genkit.objectives.couplings import given
 from genkit.sampling import Seeds, bind
 from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, share, start
@@ -306,7 +306,8 @@ class Session:
             net.train()
         if back is not None:
             kind = torch.arange(2).repeat_interleave(len(back))
-            self.show(torch.cat([batch.x, self.codec.decode(back)]).cpu(), {"label": kind}, state.step)
+            given = self.codec.decode(encoded.x) if isinstance(self.codec, OfCache) else batch.x
+            self.show(torch.cat([given, self.codec.decode(back)]).cpu(), {"label": kind}, state.step)
 
     def show(self, x: torch.Tensor, cond: dict[str, torch.Tensor], step: int) -> None:
         if self.accelerator.is_main_process:
@@ -354,7 +355,8 @@ class Session:
         label = " --label 1" if "label" in self.spec.cond else ""
         if self.remark:
             self.say(f"note     {self.remark}")
-        self.say("next     " + self.cfg.objective.use.format(run=self.run, label=label))
+        use = getattr(type(self.cfg.data), "use", self.cfg.objective.use)  # policies are tried, not looked at
+        self.say("next     " + use.format(run=self.run, label=label))
 
 
 def slug(name: str) -> str:
