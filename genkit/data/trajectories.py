@@ -108,6 +108,7 @@ class Demonstrations(ABC):
     """the environment in which a policy is tried"""
 
     suits: ClassVar[str] = "mlp"
+    use: ClassVar[str] = "genkit rollout {run}"
 
     def __post_init__(self) -> None:
         check_horizons(self.obs_steps, self.pred_steps, self.act_steps)
