@@ -402,6 +402,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(policy, tmp_path, capsy
     assert [r["step"] for r in log] == [0, 1, 2, 3, 4, 4]
     assert "kl_reference" not in log[1]  # the critic warms up alone
     assert log[2]["kl_reference"] > 0
+    assert genkit(["info", str(whole / "latest")]) == 0
+    assert "after/success" in capsys.readouterr().out
     assert genkit(["rollout", str(whole / "latest"), "--episodes", "2", "--json", "--no-picture"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 2
 

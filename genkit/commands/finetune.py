@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path as File
 from typing import Annotated, Any
 
 import torch
+from accelerate import Accelerator
 from annotated_types import Ge, Lt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
-from genkit import __version__, config, runs
+from genkit import config, runs
+from genkit.commands.train import environment, option
 from genkit.config import parse, table, to_yaml
 from genkit.core import Batch, seed_of
 from genkit.data import Stream
@@ -88,7 +88,7 @@ class Finetune:
 
 
 def main(argv: list[str]) -> int:
-    resumed = next((b for a, b in pairwise(argv) if a == "--resume"), None)
+    resumed = option(argv, "--resume")
     if resumed:
         found = runs.find(resumed) / "finetune.yaml"
         if not found.is_file():
@@ -115,7 +115,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
     if resumed:
         take_up(learner, run)
     else:
-        (run / "env.json").write_text(json.dumps({"genkit": __version__, "argv": sys.argv}, indent=1))
+        (run / "env.json").write_text(json.dumps(environment(Accelerator(cpu=True)), indent=1))
         (run / "config.yaml").write_text(to_yaml(cfg))
     (run / "finetune.yaml").write_text(to_yaml(replace(asked, run=str(base.directory), resume=None)))
     console.print(f"{run}  from {base.directory} ({base.weights})", markup=False)

@@ -40,8 +40,10 @@ def main(argv: list[str]) -> int:
         lines["decoded"] = f"{'x'.join(map(str, run.world.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
         last = records[-1]
-        losses = ", ".join(f"{k} {v:.5f}" for k, v in last.items() if k.endswith("/loss") and v is not None)
-        lines["last log line"] = f"step {last['step']}, {losses}, {last['samples_per_s']:.0f} samples/s"
+        told = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
+        numbers = [f"{k} {v:.5g}" for k, v in told.items() if isinstance(v, float)]
+        rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []
+        lines["last log line"] = ", ".join([f"step {last['step']}", *numbers, *rate])
     console = Console(highlight=False, soft_wrap=True)
     for key, value in lines.items():
         console.print(f"{key:<14} {value}", markup=False)
