@@ -208,8 +208,7 @@ def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discrimin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["kl", "vq"])
-def test_two_stages_draw_digits(tmp_path, capsys, code):
+def test_two_stages_draw_digits(tmp_path, capsys):
     """Fréchet distances of the pixels themselves, in the units of their variance: a flow of latents that has learned
     nothing, one that has, and real digits of the test split."""
     wide = ["--backbone.width=64", "--backbone.depth=2", "--sample-every=0", "--no-tensorboard", f"--out={tmp_path}"]
@@ -220,8 +219,8 @@ def test_two_stages_draw_digits(tmp_path, capsys, code):
         assert cli.main(argv) == 0
         return json.loads(capsys.readouterr().out)["metrics"]["fid"]["value"]
 
-    first = ["--objective=autoencoder", f"--objective.code={code}", "--objective.latent", "4", "4", "4",
-             "--data.labels=false", "--backbone=mlp", "--lr=2e-3", "--steps=600"]  # fmt: skip
+    first = ["--objective=autoencoder", "--objective.latent", "4", "4", "4", "--data.labels=false", "--backbone=mlp",
+             "--lr=2e-3", "--steps=600"]  # fmt: skip
     assert cli.main(["train", *first, *wide]) == 0
     stage = (tmp_path / "latest").resolve()
     flow = ["--objective=flow", f"--codec={stage}", "--backbone=dit", "--backbone.patch=1", "--backbone.head-size=32"]
@@ -229,6 +228,6 @@ def test_two_stages_draw_digits(tmp_path, capsys, code):
     untrained = fid(tmp_path / "latest", "--steps=5")
     assert cli.main(["train", *flow, *wide, "--steps=500", "--batch=32", "--ema=0.99"]) == 0
     trained, real = fid(tmp_path / "latest", "--steps=5"), fid("digits:test", "--reference=digits:train")
-    print(code, untrained, trained, real)
+    # measured: 402,807 untrained, 44,757 trained, 6,411 of the real test split
     assert trained < 0.2 * untrained
     assert real < trained
