@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 def option(argv: list[str], flag: str) -> str | None:
     """The value of ``flag``, needed before the rest can be parsed."""
-    for here, after in zip(argv, [*argv[1:], None], strict=True):
+    for here, after in zip(argv, [*argv[1:], None], strict=False):  # which is one longer where there are none
         if here == flag:
             return after
         if here.startswith(f"{flag}="):
