@@ -629,6 +629,31 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
         "tests/test_gan.py",
     ),
     ("genkit/objectives/augment.py", "* 2 * saturation", "* saturation", "tests/test_gan.py"),
+    ("genkit/data/trajectories.py", "first = 1 - obs_steps", "first = 0", "tests/test_policy.py"),
+    ("genkit/data/trajectories.py", "fit(train[0])", "fit(x)", "tests/test_policy.py"),
+    (
+        "genkit/rl/policy.py",
+        "[:, :, to - 1 : to - 1 + self.act_steps]",
+        "[:, :, : self.act_steps]",
+        "tests/test_policy.py",
+    ),
+    ("genkit/rl/rollout.py", "returns += np.where(alive, reward, 0)", "returns += reward", "tests/test_policy.py"),
+    ("genkit/codecs.py", "obs[:, -1, [", "obs[:, 0, [", "tests/test_policy.py"),
+    (
+        "genkit/backbones/embed.py",
+        "value = (value - self.shift) / self.scale",
+        "value = value - self.shift",
+        "tests/test_policy.py",
+    ),
+    ("genkit/envs/four_ways.py", "acting & ~terminated & (self.steps", "acting & (self.steps", "tests/test_policy.py"),
+    ("genkit/objectives/anchored.py", "x1=centers[which]", "x1=centers[which.flip(0)]", "tests/test_policy.py"),
+    ("genkit/objectives/anchored.py", "return Loss(flow + choice,", "return Loss(flow,", "tests/test_policy.py"),
+    (
+        "genkit/objectives/regression.py",
+        "return net(torch.zeros_like(like),",
+        "return net(like,",
+        "tests/test_policy.py",
+    ),
 ]
 
 
