@@ -132,6 +132,7 @@ def loss_plot(records: Sequence[Mapping[str, Any]], path: File) -> File:
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
 
     return save(figure(draw, (7, 4)), path)

@@ -614,7 +614,8 @@ def test_the_real_mnist():
 # -------------------------------------------------------------------------------------------------- holding
 def test_the_registry_is_complete_and_every_offline_source_loads():
     offline = [*TOYS, "digits"]
-    assert set(DATA) == {*offline, "mnist", "fashion-mnist", "cifar10", "folder", "zip", "npz"}
+    pictures = {"mnist", "fashion-mnist", "cifar10", "folder", "zip", "npz"}
+    assert set(DATA) == {*offline, *pictures, "pairs", "latents", "four-ways", "pusht", "replay"}
     for name in offline:
         data = DATA[name]().load()
         batch = data.batch(torch.tensor([3, 0, 3]), noise_of(3))

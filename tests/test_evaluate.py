@@ -392,7 +392,7 @@ def test_accelerate_launch_writes_the_card_of_one_rank(tmp_path, moons):
 
 def test_a_kill_costs_nothing_that_was_saved(tmp_path, moons, monkeypatch):
     """Cut between two blocks; the second run does the rest alone, and its card is the same."""
-    monkeypatch.setattr("genkit.evaluate.shards.SAVE", 0.0)
+    monkeypatch.setattr("genkit.evaluate.shards.SAVE", -float("inf"))  # after every block
     argv = (moons, "--metrics=fid,w2,mmd", "--n=160", "--steps=2", "--seed=5")
     whole = card_of(tmp_path, *argv)
     drawn, rows = [], Drawn.rows

@@ -263,7 +263,7 @@ def test_many_grids_are_thinned_and_damaged_ones_left_out(run):
     for step in range(1, 41):
         picture(run / "samples" / f"step-{step:07d}.png", step)
     last = run / "samples" / "step-0000200.png"
-    last.write_bytes(last.read_bytes()[:-20])  # cut off
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])  # cut off
     page = alone(report.run_page(run))
     names = [f["data-name"] for f in page.all("figure") if "data-name" in f]
     assert len(names) == report.FRAMES - 1  # the last one is damaged
