@@ -654,6 +654,30 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
         "return net(like,",
         "tests/test_policy.py",
     ),
+    ("genkit/latents.py", "share * (1 - share)", "share", "tests/test_latents.py"),
+    (
+        "genkit/latents.py",
+        "self.stage.decode(self.scaling.decode(x.float()))",
+        "self.stage.decode(x.float())",
+        "tests/test_latents.py",
+    ),
+    (
+        "genkit/latents.py",
+        "self.between + self.within if posterior",
+        "self.between if posterior",
+        "tests/test_latents.py",
+    ),
+    ("genkit/latents.py", "self.objective.nearest(self.nets, z)", "z", "tests/test_latents.py"),
+    ("genkit/latents.py", "self.objective.seen(seen)", "seen.x", "tests/test_latents.py"),
+    ("genkit/objectives/first_stage.py", "step is None or step >= self.start", "True", "tests/test_first_stage.py"),
+    (
+        "genkit/objectives/first_stage.py",
+        "kept += torch.autograd",
+        "kept[:] = torch.autograd",
+        "tests/test_first_stage.py",
+    ),
+    ("genkit/objectives/first_stage.py", "kl / batch.x[0].numel()", "kl / kl.numel()", "tests/test_first_stage.py"),
+    ("genkit/data/latents.py", "draw.uniform() < 0.5", "draw.uniform() >= 0.5", "tests/test_latents.py"),
 ]
 
 
