@@ -53,7 +53,7 @@ class Finetune:
     """Steps of the sampler; the trained model wants as many."""
     grid: str = "uniform"
     """Where the steps lie: a name in genkit.sampling.GRIDS."""
-    iterations: Count = 40
+    iterations: Count = 60
     """Rounds of trying and learning."""
     env: str | None = None
     """four-ways, pusht, or an id of gymnasium; None: that of the demonstrations."""
