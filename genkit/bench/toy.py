@@ -198,7 +198,7 @@ def picture(ways: Mapping[str, np.ndarray], path: File) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="genkit bench toy", description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="networks of each cell, trained side by side")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--steps", type=int, default=10_000, help="training steps")
     parser.add_argument("--test", type=int, default=TEST, help="samples of each W2; the time grows with the cube")
     parser.add_argument("--only", action="append", default=[], help="a method or a column; may be repeated")
     parser.add_argument("--out", type=File, help="JSON; cells that are there are not measured again")
