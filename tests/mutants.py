@@ -678,6 +678,12 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ),
     ("genkit/objectives/first_stage.py", "kl / batch.x[0].numel()", "kl / kl.numel()", "tests/test_first_stage.py"),
     ("genkit/data/latents.py", "draw.uniform() < 0.5", "draw.uniform() >= 0.5", "tests/test_latents.py"),
+    (
+        "genkit/objectives/couplings.py",
+        "cost + apart * (1 + len(cost) * cost.max())",
+        "cost",
+        "tests/test_couplings.py",
+    ),
 ]
 
 

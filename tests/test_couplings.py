@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from exact import F64, Mixture, three
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from genkit.backbones import MLP
@@ -105,6 +106,22 @@ def test_optimal_transport_moves_sources_only_and_shortens_the_way():
     cost = squared_distances(x0, x1)
     both = cost.diag()[:, None] + cost.diag()[None]
     assert float((both - cost - cost.T).max()) <= 1e-9
+
+
+def test_optimal_transport_stays_within_classes():
+    """Else noise, given the class, would not be normal, which is what sampling starts from."""
+    torch.manual_seed(0)
+    label = torch.arange(60) % 3
+    x, x1 = torch.randn(60, 2) + 4 * label[:, None], torch.randn(60, 2)
+    batch = Batch(x, {"label": label, "size": torch.randn(60)})
+    _, moved = OptimalTransport()(batch, x1, Linear(), torch.rand(60))
+    source = (moved[:, None] == x1).all(2).float().argmax(1)
+    assert torch.equal(label[source], label)
+    assert sorted(source.tolist()) == list(range(60))
+    for k in range(3):
+        cost = torch.cdist(x[label == k], x1[label == k]).double().square()
+        rows, columns = linear_sum_assignment(cost.numpy())
+        torch.testing.assert_close((x - moved)[label == k].square().sum().double(), cost[rows, columns].sum())
 
 
 def test_optimal_transport_serves_pictures():

@@ -4,8 +4,9 @@ A coupling sees the rows that one rank holds in one micro-batch, so its result d
 stay in their rows and only the sources move, so that conditions, weights and times belong to the sample as before.
 
 Couplings other than ``independent`` change the law of x1 given x: ``E[x1 | x]`` is no longer a multiple of the score.
-The ODE is right for all of them, the SDE is not. Where conditions are given, ``ot`` and ``sb`` also make x1 depend on
-the condition, which sampling does not know of (Cheng & Schwing 2025): prefer ``independent`` there.
+The ODE is right for all of them, the SDE is not. Where conditions are given, they must not make x1 depend on the
+condition, which sampling does not know of (Cheng & Schwing 2025). So ``ot`` keeps sources within their class; ``sb``, and
+``ot`` with conditions that are no classes, do not: prefer ``independent`` there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from annotated_types import Gt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from genkit.core import Batch, Path, expand
+from genkit.core import Batch, Cond, Path, expand
 from genkit.paths import chart
 
 
@@ -49,7 +50,8 @@ class Independent:
 @dataclass(frozen=True)
 class OptimalTransport:
     """The exact optimal plan between the samples and the sources at hand, for the squared distance (Tong et al. 2024,
-    section 3.2.3; Pooladian et al. 2023). It is a permutation, found in O(B^3): 1 ms for 128 rows.
+    section 3.2.3; Pooladian et al. 2023). It is a permutation, found in O(B^3): 1 ms for 128 rows. Where samples have
+    classes, each class has a plan of its own.
     """
 
     independent: ClassVar[bool] = False
@@ -57,7 +59,9 @@ class OptimalTransport:
     given: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
-        _, order = linear_sum_assignment(torch.nan_to_num(squared_distances(batch.x, x1)).cpu().numpy())
+        cost = torch.nan_to_num(squared_distances(batch.x, x1))
+        apart = other_class(batch.cond, cost)
+        _, order = linear_sum_assignment((cost + apart * (1 + len(cost) * cost.max())).cpu().numpy())
         return batch.x, x1[torch.as_tensor(order, device=x1.device)]
 
 
@@ -105,6 +109,15 @@ def given(batch: Batch) -> Tensor:
     if batch.x1 is None:
         raise ValueError("data: hold no pairs (noise, sample), which this needs; make them of a run: genkit reflow RUN")
     return batch.x1
+
+
+def other_class(cond: Cond, like: Tensor) -> Tensor:
+    """1 where sample i and source j are of different classes, ``[B, B]``; a class is any integer condition ``[B]``."""
+    apart = torch.zeros_like(like)
+    for v in cond.values():
+        if v.ndim == 1 and not v.is_floating_point():
+            apart = torch.maximum(apart, (v[:, None] != v).to(like))
+    return apart
 
 
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
