@@ -5,8 +5,8 @@ stay in their rows and only the sources move, so that conditions, weights and ti
 
 Couplings other than ``independent`` change the law of x1 given x: ``E[x1 | x]`` is no longer a multiple of the score.
 The ODE is right for all of them, the SDE is not. Where conditions are given, they must not make x1 depend on the
-condition, which sampling does not know of (Cheng & Schwing 2025). So ``ot`` keeps sources within their class; ``sb``, and
-``ot`` with conditions that are no classes, do not: prefer ``independent`` there.
+condition, which sampling does not know of (Cheng & Schwing 2025). So ``ot`` keeps sources within their class. With
+conditions that are no classes it does not, nor does ``sb`` at all: prefer ``independent`` there.
 """
 
 from __future__ import annotations
