@@ -684,6 +684,20 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
         "cost",
         "tests/test_couplings.py",
     ),
+    ("genkit/rl/chain.py", "b.sigma - b.scale * k, b", "b.sigma + b.scale * k, b", "tests/test_chain.py"),
+    ("genkit/rl/chain.py", "math.sqrt(2 * a.tau * k)", "math.sqrt(a.tau * k)", "tests/test_chain.py"),
+    ("genkit/rl/chain.py", "- size * (std.log()", "- (std.log()", "tests/test_chain.py"),
+    ("genkit/rl/chain.py", "range(first, self.steps)", "range(self.steps - first)", "tests/test_chain.py"),
+    (
+        "genkit/rl/advantages.py",
+        "after * (1 - terminated.to(after))",
+        "after * (1 - ended.to(after))",
+        "tests/test_chain.py",
+    ),
+    ("genkit/rl/advantages.py", "arange(last - 1, -1, -1", "arange(0, last, 1", "tests/test_chain.py"),
+    ("genkit/rl/dppo.py", "torch.minimum(ratio", "torch.maximum(ratio", "tests/test_finetune.py"),
+    ("genkit/rl/mixed.py", "clone - self.weight", "clone + self.weight", "tests/test_finetune.py"),
+    ("genkit/rl/rwr.py", ") / tau)", ") * tau)", "tests/test_finetune.py"),
 ]
 
 
