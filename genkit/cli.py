@@ -21,7 +21,7 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "rollout": ("genkit.commands.rollout", "let a trained policy act: success, return, ways taken, time per chunk"),
     "demo": ("genkit.commands.demo", "record an expert, as demonstrations to learn from"),
     "finetune": ("genkit.commands.finetune", "improve a run by the reward of an environment, or of a function"),
-    "bench": ("genkit.commands.bench", "measure: speed, order"),
+    "bench": ("genkit.commands.bench", "measure: quality, toy, reflow, prediction, order, overhead, speed"),
 }
 
 
@@ -38,6 +38,8 @@ examples:
   genkit train --objective=flow                  handwritten digits, some minutes on a CPU
   genkit train --objective=ddpm --data=cifar10 --backbone.width 128
   genkit sample runs/latest --label 7 --n 16
+  genkit eval runs/latest --metrics fid,kid,prdc --n 1000
+  genkit report runs/latest                      one HTML page of curves, samples and numbers
   genkit COMMAND --help                          every option of a command, with its default
 """
 
