@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from genkit import config, runs
-from genkit.commands.ranks import lost_ranks, start_ranks
+from genkit.commands.ranks import join_ranks, lost_ranks, start_ranks
 from genkit.commands.sample import how
 from genkit.config import Evaluate, Sampling, parse
 from genkit.evaluate import (
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     if asked.compare:
         return compare(asked)
     device = runs.pick_device(asked.device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = join_ranks(device)
     ranks = Ranks.of(accelerator)
     try:
         return evaluate(asked, accelerator, ranks)

@@ -6,11 +6,13 @@ can be told by its environment: a master address, but no rank. It then becomes `
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 
 def lost_ranks() -> int:
@@ -30,6 +32,19 @@ def lost_ranks() -> int:
         "accelerate launch: starts one process on a machine without GPUs; name --num_processes N on its command line, "
         "or use: torchrun --nproc-per-node N -m genkit train ..."
     )
+
+
+def join_ranks(device: torch.device) -> Accelerator:
+    """This process among its ranks. They part before the interpreter ends, where threads of gloo may abort it."""
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if accelerator.num_processes > 1:
+        atexit.register(part)
+    return accelerator
+
+
+def part() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start_ranks(num: int, command: str, argv: list[str]) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from genkit import pictures, runs
 from genkit.commands.evaluate import VECTORS, bar, draw, reference_of
-from genkit.commands.ranks import lost_ranks, start_ranks
+from genkit.commands.ranks import join_ranks, lost_ranks, start_ranks
 from genkit.config import Sampling, Sweep, parse
 from genkit.config.blocks import suggest
 from genkit.evaluate import Drawn, Ranks, Ruler, cards, is_picture, ruler
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         start_ranks(num, "sweep", argv)
     asked = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
     device = runs.pick_device(asked.device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = join_ranks(device)
     ranks = Ranks.of(accelerator)
     try:
         return sweep(asked, accelerator, ranks)

@@ -26,7 +26,7 @@ from torch import nn
 
 from genkit import __version__, config, pictures, runs
 from genkit.commands.encode import coded
-from genkit.commands.ranks import lost_ranks, start_ranks
+from genkit.commands.ranks import join_ranks, lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
 from genkit.core import Batch, Codec, Data, Spec
 from genkit.data import Stream
@@ -72,7 +72,7 @@ def option(argv: list[str], flag: str) -> str | None:
 def train(cfg: config.Train, resumed: File | None = None) -> int:
     """Train ``cfg``, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
     device = runs.pick_device(cfg.device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = join_ranks(device)
     device = accelerator.device
     with accelerator.main_process_first():
         loaded = cfg.data.load("train")
