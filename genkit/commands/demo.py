@@ -59,7 +59,7 @@ def record(asked: Demo) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     ``ValueError`` where the expert does not succeed once in some waves.
     """
     num = min(asked.episodes, 100)
-    env, guide = make(asked.env, num), expert(asked.env, asked.expert, num)
+    guide, env = expert(asked.env, asked.expert, num), make(asked.env, num)
     obs: list[np.ndarray] = []
     actions: list[np.ndarray] = []
     tried = 0
