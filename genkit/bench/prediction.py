@@ -122,7 +122,7 @@ def picture(points: Mapping[str, np.ndarray], path: File) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="genkit bench prediction", description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="networks of each cell, trained side by side")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--only", type=int, action="append", default=[], help=f"a dimension of {DIMS}; may be repeated")
     parser.add_argument("--out", type=File, help="JSON; cells that are there are not measured again")
     parser.add_argument("--picture", type=File, help="PNG of the samples")
