@@ -324,14 +324,13 @@ def test_blocks_hang_on_no_rank(n, batch):
 
 TWO = """
 import sys, torch
-from accelerate import Accelerator
 from genkit import runs
+from genkit.commands.ranks import join_ranks
 from genkit.evaluate import Drawn, Ranks, measure
 from genkit.metrics.features import Raw
 
-accelerator = Accelerator(cpu=True)
+ranks = Ranks.of(join_ranks(torch.device("cpu")))
 torch.set_num_threads(1)
-ranks = Ranks.of(accelerator)
 drawn = Drawn(runs.load(sys.argv[1], device="cpu"), {"steps": 3, "guidance": 2.0})
 keep = frozenset({"features", "labels"})
 look = lambda n, s=drawn: measure(s, Raw().load("cpu"), n, keep=keep, batch=8, ranks=ranks)
