@@ -35,7 +35,8 @@ from genkit.core import Label, Spec
 from genkit.data import DATA, InMemory
 from genkit.metrics import FEATURES, Moments, features, frechet_distance
 from genkit.metrics.features import WAYS, Classifier, Features, Inception, Raw, Seen, find_weights, like_tensorflow
-from genkit.metrics.inception import NAME, Conv, InceptionV3, read_weights, sha256
+from genkit.metrics.inception import NAME, Conv, InceptionV3, read_weights
+from genkit.tensors import sha256
 
 MODES = list(WAYS)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache() / NAME)

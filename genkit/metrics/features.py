@@ -29,7 +29,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
-from genkit.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights, sha256
+from genkit.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
+from genkit.tensors import sha256
 
 Device = torch.device | str
 CHUNK = 100  # pictures at a time: activations of about 1 GiB

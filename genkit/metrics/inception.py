@@ -8,7 +8,6 @@ tensors are read, its code is not called. Batch norm is folded into the convolut
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path as File
@@ -41,14 +40,6 @@ def read_weights(file: str | File) -> dict[str, Tensor]:
     except Exception as e:  # both readers raise anything over a damaged file
         why = (" ".join(str(e).split()) or type(e).__name__)[:100]
         raise ValueError(f"weights: {file} cannot be read as {NAME}, or as safetensors: {why}") from e
-
-
-def sha256(file: str | File) -> str:
-    with File(file).open("rb") as f:
-        digest = hashlib.sha256()
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ the network
