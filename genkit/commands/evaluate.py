@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path as File
 from typing import Any
@@ -48,15 +48,19 @@ def main(argv: list[str]) -> int:
     asked = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
     if asked.compare:
         return compare(asked)
-    device = runs.pick_device(asked.device)
-    accelerator = join_ranks(device)
+    return together(asked.device, lambda accelerator, ranks: evaluate(asked, accelerator, ranks))
+
+
+def together(device: str, work: Callable[[Accelerator, Ranks], int]) -> int:
+    """``work`` on every rank; the exit code. What they all refuse, the main one says."""
+    accelerator = join_ranks(runs.pick_device(device))
     ranks = Ranks.of(accelerator)
     try:
-        return evaluate(asked, accelerator, ranks)
+        return work(accelerator, ranks)
     except (ValueError, OSError):
         if ranks.main:
             raise
-        return 2  # the main rank says it
+        return 2
 
 
 def evaluate(asked: Evaluate, accelerator: Accelerator, ranks: Ranks) -> int:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from genkit import pictures, runs
-from genkit.commands.evaluate import VECTORS, bar, draw, reference_of
-from genkit.commands.ranks import join_ranks, lost_ranks, start_ranks
+from genkit.commands.evaluate import VECTORS, bar, draw, reference_of, together
+from genkit.commands.ranks import lost_ranks, start_ranks
 from genkit.config import Sampling, Sweep, parse
 from genkit.config.blocks import suggest
 from genkit.evaluate import Drawn, Ranks, Ruler, cards, is_picture, ruler
@@ -56,15 +56,7 @@ def main(argv: list[str]) -> int:
     if (num := lost_ranks()) > 1:
         start_ranks(num, "sweep", argv)
     asked = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
-    device = runs.pick_device(asked.device)
-    accelerator = join_ranks(device)
-    ranks = Ranks.of(accelerator)
-    try:
-        return sweep(asked, accelerator, ranks)
-    except (ValueError, OSError):
-        if ranks.main:
-            raise
-        return 2  # the main rank says it
+    return together(asked.device, lambda accelerator, ranks: sweep(asked, accelerator, ranks))
 
 
 def sweep(asked: Sweep, accelerator: Accelerator, ranks: Ranks) -> int:
