@@ -592,8 +592,9 @@ def fixed(places: Sequence[float]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- the page of a run
-def run_page(path: str | File) -> str:
-    """The page of a run. ``ValueError`` where there is no run; what is missing or damaged in it is said on the page."""
+def run_page(path: str | File, more: Mapping[str, Sequence[Markup]] | None = None) -> str:
+    """The page of a run, with ``more`` sections after the samples. ``ValueError`` where there is no run; what is
+    missing or damaged in it is said on the page."""
     run = runs.find(path)
     cfg, log = load_yaml(run / "config.yaml"), read_log(run / "log.jsonl")
     names = {k: name_in(cfg.get(k)) for k in ("objective", "backbone", "data")}
@@ -604,6 +605,7 @@ def run_page(path: str | File) -> str:
         ("Quality", quality_parts(cards, skipped)),
         ("Samples over time", training_samples(run)),
         ("Further samples", further_samples(run)),
+        *(more or {}).items(),
         ("Training", training_parts(log)),
         ("Configuration", [render("code", name="config.yaml", text=(run / "config.yaml").read_text("utf-8"))]),
         ("Environment", environment_parts(run / "env.json")),
