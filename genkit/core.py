@@ -15,7 +15,7 @@ Conventions, for the whole package:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -220,11 +220,26 @@ class Batch:
 
 
 # ------------------------------------------------------------------------------------------------- models
-class Prediction(NamedTuple):
+class Prediction:
     """A denoiser's estimate of both ends of the path through ``x``: ``x = alpha(t) x0 + sigma(t) x1``."""
 
     x0: Tensor
     x1: Tensor
+
+    def __init__(self, x0: Tensor, x1: Tensor):
+        self.x0, self.x1 = x0, x1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x0, self.x1))
+
+    def mix(self, a: float, b: float) -> Tensor:
+        """``a x0 + b x1``: with the coefficients of another time, the point of the path there."""
+        return torch.add(a * self.x0, self.x1, alpha=b)
+
+    @property
+    def slope(self) -> Tensor:
+        """``x1 - x0``, the velocity in the chart."""
+        return self.mix(-1.0, 1.0)
 
 
 class Loss(NamedTuple):

@@ -1,6 +1,7 @@
 """What a network's output means. Each class turns it into a :class:`~genkit.core.Prediction` of both endpoints.
 
-All follow from ``x = alpha x0 + sigma x1`` by linear algebra. A class that divides by alpha is refused on a path with
+All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and all that a solver makes of them, are
+sums ``p x + q out`` of what the network saw and what it said (:class:`Affine`). A class that divides by alpha is refused on a path with
 ``alpha(1) = 0``, where the network's output would not determine the data.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -15,6 +17,30 @@ from torch import Tensor, nn
 
 from genkit.core import Cond, Parametrization, Path, Prediction, expand
 from genkit.paths import coefficients, weighted
+
+
+Factor = Tensor | float  # a number, or one for each row
+
+
+class Affine(Prediction):
+    """``x0 = p x + q out`` by ``clean = (p, q)``, ``x1`` by ``noise``. Nothing is computed before it is asked for: a
+    step of a solver is then one sum of two tensors, where the ends and their sum would be three.
+    """
+
+    def __init__(self, x: Tensor, out: Tensor, clean: tuple[Factor, Factor], noise: tuple[Factor, Factor]):
+        self.x, self.out, self.clean, self.noise = x, out, clean, noise
+
+    def mix(self, a: float, b: float) -> Tensor:
+        (p, q), (r, s) = self.clean, self.noise
+        return weighted(a * p + b * r, self.x, a * q + b * s, self.out)
+
+    @cached_property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return weighted(self.clean[0], self.x, self.clean[1], self.out)
+
+    @cached_property
+    def x1(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return weighted(self.noise[0], self.x, self.noise[1], self.out)
 
 
 class Plain:
@@ -38,7 +64,7 @@ class Velocity(Plain):
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
-        return Prediction(weighted(1 / (a + s), x, -s / (a + s), out), weighted(1 / (a + s), x, a / (a + s), out))
+        return Affine(x, out, (1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,7 @@ class Epsilon(Plain):
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
-        return Prediction(weighted(1 / a, x, -s / a, out), out)
+        return Affine(x, out, (1 / a, -s / a), (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -64,7 +90,7 @@ class Data(Plain):
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
-        return Prediction(out, weighted(1 / s, x, -a / s, out))
+        return Affine(x, out, (0.0, 1.0), (1 / s, -a / s))
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ class V(Plain):
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         r = a**2 + s**2
-        return Prediction(weighted(a / r, x, -s / r, out), weighted(s / r, x, a / r, out))
+        return Affine(x, out, (a / r, -s / r), (s / r, a / r))
 
 
 @dataclass(frozen=True)
@@ -92,7 +118,7 @@ class Score(Plain):
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
-        return Prediction(weighted(1 / a, x, s**2 / a, out), -s * out)
+        return Affine(x, out, (1 / a, s**2 / a), (0.0, -s))
 
 
 @dataclass(frozen=True)
@@ -121,9 +147,8 @@ class Karras:
 
     def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
-        _, skip, scale = self._scales(path, t, x)
-        x0 = weighted(skip, x, scale, out)
-        return Prediction(x0, weighted(1 / s, x, -a / s, x0))
+        inner, skip, scale = self._scales(path, t, x)
+        return Affine(x, out, (skip, scale), (s * inner**2, -a * self.sigma_data * inner))
 
 
 PARAMETRIZATIONS: Mapping[str, type] = {

@@ -264,9 +264,10 @@ def coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] |
 
 def weighted(p: Tensor | float, x: Tensor, q: Tensor | float, y: Tensor) -> Tensor:
     """``p x + q y`` with such factors, in as few kernels as they allow."""
-    if isinstance(q, Tensor):
-        return torch.addcmul(p * x, q, y)
-    return torch.add(x if p == 1 else p * x, y, alpha=q)
+    if not isinstance(p, Tensor) and p == 0:
+        return y if not isinstance(q, Tensor) and q == 1 else q * y
+    first = x if not isinstance(p, Tensor) and p == 1 else p * x
+    return torch.addcmul(first, q, y) if isinstance(q, Tensor) else torch.add(first, y, alpha=q)
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -24,20 +25,29 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from genkit import __version__
-from genkit.core import Parametrization, Path
+from genkit.core import Parametrization, Path, Sampler
 from genkit.parametrize import Epsilon, NetDenoiser, Velocity
 from genkit.paths import VP, Linear
 from genkit.sampling import SAMPLERS, Grid, trailing, uniform
+from genkit.sampling.ode import heun
 
 STEPS = 20
-PAIRS: dict[str, tuple[str, Path, Parametrization, Grid, str, dict[str, Any]]] = {  # name -> ours, theirs
-    "ddim": ("ddim", VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
-    "dpmpp_2m": ("dpmpp_2m", VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
-    "dpmpp_3m": ("dpmpp_3m", VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "unipc": ("unipc", VP(), Epsilon(), trailing(STEPS), "UniPCMultistepScheduler", {}),
-    "heun": ("heun", VP(), Epsilon(), trailing(STEPS), "HeunDiscreteScheduler", {}),
-    "heun, flow": ("heun", Linear(), Velocity(), uniform(STEPS), "FlowMatchHeunDiscreteScheduler", {}),
-    "euler, flow": ("ddim", Linear(), Velocity(), uniform(STEPS), "FlowMatchEulerDiscreteScheduler", {}),
+SIGMA = partial(heun, clock="sigma")  # the clock of Karras et al. 2022, which is also that of HeunDiscreteScheduler
+PAIRS: dict[str, tuple[Sampler, Path, Parametrization, Grid, str, dict[str, Any]]] = {  # name -> ours, theirs
+    "ddim": (SAMPLERS["ddim"], VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
+    "dpmpp_2m": (SAMPLERS["dpmpp_2m"], VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
+    "dpmpp_3m": (
+        SAMPLERS["dpmpp_3m"],
+        VP(),
+        Epsilon(),
+        trailing(STEPS),
+        "DPMSolverMultistepScheduler",
+        {"solver_order": 3},
+    ),
+    "unipc": (SAMPLERS["unipc"], VP(), Epsilon(), trailing(STEPS), "UniPCMultistepScheduler", {}),
+    "heun": (SIGMA, VP(), Epsilon(), trailing(STEPS), "HeunDiscreteScheduler", {}),
+    "heun, flow": (heun, Linear(), Velocity(), uniform(STEPS), "FlowMatchHeunDiscreteScheduler", {}),
+    "euler, flow": (SAMPLERS["ddim"], Linear(), Velocity(), uniform(STEPS), "FlowMatchEulerDiscreteScheduler", {}),
 }
 
 
@@ -74,7 +84,7 @@ def measure(name: str, rounds: int = 25) -> tuple[float, float]:
 
     rows = [
         (
-            seconds(lambda: SAMPLERS[sampler](denoise, x, times)),
+            seconds(lambda: sampler(denoise, x, times)),
             seconds(loop) - seconds(lambda: theirs.set_timesteps(STEPS)),
             seconds(lambda: [net(x) for _ in range(evaluations)]),
         )

@@ -134,7 +134,7 @@ def flow(objective: Flow, net: Stack, z: Tensor, steps: int = EULER) -> tuple[Te
     energy, way = torch.zeros(len(z)), [objective.source(z, NO_COND)]
 
     def look(i: int, x: Tensor, prediction: Any) -> None:
-        energy.add_((prediction.x1 - prediction.x0).square().sum(1) / steps)
+        energy.add_(prediction.slope.square().sum(1) / steps)
         way.append(x)
 
     x = objective.generator({"net": net}, bind("ddim", steps, callback=look))(z, NO_COND)

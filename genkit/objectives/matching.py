@@ -34,7 +34,7 @@ PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
 SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
     "x0": lambda p: p.x0,
     "eps": lambda p: p.x1,
-    "velocity": lambda p: p.x1 - p.x0,
+    "velocity": lambda p: p.slope,
 }
 MAX_GAIN = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
 

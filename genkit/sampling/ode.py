@@ -66,7 +66,7 @@ def heun_step(
         if clock == "sigma" and a.alpha > 0:
             x = torch.add(x, q.x1 - p.x1, alpha=b.alpha * (b.level - a.level) / 2)
         else:
-            x = torch.add(x, (q.x1 - q.x0) - (p.x1 - p.x0), alpha=b.scale * (b.tau - a.tau) / 2)
+            x = torch.add(x, q.slope - p.slope, alpha=b.scale * (b.tau - a.tau) / 2)
     return x, p
 
 
@@ -110,12 +110,11 @@ def rk4(
     between = iter(nodes_at(denoise.path, taus))
 
     def slope(u: Tensor, n: Node) -> Tensor:
-        p = ask(denoise, n.scale * u, n, cond)
-        return p.x1 - p.x0
+        return ask(denoise, n.scale * u, n, cond).slope
 
     for i, (a, b) in enumerate(pairwise(grid)):
         prediction = ask(denoise, x, a, cond)
-        h, u, k1 = b.tau - a.tau, x / a.scale, prediction.x1 - prediction.x0
+        h, u, k1 = b.tau - a.tau, x / a.scale, prediction.slope
         m = next(between)
         if b.t > 0:
             k2 = slope(u + h / 2 * k1, m)
@@ -187,7 +186,7 @@ class _Field:
         node = nodes_at(self.denoise.path, [float(tau)])[0] if within else low if float(tau) <= low.tau else high
         self.x = node.scale * u
         self.prediction = ask(self.denoise, self.x, node, self.cond)
-        return self.prediction.x1 - self.prediction.x0
+        return self.prediction.slope
 
     def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:
         self.done(self.x)

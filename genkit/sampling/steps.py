@@ -66,17 +66,17 @@ def _nodes(path: Path, times: tuple[float, ...]) -> tuple[Node, ...]:
 def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
-    return denoise(x, _time(node.t, x.dtype, x.device).expand(len(x)), cond)
+    return denoise(x, _time(node.t, len(x), x.dtype, x.device), cond)
 
 
 @lru_cache(maxsize=256)
-def _time(t: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([t], dtype=dtype, device=device)
+def _time(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([t], dtype=dtype, device=device).expand(rows)
 
 
 def land(node: Node, p: Prediction) -> Tensor:
     """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
-    return torch.add(node.alpha * p.x0, p.x1, alpha=node.sigma)
+    return p.mix(node.alpha, node.sigma)
 
 
 def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
