@@ -1,8 +1,8 @@
 """What a network's output means. Each class turns it into a :class:`~genkit.core.Prediction` of both endpoints.
 
 All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and all that a solver makes of them, are
-sums ``p x + q out`` of what the network saw and what it said (:class:`Affine`). A class that divides by alpha is refused on a path with
-``alpha(1) = 0``, where the network's output would not determine the data.
+sums ``p x + q out`` of what the network saw and what it said (:class:`Affine`). A class that divides by alpha is
+refused on a path with ``alpha(1) = 0``, where the network's output would not determine the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from genkit.core import Cond, Parametrization, Path, Prediction, expand
 from genkit.paths import coefficients, weighted
-
 
 Factor = Tensor | float  # a number, or one for each row
 

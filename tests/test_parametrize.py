@@ -4,7 +4,7 @@ import pytest
 import torch
 from exact import F64
 
-from genkit.core import expand
+from genkit.core import Prediction, expand
 from genkit.parametrize import PARAMETRIZATIONS, Epsilon, Karras, NetDenoiser, Score, V, Velocity, refuse_singular
 from genkit.paths import PATHS, VE, VP, Cosine, Linear, mix
 
@@ -23,6 +23,20 @@ def test_round_trip(path, parametrization):
     wrong = parametrization.predict(path, x, t, torch.randn_like(x))
     on_path = expand(path.alpha(t), x) * wrong.x0 + expand(path.sigma(t), x) * wrong.x1
     assert torch.allclose(on_path, x, atol=1e-9)
+
+
+@pytest.mark.parametrize(("path", "parametrization"), PAIRS, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_a_solver_makes_of_both_ends_is_their_sum(path, parametrization, rows):
+    """Computed at once from what the network saw and said, with one time for all (numbers) or many (tensors)."""
+    t = torch.tensor([0.3, 0.6, 0.9], dtype=F64)[:rows]
+    x, out = torch.randn(2, rows, 4, dtype=F64)
+    got = parametrization.predict(path, x, t, out)
+    ends = Prediction(*got)
+    assert torch.allclose(got.mix(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
+    assert torch.allclose(ends.mix(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
+    for p in (got, ends):
+        assert torch.allclose(p.slope, got.x1 - got.x0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [Epsilon, Score, Karras])
