@@ -25,7 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genkit import codecs, config, latents
-from genkit.core import Codec, Cond, Denoiser, Generator, Guidance, Label, Objective, Spec, spec_from_dict, spec_to_dict
+from genkit.core import (
+    Batch,
+    Codec,
+    Cond,
+    Denoiser,
+    Generator,
+    Guidance,
+    Label,
+    Objective,
+    Spec,
+    spec_from_dict,
+    spec_to_dict,
+)
 from genkit.guidance import (
     LINEAR,
     Rule,
@@ -336,6 +348,17 @@ class Run:
                 drawn.append(self.codec.decode(x).cpu())
             progress(rows.stop)
         return torch.cat(drawn), conditions
+
+    def rebuild(self, batch: Batch) -> Tensor:
+        """The world's samples ``batch.x`` after the way through the code and back, decoded; of a model of latents,
+        through those of its first stage. ``ValueError`` where there is no code."""
+        batch = self.codec.encode(batch.to(self.device))
+        with torch.no_grad():
+            back = self.objective.reconstruct(self.nets, batch)
+            if back is None and not isinstance(self.codec, codecs.Learned):
+                kind = type(self.objective).__name__
+                raise ValueError(f"rebuild: given a run of {kind} on the samples themselves, which has no code")
+            return self.codec.decode(batch.x if back is None else back)
 
     def require_finite(self, x: Tensor, first: int = 0) -> None:
         """``ValueError`` that names a sample which is not finite, before the codec hides it in a pixel."""

@@ -382,6 +382,60 @@ def test_evaluation_measures_pictures_against_the_pictures_that_were_encoded(cac
         assert card["settings"]["reference"]["n"] == 1438
 
 
+# --------------------------------------------------------------------------------------------------- reconstructions
+def test_a_run_rebuilds_samples_through_its_code_and_a_model_of_latents_through_its_codec(trained):
+    x = DATA["digits"]().load("test").x[:9]
+    for name in ("vae", "vq"):
+        run, stage = runs.load(trained[name]), stage_of(trained[name])
+        assert run.rebuild(Batch(x)).equal(stage.decode(stage.posterior(Batch(x)).mean))
+    run = runs.load(trained["flow"])
+    draw = lambda: Draw((3,), 0, 9)  # noqa: E731
+    z = stage_of(trained["vae"]).posterior(Batch(x)).draw(draw().normal(3, 2, 2))
+    assert run.rebuild(Batch(x, draw=draw())).equal(stage_of(trained["vae"]).decode(z))
+
+
+def test_evaluation_measures_reconstructions_by_row(trained, capsys):
+    """Against numpy: the FID in raw pixels of few samples is that of their means and covariances."""
+    run, x = runs.load(trained["vq"]), DATA["digits"]().load("test").x
+    argv = ["eval", str(trained["vq"]), "--rebuild=test", "--n=60", "--features=raw", "--metrics=fid", "--json"]
+    assert cli.main([*argv, "--reference=test"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    back = run.rebuild(Batch(x[torch.arange(60) * len(x) // 60]))
+    a, b = (v.flatten(1).double().numpy() for v in (back, x))
+    cov = [np.cov(v, rowvar=False) for v in (a, b)]
+    root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0)).sum()
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov[0] + cov[1]) - 2 * root
+    assert card["metrics"]["fid"]["value"] == pytest.approx(wanted, rel=1e-3)
+    assert card["settings"]["rebuilt"]["split"] == "test"
+    assert "nfe" not in card["settings"]
+    assert [p for p in (trained["vq"] / "eval").iterdir() if json.loads(p.read_text()) == card]
+    assert cli.main([*argv[:-1], "--rebuild=train"]) == 0  # another split, another card
+    said = capsys.readouterr().out
+    assert "reconstructions of digits:train" in said
+    assert len(list((trained["vq"] / "eval").iterdir())) == 2
+
+
+REFUSED = {
+    "without a code": (["{mlp}", "--rebuild=test"], "has no code"),
+    "no run": (["digits:test", "--rebuild=test"], "rebuild: needs a run with a code"),
+    "sampling": (["{vq}", "--rebuild=test", "--steps=5"], "steps: has no effect on reconstructions"),
+    "draws nothing": (["{vq}"], "of a code, what it keeps: --rebuild test"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_rebuilt_is_told_in_one_line(trained, tmp_path, capsys, name):
+    argv, expected = REFUSED[name]
+    if "{mlp}" in argv:
+        assert cli.main(["train", "--objective=flow", f"--out={tmp_path}", "--steps=1", *TINY]) == 0
+        capsys.readouterr()
+    argv = [a.format(mlp=tmp_path / "latest", **trained) for a in argv]
+    assert cli.main(["eval", *argv, "--n=20", "--features=raw", "--metrics=fid"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert expected in said
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 BAD = {
     "no encoder": (["--codec={flow}"], r"a run of Flow, which has no encoder; train one: --objective=vae"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path as File
 from typing import Any
@@ -25,6 +25,7 @@ from genkit.evaluate import (
     Given,
     Named,
     Ranks,
+    Rebuilt,
     cards,
     data_of,
     find_data,
@@ -39,6 +40,7 @@ from genkit.evaluate.sources import SPLITS, Samples
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 HOW = [f.name for f in fields(Sampling) if f.name not in ("seed", "ema", "step", "batch", "device")]
 EVERYWHERE = ("batch", "device")  # settings of sampling that measuring stored samples has a use for too
+OF_RUN = (Drawn, Rebuilt)
 PICTURES, VECTORS = 10_000, 2_000  # samples of a run, if nothing is said
 
 
@@ -125,10 +127,13 @@ def opened(asked: Evaluate, device: torch.device) -> Samples:
         run = runs.load(File(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
         if run.config.threads:
             torch.set_num_threads(run.config.threads)
-        return draw(run, asked)
-    for f in fields(Sampling):
-        if f.name not in EVERYWHERE and config.dump(asked)[f.name] != USUAL[f.name]:
-            raise ValueError(f"{f.name}: has no effect on samples that exist; {name} is not a run")
+        if not asked.rebuild:
+            return draw(run, asked)
+        unchanged(asked, (*EVERYWHERE, "ema", "step"), "reconstructions")
+        return Rebuilt(run, data_of(run, asked.rebuild, asked.data), weights_sha256(run))
+    unchanged(asked, EVERYWHERE, f"samples that exist; {name} is not a run")
+    if asked.rebuild:
+        raise ValueError(f"rebuild: needs a run with a code; {name} is not a run")
     try:
         return find_data(name, asked.data)
     except ValueError as e:
@@ -136,6 +141,13 @@ def opened(asked: Evaluate, device: torch.device) -> Samples:
 
 
 USUAL = config.dump(Evaluate())
+
+
+def unchanged(asked: Evaluate, but: Sequence[str], what: str) -> None:
+    """``ValueError`` for a setting of sampling that has no effect on ``what``."""
+    for f in fields(Sampling):
+        if f.name not in but and config.dump(asked)[f.name] != USUAL[f.name]:
+            raise ValueError(f"{f.name}: has no effect on {what}")
 
 
 def draw(run: runs.Run, asked: Sampling, sha256: str | None = None) -> Drawn:
@@ -146,7 +158,7 @@ def draw(run: runs.Run, asked: Sampling, sha256: str | None = None) -> Drawn:
 
 def reference_of(name: str, samples: Samples, options: Named) -> Given | File | None:
     """What is measured against: for a run its own training split, if nothing is said."""
-    if isinstance(samples, Drawn) and (not name or name in SPLITS):
+    if isinstance(samples, OF_RUN) and (not name or name in SPLITS):
         return data_of(samples.run, name or "train", options)
     if not name:
         return None
@@ -160,7 +172,7 @@ def reference_of(name: str, samples: Samples, options: Named) -> Given | File | 
 def destination(asked: Evaluate, samples: Samples, card: cards.Card) -> File | None:
     if asked.out:
         return File(asked.out).expanduser()
-    if not isinstance(samples, Drawn):
+    if not isinstance(samples, OF_RUN):
         return None
     return samples.run.directory / "eval" / cards.name_of(card["settings"])
 
@@ -181,6 +193,7 @@ def show(card: cards.Card) -> None:
         print(f"{name:<{width}}  {cards.text(cards.estimate(value))}")
     drawn = f"{s['sampler']} {s['steps']} steps, NFE {s['nfe']:g}, guidance {s['guidance']:g}, ema {s['ema']}; " if (
         s.get("sampler")) else ""  # fmt: skip
+    drawn += f"reconstructions of {name_of(s['rebuilt'])}; " if "rebuilt" in s else ""
     against = s["reference"]
     about = f" against {against.get('n')} of {name_of(against)}" if against else ""
     print(f"{drawn}{s['n']} samples{about}; features {words(s['features'])}; {s['seconds']} s")

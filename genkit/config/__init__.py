@@ -188,6 +188,8 @@ class Evaluate(Sampling):
 
     what: Positional[tuple[str, ...]] = ()
     """RUN, or A B: what is measured, and the reference; with --compare two cards or runs."""
+    rebuild: Literal["train", "test"] | None = None
+    """Measure not drawn samples but what the run's code (a VAE's, a first stage's, a codec's) keeps of this split."""
     metrics: str | None = None
     """Names with commas between: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
     n: Annotated[int, Ge(2)] | None = None

@@ -6,7 +6,18 @@ from genkit.evaluate import cards
 from genkit.evaluate.cards import Card, compare, newest
 from genkit.evaluate.rulers import FEATURES, Ruler, is_picture, named, ruler
 from genkit.evaluate.shards import Found, Ranks, measure, reference
-from genkit.evaluate.sources import OPTIONS, Drawn, Given, Named, data_of, find_data, how_of, is_stats, weights_sha256
+from genkit.evaluate.sources import (
+    OPTIONS,
+    Drawn,
+    Given,
+    Named,
+    Rebuilt,
+    data_of,
+    find_data,
+    how_of,
+    is_stats,
+    weights_sha256,
+)
 from genkit.metrics import Settings
 
 SETTINGS = {"usual": Settings}
@@ -21,6 +32,7 @@ __all__ = [
     "Given",
     "Named",
     "Ranks",
+    "Rebuilt",
     "Ruler",
     "cards",
     "compare",

@@ -16,7 +16,7 @@ from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
 from genkit.evaluate import cards
 from genkit.evaluate.shards import Found, Progress, Ranks, measure, quiet, reference, require_logits
-from genkit.evaluate.sources import Drawn, Given, Samples, class_of, data_of, how_of, split_rows
+from genkit.evaluate.sources import Drawn, Given, Rebuilt, Samples, class_of, data_of, how_of, split_rows
 from genkit.metrics import METRICS, Estimate, Measured, Metric, Moments, Settings, bias_warning
 from genkit.metrics.features import FEATURES as ALL
 from genkit.metrics.features import Extractor, Features, cache
@@ -219,6 +219,8 @@ def training(samples: Samples, reference_: Given | None) -> Data | None:
         return reference_.training()
     if isinstance(samples, Drawn):
         return data_of(samples.run).data
+    if isinstance(samples, Rebuilt):
+        return samples.given.training()
     return samples.training() if isinstance(samples, Given) else None
 
 

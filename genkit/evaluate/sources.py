@@ -1,4 +1,5 @@
-"""What can be measured: a run, drawn by seed; a folder, zip, npz or named data set, by row; or stored statistics."""
+"""What can be measured: a run, drawn by seed, or what its code keeps of data; a folder, zip, npz or named data set, by
+row; or stored statistics."""
 
 from __future__ import annotations
 
@@ -187,7 +188,10 @@ class Drawn:
     def __post_init__(self) -> None:
         if not self.run.objective.draws:
             kind = type(self.run.objective).__name__
-            raise ValueError(f"run: given one of {kind}, which draws no samples; evaluate a generative model")
+            raise ValueError(
+                f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
+                "of a code, what it keeps: --rebuild test"
+            )
         self.asked: list[Counted] = []
         self.classifier: runs.Run | None = self.how.get("classifier")
         self.spec_asked = self.run.spec if self.classifier is None else runs.with_classes(self.spec, self.classifier)
@@ -249,22 +253,70 @@ class Drawn:
         return Rows(x, cond[self.label].cpu() if self.label else None, float(calls * len(rows)), float(passes))
 
 
+@dataclass(eq=False)
+class Rebuilt:
+    """Samples of a run's data after the way through its code and back: what a model of its latents could do at best."""
+
+    run: runs.Run
+    given: Given
+    weights_sha256: str = ""
+
+    @property
+    def spec(self) -> Spec:
+        return self.given.spec
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.directory}'s reconstructions"
+
+    @property
+    def limit(self) -> int:
+        return self.given.limit
+
+    @property
+    def label(self) -> str | None:
+        return self.given.label
+
+    def identity(self) -> dict[str, Any]:
+        run = self.run
+        return {"rebuilt": self.given.identity(), "weights_sha256": self.weights_sha256,
+                "codec": codecs.to_dict(run.codec), "objective": repr(run.objective),
+                "backbone": repr(run.config.backbone)}  # fmt: skip
+
+    def rows(self, first: int, last: int, n: int) -> Rows:
+        """``ValueError`` where the run has no code."""
+        indices = torch.arange(first, last) * self.limit // n
+        batch = self.given.data.batch(indices, Draw((0,), first, last))
+        draw = Draw((0, 1), first, last, self.run.device)
+        label = batch.cond[self.label].cpu() if self.label else None
+        return Rows(self.run.rebuild(replace(batch.to(self.run.device), draw=draw)), label)
+
+
 def how_of(samples: Samples) -> dict[str, Any]:
     """How samples came about, for their card: of a run its weights and settings, of data their hash."""
+    if isinstance(samples, Rebuilt):
+        return {**weights_of(samples.run, samples.weights_sha256), "rebuilt": samples.given.identity()}
     if not isinstance(samples, Drawn):
         return {"samples": samples.identity()}
     run = samples.run
     others = {"autoguide": samples.how.get("weak"), "classifier": samples.how.get("classifier")}
     return {
-        "run": run.directory.name,
-        "step": run.step,
-        "ema": File(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
-        "weights": run.weights,
-        "weights_sha256": samples.weights_sha256,
+        **weights_of(run, samples.weights_sha256),
         **samples.settings,
         **{k: told(v) for k, v in others.items()},
         "sampler": samples.how.get("sampler") or run.objective.sampler,
         "seed": samples.seed,
+    }
+
+
+def weights_of(run: runs.Run, sha256: str) -> dict[str, Any]:
+    """Which weights a card is of."""
+    return {
+        "run": run.directory.name,
+        "step": run.step,
+        "ema": File(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
+        "weights": run.weights,
+        "weights_sha256": sha256,
     }
 
 
