@@ -84,7 +84,7 @@ def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tu
 
 def start(objective: Objective, nets: dict[str, nn.Module], cfg: Settings) -> State:
     """The state before the first step."""
-    emas = {decay: {k: copy.deepcopy(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in cfg.ema}
+    emas = {decay: {k: twin(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in cfg.ema}
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
             [p for _, p in phase_parameters(phase, nets)],
@@ -96,6 +96,12 @@ def start(objective: Objective, nets: dict[str, nn.Module], cfg: Settings) -> St
         for phase in objective.phases
     }
     return State(nets, emas, optimizers)
+
+
+def twin(net: nn.Module) -> nn.Module:
+    """A copy, which shares the buffers that are not saved: tables, and the weights that a LoRA does not train."""
+    unsaved = [b for m in net.modules() for k, b in m.named_buffers(recurse=False) if k in m._non_persistent_buffers_set]
+    return copy.deepcopy(net, {id(b): b for b in unsaved})
 
 
 def rate(cfg: Settings, step: int) -> float:

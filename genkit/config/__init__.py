@@ -121,7 +121,10 @@ class Train:
     codec_posterior: Literal["draw", "mean"] = "draw"
     """What of a VAE's posterior is learned: a draw, a new one each time, or its mean."""
     init: str | None = None
-    """A run whose weights, its slowest average, this one begins with; they have to fit."""
+    """A run whose weights, its slowest average, this one begins with, and whose objective and backbone it has where
+    none are given; or diffusers:DIR, a model or pipeline of diffusers, or diffusers:OWNER/NAME of the hub."""
+    lora: Any = table("genkit.lora:LORA", "lora")
+    """Train a small change of the weights of --init, by --lora.rank."""
     resume: str | None = None
     """A run's folder to go on with."""
 
@@ -170,6 +173,10 @@ class Sample(Sampling):
 
     run: Positional[str]
     """The run's folder, such as runs/latest."""
+    lora: str | None = None
+    """Draw with the change that this run of --lora.rank learned, of this run or of another with the same layers."""
+    lora_scale: float | None = None
+    """How much of that change, or of a LoRA run's own; None: 1, all; 0: the base."""
     n: Count = 64
     """How many samples."""
     label: Annotated[int, Ge(0)] | None = None

@@ -52,10 +52,19 @@ from genkit.config.blocks import (
 T = TypeVar("T")
 
 
-def parse(cls: Callable[..., T], argv: Sequence[str], prog: str = "genkit", description: str | None = None) -> T:
-    """The ``cls`` that ``argv`` asks for. ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0."""
+def parse(
+    cls: Callable[..., T],
+    argv: Sequence[str],
+    prog: str = "genkit",
+    description: str | None = None,
+    under: Mapping[str, Any] | None = None,
+) -> T:
+    """The ``cls`` that ``argv`` asks for. ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0.
+
+    ``under`` are settings that stand in for the defaults: a file and the flags go before them.
+    """
     file = peek(argv, "config")
-    tree = load_yaml(file) if file else {}
+    tree = over(under or {}, load_yaml(file) if file else {})
     flags: set[str] = set()  # the dotted paths that the command line gives
     try:
         block = choose(cast(type, cls), tree, argv, flags)
@@ -65,6 +74,15 @@ def parse(cls: Callable[..., T], argv: Sequence[str], prog: str = "genkit", desc
         return from_dict(cls, tree)
     except ConfigError as e:
         raise locate(e, file, tree, flags) from None
+
+
+def over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree``, and what it does not mention from ``below``. A block with a name of its own is taken whole."""
+    out = dict(below)
+    for key, value in tree.items():
+        changes = isinstance(value, Mapping) and "name" not in value and isinstance(out.get(key), Mapping)
+        out[key] = over(out[key], value) if changes else value
+    return out
 
 
 def locate(e: ConfigError, file: str | None, tree: Mapping[str, Any], flags: set[str]) -> ConfigError:
