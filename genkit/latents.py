@@ -128,8 +128,8 @@ def of_run(
     if not isinstance(objective, Autoencoding):
         kind = type(objective).__name__
         raise ValueError(f"codec: given {name}, a run of {kind}, which has no encoder; train one: --objective=vae")
-    if spec.cond:
-        known = ", ".join(spec.cond)
+    if told := objective.told(spec).cond:
+        known = ", ".join(told)
         raise ValueError(f"codec: given {name}, which decodes only with {known}; train it with --data.labels=false")
     if isinstance(codec, Learned):
         raise ValueError(f"codec: given {name}, which is itself a model of latents; take a run on the samples")

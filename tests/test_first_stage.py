@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
-from genkit.core import Batch, Draw, Spec
+from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
 from genkit.objectives.first_stage import KL, Balance, Entries, Gradients, Patches, RandomFeatures, last_layer
 
@@ -205,6 +205,28 @@ def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discrimin
     run = runs.load(tmp_path / "latest")
     assert set(run.codec.stage.nets) == {"encoder", "decoder"}
     assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["ae", "vq", "autoencoder"])
+def test_the_command_that_training_ends_with_works(tmp_path, capsys, name):
+    """Also of labelled data, of which a first stage takes the pictures alone."""
+    small = ["--steps=1", f"--out={tmp_path}", *ARGS]
+    assert cli.main(["train", f"--objective={name}", "--objective.latent", "2", "2", "2", *small]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next")]
+    genkit, *argv = line.removeprefix("next").split()
+    assert genkit == "genkit"
+    assert cli.main([*argv, *(small if argv[0] == "train" else [])]) == 0
+    if argv[0] == "train":
+        run = runs.load(tmp_path / "latest")
+        assert set(run.spec.cond) == {"label"}
+        assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+
+
+def test_a_first_stage_is_told_no_class():
+    labelled = Spec((1, 8, 8), {"label": Label(3)})
+    nets = [FirstStage(latent=(2,)).networks(MLP(width=8, depth=1), spec) for spec in (labelled, Spec((1, 8, 8)))]
+    shapes = [{f"{k}.{n}": p.shape for k, net in each.items() for n, p in net.named_parameters()} for each in nets]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.slow

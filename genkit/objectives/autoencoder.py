@@ -75,6 +75,10 @@ class Autoencoding(Objective):
         """The networks that encode and decode; others are for training only."""
         return ("encoder", "decoder")
 
+    def told(self, spec: Spec) -> Spec:
+        """What the networks are made for: of the samples' conditions those that both ends see."""
+        return spec
+
     def seen(self, batch: Batch) -> Tensor:
         """What the encoder sees of a batch of samples, ``[B, *S]``."""
         return batch.x
@@ -98,7 +102,7 @@ class Autoencoder(Autoencoding):
     with ``sparse`` or ``top``. The loss is a mean over the numbers of a sample. It has no law to draw samples from."""
 
     draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit info {run}"
+    use: ClassVar[str] = "genkit report {run}"
 
     latent: Latent = (16,)
     """the code: D for a vector, or C h w for a map that fits the backbone"""

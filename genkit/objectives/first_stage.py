@@ -222,7 +222,8 @@ class FirstStage(Autoencoding):
     """An autoencoder for latent diffusion (Rombach et al. 2022, section 3.1): errors of numbers, of what they look like
     and, from step ``start`` on, of what a discriminator of patches sees. Its latents are for ``--codec``.
 
-    The log has ``error``, ``perceptual`` (0: the same), the code's own terms and, with an adversary, its ``weight``.
+    Conditions are left to the model of latents, which decodes without: its networks are told none. The log has
+    ``error``, ``perceptual`` (0: the same), the code's own terms and, with an adversary, its ``weight``.
     """
 
     draws: ClassVar[bool] = False
@@ -262,6 +263,7 @@ class FirstStage(Autoencoding):
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
         if len(spec.shape) != 3 and (self.perceptual or self.adversary):
             raise ValueError(f"perceptual and adversary are for pictures; samples are {spec.shape}: take 0 for both")
+        spec = self.told(spec)
         decoder = backbones.decoder(spec, self.latent)
         nets = {"encoder": backbones.encoder(spec, self.code.answers(self.latent)), "decoder": decoder}
         nets |= self.code.memory(self.latent)
@@ -271,11 +273,14 @@ class FirstStage(Autoencoding):
             nets |= {"discriminator": Patches(spec.shape), "balance": Balance(last_layer(decoder))}
         return nets
 
+    def told(self, spec: Spec) -> Spec:
+        return Spec(spec.shape)
+
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
-        return self.code.posterior(nets, nets["encoder"](x, cond).to(x))
+        return self.code.posterior(nets, nets["encoder"](x).to(x))
 
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
-        return nets["decoder"](z, cond).to(z)
+        return nets["decoder"](z).to(z)
 
     def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         return self.code.nearest(nets, z)
@@ -285,8 +290,8 @@ class FirstStage(Autoencoding):
 
     def rebuild(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The autoencoder's loss."""
-        coded: Coded = self.code.learn(nets, nets["encoder"](batch.x, batch.cond).to(batch.x), batch)
-        out = self.decode(nets, coded.z, batch.cond)
+        coded: Coded = self.code.learn(nets, nets["encoder"](batch.x).to(batch.x), batch)
+        out = self.decode(nets, coded.z)
         rec = mean_flat(ERRORS[self.error](out - batch.x))
         logs = {"error": rec.mean(), **coded.logs}
         if "looks" in nets:
@@ -311,8 +316,8 @@ class FirstStage(Autoencoding):
         if not self.begun(batch.step):
             return Loss(0 * mean_flat(nets["discriminator"](batch.x)), {})
         with torch.no_grad():
-            q = self.encode(nets, batch.x, batch.cond)
-            out = self.decode(nets, q.draw(batch.normal(*self.latent)), batch.cond)
+            q = self.encode(nets, batch.x)
+            out = self.decode(nets, q.draw(batch.normal(*self.latent)))
         real, fake = nets["discriminator"](torch.cat([batch.x, out])).float().split(len(batch))
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         return Loss(mean_flat(GAME.critic(real, fake)), {"accuracy": right})

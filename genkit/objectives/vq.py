@@ -104,7 +104,7 @@ class VQ(Autoencoding):
     """
 
     draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit info {run}"
+    use: ClassVar[str] = "genkit report {run}"
 
     latent: Latent = (8, 4, 4)
     """C h w: h x w entries of C numbers, a size that fits the backbone; or D: a single entry"""
