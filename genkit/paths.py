@@ -11,9 +11,9 @@ Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -56,15 +56,16 @@ class VP:
     """Variance preserving: the discrete DDPM table, reproduced exactly at ``t = k / timesteps``, k = 0 .. timesteps.
 
     ``alpha(k / T)^2 = prod_{i <= k} (1 - beta_i)`` (Ho et al. 2020, eq. 4), ``log alpha`` linear in between. Betas:
-    "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "scaled-linear", whose square roots are (the latent
+    diffusion of Rombach et al. 2022), "cosine" (Nichol & Dhariwal 2021, eq. 17).
 
     ``zero_snr`` shifts and scales the table of ``alpha_k``, k = 1 .. T, so that the last is 0 and the first stays
     (Lin et al. 2024, algorithm 1); alpha is then linear in the old alpha between them, and the old one below k = 1.
     """
 
-    betas: Literal["linear", "cosine"] = "linear"
+    betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
     timesteps: Annotated[int, Ge(1)] = 1000
-    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # of "linear"
+    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # not of "cosine"
     beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
     zero_snr: bool = False
 
@@ -105,13 +106,26 @@ class VP:
 @lru_cache(maxsize=32)
 def _vp_table(path: VP, device: torch.device) -> Tensor:
     """``log alpha_bar_k``, k = 0 .. T, float64."""
-    if path.betas == "linear":
-        betas = torch.linspace(path.beta_min, path.beta_max, path.timesteps, dtype=torch.float64)
-    else:
-        k = torch.arange(path.timesteps + 1, dtype=torch.float64) / path.timesteps
-        f = torch.cos((k + 0.008) / 1.008 * (math.pi / 2)) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    betas = BETAS[path.betas](path)
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)]).to(device)
+
+
+def _power_betas(path: VP, power: int) -> Tensor:
+    ends = path.beta_min ** (1 / power), path.beta_max ** (1 / power)
+    return torch.linspace(*ends, path.timesteps, dtype=torch.float64) ** power
+
+
+def _cosine_betas(path: VP) -> Tensor:
+    k = torch.arange(path.timesteps + 1, dtype=torch.float64) / path.timesteps
+    f = torch.cos((k + 0.008) / 1.008 * (math.pi / 2)) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+BETAS: Mapping[str, Callable[[VP], Tensor]] = {
+    "linear": partial(_power_betas, power=1),
+    "scaled-linear": partial(_power_betas, power=2),
+    "cosine": _cosine_betas,
+}
 
 
 @dataclass(frozen=True)

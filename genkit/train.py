@@ -100,8 +100,8 @@ def start(objective: Objective, nets: dict[str, nn.Module], cfg: Settings) -> St
 
 def twin(net: nn.Module) -> nn.Module:
     """A copy, which shares the buffers that are not saved: tables, and the weights that a LoRA does not train."""
-    unsaved = [b for m in net.modules() for k, b in m.named_buffers(recurse=False) if k in m._non_persistent_buffers_set]
-    return copy.deepcopy(net, {id(b): b for b in unsaved})
+    unsaved = {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
+    return copy.deepcopy(net, unsaved)
 
 
 def rate(cfg: Settings, step: int) -> float:

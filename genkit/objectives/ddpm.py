@@ -38,12 +38,13 @@ class DDPM(Matching):
 
     timesteps: Annotated[int, Ge(1)] = 1000
     """T, the number of discrete times"""
-    betas: Literal["linear", "cosine"] = "linear"
-    """the noise schedule; cosine is Nichol & Dhariwal 2021, eq. 17"""
+    betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
+    """the noise schedule; scaled-linear is that of latent diffusion (Rombach et al. 2022), whose square roots are linear,
+    cosine is Nichol & Dhariwal 2021, eq. 17"""
     beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4
-    """first beta of the linear schedule"""
+    """first beta of the linear schedules"""
     beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
-    """last beta of the linear schedule"""
+    """last beta of the linear schedules"""
     zero_snr: bool = False
     """rescale the schedule to end in pure noise (Lin et al. 2024, algorithm 1); needs prediction v, x0 or velocity"""
     prediction: PredictionName = "eps"
