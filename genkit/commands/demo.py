@@ -3,20 +3,69 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Annotated
+from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
 from annotated_types import Ge
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
-from genkit.config import parse
-from genkit.envs import expert, make
+from genkit.config import parse, table
+from genkit.envs import Expert, expert, make
+from genkit.envs.ars import Linear, Search, search
 
 console = Console(highlight=False, soft_wrap=True)
 TRIES = 4  # waves without one success after which an expert is said not to know how
+FALL = 0.05  # share of the time limit before which an episode that terminates was no demonstration of anything
+
+
+class Guide(Protocol):
+    """A way to come by an expert."""
+
+    def __call__(self, env: str, num: int) -> Expert: ...
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """The one that is written for the environment."""
+
+    def __call__(self, env: str, num: int) -> Expert:
+        return expert(env, "scripted", num)
+
+
+@dataclass(frozen=True)
+class ARS(Search):
+    """A linear policy that a random search finds."""
+
+    def __call__(self, env: str, num: int) -> Expert:
+        said = TextColumn("round {task.completed}/{task.total}  mean return {task.fields[mean]}")
+        with Progress(said, BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("search", total=self.rounds, mean="")
+
+            def watch(done: int, mean: float) -> None:
+                bar.update(task, completed=done, mean=f"{mean:.0f}")
+                if not console.is_terminal and done % 20 == 0:
+                    console.print(f"round {done}/{self.rounds}  mean return {mean:.0f}", markup=False)
+
+            return search(env, self, watch)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear policy that was found before."""
+
+    path: str = ""
+    """the .json that ars wrote"""
+
+    def __call__(self, env: str, num: int) -> Expert:
+        return Linear.load(self.path)
+
+
+GUIDES: Mapping[str, type] = {"scripted": Scripted, "ars": ARS, "found": Found}
 
 
 @dataclass(frozen=True)
@@ -24,15 +73,17 @@ class Demo:
     """Record an expert."""
 
     env: Positional[str]
-    """four-ways, or another environment that has an expert."""
-    expert: str = "scripted"
-    """Which one."""
+    """four-ways, or an id of gymnasium, such as HalfCheetah-v5."""
+    expert: Guide = table("genkit.commands.demo:GUIDES", "scripted")
+    """Who knows how."""
     episodes: Annotated[int, Ge(1)] = 200
     """How many are kept."""
     seeds: Annotated[int, Ge(0)] = 0
     """The first; those that fail are left out, and further ones recorded."""
     failures: bool = False
     """Keep episodes without success too."""
+    least: float | None = None
+    """The least return of an episode that is kept; None: any."""
     out: str | None = None
     """The .npz; None: ENV.npz."""
 
@@ -42,43 +93,72 @@ def main(argv: list[str]) -> int:
     out = File(asked.out or f"{asked.env.replace('/', '-')}.npz")
     if out.suffix != ".npz":
         raise ValueError(f"out: given {out}; a replay buffer is an .npz")
-    obs, actions, tried = record(asked)
+    guide, tried, obs, actions, returns = record(asked)
     ends = np.cumsum([len(a) for a in actions])
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part.npz")
     np.savez(part, obs=np.concatenate(obs), action=np.concatenate(actions), episode_ends=ends)
     os.replace(part, out)
-    console.print(f"{out}  {len(ends)} episodes of {tried} tried, {ends[-1]} steps", markup=False)
+    told = f"{out}  {len(ends)} episodes of {tried} tried, {ends[-1]} steps, return {np.mean(returns):.1f}"
+    console.print(f"{told} ({min(returns):.1f} to {max(returns):.1f})", markup=False)
+    if isinstance(guide, Linear):
+        guide.save(found := out.with_suffix(".expert.json"))
+        console.print(f"{found}  {guide.found}; --expert=found --expert.path={found} takes it again", markup=False)
     console.print(f"next     genkit train --data=replay --data.root {out} --data.env {asked.env}", markup=False)
     return 0
 
 
-def record(asked: Demo) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """Observations ``[T, Do]`` and actions ``[T, A]`` of each episode that is kept, and how many were tried.
+class Recorded(NamedTuple):
+    """The episodes that are kept: observations ``[T, Do]``, actions ``[T, A]`` and the return of each."""
 
-    ``ValueError`` where the expert does not succeed once in some waves.
-    """
+    guide: Expert
+    tried: int
+    """episodes, those that are left out among them"""
+    obs: list[np.ndarray]
+    actions: list[np.ndarray]
+    returns: list[float]
+
+
+def record(asked: Demo) -> Recorded:
+    """Let the expert act. Where the environment knows no success, an episode is one that does not fall in the first
+    twentieth of its time. ``ValueError`` where the expert does not succeed once in some waves, or does not fit."""
     num = min(asked.episodes, 100)
-    guide, env = expert(asked.env, asked.expert, num), make(asked.env, num)
+    guide = asked.expert(asked.env, num)
+    env = make(asked.env, num)
+    if isinstance(guide, Linear) and guide.weight.shape != (env.action_dim, env.obs_dim):
+        a, do = guide.weight.shape
+        has = f"{asked.env} has {env.obs_dim} and {env.action_dim}"
+        raise ValueError(f"expert: is for {do} observed numbers and {a} of action; {has}")
     obs: list[np.ndarray] = []
     actions: list[np.ndarray] = []
+    returns: list[float] = []
     tried = 0
     while len(actions) < asked.episodes:
         seeds = range(asked.seeds + tried, asked.seeds + tried + num)
         seen, done = [env.reset(list(seeds))], []
         guide.reset(list(seeds))
-        alive, length, success = np.ones(num, bool), np.zeros(num, int), np.zeros(num, bool)
+        alive, length, total = np.ones(num, bool), np.zeros(num, int), np.zeros(num)
+        success = fell = np.zeros(num, bool)
         while alive.any():
             done.append(guide.act(seen[-1]))
-            after, _, terminated, truncated, info = env.step(done[-1])
+            after, reward, terminated, truncated, info = env.step(done[-1])
             length += alive
-            success |= alive & info.get("success", np.ones(num)).astype(bool)
+            total += reward
+            success = success | (alive & info.get("success", success).astype(bool))
+            fell = fell | (terminated & (length < FALL * env.max_steps))
             alive &= ~(terminated | truncated)
             seen.append(after)
         tried += num
-        for i in np.flatnonzero(success | asked.failures)[: asked.episodes - len(actions)]:
+        good = (success if "success" in info else ~fell) | asked.failures
+        good &= total >= (-np.inf if asked.least is None else asked.least)
+        for i in np.flatnonzero(good)[: asked.episodes - len(actions)]:
             obs.append(np.stack([o[i] for o in seen[: length[i]]]))
             actions.append(np.stack([a[i] for a in done[: length[i]]]))
+            returns.append(float(total[i]))
         if not actions and tried >= TRIES * num:
-            raise ValueError(f"expert: {asked.expert!r} did not succeed once in {tried} episodes of {asked.env}")
-    return obs, actions, tried
+            who = type(asked.expert).__name__.lower()
+            raise ValueError(
+                f"expert: {who} did not succeed once in {tried} episodes of {asked.env}; the last took "
+                f"{length.mean():.0f} of {env.max_steps} steps and brought {total.mean():.1f}"
+            )
+    return Recorded(guide, tried, obs, actions, returns)

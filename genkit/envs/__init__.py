@@ -69,7 +69,7 @@ def expert(env: str, name: str, num: int) -> Expert:
     """An expert in ``num`` worlds of an environment. ``ValueError`` where there is none."""
     known = EXPERTS.get(env, {})
     if name not in known:
-        there = ", ".join(known) or f"none for {env!r}; there are experts for {', '.join(EXPERTS)}"
+        there = ", ".join(known) or f"none for {env!r}; there are experts for {', '.join(EXPERTS)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {there}")
     return named(known[name])(num)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ INSTALL = {  # what brings the environments whose id begins like this
     "Adroit": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
     "Fetch": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
 }
-MUJOCO = 'pip install "gymnasium[mujoco]" "mujoco<4"'
+MUJOCO = 'pip install "gymnasium[mujoco]" "mujoco<4"'  # 4.0.0 breaks Fetch, HandReach and Meta-World
 MAX_STEPS = 1000  # of an environment that says nothing
 
 
@@ -79,9 +82,11 @@ class Gym:
         return self.obs.copy(), reward, terminated, truncated, {k: v.copy() for k, v in self.known.items()}
 
     def frame(self, row: int) -> Any:
-        """A picture of a row now (PIL), of environments that draw."""
+        """A picture of a row now (PIL). ``ValueError`` where the environment draws none."""
         from PIL import Image
 
+        if self.worlds[row].render_mode != "rgb_array":
+            raise ValueError(f"film: {self.id} draws no pictures; leave it out")
         return Image.fromarray(np.asarray(self.worlds[row].render()))
 
 
@@ -103,10 +108,12 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
         except ImportError:
             raise ValueError(f"env: {id} needs the package {module}; install it: {install}") from None
         gymnasium.register_envs(package)
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        os.environ.setdefault("MUJOCO_GL", "egl")  # of the ways to draw without a screen, the one that is often there
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silent_compiler():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return gymnasium.make(id, **options)
+            return gymnasium.make(id, **drawing(id), **options)
     except gymnasium.error.DependencyNotInstalled as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"env: {id} needs more than gymnasium ({reason}); for MuJoCo: {MUJOCO}") from None
@@ -116,6 +123,33 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
             f"env: given {id!r}, which gymnasium does not know ({reason}); allowed: four-ways, pusht, or an id that an "
             f"installed package registers{hint}"
         ) from None
+
+
+def drawing(id: str) -> dict[str, str]:
+    """``render_mode``, where the environment can draw into an array. Nothing is drawn before :meth:`Gym.frame`."""
+    from gymnasium.envs.registration import load_env_creator, spec
+
+    entry = spec(id).entry_point
+    creator: Any = load_env_creator(entry) if isinstance(entry, str) else entry
+    modes = getattr(creator, "metadata", {}).get("render_modes", ())
+    return {"render_mode": "rgb_array"} if "rgb_array" in modes else {}
+
+
+@contextmanager
+def silent_compiler() -> Iterator[None]:
+    """Without what MuJoCo says of the models that gymnasium ships: a line on stderr and one in a file MUJOCO_LOG.TXT,
+    in the folder one is in, for each world. What it says of a simulation, later, is heard."""
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 # The nine corners of the T in its own frame, found from the demonstrations (state against keypoint; residual 0.03).
