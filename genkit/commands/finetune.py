@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from annotated_types import Ge, Lt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+from torch import nn
 from tyro.conf import Positional
 
 from genkit import config, runs
@@ -75,6 +78,11 @@ class Finetune:
     """Episodes before and after, without noise, of seeds that are not trained on; 0: none."""
     eval_seeds: Annotated[int, Ge(0)] = 100_000
     """The first of them."""
+    choose: Annotated[int, Ge(0)] = 0
+    """Episodes at each checkpoint, without noise, of starts of their own: the checkpoint with the best return is what
+    the run is from then on; 0: the newest is."""
+    patience: Count | None = None
+    """Checkpoints without a better one after which it ends; None: never."""
     save_every: Count = 10
     """Iterations from one checkpoint to the next. Every one begins new episodes, so that a resumed run is the same."""
     seed: Annotated[int, Ge(0)] = 0
@@ -112,22 +120,23 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
     method, cfg = asked.method, learner_config(asked, base)
     named = asked.name or f"{base.directory.name.partition('-')[2]}-{type(method).__name__.lower()}"
     run = resumed or runs.create(asked.out, named)
+    best = Best()
     if resumed:
-        take_up(learner, run)
+        take_up(learner, run, best)
     else:
         (run / "env.json").write_text(json.dumps(environment(Accelerator(cpu=True)), indent=1))
         (run / "config.yaml").write_text(to_yaml(cfg))
     (run / "finetune.yaml").write_text(to_yaml(replace(asked, run=str(base.directory), resume=None)))
     console.print(f"{run}  from {base.directory} ({base.weights})", markup=False)
-    measure = measured(asked, base, learner, policy)
+    measure = measured(asked, base, learner, policy, run)
     if not resumed:
-        told(run, 0, "before", measure())
-    began = time.perf_counter()
+        told(run, 0, "before", measure("before"))
+    began, worked = time.perf_counter(), time.process_time()
     columns = (TextColumn("iteration {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[said]}"),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         shown = bar.add_task("finetune", total=asked.iterations, completed=learner.state.step, said="")
-        while learner.state.step < asked.iterations:
+        while learner.state.step < asked.iterations and not best.stale(asked):
             i = learner.state.step
             if i % asked.save_every == 0 or not began_here(task):
                 task.begin(learner, i)
@@ -135,16 +144,19 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
             seen = task.collect(learner, i)
             logs = {**seen.logs, **method.update(learner, task, seen, i)}
             learner.state.step += 1
-            record = {"step": i + 1, "seconds": round(time.perf_counter() - began, 2), **logs}
+            took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+            record = {"step": i + 1, **{k: round(v, 2) for k, v in took.items()}, **logs}
             runs.append_log(run, record)
             said = "  ".join(f"{k} {logs[k]:.3g}" for k in SHOWN if k in logs)
             bar.update(shown, completed=i + 1, said=said)
             if not console.is_terminal and (i % 5 == 4 or i == 0):
                 console.print(f"iteration {i + 1}/{asked.iterations}  {said}", markup=False)
             if (i + 1) % asked.save_every == 0 or i + 1 == asked.iterations:
-                save(run, learner, base, asked)
-    after = measure()
-    told(run, learner.state.step, "after", after)
+                if asked.choose and policy is not None:
+                    found = acted(asked, base, learner.state.emas[asked.ema], range(CHOOSE, CHOOSE + asked.choose))
+                    best.note(i + 1, told(run, i + 1, "chosen", found))
+                save(run, learner, base, asked, best)
+    told(run, learner.state.step, "after", measure("after"))
     console.print(f"next     genkit {'rollout' if policy else 'sample'} {run} --steps {asked.steps}", markup=False)
     return 0
 
@@ -202,23 +214,55 @@ def learner_of(asked: Finetune, base: runs.Run, chain: Chain, critic: bool) -> L
     return Learner(cfg.objective, state, chain, base.spec, demos, asked.seed, value, fit)
 
 
-def measured(asked: Finetune, base: runs.Run, learner: Learner, policy: Policy | None) -> Callable[[], dict[str, Any]]:
-    """A measurement of the averaged weights as they are used later: without noise, on seeds that are not trained on."""
-    if policy is None or not asked.eval_episodes:
-        return dict
-    env = world(asked, policy, min(50, asked.eval_episodes))
+CHOOSE = 2**29  # the first of the starts by which checkpoints are chosen: neither trained on nor measured with
 
-    def measure() -> dict[str, Any]:
-        nets = learner.state.emas[asked.ema]
-        here = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
-        return rollout(here, env, range(asked.eval_seeds, asked.eval_seeds + asked.eval_episodes)).summary()
+
+@dataclass
+class Best:
+    """The checkpoint that is kept."""
+
+    step: int = 0
+    """its iteration; 0: none was measured"""
+    value: float = -math.inf
+    """its mean return"""
+    worse: int = 0
+    """checkpoints since"""
+
+    def note(self, step: int, value: float | None) -> None:
+        if value is not None and value > self.value:
+            self.step, self.value, self.worse = step, value, 0
+        else:
+            self.worse += 1
+
+    def stale(self, asked: Finetune) -> bool:
+        return asked.patience is not None and self.worse >= asked.patience
+
+
+def measured(
+    asked: Finetune, base: runs.Run, learner: Learner, policy: Policy | None, run: File
+) -> Callable[[str], dict[str, Any]]:
+    """A measurement of the averaged weights, on seeds that are not trained on: as they are, or of what was kept."""
+
+    def measure(when: str) -> dict[str, Any]:
+        if policy is None or not asked.eval_episodes:
+            return {}
+        now = learner.state.emas[asked.ema]
+        nets = now if when == "before" else runs.load(run, ema=str(asked.ema), device="cpu").nets
+        return acted(asked, base, nets, range(asked.eval_seeds, asked.eval_seeds + asked.eval_episodes))
 
     return measure
 
 
-def told(run: File, step: int, when: str, found: dict[str, Any]) -> None:
+def acted(asked: Finetune, base: runs.Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
+    """What ``nets`` reach as they are used later: without noise, an episode of each seed."""
+    policy = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
+    return rollout(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
+
+
+def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None:
+    """Log it, write it and say it; the mean return."""
     if not found:
-        return
+        return None
     flat = {k: v["value"] if isinstance(v, dict) else v for k, v in found.items()}
     runs.append_log(run, {"step": step, **{f"{when}/{k}": v for k, v in flat.items() if v is not None}})
     part = run / f".{when}.json.part"
@@ -228,35 +272,48 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> None:
     console.print(
         f"{when:<8} " + "  ".join(f"{k} {flat[k]:.3f}" for k in names if flat.get(k) is not None), markup=False
     )
+    return flat.get("return")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 EXTRA = "finetune.safetensors"
 
 
-def save(run: File, learner: Learner, base: runs.Run, asked: Finetune) -> None:
-    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic and its optimiser."""
-    extra = {"draws": torch.tensor(learner.draws)}
+def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Best) -> None:
+    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic and its optimiser.
+
+    ``latest`` points at the best one, where they are measured; a resumed run goes on from the newest all the same.
+    """
+    kept = torch.tensor([best.step, best.value, best.worse], dtype=torch.float64)
+    extra = {"draws": torch.tensor(learner.draws), "best": kept}
     if learner.critic is not None and learner.critic_optimizer is not None:
         extra |= {f"critic.{k}": v.clone() for k, v in learner.critic.state_dict().items()}
         for i, p in enumerate(learner.critic.parameters()):
             extra |= {f"adam.{i}.{k}": v.clone() for k, v in learner.critic_optimizer.state.get(p, {}).items()}
     part = run / f".{EXTRA}.part"
     save_file(extra, part)
-    final = runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3)
+    final = runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=1_000_000)
     os.replace(part, final / EXTRA)
+    chosen = final.with_name(f"step-{best.step:07d}") if best.step else final
+    runs.point(run / "latest", f"checkpoints/{chosen.name}")
+    for old in sorted(final.parent.glob("step-*"))[:-3]:
+        if old != chosen:
+            shutil.rmtree(old)
 
 
-def take_up(learner: Learner, run: File) -> None:
-    """Put the newest checkpoint back into ``learner``."""
+def take_up(learner: Learner, run: File, best: Best) -> None:
+    """Put the newest checkpoint back into ``learner``, and which was the best so far into ``best``."""
     from safetensors.torch import load_file
 
-    checkpoint = runs.checkpoint_of(run)
+    runs.checkpoint_of(run)  # there is one
+    checkpoint = max(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
     if not (checkpoint / EXTRA).is_file():
         raise ValueError(f"{checkpoint}: has no {EXTRA}; take an earlier checkpoint")
     runs.restore(checkpoint, learner.state, learner.objective)
     stored = load_file(checkpoint / EXTRA)
     learner.draws = int(stored["draws"])
+    step, best.value, worse = stored["best"].tolist()
+    best.step, best.worse = int(step), int(worse)
     if learner.critic is not None and learner.critic_optimizer is not None:
         learner.critic.load_state_dict({k[7:]: v for k, v in stored.items() if k.startswith("critic.")})
         for i, p in enumerate(learner.critic.parameters()):
