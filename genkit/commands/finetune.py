@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -27,11 +27,14 @@ from genkit.config import parse, table, to_yaml
 from genkit.core import Batch, seed_of
 from genkit.data import Stream
 from genkit.envs import Env, make
+from genkit.evaluate.rulers import suits
 from genkit.rl.chain import Chain, Noising, denoiser_of
-from genkit.rl.learn import Critic, Learner, Method, Task
+from genkit.rl.image import likeness
+from genkit.rl.judged import Judged, reward_kl
+from genkit.rl.learn import Critic, Learner, Method, Task, with_reference
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import rollout
-from genkit.rl.tasks import Acting, OneWay, Scoring, function_of
+from genkit.rl.tasks import Acting, OneWay, Scoring, classes, function_of
 from genkit.train import start as fresh_state
 
 console = Console(highlight=False, soft_wrap=True)
@@ -74,8 +77,16 @@ class Finetune:
     """Samples of one condition that are compared to each other (GRPO); 1: all are compared to all."""
     ema: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay per gradient step of the averaged weights."""
+    label: Annotated[int, Ge(0)] | None = None
+    """Of a model of classes, where the reward is a function: improve this one alone; None: all in turn."""
+    unconditional: bool = False
+    """Where the reward is a function: improve what the model draws without conditions."""
+    max_kl: Annotated[float, Gt(0)] | None = None
+    """Stop where the samplers' laws, of the model and of the pretrained one, are so many nats apart; None: go on."""
     eval_episodes: Annotated[int, Ge(0)] = 200
     """Episodes before and after, without noise, of seeds that are not trained on; 0: none."""
+    eval_samples: Annotated[int, Ge(0)] = 500
+    """Samples before and after, without noise, where the reward is a function; 0: none."""
     eval_seeds: Annotated[int, Ge(0)] = 100_000
     """The first of them."""
     choose: Annotated[int, Ge(0)] = 0
@@ -128,7 +139,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
         (run / "config.yaml").write_text(to_yaml(cfg))
     (run / "finetune.yaml").write_text(to_yaml(replace(asked, run=str(base.directory), resume=None)))
     console.print(f"{run}  from {base.directory} ({base.weights})", markup=False)
-    measure = measured(asked, base, learner, policy, run)
+    measure = measured(asked, base, learner, task, policy, run)
     if not resumed:
         told(run, 0, "before", measure("before"))
     began, worked = time.perf_counter(), time.process_time()
@@ -141,8 +152,12 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
             if i % asked.save_every == 0 or not began_here(task):
                 task.begin(learner, i)
             torch.manual_seed(seed_of(asked.seed, i))  # for the objective's own draws
-            seen = task.collect(learner, i)
-            logs = {**seen.logs, **method.update(learner, task, seen, i)}
+            seen, far = with_reference(learner, task.collect(learner, i))
+            if asked.max_kl is not None and far.get("kl_reference", 0) > asked.max_kl:
+                save(run, learner, base, asked, best)
+                console.print(f"stopped  at iteration {i}: kl_reference {far['kl_reference']:.3g}", markup=False)
+                break
+            logs = {**seen.logs, **far, **method.update(learner, task, seen, i)}
             learner.state.step += 1
             took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
             record = {"step": i + 1, **{k: round(v, 2) for k, v in took.items()}, **logs}
@@ -157,6 +172,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
                     best.note(i + 1, told(run, i + 1, "chosen", found))
                 save(run, learner, base, asked, best)
     told(run, learner.state.step, "after", measure("after"))
+    reward_kl(runs.read_log(run), run / "reward-kl.png")
     console.print(f"next     genkit {'rollout' if policy else 'sample'} {run} --steps {asked.steps}", markup=False)
     return 0
 
@@ -172,7 +188,13 @@ def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
     if asked.reward != "env":
         if asked.mode is not None or asked.env is not None:
             raise ValueError("env, mode: have no effect where the reward is a function; leave them out")
-        return Scoring(function_of(asked.reward), asked.reward, base.codec, asked.samples, asked.group), None
+        if asked.label is not None and not classes(base.spec):
+            raise ValueError(f"label: given {asked.label}, but this model has no classes; leave it out")
+        score = function_of(asked.reward)
+        return Scoring(score, asked.reward, base.codec, asked.samples, asked.group, asked.label,
+                       asked.unconditional), None  # fmt: skip
+    if asked.label is not None or asked.unconditional:
+        raise ValueError("label, unconditional: have no effect in an environment; leave them out")
     policy = Policy.load(base, steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
     env = world(asked, policy, asked.num)
     do = policy.obs_shape[1]
@@ -239,15 +261,21 @@ class Best:
 
 
 def measured(
-    asked: Finetune, base: runs.Run, learner: Learner, policy: Policy | None, run: File
+    asked: Finetune, base: runs.Run, learner: Learner, task: Task, policy: Policy | None, run: File
 ) -> Callable[[str], dict[str, Any]]:
-    """A measurement of the averaged weights, on seeds that are not trained on: as they are, or of what was kept."""
+    """A measurement of the averaged weights ("before", or "after": of the run as it is from then on)."""
+    data = base.config.data.load("train") if isinstance(task, Scoring) and suits(base.spec) == "classifier" else None
+    like = likeness(data) if data and asked.eval_samples else None
 
     def measure(when: str) -> dict[str, Any]:
+        nets = (
+            learner.state.emas[asked.ema] if when == "before" else runs.load(run, ema=str(asked.ema), device="cpu").nets
+        )
+        if isinstance(task, Scoring) and asked.eval_samples:
+            judge = Judged(task, asked.eval_samples, asked.eval_seeds, asked.steps, asked.grid, learner.demos, like)
+            return judge(replace(base, nets=nets), run / "samples" / f"{when}.png")
         if policy is None or not asked.eval_episodes:
             return {}
-        now = learner.state.emas[asked.ema]
-        nets = now if when == "before" else runs.load(run, ema=str(asked.ema), device="cpu").nets
         return acted(asked, base, nets, range(asked.eval_seeds, asked.eval_seeds + asked.eval_episodes))
 
     return measure
@@ -268,7 +296,7 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None
     part = run / f".{when}.json.part"
     part.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(part, run / f"{when}.json")
-    names = ("success", "coverage", "return", "mode_entropy_bits")
+    names = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
     console.print(
         f"{when:<8} " + "  ".join(f"{k} {flat[k]:.3f}" for k in names if flat.get(k) is not None), markup=False
     )
@@ -285,7 +313,11 @@ def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Bes
     ``latest`` points at the best one, where they are measured; a resumed run goes on from the newest all the same.
     """
     kept = torch.tensor([best.step, best.value, best.worse], dtype=torch.float64)
-    extra = {"draws": torch.tensor(learner.draws), "best": kept}
+    extra = {
+        "draws": torch.tensor(learner.draws),
+        "spread": torch.tensor(learner.spread, dtype=torch.float64),
+        "best": kept,
+    }
     if learner.critic is not None and learner.critic_optimizer is not None:
         extra |= {f"critic.{k}": v.clone() for k, v in learner.critic.state_dict().items()}
         for i, p in enumerate(learner.critic.parameters()):
@@ -302,7 +334,7 @@ def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Bes
 
 
 def take_up(learner: Learner, run: File, best: Best) -> None:
-    """Put the newest checkpoint back into ``learner``, and which was the best so far into ``best``."""
+    """Put the newest checkpoint back into ``learner``, and what was the best so far into ``best``."""
     from safetensors.torch import load_file
 
     runs.checkpoint_of(run)  # there is one
@@ -311,7 +343,7 @@ def take_up(learner: Learner, run: File, best: Best) -> None:
         raise ValueError(f"{checkpoint}: has no {EXTRA}; take an earlier checkpoint")
     runs.restore(checkpoint, learner.state, learner.objective)
     stored = load_file(checkpoint / EXTRA)
-    learner.draws = int(stored["draws"])
+    learner.draws, learner.spread = int(stored["draws"]), float(stored["spread"])
     step, best.value, worse = stored["best"].tolist()
     best.step, best.worse = int(step), int(worse)
     if learner.critic is not None and learner.critic_optimizer is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genkit.rl.advantages import normalised, over_steps
 from genkit.rl.chain import Chain
-from genkit.rl.learn import Experience, Learner, Method, Share, Task, divergence, means_of
+from genkit.rl.learn import Experience, Learner, Method, Share, Task, means_of
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -46,6 +46,10 @@ class DPPO(Method):
     def check(self, chain: Chain, task: Task) -> None:
         chain.first(self.last)
 
+    def scaled(self, learner: Learner, advantages: Tensor) -> Tensor:
+        """In units that ``kl`` and ``clone`` are weighed against."""
+        return normalised(advantages)
+
     def update(self, learner: Learner, task: Task, seen: Experience, iteration: int) -> dict[str, float]:
         logs = self.critic_update(learner, seen, iteration)
         if learner.critic is not None and iteration < self.warmup:
@@ -53,8 +57,10 @@ class DPPO(Method):
         chain, last = learner.chain, self.last or learner.chain.steps
         first = chain.first(last)
         fade = over_steps(last, self.denoise_gamma).to(seen.advantages)
-        advantages = normalised(seen.advantages)
-        reference = means_of(chain, learner.reference, seen) if self.kl else seen.walk.means
+        advantages = self.scaled(learner, seen.advantages)
+        reference = seen.walk.means
+        if self.kl:
+            reference = means_of(chain, learner.reference, seen) if seen.before is None else seen.before
         count, g = len(advantages), learner.generator(iteration, 2)
         sums, steps, stopped = torch.zeros(4, dtype=torch.float64), 0, False
         for _ in range(self.epochs):
@@ -82,10 +88,7 @@ class DPPO(Method):
                 stopped = True
                 break
         gain, kl, clipped, _ = (sums / steps).tolist()
-        kept = means_of(chain, learner.denoiser, seen)
-        before = means_of(chain, learner.reference, seen)
-        far = float(divergence(chain, kept, before, last).mean())
-        return {**logs, "gain": gain, "kl_step": kl, "clipped": clipped, "kl_reference": far, "stopped": float(stopped)}
+        return {**logs, "gain": gain, "kl_step": kl, "clipped": clipped, "stopped": float(stopped)}
 
 
 def apart(a: Tensor, b: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Experience(NamedTuple):
     logs: dict[str, float]
     used: Tensor | None = None
     """which numbers of a sample the world got to see, 1 or 0, [*S]; None: all"""
+    before: Tensor | None = None
+    """the steps' means by the model as it was before any reward, [K, M, *S]; None: not asked yet"""
 
 
 class Task(Protocol):
@@ -97,6 +99,8 @@ class Learner:
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     draws: int = 0
     """batches of demonstrations that were drawn"""
+    spread: float = 0.0
+    """deviation of the first samples' rewards by a function: the unit in which such rewards are counted; 0: not yet"""
 
     def __post_init__(self) -> None:
         if not self.frozen:
@@ -185,6 +189,8 @@ class Method(ABC):
     """learning rate of the critic"""
     critic_epochs: Annotated[int, Ge(1)] = 5
     """passes over an iteration's decisions"""
+    critic_batch: Annotated[int, Ge(1)] | None = None
+    """rows of a gradient step of the critic; None: those of ``batch``"""
     batch: Annotated[int, Ge(1)] = 1024
     """rows of a gradient step"""
     clone_batch: Annotated[int, Ge(1)] = 256
@@ -204,8 +210,20 @@ class Method(ABC):
         if learner.critic is None or seen.returns is None:
             return {}
         g = learner.generator(iteration, 1)
-        error = learner.learn_values(seen.cond["obs"], seen.returns, g, self.critic_epochs, self.batch)
-        return {"critic_loss": error}
+        rows = self.critic_batch or self.batch
+        error = learner.learn_values(seen.cond["obs"], seen.returns, g, self.critic_epochs, rows)
+        left = seen.advantages.var(correction=0) / seen.returns.var(correction=0).clamp(min=1e-12)
+        return {"critic_loss": error, "explained": 1 - float(left)}
+
+
+def with_reference(learner: Learner, seen: Experience) -> tuple[Experience, dict[str, float]]:
+    """What the model before any reward would have done, and how far these walks' law is from its: ``kl_reference``, in
+    nats a walk, of the weights that drew them. Nothing is said of a chain with a step that has no noise."""
+    before = means_of(learner.chain, learner.reference, seen)
+    seen = seen._replace(before=before)
+    if not all(link.std > 0 for link in learner.chain.links):
+        return seen, {}
+    return seen, {"kl_reference": float(divergence(learner.chain, seen.walk.means, before).mean())}
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from genkit.rl.ddpo import DDPO
 from genkit.rl.dppo import DPPO
 from genkit.rl.mixed import Mixed
 from genkit.rl.rwr import RWR
 
-METHODS: Mapping[str, type] = {"dppo": DPPO, "mixed": Mixed, "rwr": RWR}
+METHODS: Mapping[str, type] = {"dppo": DPPO, "ddpo": DDPO, "mixed": Mixed, "rwr": RWR}

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from genkit.codecs import Actions, Pixels
-from genkit.core import Codec, Cond, Label, seed_of
+from genkit.core import Codec, Cond, Label, Spec, seed_of
 from genkit.envs import Env
 from genkit.rl.advantages import gae, of_groups
 from genkit.rl.chain import Walk, start
 from genkit.rl.learn import Experience, Learner
 from genkit.rl.rollout import entropy_bits
+from genkit.runs import labels
 
 Reward = Callable[[Tensor, Cond], Tensor]  # samples as the world sees them [B, *S] (pictures in [0, 1]), cond -> [B]
 
@@ -170,13 +171,18 @@ def summary(finished: Sequence[tuple[float, bool, int]], modes: int) -> dict[str
 
 @dataclass
 class Scoring:
-    """A function of samples, for models of anything. ``group`` samples of one condition are compared to each other."""
+    """A function of samples, for models of anything. ``group`` samples of one condition are compared to each other.
+
+    A model of classes draws them in turn, or ``label`` alone; ``unconditional``, it draws as if it knew none.
+    """
 
     function: Reward
     name: str
     codec: Codec
     samples: int
     group: int
+    label: int | None = None
+    unconditional: bool = False
     differentiable: ClassVar[bool] = True
 
     def begin(self, learner: Learner, iteration: int) -> None:
@@ -184,19 +190,21 @@ class Scoring:
             raise ValueError(f"group: given {self.group} of {self.samples} samples; needs a divisor of them")
 
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
-        g = learner.generator(iteration, 0)
+        z = torch.randn(n, *learner.spec.shape, generator=learner.generator(iteration, 0)).to(learner.device)
+        cond = self.conditions(learner.spec, n, lambda rows: learner.next_demos(rows).cond)
+        return z, {k: v.to(z.device) for k, v in cond.items()}
+
+    def conditions(self, spec: Spec, n: int, demos: Callable[[int], Cond]) -> dict[str, Tensor]:
+        """Of ``n`` samples: each ``group`` of them has one, of those classes or of ``demos(groups)``."""
         groups = -(-n // self.group)
-        spec, cond = learner.spec, {}
-        if spec.cond and all(isinstance(kind, Label) for kind in spec.cond.values()):
-            which = torch.arange(groups).repeat_interleave(self.group)[:n].to(learner.device)
-            cond = {k: which % kind.num for k, kind in spec.cond.items() if isinstance(kind, Label)}
-        elif spec.cond:
-            cond = {k: v.repeat_interleave(self.group, 0)[:n] for k, v in learner.next_demos(groups).cond.items()}
-        return torch.randn(n, *spec.shape, generator=g).to(learner.device), cond
+        cond = dict(demos(groups)) if spec.cond and not classes(spec) else labels(spec, groups, self.label)
+        if self.unconditional:
+            cond["keep"] = torch.zeros(groups, dtype=torch.bool)
+        return {k: v.repeat_interleave(self.group, 0)[:n] for k, v in cond.items()}
 
     def seen(self, x: Tensor) -> Tensor:
         """As the world sees them, differentiably: pictures in [0, 1], all else as the codec says."""
-        return (x + 1) / 2 if isinstance(self.codec, Pixels) else self.codec.decode(x)
+        return ((x + 1) / 2).clamp(0, 1) if isinstance(self.codec, Pixels) else self.codec.decode(x)
 
     def reward(self, x: Tensor, cond: Cond) -> Tensor:
         found = self.function(self.seen(x), cond)
@@ -216,10 +224,15 @@ class Scoring:
         at = start(learner.objective, learner.state.nets, z, cond, noise, learner.chain)
         walk = learner.chain.sample(at.denoise, at.x, at.cond, noise)
         rewards = self.reward(walk.xs[-1], at.cond)
-        groups = torch.arange(len(z), device=z.device) // self.group
-        advantages = of_groups(rewards, groups) if self.group > 1 else rewards - rewards.mean()
+        spread = learner.spread = learner.spread or max(1e-8, float(rewards.std(correction=0)))
+        groups = torch.arange(len(z), device=z.device) // (self.group if self.group > 1 else len(z))
+        advantages = spread * of_groups(rewards, groups, spread)  # those who are all alike do not become far apart
         logs = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
         return Experience(walk, at.cond, advantages, None, logs)
+
+
+def classes(spec: Spec) -> bool:
+    return bool(spec.cond) and all(isinstance(kind, Label) for kind in spec.cond.values())
 
 
 def function_of(name: str) -> Reward:
