@@ -220,10 +220,38 @@ def test_seeds_together():
 
 @pytest.mark.parametrize("name", quality.ROWS)
 def test_every_row_trains_the_same_budget(name):
-    asked = config.parse(quality.Quality, ["--steps=40", "--backbone.width=24", "--data=mnist"])
-    cfg = asked.training(name, 3)
-    assert (cfg.steps, cfg.backbone.width, type(cfg.data).__name__, cfg.seed) == (40, 24, "Mnist", 3)
-    assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+    asked = config.parse(quality.Quality, ["--steps=40", "--backbone.width=24", "--data.size=10"])
+    every = [cfg for cfg in (asked.first_training(name, 3), asked.training(name, 3)) if cfg]
+    assert sum(cfg.steps for cfg in every) == 40
+    for cfg in every:
+        assert (cfg.backbone.width, cfg.data.size, cfg.seed) == (24, 10, 3)
+        assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+
+
+def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
+    """The flow learns latents of the first stage; the cost is of both; and nothing is done twice."""
+    monkeypatch.setattr(quality, "launch", in_process)
+    argv = ["bench", "quality", "--objectives=latent", *TINY, f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    stage, flow = (next((tmp_path / "runs").glob(f"*-{name}-seed0")) for name in ("latent-stage", "latent"))
+    assert config.load_yaml(flow / "config.yaml")["codec"] == str(stage.resolve())
+    assert (runs.load(stage).step, runs.load(flow).step) == (2, 2)
+    assert runs.load(flow).spec.shape == (2, 4, 4)
+    both = [quality.cost_of(run) for run in (stage, flow)]
+    assert sum(c.steps for c in both) == 4
+    assert rows(tmp_path)["latent", "2"]["training, CPU s"] == report.number(sum(c.cpu for c in both))
+    assert "2 of the steps train a first stage of 2x4x4" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(quality, "launch", never)
+    monkeypatch.setattr(Ruler, "look", never)
+    assert cli.main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "latent"),
+    [((1, 8, 8), (2, 4, 4)), ((1, 28, 28), (4, 7, 7)), ((3, 32, 32), (4, 8, 8)), ((1, 10, 12), (2, 5, 6))],
+)
+def test_latents_are_smaller_than_samples(shape, latent):
+    assert quality.latent_of(shape) == latent
 
 
 def test_rows_differ_in_their_objective_alone():
@@ -239,6 +267,8 @@ def test_rows_differ_in_their_objective_alone():
         (["--objectives=flow,nothing"], "nothing"),
         (["--objectives=,"], "given none"),
         (["--objectives=classifier"], "draws no samples"),
+        (["--objectives=flow,latent", "--data=moons"], "whose first stage is for pictures"),
+        (["--objectives=latent", "--steps=1"], "need 2 or more"),
         (["--nfe=0"], "given '0'"),
         (["--nfe=5,-1"], "whole numbers"),
         (["--nfe="], "whole numbers"),

@@ -11,6 +11,7 @@ training goes on from its last checkpoint, a card that fits is read. Everything 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shlex
 import signal
@@ -48,11 +49,15 @@ class Row:
     The solver asks the network once a step, so its steps are the number of evaluations. The same solver and grid serve
     all: for ddpm and edm on digits, at 5 and 10 evaluations, neither ddim, nor heun, nor the grids karras and logsnr
     did better by more than their intervals. A model of one pass has neither, and is measured at NFE 1.
+
+    With a first ``stage`` (its flags), a ``share`` of the steps trains that, and the rest a model of its latents.
     """
 
     flags: tuple[str, ...]
     grid: str = "uniform"
     solver: str = "dpmpp_2m"
+    stage: tuple[str, ...] = ()
+    share: float = 0.4
 
 
 ROWS: Mapping[str, Row] = {
@@ -61,6 +66,8 @@ ROWS: Mapping[str, Row] = {
     "flow": Row(("--objective=flow",)),
     "flow-ot": Row(("--objective=flow", "--objective.coupling=ot")),
     "vae": Row(("--objective=vae",)),
+    "gan": Row(("--objective=gan",)),
+    "latent": Row(("--objective=flow",), stage=("--objective=autoencoder",)),
 }
 
 
@@ -69,7 +76,7 @@ class Quality:
     """Train several objectives on the same network, data and budget, and measure them with the same ruler."""
 
     objectives: str = "ddpm,edm,flow,flow-ot"
-    """Rows, with commas between: ddpm, edm, flow, flow-ot, vae, or any other objective's NAME."""
+    """Rows, with commas between: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
     backbone: Any = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
     """The network of all rows; without a NAME, the one that suits the data."""
     data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
@@ -110,19 +117,41 @@ class Quality:
         return sorted(set(map(int, words)))
 
     def training(self, name: str, seed: int) -> config.Train:
-        """The configuration of one row's training. ``ValueError`` where there is no such objective, or no sampling."""
-        cfg = parse(config.Train, row_of(name).flags, prog="genkit bench quality")
+        """The configuration of one row's training, of two its last. ``ValueError`` where there is no such objective, or
+        no sampling."""
+        row = row_of(name)
+        cfg = parse(config.Train, row.flags, prog="genkit bench quality")
         if not cfg.objective.draws:
             raise ValueError(f"objectives: given {name}, which draws no samples")
-        every = max(1, self.steps // 4)
+        return self.spent(cfg, name, seed, self.steps - self.first_steps(row))
+
+    def first_steps(self, row: Row) -> int:
+        """Of a row's first stage, if it has one."""
+        if row.stage and self.steps < 2:
+            raise ValueError(f"steps: given {self.steps}; a first stage and a model of its latents need 2 or more")
+        return min(self.steps - 1, max(1, round(row.share * self.steps))) if row.stage else 0
+
+    def first_training(self, name: str, seed: int) -> config.Train | None:
+        """The configuration of a row's first stage, if it has one."""
+        row = row_of(name)
+        if not row.stage:
+            return None
+        spec = self.data.load("train").spec
+        latent = ["--objective.latent", *map(str, latent_of(spec.shape))]
+        cfg = parse(config.Train, [*row.stage, *latent], prog="genkit bench quality")
+        return self.spent(cfg, f"{name}-stage", seed, self.first_steps(row))
+
+    def spent(self, cfg: config.Train, name: str, seed: int, steps: int) -> config.Train:
+        """What all rows share."""
+        every = max(1, steps // 4)
         return replace(
             cfg,
             backbone=self.backbone,
             data=self.data,
-            steps=self.steps,
+            steps=steps,
             batch=self.batch,
             lr=self.lr,
-            warmup=min(cfg.warmup, self.steps // 10),
+            warmup=min(cfg.warmup, steps // 10),
             seed=seed,
             device=self.device,
             threads=self.threads,
@@ -130,13 +159,23 @@ class Quality:
             name=f"{name.replace(':', '-')}-seed{seed}",
             save_every=every,
             sample_every=every,
-            log_every=max(1, min(cfg.log_every, self.steps // 20)),
+            log_every=max(1, min(cfg.log_every, steps // 20)),
             tensorboard=False,
         )
 
 
 def row_of(name: str) -> Row:
     return ROWS.get(name) or Row((f"--objective={name}",))
+
+
+def latent_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """A latent for pictures: each side halved, down to at most 8, and up to 4 channels, at most half of the numbers."""
+    if len(shape) != 3:
+        raise ValueError(f"objectives: given latent, whose first stage is for pictures; samples are {list(shape)}")
+    sides = [-(-n // 2) for n in shape[1:]]
+    while max(sides) > 8:
+        sides = [-(-n // 2) for n in sides]
+    return (max(1, min(4, math.prod(shape) // (2 * math.prod(sides)))), *sides)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -171,6 +210,9 @@ class Cost:
     cpu: float
     wall: float
     steps: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.cpu + other.cpu, self.wall + other.wall, self.steps + other.steps)
 
     def of(self, steps: int) -> Cost:
         """Of so many steps: parts whose process was killed with us are taken to have cost as much a step."""
@@ -232,6 +274,25 @@ def train(cfg: config.Train) -> File:
     if run is None or last < cfg.steps:
         raise ValueError(f"{cfg.name}: training ended with code {code}; the line above says why")
     return run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a row's training, and of its first stage's, if it has one."""
+
+    run: File
+    cost: Cost
+
+
+def train_row(asked: Quality, name: str, seed: int) -> Trained:
+    """A finished training of a row: of its first stage too, whose steps and cost count."""
+    cfg, first = asked.training(name, seed), asked.first_training(name, seed)
+    if first is None:
+        run = train(cfg)
+        return Trained(run, cost_of(run))
+    stage = train(first)
+    run = train(replace(cfg, codec=str(stage.resolve())))
+    return Trained(run, cost_of(stage) + cost_of(run))
 
 
 def children_seconds() -> float:
@@ -439,6 +500,10 @@ def notes_of(asked: Quality, results: Sequence[Result], real: Card | None, devic
     several = f"Means over {asked.seeds} trainings; in brackets the least and the largest."
     clock = "wall" if device.type == "cuda" else "CPU"
     notes = [several] if asked.seeds > 1 else []
+    for name in filter(lambda name: row_of(name).stage, asked.names):
+        shape = "x".join(map(str, latent_of(asked.data.load("train").spec.shape)))
+        notes.append(f"{name}: {asked.first_steps(row_of(name))} of the steps train a first stage of {shape}, the rest "
+                     "a flow of its latents.")  # fmt: skip
     if real is not None:
         notes.append(f"real: {text(real, 'n')} held-out samples, measured in the same way against the training data. "
                      "No distance of finite sets is 0, and it is larger the fewer they are.")  # fmt: skip
@@ -482,12 +547,14 @@ def write(
 def main(argv: list[str]) -> int:
     asked = parse(Quality, argv, prog="genkit bench quality")
     budgets, device = asked.budgets, runs.pick_device(asked.device)
-    jobs = [(name, seed, asked.training(name, seed)) for seed in range(asked.seeds) for name in asked.names]
+    for name in asked.names:  # mistakes are found before any training
+        asked.training(name, 0), asked.first_training(name, 0)
+    jobs = [(name, seed) for seed in range(asked.seeds) for name in asked.names]
     bench, results, real = Bench(asked, device), [], None
-    for i, (name, seed, cfg) in enumerate(jobs, 1):
+    for i, (name, seed) in enumerate(jobs, 1):
         console.print(f"[{i}/{len(jobs)}] {name}, seed {seed}", markup=False)
-        directory, row = train(cfg), row_of(name)
-        run = runs.load(directory, device=asked.device)
+        trained, row = train_row(asked, name, seed), row_of(name)
+        run = runs.load(trained.run, device=asked.device)
         torch.set_num_threads(run.config.threads or torch.get_num_threads())
         one_pass = run.objective.sampler is None
         with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -495,7 +562,7 @@ def main(argv: list[str]) -> int:
                 task = bar.add_task(f"measuring, NFE {nfe}", total=asked.n)
                 found = bench.measure_run(run, row, nfe, lambda done, task=task: bar.update(task, completed=done))
                 how = "one pass" if one_pass else f"{row.solver}, {row.grid}"
-                results.append(Result(name, seed, nfe, how, **found, cost=cost_of(directory), run=directory))
+                results.append(Result(name, seed, nfe, how, **found, cost=trained.cost, run=trained.run))
             real = real or bench.floor(run)
         write(asked, argv, results, real, device)
     shown = ("report.md", "report.html")
