@@ -3,10 +3,12 @@
     runs/0007-digits-flow-unet/
       config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
       codec/first-stage.safetensors  (of a model of latents only: a copy, made once)
+      base.json  (of a LoRA only: which weights it changes, with their sha256; the checkpoints hold the change alone)
       checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
 
 A checkpoint is written under a temporary name, then renamed; ``latest`` likewise. So whatever kills a run, what its
-directory shows is complete. :func:`load` needs ``config.yaml``, one checkpoint and, where there is one, ``codec``.
+directory shows is complete. :func:`load` needs ``config.yaml``, one checkpoint and, where there is one, ``codec``; of a
+LoRA the base too.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as File
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genkit import codecs, config, latents
+from genkit import codecs, config, latents, lora, pretrained
 from genkit.core import (
     Batch,
     Codec,
@@ -407,37 +409,167 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load(path: str | File, *, ema: str | None = None, step: int | None = None, device: str = "auto") -> Run:
+def load(
+    path: str | File,
+    *,
+    ema: str | None = None,
+    step: int | None = None,
+    device: str = "auto",
+    adapter: str | File | None = None,
+    adapter_scale: float | None = None,
+) -> Run:
     """The model of a run directory, at its newest checkpoint or the one of ``step``.
 
-    ``ema`` is a decay that the run kept ("0.999"), "none" for the raw weights; None is the largest decay.
+    ``ema`` is a decay that the run kept ("0.999"), "none" for the raw weights; None is the largest decay. The change of
+    a LoRA run is merged into its base's weights, and so is that of a further LoRA run, the ``adapter``;
+    ``adapter_scale`` says how much of it, or of the run's own where there is no other.
     ``ValueError`` where something is missing or damaged. Reads safetensors, JSON and YAML only.
     """
     run, where = find(path), pick_device(device)
     cfg = config.from_dict(config.Train, config.load_yaml(run / "config.yaml"))
     checkpoint = checkpoint_of(run, step)
     record = json.loads((checkpoint / "state.json").read_text())
-    kept = sorted(cfg.ema)
-    if ema is None:
-        ema = str(kept[-1]) if kept else "none"
-    if ema != "none" and ema not in map(str, kept):
-        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*map(str, kept), 'none'])}")
-    file = "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+    file = file_of(cfg, ema)
     spec = spec_from_dict(record["spec"])
     nets = cfg.objective.networks(cfg.backbone, spec)
-    fill(nets, read(checkpoint, file), checkpoint / file)
+    if adapter_scale is not None and adapter is None and not cfg.lora.active:
+        raise ValueError(f"lora_scale: given {adapter_scale}, but {run.name} is no LoRA run; name one with --lora RUN")
+    strength = 1.0 if adapter_scale is None else adapter_scale
+    if cfg.lora.active:
+        rebase(nets, run)
+        own = strength if adapter is None else 1.0
+        lora.merge(nets, cfg.lora, read(checkpoint, file), checkpoint / file, own)
+    else:
+        fill(nets, read(checkpoint, file), checkpoint / file)
+    if adapter is not None:
+        merge(nets, adapter, strength)
     for net in nets.values():
         net.to(where).eval().requires_grad_(False)
     codec = latents.from_dict(record["codec"], run / "codec", where)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), where)
 
 
-def begin(nets: Mapping[str, nn.Module], path: str | File) -> dict[str, str]:
-    """Give ``nets`` the weights of another run, its slowest average; where those came from.
+def file_of(cfg: config.Train, ema: str | None) -> str:
+    """The file of a checkpoint that holds this average; ``load`` says which there are."""
+    kept = sorted(cfg.ema)
+    if ema is None:
+        ema = str(kept[-1]) if kept else "none"
+    if ema != "none" and ema not in map(str, kept):
+        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*map(str, kept), 'none'])}")
+    return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
 
-    ``ValueError`` names the first tensor that does not fit.
+
+def merge(nets: Mapping[str, nn.Module], adapter: str | File, strength: float = 1.0) -> None:
+    """Add what a LoRA run learned, its slowest average, to the weights of ``nets``, in place."""
+    other = find(adapter)
+    cfg = config.from_dict(config.Train, config.load_yaml(other / "config.yaml"))
+    if not cfg.lora.active:
+        raise ValueError(f"lora: given {adapter}, which is no LoRA run; train one: --init RUN --lora.rank 8")
+    checkpoint, file = checkpoint_of(other), file_of(cfg, None)
+    lora.merge(nets, cfg.lora, read(checkpoint, file), checkpoint / file, strength)
+
+
+class Origin(Protocol):
+    """Where a training may begin, besides a run's folder: what a module does for ``--init KIND:WHERE``."""
+
+    def begin(self, nets: Mapping[str, nn.Module], where: str, say: Callable[[str], None] = ...) -> dict[str, str]: ...
+    def suggested(self, where: str) -> dict[str, Any]: ...
+    def name_of(self, where: str) -> str: ...
+    def remark(self, where: str, objective: Objective) -> str | None: ...
+
+
+ORIGINS: dict[str, Origin] = {"diffusers": pretrained}
+
+
+def origin_of(init: str) -> tuple[Origin | None, str]:
+    """Who knows ``init``, and what they know it as; None for a run's folder."""
+    kind, colon, where = init.partition(":")
+    return (ORIGINS[kind], where) if colon and kind in ORIGINS else (None, init)
+
+
+def suggested(init: str) -> dict[str, Any]:
+    """The blocks of config.yaml that a training with ``--init`` has where a person gives none."""
+    origin, where = origin_of(init)
+    if origin:
+        return origin.suggested(where)
+    stored = config.load_yaml(find(init) / "config.yaml")
+    return {k: stored[k] for k in ("objective", "backbone") if k in stored}
+
+
+def name_of_init(init: str) -> str:
+    """``--init`` as config.yaml keeps it: the same from everywhere."""
+    origin, where = origin_of(init)
+    return init.removesuffix(where) + origin.name_of(where) if origin else str(find(init))
+
+
+def remarks(init: str, objective: Objective) -> list[str]:
+    """What a person should hear before weights go on with another objective than they come from."""
+    origin, where = origin_of(init)
+    found = origin.remark(where, objective) if origin else None
+    return [found] if found else []
+
+
+BASE = "base.json"
+
+
+def write_base(run: File, begun: Mapping[str, str]) -> None:
+    """Keep which weights a LoRA changes."""
+    path = run / BASE
+    part = path.with_name(f".{BASE}.part")
+    part.write_text(json.dumps({**begun, "sha256": sha256(weights_of(begun))}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def weights_of(begun: Mapping[str, str]) -> File:
+    """The file that :func:`begin` spoke of. (That of a network of diffusers has its whole path.)"""
+    return File(begun["run"]) / begun["weights"]
+
+
+def base_of(run: File) -> dict[str, str]:
+    """What ``base.json`` says, of a base that is still there, or that lies beside the run as it did.
+
+    ``ValueError`` where its weights are gone or others.
     """
-    other = load(path, device="cpu")
+    if not (run / BASE).is_file():
+        raise ValueError(f"{run}: has no {BASE}, which says what this LoRA changes")
+    begun = json.loads((run / BASE).read_text())
+    moved = {**begun, "run": str(run.parent / File(begun["run"]).name)}
+    there = [b for b in (begun, moved) if weights_of(b).is_file()]
+    if not there:
+        raise ValueError(f"lora: {run.name} changes {weights_of(begun)}, which is not there any more; put it back, or "
+                         "its run beside this one")  # fmt: skip
+    for b in there:
+        if sha256(weights_of(b)) == begun["sha256"]:
+            return b
+    raise ValueError(f"lora: {weights_of(there[0])} is not what {run.name} changes any more (another sha256)")
+
+
+def rebase(nets: Mapping[str, nn.Module], run: File) -> dict[str, str]:
+    """Give ``nets`` the weights that a LoRA run changes."""
+    begun = base_of(run)
+    origin, where = origin_of(begun["run"])
+    if origin:
+        return origin.begin(nets, where)
+    file = File(begun["weights"])
+    average, step = file.stem.removeprefix("ema-").replace("nets", "none"), int(file.parent.name.removeprefix("step-"))
+    return begin(nets, begun["run"], ema=average, step=step)
+
+
+def begin(
+    nets: Mapping[str, nn.Module],
+    init: str | File,
+    say: Callable[[str], None] = lambda text: None,
+    ema: str | None = None,
+    step: int | None = None,
+) -> dict[str, str]:
+    """Give ``nets`` the weights of another run, its slowest average, or of KIND:WHERE; where those came from.
+
+    ``ValueError`` names the first tensor that does not fit; ``say`` hears what begins anew.
+    """
+    origin, where = origin_of(str(init))
+    if origin:
+        return origin.begin(nets, where, say)
+    other = load(init, ema=ema, step=step, device="cpu")
     both = {k for k in nets if k in other.nets or any(True for _ in nets[k].parameters())}  # a new memory may be empty
     stored, wanted = (tensors({k: v for k, v in each.items() if k in both}) for each in (other.nets, nets))
     for key in sorted(wanted.keys() | stored.keys()):

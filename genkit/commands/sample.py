@@ -24,7 +24,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(argv: list[str]) -> int:
     asked = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
-    run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
+    run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device,
+                    adapter=asked.lora, adapter_scale=asked.lora_scale)  # fmt: skip
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
     out = destination(asked, run)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from genkit import __version__, config, pictures, runs
+from genkit import __version__, config, lora, pictures, runs
 from genkit.commands.encode import coded
 from genkit.commands.ranks import join_ranks, lost_ranks, start_ranks
 from genkit.config import parse, to_yaml
@@ -55,8 +55,17 @@ def main(argv: list[str]) -> int:
         if option(argv, "--init"):
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         argv = ["--config", str(runs.find(resumed) / "config.yaml"), *argv]
-    cfg = parse(config.Train, argv, prog="genkit train", description="Train an objective on data.")
+    init = None if resumed else option(argv, "--init") or stored_init(argv)
+    under = runs.suggested(init) if init else None
+    cfg = parse(config.Train, argv, prog="genkit train", description="Train an objective on data.", under=under)
     return train(cfg, runs.find(cfg.resume) if cfg.resume else None)
+
+
+def stored_init(argv: list[str]) -> str | None:
+    """What ``--config FILE`` says of ``init``."""
+    file = option(argv, "--config")
+    found = config.load_yaml(file).get("init") if file else None
+    return found if isinstance(found, str) else None
 
 
 def option(argv: list[str], flag: str) -> str | None:
@@ -85,8 +94,17 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     begun = None
     if cfg.codec and not resumed:
         cfg = replace(cfg, codec=runs.name_of_stage(cfg.codec))
+    notes: list[str] = []
+    if cfg.lora.active and not cfg.init:
+        raise ValueError("lora: changes weights that are there already; say whose: --init RUN")
     if cfg.init and not resumed:
-        cfg, begun = replace(cfg, init=str(runs.find(cfg.init))), runs.begin(nets, cfg.init)
+        cfg = replace(cfg, init=runs.name_of_init(cfg.init))
+        begun = runs.begin(nets, str(cfg.init), notes.append)
+        notes += runs.remarks(str(cfg.init), cfg.objective)
+    elif cfg.lora.active and resumed:
+        runs.rebase(nets, resumed)
+    if cfg.lora.active:
+        lora.adapt(nets, cfg.lora)
     state = start(cfg.objective, nets, cfg)
     stream = Stream(loaded, cfg.batch, cfg.seed, device, cfg.workers)
     if cfg.objective.paired:
@@ -104,6 +122,8 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     run = open_run(cfg, accelerator, state, resumed, begun, data.codec)
     session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run, watched)
     count = sum(p.numel() for net in nets.values() for p in net.parameters())
+    for note in notes:
+        session.say(f"note     {note}")
     session.say(
         f"{run}  {count / 1e6:.2f}M parameters, {len(data)} samples of {'x'.join(map(str, data.spec.shape))}, "
         f"{device}, {cfg.precision}" + (f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else "")
@@ -159,6 +179,8 @@ def open_run(
             (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": begun}, indent=1))
             if isinstance(codec, Latent):
                 codec.stage.write(run / "codec")
+            if cfg.lora.active and begun:
+                runs.write_base(run, begun)
         else:
             runs.rewind_log(run, state.step)
             runs.point(run.parent / "latest", run.name)

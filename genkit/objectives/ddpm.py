@@ -39,8 +39,8 @@ class DDPM(Matching):
     timesteps: Annotated[int, Ge(1)] = 1000
     """T, the number of discrete times"""
     betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
-    """the noise schedule; scaled-linear is that of latent diffusion (Rombach et al. 2022), whose square roots are linear,
-    cosine is Nichol & Dhariwal 2021, eq. 17"""
+    """the noise schedule; scaled-linear has linear square roots, as in latent diffusion (Rombach et al. 2022), cosine
+    is Nichol & Dhariwal 2021, eq. 17"""
     beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4
     """first beta of the linear schedules"""
     beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
