@@ -139,6 +139,7 @@ def record(asked: Demo) -> Recorded:
         guide.reset(list(seeds))
         alive, length, total = np.ones(num, bool), np.zeros(num, int), np.zeros(num)
         success = fell = np.zeros(num, bool)
+        info: dict[str, np.ndarray] = {}
         while alive.any():
             done.append(guide.act(seen[-1]))
             after, reward, terminated, truncated, info = env.step(done[-1])

@@ -140,7 +140,7 @@ def silent_compiler() -> Iterator[None]:
     """Without what MuJoCo says of the models that gymnasium ships: a line on stderr and one in a file MUJOCO_LOG.TXT,
     in the folder one is in, for each world. What it says of a simulation, later, is heard."""
     try:
-        import mujoco
+        mujoco: Any = importlib.import_module("mujoco")
     except ImportError:
         yield
         return
