@@ -171,6 +171,30 @@ def test_the_codebooks_latents_are_entries():
 
 
 @pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Entries(codes=0), "codes: given 0; a codebook needs 2"),
+        (lambda: Entries(decay=1.0), "decay 1.0"),
+        (lambda: KL(weight=-1.0), "weight: given -1.0; allowed from 0"),
+        (lambda: KL(weight=float("nan")), "weight: given nan"),
+    ],
+)
+def test_senseless_codes_are_refused(make, expected):
+    with pytest.raises(ValueError, match=expected) as e:
+        make()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flags", [["--objective.code=vq", "--objective.code.codes=0"], ["--objective.code.weight=-1"]])
+def test_senseless_codes_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
+    assert cli.main(["train", "--objective=autoencoder", *flags, f"--out={tmp_path}", "--steps=1"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert flags[-1].partition("=")[0].rpartition(".")[2] in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("how", "spec", "expected"),
     [
         ({"perceptual": 1.0}, Spec((6,)), "perceptual and adversary are for pictures"),

@@ -548,7 +548,8 @@ def main(argv: list[str]) -> int:
     asked = parse(Quality, argv, prog="genkit bench quality")
     budgets, device = asked.budgets, runs.pick_device(asked.device)
     for name in asked.names:  # mistakes are found before any training
-        asked.training(name, 0), asked.first_training(name, 0)
+        asked.training(name, 0)
+        asked.first_training(name, 0)
     jobs = [(name, seed) for seed in range(asked.seeds) for name in asked.names]
     bench, results, real = Bench(asked, device), [], None
     for i, (name, seed) in enumerate(jobs, 1):

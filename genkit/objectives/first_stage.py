@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genkit.core import NO_COND, Backbones, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.adversarial import Hinge
 from genkit.objectives.autoencoder import ERRORS, Autoencoding, ErrorName, Latent, Posterior, certain
-from genkit.objectives.vq import Codebook, perplexity, straight_through
+from genkit.objectives.vq import Codebook, check_codebook, perplexity, straight_through
 
 GAME = Hinge()  # the game of Esser et al.'s code
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -64,6 +64,10 @@ class KL(Code):
     weight: Annotated[float, Ge(0)] = 1e-6
     """of the KL divergence, in nats a dimension of the sample; Rombach et al. (2022, section G)"""
 
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"weight: given {self.weight}; allowed from 0")
+
     def answers(self, latent: Latent) -> Latent:
         return (2 * latent[0], *latent[1:])
 
@@ -92,6 +96,9 @@ class Entries(Code):
     """of the running means, per step"""
     revive: Annotated[float, Ge(0), Lt(1)] = 0.05
     """an entry used less than this share of the average one becomes a vector of the batch; 0: never"""
+
+    def __post_init__(self) -> None:
+        check_codebook(self.codes, self.commit, self.decay, self.revive)
 
     def memory(self, latent: Latent) -> dict[str, nn.Module]:
         return {"codebook": Codebook(self.codes, latent[0])}

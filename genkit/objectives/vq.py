@@ -96,6 +96,17 @@ class Codebook(nn.Module):
             gathered.zero_()
 
 
+def check_codebook(codes: int, commit: float, decay: float, revive: float) -> None:
+    """``ValueError`` for settings that no codebook can have."""
+    if codes < 2:
+        raise ValueError(f"codes: given {codes}; a codebook needs 2 entries or more, say 256")
+    if not commit >= 0 or not 0 < decay < 1 or not 0 <= revive < 1:
+        raise ValueError(
+            f"given commit {commit}, decay {decay}, revive {revive}; "
+            "allowed: commit from 0, decay in (0, 1), revive in [0, 1)"
+        )
+
+
 @dataclass(frozen=True)
 class VQ(Autoencoding):
     """The VQ-VAE (van den Oord et al. 2017, eq. 3, with the codebook of its appendix A.1), and dead entries revived.
@@ -122,13 +133,7 @@ class VQ(Autoencoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.codes < 2:
-            raise ValueError(f"codes: given {self.codes}; a codebook needs 2 entries or more, say 256")
-        if self.commit < 0 or not 0 < self.decay < 1 or not 0 <= self.revive < 1:
-            raise ValueError(
-                f"given commit {self.commit}, decay {self.decay}, revive {self.revive}; "
-                "allowed: commit from 0, decay in (0, 1), revive in [0, 1)"
-            )
+        check_codebook(self.codes, self.commit, self.decay, self.revive)
 
     @property
     def phases(self) -> Sequence[Phase]:
