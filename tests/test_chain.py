@@ -7,13 +7,14 @@ import pytest
 import torch
 from exact import F64, ExactDenoiser, Mixture, three
 
+from genkit.core import Spec
 from genkit.paths import VP, Between, Linear
 from genkit.rl.advantages import gae, normalised, of_groups, over_steps
-from genkit.rl.chain import DDIM, NOISES, SDE, Chain, Fixed
+from genkit.rl.chain import DDIM, NOISES, SDE, Chain, Fixed, Learned
 from genkit.sampling import ddim, sde, uniform
 
 PATHS = [Linear(), VP()]
-QUIET = {"fixed": Fixed(0.0), "ddim": DDIM(0.0), "sde": SDE(0.0)}
+QUIET = {"fixed": Fixed(0.0), "ddim": DDIM(0.0), "sde": SDE(0.0), "learned": Learned(0.0)}
 on_paths = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
 of_all_noises = pytest.mark.parametrize("name", NOISES)
 MEAN, VAR = 0.7, 0.3
@@ -132,6 +133,60 @@ def test_ratio_is_one_before_the_first_update(name, path):
     assert torch.allclose((new - old).exp(), torch.ones_like(old), atol=1e-9, rtol=0)
     assert torch.allclose(chain.log_prob(denoise, walk.xs).flatten(), old, atol=1e-9)
     assert torch.allclose(chain.log_prob(denoise, walk.xs, last=2).flatten(), old[-10:], atol=1e-9)
+
+
+def moved(steps, floor=0.03, std=0.2):
+    """A chain whose learned noise is anywhere."""
+    torch.manual_seed(0)
+    noise = Learned(std, spread=4.0, width=8)
+    net = noise.network(Spec((2,)), steps).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return dataclasses.replace(Chain.over(Linear(), steps, noise, floor), sigma=net.requires_grad_(False))
+
+
+def test_learned_noise_begins_as_fixed_noise():
+    net = Learned(0.2).network(Spec((2,)), 6).double()
+    chain, denoise, z = Chain.over(Linear(), 6, Learned(0.2)), ExactDenoiser(three(), Linear()), normals(5, 2)
+    fixed = Chain.over(Linear(), 6, Fixed(0.2)).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
+    learned = dataclasses.replace(chain, sigma=net).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
+    assert torch.equal(learned.xs, fixed.xs)
+    assert fixed.stds is None
+    assert torch.equal(learned.stds, torch.full((6, 5, 2), 0.2, dtype=F64))
+
+
+def test_learned_noise_has_the_density_of_its_normals_within_its_bounds():
+    """Where the network says anything: sizes of each number, row and step, whose densities torch knows too."""
+    chain = moved(6, floor=0.06)
+    denoise = ExactDenoiser(three(), Linear())
+    walk = chain.sample(denoise, normals(50, 2), noise=lambda s: normals(50, *s, seed=2))
+    low, high = float(walk.stds.min()), float(walk.stds.max())
+    assert 0.06 <= low < 0.1 < 0.4 < high <= 0.8
+    law = torch.distributions.Normal(walk.means, walk.stds)
+    want = law.log_prob(walk.xs[1:])
+    assert torch.allclose(chain.log_prob(denoise, walk.xs), want.sum(2))
+    used = torch.tensor([1.0, 0.0])
+    assert torch.allclose(chain.log_prob(denoise, walk.xs, last=1, used=used), want[-1:, :, 0])
+
+
+def test_ratio_is_one_with_learned_noise_too():
+    chain = moved(6)
+    denoise = ExactDenoiser(three(), Linear())
+    walk = chain.sample(denoise, normals(5, 2), noise=lambda s: normals(5, *s, seed=2))
+    k = torch.arange(6).repeat_interleave(5)
+    x, after = walk.xs[:-1].flatten(0, 1), walk.xs[1:].flatten(0, 1)
+    old = chain.density(after, walk.means.flatten(0, 1), k, std=walk.stds.flatten(0, 1))
+    new = chain.density(after, chain.mean_at(denoise, x, k), k, std=chain.std_at(x, k))
+    assert torch.allclose((new - old).exp(), torch.ones_like(old), atol=1e-9, rtol=0)
+
+
+def test_learned_noise_that_is_none_is_the_deterministic_sampler():
+    """Whatever the network says: bounds are multiples of the std, so they close in on it."""
+    denoise, z = ExactDenoiser(three(), Linear()), normals(5, 2)
+    want = ddim(denoise, z, uniform(6)(Linear()))
+    for std, near in ((0.0, 0.0), (1e-12, 1e-4)):
+        chain = moved(6, floor=0.0, std=std)
+        assert torch.allclose(chain.sample(denoise, z, noise=lambda s: normals(5, *s)).xs[-1], want, atol=near, rtol=0)
 
 
 def test_floor_widens_the_steps_that_are_narrower():

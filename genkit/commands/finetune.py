@@ -27,6 +27,7 @@ from genkit.config import parse, table, to_yaml
 from genkit.core import Batch, seed_of
 from genkit.data import Stream
 from genkit.envs import Env, make
+from genkit.lora import LoRA
 from genkit.evaluate.rulers import suits
 from genkit.rl.chain import Chain, Noising, denoiser_of
 from genkit.rl.image import likeness
@@ -126,6 +127,13 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
     base = runs.load(asked.run, device="cpu")
     chain = Chain.over(denoiser_of(base.objective, base.nets).path, asked.steps, asked.noise, asked.floor, asked.grid)
     task, policy = task_of(asked, base)
+    torch.manual_seed(asked.seed)
+    sigma = asked.noise.network(base.spec, asked.steps)
+    if sigma is not None and not asked.method.noisy:
+        raise ValueError(
+            "noise: learned has no effect on rwr, which takes no log-probability; allowed: fixed, ddim, sde"
+        )
+    chain = replace(chain, sigma=sigma)
     asked.method.check(chain, task)
     learner = learner_of(asked, base, chain, critic=policy is not None)
     method, cfg = asked.method, learner_config(asked, base)
@@ -215,7 +223,7 @@ def world(asked: Finetune, policy: Policy, num: int) -> Env:
 def learner_config(asked: Finetune, base: runs.Run) -> config.Train:
     """What the new run's config.yaml says: the old one's, from its weights."""
     return replace(base.config, init=str(base.directory), ema=(asked.ema,), lr=asked.method.lr, out=asked.out,
-                   seed=asked.seed, resume=None, precision="fp32")  # fmt: skip
+                   seed=asked.seed, resume=None, precision="fp32", lora=LoRA())  # fmt: skip
 
 
 def learner_of(asked: Finetune, base: runs.Run, chain: Chain, critic: bool) -> Learner:
@@ -233,7 +241,9 @@ def learner_of(asked: Finetune, base: runs.Run, chain: Chain, critic: bool) -> L
 
     value = Critic(base.spec) if critic else None
     fit = torch.optim.Adam(value.parameters(), lr=asked.method.critic_lr) if value else None
-    return Learner(cfg.objective, state, chain, base.spec, demos, asked.seed, value, fit)
+    sigma = chain.sigma
+    louder = torch.optim.Adam(sigma.parameters(), lr=asked.method.critic_lr) if isinstance(sigma, nn.Module) else None
+    return Learner(cfg.objective, state, chain, base.spec, demos, asked.seed, value, fit, louder)
 
 
 CHOOSE = 2**29  # the first of the starts by which checkpoints are chosen: neither trained on nor measured with
@@ -308,7 +318,8 @@ EXTRA = "finetune.safetensors"
 
 
 def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Best) -> None:
-    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic and its optimiser.
+    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic, learned noise, their
+    optimisers.
 
     ``latest`` points at the best one, where they are measured; a resumed run goes on from the newest all the same.
     """
@@ -318,10 +329,10 @@ def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Bes
         "spread": torch.tensor(learner.spread, dtype=torch.float64),
         "best": kept,
     }
-    if learner.critic is not None and learner.critic_optimizer is not None:
-        extra |= {f"critic.{k}": v.clone() for k, v in learner.critic.state_dict().items()}
-        for i, p in enumerate(learner.critic.parameters()):
-            extra |= {f"adam.{i}.{k}": v.clone() for k, v in learner.critic_optimizer.state.get(p, {}).items()}
+    for name, (net, fit) in learner.beside.items():
+        extra |= {f"{name}.{k}": v.clone() for k, v in net.state_dict().items()}
+        for i, p in enumerate(net.parameters()):
+            extra |= {f"{name}-adam.{i}.{k}": v.clone() for k, v in fit.state.get(p, {}).items()}
     part = run / f".{EXTRA}.part"
     save_file(extra, part)
     final = runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=1_000_000)
@@ -346,10 +357,10 @@ def take_up(learner: Learner, run: File, best: Best) -> None:
     learner.draws, learner.spread = int(stored["draws"]), float(stored["spread"])
     step, best.value, worse = stored["best"].tolist()
     best.step, best.worse = int(step), int(worse)
-    if learner.critic is not None and learner.critic_optimizer is not None:
-        learner.critic.load_state_dict({k[7:]: v for k, v in stored.items() if k.startswith("critic.")})
-        for i, p in enumerate(learner.critic.parameters()):
-            slots = {k.split(".", 2)[2]: v for k, v in stored.items() if k.startswith(f"adam.{i}.")}
+    for name, (net, fit) in learner.beside.items():
+        net.load_state_dict({k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{name}.")})
+        for i, p in enumerate(net.parameters()):
+            slots = {k.split(".", 2)[2]: v for k, v in stored.items() if k.startswith(f"{name}-adam.{i}.")}
             if slots:
-                learner.critic_optimizer.state[p] = slots
+                fit.state[p] = slots
     runs.rewind_log(run, learner.state.step)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genkit.rl.advantages import normalised, over_steps
 from genkit.rl.chain import Chain
-from genkit.rl.learn import Experience, Learner, Method, Share, Task, means_of
+from genkit.rl.learn import Experience, Learner, Method, Share, Task, apart, means_of
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -69,18 +69,20 @@ class DPPO(Method):
                 k, m = first + pairs // count, pairs % count
                 cond = {name: v[m] for name, v in seen.cond.items()}
                 x, after, old = seen.walk.xs[k, m], seen.walk.xs[k + 1, m], seen.walk.means[k, m]
-                mean = chain.mean_at(learner.denoiser, x, k, cond)
-                ratio = (chain.density(after, mean, k, seen.used) - chain.density(after, old, k, seen.used)).exp()
+                mean, std = chain.mean_at(learner.denoiser, x, k, cond), chain.std_at(x, k, cond)
+                wide = std if seen.walk.stds is None else seen.walk.stds[k, m]
+                log_p = chain.density(after, mean, k, seen.used, std)
+                ratio = (log_p - chain.density(after, old, k, seen.used, wide)).exp()
                 gain = surrogate(ratio, advantages[m] * fade[k - first], self.clip).mean()
-                std = chain.table(x)[3, k]
                 loss = -gain
                 if self.kl:
-                    loss = loss + self.kl * (apart(mean, reference[k, m]) / (2 * std**2)).mean()
+                    here = std.detach()
+                    loss = loss + self.kl * apart(mean, here, reference[k, m], here).mean()
                 if self.clone:
                     loss = loss + self.clone * learner.clone_loss(self.clone_batch)
                 learner.step(loss, self.lr)
                 with torch.no_grad():
-                    kl = (apart(mean, old) / (2 * std**2)).mean()
+                    kl = apart(mean, std, old, wide).mean()
                     clipped = ((ratio - 1).abs() > self.clip).double().mean()
                     sums += torch.stack([gain.double(), kl.double(), clipped, (ratio - 1).abs().max().double()]).cpu()
                 steps, moved, rows = steps + 1, moved + float(kl) * len(pairs), rows + len(pairs)
@@ -89,8 +91,3 @@ class DPPO(Method):
                 break
         gain, kl, clipped, _ = (sums / steps).tolist()
         return {**logs, "gain": gain, "kl_step": kl, "clipped": clipped, "stopped": float(stopped)}
-
-
-def apart(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances ``[B]``."""
-    return ((a - b) ** 2).flatten(1).sum(1)

@@ -96,6 +96,8 @@ class Learner:
     seed: int
     critic: Critic | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
+    noise_optimizer: torch.optim.Optimizer | None = None
+    """of the chain's ``sigma``, where the noise is learned"""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     draws: int = 0
     """batches of demonstrations that were drawn"""
@@ -125,6 +127,14 @@ class Learner:
         """As it was before any reward."""
         return denoiser_of(self.objective, self.frozen)
 
+    @property
+    def beside(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """What learns along and is no part of the model, each with its optimiser."""
+        sigma = self.chain.sigma
+        found = {"critic": (self.critic, self.critic_optimizer),
+                 "noise": (sigma if isinstance(sigma, nn.Module) else None, self.noise_optimizer)}  # fmt: skip
+        return {name: (net, fit) for name, (net, fit) in found.items() if net is not None and fit is not None}
+
     def generator(self, *key: int) -> torch.Generator:
         """Random numbers of one use, on the CPU."""
         return torch.Generator().manual_seed(seed_of(self.seed, *key))
@@ -142,16 +152,18 @@ class Learner:
     def step(self, loss: Tensor, lr: float, clip: float = 1.0) -> bool:
         """One step of the optimiser and the averages; False, and nothing done, where the gradient is not finite."""
         optimizer = self.state.optimizers[self.phase]
-        optimizer.zero_grad(set_to_none=True)
+        both = [optimizer] if self.noise_optimizer is None else [optimizer, self.noise_optimizer]
+        for each in both:
+            each.zero_grad(set_to_none=True)
         loss.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        if not bool(torch.isfinite(norm)):
+        norms = [nn.utils.clip_grad_norm_([p for g in each.param_groups for p in g["params"]], clip) for each in both]
+        if not all(bool(torch.isfinite(norm)) for norm in norms):
             self.state.skipped += 1
             return False
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        for each in both:
+            each.step()
         for decay, ema in self.state.emas.items():
             average(ema, self.state.nets, decay, 1_000_000)  # it begins at the trained weights: nothing to forget
         return True
@@ -223,7 +235,7 @@ def with_reference(learner: Learner, seen: Experience) -> tuple[Experience, dict
     seen = seen._replace(before=before)
     if not all(link.std > 0 for link in learner.chain.links):
         return seen, {}
-    return seen, {"kl_reference": float(divergence(learner.chain, seen.walk.means, before).mean())}
+    return seen, {"kl_reference": float(divergence(learner.chain, seen.walk.means, before, stds=seen.walk.stds).mean())}
 
 
 @torch.no_grad()
@@ -232,11 +244,20 @@ def means_of(chain: Chain, denoise: Denoiser, seen: Experience) -> Tensor:
     return torch.stack([chain.mean_std(denoise, seen.walk.xs[k], k, seen.cond)[0] for k in range(chain.steps)])
 
 
-def divergence(chain: Chain, means: Tensor, others: Tensor, last: int | None = None) -> Tensor:
+def divergence(
+    chain: Chain, means: Tensor, others: Tensor, last: int | None = None, stds: Tensor | None = None
+) -> Tensor:
     """KL divergence of the walks' laws in nats, ``[M]``, for means [K, M, *S] over the ``last`` steps (all).
 
-    The steps' deviations are the same, so each has ``|mean - other|^2 / (2 std^2)``. Along the walks that were drawn.
+    Both have the same deviations, ``stds`` [K, M, *S] or the chain's, so each step has
+    ``|mean - other|^2 / (2 std^2)``. Along the walks that were drawn.
     """
     first = chain.first(last)
-    std = chain.table(means)[3, first:, None]
-    return (((means - others)[first:] ** 2).flatten(2).sum(2) / (2 * std**2)).sum(0)
+    at = chain.table(means)[3].reshape(-1, *(1,) * (means.ndim - 1)) if stds is None else stds
+    return (((means - others) / at)[first:] ** 2).flatten(2).sum(2).sum(0) / 2
+
+
+def apart(mean: Tensor, std: Tensor, other: Tensor, wide: Tensor) -> Tensor:
+    """KL divergence of ``N(mean, std^2)`` from ``N(other, wide^2)`` in nats, ``[B]`` for ``[B, *S]``."""
+    square = ((mean - other) / wide) ** 2 + (std / wide) ** 2
+    return (0.5 * (square - 1) - (std / wide).log()).expand_as(mean).flatten(1).sum(1)

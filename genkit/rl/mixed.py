@@ -35,6 +35,8 @@ class Mixed(Method):
             chain.first(self.last)
         elif not task.differentiable:
             raise ValueError("method.gradient: given through, but an environment has no gradient; allowed: ratio")
+        elif chain.sigma is not None:
+            raise ValueError("noise: learned learns by the likelihood ratio; with gradient through: fixed, ddim or sde")
 
     def update(self, learner: Learner, task: Task, seen: Experience, iteration: int) -> dict[str, float]:
         logs = self.critic_update(learner, seen, iteration)

@@ -109,7 +109,7 @@ class Acting:
         values = critic.values(cond["obs"]).reshape(reward.shape)
         beyond = critic.values(after.flatten(0, 1)).reshape(reward.shape)
         advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
-        whole = Walk(torch.cat([w.xs for w in walks], 1), torch.cat([w.means for w in walks], 1))
+        whole = Walk.joined(walks)
         logs = {"reward": float(reward.sum()) / n, **summary(finished, getattr(self.env, "modes", 0))}
         used = torch.zeros(learner.spec.shape, device=device)
         used[:, to - 1 : to - 1 + self.act_steps] = 1
