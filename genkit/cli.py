@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "encode": ("genkit.commands.encode", "cache the latents of a data set, to train on them with --data=latents"),
     "reflow": ("genkit.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
     "report": ("genkit.commands.report", "a run on one HTML page: curves, samples, quality, settings"),
+    "export": ("genkit.commands.export", "write a run as a pipeline of diffusers, or as a run that stands alone"),
     "info": ("genkit.commands.info", "say what a run is, how far it got and what it holds"),
     "rollout": ("genkit.commands.rollout", "let a trained policy act: success, return, ways taken, time per chunk"),
     "demo": ("genkit.commands.demo", "record an expert, as demonstrations to learn from"),

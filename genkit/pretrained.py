@@ -46,8 +46,8 @@ class Folder:
         found = sorted(self.part.glob("*.safetensors")) or sorted(self.part.glob("*.safetensors.index.json"))
         if not found:
             pickles = sorted(p.name for p in self.part.glob("*.bin"))
-            why = f"; {pickles[0]} is a pickle, which genkit never loads: save it anew with safe_serialization=True"
-            raise ValueError(f"init: {self.part} holds no safetensors{why if pickles else ''}")
+            why = f"; {pickles[0]} is a pickle, which genkit never loads: save it as safetensors" if pickles else ""
+            raise ValueError(f"init: {self.part} holds no safetensors{why}")
         plain = self.part / "diffusion_pytorch_model.safetensors"
         return plain if plain in found else found[0]
 

@@ -40,6 +40,8 @@ class Model(ABC):
     """its name in diffusers"""
     from_data: ClassVar[tuple[str, ...]] = ("sample_size", "in_channels", "out_channels")
     """settings that the data decide"""
+    alone: ClassVar[bool] = False
+    """whether diffusers has a pipeline that draws with it and nothing else"""
     only: ClassVar[Mapping[str, Any]] = {}
     """settings that change what the network is told, with the one value that we can serve"""
 
@@ -109,6 +111,7 @@ class UNet2D(Model):
     """diffusers' UNet2DModel: that of DDPM (Ho et al. 2020) and of its successors without text."""
 
     kind: ClassVar[str] = "UNet2DModel"
+    alone: ClassVar[bool] = True
     from_data: ClassVar[tuple[str, ...]] = (*Model.from_data, "num_class_embeds")
     only: ClassVar[Mapping[str, Any]] = {"time_embedding_type": "positional", "class_embed_type": None}
 
@@ -152,6 +155,7 @@ class UNet2DCondition(UNet2D):
     """diffusers' UNet2DConditionModel: that of latent diffusion (Rombach et al. 2022), with cross-attention."""
 
     kind: ClassVar[str] = "UNet2DConditionModel"
+    alone: ClassVar[bool] = False
     only: ClassVar[Mapping[str, Any]] = {
         **UNet2D.only, "addition_embed_type": None, "encoder_hid_dim_type": None, "encoder_hid_dim": None
     }  # fmt: skip

@@ -36,6 +36,9 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+    if run.config.lora.active:
+        base = runs.base_of(run.directory)
+        lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"
     if isinstance(run.codec, Learned):
         lines["decoded"] = f"{'x'.join(map(str, run.world.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
