@@ -93,6 +93,8 @@ def destination(asked: Sample, run: runs.Run) -> File:
         out = File(asked.out)
         return out if not suffix or out.suffix else out.with_name(out.name + suffix)
     label = "" if asked.label is None else f"-label{asked.label}"
+    label += f"-{File(asked.lora).resolve().name}" if asked.lora else ""
+    label += "" if asked.lora_scale is None else f"-lora{asked.lora_scale:g}"
     guided = "" if asked.guidance == 1 else f"-guidance{asked.guidance:g}"
     sampler = asked.sampler or run.objective.sampler
     how = f"{sampler}{asked.steps}{guided}" if sampler else "one-pass"
