@@ -51,7 +51,7 @@ class Game(ABC):
         for name in ("every", "critic_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: given {getattr(self, name)}; needs 1 or more")
-        if self.every > 1 and not self.penalties:
+        if self.every not in (1, type(self).every) and not self.penalties:
             raise ValueError(f"every: given {self.every}, but r1, r2 and gp are 0: there is no penalty to put off")
 
     @property
@@ -140,6 +140,7 @@ class Relativistic(Game):
 
     r1: Weight = 0.3  # gamma of R1, on real samples; chosen on digits: less for points, more for larger pictures
     r2: Weight = 0.3  # gamma of R2, on drawn samples
+    every: Count = 4  # penalties come only every so many steps: half the time of a step of the default U-Net
 
     against_real: ClassVar[bool] = True
 
