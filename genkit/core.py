@@ -51,12 +51,14 @@ class Vector:
     """Numbers without a picture's layout (an observation, an embedding): ``cond[name]`` is Float ``[B, *shape]``.
 
     They are given in the world's units: networks see ``(value - shift) / scale``, with one number for each of the last
-    axis, () meaning as they are. Kept here, they go wherever the model goes, and nobody can forget them.
+    axis, () meaning as they are, and nothing that is further from 0 than ``limit`` (None: any number). Kept here, they
+    go wherever the model goes, and nobody can forget them.
     """
 
     shape: tuple[int, ...]
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
+    limit: float | None = None
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         if value.shape != (batch, *self.shape):

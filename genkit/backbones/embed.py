@@ -78,7 +78,7 @@ class LabelEmbed(Embedder):
 
 
 class VectorEmbed(Embedder):
-    """An array ``[B, *shape] -> [B, dim]``: shifted and scaled as its kind says, then two layers."""
+    """An array ``[B, *shape] -> [B, dim]``: shifted, scaled and limited as its kind says, then two layers."""
 
     route = "global"
     shift: Tensor
@@ -90,10 +90,11 @@ class VectorEmbed(Embedder):
             if numbers and len(numbers) != kind.shape[-1]:
                 raise ValueError(f"vector: given {len(numbers)} numbers of {name} for a last axis of {kind.shape[-1]}")
             self.register_buffer(name, torch.tensor(numbers or without), persistent=False)  # the spec keeps them
+        self.limit = math.inf if kind.limit is None else kind.limit
         self.layers = nn.Sequential(nn.Linear(math.prod(kind.shape), dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
-        value = (value - self.shift) / self.scale
+        value = ((value - self.shift) / self.scale).clamp(-self.limit, self.limit)
         return torch.where(keep[:, None], self.layers(value.flatten(1).to(self.null.dtype)), self.null)
 
 

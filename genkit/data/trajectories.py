@@ -27,6 +27,7 @@ from genkit.core import Batch, Condition, Label, Spec, Vector
 from genkit.data.images import InMemory, Split, check_split
 
 Steps = Annotated[int, Ge(1)]
+FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
 SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "standardize": Standardize}
 
 
@@ -129,7 +130,8 @@ class Demonstrations(ABC):
         shift, scale = fit(train[0]).shift_scale()
         codec = Actions(tuple(shift.tolist()), tuple(scale.tolist()), tuple(float(i) for i in self.counted_from()))
         shift, scale = fit(train[1].flatten(0, 1)).shift_scale()
-        seen = Vector(tuple(obs.shape[1:]), tuple(shift.tolist()), tuple(torch.where(scale > 0, scale, 1).tolist()))
+        scales = torch.where(scale > 0, scale, 1)
+        seen = Vector(tuple(obs.shape[1:]), tuple(shift.tolist()), tuple(scales.tolist()), FURTHEST)
         kinds: dict[str, Condition] = {"obs": seen}
         cond = {"obs": obs}
         if self.anchors:
