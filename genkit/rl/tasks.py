@@ -110,7 +110,7 @@ class Acting:
         beyond = critic.values(after.flatten(0, 1)).reshape(reward.shape)
         advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
         whole = Walk.joined(walks)
-        logs = {"reward": float(reward.sum()) / n, **summary(finished, getattr(self.env, "modes", 0))}
+        logs = {"reward": float(reward.sum()) / n, **summary(finished, self.judged, getattr(self.env, "modes", 0))}
         used = torch.zeros(learner.spec.shape, device=device)
         used[:, to - 1 : to - 1 + self.act_steps] = 1
         return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs, used)
@@ -124,7 +124,8 @@ class Acting:
             if reward.shape != (n,) or not np.isfinite(reward).all():
                 raise ValueError(f"reward: the environment gave {bad(reward)}; needs ({n},) finite numbers")
             brought += np.where(ended, 0, reward)
-            if "success" in info:
+            self.judged = "success" in info
+            if self.judged:
                 self.good |= ~ended & info["success"].astype(bool)
             self.mode = info.get("mode", np.full(n, -1))
             terminated |= stop & ~ended
@@ -158,12 +159,14 @@ def learner_horizon(learner: Learner) -> int:
     return int(shape[0])
 
 
-def summary(finished: Sequence[tuple[float, bool, int]], modes: int) -> dict[str, float]:
-    """Of the episodes that ended in an iteration."""
+def summary(finished: Sequence[tuple[float, bool, int]], judged: bool, modes: int) -> dict[str, float]:
+    """Of the episodes that ended in an iteration, in an environment that knows of success (``judged``) or does not."""
     if not finished:
         return {}
     returns, good, mode = (np.array(v) for v in zip(*finished, strict=True))
-    out = {"episodes": float(len(finished)), "return": float(returns.mean()), "success": float(good.mean())}
+    out = {"episodes": float(len(finished)), "return": float(returns.mean())}
+    if judged:
+        out["success"] = float(good.mean())
     if modes:
         out["mode_entropy_bits"] = entropy_bits(np.bincount(mode[good & (mode >= 0)], minlength=modes))
     return out
