@@ -4,18 +4,30 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from genkit import runs
+from genkit import config, runs
+from genkit.backbones import MLP
 from genkit.cli import main as genkit
 from genkit.commands.finetune import CHOOSE, Best, Finetune
 from genkit.commands.finetune import main as finetune_main
 from genkit.commands.train import main as train
+from genkit.core import Spec, Vector, spec_from_dict, spec_to_dict
+from genkit.data import DATA
 from genkit.envs.ars import Linear, Met, Search, search
+from genkit.objectives import Flow
+from genkit.paths import Linear as Straight
+from genkit.rl.chain import Chain, Fixed
+from genkit.rl.dppo import DPPO
+from genkit.rl.learn import Critic, Experience, Learner
+from genkit.train import State
+
+ROOT = Path(__file__).parent.parent
 
 
 def refused(capsys, *argv):
@@ -143,6 +155,48 @@ def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, caps
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["return"]["value"] > 0
     assert "success" not in found
+
+
+def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
+    spec = Spec((1,), {"obs": Vector((1, 2))})
+    critic = Critic(spec, width=8, depth=1)
+    critic.scale.fill_(2.0)
+    fit = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
+    objective = Flow(prediction="x0")
+    state = State(nets, {}, {"denoise": torch.optim.SGD(nets["net"].parameters(), lr=0.1)})
+    who = Learner(objective, state, Chain.over(Straight(), 1, Fixed(0.1)), spec, None, 0, critic, fit)
+    returns = torch.tensor([0.0, 2.0] * 4)
+    for advantages, explained in ((torch.zeros(8), 1.0), (returns, 0.0), (returns / 2, 0.75)):
+        seen = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})
+        logs = DPPO(critic_batch=4, critic_epochs=3).critic_update(who, seen, 0)
+        assert logs["explained"] == pytest.approx(explained)
+    assert {int(v["step"]) for v in fit.state.values()} == {3 * 3 * 2}
+    DPPO(critic_epochs=1).critic_update(who, seen, 0)
+    assert {int(v["step"]) for v in fit.state.values()} == {19}
+
+
+def test_networks_see_no_observation_that_is_further_than_the_limit():
+    """Of demonstrations the limit is 5: a cheetah on its back, a hundred deviations away, made steps of 60 nats."""
+    near, far = torch.tensor([[[2.0 + 5 * 0.1, 0.0]]]), torch.tensor([[[2.0 + 100 * 0.1, 0.0]]])
+    for limit, same in ((5.0, True), (None, False)):
+        spec = spec_from_dict(spec_to_dict(Spec((1,), {"obs": Vector((1, 2), (2.0, 0.0), (0.1, 1.0), limit)})))
+        torch.manual_seed(0)
+        critic = Critic(spec, width=8, depth=1)
+        for p in critic.parameters():
+            torch.nn.init.normal_(p)
+        assert torch.equal(critic(near), critic(far)) is same
+    assert DATA["four-ways"](n=2).load().spec.cond["obs"].limit == 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
+def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
+    asked = config.parse(Finetune, ["runs/latest", "--config", str(path)], prog="genkit finetune", description="")
+    assert asked.run == "runs/latest"
+    assert isinstance(asked.method, DPPO)
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("command:", "hardware:", "minutes:", "expect:"):
+        assert word in header, word
 
 
 def test_best_and_patience():
