@@ -7,9 +7,9 @@ Conventions, for the whole package:
 - ``x0`` is data, ``x1`` the source (noise), ``x = alpha(t) x0 + sigma(t) x1`` a point of the path between them,
   ``tau = sigma / (alpha + sigma)`` its chart time, ``z`` a standard normal, ``cond`` the conditions.
 - Images are float in [-1, 1] inside, uint8 (or [0, 1]) outside.
-- A condition is a named tensor. Two names are reserved: ``cond["mask"]``, Bool ``[B, L]``, says which tokens exist;
-  ``cond["keep"]``, Bool ``[B]``, says which *samples* see their conditions at all (False: the learned null).
-  A condition that is absent means null.
+- A condition is a named tensor. Some names are reserved: ``cond["mask"]``, Bool ``[B, L]``, says which tokens exist;
+  ``cond["keep"]``, Bool ``[B]``, says which *samples* see their conditions at all (False: the learned null), and
+  ``cond["keep.NAME"]``, Bool ``[B]``, which of them see this one. A condition that is absent means null.
 """
 
 from __future__ import annotations
@@ -78,17 +78,51 @@ class Image:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``; ``cond["mask"]`` Bool ``[B, L]``."""
+    """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``; ``cond["mask"]`` Bool ``[B, L]``.
+
+    Where they are words as a frozen ``encoder`` says them (:mod:`genkit.text`), it is named here with the ``sha256`` of
+    its weights, how many tokens it takes, and some captions of the data.
+    """
 
     dim: int
+    encoder: str = ""
+    sha256: str = ""
+    length: int = 0
+    examples: tuple[str, ...] = ()
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         if value.ndim != 3 or value.shape[0] != batch or value.shape[2] != self.dim:
             raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs ({batch}, length, {self.dim})")
 
 
-Condition = Label | Vector | Image | Tokens
+@dataclass(frozen=True)
+class Text:
+    """Words, read byte by byte: ``cond[name]`` Int ``[B, L]`` with L up to ``length``, each UTF-8 byte plus 1, then 0.
+
+    No byte of UTF-8 is above 244, so uint8 holds them. A row of zeros, the empty text, means null. ``examples`` are
+    some captions of the data.
+    """
+
+    length: int
+    examples: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.ndim != 2 or len(value) != batch or value.dtype.is_floating_point or value.dtype == torch.bool:
+            given = f"{tuple(value.shape)} of {value.dtype}"
+            raise ValueError(f"cond[{name!r}]: given {given}; needs [{batch}, length] integers (genkit.text.to_bytes)")
+        if value.shape[1] > self.length:
+            raise ValueError(f"cond[{name!r}]: given {value.shape[1]} bytes of text; this model reads {self.length}")
+        if value.numel() and (int(value.min()) < 0 or int(value.max()) > 256):
+            raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..256, a byte plus 1")
+
+
+Condition = Label | Vector | Image | Tokens | Text
 RESERVED = ("keep", "mask")
+
+
+def keeps(name: str) -> str | None:
+    """The condition that ``cond[name]`` says of who sees it, where ``name`` is ``keep.NAME``."""
+    return name[5:] if name.startswith("keep.") else None
 
 
 @dataclass(frozen=True)
@@ -101,9 +135,11 @@ class Spec:
     def check(self, cond: Cond, batch: int) -> None:
         """Raise ``ValueError`` where ``cond`` does not fit: an unknown name, a wrong shape, a label out of range."""
         for name, value in cond.items():
-            if name == "keep":
+            if name == "keep" or keeps(name) in self.cond:
                 if value.shape != (batch,) or value.dtype != torch.bool:
-                    raise ValueError(f"cond['keep']: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] bool")
+                    raise ValueError(
+                        f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] bool"
+                    )
             elif name == "mask":
                 tokens = [k for k, kind in self.cond.items() if isinstance(kind, Tokens) and k in cond]
                 if not tokens:
@@ -119,7 +155,7 @@ class Spec:
                 self.cond[name].check(name, value, batch)
 
 
-KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens}
+KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens, "text": Text}
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
@@ -204,11 +240,20 @@ class Batch:
         drawn = self.draw.uniform(*shape) if self.draw else torch.rand(len(self), *shape, device=self.x.device)
         return drawn.to(self.x) if self.x.is_floating_point() else drawn
 
-    def drop(self, probability: float) -> Cond:
-        """The conditions, dropped for each *sample* with ``probability`` (Ho & Salimans 2022, Algorithm 1)."""
-        if not self.cond or probability == 0:
-            return self.cond
-        return {**self.cond, "keep": self.uniform() >= probability}
+    def drop(self, probability: float, each: float = 0.0) -> Cond:
+        """The conditions, dropped for each *sample* with ``probability`` (Ho & Salimans 2022, Algorithm 1).
+
+        Each one is also dropped alone, whatever becomes of the others, with probability ``each``: so that any part of
+        them can be given, or guided by (Brooks et al. 2023, section 3.2.1).
+        """
+        dropped = dict(self.cond)
+        if self.cond and probability > 0:
+            dropped["keep"] = self.uniform() >= probability
+        names = sorted(k for k in self.cond if k not in RESERVED and keeps(k) is None)
+        if names and each > 0:
+            stay = self.uniform(len(names)) >= each
+            dropped |= {f"keep.{name}": stay[:, i] for i, name in enumerate(names)}
+        return dropped
 
     def to(self, device: torch.device | str) -> Batch:
         move = lambda v: v.to(device, non_blocking=True)  # noqa: E731

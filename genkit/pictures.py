@@ -81,12 +81,15 @@ def curves(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
 
 
 def in_turn(cond: Mapping[str, Tensor]) -> int | None:
-    """How many classes come in turn, so that each gets a column; None where they do not, or are too many."""
-    label = cond.get("label")
-    if label is None or len(label) < 2:
+    """How many classes, or prompts, come in turn, so that each gets a column; None where not, or too many."""
+    label, words = cond.get("label"), cond.get("text")
+    if label is not None and len(label) > 1:
+        num = int(label.max()) + 1
+        return num if 2 <= num <= 16 and bool((label == torch.arange(len(label)) % num).all()) else None
+    if words is None or len(words) < 2:
         return None
-    num = int(label.max()) + 1
-    return num if 2 <= num <= 16 and bool((label == torch.arange(len(label)) % num).all()) else None
+    num = len(words.unique(dim=0))
+    return num if 2 <= num <= 16 and bool((words == words[torch.arange(len(words)) % num]).all()) else None
 
 
 PICTURES: Mapping[int, Callable[..., Image.Image]] = {

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genkit import codecs, config, latents, lora, pretrained
+from genkit import codecs, config, latents, lora, pretrained, text
 from genkit.core import (
     Batch,
     Codec,
@@ -328,15 +328,17 @@ class Run:
         classifier: Run | None = None,
         batch: int = 64,
         progress: Callable[[int], None] = lambda done: None,
+        prompt: str | Sequence[str] | None = None,
         **how: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``n`` decoded samples ``[n, *S]`` (uint8 for images) and their conditions. Sample i has seed ``seed + i``.
 
-        Without ``label`` or ``cond`` a model of classes draws them in turn, as does one that a ``classifier`` guides.
+        ``prompt``, or several in turn, is for a model of words; an empty one means null, as does what is not given of
+        several conditions. Without any of these a model draws its classes, or the captions that it kept, in turn.
         ``how`` goes to :meth:`generator`.
         """
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
-        conditions = dict(cond) if cond is not None else labels(spec, n, label)
+        conditions = dict(cond) if cond is not None else labels(spec, n, label, prompt)
         spec.check(conditions, n)
         generate, drawn = self.generator(classifier=classifier, **how), []
         shape = self.objective.noise_shape(self.spec)
@@ -386,21 +388,31 @@ def with_classes(spec: Spec, classifier: Run) -> Spec:
     return replace(spec, cond={**spec.cond, name: kind})
 
 
-def labels(spec: Spec, n: int, label: int | None = None) -> dict[str, Tensor]:
-    """The class of each of ``n`` samples: ``label``, or all classes in turn. ``{}`` for a model without conditions."""
-    if not spec.cond:
-        if label is not None:
-            raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
-        return {}
+def labels(
+    spec: Spec, n: int, label: int | None = None, prompt: str | Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """What is asked of each of ``n`` samples: the class ``label``, the ``prompt`` or several of them in turn, or both.
+
+    If nothing is given, all classes, or the captions that the model kept, in turn. ``{}`` for a model without
+    conditions. What is left out of several conditions is null.
+    """
     classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
-    if len(classes) < len(spec.cond):
-        missing = ", ".join(k for k in spec.cond if k not in classes)
+    words, prompts = text.worded(spec), [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if label is not None and not classes:
+        raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
+    if missing := ", ".join(k for k in spec.cond if k not in {**classes, **words}):
         raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
     for name, kind in classes.items():
         if label is not None and not 0 <= label < kind.num:
             raise ValueError(f"{name}: given {label}; allowed 0..{kind.num - 1}")
-    turn = torch.arange(n)
-    return {k: torch.full((n,), label) if label is not None else turn % kind.num for k, kind in classes.items()}
+    turn, asked = torch.arange(n), label is not None or bool(prompts)
+    if classes and words and not asked:
+        raise ValueError(f"this model needs more than a class: {', '.join(words)}; give --prompt, --label or both")
+    said = prompts or ([] if asked else list(text.examples(spec)))
+    found = {k: v[turn % len(said)] for k, v in text.conditions(spec, said).items()} if said else {}
+    if label is not None:
+        return {**found, **{k: torch.full((n,), label) for k in classes}}
+    return found if prompts else {**found, **{k: turn % kind.num for k, kind in classes.items()}}
 
 
 def pick_device(name: str) -> torch.device:

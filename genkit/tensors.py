@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path as File
 
@@ -24,6 +25,11 @@ def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: Fil
         raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
     for name, net in nets.items():
         net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
+
+def cache() -> File:
+    """Where genkit keeps what it can make or fetch again: ``$GENKIT_CACHE``, else ``~/.cache/genkit``."""
+    return File(os.environ.get("GENKIT_CACHE") or "~/.cache/genkit").expanduser()
 
 
 def sha256(path: File) -> str:

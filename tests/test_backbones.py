@@ -16,7 +16,7 @@ from genkit.backbones.blocks import GroupNorm, MapAttention, ResBlock, attend, c
 from genkit.backbones.dit import DiTBlock
 from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, sinusoid
 from genkit.backbones.mlp import MLPBlock
-from genkit.core import Image, Label, Spec, Tokens, Vector
+from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 
 TINY = {
     "mlp": MLP(width=8, depth=1),
@@ -24,7 +24,7 @@ TINY = {
     "dit": DiT(width=8, depth=1, head_size=4),
 }
 RANKS = {"mlp": (0, 1, 2), "unet": (1, 2), "dit": (1, 2)}
-KINDS = {"label": Label(5), "state": Vector((2, 3)), "image": Image(2), "text": Tokens(6)}
+KINDS = {"label": Label(5), "state": Vector((2, 3)), "image": Image(2), "text": Tokens(6), "words": Text(9)}
 GLOBAL = ("label", "state")
 CUTS = ("denoiser", "encoder", "decoder")
 BATCH = 3
@@ -48,6 +48,7 @@ def conditions(spec: Spec, batch: int = BATCH, length: int = 4):
         "state": lambda: torch.randn(batch, 2, 3),
         "image": lambda: torch.randn(batch, 2, *spec.shape[1:]),
         "text": lambda: torch.randn(batch, length, 6),
+        "words": lambda: torch.randint(1, 257, (batch, 7)) * (torch.arange(7) < 4 + torch.arange(batch)[:, None] % 3),
     }
     cond = {name: made[name]() for name in spec.cond}
     if "text" in cond:

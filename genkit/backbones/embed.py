@@ -2,8 +2,9 @@
 
 A condition takes one of three routes, and its kind alone says which (``EMBEDDERS``): summed into the global embedding
 that scales and shifts every block (Label, Vector), concatenated to the sample's channels (Image), or a sequence for
-cross-attention (Tokens). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022), which
-stands where its key is absent and for each sample whose ``cond["keep"]`` is False. The choice is made by
+cross-attention (Tokens, Text). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022), which
+stands where its key is absent and for each sample whose ``cond["keep"]``, or ``cond["keep.NAME"]``, is False. The
+choice is made by
 ``torch.where`` and never by a branch on values, so that all its parameters take part in the graph whenever the key is
 there: ``DistributedDataParallel`` needs that.
 """
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from genkit.core import Cond, Image, Label, Spec, Tokens, Vector
+from genkit.backbones.blocks import Attention
+from genkit.core import Cond, Image, Label, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -58,10 +60,15 @@ class Embedder(nn.Module):
     """A condition's embedding with its learned null: ``embed(value, keep [B])``."""
 
     route: str  # "global", "channels" or "tokens"
+    masked = False  # whether ``cond["mask"]`` says which of its tokens exist
 
     def __init__(self, kind: Any, dim: int):
         super().__init__()
         self.null = nn.Parameter(torch.randn(dim))
+
+    def exist(self, value: Tensor) -> Bool[Tensor, "b l"]:
+        """Which tokens of a sequence there are, before any mask."""
+        return torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
 
 
 class LabelEmbed(Embedder):
@@ -115,6 +122,7 @@ class TokensEmbed(Embedder):
     """A sequence ``[B, L, D] -> [B, L + 1, dim]``, the learned null first. Tokens bring their own positions."""
 
     route = "tokens"
+    masked = True
 
     def __init__(self, kind: Tokens, dim: int):
         super().__init__(kind, dim)
@@ -125,11 +133,64 @@ class TokensEmbed(Embedder):
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
+class Block(nn.Module):
+    """Pre-norm transformer block (Xiong et al. 2020, figure 1b), ``[B, L, dim]``; what ``mask`` hides is not seen.
+
+    Its positions come from a convolution of each channel (Chu et al. 2023, section 3.2): a word means the same wherever
+    it stands, also where none stood in training.
+    """
+
+    def __init__(self, dim: int, head_size: int, span: int):
+        super().__init__()
+        self.near = nn.Conv1d(dim, dim, span, padding=span // 2, groups=dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, head_size)
+        self.layer1, self.layer2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, h: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]) -> Tensor:
+        h = h + self.near((h * mask[..., None]).transpose(1, 2)).transpose(1, 2)
+        h = h + self.attention(self.norm1(h), mask=mask)
+        return h + self.layer2(F.gelu(self.layer1(self.norm2(h)), approximate="tanh"))
+
+
+class TextEmbed(Embedder):
+    """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer that is trained along.
+
+    Each byte is first seen with its neighbours (a convolution, Kim et al. 2016, section 2.2): a letter alone means
+    nothing. Padding is never seen, so its length changes nothing.
+    """
+
+    route = "tokens"
+    WIDTH, DEPTH, HEAD, SPAN = 64, 2, 32, 5
+
+    def __init__(self, kind: Text, dim: int):
+        super().__init__(kind, dim)
+        self.table = nn.Embedding(257, self.WIDTH)
+        self.spell = nn.Conv1d(self.WIDTH, self.WIDTH, self.SPAN, padding=self.SPAN // 2)
+        self.blocks = nn.ModuleList(Block(self.WIDTH, self.HEAD, self.SPAN) for _ in range(self.DEPTH))
+        self.norm = nn.LayerNorm(self.WIDTH)
+        self.layer = nn.Linear(self.WIDTH, dim)
+
+    def exist(self, value: Tensor) -> Bool[Tensor, "b l"]:
+        return value != 0
+
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        there = self.exist(value)
+        h = self.table(value.long()) * there[..., None]
+        h = h + F.gelu(self.spell(h.transpose(1, 2)).transpose(1, 2))
+        first = torch.arange(value.shape[1], device=value.device) == 0
+        for block in self.blocks:
+            h = block(h, there | first)  # an empty text attends to something, though nobody will see it
+        tokens = self.layer(self.norm(h))
+        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+
+
 EMBEDDERS: dict[type, type[Embedder]] = {
     Label: LabelEmbed,
     Vector: VectorEmbed,
     Image: ImageEmbed,
     Tokens: TokensEmbed,
+    Text: TextEmbed,
 }
 
 
@@ -176,16 +237,18 @@ class Conditioner(nn.Module):
         """``like`` gives batch size and device; ``size`` is that of a sample's picture, for the null of an Image."""
         batch = len(like)
         everyone = torch.ones(batch, dtype=torch.bool, device=like.device)
-        keep = cond.get("keep", everyone)
+        sees_any = cond.get("keep", everyone)
+        keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
         emb = self.start(label).expand(batch, -1)
         for name, embed in self._on("global"):
-            emb = emb + (embed(cond[name], keep) if name in cond else embed.null)
+            emb = emb + (embed(cond[name], keep[name]) if name in cond else embed.null)
 
         channels = [
-            embed(cond[name], keep) if name in cond else embed.null.view(-1, *(1,) * len(size)).expand(batch, -1, *size)
+            embed(cond[name], keep[name]) if name in cond
+            else embed.null.view(-1, *(1,) * len(size)).expand(batch, -1, *size)
             for name, embed in self._on("channels")
-        ]
+        ]  # fmt: skip
 
         tokens, masks, mask = [], [], cond.get("mask")
         for name, embed in self._on("tokens"):
@@ -193,9 +256,9 @@ class Conditioner(nn.Module):
                 tokens.append(embed.null.expand(batch, 1, -1))
                 masks.append(everyone[:, None])
                 continue
-            tokens.append(embed(cond[name], keep))
-            seen = keep[:, None].expand(batch, cond[name].shape[1])
-            if mask is not None:  # the mask belongs to the first sequence that is there, as in Spec.check
+            tokens.append(embed(cond[name], keep[name]))
+            seen = keep[name][:, None] & embed.exist(cond[name])
+            if embed.masked and mask is not None:  # it belongs to the first such sequence there, as in Spec.check
                 seen, mask = seen & mask, None
             masks += [~seen.any(1, keepdim=True), seen]  # the null is seen where nothing else is: no row is all masked
         return Routed(

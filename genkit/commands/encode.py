@@ -118,14 +118,14 @@ def posterior(shard: Mapping[str, Tensor]) -> Posterior:
 
 
 class Fixed(Draw):
-    """Random numbers of an augmentation that mirrors every picture, or none."""
+    """Random numbers of an augmentation that mirrors every picture, or none, and draws all else."""
 
     def __init__(self, rows: range, number: float):
         super().__init__((0,), rows.start, rows.stop)
         self.number = number
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.full((self.stop - self.start, *shape), self.number)
+        return super().uniform(*shape) if shape else torch.full((self.stop - self.start,), self.number)
 
 
 def moments(

@@ -8,9 +8,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from genkit import runs
+from genkit import runs, text
 from genkit.codecs import Learned
 from genkit.config import parse, to_yaml
+from genkit.core import Tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+    for name, kind in text.worded(run.spec).items():
+        by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
+        lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
         base = runs.base_of(run.directory)
         lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"

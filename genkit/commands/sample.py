@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -14,9 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from genkit import __version__, config, pictures, runs
+from genkit import __version__, config, pictures, runs, text
 from genkit.config import Sample, Sampling, parse
-from genkit.core import Denoiser, Prediction
+from genkit.core import Denoiser, Prediction, seed_of
 from genkit.sampling import Counted
 
 console = Console(highlight=False, soft_wrap=True)
@@ -28,9 +31,12 @@ def main(argv: list[str]) -> int:
                     adapter=asked.lora, adapter_scale=asked.lora_scale)  # fmt: skip
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
+    asked = replace(asked, n=asked.n or (1 if len(asked.prompt) > 1 else 64))
+    n = (asked.n or 1) * max(1, len(asked.prompt))
+    said = asked.prompt or (text.examples(run.spec) if asked.label is None else ())
     out = destination(asked, run)
-    if asked.trajectory and asked.n > asked.batch:
-        raise ValueError(f"trajectory: given --n {asked.n} in batches of {asked.batch}; take --batch {asked.n}")
+    if asked.trajectory and n > asked.batch:
+        raise ValueError(f"trajectory: given --n {n} in batches of {asked.batch}; take --batch {n}")
     frames: list[Tensor] = []
     asks: list[Counted] = []
 
@@ -43,10 +49,11 @@ def main(argv: list[str]) -> int:
 
     began = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("sampling", total=asked.n)
+        task = bar.add_task("sampling", total=n)
         x, cond = run.sample(
-            asked.n,
+            n,
             label=asked.label,
+            prompt=asked.prompt,
             seed=asked.seed,
             batch=asked.batch,
             progress=lambda done: bar.update(task, completed=done),
@@ -56,16 +63,18 @@ def main(argv: list[str]) -> int:
         )
     for path in FORMATS[asked.format](x, cond, out):
         console.print(path, markup=False)
+    if asked.format == "png" and said:
+        write_captions(said, n, out)
     if asked.trajectory:
         gif = out.with_suffix(".gif") if out.suffix else out / "trajectory.gif"
         console.print(pictures.save_gif([pictures.picture(f, cond) for f in frames], gif), markup=False)
     seconds = time.perf_counter() - began
     nfe = asks[0].calls if asks else 1  # a one-pass model has no denoiser to ask
     settings = config.dump(asked) | {"sampler": asked.sampler or run.objective.sampler, "nfe": nfe}
-    settings |= {"rows_per_sample": sum(a.rows for a in asks) / asked.n, "weights": run.weights, "genkit": __version__}
+    settings |= {"rows_per_sample": sum(a.rows for a in asks) / n, "weights": run.weights, "genkit": __version__}
     beside_it = out.with_suffix(".json") if out.suffix else out / "samples.json"
     beside_it.write_text(json.dumps(settings, indent=1) + "\n")
-    console.print(f"{asked.n} samples, {nfe} evaluations each, in {seconds:.1f} s from {run.weights}", markup=False)
+    console.print(f"{n} samples, {nfe} evaluations each, in {seconds:.1f} s from {run.weights}", markup=False)
     return 0
 
 
@@ -95,11 +104,18 @@ def destination(asked: Sample, run: runs.Run) -> File:
     label = "" if asked.label is None else f"-label{asked.label}"
     label += f"-{File(asked.lora).resolve().name}" if asked.lora else ""
     label += "" if asked.lora_scale is None else f"-lora{asked.lora_scale:g}"
+    label += f"-{slug(asked.prompt)}" if asked.prompt else ""
     guided = "" if asked.guidance == 1 else f"-guidance{asked.guidance:g}"
     sampler = asked.sampler or run.objective.sampler
     how = f"{sampler}{asked.steps}{guided}" if sampler else "one-pass"
     name = f"sample-step{run.step}-{how}{label}-seed{asked.seed}-n{asked.n}"
     return run.directory / "samples" / (name + suffix)  # not with_suffix: the name may hold a point
+
+
+def slug(prompts: tuple[str, ...]) -> str:
+    """Prompts as a part of a file's name; cut where they are long, with a hash of all."""
+    whole = "-".join(re.sub("[^a-z0-9]+", "-", p.lower()) for p in prompts)
+    return whole if whole == prompts[0][:40] else f"{whole[:40]}-{seed_of(*repr(prompts).encode()) % 16**8:08x}"
 
 
 def write_grid(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
@@ -116,6 +132,12 @@ def write_png(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
     if "label" in cond:
         (out / "labels.txt").write_text("".join(f"{i:06d}.png {int(c)}\n" for i, c in enumerate(cond["label"])))
     return [out]
+
+
+def write_captions(said: Sequence[str], n: int, out: File) -> None:
+    """What was asked for, beside the pictures, as `--data.captions files` reads it."""
+    lines = [json.dumps({"file_name": f"{i:06d}.png", "text": said[i % len(said)]}) for i in range(n)]
+    (out / "captions.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def write_npz(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:

@@ -33,6 +33,7 @@ from genkit.data import Stream
 from genkit.latents import Latent, OfCache
 from genkit.objectives.couplings import given
 from genkit.sampling import Seeds, bind
+from genkit.text import examples
 from genkit.train import Diverged, State, fast_bf16, fit, sample_rows, share, start
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def first_rows(stream: Stream) -> Batch:
 
 
 def grid_conditions(spec: Spec, stream: Stream) -> dict[str, torch.Tensor]:
-    """Conditions of the pictures: classes in turn; what is more than a class comes from the first batch of data."""
+    """Conditions of the pictures: classes, or captions, in turn; other kinds come from the first batch of data."""
     try:
         return runs.labels(spec, GRID)
     except ValueError:
@@ -375,6 +376,7 @@ class Session:
         for path in [*newest, self.run / "loss.png"]:
             self.say(f"picture  {path}")
         label = " --label 1" if "label" in self.spec.cond else ""
+        label += f' --prompt "{said[0]}"' if (said := examples(self.spec)) else ""
         if self.remark:
             self.say(f"note     {self.remark}")
         use = getattr(type(self.cfg.data), "use", self.cfg.objective.use)  # policies are tried, not looked at

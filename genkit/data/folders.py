@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from genkit.codecs import Identity, MinMax, Standardize
 from genkit.core import Condition, Data, Label, Spec
+from genkit.data.captions import Said, beside
 from genkit.data.images import MEMORY, InMemory, Source, Split, check_split, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -31,7 +32,11 @@ HELD_OUT = ("test", "val")
 def is_picture(name: str) -> bool:
     """By its suffix; what lies in hidden folders or in those that macOS adds is none."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(p.startswith((".", "__MACOSX")) for p in path.parts)
+    return path.suffix.lower() in SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    return any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(name).parts)
 
 
 def find(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
@@ -94,6 +99,11 @@ class FolderFiles:
     def where(self, i: int) -> str:
         return str(self.root / self.names[i])
 
+    def texts(self) -> list[Said]:
+        """The captions that lie beside the pictures."""
+        others = files_below(self.root, lambda name: not is_hidden(name) and not is_picture(name))
+        return beside(self.names, others, lambda name: (self.root / name).read_bytes(), str(self.root))
+
 
 class ZipFiles:
     """The pictures of one archive, read member by member. ``ValueError`` names the member that is corrupt."""
@@ -121,6 +131,11 @@ class ZipFiles:
     def where(self, i: int) -> str:
         return f"{self.path}/{self.names[i]}"
 
+    def texts(self) -> list[Said]:
+        """The captions that lie beside the pictures."""
+        others = [n for n in self.archive.namelist() if not is_hidden(n) and not is_picture(n)]
+        return beside(self.names, others, self.member, str(self.path))
+
     def labels(self) -> Tensor | None:
         """The classes ``[N]`` that ``dataset.json`` gives the pictures, if it does."""
         if "dataset.json" not in self.archive.namelist():
@@ -145,8 +160,8 @@ class ZipFiles:
         return torch.tensor([classes[name] for name in self.names])
 
 
-def pictures_below(directory: Path) -> list[str]:
-    """The pictures in a folder and its sub-folders (links too, but no folder twice), sorted by their path."""
+def files_below(directory: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """The files in a folder and its sub-folders (links too, but no folder twice), sorted by their path."""
     seen: set[str] = set()
     found: list[str] = []
     for base, folders, files in os.walk(directory, followlinks=True):
@@ -155,7 +170,7 @@ def pictures_below(directory: Path) -> list[str]:
             continue
         seen.add(real)
         found += (Path(base, name).relative_to(directory).as_posix() for name in files)
-    return sorted(name for name in found if is_picture(name))
+    return sorted(name for name in found if wanted(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,20 +191,21 @@ class Folder(Own):
 
     def load(self, split: Split = "train") -> Data:
         path, train = find(self.root, split, "")
-        files = FolderFiles(path, pictures_below(path))
+        files = FolderFiles(path, files_below(path, is_picture))
         if not files.names:
             raise ValueError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
         classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
         flat = any(is_picture(p.name) for p in train.iterdir() if p.is_file())
-        if flat or len(classes) < 2 or not self.labels:
-            return self.from_files(files, {}, {}, self.memory)
+        if flat or len(classes) < 2 or not self.needs_classes:
+            return self.from_files(files, {}, {}, self.memory, files.texts)
         of_file = [name.split("/")[0] for name in files.names]
         for name, c in zip(files.names, of_file, strict=True):
             if c not in classes:
                 raise ValueError(f"{path / name}: {c} is not one of the classes of {train}")
         index = {c: i for i, c in enumerate(classes)}
         label = torch.tensor([index[c] for c in of_file])
-        return self.from_files(files, {"label": label}, {"label": Label(len(classes), tuple(classes))}, self.memory)
+        kind = Label(len(classes), tuple(classes))
+        return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +220,12 @@ class Zip(Own):
         """``names`` are those of the classes, which the archive itself does not tell."""
         path, train = find(self.root, split, ".zip")
         files = ZipFiles(path)
-        label = files.labels() if self.labels else None
+        label = files.labels() if self.needs_classes else None
         if label is None:
-            return self.from_files(files, {}, {}, self.memory)
+            return self.from_files(files, {}, {}, self.memory, files.texts)
         of_train = label if path == train else ZipFiles(train).labels()
         kind = labels_of(label, of_train, names, path, train)
-        return self.from_files(files, {"label": label}, {"label": kind}, self.memory)
+        return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.texts)
 
 
 def labels_of(label: Tensor, of_train: Tensor | None, names: tuple[str, ...], path: Path, train: Path) -> Label:
@@ -239,14 +255,14 @@ class Npz(Source):
         train_x, train_label = (x, label) if path == train else read_npz(train)
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
-        if self.labels and label is not None:
+        if self.needs_classes and label is not None:
             cond, kinds = {"label": label}, {"label": labels_of(label, train_label, (), path, train)}
         if x.dtype == torch.uint8:
             if self.codec is not None:
                 raise ValueError(f"{path}: holds pictures, which --data.codec is not for; given {self.codec}")
             return self.from_array(x, cond, kinds)
-        if self.size is not None or self.channels is not None or self.flip:
-            raise ValueError(f"{path}: holds numbers, for which --data.size, channels and flip mean nothing")
+        if self.size is not None or self.channels is not None or self.flip or self.captions:
+            raise ValueError(f"{path}: holds numbers, for which --data.size, channels, flip and captions mean nothing")
         if x.shape[1:] != train_x.shape[1:]:
             raise ValueError(f"{path}: samples are {tuple(x.shape[1:])}, but {tuple(train_x.shape[1:])} in {train}")
         codecs = {"standardize": Standardize.fit, "min-max": MinMax.fit, "identity": lambda _: Identity()}

@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from genkit.codecs import Pixels
 from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Label, Spec, expand
+from genkit.data.captions import FILES, Captions, Texts, captioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -35,6 +36,7 @@ MEMORY = 2.0  # GiB of decoded pixels up to which a data set is held in memory; 
 LONG = 2000  # pictures from which on decoding shows a progress bar
 CHUNK = 64  # pictures that one task of the thread pool decodes
 DIGITS = tuple("0123456789")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GREY = ("1", "L", "LA", "La")  # Pillow's names; palettes count as colour, 16 bits are handled apart
 
 
@@ -113,13 +115,17 @@ def flipped(batch: Batch, spec: Spec, draw: Draw) -> Batch:
 
 @dataclass(eq=False)
 class InMemory:
-    """Samples in one tensor: ``x`` uint8 or float ``[N, *S]``, ``cond`` of ``[N, ...]`` tensors; ``flip`` augments."""
+    """Samples in one tensor: ``x`` uint8 or float ``[N, *S]``, ``cond`` of ``[N, ...]`` tensors; ``flip`` augments.
+
+    ``captions`` are drawn anew each time.
+    """
 
     x: Tensor
     cond: Mapping[str, Tensor]
     spec: Spec
     codec: Codec
     flip: bool = False
+    captions: Captions | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.x.shape[1:]) != tuple(self.spec.shape):
@@ -133,7 +139,8 @@ class InMemory:
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
         batch = Batch(self.x.index_select(0, indices), {k: v.index_select(0, indices) for k, v in self.cond.items()})
-        return flipped(batch, self.spec, draw) if self.flip else batch
+        batch = flipped(batch, self.spec, draw) if self.flip else batch
+        return batch if self.captions is None else self.captions.add(batch, indices, draw)
 
 
 class Files(Protocol):
@@ -157,6 +164,7 @@ class OnDisk:
     size: Size = None
     channels: Channels = None
     flip: bool = False
+    captions: Captions | None = None
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
 
     def __len__(self) -> int:
@@ -185,7 +193,8 @@ class OnDisk:
     def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
         """What ``read`` gave, with its conditions and augmented."""
         batch = Batch(x, {k: v.index_select(0, indices) for k, v in self.cond.items()})
-        return flipped(batch, self.spec, draw) if self.flip else batch
+        batch = flipped(batch, self.spec, draw) if self.flip else batch
+        return batch if self.captions is None else self.captions.add(batch, indices, draw)
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
         return self.finish(self.read(indices.tolist()), indices, draw)
@@ -203,7 +212,7 @@ class OnDisk:
             done = pool.map(fill, starts)
             for _ in progress(done, len(starts), "decoding") if n > LONG else done:
                 pass
-        return InMemory(x, self.cond, self.spec, self.codec, self.flip)
+        return InMemory(x, self.cond, self.spec, self.codec, self.flip, self.captions)
 
 
 # ----------------------------------------------------------------------------------------------- the sources
@@ -212,30 +221,53 @@ class Source(ABC):
     """What every source of pictures can be asked for. Frozen: the configuration, not the pixels."""
 
     suits: ClassVar[str] = "unet"  # the backbone that fits these samples
+    words: ClassVar[tuple[str, ...]] = ()  # what captions call the classes; (): by their names
 
     size: Size = None  # None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)
     channels: Channels = None  # None: as found
     flip: bool = False  # mirror half of the pictures of a batch, left to right
-    labels: bool = True  # False: leave out the classes, where there are any
+    labels: bool | None = None  # false: leave out the classes, where there are any; None: where there are captions
+    captions: tuple[str, ...] = ()  # wordings such as "a handwritten {label}", one drawn each time; files: beside them
+    text_length: Annotated[int, Ge(1)] = 256  # bytes of the longest caption, or prompt, that the model reads
+    encoder: str | None = None  # a text encoder of transformers, frozen: folder or hub id; None: one learned from bytes
 
     @abstractmethod
     def load(self, split: Split = "train") -> Data: ...
 
+    @property
+    def wants_labels(self) -> bool:
+        return not self.captions if self.labels is None else self.labels
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether anything hangs on the classes: a condition, or a wording."""
+        return self.wants_labels or self.captions not in ((), (FILES,))
+
+    def conditions(
+        self, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], texts: Texts | None = None
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Condition], Captions | None]:
+        """The classes and the captions that are asked for; ``texts`` opens those that lie beside the pictures."""
+        found = captioned(self.captions, cond, kinds, self.words, self.text_length, self.encoder, texts)
+        cond, kinds = (cond, kinds) if self.wants_labels else ({}, {})
+        return (cond, kinds, None) if found is None else (cond, {**kinds, "text": found[1]}, found[0])
+
     def from_files(
-        self, files: Files, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], memory: float
-    ) -> Data:
+        self, files: Files, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], memory: float,
+        texts: Texts | None = None,
+    ) -> Data:  # fmt: skip
         """Pictures from files, as these options want them; the first one says what the others must look like."""
         first = decode(files.read(0), files.where(0), self.size, self.channels)
+        cond, kinds, captions = self.conditions(cond, kinds, texts)
         spec = Spec(first.shape, kinds)
         spec.check(cond, len(files.names))
-        data = OnDisk(files, cond, spec, self.size, self.channels, self.flip)
+        data = OnDisk(files, cond, spec, self.size, self.channels, self.flip, captions)
         return data.in_memory() if len(data) * first.size <= memory * 2**30 else data
 
     def from_array(self, pixels: Tensor, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition]) -> InMemory:
         """Pictures uint8 ``[N, H, W]`` or ``[N, H, W, C]``, as these options want them."""
         from PIL import Image as pil
 
-        cond, kinds = (cond, kinds) if self.labels else ({}, {})
+        cond, kinds, captions = self.conditions(cond, kinds)
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         n, *found, c = pixels.shape
         wanted = height_width(self.size) if self.size else tuple(found)
@@ -246,7 +278,7 @@ class Source(ABC):
             x = torch.from_numpy(np.stack([pixels_of(p, self.size, self.channels) for p in pictures]))
         else:
             x = pixels.movedim(-1, 1).contiguous()
-        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), Pixels(), self.flip)
+        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), Pixels(), self.flip, captions)
 
 
 def check_split(split: str) -> None:
@@ -257,6 +289,8 @@ def check_split(split: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Digits(Source):
     """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is held out."""
+
+    words = WORDS
 
     def load(self, split: Split = "train") -> InMemory:
         from sklearn.datasets import load_digits
@@ -327,6 +361,8 @@ def download(kind: Any, root: Path, split: Split, files: str) -> Any:
 class Mnist(Torchvision):
     """70,000 handwritten digits, 28x28 grey (LeCun et al. 1998)."""
 
+    words = WORDS
+
     def load(self, split: Split = "train") -> InMemory:
         pixels, labels, _ = self.read("MNIST", "MNIST/raw/*-ubyte", split)
         return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
@@ -358,7 +394,7 @@ class Cifar10(Torchvision):
         if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
             from genkit.data.folders import Zip
 
-            archive = Zip(root=str(zips), size=self.size, channels=self.channels, flip=self.flip, labels=self.labels)
-            return archive.load(split, names=self.NAMES)
+            same = {f.name: getattr(self, f.name) for f in fields(Source)}
+            return Zip(**{**same, "root": str(zips)}).load(split, names=self.NAMES)
         pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
         return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})

@@ -16,6 +16,7 @@ from torch import Tensor
 from genkit import codecs, runs
 from genkit.core import Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.data import DATA, source, world
+from genkit.data.captions import FILES
 from genkit.data.images import Channels, Size
 from genkit.sampling import Counted, Seeds
 
@@ -129,6 +130,17 @@ def still(config: Any) -> Any:
     return replace(config, flip=False) if "flip" in {f.name for f in fields(config)} else config
 
 
+def captionless(config: Any) -> Any:
+    """The same samples with their classes and without captions: what words may be measured by."""
+    return replace(config, captions=(), encoder=None, labels=None) if getattr(config, "captions", ()) else config
+
+
+def classed(config: Any) -> Any:
+    """The same, where captions are made of the classes, with both."""
+    worded = getattr(config, "captions", ()) not in ((), (FILES,))
+    return replace(config, labels=True) if worded else config
+
+
 def find_data(name: str, options: Named = Named()) -> Given:
     """``cifar10:test``, or the path of a folder, .zip or .npz, also with ``:train`` or ``:test`` behind it."""
     base, _, split = name.rpartition(":")
@@ -144,7 +156,7 @@ def find_data(name: str, options: Named = Named()) -> Given:
 
 def data_of(run: runs.Run, split: str = "train", options: Named = Named()) -> Given:
     """The data that a run was trained on, without augmentation, wherever ``options`` say that they lie now."""
-    config = still(world(run.config.data))
+    config = captionless(still(world(run.config.data)))
     if options.root is not None and "root" in {f.name for f in fields(config)}:
         config = replace(config, root=options.root)
     name = next((k for k, v in DATA.items() if v is type(config)), type(config).__name__)
@@ -194,10 +206,14 @@ class Drawn:
             )
         self.asked: list[Counted] = []
         self.classifier: runs.Run | None = self.how.get("classifier")
-        self.spec_asked = self.run.spec if self.classifier is None else runs.with_classes(self.spec, self.classifier)
+        mine = self.run.world
+        self.spec_asked = self.run.spec if self.classifier is None else runs.with_classes(mine, self.classifier)
         self.generate = self.run.generator(**self.how, watch=None if self.one_pass else self._count)
         if any(not isinstance(kind, Label) for kind in self.spec_asked.cond.values()) and self.conditions is None:
-            self.conditions = still(self.run.config.data).load("train")
+            self.conditions = classed(still(self.run.config.data)).load("train")
+        seen = {} if self.conditions is None else self.conditions.spec.cond
+        known = self.spec_asked.cond
+        self.classes = {k: kind for k, kind in seen.items() if isinstance(kind, Label) and k not in known}
 
     @property
     def limit(self) -> None:
@@ -213,7 +229,7 @@ class Drawn:
 
     @property
     def spec(self) -> Spec:
-        return self.run.world
+        return replace(self.run.world, cond={**self.run.world.cond, **self.classes})
 
     @property
     def name(self) -> str:
@@ -221,7 +237,7 @@ class Drawn:
 
     @property
     def label(self) -> str | None:
-        return class_of(self.spec_asked)
+        return class_of(self.spec_asked) or next(iter(self.classes), None)
 
     def identity(self) -> dict[str, Any]:
         how = {k: told(v) for k, v in self.how.items()}
@@ -233,7 +249,7 @@ class Drawn:
     def cond(self, rows: range) -> dict[str, Tensor]:
         if self.conditions is None:
             return {k: v[rows.start :] for k, v in runs.labels(self.spec_asked, rows.stop).items()}
-        batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), 0, len(rows)))
+        batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), rows.start, rows.stop))
         return dict(self.conditions.codec.encode(batch).cond)
 
     def rows(self, first: int, last: int, n: int) -> Rows:
@@ -242,10 +258,9 @@ class Drawn:
         noise = Seeds([self.seed + i for i in rows], run.device)
         cond = self.cond(rows)
         self.asked.clear()
+        given = {k: v.to(run.device) for k, v in cond.items() if k not in self.classes}
         with torch.no_grad():
-            x = self.generate(
-                noise(run.objective.noise_shape(run.spec)), {k: v.to(run.device) for k, v in cond.items()}, noise
-            )
+            x = self.generate(noise(run.objective.noise_shape(run.spec)), given, noise)
             run.require_finite(x, first)
             x = run.codec.decode(x)
         calls = sum(a.calls for a in self.asked) if self.asked else 1

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
 from genkit.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
-from genkit.tensors import sha256
+from genkit.tensors import cache, sha256
 
 Device = torch.device | str
 CHUNK = 100  # pictures at a time: activations of about 1 GiB
@@ -67,11 +67,6 @@ class Features(ABC):
 
     @abstractmethod
     def load(self, device: Device, data: Data | None = None) -> Extractor: ...
-
-
-def cache() -> File:
-    """Where genkit keeps what it can make or fetch again: ``$GENKIT_CACHE``, else ``~/.cache/genkit``."""
-    return File(os.environ.get("GENKIT_CACHE") or "~/.cache/genkit").expanduser()
 
 
 # --------------------------------------------------------------------------------------------------- inception

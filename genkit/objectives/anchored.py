@@ -11,7 +11,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec
+from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec, keeps
 from genkit.objectives.flow import Flow
 from genkit.objectives.matching import Matching, PredictionName
 
@@ -32,7 +32,7 @@ class Bank(nn.Module):
 
     def forward(self, cond: Cond, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, K]``, and the anchors."""
-        known = {k: v for k, v in cond.items() if k in (*self.seen, "keep")}
+        known = {k: v for k, v in cond.items() if k in (*self.seen, "keep") or keeps(k) in self.seen}
         return self.head(like.new_zeros(len(like), 1), known).float(), self.centers
 
 

@@ -34,6 +34,8 @@ class EDM(Matching):
     """standard deviation of log sigma in training"""
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability that a sample is trained without its conditions, for classifier-free guidance"""
+    drop_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability that it is trained without one condition, for each of several, so that any of them may be left out"""
 
     def __post_init__(self) -> None:
         refuse_times("log-normal", self.along, self.t_mean, self.t_std)

@@ -44,6 +44,8 @@ class Flow(Matching):
     """where the flow starts: normal, anchored at a condition, or another data set"""
     drop: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability that a sample is trained without its conditions, for classifier-free guidance"""
+    drop_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability that it is trained without one condition, for each of several, so that any of them may be left out"""
 
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)

@@ -60,6 +60,7 @@ class Matching(Objective):
     sampler: ClassVar[str | None] = "heun"
     evidence: ClassVar[str | None] = "ode"
     drop: float
+    drop_each: float = 0.0
     source: Source = Normal()
 
     @property
@@ -139,7 +140,7 @@ class Matching(Objective):
     def answer(self, net: nn.Module, at: Place, batch: Batch) -> Tensor:
         """What the network says of it, some conditions dropped."""
         x_in, label = self.parametrization.inputs(self.along, at.x, at.t)
-        return net(x_in, label, batch.drop(self.drop)).float()
+        return net(x_in, label, batch.drop(self.drop, self.drop_each)).float()
 
     def squared_error(self, at: Place, out: Tensor) -> Tensor:
         error = out - self.parametrization.target(self.along, at.x0, at.x1, at.t)

@@ -23,6 +23,8 @@ class Regression(Objective):
 
     drop: Annotated[float, Ge(0), Lt(1)] = 0.0
     """probability that a sample is trained without its conditions"""
+    drop_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability that it is trained without one condition, for each of several"""
 
     sampler: ClassVar[str | None] = None
 
@@ -34,7 +36,8 @@ class Regression(Objective):
         return {"net": backbones.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        return Loss(mean_flat((answer(nets["net"], batch.x, batch.drop(self.drop)) - batch.x) ** 2), {})
+        said = answer(nets["net"], batch.x, batch.drop(self.drop, self.drop_each))
+        return Loss(mean_flat((said - batch.x) ** 2), {})
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
