@@ -239,6 +239,7 @@ class Run:
         classifier_scale: float | None = None,
         grid: str = "uniform",
         clip: bool = False,
+        guide: Guidance | None = None,
         watch: Guidance | None = None,
         callback: Callable[..., None] | None = None,
         **options: Any,
@@ -247,12 +248,14 @@ class Run:
 
         ``sampler`` None is the objective's usual one; ``options`` go to it (``eta`` of ddim). ``guidance`` goes from
         the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.guidance`); a ``classifier`` guides by
-        its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1]. ``watch``
-        stands nearest to the network, and may count its evaluations. A one-pass model (a VAE, a GAN) refuses all these.
+        its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1]. ``guide``
+        is any further guidance, after all others; ``watch`` stands nearest to the network, and may count its
+        evaluations. A one-pass model (a VAE, a GAN) refuses all these.
         """
         if self.objective.sampler is None and self.objective.draws:
             given = {"sampler": sampler, "steps": steps != 20, "guidance": guidance != 1, "classifier": classifier,
-                     "grid": grid != "uniform", "clip": clip, "callback": callback, "interval": interval}  # fmt: skip
+                     "grid": grid != "uniform", "clip": clip, "callback": callback, "interval": interval,
+                     "guide": guide}  # fmt: skip
             if odd := [name for name, value in given.items() if value]:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{odd[0]}: has no effect on {kind}, which draws in one pass; leave it out")
@@ -275,6 +278,8 @@ class Run:
             if isinstance(self.codec, codecs.Learned):
                 raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
             guides.append(clamp())
+        if guide is not None:
+            guides.append(guide)
         if watch is not None:
             guides.insert(0, watch)
         sampler = sampler or self.objective.sampler
