@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from rich.console import Console
 from rich.progress import Progress
 from tyro.conf import Positional
 
 from genkit import __version__, config, pictures
 from genkit.config import parse
-from genkit.envs import make
+from genkit.envs import Env, make
+from genkit.rl.best import best_of, carried_out, learn_q, load_q, save_q, tried
+from genkit.rl.guided import by_value
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import Episodes, rollout
 
@@ -43,6 +45,14 @@ class Rollout:
     """A name in genkit.sampling.SAMPLERS; None: ddim, one evaluation a step."""
     guidance: float = 1.0
     """From the unconditional prediction through the policy's own; 1: none."""
+    best_of: Count = 1
+    """Chunks that are drawn for a decision; the one of the largest Q is carried out."""
+    q_guidance: Annotated[float, Ge(0)] = 0.0
+    """Draw chunks from the policy's law times exp(this Q), Q in deviations of the returns; 0: off."""
+    fit_q: Annotated[int, Ge(0)] = 0
+    """First learn Q from so many episodes of the policy itself, and keep it in the run's folder; 0: the one there."""
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.95
+    """Of Q: discount from one decision to the next."""
     act_steps: Count | None = None
     """Actions of a chunk that are carried out, counted from now; None: as in training."""
     max_steps: Count | None = None
@@ -67,16 +77,14 @@ class Rollout:
 
 def main(argv: list[str]) -> int:
     asked = parse(Rollout, argv, prog="genkit rollout", description="Let a policy act in its environment.")
-    how: dict[str, Any] = {} if asked.guidance == 1 else {"guidance": asked.guidance}
-    policy = Policy.load(
-        asked.run, steps=asked.steps, sampler=asked.sampler, act_steps=asked.act_steps,
-        ema=asked.ema, step=asked.step, device=asked.device, **how,
-    )  # fmt: skip
+    policy = load(asked)
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
     limit = {} if asked.max_steps is None else {"max_steps": asked.max_steps}
     env = make(asked.env or policy.env, min(asked.parallel, asked.episodes), **limit)
     seeds = range(asked.seeds, asked.seeds + asked.episodes)
+    explained = learned(asked, policy, env) if asked.fit_q else None
+    policy = improved(asked, policy)
     with Progress(console=console, disable=asked.json or not console.is_terminal, transient=True) as bar:
         task = bar.add_task("episodes", total=asked.episodes)
         done = rollout(policy, env, seeds, film=asked.film, progress=lambda n: bar.update(task, completed=n))
@@ -85,6 +93,7 @@ def main(argv: list[str]) -> int:
         "ms_per_chunk": latency(policy, env.reset(list(seeds)[: env.num])),
         "ms_per_batch": done.summary()["ms_per_chunk"],
         "steps": asked.steps if policy.run.objective.sampler else 1,
+        **({} if explained is None else {"q_explains": explained}),
         "weights": policy.run.weights,
         "run": str(policy.run.directory),
         "asked": config.dump(asked),
@@ -92,7 +101,10 @@ def main(argv: list[str]) -> int:
     }
     out = File(asked.out) if asked.out else policy.run.directory / "rollouts"
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"step{policy.run.step}-k{found['steps']}-seeds{asked.seeds}-n{asked.episodes}"
+    chosen = (f"-best{asked.best_of}" if asked.best_of > 1 else "") + (
+        f"-q{asked.q_guidance:g}" * bool(asked.q_guidance)
+    )
+    stem = f"step{policy.run.step}-k{found['steps']}{chosen}-seeds{asked.seeds}-n{asked.episodes}"
     written = [write(found, out / f"{stem}.json"), *draw(asked, env, done, out, stem)]
     if asked.json:
         print(json.dumps(found))
@@ -101,6 +113,45 @@ def main(argv: list[str]) -> int:
     for path in written:
         console.print(path, markup=False)
     return 0
+
+
+def load(asked: Rollout, **how: Any) -> Policy:
+    how |= {} if asked.guidance == 1 else {"guidance": asked.guidance}
+    return Policy.load(
+        asked.run, steps=asked.steps, sampler=asked.sampler, act_steps=asked.act_steps,
+        ema=asked.ema, step=asked.step, device=asked.device, **how,
+    )  # fmt: skip
+
+
+FIRST = 3 * 2**28  # of the seeds that Q is learned from: far from those that a policy is trained on or measured with
+
+
+def about(asked: Rollout, policy: Policy) -> dict[str, Any]:
+    """What a Q is of."""
+    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": asked.env or policy.env}
+
+
+def learned(asked: Rollout, policy: Policy, env: Env) -> float:
+    """Learn Q and keep it; the share of the held-out returns' variance that it explains."""
+    seen = tried(policy, env, range(FIRST, FIRST + asked.fit_q), asked.gamma)
+    q, explained = learn_q(policy.run.spec, carried_out(policy), seen)
+    more = {"steps": asked.steps, "gamma": asked.gamma, "episodes": asked.fit_q, "explains": explained}
+    file = save_q(policy.run.directory, q, about(asked, policy) | more)
+    if not asked.json:
+        console.print(
+            f"{file}: {len(seen.returns)} decisions, explains {explained:.2f} of held-out returns", markup=False
+        )
+    return explained
+
+
+def improved(asked: Rollout, policy: Policy) -> Policy:
+    """The policy that heeds its Q, where it is asked to."""
+    if asked.best_of == 1 and not asked.q_guidance:
+        return policy
+    q = load_q(policy.run.directory, policy.run.spec, about(asked, policy)).to(policy.run.device)
+    if asked.q_guidance:
+        policy = load(asked, guide=by_value(q, asked.q_guidance))
+    return replace(policy, generate=best_of(policy.generate, q, asked.best_of))
 
 
 def latency(policy: Policy, obs: Any, repeats: int = 20) -> float:
