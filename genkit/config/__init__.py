@@ -173,16 +173,16 @@ class Sample(Sampling):
 
     run: Positional[str]
     """The run's folder, such as runs/latest."""
-    lora: str | None = None
-    """Draw with the change that this run of --lora.rank learned, of this run or of another with the same layers."""
-    lora_scale: float | None = None
-    """How much of that change, or of a LoRA run's own; None: 1, all; 0: the base."""
     n: Count | None = None
     """How many samples, of each prompt; None: 64, or one of each of several prompts."""
     label: Annotated[int, Ge(0)] | None = None
     """The class to draw; None: all in turn."""
     prompt: tuple[str, ...] = ()
     """What to draw, in words, for a model trained with captions; none: captions of its data in turn."""
+    lora: str | None = None
+    """Draw with the change that this run of --lora.rank learned, of this run or of another with the same layers."""
+    lora_scale: float | None = None
+    """How much of that change, or of a LoRA run's own; None: 1, all; 0: the base."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture, a file a sample, or arrays."""
     out: str | None = None
