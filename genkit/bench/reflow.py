@@ -41,7 +41,7 @@ from genkit.sampling import bind
 
 HEUN, ROUNDS = 25, 3
 TEST = {"plane": 1024, "digits": 1000}
-PAIRS = {"plane": 20_000, "digits": 4000}
+PAIRS = {"plane": 20_000, "digits": 20_000}
 LR = {"plane": 2e-3, "digits": 1e-3}
 
 Sampler = Callable[[int], Batch]
