@@ -1,6 +1,6 @@
 """DDPO on pictures: a model that draws threes learns to draw what a classifier calls an eight, and what that costs.
 
-    python examples/image_reward.py [--run runs/latest] [--label 3] [--seeds 0] [--kl 0.1] [--out image_reward.png]
+    python examples/image_reward.py [--run runs/latest] [--label 3] [--seeds 0] [--kl 0.05] [--out image_reward.png]
 
 Trains a flow on scikit-learn's digits where no run is given (two CPU minutes), then improves the pictures of one label
 by the classifier's log-probability of "8" (half a CPU minute a seed). It prints the reward before and after in its
@@ -13,9 +13,8 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from genkit import runs
 from genkit.cli import main as genkit
@@ -30,14 +29,14 @@ parser.add_argument("--run", help="a run on the digits; None: train one")
 parser.add_argument("--reward", default="genkit.rl.image:eight")
 parser.add_argument("--label", type=int, default=3)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-parser.add_argument("--kl", type=float, default=0.1, help="price of a nat, in deviations of the first rewards")
-parser.add_argument("--iterations", type=int, default=12)
+parser.add_argument("--kl", type=float, default=0.05, help="price of a nat, in deviations of the first rewards")
+parser.add_argument("--iterations", type=int, default=15)
 parser.add_argument("--samples", type=int, default=200)
 parser.add_argument("--runs", default="runs")
 parser.add_argument("--out", type=Path, default=Path("image_reward.png"))
 args = parser.parse_args()
 CHAIN = ["--noise=sde", "--steps=5", "--floor=0.1"]
-METHOD = ["--method=ddpo", f"--method.kl={args.kl}", "--method.lr=1.5e-4", "--ema=0.9"]
+METHOD = ["--method=ddpo", f"--method.kl={args.kl}", "--ema=0.9"]
 
 torch.set_num_threads(1)
 data = DATA["digits"]().load("train")
@@ -78,8 +77,12 @@ for seed, a, b, kl, far, near, took in rows:
           f"{pair('frechet_class')} | {pair('precision', d=2)} | {took:.0f} |")  # fmt: skip
 
 assert shown is not None
-panels = [Image.open(shown / name).convert("RGB") for name in ("samples/before.png", "samples/after.png")]
-panels = [p.crop((0, 0, p.width, p.height // 2)).resize((480, 240)) for p in panels]
-curve = Image.open(shown / "reward-kl.png").convert("RGB").resize((840, 480))
-grids = np.concatenate([np.asarray(p) for p in panels])
-print(save(Image.fromarray(np.concatenate([grids, np.asarray(curve)], 1)), args.out, optimize=True))
+WIDE, HIGH, CAPTION = 7 * 66 + 2, 3 * 66 + 2, 24  # three rows of seven samples; a tile of the run's pictures is 66 wide
+sheet = Image.new("RGB", (WIDE + 790, 2 * (HIGH + CAPTION)), "white")
+for i, name in enumerate(("before", "after")):
+    top = i * (HIGH + CAPTION)
+    ImageDraw.Draw(sheet).text((4, top + 6), f"{name}, samples of label {args.label}", fill="black", font_size=14)
+    tiles = Image.open(shown / "samples" / f"{name}.png").convert("RGB").crop((0, 0, WIDE, HIGH))
+    sheet.paste(tiles, (0, top + CAPTION))
+sheet.paste(Image.open(shown / "reward-kl.png").convert("RGB").resize((770, 440)), (WIDE + 20, 4))
+print(save(sheet.quantize(192), args.out, optimize=True))
