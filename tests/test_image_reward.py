@@ -357,7 +357,7 @@ def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
     ("argv", "message"),
     [
         (["--label", "10", *BRIGHT], r"label: given 10; allowed 0\.\.9"),
-        (["--method=rwr", "--noise=learned", *LIGHT], "noise: learned learns nothing by rwr"),
+        (["--method=rwr", "--noise=learned", *LIGHT], "noise: learned has no effect on rwr"),
         (["--method=mixed", "--method.gradient", "through", "--noise=learned", *LIGHT],
          "noise: learned learns by the likelihood ratio"),
     ],
