@@ -239,7 +239,8 @@ def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     assert runs.load(flow).spec.shape == (2, 4, 4)
     both = [quality.cost_of(run) for run in (stage, flow)]
     assert sum(c.steps for c in both) == 4
-    assert rows(tmp_path)["latent", "2"]["training, CPU s"] == report.number(sum(c.cpu for c in both))
+    asked = config.parse(quality.Quality, [*TINY, f"--out={tmp_path}"])
+    assert quality.train_row(asked, "latent", 0) == quality.Trained(flow, both[0] + both[1])
     assert "2 of the steps train a first stage of 2x4x4" in (tmp_path / "report.md").read_text()
     monkeypatch.setattr(quality, "launch", never)
     monkeypatch.setattr(Ruler, "look", never)
