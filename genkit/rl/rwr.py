@@ -27,7 +27,7 @@ class RWR(Method):
     """Regress onto what was tried, weighted by ``exp(A / tau)``, A in units of its deviation, and onto demonstrations.
 
     Without the demonstrations every iteration multiplies the law by the weights again and it collapses: on four ways
-    the naive one went from a success of 0.76 to 0 (policy.md).
+    20 iterations left 0.99 of 1.99 bits of the ways, and with them 1.98 (docs/results/rwr-four-ways.json).
     """
 
     tau: Annotated[float, Gt(0)] = 1.0
