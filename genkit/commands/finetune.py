@@ -27,8 +27,8 @@ from genkit.config import parse, table, to_yaml
 from genkit.core import Batch, seed_of
 from genkit.data import Stream
 from genkit.envs import Env, make
-from genkit.lora import LoRA
 from genkit.evaluate.rulers import suits
+from genkit.lora import LoRA
 from genkit.rl.chain import Chain, Noising, denoiser_of
 from genkit.rl.image import likeness
 from genkit.rl.judged import Judged, reward_kl
