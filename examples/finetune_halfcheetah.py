@@ -1,0 +1,105 @@
+"""HalfCheetah: a policy learned from a medium expert, then improved by the reward of the task.
+
+    python examples/finetune_halfcheetah.py [--seeds 0] [--iterations 300] [--strip]
+
+Needs `pip install "genkit[policy]"`. Finds a linear expert by random search and records 20 of its episodes (only if
+ENV.npz is not there yet), learns a flow policy from them, improves it by PPO on its denoising steps, and draws the
+return against the CPU time of the improvement. --strip adds pictures of an episode before and after. What was reached
+so far stands in configs/finetune/halfcheetah.yaml.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from genkit import config, pictures, runs
+from genkit.cli import main as genkit
+from genkit.envs import make
+from genkit.rl.policy import Policy
+from genkit.rl.rollout import rollout
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SETTINGS = {  # environment -> configurations of genkit train and genkit finetune
+    "HalfCheetah-v5": ("halfcheetah_flow.yaml", "finetune/halfcheetah.yaml"),
+}
+
+parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+parser.add_argument("--env", choices=SETTINGS, default="HalfCheetah-v5")
+parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+parser.add_argument("--iterations", type=int, help="of the improvement; the configuration's where not given")
+parser.add_argument("--demos", type=Path, help="the replay buffer, recorded where it is not there; ENV.npz")
+parser.add_argument("--runs", default="runs")
+parser.add_argument("--out", type=Path, help="the picture; ENV.png")
+parser.add_argument("--json", type=Path, help="write the figures")
+parser.add_argument("--strip", action="store_true", help="draw the world; needs OpenGL, without a screen through EGL")
+args = parser.parse_args()
+demos, out = args.demos or Path(f"{args.env}.npz"), args.out or Path(f"{args.env}.png")
+
+
+def command(*argv: str) -> float:
+    """CPU seconds of a command of genkit."""
+    began = time.process_time()
+    if genkit([*argv]):
+        raise SystemExit(2)
+    return time.process_time() - began
+
+
+def strip(run: runs.Run, steps: int) -> np.ndarray:
+    """Eight moments of the first four seconds of an episode, side by side."""
+    done = rollout(Policy.load(run, steps=steps), make(args.env, 1, max_episode_steps=80), [100_000], film=1)
+    moments = [f.resize((160, 160)) for f in done.frames[0][:: max(1, len(done.frames[0]) // 8)][:8]]
+    return np.concatenate([np.asarray(f) for f in moments], 1)
+
+
+train, finetune = (str(CONFIGS / name) for name in SETTINGS[args.env])
+if not demos.is_file():
+    command("demo", args.env, "--expert=ars", "--episodes=20", f"--out={demos}")
+rows, curves, strips = [], [], []
+for seed in args.seeds:
+    common = [f"--seed={seed}", f"--out={args.runs}"]
+    learning = command(
+        "train", "--config", train, f"--data.root={demos}", "--device=cpu", "--tensorboard=false", *common
+    )
+    base = runs.find(Path(args.runs) / "latest")
+    length = [f"--iterations={args.iterations}"] if args.iterations else []
+    command("finetune", str(base), "--config", finetune, *length, *common)
+    run = runs.find(Path(args.runs) / "latest")
+    log = runs.read_log(run)
+    before, after = (json.loads((run / f"{when}.json").read_text())["return"] for when in ("before", "after"))
+    improving = max(r.get("cpu_seconds", 0) for r in log)
+    rows.append({"seed": seed, "before": before, "after": after, "train_cpu_seconds": round(learning),
+                 "finetune_cpu_seconds": round(improving), "iterations": max(r["step"] for r in log)})  # fmt: skip
+    curves.append([(r["cpu_seconds"], r["return"]) for r in log if "return" in r])
+    if args.strip and not strips:
+        steps = config.load_yaml(run / "finetune.yaml")["steps"]
+        strips = [strip(runs.load(path, device="cpu"), steps) for path in (base, run)]
+
+
+def draw(axes):
+    for i, (row, curve) in enumerate(zip(rows, curves, strict=True)):
+        axes.plot(*zip(*curve, strict=True), lw=0.8, alpha=0.6, color=f"C{i}")
+        ends = [row["before"]["value"], row["after"]["value"]]
+        axes.plot(
+            [0, row["finetune_cpu_seconds"]], ends, "o", color=f"C{i}", label=f"seed {row['seed']}, without noise"
+        )
+    axes.set(xlabel="CPU seconds", ylabel="return of an episode", title=args.env)
+    axes.legend()
+
+
+picture = pictures.figure(draw, (12.8, 5) if strips else (7, 4))
+if strips:
+    wide = strips[0].shape[1]
+    curve = np.asarray(picture.convert("RGB").resize((wide, round(picture.height * wide / picture.width))))
+    picture = Image.fromarray(np.concatenate([curve, *strips]))
+print("| seed | before | after | improvement, CPU s |\n|---|---|---|---|")
+for seed, before, after, _, took, _ in (row.values() for row in rows):
+    print(f"| {seed} | {before['value']:.0f} | {after['value']:.0f} | {took} |")
+if args.json:
+    said = f"python examples/finetune_halfcheetah.py --env {args.env} --seeds {' '.join(map(str, args.seeds))}"
+    said += f" --iterations {args.iterations}" if args.iterations else ""
+    args.json.write_text(json.dumps({"command": said, "seeds": rows}, indent=1) + "\n")
+print(pictures.save(picture, out))
