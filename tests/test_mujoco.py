@@ -177,7 +177,7 @@ def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
 
 
 def test_networks_see_no_observation_that_is_further_than_the_limit():
-    """Of demonstrations the limit is 5: a cheetah on its back, a hundred deviations away, made steps of 60 nats."""
+    """Of demonstrations the limit is 5; a cheetah on its back is a hundred deviations from those of a gait."""
     near, far = torch.tensor([[[2.0 + 5 * 0.1, 0.0]]]), torch.tensor([[[2.0 + 100 * 0.1, 0.0]]])
     for limit, same in ((5.0, True), (None, False)):
         spec = spec_from_dict(spec_to_dict(Spec((1,), {"obs": Vector((1, 2), (2.0, 0.0), (0.1, 1.0), limit)})))
