@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from genkit import codecs, config
 from genkit.codecs import Learned, Standardize
 from genkit.config import table
 from genkit.core import Backbones, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
+from genkit.files import whole
 from genkit.objectives.autoencoder import Autoencoding, Posterior, certain
 from genkit.tensors import fill, tensors
 
@@ -71,10 +71,8 @@ class Stage(ABC):
 
     def write(self, folder: File) -> None:
         """Put a copy of the weights into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{WEIGHTS}.part"
-        part.write_bytes(self.stored)
-        os.replace(part, folder / WEIGHTS)
+        with whole(folder / WEIGHTS) as part:
+            part.write_bytes(self.stored)
 
     def to(self, device: torch.device) -> Stage:
         for net in self.nets.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from genkit.files import whole
 
 SIDE = 64  # smaller images are enlarged to about this many pixels, by whole numbers
 
@@ -109,10 +110,8 @@ def save(image: Image.Image, path: File, **options: Any) -> File:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: {path.suffix or 'no ending'} is not a picture's; take .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format=kind, **options)
-    os.replace(part, path)
+    with whole(path) as part:
+        image.save(part, format=kind, **options)
     return path
 
 

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from PIL import Image
 
 from genkit import __version__, runs
 from genkit.config import load_yaml
+from genkit.files import whole
 
 POINTS = 500  # of a curve: about as many as the pixels that it gets
 FRAMES = 12  # grids of samples on a page, evenly over the training
@@ -766,8 +766,6 @@ def environment_parts(path: File) -> list[Markup]:
 
 def write(text: str, path: File) -> File:
     """Write a page, or its Markdown, so that no half of it can be left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path as File
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
+from genkit.files import whole
 from genkit.tensors import cache
 
 
@@ -147,11 +147,9 @@ def encoded(encoder: Frozen, texts: Sequence[str]) -> dict[str, Tensor]:
         pass
     states, mask = encoder(texts)
     made = {"text": states, "mask": mask}
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(made, part)
-        os.replace(part, path)
+        with whole(path) as part:
+            save_file(made, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e
     return made

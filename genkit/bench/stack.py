@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from genkit import __version__
 from genkit.codecs import Identity
 from genkit.config import Train
 from genkit.core import NO_COND, Batch, Cond, Objective, Path
+from genkit.files import whole
 from genkit.objectives.couplings import Coupling
 from genkit.train import fit, start
 
@@ -150,13 +150,7 @@ class Record:
         if self.out:
             packed = io.BytesIO()
             np.savez_compressed(packed, **self.arrays)  # type: ignore[arg-type]  # names are keywords
-            whole(self.points, packed.getvalue())
-            whole(self.out, (json.dumps(self.head | {"cells": self.cells}, indent=1) + "\n").encode())
-
-
-def whole(path: File, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+            with whole(self.points) as part:
+                part.write_bytes(packed.getvalue())
+            with whole(self.out) as part:
+                part.write_text(json.dumps(self.head | {"cells": self.cells}, indent=1) + "\n")

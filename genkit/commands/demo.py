@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -17,6 +16,7 @@ from tyro.conf import Positional
 from genkit.config import parse, table
 from genkit.envs import Expert, expert, make
 from genkit.envs.ars import Linear, Search, search
+from genkit.files import whole
 
 console = Console(highlight=False, soft_wrap=True)
 TRIES = 4  # waves without one success after which an expert is said not to know how
@@ -95,10 +95,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"out: given {out}; a replay buffer is an .npz")
     guide, tried, obs, actions, returns = record(asked)
     ends = np.cumsum([len(a) for a in actions])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part.npz")
-    np.savez(part, obs=np.concatenate(obs), action=np.concatenate(actions), episode_ends=ends)
-    os.replace(part, out)
+    with whole(out) as part, open(part, "wb") as f:
+        np.savez(f, obs=np.concatenate(obs), action=np.concatenate(actions), episode_ends=ends)
     told = f"{out}  {len(ends)} episodes of {tried} tried, {ends[-1]} steps, return {np.mean(returns):.1f}"
     console.print(f"{told} ({min(returns):.1f} to {max(returns):.1f})", markup=False)
     if isinstance(guide, Linear):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as File
@@ -18,6 +17,7 @@ from tyro.conf import Positional
 from genkit import __version__, config, pictures
 from genkit.config import parse
 from genkit.envs import Env, make
+from genkit.files import whole
 from genkit.rl.best import best_of, carried_out, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
 from genkit.rl.policy import Policy
@@ -184,9 +184,8 @@ def line(found: Mapping[str, Any]) -> str:
 
 
 def write(found: Mapping[str, Any], path: File) -> File:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from genkit import __version__, config, pictures, runs, text
 from genkit.config import Sample, Sampling, parse
 from genkit.core import Denoiser, Prediction, seed_of
+from genkit.files import whole
 from genkit.sampling import Counted
 
 console = Console(highlight=False, soft_wrap=True)
@@ -144,10 +144,8 @@ def write_npz(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:
     """The layout of guided-diffusion: `arr_0` uint8 NHWC (floats as they are), `arr_1` labels."""
     array = x.permute(0, 2, 3, 1).numpy() if x.ndim == 4 else x.numpy()
     arrays = [array, cond["label"].numpy()] if "label" in cond else [array]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part.npz")
-    np.savez(part, *arrays)
-    os.replace(part, out)
+    with whole(out) as part, open(part, "wb") as f:
+        np.savez(f, *arrays)
     return [out]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from genkit.codecs import Identity
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.data.images import Split, check_split, one_line
+from genkit.files import whole
 
 ABOUT = "latents.json"
 
@@ -110,16 +110,14 @@ def read_about(root: Path) -> dict[str, Any]:
 
 
 def write_about(root: Path, about: Mapping[str, Any]) -> None:
-    part = root / f".{ABOUT}.part"
-    part.write_text(json.dumps(about, indent=1))
-    os.replace(part, root / ABOUT)
+    with whole(root / ABOUT) as part:
+        part.write_text(json.dumps(about, indent=1))
 
 
 def write_shard(path: Path, content: Mapping[str, Tensor], made: Mapping[str, str]) -> None:
     """``made`` says what of, for :func:`is_shard`."""
-    part = path.with_name(f".{path.name}.part")
-    save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=as_metadata(made))
-    os.replace(part, path)
+    with whole(path) as part:
+        save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=as_metadata(made))
 
 
 def as_metadata(made: Mapping[str, str]) -> dict[str, str]:

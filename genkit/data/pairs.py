@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from genkit import codecs
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.data.images import InMemory, Split, check_split
+from genkit.files import whole
 
 
 @dataclass(eq=False)
@@ -45,10 +45,8 @@ def save_pairs(
         "made": dict(made),
     }
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part.npz")
-    np.savez(part, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
-    os.replace(part, path)
+    with whole(path) as part, open(part, "wb") as f:
+        np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
     return path
 
 

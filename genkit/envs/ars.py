@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from annotated_types import Ge, Gt
 
 from genkit.envs import Env
 from genkit.envs.gym import Gym
+from genkit.files import whole
 
 TARGETS = {"HalfCheetah-v5": 2000.0}  # mean returns that a search finds in about a CPU minute (seed 0)
 
@@ -42,9 +42,8 @@ class Linear:
 
     def save(self, path: Path) -> None:
         record = {"found": self.found, **{name: getattr(self, name).tolist() for name in ARRAYS}}
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(record) + "\n")
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_text(json.dumps(record) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Linear:

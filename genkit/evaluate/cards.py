@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import Any
 
 from genkit import __version__
 from genkit.evaluate.shards import key_of
+from genkit.files import whole
 from genkit.metrics import Estimate
 
 Card = dict[str, Any]
@@ -50,11 +50,8 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 
 def write(card: Card, path: File) -> File:
-    """Under a temporary name, then renamed: what is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
-    part.write_text(json.dumps(card, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(card, indent=1, allow_nan=False) + "\n")
     return path
 
 

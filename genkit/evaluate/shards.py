@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from genkit.evaluate.sources import Given, Rows, Samples, split_rows
+from genkit.files import whole
 from genkit.metrics import Measured, Moments
 from genkit.metrics.features import Extractor, Seen, cache
 
@@ -85,16 +85,12 @@ class Shard:
     seconds: float = 0.0
 
     def save(self, path: File) -> None:
-        """Write it under a temporary name, then rename it."""
         assert self.moments is not None
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {k: torch.cat(v) for k, v in self.kept.items() if v}
         counts = [self.moments.n, self.blocks, self.calls, self.passes, self.seconds]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}-{os.getpid()}.part")
-        with open(part, "wb") as f:
+        with whole(path) as part, open(part, "wb") as f:
             np.savez(f, counts=np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: File) -> Shard:

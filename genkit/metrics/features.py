@@ -29,6 +29,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
+from genkit.files import whole
 from genkit.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
 from genkit.tensors import cache, sha256
 
@@ -339,11 +340,9 @@ def keep(network: nn.Module, file: File) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    part = file.with_name(f".{file.name}-{os.getpid()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
-        os.replace(part, file)
+        with whole(file) as part:
+            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e
 

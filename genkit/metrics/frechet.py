@@ -7,7 +7,6 @@ is symmetric: Cholesky and a symmetric eigenvalue problem, in float64.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path as File
 
@@ -16,6 +15,7 @@ import torch
 from scipy.linalg import LinAlgError, eigh
 from torch import Tensor
 
+from genkit.files import whole
 from genkit.metrics.estimate import LEVEL, Estimate, rows
 
 FEW = 10_000
@@ -106,14 +106,11 @@ class Moments:
 
     def save(self, path: str | File) -> None:
         """Write an npz of ``mu``, ``sigma`` (the names of pytorch-fid and EDM) and, where known, ``n``."""
-        path = File(path)
-        part = path.with_name(f".{path.name}.part")
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
         if self.n is not None:
             arrays["n"] = np.asarray(self.n)
-        with open(part, "wb") as f:
+        with whole(path) as part, open(part, "wb") as f:
             np.savez(f, allow_pickle=False, **arrays)
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | File) -> Moments:

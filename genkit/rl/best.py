@@ -8,7 +8,6 @@ to act by the largest of it is one step of policy improvement, and no more.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as File
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from genkit.backbones import MLP
 from genkit.core import Cond, Generator, Noise, Spec
 from genkit.envs import Env
+from genkit.files import whole
 from genkit.rl.guided import Value
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import rollout
@@ -179,9 +179,8 @@ FILE = "q.safetensors"
 
 def save_q(run: File, q: Q, about: dict[str, Any]) -> File:
     """Into the run's folder, with what it was learned from."""
-    part = run / f".{FILE}.part"
-    save_file({k: v.contiguous() for k, v in q.state_dict().items()}, part, {"about": json.dumps(about)})
-    os.replace(part, run / FILE)
+    with whole(run / FILE) as part:
+        save_file({k: v.contiguous() for k, v in q.state_dict().items()}, part, {"about": json.dumps(about)})
     return run / FILE
 
 

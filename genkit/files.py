@@ -1,0 +1,24 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as File
+
+
+@contextmanager
+def whole(path: str | File) -> Iterator[File]:
+    """A place beside ``path`` to write to. It takes that name when the block ends well, and is gone when it does not.
+
+    The folders above are made. Each process has a place of its own; of two that write one file, the last stays.
+    """
+    path = File(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}-{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
