@@ -14,6 +14,7 @@ from genkit.backbones import Diffusers, DiT, UNet
 from genkit.backbones.diffusers import UNet2D
 from genkit.core import Label, Spec
 from genkit.lora import LoRA, adapt, merge
+from genkit.sampling import Seeds
 from genkit.tensors import tensors
 from genkit.train import twin
 
@@ -146,7 +147,10 @@ def tuned(tmp_path_factory, base):
 
 
 def drawn(run, **how):
-    return runs.load(run, **how).sample(2, steps=3)[0].float()
+    """Of two seeds, before they are pixels: those of a network that is hardly trained are black and white."""
+    loaded, noise = runs.load(run, **how), Seeds(range(2))
+    with torch.no_grad():
+        return loaded.generator(steps=3)(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
 
 
 def weights(run, **how):

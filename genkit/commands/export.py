@@ -62,6 +62,9 @@ class ToDiffusers(Format):
 
     diffusers has pipelines for unet2d without classes. What has none (classes, dit, unet2d-condition, latents) is
     written as network and scheduler, with the loop that draws.
+
+    The same seed is the same noise z. diffusers begins with z, genkit with sigma(1) z: they are 2e-5 of it apart with
+    linear betas, 4e-4 with scaled-linear ones, and nothing with cosine betas, zero_snr or a flow.
     """
 
     label: Annotated[int, Ge(0)] | None = None
