@@ -328,12 +328,12 @@ class Run:
         n: int = 16,
         *,
         label: int | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int = 0,
         cond: Cond | None = None,
         classifier: Run | None = None,
         batch: int = 64,
         progress: Callable[[int], None] = lambda done: None,
-        prompt: str | Sequence[str] | None = None,
         **how: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``n`` decoded samples ``[n, *S]`` (uint8 for images) and their conditions. Sample i has seed ``seed + i``.
