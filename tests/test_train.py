@@ -545,7 +545,7 @@ def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     assert same(whole, cut) == []
     shares = runs.load(whole).nets["history"].shares()
     assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
-    begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}")  # without a memory of its own
+    begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}", "--objective=flow")  # without a memory
     again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")
     assert runs.load(again).nets["history"].seen.sum() == 128
 

@@ -17,7 +17,6 @@ eps-prediction divides by alpha, which is kept at 0.05 or more, for all three al
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -33,9 +32,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from genkit.bench.stack import Record, Stack, mean_sd, rows, train, whole
+from genkit.bench.stack import Record, Stack, mean_sd, rows, train
 from genkit.core import NO_COND
 from genkit.data.toy import SwissRoll
+from genkit.files import whole
 from genkit.metrics import wasserstein2 as w2
 from genkit.objectives.flow import Flow
 from genkit.objectives.matching import PredictionName
@@ -114,9 +114,8 @@ def picture(points: Mapping[str, np.ndarray], path: File) -> None:
             if p is not None:
                 ax.scatter(*p.T, s=1, color="C7" if title == "data" else "C0")
     FigureCanvasAgg(fig)
-    packed = io.BytesIO()
-    fig.savefig(packed, format="png")
-    whole(path, packed.getvalue())
+    with whole(path) as part:
+        fig.savefig(part, format="png")
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,6 @@ took. Here sources are Sobol' points and the data spread evenly over modes and a
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,9 +33,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from genkit.bench.stack import Each, Record, Stack, mean_sd, rows, train, whole
+from genkit.bench.stack import Each, Record, Stack, mean_sd, rows, train
 from genkit.core import NO_COND
 from genkit.data.toy import Points, Toy
+from genkit.files import whole
 from genkit.metrics import wasserstein2 as w2
 from genkit.objectives.couplings import Coupling, Independent, OptimalTransport
 from genkit.objectives.flow import Flow
@@ -190,9 +190,8 @@ def picture(ways: Mapping[str, np.ndarray], path: File) -> None:
                 ax.scatter(*way[0].T, s=4, color="C0", zorder=2)
                 ax.scatter(*way[-1].T, s=4, color="C3", zorder=3)
     FigureCanvasAgg(fig)
-    packed = io.BytesIO()
-    fig.savefig(packed, format="png")
-    whole(path, packed.getvalue())
+    with whole(path) as part:
+        fig.savefig(part, format="png")
 
 
 def main(argv: list[str]) -> int:
