@@ -131,7 +131,8 @@ def merge(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for net in nets.values():
-        for name, layer in [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]:
+        found: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in found:
             layer.merge()
             parent, _, last = name.rpartition(".")
             setattr(net.get_submodule(parent), last, layer.get_base_layer())

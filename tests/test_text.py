@@ -375,8 +375,8 @@ def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind
     ("how", "says"),
     [
         (
-            {"captions": ("a {lable}",)},
-            r"given 'a \{lable\}'; allowed: wordings that hold \{label\}, or the word files",
+            {"captions": ("a {lab}",)},
+            r"given 'a \{lab\}'; allowed: wordings that hold \{label\}, or the word files",
         ),
         ({"captions": ("files",)}, "given files, but these data are no files"),
         ({"captions": ("files", "a {label}")}, "given files and wordings"),
