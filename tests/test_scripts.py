@@ -65,6 +65,7 @@ def test_exact_mixture_shows_the_orders():
         assert float(order) == pytest.approx(1 if name == "ddim" else 2, abs=0.2)
 
 
+@pytest.mark.slow
 def test_flow_in_40_lines_learns(tmp_path):
     out = tmp_path / "moons.png"
     printed = python("examples/02_flow_in_40_lines.py", "--steps", 501, "--out", out)

@@ -101,7 +101,7 @@ def test_a_resumed_run_can_go_further(tmp_path):
     assert len(list((tmp_path / "runs").glob("0*"))) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, how):
     process = subprocess.Popen(
         [sys.executable, "-m", "genkit", "train", *SMALL, "--steps=100000"],
