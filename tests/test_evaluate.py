@@ -549,6 +549,15 @@ def test_nan_hides_in_no_pixel(grey):
         run.sample(2, steps=2)
 
 
+def test_other_seeds_steps_or_weights_are_other_samples(moons):
+    """Else an evaluation that was cut off would go on with the numbers of another."""
+    run = runs.load(moons, device="cpu")
+    usual = Drawn(run, {"steps": 2}, seed=0, weights_sha256="a").identity()
+    assert Drawn(run, {"steps": 2}, seed=0, weights_sha256="a").identity() == usual
+    for changed in ({"seed": 7}, {"how": {"steps": 3}}, {"weights_sha256": "b"}):
+        assert Drawn(**{"run": run, "how": {"steps": 2}, "weights_sha256": "a", **changed}).identity() != usual
+
+
 def test_ranks_hear_what_the_main_one_refuses():
     ranks = replace(Ranks(), rank=0)
     with pytest.raises(ValueError, match="no"):
