@@ -22,3 +22,10 @@ def whole(path: str | File) -> Iterator[File]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | File, text: str) -> File:
+    """Write ``text`` whole or not at all; its path."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return File(path)

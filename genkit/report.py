@@ -27,7 +27,7 @@ from PIL import Image
 
 from genkit import __version__, runs
 from genkit.config import load_yaml
-from genkit.files import whole
+from genkit.files import write_text
 
 POINTS = 500  # of a curve: about as many as the pixels that it gets
 FRAMES = 12  # grids of samples on a page, evenly over the training
@@ -766,6 +766,4 @@ def environment_parts(path: File) -> list[Markup]:
 
 def write(text: str, path: File) -> File:
     """Write a page, or its Markdown, so that no half of it can be left behind."""
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, text)

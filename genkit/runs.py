@@ -40,6 +40,7 @@ from genkit.core import (
     spec_from_dict,
     spec_to_dict,
 )
+from genkit.files import write_text
 from genkit.guidance import (
     LINEAR,
     Rule,
@@ -196,9 +197,7 @@ def read_log(run: File) -> list[dict[str, Any]]:
 def rewind_log(run: File, step: int) -> None:
     """Forget the lines after ``step``: what a killed run did past its last checkpoint is done again."""
     kept = [r for r in read_log(run) if r["step"] <= step]
-    new = run / ".log.jsonl.part"
-    new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(new, run / "log.jsonl")
+    write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
 
 # ------------------------------------------------------------------------------------------------ using a run

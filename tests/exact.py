@@ -1,6 +1,7 @@
 """Closed-form truth for the tests: a Gaussian mixture, the denoiser that it makes on any path, exact reverse steps."""
 
 import torch
+from torch import nn
 
 from genkit.bench.mixture import F64, ExactDenoiser, Mixture, three
 from genkit.core import Prediction
@@ -24,3 +25,14 @@ class Bell:
         true = (posterior + pull**2 * self.std**2 * sa**2 / total).log()
         low, high = (log_variance(self.path, t, s, v * torch.ones_like(x)) for v in (-1, 1))
         return Learned.of(ends, 2 * (true.expand_as(x) - low) / (high - low) - 1)
+
+
+class Constant(nn.Module):
+    """Says theta, whatever it sees."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta, dtype=F64))
+
+    def forward(self, x, t, cond):
+        return self.theta.expand_as(x)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import F64, ExactDenoiser, Mixture
+from exact import F64, Constant, ExactDenoiser, Mixture
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,17 +29,6 @@ from genkit.rl.tasks import Acting, OneWay, Scoring
 from genkit.train import State
 
 PLAIN = Flow(prediction="x0", drop=0.0)
-
-
-class Constant(nn.Module):
-    """Says theta, whatever it sees."""
-
-    def __init__(self, theta):
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(theta, dtype=F64))
-
-    def forward(self, x, t, cond):
-        return self.theta.expand_as(x)
 
 
 def learner(nets, chain, spec=None, objective=PLAIN, demos=None, critic=None, optimizer=torch.optim.SGD):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import F64, ExactDenoiser, Mixture
+from exact import F64, Constant, ExactDenoiser, Mixture
 from torch import nn
 
 from genkit import runs
@@ -171,17 +171,6 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------- learning
-class Constant(nn.Module):
-    """Says theta, whatever it sees."""
-
-    def __init__(self, theta):
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(theta, dtype=F64))
-
-    def forward(self, x, t, cond):
-        return self.theta.expand_as(x)
-
-
 def learner(net, chain, spec=None, lr=0.1, noise=None):
     optimizers = {"denoise": torch.optim.SGD(net.parameters(), lr=lr)}
     flow = Flow(prediction="x0", drop=0.0)

@@ -20,7 +20,7 @@ from genkit import __version__
 from genkit.codecs import Identity
 from genkit.config import Train
 from genkit.core import NO_COND, Batch, Cond, Objective, Path
-from genkit.files import whole
+from genkit.files import whole, write_text
 from genkit.objectives.couplings import Coupling
 from genkit.train import fit, start
 
@@ -152,5 +152,4 @@ class Record:
             np.savez_compressed(packed, **self.arrays)  # type: ignore[arg-type]  # names are keywords
             with whole(self.points) as part:
                 part.write_bytes(packed.getvalue())
-            with whole(self.out) as part:
-                part.write_text(json.dumps(self.head | {"cells": self.cells}, indent=1) + "\n")
+            write_text(self.out, json.dumps(self.head | {"cells": self.cells}, indent=1) + "\n")

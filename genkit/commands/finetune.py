@@ -28,7 +28,7 @@ from genkit.core import Batch, seed_of
 from genkit.data import Stream
 from genkit.envs import Env, make
 from genkit.evaluate.rulers import suits
-from genkit.files import whole
+from genkit.files import write_text
 from genkit.lora import LoRA
 from genkit.rl.chain import Chain, Noising, denoiser_of
 from genkit.rl.image import likeness
@@ -304,8 +304,7 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None
         return None
     flat = {k: v["value"] if isinstance(v, dict) else v for k, v in found.items()}
     runs.append_log(run, {"step": step, **{f"{when}/{k}": v for k, v in flat.items() if v is not None}})
-    with whole(run / f"{when}.json") as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
+    write_text(run / f"{when}.json", json.dumps(found, indent=1) + "\n")
     names = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
     console.print(
         f"{when:<8} " + "  ".join(f"{k} {flat[k]:.3f}" for k in names if flat.get(k) is not None), markup=False

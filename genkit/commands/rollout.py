@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from genkit import __version__, config, pictures
 from genkit.config import parse
 from genkit.envs import Env, make
-from genkit.files import whole
+from genkit.files import write_text
 from genkit.rl.best import best_of, carried_out, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
 from genkit.rl.policy import Policy
@@ -184,9 +184,7 @@ def line(found: Mapping[str, Any]) -> str:
 
 
 def write(found: Mapping[str, Any], path: File) -> File:
-    with whole(path) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
-    return path
+    return write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def draw(asked: Rollout, env: Any, done: Episodes, out: File, stem: str) -> list[File]:

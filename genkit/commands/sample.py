@@ -114,8 +114,8 @@ def destination(asked: Sample, run: runs.Run) -> File:
 
 def slug(prompts: tuple[str, ...]) -> str:
     """Prompts as a part of a file's name; cut where they are long, with a hash of all."""
-    whole = "-".join(re.sub("[^a-z0-9]+", "-", p.lower()) for p in prompts)
-    return whole if whole == prompts[0][:40] else f"{whole[:40]}-{seed_of(*repr(prompts).encode()) % 16**8:08x}"
+    joined = "-".join(re.sub("[^a-z0-9]+", "-", p.lower()) for p in prompts)
+    return joined if joined == prompts[0][:40] else f"{joined[:40]}-{seed_of(*repr(prompts).encode()) % 16**8:08x}"
 
 
 def write_grid(x: Tensor, cond: dict[str, Tensor], out: File) -> list[File]:

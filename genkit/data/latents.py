@@ -24,7 +24,7 @@ from torch import Tensor
 from genkit.codecs import Identity
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.data.images import Split, check_split, one_line
-from genkit.files import whole
+from genkit.files import whole, write_text
 
 ABOUT = "latents.json"
 
@@ -110,8 +110,7 @@ def read_about(root: Path) -> dict[str, Any]:
 
 
 def write_about(root: Path, about: Mapping[str, Any]) -> None:
-    with whole(root / ABOUT) as part:
-        part.write_text(json.dumps(about, indent=1))
+    write_text(root / ABOUT, json.dumps(about, indent=1))
 
 
 def write_shard(path: Path, content: Mapping[str, Tensor], made: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 
 from genkit.envs import Env
 from genkit.envs.gym import Gym
-from genkit.files import whole
+from genkit.files import write_text
 
 TARGETS = {"HalfCheetah-v5": 2000.0}  # mean returns that a search finds in about a CPU minute (seed 0)
 
@@ -42,8 +42,7 @@ class Linear:
 
     def save(self, path: Path) -> None:
         record = {"found": self.found, **{name: getattr(self, name).tolist() for name in ARRAYS}}
-        with whole(path) as part:
-            part.write_text(json.dumps(record) + "\n")
+        write_text(path, json.dumps(record) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Linear:

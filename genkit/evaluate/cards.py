@@ -17,7 +17,7 @@ from typing import Any
 
 from genkit import __version__
 from genkit.evaluate.shards import key_of
-from genkit.files import whole
+from genkit.files import write_text
 from genkit.metrics import Estimate
 
 Card = dict[str, Any]
@@ -50,9 +50,7 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 
 def write(card: Card, path: File) -> File:
-    with whole(path) as part:
-        part.write_text(json.dumps(card, indent=1, allow_nan=False) + "\n")
-    return path
+    return write_text(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: File) -> Card:
