@@ -18,7 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from genkit.tensors import fill
+from genkit.tensors import fill, misfits
 
 CAN = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what peft has a change for, of the layers that our networks have
 
@@ -123,9 +123,7 @@ def merge(
     ``ValueError`` where it is a change of other layers; ``nets`` are then of no use any more.
     """
     frozen = adapt(nets, lora, strength)
-    wanted = {f"{name}.{k}": v.shape for name, net in nets.items() for k, v in net.state_dict().items()}
-    odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k] != stored[k].shape]
-    if odd:
+    if odd := misfits(nets, stored):
         raise ValueError(f"lora: {where} changes other layers than this model has, first at {odd[0]}")
     fill(nets, stored, where)
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -19,12 +19,16 @@ def tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def fill(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: File) -> None:
     """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or misshapen."""
-    wanted = {f"{name}.{k}": v for name, net in nets.items() for k, v in net.state_dict().items()}
-    odd = sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k].shape != stored[k].shape]
-    if odd:
+    if odd := misfits(nets, stored):
         raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
     for name, net in nets.items():
         net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
+
+def misfits(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that are missing or new; where there are none, of those that are misshapen."""
+    wanted = {f"{name}.{k}": v.shape for name, net in nets.items() for k, v in net.state_dict().items()}
+    return sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k] != stored[k].shape]
 
 
 def cache() -> File:

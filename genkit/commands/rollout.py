@@ -18,9 +18,9 @@ from genkit import __version__, config, pictures
 from genkit.config import parse
 from genkit.envs import Env, make
 from genkit.files import write_text
-from genkit.rl.best import best_of, carried_out, learn_q, load_q, save_q, tried
+from genkit.rl.best import best_of, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
-from genkit.rl.policy import Policy
+from genkit.rl.policy import Policy, carried_out
 from genkit.rl.rollout import Episodes, rollout
 
 console = Console(highlight=False, soft_wrap=True)
@@ -134,7 +134,9 @@ def about(asked: Rollout, policy: Policy) -> dict[str, Any]:
 def learned(asked: Rollout, policy: Policy, env: Env) -> float:
     """Learn Q and keep it; the share of the held-out returns' variance that it explains."""
     seen = tried(policy, env, range(FIRST, FIRST + asked.fit_q), asked.gamma)
-    q, explained = learn_q(policy.run.spec, carried_out(policy), seen)
+    q, explained = learn_q(
+        policy.run.spec, carried_out(policy.run.spec.shape, policy.obs_shape[0], policy.act_steps), seen
+    )
     more = {"steps": asked.steps, "gamma": asked.gamma, "episodes": asked.fit_q, "explains": explained}
     file = save_q(policy.run.directory, q, about(asked, policy) | more)
     if not asked.json:

@@ -140,13 +140,6 @@ class Q(nn.Module):
         return self.net(x * self.used, {"obs": cond["obs"]})[:, 0]
 
 
-def carried_out(policy: Policy) -> Tensor:
-    """Which numbers of a chunk the world gets to see, 1 or 0."""
-    used, to = torch.zeros(policy.run.spec.shape), policy.obs_shape[0]
-    used[:, to - 1 : to - 1 + policy.act_steps] = 1
-    return used
-
-
 def learn_q(
     spec: Spec, used: Tensor, seen: Tried, *, epochs: int = 30, batch: int = 512, lr: float = 1e-3, seed: int = 0
 ) -> tuple[Q, float]:

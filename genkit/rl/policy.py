@@ -14,12 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genkit import runs
 from genkit.codecs import Actions
 from genkit.core import Generator, Noise, Vector
 from genkit.data.trajectories import Demonstrations, check_horizons
 from genkit.sampling import Seeds
+
+
+def carried_out(shape: Sequence[int], to: int, act_steps: int) -> Tensor:
+    """Which numbers of a chunk ``[A, T]`` the world gets to see, 1 or 0: the first ``to - 1`` actions are past."""
+    used = torch.zeros(*shape)
+    used[:, to - 1 : to - 1 + act_steps] = 1
+    return used
 
 
 @dataclass

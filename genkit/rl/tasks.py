@@ -17,6 +17,7 @@ from genkit.envs import Env
 from genkit.rl.advantages import gae, of_groups
 from genkit.rl.chain import Walk, start
 from genkit.rl.learn import Experience, Learner
+from genkit.rl.policy import carried_out
 from genkit.rl.rollout import entropy_bits
 from genkit.runs import labels
 
@@ -111,8 +112,7 @@ class Acting:
         advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
         whole = Walk.joined(walks)
         logs = {"reward": float(reward.sum()) / n, **summary(finished, self.judged, getattr(self.env, "modes", 0))}
-        used = torch.zeros(learner.spec.shape, device=device)
-        used[:, to - 1 : to - 1 + self.act_steps] = 1
+        used = carried_out(learner.spec.shape, to, self.act_steps).to(device)
         return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs, used)
 
     def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
