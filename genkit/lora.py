@@ -102,7 +102,7 @@ def freeze(net: nn.Module) -> Frozen:
                 found.append((module, name))
     names = {id(b) for m, k in found for b in [m.get_buffer(k)]}
     # DistributedDataParallel would send them to all ranks at every step; they are the same everywhere, and stay so
-    net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore
+    net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore[assignment]
     return found
 
 

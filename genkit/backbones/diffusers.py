@@ -351,7 +351,7 @@ class DiffusersDenoiser(nn.Module):
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0  # type: ignore[assignment]  # conditions are dropped by our draws, and by row
         if cfg.checkpoint:
-            self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+            self.model.enable_gradient_checkpointing()  # type: ignore[operator]  # of diffusers, not of nn.Module
         self.sequences = Sequences(spec, cfg.model.context()) if cfg.model.context() else None
 
     def forward(

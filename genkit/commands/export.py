@@ -89,7 +89,7 @@ class ToDiffusers(Format):
         if family.model.alone and not isinstance(run.codec, Learned):
             class_of(schedule.pipeline)(unet=net, scheduler=schedule.scheduler).save_pretrained(out)
         else:
-            net.save_pretrained(out / part)  # type: ignore[operator]
+            net.save_pretrained(out / part)  # type: ignore[operator]  # of diffusers, not of nn.Module
             schedule.scheduler.save_pretrained(out / "scheduler")
         told = schedule.told(part, drawn, classes)
         latent = ["What it draws are latents, normalised; genkit decodes them (run.codec.decode)."]

@@ -46,7 +46,7 @@ def save_pairs(
     }
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
     with whole(path) as part, open(part, "wb") as f:
-        np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
+        np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
     return path
 
 

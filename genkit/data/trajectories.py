@@ -223,8 +223,8 @@ def read_zarr(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: reading zarr needs the package zarr; install it: pip install zarr") from None
     try:
         group = zarr.open_group(str(path), mode="r")
-        arrays = {k: np.asarray(group[f"data/{k}"][:]) for k in group["data"].array_keys()}  # type: ignore
-        return {**arrays, "episode_ends": np.asarray(group["meta/episode_ends"][:])}  # type: ignore
+        arrays = {k: np.asarray(group[f"data/{k}"][:]) for k in group["data"].array_keys()}  # type: ignore[union-attr]
+        return {**arrays, "episode_ends": np.asarray(group["meta/episode_ends"][:])}  # type: ignore[index]
     except Exception as e:  # zarr raises anything over a damaged store
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path}: is no zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
