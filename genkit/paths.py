@@ -264,13 +264,25 @@ def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
 
+@lru_cache(maxsize=256)
+def moment(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``t`` for every row, ``[rows]``, as a solver asks. It remembers its number, for :func:`coefficients`: to read one
+    back takes as long as a kernel on a small sample, and on a GPU it would be to wait."""
+    made = torch.tensor([t], dtype=dtype, device=device).expand(rows)
+    setattr(made, "number", t)  # noqa: B010  (the type checker knows no such attribute)
+    return made
+
+
 def coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
     """``(alpha(t), sigma(t))`` as factors of ``like`` ``[B, *S]``.
 
-    A sampler asks about one time for the whole batch, by a tensor that is expanded (its stride is 0). On a CPU these
-    are then two numbers, which are remembered: a path's functions cost more than a solver's step. On a GPU, where to
-    look at ``t`` would be to wait for it, and for times that differ, they are tensors ``[B, 1, ..., 1]``.
+    A sampler asks about one time for the whole batch, by a :func:`moment`, or a tensor that is expanded (its stride is
+    0). These are then two numbers, which are remembered: a path's functions cost more than a solver's step. For times
+    that differ, and on a GPU for those that do not know their number, they are tensors ``[B, 1, ..., 1]``.
     """
+    number: float | None = getattr(t, "number", None)
+    if number is not None:
+        return _at(path, number)
     if t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0) and not t.requires_grad:
         return _at(path, t[0].item())
     return expand(path.alpha(t), like), expand(path.sigma(t), like)

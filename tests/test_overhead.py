@@ -5,9 +5,10 @@ import torch
 
 from genkit.bench.overhead import measure
 from genkit.core import expand
-from genkit.paths import PATHS, coefficients, weighted
+from genkit.paths import PATHS, coefficients, moment, weighted
 
-LEAST = {"ddim": 3.0, "dpmpp_2m": 3.0, "heun": 2.0, "heun, flow": 2.3}  # measured: 4.6, 3.4, 2.5, 3.0 (LOG.md on Heun)
+# measured: 6 to 7, 4, 3.5, 4.8 and 2.3
+LEAST = {"ddim": 4.0, "dpmpp_2m": 3.0, "heun": 3.0, "heun, flow": 3.5, "euler, flow": 1.5}
 
 
 @pytest.mark.parametrize("name", LEAST)
@@ -40,3 +41,16 @@ def test_one_time_for_the_batch_is_the_same_as_many(name):
     torch.testing.assert_close(weighted(tensors[0], x, tensors[1], y), expected)
     ahead = t.clone().requires_grad_()  # a derivative in t needs the tensors, even of one time
     assert torch.autograd.grad(coefficients(path, ahead[:1], x[:1])[1].sum(), ahead)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_moment_is_its_time_and_knows_it(name):
+    """What the network sees is rounded to its own dtype; the coefficients are of the time itself."""
+    path, x = PATHS[name](), torch.randn(3, 2, 4)
+    t = moment(0.3, 3, x.dtype, x.device)
+    assert t.dtype == torch.float32
+    torch.testing.assert_close(t, torch.full((3,), 0.3))
+    exact = torch.tensor([0.3], dtype=torch.float64)
+    assert coefficients(path, t, x) == (float(path.alpha(exact)), float(path.sigma(exact)))
+    other = coefficients(path, t / 2, x)  # another time does not carry this one's number
+    torch.testing.assert_close(torch.as_tensor(other[1]).flatten()[0].double(), path.sigma(exact / 2)[0])

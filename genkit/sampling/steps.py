@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Noise, Path, Prediction
-from genkit.paths import times_at
+from genkit.paths import moment, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
 
@@ -66,12 +66,7 @@ def _nodes(path: Path, times: tuple[float, ...]) -> tuple[Node, ...]:
 def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
-    return denoise(x, _time(node.t, len(x), x.dtype, x.device), cond)
-
-
-@lru_cache(maxsize=256)
-def _time(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([t], dtype=dtype, device=device).expand(rows)
+    return denoise(x, moment(node.t, len(x), x.dtype, x.device), cond)
 
 
 def land(node: Node, p: Prediction) -> Tensor:
