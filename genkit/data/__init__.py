@@ -6,6 +6,7 @@ from genkit.data.folders import Folder, Npz, Zip, source
 from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
 from genkit.data.latents import InLatents, Latents, world
 from genkit.data.pairs import Pairs
+from genkit.data.recordings import LeRobot, Minari
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 from genkit.data.trajectories import FourWays, Pusht, Replay
@@ -31,4 +32,6 @@ DATA: dict[str, type] = {
     "four-ways": FourWays,
     "replay": Replay,
     "pusht": Pusht,
+    "minari": Minari,
+    "lerobot": LeRobot,
 }

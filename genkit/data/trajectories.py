@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -62,14 +62,19 @@ def windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``(obs [N, To, Do], actions [N, Tp, A])`` of all episodes, one after the other."""
     check_horizons(obs_steps, pred_steps, act_steps)
-    obs, actions = [], []
-    for episode in episodes:
-        length = len(episode.actions)
+    steps = steps_of([len(e.actions) for e in episodes], obs_steps, pred_steps, act_steps)
+    obs, actions = (np.concatenate([e[i] for e in episodes]) for i in (0, 1))
+    return obs[steps[:, :obs_steps]], actions[steps]
+
+
+def steps_of(lengths: Sequence[int], obs_steps: int, pred_steps: int, act_steps: int) -> np.ndarray:
+    """The steps ``[N, Tp]`` of all windows of episodes of these lengths, counted on from one episode to the next."""
+    found, before = [], 0
+    for length in lengths:
         first = starts(length, obs_steps, pred_steps, act_steps)
-        steps = np.clip(first[:, None] + np.arange(pred_steps), 0, length - 1)
-        obs.append(episode.obs[steps[:, :obs_steps]])
-        actions.append(episode.actions[steps])
-    return np.concatenate(obs), np.concatenate(actions)
+        found.append(before + np.clip(first[:, None] + np.arange(pred_steps), 0, length - 1))
+        before += length
+    return np.concatenate(found)
 
 
 def checked(episodes: Sequence[Episode], where: str) -> Sequence[Episode]:
@@ -197,8 +202,6 @@ class Part(NamedTuple):
 
     def of(self, arrays: Mapping[str, np.ndarray], where: str) -> np.ndarray:
         """``[N, columns]``, of an array of any number of dimensions."""
-        if self.name not in arrays:
-            raise ValueError(f"{where}: has no array {self.name!r}; it holds {', '.join(arrays)}")
         values = arrays[self.name]
         values = values.reshape(len(values), -1)[:, self.low : self.high]
         if not values.shape[1]:
@@ -206,16 +209,26 @@ class Part(NamedTuple):
         return values
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def require_arrays(where: object, names: Iterable[str], there: Iterable[str]) -> None:
+    """``ValueError`` where an array that is asked for is not there."""
+    for name in names:
+        if name not in (known := list(there)):
+            raise ValueError(f"{where}: has no array {name!r}; it holds {', '.join(known)}")
+
+
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {k: stored[k] for k in stored.files}
+            there = list(stored.files)
+            found = {k: stored[k] for k in names if k in there}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path}: cannot be read as an .npz without pickles (truncated?): {reason}") from e
+    require_arrays(path, names, there)
+    return found
 
 
-def read_zarr(path: Path) -> dict[str, np.ndarray]:
+def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """diffusion_policy's layout: ``data/NAME`` arrays and ``meta/episode_ends``; a folder or a .zip of one."""
     try:
         import zarr
@@ -223,42 +236,42 @@ def read_zarr(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: reading zarr needs the package zarr; install it: pip install zarr") from None
     try:
         group = zarr.open_group(str(path), mode="r")
-        arrays = {k: np.asarray(group[f"data/{k}"][:]) for k in group["data"].array_keys()}  # type: ignore[union-attr]
-        return {**arrays, "episode_ends": np.asarray(group["meta/episode_ends"][:])}  # type: ignore[index]
+        at = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
+        found = {k: np.asarray(group[at[k]][:]) for k in names if k in at}  # type: ignore[index]
     except Exception as e:  # zarr raises anything over a damaged store
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path}: is no zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
+    require_arrays(path, names, at)
+    return found
 
 
-def read_buffer(root: str) -> dict[str, np.ndarray]:
-    """The arrays of a replay buffer, with ``episode_ends``. ``ValueError`` where it is missing or damaged."""
+def read_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """These arrays of a replay buffer, with ``episode_ends``. ``ValueError`` where one is missing or damaged."""
     path = Path(root).expanduser()
     if not path.exists():
         raise ValueError(f"{path}: there is no such replay buffer; record one: genkit demo four-ways --out demos.npz")
     if path.is_dir() and not path.name.endswith(".zarr"):
         raise ValueError(f"{path}: is a folder; a replay buffer is an .npz, or a folder whose name ends in .zarr")
-    arrays = (read_zarr if ".zarr" in path.name else read_npz)(path)
-    if "episode_ends" not in arrays:
-        raise ValueError(f"{path}: has no array 'episode_ends'; it holds {', '.join(arrays)}")
-    ends = arrays.pop("episode_ends")
+    arrays = (read_zarr if ".zarr" in path.name else read_npz)(path, ["episode_ends", *names])
+    ends = arrays["episode_ends"]
     if ends.ndim != 1 or not np.issubdtype(ends.dtype, np.integer) or not len(ends):
         raise ValueError(f"{path}: episode_ends has shape {ends.shape} of {ends.dtype}; needs [episodes] integers")
     lengths = np.diff(ends, prepend=0)
     if (lengths <= 0).any():
         raise ValueError(f"{path}: episode {int(np.argmax(lengths <= 0))} is empty; episode_ends must rise")
-    for name, values in arrays.items():
-        if values.ndim and len(values) < ends[-1]:
-            cut = int(np.searchsorted(ends, len(values), side="right"))
-            raise ValueError(f"{path}: {name} has {len(values)} steps of {ends[-1]}; it is cut off in episode {cut}")
-    return {**arrays, "episode_ends": ends}
+    for name in names:
+        if (there := len(arrays[name]) if arrays[name].ndim else 0) < ends[-1]:
+            cut = int(np.searchsorted(ends, there, side="right"))
+            raise ValueError(f"{path}: {name} has {there} steps of {ends[-1]}; it is cut off in episode {cut}")
+    return arrays
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay(Demonstrations):
-    """A replay buffer of any environment: an .npz, or diffusion_policy's .zarr, with ``episode_ends``."""
+class Recorded(Demonstrations):
+    """Episodes that lie in files, as named arrays of all their steps."""
 
     root: str
-    """the file"""
+    """where they are"""
     observed: tuple[str, ...] = ("obs",)
     """arrays of what is observed, or some of their columns: state[0:2]"""
     action: str = "action"
@@ -271,26 +284,38 @@ class Replay(Demonstrations):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.relative_to is not None and self.relative_to not in self.observed:
+        if self.observed and self.relative_to is not None and self.relative_to not in self.observed:
             raise ValueError(f"relative_to: given {self.relative_to!r}; allowed: {', '.join(self.observed)}")
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        return read_buffer(self.root)
+    @abstractmethod
+    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """These arrays of all steps ``[N, ...]``, and ``episode_ends``. ``ValueError`` where any is missing or damaged,
+        or an episode empty."""
+
+    def seen(self) -> tuple[str, ...]:
+        """The parts that are observed."""
+        return self.observed
+
+    def read(self, parts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Parts ``[N, columns]`` of all steps, and where each episode ends."""
+        wanted = [Part.parse(text) for text in parts]
+        arrays = self.arrays(list(dict.fromkeys(part.name for part in wanted)))
+        return [part.of(arrays, self.root) for part in wanted], arrays["episode_ends"]
 
     def counted_from(self) -> tuple[int, ...]:
         if self.relative_to is None:
             return ()
-        arrays = self.arrays()
-        widths = {name: Part.parse(name).of(arrays, self.root).shape[1] for name in self.observed}
-        first = sum(widths[name] for name in self.observed[: self.observed.index(self.relative_to)])
-        return tuple(range(first, first + widths[self.relative_to]))
+        seen = self.seen()
+        if self.relative_to not in seen:
+            raise ValueError(f"relative_to: given {self.relative_to!r}; allowed: {', '.join(seen)}")
+        widths = [part.shape[1] for part in self.read(seen)[0]]
+        at = seen.index(self.relative_to)
+        return tuple(range(sum(widths[:at]), sum(widths[: at + 1])))
 
     def episodes(self, split: Split) -> Sequence[Episode]:
-        arrays = self.arrays()
-        obs = np.concatenate([Part.parse(name).of(arrays, self.root) for name in self.observed], 1)
-        actions = Part.parse(self.action).of(arrays, self.root)
-        ends = [0, *arrays["episode_ends"].tolist()]
-        whole = [Episode(obs[a:b], actions[a:b]) for a, b in pairwise(ends)]
+        (*seen, actions), ends = self.read([*self.seen(), self.action])
+        obs = np.concatenate(seen, 1)
+        whole = [Episode(obs[a:b], actions[a:b]) for a, b in pairwise([0, *ends.tolist()])]
         out = set(
             np.random.default_rng(self.seed).permutation(len(whole))[: round(self.held_out * len(whole))].tolist()
         )
@@ -300,6 +325,17 @@ class Replay(Demonstrations):
             hint = "--data.held-out 0.1 keeps a tenth of them" if split == "test" else "hold out fewer"
             raise ValueError(f"{self.root}: no episode is left for the {split} split; {hint}")
         return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Recorded):
+    """A replay buffer of any environment: an .npz, or diffusion_policy's .zarr, with ``episode_ends``."""
+
+    root: str
+    """the file"""
+
+    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return read_buffer(self.root, names)
 
 
 @dataclass(frozen=True, kw_only=True)
