@@ -386,6 +386,9 @@ class Objective(ABC):
     @abstractmethod
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]: ...
 
+    def prepare(self, spec: Spec) -> None:  # noqa: B027  (most need nothing)
+        """Called before training. ``ValueError`` where what only training needs, such as a file, is not here."""
+
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss: ...
 

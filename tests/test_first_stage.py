@@ -1,20 +1,25 @@
 """The first stage of latent diffusion: what looks alike, patches, the adaptive weight, and two stages on digits."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torchvision.models import vgg
+from torchvision.transforms.v2.functional import normalize
 
 from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
-from genkit.objectives.first_stage import KL, Balance, Entries, Gradients, Patches, RandomFeatures, last_layer
+from genkit.objectives.first_stage import KL, Balance, Entries, Patches, last_layer
+from genkit.objectives.looks import VGG11, VGG16, Gradients, RandomFeatures, layers_of
 
 PICTURES = Spec((1, 8, 8))
 
@@ -56,6 +61,128 @@ def test_the_first_layer_of_random_features_is_a_distance_of_cosines():
         a, b = (F.conv2d(v, see.get_buffer(f"filters{i}"), stride=1 if i == 0 else 2, padding=1).relu() for v in (a, b))
         expected.append((2 - 2 * F.cosine_similarity(a, b, dim=1)).mean((1, 2)))
     assert torch.allclose(see(x, y), torch.stack(expected).mean(0), atol=1e-4)
+
+
+KINDS = {"vgg11": (VGG11, "A", (1, 4, 9, 14, 19)), "vgg16": (VGG16, "D", (3, 8, 15, 22, 29))}  # the latter as in LPIPS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Random weights in files as torchvision's are: with a classifier, which nobody needs."""
+    folder = tmp_path_factory.mktemp("vgg")
+    torch.manual_seed(7)
+    for name, (_, letter, _) in KINDS.items():
+        held = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs[letter]).state_dict().items()}
+        torch.save({**held, "classifier.6.bias": torch.zeros(1000)}, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_distance_in_vgg_is_one_of_cosines_in_the_layers_of_lpips(files, name, channels):
+    """Against torchvision's layers by number, its normalisation and torch's cosine."""
+    kind, letter, numbers = KINDS[name]
+    see = kind(weights=str(files / f"{name}.pth")).network(channels)
+    stored = torch.load(files / f"{name}.pth", weights_only=True)
+    peer = vgg.make_layers(vgg.cfgs[letter])
+    peer.load_state_dict({k.removeprefix("features."): v for k, v in stored.items() if k.startswith("features.")})
+    x, y = 2 * torch.rand(2, 2, channels, 32, 32, generator=torch.Generator().manual_seed(1)) - 1
+    a, b = (normalize(v.expand(-1, 3, -1, -1) / 2 + 0.5, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for v in (x, y))
+    expected = []
+    for number, layer in enumerate(peer):
+        a, b = layer(a), layer(b)
+        if number in numbers:
+            expected.append((2 - 2 * F.cosine_similarity(a, b, dim=1)).mean((1, 2)))
+    assert len(expected) == 5
+    assert torch.allclose(see(x, y), torch.stack(expected).mean(0), atol=1e-4)
+
+
+def test_vgg_teaches_the_picture_and_nothing_of_it_is_trained_or_saved(files):
+    see = VGG11(weights=str(files / "vgg11.pth")).network(1)
+    for side in (8, 28):  # at 8x8 there is no fifth layer
+        x = 2 * torch.rand(3, 1, side, side) - 1
+        y = (x + 0.2 * torch.randn_like(x)).requires_grad_()
+        assert torch.allclose(see(x, x), torch.zeros(3), atol=1e-6)
+        found = see(y, x)
+        assert bool((found > 1e-4).all())
+        (grad,) = torch.autograd.grad(found.sum(), y)
+        assert bool(torch.isfinite(grad).all() and (grad.flatten(1).norm(dim=1) > 0).all())
+        with torch.no_grad():
+            assert float(see(y - 0.1 * grad / grad.norm(), x).sum()) < float(found.detach().sum())
+    assert not list(see.parameters())
+    assert not see.state_dict()
+
+
+class Code:
+    """A pickle that would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["missing", "code", "noise", "list", "vgg11", "shape", "safetensors"])
+def test_another_file_than_vggs_is_one_line_and_runs_no_code(files, tmp_path, name):
+    mark, file = tmp_path / "mark", tmp_path / "given.pth"
+    made = {
+        "missing": lambda: None,
+        "code": lambda: file.write_bytes(pickle.dumps({"features.0.weight": Code(mark)})),
+        "noise": lambda: file.write_bytes(bytes(range(256)) * 9),
+        "list": lambda: torch.save([torch.zeros(3)], file),
+        "vgg11": lambda: shutil.copy(files / "vgg11.pth", file),
+        "shape": lambda: torch.save({"features.0.weight": torch.zeros(64, 1, 3, 3)}, file),
+        "safetensors": lambda: save_file({"features.0.bias": torch.zeros(64)}, file.with_suffix(".safetensors")),
+    }
+    made[name]()
+    if name == "safetensors":
+        file = file.with_suffix(".safetensors")
+    with pytest.raises(ValueError, match=r"looks\.weights: ") as e:
+        VGG16(weights=str(file)).prepare()
+    said = str(e.value)
+    assert "\n" not in said
+    assert str(file) in said
+    assert "vgg16-397923af.pth" in said
+    assert not mark.exists()
+    if name in ("vgg11", "shape", "safetensors"):
+        assert {"vgg11": "features.2.weight", "shape": "features.0.weight", "safetensors": "features.0.weight"}[
+            name
+        ] in said
+
+
+def test_vgg_sees_pictures_of_one_or_three_channels():
+    with pytest.raises(ValueError, match=r"looks: VGG sees 1 or 3 channels, and samples have 2"):
+        FirstStage(looks=VGG16()).networks(MLP(width=8, depth=1), Spec((2, 8, 8)))
+
+
+def test_a_stage_that_learned_by_vgg_needs_its_file_to_learn_only(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    argv = ["train", "--objective=autoencoder", "--objective.looks=vgg11", "--data.labels=false", "--steps=2",
+            f"--out={tmp_path / 'runs'}", *ARGS]  # fmt: skip
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err.strip()
+    assert (
+        "looks.weights: no file of VGG's weights here; get https://download.pytorch.org/models/vgg11-8a719046" in said
+    )
+    assert "\n" not in said
+    assert not (tmp_path / "runs").exists()
+    kept = tmp_path / "cache" / "vgg11-8a719046.pth"
+    kept.parent.mkdir()
+    shutil.copy(files / "vgg11.pth", kept)
+    assert cli.main(argv) == 0
+    run = (tmp_path / "runs" / "latest").resolve()
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert line["reconstruct/perceptual"] > 0
+    assert not any(k.startswith("looks") for k in load_file(run / "latest" / "nets.safetensors"))
+    kept.unlink()
+    layers_of.cache_clear()  # as in a new process
+    assert runs.load(run).nets.keys() >= {"encoder", "decoder"}
+    assert cli.main(["train", "--objective=flow", f"--codec={run}", "--steps=1", f"--out={tmp_path}", *ARGS]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(run), "--steps=3"]) == 2
+    assert "looks.weights: no file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- patches

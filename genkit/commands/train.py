@@ -154,6 +154,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
 def networks(cfg: config.Train, data: Data) -> dict[str, nn.Module]:
     """New ones. ``ValueError`` where they cannot serve the data, which may be latents."""
     try:
+        cfg.objective.prepare(data.spec)
         return cfg.objective.networks(cfg.backbone, data.spec)
     except ValueError as e:
         if not isinstance(data.codec, Latent):

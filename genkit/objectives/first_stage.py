@@ -5,22 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from genkit.core import NO_COND, Backbones, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.adversarial import Hinge
 from genkit.objectives.autoencoder import ERRORS, Autoencoding, ErrorName, Latent, Posterior, certain
+from genkit.objectives.looks import Edges
 from genkit.objectives.vq import Codebook, check_codebook, perplexity, straight_through
 
 GAME = Hinge()  # the game of Esser et al.'s code
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-WIDTH = 32  # channels of the first layer of patches and random features; each next one has twice as many
+WIDTH = 32  # channels of the first layer of patches; each next one has twice as many
 
 
 # --------------------------------------------------------------------------------------------------- the latents
@@ -126,47 +126,6 @@ class Entries(Code):
 CODES: Mapping[str, type[Code]] = {"kl": KL, "vq": Entries}
 
 
-# ------------------------------------------------------------------------------------------------ what looks alike
-class Gradients(nn.Module):
-    """The mean absolute difference of the pictures' own finite differences (Mathieu et al. 2016, eq. 6, alpha 1), over
-    sizes from the whole to 2x2. It knows edges, and nothing of what they show."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        gap, found = x - y, []  # differences are linear
-        while min(gap.shape[-2:]) >= 2:
-            found.append(mean_flat(gap.diff(dim=-1).abs()) + mean_flat(gap.diff(dim=-2).abs()))
-            gap = F.avg_pool2d(gap, 2)
-        return torch.stack(found).mean(0)
-
-
-class RandomFeatures(nn.Module):
-    """The distance of LPIPS (Zhang et al. 2018, eq. 1, without learned weights) in three layers of random filters.
-
-    The filters come from a fixed seed and are never trained: no file is needed, and none is as good as VGG's.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        widths = (channels, WIDTH, 2 * WIDTH, 4 * WIDTH)
-        for i in range(3):
-            filters = torch.randn(widths[i + 1], widths[i], 3, 3, generator=g) / (9 * widths[i] / 2) ** 0.5
-            self.register_buffer(f"filters{i}", filters)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        found = []
-        for i in range(3):
-            filters = cast(Tensor, self.get_buffer(f"filters{i}"))
-            x, y = (F.conv2d(v.to(filters), filters, stride=1 + (i > 0), padding=1).relu() for v in (x, y))
-            unit = [v / (v.square().sum(1, keepdim=True) + 1e-10).sqrt() for v in (x, y)]
-            found.append((unit[0] - unit[1]).square().sum(1).flatten(1).mean(1))
-        return torch.stack(found).mean(0)
-
-
-PerceptualName = Literal["gradient", "random"]
-PERCEPTUAL: Mapping[str, Callable[[int], nn.Module]] = {"gradient": lambda _: Gradients(), "random": RandomFeatures}
-
-
 # ----------------------------------------------------------------------------------------------------- the patches
 class Patches(nn.Module):
     """A score for each patch of a picture, ``[B, 1, h, w]`` (PatchGAN: Isola et al. 2017, section 3.2.2).
@@ -244,8 +203,9 @@ class FirstStage(Autoencoding):
     """what is small between sample and reconstruction; absolute values are the papers' choice"""
     perceptual: Annotated[float, Ge(0)] | None = None
     """weight of the difference in looks; None: 1 for pictures, 0 for other samples"""
-    looks: PerceptualName = "gradient"
-    """gradient: of the pictures' edges; random: in three layers of fixed random filters; neither is LPIPS"""
+    looks: Any = field(default_factory=Edges, metadata={"table": "genkit.objectives.looks:LOOKS"})
+    """by what pictures are compared: gradient (edges), random (fixed filters), or vgg11 or vgg16 of a local file, which
+    --objective.looks.weights names (LPIPS without its learned weights)"""
     adversary: Annotated[float, Ge(0)] = 0.0
     """weight of the discriminator's opinion, times the adaptive weight; Esser et al. (2021) have 0.8; 0: none"""
     start: Annotated[int, Ge(0)] = 1000
@@ -275,10 +235,14 @@ class FirstStage(Autoencoding):
         nets = {"encoder": backbones.encoder(spec, self.code.answers(self.latent)), "decoder": decoder}
         nets |= self.code.memory(self.latent)
         if len(spec.shape) == 3 and self.perceptual != 0:
-            nets["looks"] = PERCEPTUAL[self.looks](spec.shape[0])
+            nets["looks"] = self.looks.network(spec.shape[0])
         if self.adversary:
             nets |= {"discriminator": Patches(spec.shape), "balance": Balance(last_layer(decoder))}
         return nets
+
+    def prepare(self, spec: Spec) -> None:
+        if len(spec.shape) == 3 and self.perceptual != 0:
+            self.looks.prepare()
 
     def told(self, spec: Spec) -> Spec:
         return Spec(spec.shape)
