@@ -718,6 +718,12 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ("genkit/rl/advantages.py", "arange(last - 1, -1, -1", "arange(0, last, 1", "tests/test_chain.py"),
     ("genkit/rl/dppo.py", "torch.minimum(ratio", "torch.maximum(ratio", "tests/test_finetune.py"),
     ("genkit/rl/mixed.py", "clone - self.weight", "clone + self.weight", "tests/test_finetune.py"),
+    (
+        "genkit/rl/mixed.py",
+        "surrogate((log_p - drawn[:, m]).exp(), advantages[m], self.clip)",
+        "(log_p - drawn[:, m]).exp() * advantages[m]",
+        "tests/test_finetune.py",
+    ),
     ("genkit/rl/rwr.py", ") / tau)", ") * tau)", "tests/test_finetune.py"),
     ("genkit/files.py", "os.replace(part, path)", "part.rename(part)", "tests/test_files.py"),
     ("genkit/files.py", "part.unlink(missing_ok=True)", "pass", "tests/test_files.py"),

@@ -65,6 +65,19 @@ def test_policy_gradient_is_that_of_the_gaussian_bandit(name):
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(slope, rel=2e-3)
 
 
+def test_an_iteration_of_mixed_goes_no_further_than_its_clip():
+    """A hundred steps on the same walks. Without a clip they go all the way to the best mean, which is AIM."""
+    seen, _ = bandit()
+    moved = []
+    for clip in (0.05, 1e9):
+        net = Constant(THETA)
+        own = lambda number, rows, net=net: Batch(net.theta.detach().expand(rows, 1))  # noqa: E731  no pull from them
+        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), demos=own)
+        Mixed(lr=0.2, batch=COUNT // 100, warmup=0, clip=clip).update(who, None, seen, 0)
+        moved.append(float(net.theta.detach()) - THETA)
+    assert 0 < moved[0] < 0.25 < 0.5 < moved[1]
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
 def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
     """The slope of ``(theta - data)^2 - lambda E[R] / std(R)``, both parts in closed form."""
