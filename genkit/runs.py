@@ -121,14 +121,30 @@ def optimizer_tensors(objective: Objective, state: State) -> dict[str, Tensor]:
     }
 
 
-def save(run: File, state: State, objective: Objective, spec: Spec, codec: Codec, *, seed: int, keep: int) -> File:
-    """Write ``checkpoints/step-N``, point ``latest`` at it, and leave the newest ``keep`` checkpoints."""
+def save(
+    run: File,
+    state: State,
+    objective: Objective,
+    spec: Spec,
+    codec: Codec,
+    *,
+    seed: int,
+    keep: int,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
+    best: int | None = None,
+) -> File:
+    """Write ``checkpoints/step-N``, point ``latest`` at it, and leave the newest ``keep`` checkpoints.
+
+    ``more`` are further files, by name, of what only the caller needs. Where step ``best`` is said to be the best one,
+    ``latest`` points at that, and it is kept as well.
+    """
     final = run / "checkpoints" / f"step-{state.step:07d}"
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     files = {"nets.safetensors": tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
     files |= {f"ema-{decay}.safetensors": tensors(nets) for decay, nets in state.emas.items()}
+    files |= {name: dict(content) for name, content in (more or {}).items()}
     for name, content in files.items():
         save_file(content, part / name)
     record = {
@@ -142,9 +158,11 @@ def save(run: File, state: State, objective: Objective, spec: Spec, codec: Codec
     (part / "state.json").write_text(json.dumps(record, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
-    point(run / "latest", f"checkpoints/{final.name}")
+    chosen = final if best is None else final.with_name(f"step-{best:07d}")
+    point(run / "latest", f"checkpoints/{chosen.name}")
     for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        if old != chosen:
+            shutil.rmtree(old)
     return final
 
 
@@ -530,10 +548,7 @@ BASE = "base.json"
 
 def write_base(run: File, begun: Mapping[str, str]) -> None:
     """Keep which weights a LoRA changes."""
-    path = run / BASE
-    part = path.with_name(f".{BASE}.part")
-    part.write_text(json.dumps({**begun, "sha256": sha256(weights_of(begun))}, indent=1) + "\n")
-    os.replace(part, path)
+    write_text(run / BASE, json.dumps({**begun, "sha256": sha256(weights_of(begun))}, indent=1) + "\n")
 
 
 def weights_of(begun: Mapping[str, str]) -> File:

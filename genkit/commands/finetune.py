@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +15,6 @@ from accelerate import Accelerator
 from annotated_types import Ge, Gt, Lt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import nn
 from tyro.conf import Positional
 
@@ -317,7 +314,7 @@ EXTRA = "finetune.safetensors"
 
 
 def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Best) -> None:
-    """An ordinary checkpoint, and beside it what only this command needs to go on: the critic, learned noise, their
+    """An ordinary checkpoint, and in it what only this command needs to go on: the critic, learned noise, their
     optimisers.
 
     ``latest`` points at the best one, where they are measured; a resumed run goes on from the newest all the same.
@@ -332,27 +329,16 @@ def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Bes
         extra |= {f"{name}.{k}": v.clone() for k, v in net.state_dict().items()}
         for i, p in enumerate(net.parameters()):
             extra |= {f"{name}-adam.{i}.{k}": v.clone() for k, v in fit.state.get(p, {}).items()}
-    part = run / f".{EXTRA}.part"
-    save_file(extra, part)
-    final = runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=1_000_000)
-    os.replace(part, final / EXTRA)
-    chosen = final.with_name(f"step-{best.step:07d}") if best.step else final
-    runs.point(run / "latest", f"checkpoints/{chosen.name}")
-    for old in sorted(final.parent.glob("step-*"))[:-3]:
-        if old != chosen:
-            shutil.rmtree(old)
+    runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3,
+              more={EXTRA: extra}, best=best.step or None)  # fmt: skip
 
 
 def take_up(learner: Learner, run: File, best: Best) -> None:
     """Put the newest checkpoint back into ``learner``, and what was the best so far into ``best``."""
-    from safetensors.torch import load_file
-
     runs.checkpoint_of(run)  # there is one
     checkpoint = max(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
-    if not (checkpoint / EXTRA).is_file():
-        raise ValueError(f"{checkpoint}: has no {EXTRA}; take an earlier checkpoint")
     runs.restore(checkpoint, learner.state, learner.objective)
-    stored = load_file(checkpoint / EXTRA)
+    stored = runs.read(checkpoint, EXTRA)
     learner.draws, learner.spread = int(stored["draws"]), float(stored["spread"])
     step, best.value, worse = stored["best"].tolist()
     best.step, best.worse = int(step), int(worse)
