@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path as File
 from typing import Any
 
@@ -79,6 +80,7 @@ def read_json(path: File) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=8)  # a command asks three times: for the network, for what fits it, for its weights
 def download(name: str) -> File:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
