@@ -126,6 +126,30 @@ class Actions(Affine):
         return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
 
 
+@dataclass(frozen=True)
+class Plans(Affine):
+    """Plans ``[B, A + Do, T]``, scaled row by row: actions (there may be none), and below them the Do ``states``."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    states: tuple[float, ...]
+    """one number, Do"""
+
+    @property
+    def actions(self) -> int:
+        """A."""
+        return len(self.shift) - int(self.states[0])
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
+
+    def seen(self, states: Tensor) -> Tensor:
+        """States ``[B, Do, ...]`` of the world as the rows of a sample have them."""
+        shift, scale = (v[self.actions :].to(states) for v in self.shift_scale())
+        shape = (1, -1, *(1,) * (states.ndim - 2))
+        return (states - shift.reshape(shape)) / torch.where(scale > 0, scale, 1).reshape(shape)
+
+
 class Learned(ABC):
     """A codec with weights, which are stored beside what :meth:`to_dict` says of it (:mod:`genkit.latents`)."""
 
@@ -161,6 +185,7 @@ CODECS: dict[str, type] = {
     "min-max": MinMax,
     "standardize": Standardize,
     "actions": Actions,
+    "plans": Plans,
 }
 
 

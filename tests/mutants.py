@@ -651,7 +651,7 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ),
     ("genkit/objectives/augment.py", "* 2 * saturation", "* saturation", "tests/test_gan.py"),
     ("genkit/data/trajectories.py", "first = 1 - obs_steps", "first = 0", "tests/test_policy.py"),
-    ("genkit/data/trajectories.py", "fit(train[0])", "fit(x)", "tests/test_policy.py"),
+    ("genkit/data/trajectories.py", "self.codec(train)", "self.codec(found)", "tests/test_policy.py"),
     (
         "genkit/rl/policy.py",
         "[:, :, to - 1 : to - 1 + self.act_steps]",

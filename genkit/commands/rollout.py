@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from genkit.envs import Env, make
 from genkit.files import write_text
 from genkit.rl.best import best_of, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
+from genkit.rl.planner import load as actor
 from genkit.rl.policy import Policy, carried_out
 from genkit.rl.rollout import Episodes, rollout
 
@@ -43,8 +44,10 @@ class Rollout:
     """Steps of the sampler, for each chunk of actions."""
     sampler: str | None = None
     """A name in genkit.sampling.SAMPLERS; None: ddim, one evaluation a step."""
+    given: tuple[str, ...] = ()
+    """What it is told, of what it was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
     guidance: float = 1.0
-    """From the unconditional prediction through the policy's own; 1: none."""
+    """From the prediction without what is given through that with it; 1: none."""
     best_of: Count = 1
     """Chunks that are drawn for a decision; the one of the largest Q is carried out."""
     q_guidance: Annotated[float, Ge(0)] = 0.0
@@ -94,6 +97,7 @@ def main(argv: list[str]) -> int:
         "ms_per_batch": done.summary()["ms_per_chunk"],
         "steps": asked.steps if policy.run.objective.sampler else 1,
         **({} if explained is None else {"q_explains": explained}),
+        **policy.about,
         "weights": policy.run.weights,
         "run": str(policy.run.directory),
         "asked": config.dump(asked),
@@ -104,6 +108,7 @@ def main(argv: list[str]) -> int:
     chosen = (f"-best{asked.best_of}" if asked.best_of > 1 else "") + (
         f"-q{asked.q_guidance:g}" * bool(asked.q_guidance)
     )
+    chosen += "".join(f"-{g}" for g in asked.given) + f"-w{asked.guidance:g}" * (asked.guidance != 1)
     stem = f"step{policy.run.step}-k{found['steps']}{chosen}-seeds{asked.seeds}-n{asked.episodes}"
     written = [write(found, out / f"{stem}.json"), *draw(asked, env, done, out, stem)]
     if asked.json:
@@ -116,11 +121,26 @@ def main(argv: list[str]) -> int:
 
 
 def load(asked: Rollout, **how: Any) -> Policy:
-    how |= {} if asked.guidance == 1 else {"guidance": asked.guidance}
-    return Policy.load(
+    how |= {"guidance": asked.guidance, "given": parsed(asked.given)}
+    policy = actor(
         asked.run, steps=asked.steps, sampler=asked.sampler, act_steps=asked.act_steps,
         ema=asked.ema, step=asked.step, device=asked.device, **how,
     )  # fmt: skip
+    if not policy.valued and (asked.fit_q or asked.q_guidance or asked.best_of > 1):
+        raise ValueError("fit_q, best_of, q_guidance: have no meaning for a run that plans states; leave them out")
+    return policy
+
+
+def parsed(given: Sequence[str]) -> dict[str, list[float]]:
+    """``skill=2`` as ``{"skill": [2]}``."""
+    found: dict[str, list[float]] = {}
+    for text in given:
+        name, _, numbers = text.partition("=")
+        try:
+            found[name] = [float(n) for n in numbers.split(",")]
+        except ValueError:
+            raise ValueError(f"given: {text!r} is not NAME=NUMBER or NAME=NUMBER,NUMBER; say skill=2") from None
+    return found
 
 
 FIRST = 3 * 2**28  # of the seeds that Q is learned from: far from those that a policy is trained on or measured with

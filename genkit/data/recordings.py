@@ -29,6 +29,7 @@ class Minari(Recorded):
     """its folder, or an id such as D4RL/pointmaze/umaze-v2, which is downloaded where it is not there yet"""
     observed: tuple[str, ...] = ()
     """of observations that are dictionaries, the entries to be seen, in this order; (): all, as they come"""
+    reward: str = "reward"
 
     def seen(self) -> tuple[str, ...]:
         return self.observed or tuple(boxes(open_minari(self.root).observation_space, "obs", self.root))
@@ -129,6 +130,8 @@ class LeRobot(Recorded):
     root: str
     """its folder, which holds meta/info.json, or a hub id such as lerobot/pusht_keypoints"""
     observed: tuple[str, ...] = ("observation.state",)
+    reward: str = "next.reward"
+    skill: str = "task_index"
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         folder = lerobot_folder(self.root)

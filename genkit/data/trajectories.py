@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from genkit.codecs import Actions, MinMax, Standardize
+from genkit.codecs import Actions, MinMax, Plans, Standardize
 from genkit.core import Batch, Condition, Label, Spec, Vector
 from genkit.data.images import InMemory, Split, check_split
+from genkit.envs.four_ways import NAMES, demonstrations
 
 Steps = Annotated[int, Ge(1)]
 FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
@@ -32,10 +33,14 @@ SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "
 
 
 class Episode(NamedTuple):
-    """One recording: what was observed ``[T, Do]`` and what was done ``[T, A]``, in the world's units."""
+    """One recording: what was observed ``[T, Do]`` and what was done ``[T, A]``, in the world's units; where they are
+    known, what it brought ``[T]``, of which kind it was at each step ``[T]``, and what was seen at the end ``[Do]``."""
 
     obs: np.ndarray
     actions: np.ndarray
+    rewards: np.ndarray | None = None
+    skill: np.ndarray | None = None
+    last: np.ndarray | None = None
 
 
 def check_horizons(obs_steps: int, pred_steps: int, act_steps: int) -> None:
@@ -62,42 +67,73 @@ def windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``(obs [N, To, Do], actions [N, Tp, A])`` of all episodes, one after the other."""
     check_horizons(obs_steps, pred_steps, act_steps)
-    steps = steps_of([len(e.actions) for e in episodes], obs_steps, pred_steps, act_steps)
-    obs, actions = (np.concatenate([e[i] for e in episodes]) for i in (0, 1))
+    steps, _ = steps_of(episodes, obs_steps, pred_steps, act_steps)
+    obs, actions = np.concatenate([e.obs for e in episodes]), np.concatenate([e.actions for e in episodes])
     return obs[steps[:, :obs_steps]], actions[steps]
 
 
-def steps_of(lengths: Sequence[int], obs_steps: int, pred_steps: int, act_steps: int) -> np.ndarray:
-    """The steps ``[N, Tp]`` of all windows of episodes of these lengths, counted on from one episode to the next."""
-    found, before = [], 0
-    for length in lengths:
-        first = starts(length, obs_steps, pred_steps, act_steps)
-        found.append(before + np.clip(first[:, None] + np.arange(pred_steps), 0, length - 1))
+def steps_of(
+    episodes: Sequence[Episode], obs_steps: int, pred_steps: int, act_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps ``[N, Tp]`` of all windows, counted on from one episode to the next, and the places of their states,
+    which are one more in each episode: after the last action there is a last state."""
+    steps, places, before = [], [], 0
+    for i, episode in enumerate(episodes):
+        length = len(episode.actions)
+        window = starts(length, obs_steps, pred_steps, act_steps)[:, None] + np.arange(pred_steps)
+        steps.append(before + np.clip(window, 0, length - 1))
+        places.append(before + i + np.clip(window, 0, length))
         before += length
-    return np.concatenate(found)
+    return np.concatenate(steps), np.concatenate(places)
+
+
+def discounted(rewards: np.ndarray, discount: float) -> float:
+    """``sum_k discount^k r_k`` of an episode's rewards ``[T]``."""
+    return float((rewards * discount ** np.arange(len(rewards))).sum())
 
 
 def checked(episodes: Sequence[Episode], where: str) -> Sequence[Episode]:
     """The episodes themselves; ``ValueError`` names the first that is empty, misshapen or not finite."""
     if not episodes:
         raise ValueError(f"{where}: holds no episodes")
-    for i, (obs, actions) in enumerate(episodes):
+    for i, (obs, actions, rewards, *_) in enumerate(episodes):
         if not len(actions):
             raise ValueError(f"{where}: episode {i} is empty")
         if len(obs) != len(actions):
             raise ValueError(f"{where}: episode {i} has {len(obs)} observations and {len(actions)} actions")
-        for what, values in (("observation", obs), ("action", actions)):
+        for what, values in (("observation", obs), ("action", actions), ("reward", rewards)):
+            if values is None:
+                continue
             bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
             if len(bad):
                 raise ValueError(f"{where}: episode {i} has an {what} that is not finite, first at step {bad[0]}")
     return episodes
 
 
+class Windows(NamedTuple):
+    """All windows of some episodes, one after the other, in the world's units."""
+
+    actions: Tensor
+    """``[N, A, Tp]``, counted from where they should be"""
+    states: Tensor
+    """``[N, Do, Tp]``: the first To are observed, the others to come; only the first To, if no more are needed"""
+    returns: Tensor | None
+    """``[N, 1]``: the discounted rewards of the whole episode, the same at each of its steps"""
+    skill: Tensor | None
+    """``[N]``, now"""
+
+
+Further = Literal["returns", "skill", "goal"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Demonstrations(ABC):
     """Episodes of an environment, as windows. Samples are action chunks ``(A, Tp)``, conditions ``obs`` ``(To, Do)``.
 
-    Scalings and anchors are of the training episodes alone; the codec and the spec keep them, beside the weights.
+    Or they are plans ``(Do, Tp)``, ``(A + Do, Tp)``: the states to come, as Decision Diffuser has them (Ajay et al.
+    2023), or the actions above the states, as Diffuser does (Janner et al. 2022). Windows of plans reach as far over
+    the end as they can, and there stand still. Scalings and anchors are of the training episodes alone; the codec and
+    the spec keep them, beside the weights.
     """
 
     obs_steps: Steps = 2
@@ -106,6 +142,13 @@ class Demonstrations(ABC):
     """steps of a chunk; the first obs_steps - 1 of them lie in the past"""
     act_steps: Steps = 8
     """actions, counted from now, that are carried out before the policy looks again"""
+    plan: Literal["actions", "states", "both"] = "actions"
+    """what a sample holds: actions; the states to come, from which learned inverse dynamics find the actions; both"""
+    conditions: tuple[Further, ...] = ()
+    """what it is told besides obs: returns (of the whole episode), skill (the kind of episode), goal (the state at the
+    window's end). With --objective.drop-each 0.2 each may be left out later, and guided by"""
+    discount: Annotated[float, Gt(0), Le(1)] = 0.99
+    """of the returns, for each step"""
     scaling: Literal["min-max", "standardize"] = "min-max"
     """of actions and observations: each dimension's range to [-1, 1], or its mean to 0 and its deviation to 1"""
     anchors: Annotated[int, Ge(0)] = 0
@@ -115,9 +158,15 @@ class Demonstrations(ABC):
 
     suits: ClassVar[str] = "mlp"
     use: ClassVar[str] = "genkit rollout {run}"
+    skills: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_horizons(self.obs_steps, self.pred_steps, self.act_steps)
+        if self.plan == "states" and self.obs_steps + self.act_steps > self.pred_steps:
+            raise ValueError(
+                f"act_steps: given {self.act_steps}, but {self.pred_steps} planned states have "
+                f"{self.pred_steps - self.obs_steps} steps from now on between them; take fewer, or a longer pred_steps"
+            )
 
     @abstractmethod
     def episodes(self, split: Split) -> Sequence[Episode]:
@@ -129,30 +178,82 @@ class Demonstrations(ABC):
 
     def load(self, split: Split = "train") -> InMemory:
         check_split(split)
-        train = self.chunks("train")
-        x, obs = train if split == "train" else self.chunks(split)
-        fit = SCALINGS[self.scaling].fit
-        shift, scale = fit(train[0]).shift_scale()
-        codec = Actions(tuple(shift.tolist()), tuple(scale.tolist()), tuple(float(i) for i in self.counted_from()))
-        shift, scale = fit(train[1].flatten(0, 1)).shift_scale()
-        scales = torch.where(scale > 0, scale, 1)
-        seen = Vector(tuple(obs.shape[1:]), tuple(shift.tolist()), tuple(scales.tolist()), FURTHEST)
-        kinds: dict[str, Condition] = {"obs": seen}
-        cond = {"obs": obs}
+        train = self.windows("train")
+        found = train if split == "train" else self.windows(split)
+        x, codec = SAMPLES[self.plan](found), self.codec(train)
+        observed = lambda w: w.states[:, :, : self.obs_steps].transpose(1, 2).contiguous()  # noqa: E731
+        cond: dict[str, Tensor] = {"obs": observed(found)}
+        kinds: dict[str, Condition] = {"obs": self.scaled(observed(train))}
+        if "goal" in self.conditions:
+            cond["goal"], kinds["goal"] = found.states[:, :, -1], self.scaled(train.states[:, :, -1])
+        if found.returns is not None and train.returns is not None:
+            cond["returns"], kinds["returns"] = found.returns, self.scaled(train.returns)
+        if found.skill is not None and train.skill is not None:
+            num = max(len(self.skills), int(train.skill.max()) + 1)
+            cond["skill"], kinds["skill"] = found.skill, Label(num, self.skills)
         if self.anchors:
-            centers = anchors_of(codec.encode(Batch(train[0])).x, self.anchors)
+            centers = anchors_of(codec.encode(Batch(SAMPLES[self.plan](train))).x, self.anchors)
             kinds["anchor"] = Label(self.anchors, centers=tuple(centers.flatten().tolist()))
             cond["anchor"] = torch.cdist(codec.encode(Batch(x)).x.flatten(1), centers.flatten(1)).argmin(1)
         return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec)
 
-    def chunks(self, split: Split) -> tuple[Tensor, Tensor]:
-        """``(x [N, A, Tp], obs [N, To, Do])`` in the world's units, the actions counted from where they should be."""
-        obs, actions = windows(self.episodes(split), self.obs_steps, self.pred_steps, self.act_steps)
+    def codec(self, train: Windows) -> Actions | Plans:
+        x = SAMPLES[self.plan](train)
+        shift, scale = (tuple(v.tolist()) for v in SCALINGS[self.scaling].fit(x).shift_scale())
+        if self.plan == "actions":
+            return Actions(shift, scale, tuple(float(i) for i in self.counted_from()))
+        return Plans(shift, scale, (float(train.states.shape[1]),))
+
+    def scaled(self, train: Tensor) -> Vector:
+        """A condition ``[N, ..., D]``, as networks see it."""
+        shift, scale = SCALINGS[self.scaling].fit(train.flatten(0, -2)).shift_scale()
+        return Vector(
+            tuple(train.shape[1:]), tuple(shift.tolist()), tuple(torch.where(scale > 0, scale, 1).tolist()), FURTHEST
+        )
+
+    def windows(self, split: Split) -> Windows:
+        """``ValueError`` where what they should be told of is not known."""
+        episodes = self.episodes(split)
+        behind = self.act_steps if self.plan == "actions" else self.pred_steps - self.obs_steps + 1
+        steps, places = steps_of(episodes, self.obs_steps, self.pred_steps, behind)
+        all_of = lambda parts: np.concatenate(list(parts))  # noqa: E731
+        last = [e.obs[-1] if e.last is None else e.last for e in episodes]
+        every = all_of(v for e, end in zip(episodes, last, strict=True) for v in (e.obs, end[None]))
+        seen = self.obs_steps if self.plan == "actions" and "goal" not in self.conditions else self.pred_steps
+        states, actions = every[places[:, :seen]], all_of(e.actions for e in episodes)[steps]
         if columns := self.counted_from():
+            if self.plan != "actions":
+                raise ValueError(f"relative_to: has no meaning in a plan of {self.plan}; leave it out, or plan actions")
             if len(columns) != actions.shape[2]:
                 raise ValueError(f"relative_to: given {len(columns)} numbers for actions of {actions.shape[2]}")
-            actions = actions - obs[:, -1:, list(columns)]
-        return torch.from_numpy(actions).float().transpose(1, 2).contiguous(), torch.from_numpy(obs).float()
+            actions = actions - states[:, self.obs_steps - 1 : self.obs_steps, list(columns)]
+        now, further = steps[:, self.obs_steps - 1], {}
+        for name in ("rewards", "skill"):
+            if {"rewards": "returns"}.get(name, name) not in self.conditions:
+                continue
+            if any(getattr(e, name) is None for e in episodes):
+                raise ValueError(
+                    f"conditions: given {', '.join(self.conditions)}, but these episodes have no {name}; say which "
+                    "array holds it, --data.reward or --data.skill, or leave it out"
+                )
+            further[name] = [getattr(e, name) for e in episodes]
+        returns = None
+        if "rewards" in further:
+            returns = all_of(np.full(len(r), discounted(r, self.discount)) for r in further["rewards"])[now]
+        skill = all_of(further["skill"])[now] if "skill" in further else None
+        turned = lambda v: torch.from_numpy(v).float().transpose(1, 2).contiguous()  # noqa: E731
+        return Windows(
+            turned(actions), turned(states),
+            None if returns is None else torch.from_numpy(returns).float()[:, None],
+            None if skill is None else torch.from_numpy(skill).long(),
+        )  # fmt: skip
+
+
+SAMPLES: Mapping[str, Callable[[Windows], Tensor]] = {
+    "actions": lambda w: w.actions,
+    "states": lambda w: w.states,
+    "both": lambda w: torch.cat([w.actions, w.states], 1),
+}
 
 
 def anchors_of(x: Tensor, num: int) -> Tensor:
@@ -177,9 +278,9 @@ class FourWays(Demonstrations):
     """the place is all there is to know"""
     env: str = "four-ways"
 
-    def episodes(self, split: Split) -> Sequence[Episode]:
-        from genkit.envs.four_ways import demonstrations
+    skills: ClassVar[tuple[str, ...]] = NAMES
 
+    def episodes(self, split: Split) -> Sequence[Episode]:
         return [Episode(*e) for e in demonstrations(self.n, 2 * self.seed + ("train", "test").index(split))]
 
 
@@ -266,6 +367,12 @@ def read_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarray]:
     return arrays
 
 
+def one_column(values: np.ndarray, name: str, where: str) -> np.ndarray:
+    if values.shape[1] != 1:
+        raise ValueError(f"{where}: {name} has {values.shape[1]} columns; needs one number for each step")
+    return values[:, 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Demonstrations):
     """Episodes that lie in files, as named arrays of all their steps."""
@@ -276,6 +383,10 @@ class Recorded(Demonstrations):
     """arrays of what is observed, or some of their columns: state[0:2]"""
     action: str = "action"
     """the array of what was done"""
+    reward: str = ""
+    """the array of what each step brought, for returns"""
+    skill: str = ""
+    """an array of whole numbers, of which kind each step's episode is, for skill"""
     relative_to: str | None = None
     """one of ``observed``, from whose newest value actions are counted; None: they are absolute"""
     held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -313,9 +424,21 @@ class Recorded(Demonstrations):
         return tuple(range(sum(widths[:at]), sum(widths[: at + 1])))
 
     def episodes(self, split: Split) -> Sequence[Episode]:
-        (*seen, actions), ends = self.read([*self.seen(), self.action])
-        obs = np.concatenate(seen, 1)
-        whole = [Episode(obs[a:b], actions[a:b]) for a, b in pairwise([0, *ends.tolist()])]
+        named = {"returns": self.reward, "skill": self.skill}
+        more = {k: v for k, v in named.items() if v and k in self.conditions}
+        found, ends = self.read([*self.seen(), self.action, *more.values()])
+        told = {
+            k: one_column(v, named[k], self.root) for k, v in zip(more, found[len(found) - len(more) :], strict=True)
+        }
+        *seen, actions = found[: len(found) - len(more)]
+        obs, rewards, skill = np.concatenate(seen, 1), told.get("returns"), told.get("skill")
+        if skill is not None and ((skill != skill.astype(int)) | (skill < 0)).any():
+            raise ValueError(f"{self.root}: {self.skill} holds {skill.min():g} … {skill.max():g}; needs 0, 1, 2 ...")
+        part = lambda v, a, b: None if v is None else v[a:b]  # noqa: E731
+        whole = [
+            Episode(obs[a:b], actions[a:b], part(rewards, a, b), part(skill, a, b))
+            for a, b in pairwise([0, *ends.tolist()])
+        ]
         out = set(
             np.random.default_rng(self.seed).permutation(len(whole))[: round(self.held_out * len(whole))].tolist()
         )

@@ -166,16 +166,18 @@ class Expert:
         return np.stack([dx, dy], 1) + self.ERROR * error
 
 
-def demonstrations(num: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``num`` episodes of the expert, the ways in turn: observations ``[T, 2]`` and actions ``[T, 2]`` of each."""
+def demonstrations(num: int, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """``num`` episodes of the expert, the ways in turn: of each the observations ``[T, 2]``, actions ``[T, 2]``,
+    rewards ``[T]``, which way it is ``[T]``, and the place at the end ``[2]``."""
     world, expert = FourWays(num), Expert(num)
     seeds = [seed * 1_000_003 + i for i in range(num)]
-    obs, actions, ends = [world.reset(seeds)], [], np.full(num, world.max_steps)
+    obs, actions, rewards, ends = [world.reset(seeds)], [], [], np.full(num, world.max_steps)
     expert.reset(seeds)
     while not world.ended.all():
         actions.append(expert.act(obs[-1]))
-        seen, _, terminated, truncated, _ = world.step(actions[-1])
+        seen, reward, terminated, truncated, _ = world.step(actions[-1])
         obs.append(seen)
+        rewards.append(reward)
         ends = np.where(terminated | truncated, len(actions), ends)
-    o, a = np.stack(obs[:-1], 1), np.stack(actions, 1)
-    return [(o[i, :n], a[i, :n]) for i, n in enumerate(ends)]
+    o, a, r = np.stack(obs, 1), np.stack(actions, 1), np.stack(rewards, 1)
+    return [(o[i, :n], a[i, :n], r[i, :n], np.full(n, expert.ways[i]), o[i, n]) for i, n in enumerate(ends)]

@@ -7,10 +7,10 @@ actions = policy.act(obs)          # [N, To, Do] -> [N, Ta, A], in the world's u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from genkit import runs
 from genkit.codecs import Actions
-from genkit.core import Generator, Noise, Vector
-from genkit.data.trajectories import Demonstrations, check_horizons
+from genkit.core import Cond, Denoiser, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
+from genkit.data.trajectories import Demonstrations, Further, check_horizons
+from genkit.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.sampling import Seeds
 
 
@@ -28,6 +29,36 @@ def carried_out(shape: Sequence[int], to: int, act_steps: int) -> Tensor:
     used = torch.zeros(*shape)
     used[:, to - 1 : to - 1 + act_steps] = 1
     return used
+
+
+def told(spec: Spec, given: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """What a policy is told besides obs, each as one row. ``ValueError`` where it is nothing that this run knows."""
+    found: dict[str, Tensor] = {}
+    for name, value in given.items():
+        kind = spec.cond.get(name)
+        if name not in get_args(Further) or kind is None:
+            known = ", ".join(k for k in get_args(Further) if k in spec.cond) or "nothing, as trained"
+            raise ValueError(f"given: {name!r} is nothing that this run is told; allowed: {known}")
+        whole = isinstance(kind, Label)
+        if whole and (len(value) != 1 or value[0] != int(value[0])):
+            raise ValueError(f"given: {name} is {', '.join(map(str, value))}; needs one whole number")
+        found[name] = torch.tensor([int(value[0])]) if whole else torch.tensor([list(value)], dtype=torch.float32)
+        kind.check(name, found[name], 1)
+    return found
+
+
+def toward(names: Sequence[str], scale: float) -> Guidance:
+    """From the prediction without these conditions through that with them; the others stay (Brooks et al. 2023)."""
+    finite("guidance", scale)
+
+    def guide(denoise: Denoiser) -> Denoiser:
+        def pair(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
+            without = {f"keep.{name}": torch.zeros_like(keep(x, cond)) for name in names}
+            return denoise(x, t, cond), denoise(x, t, {**cond, **without})
+
+        return Guided(denoise, pair, scale, LINEAR)
+
+    return guide
 
 
 @dataclass
@@ -40,6 +71,11 @@ class Policy:
     act_steps: int
     noise: Noise | None = field(default=None)
     """where each row's random numbers come from (:meth:`reset`); None: torch's global generator"""
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    """what it is told besides obs, each as one row"""
+
+    valued: ClassVar[bool] = True
+    """whether a Q of its samples means anything"""
 
     @classmethod
     def load(
@@ -52,30 +88,61 @@ class Policy:
         ema: str | None = None,
         step: int | None = None,
         device: str = "cpu",
+        given: Mapping[str, Sequence[float]] | None = None,
+        guidance: float = 1.0,
+        guide: Guidance | None = None,
         **how: Any,
     ) -> Policy:
         """The policy of a run that was trained on demonstrations.
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
-        ``act_steps`` None is what the data said; ``how`` goes to ``Run.generator`` (guidance, grid).
+        ``act_steps`` None is what the data said. ``given`` is what it is told besides obs: ``{"skill": [2]}``.
+        ``guidance`` goes toward that, where the run was trained without each of it too (drop_each), else from the null
+        of all conditions; ``how`` goes to ``Run.generator``.
         ``ValueError`` where the run's samples are no action chunks, or the horizons do not nest.
         """
         found = run if isinstance(run, runs.Run) else runs.load(run, ema=ema, step=step, device=device)
+        cls.require(found)
+        seen, asked = found.spec.cond["obs"], told(found.spec, given or {})
+        assert isinstance(seen, Vector)
+        apart = getattr(found.objective, "drop_each", 0.0) > 0
+        if missing := [k for k in get_args(Further) if k in found.spec.cond and k not in asked and not apart]:
+            raise ValueError(f"given: {missing[0]} is missing, and this run was always told it; give it, or train one "
+                             "that may do without: --objective.drop-each 0.2")  # fmt: skip
+        guides = [guide] if guide else []
+        if found.objective.sampler is not None:
+            how |= {"sampler": sampler or "ddim", "steps": steps}
+            if guidance != 1 and asked and apart:
+                guides, guidance = [toward(list(asked), guidance), *guides], 1.0
+            guides += cls.guides(found)
+        elif sampler is not None:
+            how |= {"sampler": sampler}  # refused with a word
+        how |= {"guidance": guidance, "guide": compose(*guides) if guides else None}
+        data = found.config.data
+        usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - seen.shape[0] + 1
+        chosen = usual if act_steps is None else act_steps
+        check_horizons(seen.shape[0], found.spec.shape[1], chosen)
+        return cls(found, found.generator(**how), chosen, given=asked, **cls.further(found))
+
+    @classmethod
+    def require(cls, found: runs.Run) -> None:
+        """``ValueError`` unless its samples are chunks of actions given obs."""
         seen = found.spec.cond.get("obs")
         if not isinstance(found.codec, Actions) or not isinstance(seen, Vector) or len(found.spec.shape) != 2:
             raise ValueError(
                 f"run: {found.directory.name} draws samples of shape {found.spec.shape}, not actions given obs; "
                 "train one: genkit train --data=four-ways"
             )
-        if found.objective.sampler is not None:
-            how |= {"sampler": sampler or "ddim", "steps": steps}
-        elif sampler is not None:
-            how |= {"sampler": sampler}  # refused with a word
-        data = found.config.data
-        usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - seen.shape[0] + 1
-        chosen = usual if act_steps is None else act_steps
-        check_horizons(seen.shape[0], found.spec.shape[1], chosen)
-        return cls(found, found.generator(**how), chosen)
+
+    @classmethod
+    def guides(cls, found: runs.Run) -> list[Guidance]:
+        """Guidance that belongs to such samples, after all other."""
+        return []
+
+    @classmethod
+    def further(cls, found: runs.Run) -> dict[str, Any]:
+        """What else a policy of this kind needs."""
+        return {}
 
     @property
     def obs_shape(self) -> tuple[int, int]:
@@ -92,6 +159,11 @@ class Policy:
     def env(self) -> str:
         """The environment that the demonstrations came from; "" where they do not say."""
         return self.run.config.data.env if isinstance(self.run.config.data, Demonstrations) else ""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a report of its episodes should say of it, ready for JSON."""
+        return {}
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Begin episodes: row i draws from its own seed from now on."""
@@ -117,13 +189,20 @@ class Policy:
         out = actions.transpose(1, 2).cpu().numpy()
         return out[0] if single else out
 
-    def chunk(self, obs: torch.Tensor) -> torch.Tensor:
+    def chunk(self, obs: Tensor) -> Tensor:
         """Whole chunks ``[N, A, Tp]`` in the world's units, the past steps among them, for ``[N, To, Do]``."""
+        assert isinstance(self.run.codec, Actions)
         obs = obs.to(self.run.device)
-        shape = self.run.spec.shape
-        noise = self.noise
+        return self.run.codec.world(self.sample(obs), obs)
+
+    def sample(self, obs: Tensor) -> Tensor:
+        """Samples ``[N, *S]`` in the model's own numbers."""
+        noise, shape = self.noise, self.run.spec.shape
         z = noise(shape) if noise else torch.randn(len(obs), *shape, device=obs.device)
         with torch.no_grad():
-            x = self.generate(z, {"obs": obs}, noise)
-            assert isinstance(self.run.codec, Actions)
-            return self.run.codec.world(x.float(), obs)
+            return self.generate(z, self.cond(obs), noise).float()
+
+    def cond(self, obs: Tensor) -> dict[str, Tensor]:
+        """All that the networks are told."""
+        given = {k: v.to(obs.device).expand(len(obs), *v.shape[1:]) for k, v in self.given.items()}
+        return {"obs": obs, **given}
