@@ -22,8 +22,9 @@ from genkit import cli, config, runs
 from genkit.backbones import MLP
 from genkit.commands.watch import watch
 from genkit.core import Loss, Objective, Phase
+from genkit.data import DATA
 from genkit.evaluate import Drawn, Ranks, cards, find_data, measure
-from genkit.evaluate.sources import split_rows
+from genkit.evaluate.sources import Given, plain, split_rows
 from genkit.metrics.features import Classifier, Raw, RawExtractor
 from genkit.train import start
 
@@ -563,3 +564,18 @@ def test_ranks_hear_what_the_main_one_refuses():
     with pytest.raises(ValueError, match="no"):
         ranks.once(lambda: (_ for _ in ()).throw(ValueError("no")))
     assert ranks.once(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [DATA["digits"](labels=False), DATA["digits"](captions=("a {label}",)), DATA["digits"]()],
+        [DATA["8gaussians"](labels=False), DATA["8gaussians"]()],
+    ],
+    ids=["digits", "8gaussians"],
+)
+def test_what_a_model_is_measured_by_does_not_hang_on_what_it_is_told(told):
+    """A model without classes shares the reference of one that has them, features and all."""
+    found = [Given(plain(config).load("test"), "", config, "test") for config in told]
+    assert len({given.hash() for given in found}) == 1
+    assert all(given.label == "label" for given in found)

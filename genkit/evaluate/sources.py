@@ -130,9 +130,11 @@ def still(config: Any) -> Any:
     return replace(config, flip=False) if "flip" in {f.name for f in fields(config)} else config
 
 
-def captionless(config: Any) -> Any:
-    """The same samples with their classes and without captions: what words may be measured by."""
-    return replace(config, captions=(), encoder=None, labels=None) if getattr(config, "captions", ()) else config
+def plain(config: Any) -> Any:
+    """The same samples without captions and with the classes that they have: what any model of them is measured by,
+    so that a model that is told no class has the same reference, and the same features of it, as one that is."""
+    told = ("captions", "encoder", "labels")
+    return replace(config, **{f.name: f.default for f in fields(config) if f.name in told})
 
 
 def classed(config: Any) -> Any:
@@ -156,7 +158,7 @@ def find_data(name: str, options: Named = Named()) -> Given:
 
 def data_of(run: runs.Run, split: str = "train", options: Named = Named()) -> Given:
     """The data that a run was trained on, without augmentation, wherever ``options`` say that they lie now."""
-    config = captionless(still(world(run.config.data)))
+    config = plain(still(world(run.config.data)))
     if options.root is not None and "root" in {f.name for f in fields(config)}:
         config = replace(config, root=options.root)
     name = next((k for k, v in DATA.items() if v is type(config)), type(config).__name__)
