@@ -19,6 +19,7 @@ from genkit.commands.train import main as train
 from genkit.core import Batch, Spec, Vector, expand
 from genkit.objectives import DDPM, EDM, Flow
 from genkit.paths import Linear
+from genkit.rl.advantages import normalised, trimmed
 from genkit.rl.chain import NOISES, SDE, Chain, Fixed, Walk
 from genkit.rl.dppo import DPPO, surrogate
 from genkit.rl.learn import Critic, Experience, Learner, divergence, with_reference
@@ -293,13 +294,13 @@ class Flat(Critic):
         return torch.full((len(obs),), 3.0)
 
 
-def acting(env, num, decisions, lam=0.0, act_steps=2):
-    spec = Spec((1, 2), {"obs": Vector((1, 1))})
+def acting(env, num, decisions, lam=0.0, act_steps=2, spec=None, lost=None):
+    spec = spec or Spec((1, 2), {"obs": Vector((1, 1))})
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     critic = Flat(spec)
     critic.scale.fill_(1.0)
     who = learner(nets, Chain.over(Linear(), 1, Fixed(0.1)), spec, critic=critic)
-    task = Acting(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam)
+    task = Acting(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam, lost)
     task.begin(who, 0)
     return task, who
 
@@ -481,3 +482,56 @@ def test_the_judge_knows_an_eight():
     is_eight = batch.cond["label"] == 8
     assert float(said[is_eight].mean()) > float(said[~is_eight].mean()) + 2
     assert float(torch.autograd.grad(said.sum(), x)[0].abs().sum()) > 0
+
+
+# ------------------------------------------------------------------------------------------------- what a fall does
+def test_rare_advantages_become_the_quantiles():
+    a = torch.cat([torch.linspace(-1, 1, 201, dtype=F64), torch.tensor([-500.0], dtype=F64)])
+    cut = trimmed(a, 0.05)
+    low, high = np.quantile(a.numpy(), [0.05, 0.95])
+    assert cut.numpy() == pytest.approx(a.numpy().clip(low, high))
+    assert float(normalised(cut).max()) > 1.4  # beside the fall, uncut: 0.08
+    assert trimmed(a, 0.0) is a
+
+
+def test_an_update_that_trims_is_that_of_trimmed_advantages():
+    seen, _ = bandit()
+    moved = {}
+    for name, trim, advantages in (
+        ("asked", 0.1, seen.advantages),
+        ("by hand", 0.0, trimmed(seen.advantages, 0.1)),
+        ("not", 0.0, seen.advantages),
+    ):
+        net = Constant(THETA)
+        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, clone=0.0, trim=trim)
+        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)))
+        method.update(who, None, seen._replace(advantages=advantages), 0)
+        moved[name] = float(net.theta.detach() - THETA)
+    assert moved["asked"] == moved["by hand"]
+    assert abs(moved["asked"] - moved["not"]) > 1e-4
+
+
+def test_the_learning_rate_rises_after_the_critics_warm_up():
+    method = DPPO(lr=0.8, warmup=2, ramp=3)
+    assert [method.rate(i) for i in range(2, 8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert DPPO(lr=0.8, warmup=2).rate(2) == 0.8
+    seen, _ = bandit()
+    moved = []
+    for ramp in (0, 3):
+        net = Constant(THETA)
+        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, clone=0.0, ramp=ramp)
+        method.update(learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD))), None, seen, 0)
+        moved.append(float(net.theta.detach() - THETA))
+    assert moved[1] == pytest.approx(moved[0] / 4)
+
+
+@pytest.mark.parametrize("terminates", [True, False])
+def test_an_episode_that_is_lost_ends_and_is_not_bootstrapped(terminates):
+    """The clock is at 4 after two decisions, 1.5 scales of 2 from the demonstrations' 1; it would go on to 8."""
+    spec = Spec((1, 2), {"obs": Vector((1, 1), (1.0,), (2.0,))})
+    task, who = acting(Clock(1, 8, terminates), 1, 4, spec=spec, lost=1.4)
+    seen = task.collect(who, 0)
+    goes_on, end = 2 + 0.5 * 3 - 3, 2 - 3
+    assert seen.cond["obs"].flatten().tolist() == [0, 2, 0, 2]
+    assert seen.advantages.tolist() == [goes_on, end] * 2
+    assert seen.logs == {"reward": 8.0, "episodes": 2.0, "return": 4.0}

@@ -70,6 +70,9 @@ class Finetune:
     """Decisions of a world in an iteration."""
     act_steps: Count | None = None
     """Actions of a chunk that are carried out; None: as in training."""
+    lost: Annotated[float, Gt(0)] | None = None
+    """Where an observed number is so many scales from the middle of the demonstrations, an episode that is learned from
+    has failed: what has fallen does not lie there until the time limit. Not so where it is measured. None: nowhere."""
     samples: Count = 512
     """Samples in an iteration, where the reward is a function."""
     group: Count = 1
@@ -210,7 +213,7 @@ def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
             f"{do} and {policy.action_dim}; give the environment of its demonstrations"
         )
     method: Any = asked.method
-    return Acting(env, base.codec, policy.act_steps, asked.decisions, method.gamma, method.lam), policy  # type: ignore
+    return Acting(env, base.codec, policy.act_steps, asked.decisions, method.gamma, method.lam, asked.lost), policy  # type: ignore
 
 
 def world(asked: Finetune, policy: Policy, num: int) -> Env:

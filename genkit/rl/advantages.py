@@ -38,6 +38,16 @@ def normalised(advantages: Tensor, least: float = 1e-8) -> Tensor:
     return centred / centred.std(correction=0).clamp(min=least)
 
 
+def trimmed(advantages: Tensor, share: float) -> Tensor:
+    """Those beyond the ``share`` and ``1 - share`` quantiles become these: an episode that is lost, once in a hundred
+    decisions, would set the unit of all others (DPPO's code, Ren et al. 2024, cuts at quantiles too). 0: as they are.
+    """
+    if not share:
+        return advantages
+    low, high = torch.quantile(advantages, torch.tensor([share, 1 - share]).to(advantages))
+    return advantages.clamp(low, high)
+
+
 def of_groups(rewards: Tensor, groups: Tensor, least: float = 1e-8) -> Tensor:
     """``(R - mean) / std`` within each group of samples of one condition (GRPO: Shao et al. 2024).
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from genkit.rl.advantages import normalised, over_steps
+from genkit.rl.advantages import normalised, over_steps, trimmed
 from genkit.rl.chain import Chain
 from genkit.rl.learn import Experience, Learner, Method, Share, Task, apart, means_of
 
@@ -34,6 +34,9 @@ class DPPO(Method):
     and they lose the ways, between which the early steps choose"""
     denoise_gamma: Share = 0.95
     """discount from one denoising step to the one before"""
+    trim: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """advantages below the quantile ``trim`` or above ``1 - trim`` become it: rare ones, such as a fall, are then not
+    the unit in which all others are small"""
     clone: Annotated[float, Ge(0)] = 0.1
     """weight of the objective's own loss on demonstrations: it keeps the variety that a reward does not ask for"""
     kl: Annotated[float, Ge(0)] = 0.0
@@ -42,6 +45,13 @@ class DPPO(Method):
     """divergence of a step from its law when it was drawn, in nats, after which an iteration ends early"""
     warmup: Annotated[int, Ge(0)] = 2
     """first iterations, in which the critic alone learns"""
+    ramp: Annotated[int, Ge(0)] = 0
+    """iterations after these in which ``lr`` rises to what it is: Adam's first steps are long ones, whose direction is
+    one batch's, and a trained policy may not survive them"""
+
+    def rate(self, iteration: int) -> float:
+        """The learning rate of an iteration after the warm-up."""
+        return self.lr * min(1.0, (iteration - self.warmup + 1) / (self.ramp + 1)) if self.ramp else self.lr
 
     def check(self, chain: Chain, task: Task) -> None:
         chain.first(self.last)
@@ -57,7 +67,7 @@ class DPPO(Method):
         chain, last = learner.chain, self.last or learner.chain.steps
         first = chain.first(last)
         fade = over_steps(last, self.denoise_gamma).to(seen.advantages)
-        advantages = self.scaled(learner, seen.advantages)
+        advantages = self.scaled(learner, trimmed(seen.advantages, self.trim))
         reference = seen.walk.means
         if self.kl:
             reference = means_of(chain, learner.reference, seen) if seen.before is None else seen.before
@@ -80,7 +90,7 @@ class DPPO(Method):
                     loss = loss + self.kl * apart(mean, here, reference[k, m], here).mean()
                 if self.clone:
                     loss = loss + self.clone * learner.clone_loss(self.clone_batch)
-                learner.step(loss, self.lr)
+                learner.step(loss, self.rate(iteration))
                 with torch.no_grad():
                     kl = apart(mean, std, old, wide).mean()
                     clipped = ((ratio - 1).abs() > self.clip).double().mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.codecs import Actions, Pixels
-from genkit.core import Codec, Cond, Label, Spec, seed_of
+from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
 from genkit.envs import Env
 from genkit.rl.advantages import gae, of_groups
 from genkit.rl.chain import Walk, start
@@ -50,6 +51,10 @@ class Acting:
 
     The first episode of row i is cut after its share of the time limit, so that the rows do not all come to their
     limits at once; a cut is a truncation, and is bootstrapped from.
+
+    ``lost``: where an observed number is so many of its scales from the middle of the demonstrations, the episode
+    terminates. Some worlds know of no end: a HalfCheetah on its back lies there until the time limit, and after a few
+    falls most of what is learned from would be of no use.
     """
 
     env: Env
@@ -58,12 +63,16 @@ class Acting:
     decisions: int
     gamma: float
     lam: float
+    lost: float | None = None
     differentiable: ClassVar[bool] = False
     history: list[np.ndarray] = field(default_factory=list)
 
     def begin(self, learner: Learner, iteration: int) -> None:
         n, to = self.env.num, learner_horizon(learner)
         self.begun, self.resets = iteration, 0
+        kind = learner.spec.cond["obs"]
+        assert isinstance(kind, Vector)
+        self.middle, self.unit = np.array(kind.shift or 0.0), np.array(kind.scale or 1.0)
         obs = self.env.reset(self.seeds(learner, n))
         self.history = [obs.copy() for _ in range(to)]
         self.age = np.zeros(n, int)
@@ -129,8 +138,10 @@ class Acting:
                 self.good |= ~ended & info["success"].astype(bool)
             self.mode = info.get("mode", np.full(n, -1))
             terminated |= stop & ~ended
+            away = np.abs((obs - self.middle) / self.unit).max(1) > (self.lost or math.inf)
+            terminated |= away & ~ended
             self.age += ~ended
-            ended |= stop | cut
+            ended |= stop | cut | away
             self.history.append(obs)
         self.total += brought
         return brought, terminated, ended | (self.age >= self.limit)
