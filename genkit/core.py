@@ -116,7 +116,22 @@ class Text:
             raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..256, a byte plus 1")
 
 
-Condition = Label | Vector | Image | Tokens | Text
+@dataclass(frozen=True)
+class Frames:
+    """Pictures of what is going on, the newest last: ``cond[name]`` is uint8 ``[B, *shape]``, shape = (To, C, H, W).
+
+    Their size is their own, not the sample's: an encoder that is trained along makes numbers of them.
+    """
+
+    shape: tuple[int, ...]
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        if value.shape != (batch, *self.shape) or value.dtype != torch.uint8:
+            given = f"{tuple(value.shape)} of {value.dtype}"
+            raise ValueError(f"cond[{name!r}]: given {given}; needs {(batch, *self.shape)} of torch.uint8")
+
+
+Condition = Label | Vector | Image | Tokens | Text | Frames
 RESERVED = ("keep", "mask")
 
 
@@ -155,7 +170,8 @@ class Spec:
                 self.cond[name].check(name, value, batch)
 
 
-KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens, "text": Text}
+KINDS: Mapping[str, type] = {"label": Label, "vector": Vector, "image": Image, "tokens": Tokens, "text": Text,
+                              "frames": Frames}  # fmt: skip
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:

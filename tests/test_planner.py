@@ -60,7 +60,7 @@ def test_plans_reach_over_the_end_and_stand_still_there(buffer):
 
 
 def test_where_it_is_known_the_last_state_is_what_the_last_action_led_to():
-    for obs, actions, rewards, way, last in DATA["four-ways"](n=8).episodes("train"):
+    for obs, actions, rewards, way, last, _ in DATA["four-ways"](n=8).episodes("train"):
         assert np.allclose(last, obs[-1] + actions[-1])
         assert rewards.tolist() == [0.0] * (len(actions) - 1) + [1.0]
         assert set(way) == {way[0]}
@@ -226,6 +226,15 @@ def test_plans_begin_where_one_is_and_end_where_they_should(runs, plan, sampler)
     assert not torch.allclose(states[:, :, -1], torch.tensor([1.5, -0.4]).expand(2, 2), atol=0.01)
 
 
+def test_plans_of_a_one_pass_model_begin_where_one_is_too(runs):
+    """Which no sampler takes there."""
+    planner = load(runs["both"], steps=1)
+    assert isinstance(planner, Planner)
+    planner.generate = lambda z, cond, noise=None: torch.zeros_like(z)
+    obs = torch.tensor([[[0.0, 0.0], [0.1, 0.02]]])
+    assert torch.allclose(planner.plan(obs)[1][:, :, :2], obs.transpose(1, 2), atol=1e-6)
+
+
 def test_a_planner_carries_out_what_its_plan_says(runs):
     obs = np.array([[[0.0, 0.0], [0.1, 0.02]]])
     both = load(runs["both"], steps=2)
@@ -273,7 +282,7 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
         return err
 
     assert "not NAME=NUMBER" in refused("rollout", str(runs["states"]), "--given", "skill")
-    assert "no meaning" in refused("rollout", str(runs["states"]), "--best-of=2")
+    assert "no plans" in refused("rollout", str(runs["states"]), "--best-of=2")
     data = ["--data=four-ways", "--data.plan=states", "--data.pred-steps=8"]
     assert "act_steps: given 8" in refused("train", *data, f"--out={tmp_path}")
     out = runs["both"].parent / "rolled"

@@ -1,12 +1,11 @@
 """Time, positions and conditions as numbers a network can use.
 
 A condition takes one of three routes, and its kind alone says which (``EMBEDDERS``): summed into the global embedding
-that scales and shifts every block (Label, Vector), concatenated to the sample's channels (Image), or a sequence for
-cross-attention (Tokens, Text). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022), which
-stands where its key is absent and for each sample whose ``cond["keep"]``, or ``cond["keep.NAME"]``, is False. The
-choice is made by
-``torch.where`` and never by a branch on values, so that all its parameters take part in the graph whenever the key is
-there: ``DistributedDataParallel`` needs that.
+that scales and shifts every block (Label, Vector, Frames), concatenated to the sample's channels (Image), or a sequence
+for cross-attention (Tokens, Text). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022),
+which stands where its key is absent and for each sample whose ``cond["keep"]``, or ``cond["keep.NAME"]``, is False. The
+choice is made by ``torch.where`` and never by a branch on values, so that all its parameters take part in the graph
+whenever the key is there: ``DistributedDataParallel`` needs that.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import Attention
-from genkit.core import Cond, Image, Label, Spec, Text, Tokens, Vector
+from genkit.backbones.blocks import CONV, Attention, GroupNorm
+from genkit.core import Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -185,12 +184,45 @@ class TextEmbed(Embedder):
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
+class FramesEmbed(Embedder):
+    """Pictures ``[B, To, C, H, W] -> [B, dim]``: a small convolutional network that is trained along.
+
+    Each frame is halved by convolutions (with GroupNorm, which averaged weights need: Chi et al. 2023, section 3.2) to
+    a map of shorter side 4, and all of that map is read, so that a place stays a place; then the frames together.
+    """
+
+    route = "global"
+    WIDTHS, SMALLEST = (16, 32, 64, 64), 4
+
+    def __init__(self, kind: Frames, dim: int):
+        super().__init__(kind, dim)
+        to, inp, *size = kind.shape
+        layers: list[nn.Module] = []
+        widths = iter(self.WIDTHS)
+        while min(size) > self.SMALLEST and (width := next(widths, None)):
+            layers += [CONV[2](inp, width, 3, stride=2, padding=1), GroupNorm(width), nn.SiLU()]
+            inp, size = width, [-(-n // 2) for n in size]
+        if max(size) > 4 * self.SMALLEST:
+            h, w = kind.shape[2:]
+            most = self.SMALLEST * 2 ** len(self.WIDTHS)
+            raise ValueError(f"frames: given pictures of {h}x{w}, too large or too long for this encoder; make them "
+                             f"{most}x{most} or less")  # fmt: skip
+        self.see = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inp * math.prod(size), dim))
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(to * dim, dim))
+
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        x = value.to(self.null.dtype) / 127.5 - 1
+        seen = self.see(x.flatten(0, 1)).unflatten(0, value.shape[:2])
+        return torch.where(keep[:, None], self.layers(seen.flatten(1)), self.null)
+
+
 EMBEDDERS: dict[type, type[Embedder]] = {
     Label: LabelEmbed,
     Vector: VectorEmbed,
     Image: ImageEmbed,
     Tokens: TokensEmbed,
     Text: TextEmbed,
+    Frames: FramesEmbed,
 }
 
 

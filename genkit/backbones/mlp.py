@@ -20,7 +20,7 @@ from genkit.core import NO_COND, Backbones, Cond, Spec
 class MLP(Backbones):
     """Residual blocks ``h + gate W2 silu(W1 adaLN(h))``: the DiT block (Peebles & Xie 2023) without its attention.
 
-    Takes Label and Vector conditions.
+    Takes Label, Vector and Frames conditions.
     """
 
     width: Annotated[int, Ge(1)] = 256  # 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 from annotated_types import Ge
@@ -84,6 +84,8 @@ class Demo:
     """Keep episodes without success too."""
     least: float | None = None
     """The least return of an episode that is kept; None: any."""
+    pixels: Annotated[int, Ge(0)] = 0
+    """Side of square pictures that are recorded too, as img, where the environment draws any; 0: none."""
     out: str | None = None
     """The .npz; None: ENV.npz."""
 
@@ -93,16 +95,18 @@ def main(argv: list[str]) -> int:
     out = File(asked.out or f"{asked.env.replace('/', '-')}.npz")
     if out.suffix != ".npz":
         raise ValueError(f"out: given {out}; a replay buffer is an .npz")
-    guide, tried, obs, actions, returns = record(asked)
+    guide, tried, obs, actions, returns, more = record(asked)
     ends = np.cumsum([len(a) for a in actions])
+    arrays: Any = {name: np.concatenate(v) for name, v in {"obs": obs, "action": actions, **more}.items()}
     with whole(out) as part, open(part, "wb") as f:
-        np.savez(f, obs=np.concatenate(obs), action=np.concatenate(actions), episode_ends=ends)
+        np.savez(f, episode_ends=ends, **arrays)
     told = f"{out}  {len(ends)} episodes of {tried} tried, {ends[-1]} steps, return {np.mean(returns):.1f}"
     console.print(f"{told} ({min(returns):.1f} to {max(returns):.1f})", markup=False)
     if isinstance(guide, Linear):
         guide.save(found := out.with_suffix(".expert.json"))
         console.print(f"{found}  {guide.found}; --expert=found --expert.path={found} takes it again", markup=False)
-    console.print(f"next     genkit train --data=replay --data.root {out} --data.env {asked.env}", markup=False)
+    see = " --data.frames img" if asked.pixels else ""
+    console.print(f"next     genkit train --data=replay --data.root {out} --data.env {asked.env}{see}", markup=False)
     return 0
 
 
@@ -115,6 +119,9 @@ class Recorded(NamedTuple):
     obs: list[np.ndarray]
     actions: list[np.ndarray]
     returns: list[float]
+    more: dict[str, list[np.ndarray]]
+    """of each episode: ``reward`` ``[T]``, ``mode`` ``[T]`` (the way it went) where the environment says, and ``img``
+    ``[T, H, W, 3]`` where pictures are asked for"""
 
 
 def record(asked: Demo) -> Recorded:
@@ -130,6 +137,11 @@ def record(asked: Demo) -> Recorded:
     obs: list[np.ndarray] = []
     actions: list[np.ndarray] = []
     returns: list[float] = []
+    more: dict[str, list[np.ndarray]] = {}
+    see: Any = getattr(env, "pixels", None)
+    if asked.pixels and see is None:
+        raise ValueError(f"pixels: {asked.env} draws no pictures; leave it out")
+    size = (asked.pixels, asked.pixels)
     tried = 0
     while len(actions) < asked.episodes:
         seeds = range(asked.seeds + tried, asked.seeds + tried + num)
@@ -138,11 +150,14 @@ def record(asked: Demo) -> Recorded:
         alive, length, total = np.ones(num, bool), np.zeros(num, int), np.zeros(num)
         success = fell = np.zeros(num, bool)
         info: dict[str, np.ndarray] = {}
+        rewards, looks = [], []
         while alive.any():
             done.append(guide.act(seen[-1]))
+            looks += [see(size)] if asked.pixels else []
             after, reward, terminated, truncated, info = env.step(done[-1])
             length += alive
             total += reward
+            rewards.append(reward)
             success = success | (alive & info.get("success", success).astype(bool))
             fell = fell | (terminated & (length < FALL * env.max_steps))
             alive &= ~(terminated | truncated)
@@ -154,10 +169,17 @@ def record(asked: Demo) -> Recorded:
             obs.append(np.stack([o[i] for o in seen[: length[i]]]))
             actions.append(np.stack([a[i] for a in done[: length[i]]]))
             returns.append(float(total[i]))
+            told = {"reward": np.array([r[i] for r in rewards[: length[i]]])}
+            if "mode" in info:
+                told["mode"] = np.full(length[i], int(info["mode"][i]))
+            if looks:
+                told["img"] = np.stack([v[i].transpose(1, 2, 0) for v in looks[: length[i]]])
+            for name, values in told.items():
+                more.setdefault(name, []).append(values)
         if not actions and tried >= TRIES * num:
             who = type(asked.expert).__name__.lower()
             raise ValueError(
                 f"expert: {who} did not succeed once in {tried} episodes of {asked.env}; the last took "
                 f"{length.mean():.0f} of {env.max_steps} steps and brought {total.mean():.1f}"
             )
-    return Recorded(guide, tried, obs, actions, returns)
+    return Recorded(guide, tried, obs, actions, returns, more)

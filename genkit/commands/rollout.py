@@ -22,7 +22,7 @@ from genkit.rl.best import best_of, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
 from genkit.rl.planner import load as actor
 from genkit.rl.policy import Policy, carried_out
-from genkit.rl.rollout import Episodes, rollout
+from genkit.rl.rollout import Episodes, look, rollout, shown
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         done = rollout(policy, env, seeds, film=asked.film, progress=lambda n: bar.update(task, completed=n))
     found = {
         **done.summary(),
-        "ms_per_chunk": latency(policy, env.reset(list(seeds)[: env.num])),
+        "ms_per_chunk": latency(policy, env, env.reset(list(seeds)[: env.num])),
         "ms_per_batch": done.summary()["ms_per_chunk"],
         "steps": asked.steps if policy.run.objective.sampler else 1,
         **({} if explained is None else {"q_explains": explained}),
@@ -127,7 +127,9 @@ def load(asked: Rollout, **how: Any) -> Policy:
         ema=asked.ema, step=asked.step, device=asked.device, **how,
     )  # fmt: skip
     if not policy.valued and (asked.fit_q or asked.q_guidance or asked.best_of > 1):
-        raise ValueError("fit_q, best_of, q_guidance: have no meaning for a run that plans states; leave them out")
+        raise ValueError(
+            "fit_q, best_of, q_guidance: know chunks of actions given obs, no plans and no pictures; leave them out"
+        )
     return policy
 
 
@@ -176,18 +178,20 @@ def improved(asked: Rollout, policy: Policy) -> Policy:
     return replace(policy, generate=best_of(policy.generate, q, asked.best_of))
 
 
-def latency(policy: Policy, obs: Any, repeats: int = 20) -> float:
+def latency(policy: Policy, env: Env, obs: Any, repeats: int = 20) -> float:
     """Milliseconds for one chunk of one world: the median of some calls, after one that does not count."""
     import time
 
     import numpy as np
 
-    one = np.repeat(obs[:1, None], policy.obs_shape[0], 1)
+    to, do = policy.obs_shape
+    one, seen = np.repeat(obs[:1, None, :do], to, 1), shown([look(policy, env)] * to)
+    seen = {k: v[:1] for k, v in seen.items()}
     took = []
     for _ in range(repeats + 1):
         policy.reset([0])
         began = time.perf_counter()
-        policy.act(one)
+        policy.act(one, **seen)
         took.append(time.perf_counter() - began)
     return 1e3 * float(np.median(took[1:]))
 

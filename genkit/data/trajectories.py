@@ -12,7 +12,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -23,9 +23,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from genkit.codecs import Actions, MinMax, Plans, Standardize
-from genkit.core import Batch, Condition, Label, Spec, Vector
+from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
 from genkit.data.images import InMemory, Split, check_split
-from genkit.envs.four_ways import NAMES, demonstrations
+from genkit.envs.four_ways import NAMES, demonstrations, pictures_of
 
 Steps = Annotated[int, Ge(1)]
 FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
@@ -33,14 +33,16 @@ SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "
 
 
 class Episode(NamedTuple):
-    """One recording: what was observed ``[T, Do]`` and what was done ``[T, A]``, in the world's units; where they are
-    known, what it brought ``[T]``, of which kind it was at each step ``[T]``, and what was seen at the end ``[Do]``."""
+    """One recording: what was observed ``[T, Do]`` and what was done ``[T, A]``, in the world's units. Where they are
+    known: what it brought ``[T]``, of which kind it was at each step ``[T]``, what was observed at the end ``[Do]``,
+    and pictures ``[T, C, H, W]``. Where these are all there is to see, Do is 0."""
 
     obs: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray | None = None
     skill: np.ndarray | None = None
     last: np.ndarray | None = None
+    frames: np.ndarray | None = None
 
 
 def check_horizons(obs_steps: int, pred_steps: int, act_steps: int) -> None:
@@ -121,6 +123,24 @@ class Windows(NamedTuple):
     """``[N, 1]``: the discounted rewards of the whole episode, the same at each of its steps"""
     skill: Tensor | None
     """``[N]``, now"""
+    frames: Tensor | None
+    """uint8 ``[steps, C, H, W]``, of all steps of the episodes"""
+    rows: Tensor
+    """``[N, To]``: which of these are seen"""
+
+
+@dataclass(eq=False)
+class Seen(InMemory):
+    """Samples that are conditioned on pictures, each of which is kept once, though it is in several windows."""
+
+    pictures: Tensor | None = None
+    rows: Tensor | None = None
+
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        batch = super().batch(indices, draw)
+        assert self.pictures is not None
+        assert self.rows is not None
+        return replace(batch, cond={**batch.cond, "frames": self.pictures[self.rows[indices]]})
 
 
 Further = Literal["returns", "skill", "goal"]
@@ -182,8 +202,10 @@ class Demonstrations(ABC):
         found = train if split == "train" else self.windows(split)
         x, codec = SAMPLES[self.plan](found), self.codec(train)
         observed = lambda w: w.states[:, :, : self.obs_steps].transpose(1, 2).contiguous()  # noqa: E731
-        cond: dict[str, Tensor] = {"obs": observed(found)}
-        kinds: dict[str, Condition] = {"obs": self.scaled(observed(train))}
+        cond: dict[str, Tensor] = {}
+        kinds: dict[str, Condition] = {}
+        if train.states.shape[1]:
+            cond["obs"], kinds["obs"] = observed(found), self.scaled(observed(train))
         if "goal" in self.conditions:
             cond["goal"], kinds["goal"] = found.states[:, :, -1], self.scaled(train.states[:, :, -1])
         if found.returns is not None and train.returns is not None:
@@ -195,7 +217,10 @@ class Demonstrations(ABC):
             centers = anchors_of(codec.encode(Batch(SAMPLES[self.plan](train))).x, self.anchors)
             kinds["anchor"] = Label(self.anchors, centers=tuple(centers.flatten().tolist()))
             cond["anchor"] = torch.cdist(codec.encode(Batch(x)).x.flatten(1), centers.flatten(1)).argmin(1)
-        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec)
+        if found.frames is None:
+            return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec)
+        kinds["frames"] = Frames((self.obs_steps, *found.frames.shape[1:]))
+        return Seen(x, cond, Spec(tuple(x.shape[1:]), kinds), codec, pictures=found.frames, rows=found.rows)
 
     def codec(self, train: Windows) -> Actions | Plans:
         x = SAMPLES[self.plan](train)
@@ -214,6 +239,10 @@ class Demonstrations(ABC):
     def windows(self, split: Split) -> Windows:
         """``ValueError`` where what they should be told of is not known."""
         episodes = self.episodes(split)
+        if not episodes[0].obs.shape[1] and (self.plan != "actions" or "goal" in self.conditions):
+            raise ValueError(
+                "plan, goal: need observed numbers, and these episodes have pictures alone; leave them out"
+            )
         behind = self.act_steps if self.plan == "actions" else self.pred_steps - self.obs_steps + 1
         steps, places = steps_of(episodes, self.obs_steps, self.pred_steps, behind)
         all_of = lambda parts: np.concatenate(list(parts))  # noqa: E731
@@ -246,6 +275,8 @@ class Demonstrations(ABC):
             turned(actions), turned(states),
             None if returns is None else torch.from_numpy(returns).float()[:, None],
             None if skill is None else torch.from_numpy(skill).long(),
+            None if episodes[0].frames is None else torch.from_numpy(all_of(e.frames for e in episodes)),
+            torch.from_numpy(steps[:, : self.obs_steps]),
         )  # fmt: skip
 
 
@@ -276,12 +307,23 @@ class FourWays(Demonstrations):
     seed: Annotated[int, Ge(0)] = 0
     obs_steps: Steps = 1
     """the place is all there is to know"""
+    pixels: Annotated[int, Ge(0)] = 0
+    """side of square pictures of the world, which are seen in place of the place; 0: none"""
     env: str = "four-ways"
 
     skills: ClassVar[tuple[str, ...]] = NAMES
 
     def episodes(self, split: Split) -> Sequence[Episode]:
-        return [Episode(*e) for e in demonstrations(self.n, 2 * self.seed + ("train", "test").index(split))]
+        found = [Episode(*e) for e in demonstrations(self.n, 2 * self.seed + ("train", "test").index(split))]
+        if not self.pixels:
+            return found
+        if self.pixels < LEAST:
+            raise ValueError(f"pixels: given {self.pixels}; needs {LEAST} or more to see anything, or 0 for the place")
+        size = (self.pixels, self.pixels)
+        return [e._replace(frames=pictures_of(e.obs, size), obs=e.obs[:, :0], last=None) for e in found]
+
+
+LEAST = 8  # pixels of a side
 
 
 # ------------------------------------------------------------------------------------------------- replay buffers
@@ -367,6 +409,15 @@ def read_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarray]:
     return arrays
 
 
+def channels_first(values: np.ndarray, name: str, where: str) -> np.ndarray:
+    """Pictures ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter."""
+    last = values.ndim == 4 and values.shape[3] in (1, 3)
+    if values.dtype != np.uint8 or values.ndim != 4 or not (last or values.shape[1] in (1, 3)):
+        given = f"{values.shape} of {values.dtype}"
+        raise ValueError(f"{where}: {name} is {given}; pictures are uint8 [N, H, W, 3], or with one channel")
+    return values.transpose(0, 3, 1, 2) if last else values
+
+
 def one_column(values: np.ndarray, name: str, where: str) -> np.ndarray:
     if values.shape[1] != 1:
         raise ValueError(f"{where}: {name} has {values.shape[1]} columns; needs one number for each step")
@@ -380,7 +431,9 @@ class Recorded(Demonstrations):
     root: str
     """where they are"""
     observed: tuple[str, ...] = ("obs",)
-    """arrays of what is observed, or some of their columns: state[0:2]"""
+    """arrays of what is observed, or some of their columns: state[0:2]; none where pictures are enough"""
+    frames: tuple[str, ...] = ()
+    """arrays of pictures, uint8 [N, H, W, C] or [N, C, H, W], that are seen too; several cameras have one size"""
     action: str = "action"
     """the array of what was done"""
     reward: str = ""
@@ -413,6 +466,20 @@ class Recorded(Demonstrations):
         arrays = self.arrays(list(dict.fromkeys(part.name for part in wanted)))
         return [part.of(arrays, self.root) for part in wanted], arrays["episode_ends"]
 
+    def pictures(self) -> np.ndarray | None:
+        """uint8 ``[N, C, H, W]``, the cameras' channels one after the other."""
+        if not self.frames:
+            return None
+        arrays = self.arrays(list(self.frames))
+        found = [channels_first(arrays[name], name, self.root) for name in self.frames]
+        for name, values in zip(self.frames, found, strict=True):
+            if values.shape[2:] != found[0].shape[2:]:
+                one, other = ("x".join(map(str, v.shape[2:])) for v in (values, found[0]))
+                raise ValueError(
+                    f"{self.root}: {name} holds pictures of {one}, {self.frames[0]} of {other}; needs one size"
+                )
+        return np.concatenate(found, 1)
+
     def counted_from(self) -> tuple[int, ...]:
         if self.relative_to is None:
             return ()
@@ -431,12 +498,15 @@ class Recorded(Demonstrations):
             k: one_column(v, named[k], self.root) for k, v in zip(more, found[len(found) - len(more) :], strict=True)
         }
         *seen, actions = found[: len(found) - len(more)]
-        obs, rewards, skill = np.concatenate(seen, 1), told.get("returns"), told.get("skill")
+        if not seen and not self.frames:
+            raise ValueError("observed, frames: given neither; a policy has to see something")
+        obs = np.concatenate([np.zeros((len(actions), 0)), *seen], 1)
+        rewards, skill, pictures = told.get("returns"), told.get("skill"), self.pictures()
         if skill is not None and ((skill != skill.astype(int)) | (skill < 0)).any():
             raise ValueError(f"{self.root}: {self.skill} holds {skill.min():g} … {skill.max():g}; needs 0, 1, 2 ...")
         part = lambda v, a, b: None if v is None else v[a:b]  # noqa: E731
         whole = [
-            Episode(obs[a:b], actions[a:b], part(rewards, a, b), part(skill, a, b))
+            Episode(obs[a:b], actions[a:b], part(rewards, a, b), part(skill, a, b), None, part(pictures, a, b))
             for a, b in pairwise([0, *ends.tolist()])
         ]
         out = set(

@@ -7,6 +7,7 @@ obstacle. Needs numpy only; N worlds run beside each other, a million steps a se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,10 @@ class FourWays:
         mode = np.where((self.above >= 0).all(1), self.above @ [2, 1], -1)
         return self.place.copy(), success.astype(float), terminated, truncated, {"success": success, "mode": mode}
 
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """The worlds now, as pictures uint8 ``[N, 3, *size]``."""
+        return pictures_of(self.place, size)
+
     def draw(self, paths: Sequence[np.ndarray], colours: Sequence[Any] | None = None, title: str = "") -> Any:
         """A picture of ways ``[T, 2]`` through the world (PIL)."""
         from matplotlib.patches import Circle
@@ -116,6 +121,39 @@ class FourWays:
             disc(place, RADIUS, "#595959")
         disc(self.place[row], 0.04, "#d62728")
         return picture
+
+
+VIEW = (-0.4, 3.2, -0.9, 0.9)  # of small pictures: left, right, bottom, top
+SEEN, SOFT = 0.12, 0.06  # radius of what stands for the place there, and width of the edges
+COLOURS = {"ground": (255, 255, 255), "goal": (150, 210, 150), "obstacle": (90, 90, 90), "place": (215, 40, 40)}
+
+
+def cover(x: Any, y: Any, radius: float, size: tuple[int, int]) -> np.ndarray:
+    """How much of each pixel ``[..., 1, *size]`` a disc covers, about; between its places it moves smoothly."""
+    (h, w), (left, right, bottom, top) = size, VIEW
+    across = left + (right - left) * (np.arange(w) + 0.5) / w
+    down = top - (top - bottom) * (np.arange(h) + 0.5) / h
+    x, y = (np.asarray(v, float)[..., None, None, None] for v in (x, y))
+    away = np.hypot(across[None, None, :] - x, down[None, :, None] - y)
+    return np.clip(0.5 + (radius - away) / (2 * SOFT), 0, 1)
+
+
+@lru_cache(maxsize=4)
+def scene(size: tuple[int, int]) -> np.ndarray:
+    """The world without anybody in it, ``[3, *size]``."""
+    colour = {k: np.asarray(v, float)[:, None, None] for k, v in COLOURS.items()}
+    out = np.broadcast_to(colour["ground"], (3, *size))
+    for (x, y), radius, what in [(GOAL, REACH, "goal"), *((place, RADIUS, "obstacle") for place in OBSTACLES)]:
+        share = cover(x, y, radius, size)
+        out = out * (1 - share) + colour[what] * share
+    return out
+
+
+def pictures_of(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Small pictures uint8 ``[N, 3, *size]`` of the world with somebody at ``places`` ``[N, 2]``."""
+    share = cover(places[:, 0], places[:, 1], SEEN, size)
+    red = np.asarray(COLOURS["place"], float)[:, None, None]
+    return (scene(size) * (1 - share) + red * share).round().astype(np.uint8)
 
 
 def distance(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

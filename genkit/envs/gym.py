@@ -86,8 +86,14 @@ class Gym:
         from PIL import Image
 
         if self.worlds[row].render_mode != "rgb_array":
-            raise ValueError(f"film: {self.id} draws no pictures; leave it out")
+            raise ValueError(f"{self.id}: draws no pictures, to be filmed or seen")
         return Image.fromarray(np.asarray(self.worlds[row].render()))
+
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """The worlds now, as pictures uint8 ``[N, 3, *size]``."""
+        h, w = size
+        seen = [np.asarray(self.frame(row).convert("RGB").resize((w, h))) for row in range(self.num)]
+        return np.stack(seen).transpose(0, 3, 1, 2)
 
 
 def told(info: dict[str, Any]) -> dict[str, float]:

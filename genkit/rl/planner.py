@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from genkit.files import whole
 from genkit.guidance import Wrapped
 from genkit.paths import require_noise
 from genkit.reverse import with_ends
-from genkit.rl.policy import Policy
+from genkit.rl.policy import Policy, Watcher
 
 Known = Callable[[Tensor, Cond], tuple[Tensor, Tensor]]  # (samples [B, *S], conditions) -> (Bool [*S], values [B, *S])
 
@@ -128,9 +128,9 @@ def learn_inverse(
 def pairs(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor, Tensor]:
     """States ``[N, Do]``, those that followed, and the actions ``[N, A]`` between them."""
     found: tuple[list[np.ndarray], ...] = ([], [], [])
-    for obs, actions, _, _, last in episodes:
-        states = obs if last is None else np.concatenate([obs, last[None]])
-        for part, values in zip(found, (states[:-1], states[1:], actions[: len(states) - 1]), strict=True):
+    for e in episodes:
+        states = e.obs if e.last is None else np.concatenate([e.obs, e.last[None]])
+        for part, values in zip(found, (states[:-1], states[1:], e.actions[: len(states) - 1]), strict=True):
             part.append(values)
     state, following, action = (torch.from_numpy(np.concatenate(part)).float() for part in found)
     if len(action) < 20:
@@ -173,7 +173,9 @@ class Planner(Policy):
     explains: float | None = None
     """the share of the held-out actions' variance that the inverse dynamics explain"""
 
-    valued: ClassVar[bool] = False
+    @property
+    def valued(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         last = self.run.spec.shape[1] - self.obs_shape[0]
@@ -214,16 +216,15 @@ class Planner(Policy):
     def about(self) -> dict[str, Any]:
         return {} if self.explains is None else {"inverse_explains": self.explains}
 
-    def plan(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def plan(self, obs: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(actions [N, A, Tp], states [N, Do, Tp])`` in the world's units, for ``[N, To, Do]``; A may be 0."""
-        obs = obs.to(self.run.device)
-        x = self.sample(obs)
+        x = self.sample(obs, frames)
         mask, value = known(self.codec)(x, self.cond(obs))
         x = self.codec.decode(torch.where(mask, value, x))  # some samplers come to it but for rounding
         return x[:, : self.codec.actions], x[:, self.codec.actions :]
 
-    def chunk(self, obs: Tensor) -> Tensor:
-        actions, states = self.plan(obs)
+    def chunk(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
+        actions, states = self.plan(obs, frames)
         if self.inverse is None:
             return actions
         before, after = states[:, :, :-1].transpose(1, 2), states[:, :, 1:].transpose(1, 2)
@@ -232,11 +233,16 @@ class Planner(Policy):
         return found.unflatten(0, before.shape[:2]).transpose(1, 2)
 
 
-ACTORS: Mapping[type, type[Policy]] = {Actions: Policy, Plans: Planner}
+ACTORS: Mapping[tuple[type, bool], type[Policy]] = {  # codec, whether pictures are seen
+    (Actions, False): Policy,
+    (Actions, True): Watcher,
+    (Plans, False): Planner,
+    (Plans, True): Planner,
+}
 
 
 def load(run: str | File | runs.Run, **how: Any) -> Policy:
     """The policy or planner of a run, as its samples are; ``how`` is that of :meth:`Policy.load`."""
     where = {k: how.pop(k) for k in ("ema", "step", "device") if k in how}
     found = run if isinstance(run, runs.Run) else runs.load(run, **{"device": "cpu", **where})
-    return ACTORS.get(type(found.codec), Policy).load(found, **how)
+    return ACTORS.get((type(found.codec), "frames" in found.spec.cond), Policy).load(found, **how)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genkit import runs
 from genkit.codecs import Actions
-from genkit.core import Cond, Denoiser, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
+from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.trajectories import Demonstrations, Further, check_horizons
 from genkit.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.sampling import Seeds
@@ -29,6 +29,15 @@ def carried_out(shape: Sequence[int], to: int, act_steps: int) -> Tensor:
     used = torch.zeros(*shape)
     used[:, to - 1 : to - 1 + act_steps] = 1
     return used
+
+
+def observed(spec: Spec) -> tuple[int, int]:
+    """(To, Do) of what a run sees."""
+    obs, frames = spec.cond.get("obs"), spec.cond.get("frames")
+    if isinstance(obs, Vector):
+        return obs.shape[0], obs.shape[1]
+    assert isinstance(frames, Frames)
+    return frames.shape[0], 0
 
 
 def told(spec: Spec, given: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
@@ -74,9 +83,6 @@ class Policy:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     """what it is told besides obs, each as one row"""
 
-    valued: ClassVar[bool] = True
-    """whether a Q of its samples means anything"""
-
     @classmethod
     def load(
         cls,
@@ -103,8 +109,7 @@ class Policy:
         """
         found = run if isinstance(run, runs.Run) else runs.load(run, ema=ema, step=step, device=device)
         cls.require(found)
-        seen, asked = found.spec.cond["obs"], told(found.spec, given or {})
-        assert isinstance(seen, Vector)
+        to, asked = observed(found.spec)[0], told(found.spec, given or {})
         apart = getattr(found.objective, "drop_each", 0.0) > 0
         if missing := [k for k in get_args(Further) if k in found.spec.cond and k not in asked and not apart]:
             raise ValueError(f"given: {missing[0]} is missing, and this run was always told it; give it, or train one "
@@ -119,15 +124,17 @@ class Policy:
             how |= {"sampler": sampler}  # refused with a word
         how |= {"guidance": guidance, "guide": compose(*guides) if guides else None}
         data = found.config.data
-        usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - seen.shape[0] + 1
+        usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - to + 1
         chosen = usual if act_steps is None else act_steps
-        check_horizons(seen.shape[0], found.spec.shape[1], chosen)
+        check_horizons(to, found.spec.shape[1], chosen)
         return cls(found, found.generator(**how), chosen, given=asked, **cls.further(found))
 
     @classmethod
     def require(cls, found: runs.Run) -> None:
         """``ValueError`` unless its samples are chunks of actions given obs."""
         seen = found.spec.cond.get("obs")
+        if "frames" in found.spec.cond:
+            raise ValueError(f"run: {found.directory.name} sees pictures, which only genkit rollout can show it so far")
         if not isinstance(found.codec, Actions) or not isinstance(seen, Vector) or len(found.spec.shape) != 2:
             raise ValueError(
                 f"run: {found.directory.name} draws samples of shape {found.spec.shape}, not actions given obs; "
@@ -145,11 +152,20 @@ class Policy:
         return {}
 
     @property
+    def valued(self) -> bool:
+        """Whether a Q can be learned of its samples and what it sees."""
+        return True
+
+    @property
     def obs_shape(self) -> tuple[int, int]:
-        """(To, Do)."""
-        kind = self.run.spec.cond["obs"]
-        assert isinstance(kind, Vector)
-        return kind.shape[0], kind.shape[1]
+        """(To, Do); Do is 0 where pictures are all it sees."""
+        return observed(self.run.spec)
+
+    @property
+    def frame_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the pictures that it sees; None where it sees none."""
+        kind = self.run.spec.cond.get("frames")
+        return kind.shape[1:] if isinstance(kind, Frames) else None
 
     @property
     def action_dim(self) -> int:
@@ -169,8 +185,9 @@ class Policy:
         """Begin episodes: row i draws from its own seed from now on."""
         self.noise = Seeds(seeds, self.run.device)
 
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """Actions ``[N, Ta, A]`` in the world's units for observations ``[N, To, Do]``.
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+        """Actions ``[N, Ta, A]`` in the world's units for observations ``[N, To, Do]``, and uint8 pictures ``frames``
+        ``[N, To, C, H, W]`` where it sees them.
 
         For a single one, ``[To, Do]`` or ``[Do]`` (seen To times), ``[Ta, A]``.
         """
@@ -185,24 +202,52 @@ class Policy:
         if not np.isfinite(rows).all():
             bad = int(np.flatnonzero(~np.isfinite(rows).all((1, 2)))[0])
             raise ValueError(f"obs: row {bad} is not finite")
-        actions = self.chunk(torch.from_numpy(rows))[:, :, to - 1 : to - 1 + self.act_steps]
+        pictures = self.pictures(frames, len(rows), single)
+        actions = self.chunk(torch.from_numpy(rows), pictures)[:, :, to - 1 : to - 1 + self.act_steps]
         out = actions.transpose(1, 2).cpu().numpy()
         return out[0] if single else out
 
-    def chunk(self, obs: Tensor) -> Tensor:
+    def pictures(self, frames: np.ndarray | None, batch: int, single: bool) -> Tensor | None:
+        """``ValueError`` where they are not what was seen in training."""
+        shape = self.frame_shape
+        if (shape is None) != (frames is None):
+            raise ValueError("frames: this policy sees pictures; give them" if shape else "frames: it sees no pictures")
+        if frames is None or shape is None:
+            return None
+        rows, needed = (frames[None] if single else frames), (batch, self.obs_shape[0], *shape)
+        if rows.shape != needed or rows.dtype != np.uint8:
+            given = f"{frames.shape} of {frames.dtype}"
+            raise ValueError(f"frames: given {given}; this policy needs {needed} of uint8, the size it was trained on")
+        return torch.from_numpy(rows)
+
+    def chunk(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
         """Whole chunks ``[N, A, Tp]`` in the world's units, the past steps among them, for ``[N, To, Do]``."""
         assert isinstance(self.run.codec, Actions)
-        obs = obs.to(self.run.device)
-        return self.run.codec.world(self.sample(obs), obs)
+        return self.run.codec.world(self.sample(obs, frames), obs.to(self.run.device))
 
-    def sample(self, obs: Tensor) -> Tensor:
+    def sample(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
         """Samples ``[N, *S]`` in the model's own numbers."""
         noise, shape = self.noise, self.run.spec.shape
-        z = noise(shape) if noise else torch.randn(len(obs), *shape, device=obs.device)
+        z = noise(shape) if noise else torch.randn(len(obs), *shape, device=self.run.device)
         with torch.no_grad():
-            return self.generate(z, self.cond(obs), noise).float()
+            return self.generate(z, self.cond(obs, frames), noise).float()
 
-    def cond(self, obs: Tensor) -> dict[str, Tensor]:
+    def cond(self, obs: Tensor, frames: Tensor | None = None) -> dict[str, Tensor]:
         """All that the networks are told."""
-        given = {k: v.to(obs.device).expand(len(obs), *v.shape[1:]) for k, v in self.given.items()}
-        return {"obs": obs, **given}
+        found = {k: v.expand(len(obs), *v.shape[1:]) for k, v in self.given.items()}
+        found |= {"obs": obs} if obs.shape[2] else {}
+        found |= {} if frames is None else {"frames": frames}
+        return {k: v.to(self.run.device) for k, v in found.items()}
+
+
+class Watcher(Policy):
+    """A policy that sees pictures, besides what is observed or alone."""
+
+    @property
+    def valued(self) -> bool:
+        return False
+
+    @classmethod
+    def require(cls, found: runs.Run) -> None:
+        if not isinstance(found.codec, Actions) or len(found.spec.shape) != 2:
+            Policy.require(found)

@@ -114,7 +114,7 @@ def rollout(
     ``ValueError`` where observations or actions do not fit the environment.
     """
     to, do = policy.obs_shape
-    if (do, policy.action_dim) != (env.obs_dim, env.action_dim):
+    if (do or env.obs_dim, policy.action_dim) != (env.obs_dim, env.action_dim):
         raise ValueError(
             f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
             f"{do} and {policy.action_dim}; give the environment of its demonstrations"
@@ -134,7 +134,8 @@ def wave(policy: Actor, env: Env, seeds: Sequence[int], to: int, film: int, watc
     padded = [*seeds, *[seeds[-1]] * (env.num - n)]  # a last wave that is not full repeats its last seed
     policy.reset(padded)
     obs = env.reset(padded)
-    history = [obs] * to
+    history, looks = [obs] * to, [look(policy, env)] * to
+    do = policy.obs_shape[1]
     alive, returns, lengths = np.ones(env.num, bool), np.zeros(env.num), np.zeros(env.num, int)
     cut, kept, best = np.zeros(env.num, bool), {}, np.full(env.num, -np.inf)
     paths, seconds = [obs], []
@@ -143,7 +144,7 @@ def wave(policy: Actor, env: Env, seeds: Sequence[int], to: int, film: int, watc
     while alive[:n].any():
         seen = np.stack(history[-to:], 1)
         began = time.perf_counter()
-        chunk = policy.act(seen)
+        chunk = policy.act(seen[:, :, :do], **shown(looks[-to:]))
         seconds.append(time.perf_counter() - began)
         if chunk.ndim != 3 or chunk.shape[::2] != (env.num, env.action_dim):
             raise ValueError(f"policy: gave actions {chunk.shape}; needs ({env.num}, steps, {env.action_dim})")
@@ -165,15 +166,34 @@ def wave(policy: Actor, env: Env, seeds: Sequence[int], to: int, film: int, watc
                     film_of.append(draw(i))
             alive &= ~(terminated | truncated)
             history.append(obs)
+            if k >= chunk.shape[1] - to:  # the others will not be seen
+                looks.append(look(policy, env))
             paths.append(obs)
             if not alive[:n].any():
                 break
-        del history[:-to]
+        del history[:-to], looks[:-to]
     ways = np.stack(paths, 1)
     return Episodes(
         returns[:n], best[:n], lengths[:n], cut[:n], {k: v[:n] for k, v in kept.items()},
         [ways[i, : lengths[i] + 1] for i in range(n)], getattr(env, "modes", 0), seconds, frames,
     )  # fmt: skip
+
+
+def look(policy: Actor, env: Env) -> np.ndarray | None:
+    """The pictures ``[N, C, H, W]`` that a policy sees of the worlds now; None where it sees none."""
+    shape = getattr(policy, "frame_shape", None)
+    if shape is None:
+        return None
+    see: Any = getattr(env, "pixels", None)
+    if see is None:
+        raise ValueError("env: this policy sees pictures, and the environment draws none; give that of its training")
+    return see(shape[1:])
+
+
+def shown(looks: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+    """What ``act`` is given of them, ``[N, To, C, H, W]``."""
+    there = [v for v in looks if v is not None]
+    return {"frames": np.stack(there, 1)} if there else {}
 
 
 def joined(parts: Sequence[Episodes]) -> Episodes:
