@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genkit.cli import main as cli
-from genkit.core import Batch
+from genkit.core import Batch, Draw
 from genkit.data.recordings import LeRobot, Minari
 from genkit.data.trajectories import Episode, Replay, windows
 
@@ -170,7 +170,7 @@ def test_what_is_no_lerobot_dataset_says_what_is_asked_for(tmp_path, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------------------- Minari
-def minari_set(name: str, episodes, kind="hdf5", nested=False, **more):
+def minari_set(name: str, episodes, kind="hdf5", nested=False, looks=None, **more):
     """A dataset that Minari itself writes; its folder."""
     minari = pytest.importorskip("minari")
     pytest.importorskip("h5py")
@@ -180,10 +180,13 @@ def minari_set(name: str, episodes, kind="hdf5", nested=False, **more):
 
     box = lambda n: spaces.Box(-np.inf, np.inf, (n,), np.float32)  # noqa: E731
     space = spaces.Dict({"place": box(1), "rest": spaces.Dict({"speed": box(2)})}) if nested else box(3)
+    if looks:
+        space = spaces.Dict({"state": box(3), "camera": spaces.Box(0, 255, (8, 9, 3), np.uint8)})
     buffers = []
     for i, (obs, actions, rewards) in enumerate(episodes):
         n = len(rewards)
         seen = {"place": obs[:, :1], "rest": {"speed": obs[:, 1:]}} if nested else obs
+        seen = {"state": obs, "camera": looks[i]} if looks else seen
         ends = np.arange(n) == n - 1
         made = {"observations": seen, "actions": actions, "rewards": rewards}
         made |= {"terminations": ends, "truncations": ends & False, "infos": {}}
@@ -191,6 +194,7 @@ def minari_set(name: str, episodes, kind="hdf5", nested=False, **more):
     made = minari.create_dataset_from_buffers(
         name, buffers, observation_space=space, action_space=more.get("action_space", box(2)), data_format=kind,
         algorithm_name="none", code_permalink="none", author="nobody", author_email="none", description="none",
+        **({"jpeg_encoding": False} if looks else {}),
     )  # fmt: skip
     assert made.total_episodes == len(episodes)
     return get_dataset_path(name)
@@ -223,6 +227,18 @@ def test_entries_of_dictionaries_are_seen_in_the_order_asked_for(shelf, truth):
     assert torch.allclose(turned.codec.world(x, turned.cond["obs"]), whole.x, atol=1e-5)  # type: ignore[attr-defined]
     refuses(lambda: Minari(root=root, observed=("speed",)).load(), "no array 'speed'", "place, rest.speed")
     refuses(lambda: Minari(root=root, relative_to="speed").load(), "relative_to: given 'speed'", "place, rest.speed")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_of_minari_are_seen_as_pictures(shelf, truth):
+    rng = np.random.default_rng(1)
+    looks = [rng.integers(0, 256, (len(o), 8, 9, 3), np.uint8) for o, _, _ in recorded()]
+    root = str(minari_set("test/camera-v0", recorded(), looks=looks))
+    same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # the state alone
+    data = Minari(root=root, frames=("camera",)).load()
+    cond = data.batch(torch.tensor([0]), Draw((0,), 0, 1)).cond
+    assert np.array_equal(cond["frames"][0, 1].numpy(), looks[0][0].transpose(2, 0, 1))
+    assert torch.equal(cond["obs"], truth().load().cond["obs"][:1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -28,11 +28,15 @@ class Minari(Recorded):
     root: str
     """its folder, or an id such as D4RL/pointmaze/umaze-v2, which is downloaded where it is not there yet"""
     observed: tuple[str, ...] = ()
-    """of observations that are dictionaries, the entries to be seen, in this order; (): all, as they come"""
+    """of observations that are dictionaries, the entries to be seen, in this order; (): all that are no pictures"""
     reward: str = "reward"
 
     def seen(self) -> tuple[str, ...]:
-        return self.observed or tuple(boxes(open_minari(self.root).observation_space, "obs", self.root))
+        if self.observed:
+            return self.observed
+        space = open_minari(self.root).observation_space
+        found = boxes(space, "obs", self.root)
+        return tuple(name for name, path in found.items() if len(inner(space, path).shape) < 3)
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         data = open_minari(self.root)
