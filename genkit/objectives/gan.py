@@ -153,7 +153,7 @@ class GAN(Objective):
         if spread < 0.3:
             return (
                 f"mode collapse: drawn samples are {spread:.2f} times as far apart as real ones; "
-                "try --objective.game relativistic, a larger r1, or a lower --lr"
+                "try --objective.game relativistic, --objective.game.r2 beside r1, or a lower --lr"
             )
         if spread > 3:
             return (
