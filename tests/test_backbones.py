@@ -16,7 +16,7 @@ from genkit.backbones.blocks import GroupNorm, MapAttention, ResBlock, attend, c
 from genkit.backbones.dit import DiTBlock
 from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, sinusoid
 from genkit.backbones.mlp import MLPBlock
-from genkit.core import Image, Label, Spec, Text, Tokens, Vector
+from genkit.core import Frames, Image, Label, Spec, Text, Tokens, Vector
 
 TINY = {
     "mlp": MLP(width=8, depth=1),
@@ -24,8 +24,15 @@ TINY = {
     "dit": DiT(width=8, depth=1, head_size=4),
 }
 RANKS = {"mlp": (0, 1, 2), "unet": (1, 2), "dit": (1, 2)}
-KINDS = {"label": Label(5), "state": Vector((2, 3)), "image": Image(2), "text": Tokens(6), "words": Text(9)}
-GLOBAL = ("label", "state")
+KINDS = {
+    "label": Label(5),
+    "state": Vector((2, 3)),
+    "image": Image(2),
+    "text": Tokens(6),
+    "words": Text(9),
+    "frames": Frames((2, 3, 9, 5)),
+}
+GLOBAL = ("label", "state", "frames")
 CUTS = ("denoiser", "encoder", "decoder")
 BATCH = 3
 
@@ -48,6 +55,7 @@ def conditions(spec: Spec, batch: int = BATCH, length: int = 4):
         "state": lambda: torch.randn(batch, 2, 3),
         "image": lambda: torch.randn(batch, 2, *spec.shape[1:]),
         "text": lambda: torch.randn(batch, length, 6),
+        "frames": lambda: torch.randint(256, (batch, 2, 3, 9, 5), dtype=torch.uint8),
         "words": lambda: torch.randint(1, 257, (batch, 7)) * (torch.arange(7) < 4 + torch.arange(batch)[:, None] % 3),
     }
     cond = {name: made[name]() for name in spec.cond}
@@ -426,7 +434,7 @@ def test_positions():
         (lambda: UNet().denoiser(Spec((1, 4, 4, 4))), "allowed"),
         (
             lambda: MLP().denoiser(Spec((2,), {"mine": Image(3)})),
-            "'mine' is of kind Image; allowed here: Label, Vector; try",
+            "'mine' is of kind Image; allowed here: Label, Vector, Frames; try",
         ),
         (lambda: MLP().encoder(Spec((2,), {"mine": Tokens(3)}), (2,)), "'mine' is of kind Tokens"),
         (lambda: UNet().encoder(Spec((1, 8, 8)), (4, 3, 3)), r"\(3, 3\).*reach 8x8, 4x4, 2x2"),
