@@ -195,8 +195,8 @@ def began_here(task: Task) -> bool:
 
 def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
     if asked.reward != "env":
-        if asked.mode is not None or asked.env is not None:
-            raise ValueError("env, mode: have no effect where the reward is a function; leave them out")
+        if asked.mode is not None or asked.env is not None or asked.lost is not None:
+            raise ValueError("env, mode, lost: have no effect where the reward is a function; leave them out")
         if asked.label is not None and not classes(base.spec):
             raise ValueError(f"label: given {asked.label}, but this model has no classes; leave it out")
         score = function_of(asked.reward)

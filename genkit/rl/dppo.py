@@ -42,7 +42,8 @@ class DPPO(Method):
     kl: Annotated[float, Ge(0)] = 0.0
     """weight of the divergence from the model as it was, in nats a step"""
     stop_kl: Annotated[float, Gt(0)] = 0.03
-    """divergence of a step from its law when it was drawn, in nats, after which an iteration ends early"""
+    """divergence of a step from its law when it was drawn, in nats (of all numbers of a sample together), after which
+    an iteration ends early"""
     warmup: Annotated[int, Ge(0)] = 2
     """first iterations, in which the critic alone learns"""
     ramp: Annotated[int, Ge(0)] = 0
