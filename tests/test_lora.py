@@ -1,9 +1,11 @@
 """LoRA: the change against its formula, what is trained and saved, resuming, merging, bases that are gone."""
 
 import copy
+import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from genkit.tensors import tensors
 from genkit.train import twin
 
 pytest.importorskip("peft")
+ROOT = Path(__file__).parent.parent
 SPEC, N = Spec((1, 8, 8), {"label": Label(10)}), 3
 FAMILIES = {
     "unet": UNet(width=8, mults=(1, 2), attention=(4,), head_size=8),
@@ -254,3 +257,20 @@ def test_what_makes_no_sense_is_one_line(tmp_path, base, tuned, capsys):
         assert words in said
         assert said.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_digits_that_its_base_has_never_seen(tmp_path):
+    """examples/06_lora_digits.py, with fewer steps: how many samples of the digits 5 to 9 a classifier recognises."""
+    spec = importlib.util.spec_from_file_location("lora_digits", ROOT / "examples/06_lora_digits.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.write(tmp_path, 100)
+    base, _ = example.train(tmp_path, "base", tmp_path / "known", 800)
+    flags = (f"--init={base}", *example.WAYS["adapter, rank 8"])
+    adapter, _ = example.train(tmp_path, "adapter", tmp_path / "few", 400, *flags)
+    before, after = (example.measure(run, tmp_path / "new", 0) for run in (base, adapter))
+    assert before["accuracy"]["value"] < 0.45
+    assert after["accuracy"]["value"] > 0.85
+    assert after["fid"]["value"] < before["fid"]["value"] / 3
+    assert after["trained_parameters"] < before["trained_parameters"] / 10
