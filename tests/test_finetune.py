@@ -437,6 +437,7 @@ def test_a_function_is_a_reward_too(policy, tmp_path):
         (["--method=mixed", "--method.gradient", "through"], "an environment has no gradient; allowed: ratio"),
         (["--method.last", "5"], "last: given 5; allowed 1 … 4"),
         (["--samples", "10", "--group", "3", "--reward", "test_finetune:height"], "group: given 3 of 10 samples"),
+        (["--lost", "8", "--reward", "test_finetune:height"], "lost: have no effect where the reward is a function"),
     ],
 )
 def test_bad_requests_in_one_line(policy, tmp_path, argv, message):
