@@ -152,9 +152,9 @@ def test_an_encoder_finds_a_place_again():
     target = torch.from_numpy(places).float() / torch.tensor([1.4, 0.7]) - torch.tensor([1.0, 0.0])
     net, keep = FramesEmbed(Frames((1, 3, 32, 32)), 32), torch.ones(1024, dtype=torch.bool)
     head = nn.Linear(32, 2)
-    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 120)
-    for _ in range(120):
+    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 200)
+    for _ in range(200):
         rows = torch.randint(896, (128,))
         loss = (head(net(frames[rows], keep[:128])) - target[rows]).square().mean()
         optimizer.zero_grad()
@@ -171,7 +171,7 @@ def test_pictures_are_checked_before_they_are_seen():
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 9, dtype=torch.uint8), 4), "(4, 2, 3, 8, 8)", "uint8")
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 8), 4), "float32")
     huge = Spec((2, 16), {"frames": Frames((1, 3, 480, 640))})
-    refuses(lambda: MLP().denoiser(huge), "pictures of 480x640", "64x64 or less")
+    refuses(lambda: MLP().denoiser(huge), "pictures of 480x640", "128x128 or less")
 
 
 # ---------------------------------------------------------------------------------------------------------- policies

@@ -188,18 +188,19 @@ class FramesEmbed(Embedder):
     """Pictures ``[B, To, C, H, W] -> [B, dim]``: a small convolutional network that is trained along.
 
     Each frame is halved by convolutions (with GroupNorm, which averaged weights need: Chi et al. 2023, section 3.2) to
-    a map of shorter side 4, and all of that map is read, so that a place stays a place; then the frames together.
+    a map of shorter side 8, and all of that map is read, so that a place stays a place (maps of 4, and no GroupNorm,
+    were blind for longer at the start); then the frames together.
     """
 
     route = "global"
-    WIDTHS, SMALLEST = (16, 32, 64, 64), 4
+    WIDTHS, SMALLEST = (16, 32, 64, 64), 8
 
     def __init__(self, kind: Frames, dim: int):
         super().__init__(kind, dim)
         to, inp, *size = kind.shape
         layers: list[nn.Module] = []
         widths = iter(self.WIDTHS)
-        while min(size) > self.SMALLEST and (width := next(widths, None)):
+        while (min(size) > self.SMALLEST or not layers) and (width := next(widths, None)):
             layers += [CONV[2](inp, width, 3, stride=2, padding=1), GroupNorm(width), nn.SiLU()]
             inp, size = width, [-(-n // 2) for n in size]
         if max(size) > 4 * self.SMALLEST:
