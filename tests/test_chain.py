@@ -200,6 +200,12 @@ def test_floor_widens_the_steps_that_are_narrower():
         held.first(6)
 
 
+def test_the_floor_holds_for_learned_noise_too():
+    chain = dataclasses.replace(Chain.over(Linear(), 2, Fixed(0.15), floor=0.1), sigma=lambda x, k, cond: x)
+    x = torch.tensor([[0.01], [2.0]], dtype=F64)  # a hundredth of 0.15, twice as much
+    torch.testing.assert_close(chain.std_at(x, torch.tensor([0, 1])), torch.tensor([[0.1], [0.3]], dtype=F64))
+
+
 def test_diffusion_noise_is_refused_where_there_is_no_score():
     with pytest.raises(ValueError, match="no diffusion"):
         Chain.over(Between(Linear()), 4, SDE())
