@@ -37,7 +37,7 @@ parser.add_argument("--out", type=Path, default=Path("four_ways.png"))
 args = parser.parse_args()
 
 world = FourWays(min(200, args.episodes))
-panels = [world.draw([obs for obs, _ in demonstrations(80, args.seed)], title="80 of the demonstrations")]
+panels = [world.draw([obs for obs, *_ in demonstrations(80, args.seed)], title="80 of the demonstrations")]
 rows = []
 for name in args.only:
     how, steps = POLICIES[name]

@@ -143,7 +143,7 @@ def test_damaged_lerobot_datasets_are_refused_with_the_episodes_number(tmp_path)
 
 
 def test_steps_that_are_missing_within_an_episode_are_refused(tmp_path):
-    from pyarrow import parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     root = lerobot(tmp_path / "set", "v2.1", told=False, total_frames=40)
     file = root / "data/chunk-000/episode_000001.parquet"
