@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from genkit.codecs import CODECS, Actions, Identity, MinMax, Pixels, Standardize, from_dict, to_dict
+from genkit.codecs import CODECS, Actions, Identity, MinMax, Pixels, Plans, Standardize, from_dict, to_dict
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA, InMemory, OnDisk, Stream, source
 from genkit.data.images import pixels_of
@@ -104,7 +104,8 @@ def test_affine_codecs_bring_numbers_to_order_one_and_back(shape):
 
 def test_codecs_are_stored_as_json():
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    codecs = [Pixels(), Identity(), MinMax.fit(x), Standardize.fit(x), Actions((1.0, 2.0), (3.0, 4.0), (0.0, 1.0))]
+    codecs = [Pixels(), Identity(), MinMax.fit(x), Standardize.fit(x), Actions((1.0, 2.0), (3.0, 4.0), (0.0, 1.0)),
+              Plans((1.0, 2.0), (3.0, 4.0), (1.0,))]  # fmt: skip
     assert {to_dict(c)["name"] for c in codecs} == set(CODECS)
     for codec in codecs:
         assert from_dict(json.loads(json.dumps(to_dict(codec)))) == codec
@@ -615,7 +616,7 @@ def test_the_real_mnist():
 def test_the_registry_is_complete_and_every_offline_source_loads():
     offline = [*TOYS, "digits"]
     pictures = {"mnist", "fashion-mnist", "cifar10", "folder", "zip", "npz"}
-    assert set(DATA) == {*offline, *pictures, "pairs", "latents", "four-ways", "pusht", "replay"}
+    assert set(DATA) == {*offline, *pictures, "pairs", "latents", "four-ways", "pusht", "replay", "minari", "lerobot"}
     for name in offline:
         data = DATA[name]().load()
         batch = data.batch(torch.tensor([3, 0, 3]), noise_of(3))
