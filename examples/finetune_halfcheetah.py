@@ -1,6 +1,6 @@
-"""HalfCheetah: a policy learned from a medium expert, then improved by the reward of the task.
+"""HalfCheetah, or Hopper: a policy learned from a medium expert, then improved by the reward of the task.
 
-    python examples/finetune_halfcheetah.py [--seeds 0] [--iterations 330] [--strip]
+    python examples/finetune_halfcheetah.py [--seeds 0] [--env Hopper-v5] [--strip]
 
 Needs `pip install "genkit[policy]"`. Finds a linear expert by random search and records 20 of its episodes (only if
 ENV.npz is not there yet), learns a flow policy from them, improves it by PPO on its denoising steps, and draws the
@@ -25,6 +25,7 @@ from genkit.rl.rollout import rollout
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = {  # environment -> configurations of genkit train and genkit finetune, options of the search for an expert
     "HalfCheetah-v5": ("halfcheetah_flow.yaml", "finetune/halfcheetah.yaml", "--expert.seed=2"),
+    "Hopper-v5": ("hopper_flow.yaml", "finetune/hopper.yaml", "--expert.seed=1"),
 }
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
