@@ -1,8 +1,9 @@
 """Push a T into place: policies from 206 human demonstrations, tried from unseen starts.
 
-    python examples/push_t.py --data pusht_lowdim.npz [--seed 0] [--starts 200] [--only flow] [--film push_t.gif]
+    python examples/push_t.py --data pusht_lowdim.npz [--seed 0] [--starts 200] [--only flow] [--no-mirror]
 
-Needs `pip install "genkit[policy]"`. Trains each policy (some minutes of CPU time), prints the means of an
+Needs `pip install "genkit[policy]"`. Trains each policy (some minutes of CPU time) on the demonstrations and on what
+they are in a mirror, prints the means of an
 episode's largest reward (coverage over 0.95, at most 1: what Chi et al. 2023 report) and largest coverage, and success
 (coverage above 0.95).
 """
@@ -31,6 +32,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int, default=8000)
 parser.add_argument("--starts", type=int, default=200)
 parser.add_argument("--only", nargs="+", choices=POLICIES, default=list(POLICIES))
+parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
 parser.add_argument("--runs", default="runs")
 parser.add_argument("--film", type=Path, help="a GIF of the first start, by the last policy")
 args = parser.parse_args()
@@ -39,6 +41,7 @@ rows = []
 for name in args.only:
     how, steps = POLICIES[name]
     data = ["--data=pusht", f"--data.root={args.data}", "--data.scaling=standardize", f"--steps={args.steps}"]
+    data += [f"--data.mirror={args.mirror}"]
     common = ["--batch=256", "--sample-every=0", "--save-every=2000", "--device=cpu", "--tensorboard=false"]
     began = time.process_time()
     named = [f"--seed={args.seed}", f"--out={args.runs}", f"--name=push-t-{name}"]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what is said of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def write_text(path: str | File, text: str) -> File:
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
     return File(path)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or of which kind it is where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones.diffusers import MODELS, Diffusers, DiffusersDenoiser, class_of, told_from
 from genkit.core import Objective
+from genkit.files import one_line
 from genkit.objectives import DDPM
 from genkit.paths import VP
 
@@ -92,7 +93,7 @@ def download(name: str) -> File:
         wanted = ["*.json", *(f"{p}/*.safetensors" for p in PARTS), "diffusion_pytorch_model*.safetensors"]
         return File(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # of many kinds: no library, no network, no such repository
-        why = " ".join(str(e).split())[:150]
+        why = one_line(e)[:150]
         raise ValueError(f"init: there is no folder {name}, and the hub did not give it ({why}); is there a network? "
                          "Else download it elsewhere and name its folder") from e  # fmt: skip
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
-from genkit.files import whole
+from genkit.files import one_line, whole
 from genkit.tensors import cache
 
 
@@ -120,7 +120,7 @@ def open_encoder(name: str) -> Frozen:
         )
         return Frozen(name, hf.AutoTokenizer.from_pretrained(where, **safe, **within[1]), model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
-        why = " ".join(str(e).split())[:160]
+        why = one_line(e)[:160]
         kind = "the folder" if folder.is_dir() else "neither a folder, nor to be had from the hub:"
         raise ValueError(f"encoder: {name} cannot be opened ({kind} {why}); needs a text encoder of transformers with "
                          "safetensors: CLIP's text half, T5, BERT ...") from e  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 from torch import nn
 
 from genkit.backbones import BACKBONES, MLP
@@ -21,13 +22,6 @@ from genkit.rl.rollout import rollout
 
 ROOT = Path(__file__).parent.parent
 RED = (215, 40, 40)
-
-
-def refuses(call, *words):
-    with pytest.raises(ValueError) as e:  # noqa: PT011
-        call()
-    assert all(w in str(e.value) for w in words), str(e.value)
-    assert "\n" not in str(e.value)
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

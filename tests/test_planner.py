@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 
 from genkit.cli import main as cli
 from genkit.codecs import Plans, from_dict, to_dict
@@ -21,13 +22,6 @@ from genkit.rl.rollout import rollout
 from genkit.sampling import SAMPLERS, Seeds, bind
 
 ROOT = Path(__file__).parent.parent
-
-
-def refuses(call, *words):
-    with pytest.raises(ValueError) as e:  # noqa: PT011
-        call()
-    assert all(w in str(e.value) for w in words), str(e.value)
-    assert "\n" not in str(e.value)
 
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 from torch import nn
 
 from genkit.backbones import BACKBONES, MLP
@@ -16,9 +17,10 @@ from genkit.cli import main as cli
 from genkit.codecs import Actions
 from genkit.core import Batch, Draw, Label, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.data.trajectories import Episode, Pusht, Replay, check_horizons, starts, windows
+from genkit.data.trajectories import Episode, Pusht, Replay, check_horizons, mirrored, starts, steps_of
 from genkit.envs import expert, make
 from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
+from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import Episodes, entropy_bits, rollout
@@ -27,13 +29,6 @@ from genkit.sampling import Seeds, bind
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
 ROOT = Path(__file__).parent.parent
 QUICK = ["--device=cpu", "--tensorboard=false", "--sample-every=0", "--log-every=50", "--data=four-ways"]
-
-
-def refuses(call, *words):
-    with pytest.raises(ValueError) as e:  # noqa: PT011
-        call()
-    assert all(w in str(e.value) for w in words), str(e.value)
-    assert "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------------------- the world
@@ -99,10 +94,10 @@ def test_windows_are_those_of_diffusion_policy():
     """Two episodes of 5 and 3 steps, To = 2, Tp = 4, Ta = 2, by hand: first and last step are repeated."""
     count = np.arange(8.0)[:, None]
     episodes = [Episode(count[:5], 10 * count[:5]), Episode(count[5:], 10 * count[5:])]
-    obs, actions = windows(episodes, 2, 4, 2)
-    steps = [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [5, 5, 6, 7], [5, 6, 7, 7]]
-    assert (actions[:, :, 0] / 10).tolist() == steps
-    assert obs[:, :, 0].tolist() == [row[:2] for row in steps]
+    steps, states = steps_of(episodes, 2, 4, 2)
+    byhand = [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [5, 5, 6, 7], [5, 6, 7, 7]]
+    assert steps.tolist() == byhand
+    assert states.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [6, 6, 7, 8], [6, 7, 8, 9]]
     assert starts(2, 1, 16, 8).tolist() == [0]  # too short for one: it gives one all the same
     # sampler.py of diffusion_policy: range(-pad_before, length - sequence_length + pad_after + 1)
     assert starts(161, 2, 16, 8).tolist() == list(range(-1, 161 - 16 + 7 + 1))
@@ -470,7 +465,7 @@ def test_gymnasium_ids_work_and_time_limits_are_no_ends():
 
 def test_pusht_is_put_to_a_state_as_the_demonstrations_mean_it():
     pytest.importorskip("gym_pusht")
-    from genkit.envs.gym import PushT, keypoints
+    from genkit.envs.gym import PushT
 
     env = PushT(1, max_steps=3)
     env.reset([0])
@@ -483,6 +478,90 @@ def test_pusht_is_put_to_a_state_as_the_demonstrations_mean_it():
     assert 0 <= log[0][4]["coverage"][0] < 0.95
     seen = Pusht(root="x")
     assert seen.observed == ("keypoint", "state[0:2]")
+
+
+# The outline of the T in its own frame, as gym-pusht builds it: a bar and a stem, alike on both sides of x = 0.
+OUTLINE = np.array([[-60, 30], [60, 30], [60, 0], [-60, 0], [-15, 30], [-15, 120], [15, 120], [15, 30]], float)
+
+
+def outline(pose):
+    c, s = np.cos(pose[2]), np.sin(pose[2])
+    return OUTLINE @ np.array([[c, s], [-s, c]]) + pose[:2]
+
+
+def pushes(path, episodes=5, steps=20):
+    """A replay buffer of PushT: states at random, and pictures of a dot where the hand is."""
+    rng = np.random.default_rng(0)
+    n = episodes * steps
+    state = np.concatenate([rng.uniform(100, 400, (n, 4)), rng.uniform(0, 2 * np.pi, (n, 1))], 1).astype(np.float32)
+    img = np.zeros((n, 64, 64, 3), np.uint8)
+    img[np.arange(n), (state[:, 1] / 8).astype(int), (state[:, 0] / 8).astype(int)] = 255
+    arrays = {"state": state, "keypoint": keypoints(state[:, 2:]).astype(np.float32), "img": img,
+              "action": rng.uniform(100, 400, (n, 2)).astype(np.float32)}  # fmt: skip
+    np.savez(path, **arrays, episode_ends=np.arange(1, episodes + 1) * steps)
+    return arrays
+
+
+def test_a_mirror_turns_one_t_into_another():
+    """The mirror image of a T is a T: point by point, on the other side. The goal is its own mirror image."""
+    state = np.random.default_rng(0).uniform(0, 6, (10, 5)) * [80, 80, 80, 80, 1]
+    there = mirrored(state)
+    other = OUTLINE * [-1, 1]
+    order = [int(np.flatnonzero((v == OUTLINE).all(1))[0]) for v in other]
+    for one, two in zip(state, there, strict=True):
+        assert np.allclose(512 - outline(one[2:])[:, ::-1], outline(two[2:])[order])
+        assert np.allclose(two[:2], [512 - one[1], 512 - one[0]])
+    assert np.allclose(mirrored(there), state)
+    goal = np.array([[0, 512, 256, 256, np.pi / 4]])
+    assert np.allclose(mirrored(goal), goal)
+
+
+def test_pusht_trains_on_what_is_seen_in_a_mirror_and_tests_on_what_was_recorded(tmp_path):
+    arrays = pushes(tmp_path / "p.npz")
+    settings: dict[str, Any] = {"root": str(tmp_path / "p.npz"), "held_out": 0.4}
+    plain, twice = Pusht(**settings), Pusht(**settings, mirror=True)
+    one, two = plain.episodes("train"), twice.episodes("train")
+    assert (len(one), len(two)) == (3, 6)
+    for a, b, c in zip(one, two[:3], two[3:], strict=True):
+        assert np.array_equal(a.obs, b.obs)
+        assert np.allclose(c.actions, 512 - a.actions[:, ::-1])
+        assert np.allclose(c.obs[:, 18:], 512 - a.obs[:, [19, 18]])
+        middle = lambda e: e.obs[:, :18].reshape(-1, 9, 2)  # noqa: E731
+        back = mirrored(arrays["state"])[:, 2:]
+        assert all((np.abs(keypoints(back) - k).max((1, 2)) < 1e-3).any() for k in middle(c))
+    assert [len(d.episodes("test")) for d in (plain, twice)] == [2, 2]
+    held = plain.episodes("test")[0].obs
+    assert np.array_equal(held, twice.episodes("test")[0].obs)
+    assert not any(np.allclose(512 - held[:, [19, 18]], e.obs[:, 18:]) for e in two)  # nor is its mirror image known
+    x, codec = twice.load().x, plain.load().codec
+    assert len(x) == 2 * len(plain.load().x)
+    assert type(codec) is Actions
+    assert torch.allclose(x[len(x) // 2 :], -x[: len(x) // 2].flip(1), atol=1e-4)  # relative ones turn their sign
+
+
+def test_pictures_are_seen_in_the_mirror_too(tmp_path):
+    pushes(tmp_path / "p.npz")
+    data = Pusht(root=str(tmp_path / "p.npz"), frames=("img",), observed=("state[0:2]",), mirror=True)
+    for e in data.episodes("train"):
+        assert e.frames is not None
+        found = [np.argwhere(f[0])[0] for f in e.frames]
+        assert np.abs(np.array(found)[:, ::-1] - e.obs / 8).max() <= 1
+
+
+def test_the_world_of_pusht_is_the_same_in_the_mirror():
+    pytest.importorskip("gym_pusht")
+    env = make("pusht", 2)
+    env.reset([0, 0])
+    state = np.array([[300.0, 420.0, 250.0, 300.0, 2.0]])
+    env.set_state(0, state[0])  # type: ignore[attr-defined]
+    env.set_state(1, mirrored(state)[0])  # type: ignore[attr-defined]
+    for i in range(80):  # from below against the T, and round it
+        where = np.array([256 + 120 * np.cos(i / 8), 300 + 120 * np.sin(i / 8)])
+        obs, reward, *_ = env.step(np.stack([where, 512 - where[::-1]]))
+        assert np.allclose(obs[0, 18:], 512 - obs[1, [19, 18]], atol=1e-6)
+        assert abs(reward[0] - reward[1]) < 1e-4
+    moved = obs[0, :18].reshape(9, 2) - keypoints(state[0, 2:])
+    assert np.abs(moved).max() > 30  # it was pushed
 
 
 # --------------------------------------------------------------------------------------------------------- figures

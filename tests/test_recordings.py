@@ -7,20 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 
 from genkit.cli import main as cli
 from genkit.core import Batch, Draw
 from genkit.data.recordings import LeRobot, Minari
-from genkit.data.trajectories import Episode, Replay, windows
+from genkit.data.trajectories import Episode, Replay, steps_of
 
 LENGTHS = (12, 20, 9)  # ragged
-
-
-def refuses(call, *words):
-    with pytest.raises(ValueError) as e:  # noqa: PT011
-        call()
-    assert all(w in str(e.value) for w in words), str(e.value)
-    assert "\n" not in str(e.value)
 
 
 def recorded(lengths=LENGTHS):
@@ -106,8 +100,9 @@ def test_lerobot_gives_the_same_windows_as_a_replay_buffer(tmp_path, truth, vers
     parts = ("observation.state[1:3]", "next.reward")
     some = LeRobot(root=data.root, observed=parts, relative_to=parts[0]).load()
     assert some.cond["obs"].shape[2] == 3
-    rewards, _ = windows([Episode(r[:, None], a) for _, a, r in recorded()], 2, 16, 8)
-    assert torch.equal(some.cond["obs"][..., 2:], torch.from_numpy(rewards))
+    steps, _ = steps_of([Episode(r[:, None], a) for _, a, r in recorded()], 2, 16, 8)
+    rewards = np.concatenate([r for _, _, r in recorded()])[steps[:, :2]]
+    assert torch.equal(some.cond["obs"][..., 2], torch.from_numpy(rewards))
     x = some.codec.encode(Batch(some.x)).x
     assert torch.allclose(some.codec.world(x, some.cond["obs"]), truth().load().x, atol=1e-5)  # type: ignore[attr-defined]
 

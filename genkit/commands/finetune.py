@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path as File
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from torch import nn
 from tyro.conf import Positional
 
 from genkit import config, runs
+from genkit.codecs import Actions
 from genkit.commands.train import environment, option
 from genkit.config import parse, table, to_yaml
 from genkit.core import Batch, seed_of
@@ -32,7 +33,7 @@ from genkit.rl.image import likeness
 from genkit.rl.judged import Judged, reward_kl
 from genkit.rl.learn import Critic, Learner, Method, Task, with_reference
 from genkit.rl.policy import Policy
-from genkit.rl.rollout import rollout
+from genkit.rl.rollout import require_fit, rollout
 from genkit.rl.tasks import Acting, OneWay, Scoring, classes, function_of
 from genkit.train import start as fresh_state
 
@@ -206,14 +207,9 @@ def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
     policy = Policy.load(base, steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
     env = world(asked, policy, asked.num)
-    do = policy.obs_shape[1]
-    if (do, policy.action_dim) != (env.obs_dim, env.action_dim):
-        raise ValueError(
-            f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
-            f"{do} and {policy.action_dim}; give the environment of its demonstrations"
-        )
-    method: Any = asked.method
-    return Acting(env, base.codec, policy.act_steps, asked.decisions, method.gamma, method.lam, asked.lost), policy  # type: ignore
+    require_fit(policy, env)
+    method, codec = asked.method, cast(Actions, base.codec)
+    return Acting(env, codec, policy.act_steps, asked.decisions, method.gamma, method.lam, asked.lost), policy
 
 
 def world(asked: Finetune, policy: Policy, num: int) -> Env:

@@ -181,7 +181,7 @@ def as_text(hint: Any) -> Any:
     spec = syntax(hint)
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     text = replace(spec, instance_from_str=Given, choices=None)
-    return Annotated[(plain | None, *marks, text)]  # type: ignore  # None: see Flags.required
+    return Annotated[(plain | None, *marks, text)]  # pyright: ignore[reportReturnType]  # None: see Flags.required
 
 
 @dataclass(frozen=True)

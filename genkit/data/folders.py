@@ -22,7 +22,8 @@ from torch import Tensor
 from genkit.codecs import Identity, MinMax, Standardize
 from genkit.core import Condition, Data, Label, Spec
 from genkit.data.captions import Said, beside
-from genkit.data.images import MEMORY, InMemory, Source, Split, check_split, one_line
+from genkit.data.images import MEMORY, InMemory, Source, Split, check_split
+from genkit.files import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT = ("test", "val")

@@ -23,6 +23,7 @@ from torch import Tensor
 from genkit.codecs import Pixels
 from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Label, Spec, expand
 from genkit.data.captions import FILES, Captions, Texts, captioned
+from genkit.files import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -89,10 +90,6 @@ def decode(blob: bytes, name: str, size: Size = None, channels: Channels = None)
         raise ValueError(f"{name}: is not a picture that Pillow can read") from e
     except Exception as e:  # Pillow's plug-ins raise anything over a corrupt file
         raise ValueError(f"{name}: cannot be decoded: {one_line(e)}") from e
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from genkit.codecs import Identity
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.data.images import Split, check_split, one_line
-from genkit.files import whole, write_text
+from genkit.data.images import Split, check_split
+from genkit.files import one_line, whole, write_text
 
 ABOUT = "latents.json"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from genkit.data.images import one_line
 from genkit.data.trajectories import Recorded, require_arrays
+from genkit.files import one_line
 
 INSTALL = "pip install 'genkit[data]'"
 

@@ -12,7 +12,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -26,6 +26,8 @@ from genkit.codecs import Actions, MinMax, Plans, Standardize
 from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
 from genkit.data.images import InMemory, Split, check_split
 from genkit.envs.four_ways import NAMES, demonstrations, pictures_of
+from genkit.envs.gym import keypoints
+from genkit.files import one_line
 
 Steps = Annotated[int, Ge(1)]
 FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
@@ -62,16 +64,6 @@ def starts(length: int, obs_steps: int, pred_steps: int, act_steps: int) -> np.n
     """
     first = 1 - obs_steps
     return np.arange(first, max(first, length - pred_steps + act_steps - 1) + 1)
-
-
-def windows(
-    episodes: Sequence[Episode], obs_steps: int, pred_steps: int, act_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """``(obs [N, To, Do], actions [N, Tp, A])`` of all episodes, one after the other."""
-    check_horizons(obs_steps, pred_steps, act_steps)
-    steps, _ = steps_of(episodes, obs_steps, pred_steps, act_steps)
-    obs, actions = np.concatenate([e.obs for e in episodes]), np.concatenate([e.actions for e in episodes])
-    return obs[steps[:, :obs_steps]], actions[steps]
 
 
 def steps_of(
@@ -236,6 +228,16 @@ class Demonstrations(ABC):
             tuple(train.shape[1:]), tuple(shift.tolist()), tuple(torch.where(scale > 0, scale, 1).tolist()), FURTHEST
         )
 
+    def told(self, what: str, found: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """What each episode has of it. ``ValueError`` where one has nothing."""
+        known = [v for v in found if v is not None]
+        if len(known) < len(found):
+            raise ValueError(
+                f"conditions: given {', '.join(self.conditions)}, but these episodes have no {what}; say which "
+                "array holds it, --data.reward or --data.skill, or leave it out"
+            )
+        return known
+
     def windows(self, split: Split) -> Windows:
         """``ValueError`` where what they should be told of is not known."""
         episodes = self.episodes(split)
@@ -256,20 +258,12 @@ class Demonstrations(ABC):
             if len(columns) != actions.shape[2]:
                 raise ValueError(f"relative_to: given {len(columns)} numbers for actions of {actions.shape[2]}")
             actions = actions - states[:, self.obs_steps - 1 : self.obs_steps, list(columns)]
-        now, further = steps[:, self.obs_steps - 1], {}
-        for name in ("rewards", "skill"):
-            if {"rewards": "returns"}.get(name, name) not in self.conditions:
-                continue
-            if any(getattr(e, name) is None for e in episodes):
-                raise ValueError(
-                    f"conditions: given {', '.join(self.conditions)}, but these episodes have no {name}; say which "
-                    "array holds it, --data.reward or --data.skill, or leave it out"
-                )
-            further[name] = [getattr(e, name) for e in episodes]
-        returns = None
-        if "rewards" in further:
-            returns = all_of(np.full(len(r), discounted(r, self.discount)) for r in further["rewards"])[now]
-        skill = all_of(further["skill"])[now] if "skill" in further else None
+        now, returns, skill = steps[:, self.obs_steps - 1], None, None
+        if "returns" in self.conditions:
+            told = self.told("rewards", [e.rewards for e in episodes])
+            returns = all_of(np.full(len(r), discounted(r, self.discount)) for r in told)[now]
+        if "skill" in self.conditions:
+            skill = all_of(self.told("skill", [e.skill for e in episodes]))[now]
         turned = lambda v: torch.from_numpy(v).float().transpose(1, 2).contiguous()  # noqa: E731
         return Windows(
             turned(actions), turned(states),
@@ -365,7 +359,7 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             there = list(stored.files)
             found = {k: stored[k] for k in names if k in there}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
+        reason = one_line(e)
         raise ValueError(f"{path}: cannot be read as an .npz without pickles (truncated?): {reason}") from e
     require_arrays(path, names, there)
     return found
@@ -382,7 +376,7 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         at = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
         found = {k: np.asarray(group[at[k]][:]) for k in names if k in at}  # type: ignore[index]
     except Exception as e:  # zarr raises anything over a damaged store
-        reason = " ".join(str(e).split()) or type(e).__name__
+        reason = one_line(e)
         raise ValueError(f"{path}: is no zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
     require_arrays(path, names, at)
     return found
@@ -540,4 +534,40 @@ class Pusht(Replay):
 
     observed: tuple[str, ...] = ("keypoint", "state[0:2]")
     relative_to: str | None = "state[0:2]"
+    mirror: bool = False
+    """train on each episode's mirror image too: the world looks the same in a mirror along the line from corner to
+    corner that the T, in its place, is symmetric about"""
     env: str = "pusht"
+
+    def episodes(self, split: Split) -> Sequence[Episode]:
+        found = super().episodes(split)
+        if not self.mirror or split != "train":
+            return found
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        return [*found, *Mirrored(**{**settings, "mirror": False}).episodes(split)]
+
+
+SIDE = 512  # of the world of PushT
+
+
+class Mirrored(Pusht):
+    """What PushT's demonstrations are in the mirror x + y = 512."""
+
+    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        found = dict(super().arrays([*names, "state"]))
+        found["state"] = state = mirrored(found["state"])
+        if "action" in found:
+            found["action"] = SIDE - found["action"][:, ::-1]
+        if "keypoint" in found:  # those points of the T in the mirror that were looked at before it
+            found["keypoint"] = keypoints(state[:, 2:]).astype(found["keypoint"].dtype)
+        return found
+
+    def pictures(self) -> np.ndarray | None:
+        found = super().pictures()
+        return None if found is None else found[:, :, ::-1, ::-1].swapaxes(2, 3)
+
+
+def mirrored(state: np.ndarray) -> np.ndarray:
+    """States ``[N, 5]`` (hand x, y; T x, y, angle) in the mirror x + y = 512."""
+    hand, place, angle = state[:, 1::-1], state[:, 3:1:-1], state[:, 4:]
+    return np.concatenate([SIDE - hand, SIDE - place, (np.pi / 2 - angle) % (2 * np.pi)], 1).astype(state.dtype)

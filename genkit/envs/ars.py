@@ -13,9 +13,12 @@ from annotated_types import Ge, Gt
 
 from genkit.envs import Env
 from genkit.envs.gym import Gym
-from genkit.files import write_text
+from genkit.files import one_line, write_text
 
-TARGETS = {"HalfCheetah-v5": 2000.0, "Hopper-v5": 1300.0}  # mean returns that a search finds in a CPU minute (seeds 0, 1)
+TARGETS = {
+    "HalfCheetah-v5": 2000.0,
+    "Hopper-v5": 1300.0,
+}  # mean returns found in a CPU minute
 SURVIVAL = {"Hopper-v5": 1.0, "Walker2d-v5": 1.0, "Ant-v5": 1.0, "Humanoid-v5": 5.0}  # part of each step's reward
 
 
@@ -54,7 +57,7 @@ class Linear:
             arrays = [np.asarray(record[name], float) for name in ARRAYS]
             a, do = arrays[0].shape
         except (OSError, ValueError, KeyError, TypeError) as e:
-            reason = " ".join(str(e).split()) or type(e).__name__
+            reason = one_line(e)
             raise ValueError(
                 f"expert: {path} is no linear policy ({reason}); genkit demo --expert ars finds one"
             ) from e
@@ -134,9 +137,7 @@ def search(name: str, how: Search, watch: Callable[[int, float], None] = lambda 
     )
 
 
-def trial(
-    env: Env, policy: Linear, seeds: Sequence[int], met: Met | None = None, survival: float = 0.0
-) -> np.ndarray:
+def trial(env: Env, policy: Linear, seeds: Sequence[int], met: Met | None = None, survival: float = 0.0) -> np.ndarray:
     """Returns ``[N]`` of an episode in each world, less ``survival`` for each step of it; ``met`` sees all observations
     that were acted on."""
     obs = env.reset(seeds)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from genkit.files import one_line
+
 INSTALL = {  # what brings the environments whose id begins like this
     "gym_pusht/": ("gym_pusht", 'pip install "gymnasium>=1.0" "gym-pusht==0.1.8"'),
     "PointMaze": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
@@ -121,10 +123,10 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)
             return gymnasium.make(id, **drawing(id), **options)
     except gymnasium.error.DependencyNotInstalled as e:
-        reason = " ".join(str(e).split())
+        reason = one_line(e)
         raise ValueError(f"env: {id} needs more than gymnasium ({reason}); for MuJoCo: {MUJOCO}") from None
     except gymnasium.error.Error as e:
-        reason = " ".join(str(e).split())
+        reason = one_line(e)
         raise ValueError(
             f"env: given {id!r}, which gymnasium does not know ({reason}); allowed: four-ways, pusht, or an id that an "
             f"installed package registers{hint}"

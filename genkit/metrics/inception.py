@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.files import one_line
+
 NAME = "inception-2015-12-05.pt"
 DIM = 2048
 SIZE = 299  # pixels a side that the network sees
@@ -38,7 +40,7 @@ def read_weights(file: str | File) -> dict[str, Tensor]:
             network = torch.jit.load(str(file), map_location="cpu")
         return {k: v.detach() for k, v in (*network.named_parameters(), *network.named_buffers())}
     except Exception as e:  # both readers raise anything over a damaged file
-        why = (" ".join(str(e).split()) or type(e).__name__)[:100]
+        why = one_line(e)[:100]
         raise ValueError(f"weights: {file} cannot be read as {NAME}, or as safetensors: {why}") from e
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.core import mean_flat
+from genkit.files import one_line
 from genkit.tensors import cache
 
 WIDTH = 32  # channels of the first layer of random features; each next one has twice as many
@@ -209,5 +210,5 @@ def read(where: File, how: VGG) -> Mapping[str, Tensor]:
             raise ValueError("it is no table of tensors")
         return cast(Mapping[str, Tensor], stored)
     except Exception as e:  # both readers raise anything over a damaged file
-        why = (" ".join(str(e).split()) or type(e).__name__)[:100]
+        why = one_line(e)[:100]
         raise ValueError(f"looks.weights: {where} cannot be read as {how.file}, or as safetensors: {why}") from e

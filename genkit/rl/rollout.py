@@ -97,6 +97,16 @@ KEEP: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # what of e
 FIRST: dict[str, Any] = {"success": False, "coverage": -math.inf, "mode": -1}
 
 
+def require_fit(policy: Actor, env: Env) -> None:
+    """``ValueError`` where a policy has not as many numbers to see and to do as an environment."""
+    do = policy.obs_shape[1] or env.obs_dim  # who sees pictures alone is told no numbers
+    if (do, policy.action_dim) != (env.obs_dim, env.action_dim):
+        raise ValueError(
+            f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
+            f"{do} and {policy.action_dim}; give the environment of its demonstrations"
+        )
+
+
 def rollout(
     policy: Actor,
     env: Env,
@@ -113,12 +123,8 @@ def rollout(
     how many of the first episodes are filmed; ``watch(obs [N, To, Do], actions [N, Ta, A])`` sees each decision.
     ``ValueError`` where observations or actions do not fit the environment.
     """
-    to, do = policy.obs_shape
-    if (do or env.obs_dim, policy.action_dim) != (env.obs_dim, env.action_dim):
-        raise ValueError(
-            f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
-            f"{do} and {policy.action_dim}; give the environment of its demonstrations"
-        )
+    require_fit(policy, env)
+    to, _ = policy.obs_shape
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
     done: list[Episodes] = []
