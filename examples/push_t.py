@@ -1,14 +1,15 @@
 """Push a T into place: policies from 206 human demonstrations, tried from unseen starts.
 
-    python examples/push_t.py --data pusht_lowdim.npz [--seed 0] [--starts 200] [--only flow] [--no-mirror]
+    python examples/push_t.py --data pusht_lowdim.npz [--seeds 0] [--starts 200] [--only flow] [--no-mirror]
 
 Needs `pip install "genkit[policy]"`. Trains each policy (some minutes of CPU time) on the demonstrations and on what
-they are in a mirror, prints the means of an
-episode's largest reward (coverage over 0.95, at most 1: what Chi et al. 2023 report) and largest coverage, and success
-(coverage above 0.95).
+they are in a mirror, prints the means of an episode's largest reward (coverage over 0.95, at most 1: what Chi et al.
+2023 report) and largest coverage, and success (coverage above 0.95).
 """
 
 import argparse
+import itertools
+import json
 import time
 from pathlib import Path
 
@@ -28,23 +29,23 @@ POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--data", required=True, help="the replay buffer, .npz or .zarr")
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 parser.add_argument("--steps", type=int, default=8000)
 parser.add_argument("--starts", type=int, default=200)
 parser.add_argument("--only", nargs="+", choices=POLICIES, default=list(POLICIES))
 parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
 parser.add_argument("--runs", default="runs")
+parser.add_argument("--json", type=Path, help="write the figures")
 parser.add_argument("--film", type=Path, help="a GIF of the first start, by the last policy")
 args = parser.parse_args()
 
-rows = []
-for name in args.only:
+rows: list[dict] = []
+for seed, name in itertools.product(args.seeds, args.only):
     how, steps = POLICIES[name]
-    data = ["--data=pusht", f"--data.root={args.data}", "--data.scaling=standardize", f"--steps={args.steps}"]
-    data += [f"--data.mirror={args.mirror}"]
+    data = ["--data=pusht", f"--data.root={args.data}", "--data.scaling=standardize", f"--data.mirror={args.mirror}"]
     common = ["--batch=256", "--sample-every=0", "--save-every=2000", "--device=cpu", "--tensorboard=false"]
+    named = [f"--seed={seed}", f"--out={args.runs}", f"--name=push-t-{name}", f"--steps={args.steps}"]
     began = time.process_time()
-    named = [f"--seed={args.seed}", f"--out={args.runs}", f"--name=push-t-{name}"]
     if genkit(["train", *how, *data, *common, *named]):
         raise SystemExit(2)
     took = time.process_time() - began
@@ -55,12 +56,17 @@ for name in args.only:
         range(100_000, 100_000 + args.starts),
         film=int(args.film is not None),
     )
-    said = done.summary()
-    rows.append((name, steps, said["best_reward"], said["coverage"], said["success"], took))
+    said = {k: done.summary()[k] for k in ("best_reward", "coverage", "success")}
+    rows.append({"policy": name, "steps": steps, "seed": seed, **said, "train_cpu_seconds": round(took)})
     if args.film:
         pictures.save_gif([f.resize((128, 128)) for f in done.frames[0][::3]], args.film, 90)
+    if args.json:
+        told = f"python examples/push_t.py --data {Path(args.data).name} --seeds {' '.join(map(str, args.seeds))}"
+        told += f" --steps {args.steps} --starts {args.starts} --only {' '.join(args.only)}"
+        told += "" if args.mirror else " --no-mirror"
+        args.json.write_text(json.dumps({"command": told, "rows": rows}, indent=1) + "\n")
 
-print("\n| policy | steps | best reward | coverage | success | training, CPU s |\n|---|---|---|---|---|---|")
-for name, steps, *estimates, took in rows:
+print("\n| policy | steps | seed | best reward | coverage | success | training, CPU s |\n|---|---|---|---|---|---|---|")
+for policy, steps, seed, *estimates, took in (row.values() for row in rows):
     spans = [f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in estimates]
-    print(f"| {name} | {steps} | {' | '.join(spans)} | {took:.0f} |")
+    print(f"| {policy} | {steps} | {seed} | {' | '.join(spans)} | {took} |")
