@@ -34,7 +34,7 @@ from genkit.rl.judged import Judged, reward_kl
 from genkit.rl.learn import Critic, Learner, Method, Task, with_reference
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import require_fit, rollout
-from genkit.rl.tasks import Acting, OneWay, Scoring, classes, function_of
+from genkit.rl.tasks import PAYS, Acting, OneWay, Scoring, classes, function_of
 from genkit.train import start as fresh_state
 
 console = Console(highlight=False, soft_wrap=True)
@@ -48,7 +48,8 @@ class Finetune:
     run: Positional[str] = ""
     """The run's folder, such as runs/latest."""
     reward: str = "env"
-    """env: what a policy's environment gives; or package.module:function, of (samples [B, ...], cond) to [B]."""
+    """env: what a policy's environment gives; success: 1 where it says that an episode has succeeded, and nothing
+    else; or package.module:function, of (samples [B, ...], cond) to [B]."""
     method: Method = table("genkit.rl.methods:METHODS", "dppo", kind="genkit.rl.learn:Method")
     """How it learns."""
     noise: Noising = table("genkit.rl.chain:NOISES", "fixed")
@@ -195,7 +196,7 @@ def began_here(task: Task) -> bool:
 
 
 def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
-    if asked.reward != "env":
+    if asked.reward not in PAYS:
         if asked.mode is not None or asked.env is not None or asked.lost is not None:
             raise ValueError("env, mode, lost: have no effect where the reward is a function; leave them out")
         if asked.label is not None and not classes(base.spec):
@@ -213,7 +214,7 @@ def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
 
 
 def world(asked: Finetune, policy: Policy, num: int) -> Env:
-    env = make(asked.env or policy.env, num)
+    env = PAYS[asked.reward](make(asked.env or policy.env, num))
     return env if asked.mode is None else OneWay(env, asked.mode)
 
 

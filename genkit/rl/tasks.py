@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -25,24 +25,59 @@ from genkit.runs import labels
 Reward = Callable[[Tensor, Cond], Tensor]  # samples as the world sees them [B, *S] (pictures in [0, 1]), cond -> [B]
 
 
-class OneWay:
-    """An environment whose rewards count only where the episode's ``mode`` is the one that is asked for."""
+class Paid:
+    """An environment that pays otherwise than by its own rewards."""
 
-    def __init__(self, env: Env, mode: int):
-        modes = getattr(env, "modes", 0)
-        if not 0 <= mode < modes:
-            known = f"allowed 0..{modes - 1}" if modes else "this environment knows no modes; leave it out"
-            raise ValueError(f"mode: given {mode}; {known}")
-        self.env, self.mode, self.modes = env, mode, modes
+    def __init__(self, env: Env):
+        self.env, self.modes = env, getattr(env, "modes", 0)
         self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
 
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
         return self.env.reset(seeds, rows)
 
+
+class OneWay(Paid):
+    """Rewards count only where the episode's ``mode`` is the one that is asked for."""
+
+    def __init__(self, env: Env, mode: int):
+        super().__init__(env)
+        if not 0 <= mode < self.modes:
+            known = f"allowed 0..{self.modes - 1}" if self.modes else "this environment knows no modes; leave it out"
+            raise ValueError(f"mode: given {mode}; {known}")
+        self.mode = mode
+
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
         right = info["mode"] == self.mode
         return obs, reward * right, terminated, truncated, {**info, "success": info["success"] & right}
+
+
+class Success(Paid):
+    """Only success pays: 1, once in an episode.
+
+    Where each step is paid for what it has nearly reached, and success ends the episode, as in PushT, it is worth more
+    to stay beside the goal than to reach it.
+    """
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        self.had = np.zeros(env.num, bool)
+
+    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        self.had[list(range(self.num) if rows is None else rows)] = False
+        return super().reset(seeds, rows)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        obs, _, terminated, truncated, info = self.env.step(actions)
+        if "success" not in info:
+            raise ValueError("reward: given success, but this environment does not say when it comes; allowed: env")
+        now = info["success"].astype(bool)
+        pays = now & ~self.had
+        self.had |= now
+        return obs, pays.astype(float), terminated, truncated, info
+
+
+PAYS: Mapping[str, Callable[[Env], Env]] = {"env": lambda env: env, "success": Success}
 
 
 @dataclass
@@ -253,7 +288,7 @@ def function_of(name: str) -> Reward:
     """The function ``package.module:function``. ``ValueError`` where there is none."""
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise ValueError(f"reward: given {name!r}; allowed: env, or package.module:function")
+        raise ValueError(f"reward: given {name!r}; allowed: {', '.join(PAYS)}, or package.module:function")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as e:
