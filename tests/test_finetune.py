@@ -26,7 +26,7 @@ from genkit.rl.learn import Critic, Experience, Learner, divergence, with_refere
 from genkit.rl.methods import METHODS
 from genkit.rl.mixed import Mixed, through
 from genkit.rl.rwr import RWR, weights_of
-from genkit.rl.tasks import Acting, OneWay, Scoring
+from genkit.rl.tasks import PAYS, Acting, OneWay, Scoring, Success
 from genkit.train import State
 
 PLAIN = Flow(prediction="x0", drop=0.0)
@@ -350,6 +350,40 @@ def test_one_way_alone_is_worth_something():
         OneWay(FourWays(2), 4)
 
 
+class Nearby:
+    """Two worlds that pay 0.9 a step for being near. The first succeeds in its third step, and says so from then on;
+    without ``says`` neither says anything."""
+
+    num, obs_dim, action_dim, max_steps, at = 2, 1, 1, 5, 0
+
+    def __init__(self, says=True):
+        self.says = says
+
+    def reset(self, seeds, rows=None):
+        self.at = 0
+        return np.zeros((2, 1))
+
+    def step(self, actions):
+        self.at += 1
+        good = np.array([self.at >= 3, False])
+        return np.zeros((2, 1)), np.full(2, 0.9), np.zeros(2, bool), np.full(2, self.at == 5), (
+            {"success": good.astype(float)} if self.says else {}
+        )  # fmt: skip
+
+
+def test_success_pays_once_and_nothing_else_does():
+    env = Success(Nearby())
+    for _ in range(2):  # and again after a reset
+        env.reset([0, 1])
+        paid = [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)]
+        assert paid == [[0, 0], [0, 0], [1, 0], [0, 0], [0, 0]]
+    env.reset([1], [1])  # of the other row: what the first had, it has had
+    assert [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)] == [[0, 0]] * 5
+    with pytest.raises(ValueError, match="reward: given success, but this environment does not say"):
+        Success(Nearby(says=False)).step(np.zeros((2, 1)))
+    assert PAYS["success"] is Success
+
+
 # ------------------------------------------------------------------------------------------------- the command
 def nan_reward(x, cond):
     return torch.where(torch.arange(len(x)) == 3, math.nan, x.flatten(1).sum(1))
@@ -426,7 +460,7 @@ def test_a_function_is_a_reward_too(policy, tmp_path):
     [
         (["--reward", "test_finetune:nan_reward"], "reward: test_finetune:nan_reward gave nan for sample 3"),
         (["--reward", "test_finetune:flat_reward"], r"reward: test_finetune:flat_reward gave \(\) for 250 samples"),
-        (["--reward", "brightness"], "reward: given 'brightness'; allowed: env, or package.module:function"),
+        (["--reward", "brightness"], "reward: given 'brightness'; allowed: env, success, or package.module:function"),
         (["--reward", "no_such_module:f"], "reward: given no_such_module:f; there is no module no_such_module"),
         (["--reward", "test_finetune:nothing"], "the module has no such function"),
         (["--method=ppo"], "method: given 'ppo'; allowed: dppo, ddpo, mixed, rwr"),

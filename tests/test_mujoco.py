@@ -1,5 +1,6 @@
 """MuJoCo's tasks: experts that are found, what is said where something is missing, the checkpoint that is kept."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ from genkit.commands.finetune import main as finetune_main
 from genkit.commands.train import main as train
 from genkit.core import Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.envs.ars import Linear, Met, Search, search
+from genkit.envs import ars
+from genkit.envs.ars import SURVIVAL, Linear, Met, Search, search, trial
 from genkit.objectives import Flow
 from genkit.paths import Linear as Straight
 from genkit.rl.chain import Chain, Fixed
@@ -92,6 +94,49 @@ def test_the_search_balances_a_pole_and_its_expert_is_recorded(pole, capsys):
         assert np.array_equal(stored["obs"], obs)
     said = refused(capsys, "demo", "Pendulum-v1", *expert, "--episodes=2", f"--out={again}")
     assert "expert: is for 4 observed numbers and 1 of action; Pendulum-v1 has 3 and 1" in said
+
+
+class Ledge:
+    """Worlds that pay 1 for each of 20 steps, and 0.1 times the action, 0 … 1; by an action over 0.5 they end."""
+
+    num, obs_dim, action_dim, max_steps = 16, 1, 1, 20
+    action_space = type("Box", (), {"low": np.zeros(1), "high": np.ones(1)})
+
+    def reset(self, seeds, rows=None):
+        self.at = 0
+        return np.ones((self.num, 1))
+
+    def step(self, actions):
+        self.at += 1
+        over = actions[:, 0] > 0.5
+        return np.ones((self.num, 1)), 1 + 0.1 * actions[:, 0], over, np.full(self.num, self.at == 20), {}
+
+
+def test_a_search_may_leave_the_pay_for_standing_out(monkeypatch):
+    """Who jumps at once is paid 1.1, of which 1 for standing; who stands, 21 or so. Without that pay: 0.1, or 0."""
+    for action, with_it, without in ((1.0, 1.1, 0.1), (0.5, 21.0, 1.0)):
+        policy = Linear(np.zeros((1, 1)), np.zeros(1), np.ones(1), np.full(1, action), np.full(1, action))
+        assert np.allclose(trial(Ledge(), policy, range(16)), with_it)
+        assert np.allclose(trial(Ledge(), policy, range(16), None, 1.0), without)
+    monkeypatch.setattr(ars, "Gym", lambda num, name: Ledge())
+    asked = []
+    known = lambda env, policy, seeds, met=None, survival=0.0: asked.append(survival) or np.arange(16.0)  # noqa: E731
+    monkeypatch.setattr(ars, "trial", known)
+    for name, given in (("Hopper-v5", None), ("Hopper-v5", 0.5), ("Other-v0", None)):
+        with contextlib.suppress(ValueError):
+            search(name, Search(target=1e3, rounds=1, survival=given))
+    assert asked[::2] == [1.0, 0.5, 0.0]  # every other is the whole return of the policy in the middle
+    assert set(asked[1::2]) == {0.0}
+
+
+def test_what_is_known_to_be_paid_for_standing_is():
+    pytest.importorskip("mujoco")
+    import gymnasium
+
+    for name, pay in SURVIVAL.items():
+        env = gymnasium.make(name)
+        env.reset(seed=0)
+        assert env.step(np.zeros(env.action_space.shape))[4]["reward_survive"] == pay, name
 
 
 def test_experts_that_know_nothing_are_refused(tmp_path, capsys):
