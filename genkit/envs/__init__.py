@@ -48,7 +48,10 @@ ENVS: Mapping[str, str] = {  # name -> "module:Class", called with the number of
     "four-ways": "genkit.envs.four_ways:FourWays",
     "pusht": "genkit.envs.gym:PushT",
 }
-EXPERTS: Mapping[str, Mapping[str, str]] = {"four-ways": {"scripted": "genkit.envs.four_ways:Expert"}}
+EXPERTS: Mapping[str, Mapping[str, str]] = {  # environments whose name begins like this -> name -> "module:Class"
+    "four-ways": {"scripted": "genkit.envs.four_ways:Expert"},
+    "PointMaze_": {"scripted": "genkit.envs.maze:Guide"},
+}  # called with the number of worlds and the environment's name
 
 
 def make(name: str, num: int, **options: Any) -> Env:
@@ -67,11 +70,11 @@ def make(name: str, num: int, **options: Any) -> Env:
 
 def expert(env: str, name: str, num: int) -> Expert:
     """An expert in ``num`` worlds of an environment. ``ValueError`` where there is none."""
-    known = EXPERTS.get(env, {})
+    known = next((found for begin, found in EXPERTS.items() if env.startswith(begin)), {})
     if name not in known:
         there = ", ".join(known) or f"none for {env!r}; there are experts for {', '.join(EXPERTS)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {there}")
-    return named(known[name])(num)
+    return named(known[name])(num, env)
 
 
 def named(where: str) -> Any:

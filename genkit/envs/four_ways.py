@@ -172,7 +172,7 @@ class Expert:
 
     HEIGHTS, SPEEDS, ERROR, HALF = (0.4, 0.5), (0.055, 0.07), 0.01, 0.6
 
-    def __init__(self, num: int, way: int | None = None):
+    def __init__(self, num: int, env: str = "four-ways", *, way: int | None = None):
         if way is not None and not 0 <= way < WAYS:
             raise ValueError(f"way: given {way}; allowed 0..{WAYS - 1}: {'; '.join(NAMES)}")
         ways = np.arange(num) % WAYS if way is None else np.full(num, way)

@@ -104,7 +104,8 @@ def told(info: dict[str, Any]) -> dict[str, float]:
 
 
 def create(id: str, hint: str = "", **options: Any) -> Any:
-    """One environment. ``ValueError`` says what to install, or what else there is."""
+    """One environment; observations that are dictionaries become one row of numbers, their names in order.
+    ``ValueError`` says what to install, or what else there is."""
     try:
         import gymnasium
     except ImportError:
@@ -121,7 +122,9 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
     try:
         with warnings.catch_warnings(), silent_compiler():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return gymnasium.make(id, **drawing(id), **options)
+            made = gymnasium.make(id, **drawing(id), **options)
+            flat = not isinstance(made.observation_space, gymnasium.spaces.Dict)
+            return made if flat else gymnasium.wrappers.FlattenObservation(made)
     except gymnasium.error.DependencyNotInstalled as e:
         reason = one_line(e)
         raise ValueError(f"env: {id} needs more than gymnasium ({reason}); for MuJoCo: {MUJOCO}") from None
