@@ -43,12 +43,17 @@ def pil(array: np.ndarray) -> Image.Image:
 
 def figure(draw: Callable[[Any], None], size: tuple[float, float] = (5, 5)) -> Image.Image:
     """What ``draw(axes)`` plots, as a PIL image."""
+    return figures(lambda axes: draw(axes[0, 0]), (1, 1), size)
+
+
+def figures(draw: Callable[[Any], None], shape: tuple[int, int], size: tuple[float, float], **how: Any) -> Image.Image:
+    """What ``draw(axes [rows, columns])`` plots, as a PIL image; ``how`` goes to matplotlib's ``subplots``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=size, dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(fig)
-    draw(fig.add_subplot())
+    draw(fig.subplots(*shape, squeeze=False, **how))
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -843,7 +843,7 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
     ),
     ("genkit/envs/maze.py", "found[(*cell, *goal)] = at", "found[(*at, *goal)] = cell", "tests/test_maze.py"),
     ("genkit/envs/maze.py", "waiting.popleft()", "waiting.pop()", "tests/test_maze.py"),
-    ("genkit/rl/tasks.py", "pays = now & ~self.had", "pays = now", "tests/test_finetune.py -k success"),
+    ("genkit/rl/tasks.py", "first = now & ~self.had", "first = now", "tests/test_finetune.py -k success"),
     (
         "genkit/rl/tasks.py",
         "self.had[list(range(self.num) if rows is None else rows)] = False",

@@ -26,7 +26,7 @@ from genkit.rl.learn import Critic, Experience, Learner, divergence, with_refere
 from genkit.rl.methods import METHODS
 from genkit.rl.mixed import Mixed, through
 from genkit.rl.rwr import RWR, weights_of
-from genkit.rl.tasks import PAYS, Acting, OneWay, Scoring, Success
+from genkit.rl.tasks import PAYS, Acting, OneWay, Progress, Scoring, Success
 from genkit.train import State
 
 PLAIN = Flow(prediction="x0", drop=0.0)
@@ -379,9 +379,31 @@ def test_success_pays_once_and_nothing_else_does():
         assert paid == [[0, 0], [0, 0], [1, 0], [0, 0], [0, 0]]
     env.reset([1], [1])  # of the other row: what the first had, it has had
     assert [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)] == [[0, 0]] * 5
-    with pytest.raises(ValueError, match="reward: given success, but this environment does not say"):
+    with pytest.raises(ValueError, match="reward: this environment does not say"):
         Success(Nearby(says=False)).step(np.zeros((2, 1)))
     assert PAYS["success"] is Success
+
+
+class Rising(Nearby):
+    """What a step is worth rises to 0.6, falls, and comes to 1 with success."""
+
+    def step(self, actions):
+        obs, _, terminated, truncated, info = super().step(actions)
+        return obs, np.array([[0.2, 0.6, 1.0, 1.0, 0.5][self.at - 1], 0.3]), terminated, truncated, info
+
+
+def test_progress_pays_for_coming_near_and_not_for_being_there():
+    env = Progress(Rising())
+    for _ in range(2):
+        env.reset([0, 1])
+        paid = np.array([env.step(np.zeros((2, 1)))[1] for _ in range(5)])
+        assert np.allclose(paid[:, 0], [0.2, 0.4, 0.4 + 1, 0, -0.5])
+        assert np.allclose(paid[:, 1], [0.3, 0, 0, 0, 0])
+    env.reset([1], [1])
+    assert np.allclose(env.step(np.zeros((2, 1)))[1], [0.2 - 0.5, 0.3])
+    with pytest.raises(ValueError, match="reward: this environment does not say"):
+        Progress(Nearby(says=False)).step(np.zeros((2, 1)))
+    assert PAYS["progress"] is Progress
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -460,7 +482,10 @@ def test_a_function_is_a_reward_too(policy, tmp_path):
     [
         (["--reward", "test_finetune:nan_reward"], "reward: test_finetune:nan_reward gave nan for sample 3"),
         (["--reward", "test_finetune:flat_reward"], r"reward: test_finetune:flat_reward gave \(\) for 250 samples"),
-        (["--reward", "brightness"], "reward: given 'brightness'; allowed: env, success, or package.module:function"),
+        (
+            ["--reward", "brightness"],
+            "reward: given 'brightness'; allowed: env, success, progress, or package.module:function",
+        ),
         (["--reward", "no_such_module:f"], "reward: given no_such_module:f; there is no module no_such_module"),
         (["--reward", "test_finetune:nothing"], "the module has no such function"),
         (["--method=ppo"], "method: given 'ppo'; allowed: dppo, ddpo, mixed, rwr"),

@@ -12,6 +12,7 @@ import torch
 from refusals import refuses
 from torch import nn
 
+from genkit import pictures
 from genkit.backbones import BACKBONES, MLP
 from genkit.cli import main as cli
 from genkit.codecs import Actions
@@ -24,6 +25,7 @@ from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import Episodes, entropy_bits, rollout
+from genkit.rl.views import DRAWN, fans
 from genkit.sampling import Seeds, bind
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
@@ -478,6 +480,34 @@ def test_pusht_is_put_to_a_state_as_the_demonstrations_mean_it():
     assert 0 <= log[0][4]["coverage"][0] < 0.95
     seen = Pusht(root="x")
     assert seen.observed == ("keypoint", "state[0:2]")
+
+
+def test_what_a_policy_may_do_is_drawn_at_three_moments(monkeypatch):
+    """Of 9 steps at 0, 3 and 6, from the newest two observations there, the first repeated before the start."""
+
+    class Both:
+        obs_shape, act_steps = (2, 1), 2
+
+        def reset(self, seeds):
+            self.sign = torch.tensor([1.0 if s % 2 else -1.0 for s in seeds])
+
+        def chunk(self, obs):
+            return (self.sign * (10 * obs[:, 0, 0] + obs[:, 1, 0]))[:, None, None].repeat(1, 1, 4)
+
+    kept: list[Any] = []
+    drawn = pictures.figures
+
+    def keep(draw, shape, size, **how):
+        return drawn(lambda axes: (kept.append(axes), draw(axes)), shape, size, **how)
+
+    monkeypatch.setattr(pictures, "figures", keep)
+    image = fans(Both(), np.arange(9.0)[:, None])  # type: ignore[arg-type]
+    assert image.width > 300
+    for row, value in zip(kept[0], (0, 23, 56), strict=True):
+        lines = [line.get_ydata() for line in row[0].lines]
+        assert len(lines) == DRAWN
+        assert {float(v[0]) for v in lines} == {-value, value}
+        assert row[0].lines[0].get_xdata().tolist() == [-1, 0, 1, 2]
 
 
 # The outline of the T in its own frame, as gym-pusht builds it: a bar and a stem, alike on both sides of x = 0.

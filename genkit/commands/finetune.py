@@ -49,7 +49,8 @@ class Finetune:
     """The run's folder, such as runs/latest."""
     reward: str = "env"
     """env: what a policy's environment gives; success: 1 where it says that an episode has succeeded, and nothing
-    else; or package.module:function, of (samples [B, ...], cond) to [B]."""
+    else; progress: by how much a step is worth more than the one before, and 1 for success; or package.module:function,
+    of (samples [B, ...], cond) to [B]."""
     method: Method = table("genkit.rl.methods:METHODS", "dppo", kind="genkit.rl.learn:Method")
     """How it learns."""
     noise: Noising = table("genkit.rl.chain:NOISES", "fixed")

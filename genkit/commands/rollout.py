@@ -23,6 +23,7 @@ from genkit.rl.guided import by_value
 from genkit.rl.planner import load as actor
 from genkit.rl.policy import Policy, carried_out
 from genkit.rl.rollout import Episodes, look, rollout, shown
+from genkit.rl.views import fans
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -69,7 +70,7 @@ class Rollout:
     film: Annotated[int, Ge(0)] = 0
     """How many of the first episodes are filmed, as one GIF each."""
     picture: bool = True
-    """Draw the ways that were taken, where the environment can."""
+    """Draw the ways that were taken, where the environment can, and what the policy may do at moments of the first."""
     out: str | None = None
     """Where results go; None: into the run's rollouts folder."""
     json: bool = False
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> int:
     )
     chosen += "".join(f"-{g}" for g in asked.given) + f"-w{asked.guidance:g}" * (asked.guidance != 1)
     stem = f"step{policy.run.step}-k{found['steps']}{chosen}-seeds{asked.seeds}-n{asked.episodes}"
-    written = [write(found, out / f"{stem}.json"), *draw(asked, env, done, out, stem)]
+    written = [write(found, out / f"{stem}.json"), *draw(asked, policy, env, done, out, stem)]
     if asked.json:
         print(json.dumps(found))
         return 0
@@ -213,13 +214,15 @@ def write(found: Mapping[str, Any], path: File) -> File:
     return write_text(path, json.dumps(found, indent=1) + "\n")
 
 
-def draw(asked: Rollout, env: Any, done: Episodes, out: File, stem: str) -> list[File]:
+def draw(asked: Rollout, policy: Policy, env: Any, done: Episodes, out: File, stem: str) -> list[File]:
     made = []
     picture = getattr(env, "draw", None)
     if asked.picture and picture:
         good = done.info["success"].astype(bool)
         colours = [f"C{int(m)}" if ok else "0.6" for m, ok in zip(done.info["mode"], good, strict=True)]
         made.append(pictures.save(picture(done.paths, colours), out / f"{stem}.png"))
+    if asked.picture and policy.frame_shape is None:
+        made.append(pictures.save(fans(policy, done.paths[0]), out / f"{stem}-actions.png"))
     for i, frames in enumerate(done.frames):
         made.append(pictures.save_gif(frames, out / f"{stem}-episode{i}.gif"))
     return made

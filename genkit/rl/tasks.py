@@ -68,16 +68,40 @@ class Success(Paid):
         return super().reset(seeds, rows)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        obs, _, terminated, truncated, info = self.env.step(actions)
+        obs, worth, terminated, truncated, info = self.env.step(actions)
         if "success" not in info:
-            raise ValueError("reward: given success, but this environment does not say when it comes; allowed: env")
+            raise ValueError("reward: this environment does not say when an episode has succeeded; allowed: env")
         now = info["success"].astype(bool)
-        pays = now & ~self.had
+        first = now & ~self.had
         self.had |= now
-        return obs, pays.astype(float), terminated, truncated, info
+        return obs, self.pay(worth, first), terminated, truncated, info
+
+    def pay(self, worth: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Of each row, for a step that was ``worth`` so much by itself and, or not, brought the ``first`` success."""
+        return first.astype(float)
 
 
-PAYS: Mapping[str, Callable[[Env], Env]] = {"env": lambda env: env, "success": Success}
+class Progress(Success):
+    """Each step is paid what it is worth more than the one before (the first: all of it), and success 1 more, once.
+
+    What the environment pays for being near is then paid for coming near, and not for as long as it lasts: the shaping
+    by potentials of Ng, Harada & Russell (1999) without its discount, around :class:`Success`.
+    """
+
+    def __init__(self, env: Env):
+        super().__init__(env)
+        self.before = np.zeros(env.num)
+
+    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        self.before[list(range(self.num) if rows is None else rows)] = 0
+        return super().reset(seeds, rows)
+
+    def pay(self, worth: np.ndarray, first: np.ndarray) -> np.ndarray:
+        gained, self.before = worth - self.before, worth.copy()
+        return gained + super().pay(worth, first)
+
+
+PAYS: Mapping[str, Callable[[Env], Env]] = {"env": lambda env: env, "success": Success, "progress": Progress}
 
 
 @dataclass
