@@ -4,7 +4,8 @@
 
 Needs `pip install "genkit[policy]"`. Trains each policy (some minutes of CPU time) on the demonstrations and on what
 they are in a mirror, prints the means of an episode's largest reward (coverage over 0.95, at most 1: what Chi et al.
-2023 report) and largest coverage, and success (coverage above 0.95).
+2023 report) and largest coverage, and success (coverage above 0.95), and draws an episode of each policy from the same
+start (the first of the last seed).
 """
 
 import argparse
@@ -12,6 +13,8 @@ import itertools
 import json
 import time
 from pathlib import Path
+
+from PIL import Image, ImageDraw
 
 from genkit import pictures
 from genkit.cli import main as genkit
@@ -37,9 +40,11 @@ parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=T
 parser.add_argument("--runs", default="runs")
 parser.add_argument("--json", type=Path, help="write the figures")
 parser.add_argument("--film", type=Path, help="a GIF of the first start, by the last policy")
+parser.add_argument("--out", type=Path, default=Path("push_t.png"), help="the picture")
 args = parser.parse_args()
 
 rows: list[dict] = []
+episodes: dict[str, list] = {}  # policy -> pictures of one
 for seed, name in itertools.product(args.seeds, args.only):
     how, steps = POLICIES[name]
     data = ["--data=pusht", f"--data.root={args.data}", "--data.scaling=standardize", f"--data.mirror={args.mirror}"]
@@ -50,12 +55,8 @@ for seed, name in itertools.product(args.seeds, args.only):
         raise SystemExit(2)
     took = time.process_time() - began
     policy = Policy.load(Path(args.runs) / "latest", steps=steps)
-    done = rollout(
-        policy,
-        make("pusht", min(50, args.starts)),
-        range(100_000, 100_000 + args.starts),
-        film=int(args.film is not None),
-    )
+    done = rollout(policy, make("pusht", min(50, args.starts)), range(100_000, 100_000 + args.starts), film=1)
+    episodes[name] = done.frames[0]
     said = {k: done.summary()[k] for k in ("best_reward", "coverage", "success")}
     rows.append({"policy": name, "steps": steps, "seed": seed, **said, "train_cpu_seconds": round(took)})
     if args.film:
@@ -70,3 +71,13 @@ print("\n| policy | steps | seed | best reward | coverage | success | training, 
 for policy, steps, seed, *estimates, took in (row.values() for row in rows):
     spans = [f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in estimates]
     print(f"| {policy} | {steps} | {seed} | {' | '.join(spans)} | {took} |")
+
+SIDE, MOMENTS, MARGIN = 128, 8, 18
+sheet = Image.new("RGB", (MOMENTS * SIDE, len(episodes) * (SIDE + MARGIN)), "white")
+for i, (name, frames) in enumerate(episodes.items()):
+    top, last = i * (SIDE + MARGIN), len(frames) - 1
+    ImageDraw.Draw(sheet).text((4, top + 2), f"{name}: {last} steps of the first episode", fill="black", font_size=13)
+    for k in range(MOMENTS):
+        frame = frames[round(k * last / (MOMENTS - 1))].convert("RGB").resize((SIDE, SIDE))
+        sheet.paste(frame, (k * SIDE, top + MARGIN))
+print(pictures.save(sheet.quantize(128), args.out, optimize=True))
