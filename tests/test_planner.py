@@ -19,6 +19,7 @@ from genkit.paths import PATHS
 from genkit.rl.planner import FILE, Planner, fixed, learn_inverse, load
 from genkit.rl.policy import Policy, told, toward
 from genkit.rl.rollout import rollout
+from genkit.rl.views import DRAWN, plans
 from genkit.sampling import SAMPLERS, Seeds, bind
 
 ROOT = Path(__file__).parent.parent
@@ -284,10 +285,25 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["inverse_explains"] > 0.99
     assert found["episodes"] == 2
-    assert any("skill=3" in p.name for p in out.iterdir())
+    assert sorted(p.name.rsplit("-", 1)[1] for p in out.iterdir() if "skill=3" in p.name) == [
+        "actions.png", "n2.json", "n2.png", "plans.png"
+    ]  # fmt: skip
     (runs["states"] / FILE).write_bytes(b"nothing")
     refuses(lambda: load(runs["states"]), FILE, "is damaged", "delete it")
     (runs["states"] / FILE).unlink()
+
+
+def test_plans_are_drawn_from_where_one_was(runs):
+    planner = load(runs["states"], given={"skill": [1], "goal": [1.0, 0.3]}, steps=2)
+    path, kept = np.stack([np.linspace(0, 1, 31), np.zeros(31)], 1), []
+    plans(planner, path, lambda *drawn: kept.append(drawn))  # type: ignore[arg-type,func-returns-value]
+    ((ways, colours, title),) = kept
+    assert title == "plans at steps 0, 10, 20"
+    assert colours == ["C0"] * DRAWN + ["C1"] * DRAWN + ["C2"] * DRAWN
+    to, _ = planner.obs_shape
+    for i, way in enumerate(ways):
+        assert np.allclose(way[to - 1], path[10 * (i // DRAWN)], atol=1e-5)
+        assert np.allclose(way[-1], [1.0, 0.3], atol=1e-5)
 
 
 def test_chunks_of_actions_are_told_of_skills_as_well(tmp_path):

@@ -20,10 +20,11 @@ from genkit.envs import Env, make
 from genkit.files import write_text
 from genkit.rl.best import best_of, learn_q, load_q, save_q, tried
 from genkit.rl.guided import by_value
+from genkit.rl.planner import Planner
 from genkit.rl.planner import load as actor
 from genkit.rl.policy import Policy, carried_out
 from genkit.rl.rollout import Episodes, look, rollout, shown
-from genkit.rl.views import fans
+from genkit.rl.views import fans, plans
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -221,7 +222,9 @@ def draw(asked: Rollout, policy: Policy, env: Any, done: Episodes, out: File, st
         good = done.info["success"].astype(bool)
         colours = [f"C{int(m)}" if ok else "0.6" for m, ok in zip(done.info["mode"], good, strict=True)]
         made.append(pictures.save(picture(done.paths, colours), out / f"{stem}.png"))
-    if asked.picture and policy.frame_shape is None:
+    if asked.picture and policy.frame_shape is None:  # pictures that were seen are not kept
+        if picture and isinstance(policy, Planner):
+            made.append(pictures.save(plans(policy, done.paths[0], picture), out / f"{stem}-plans.png"))
         made.append(pictures.save(fans(policy, done.paths[0]), out / f"{stem}-actions.png"))
     for i, frames in enumerate(done.frames):
         made.append(pictures.save_gif(frames, out / f"{stem}-episode{i}.gif"))

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from genkit import pictures
+from genkit.rl.planner import Planner
 from genkit.rl.policy import Policy
 
 DRAWN, COLUMNS = 100, 6  # chunks, and numbers of an action
+
+
+def looked(policy: Policy, path: np.ndarray) -> dict[int, np.ndarray]:
+    """What is seen ``[To, Do]`` at three moments of an episode, by the step: the first is repeated before the start."""
+    to, _ = policy.obs_shape
+    return {t: path[np.clip(np.arange(t - to + 1, t + 1), 0, None)] for t in (0, len(path) // 3, 2 * len(path) // 3)}
+
+
+def asked(policy: Policy, moments: Mapping[int, np.ndarray]) -> Iterator[Tensor]:
+    """Observations ``[DRAWN, To, Do]`` of each, with the policy about to answer each from the same noise."""
+    for seen in moments.values():
+        policy.reset(range(DRAWN))
+        yield torch.from_numpy(np.stack([seen] * DRAWN)).float()
+
+
+def plans(planner: Planner, path: np.ndarray, draw: Callable[..., Image.Image]) -> Image.Image:
+    """What a planner has in mind at three moments of an episode, each in a colour: the states ``[Tp, Do]`` to come, as
+    the environment draws ways (``draw(ways, colours)``)."""
+    moments = looked(planner, path)
+    states = [planner.plan(obs)[1].transpose(1, 2).cpu().numpy() for obs in asked(planner, moments)]
+    colours = [f"C{i}" for i, each in enumerate(states) for _ in each]
+    return draw([way for each in states for way in each], colours, f"plans at steps {', '.join(map(str, moments))}")
 
 
 def fans(policy: Policy, path: np.ndarray) -> Image.Image:
@@ -19,14 +44,9 @@ def fans(policy: Policy, path: np.ndarray) -> Image.Image:
     there, in the world's units. A row is a moment, a column one number of an action (the first of them). The steps that
     are carried out before it looks again are shaded; those before 0 lie in the past.
     """
-    to, _ = policy.obs_shape
-    moments = [0, len(path) // 3, 2 * len(path) // 3]
-    chunks = []
-    for t in moments:
-        seen = path[np.clip(np.arange(t - to + 1, t + 1), 0, None)]
-        policy.reset(range(DRAWN))
-        chunks.append(policy.chunk(torch.from_numpy(np.stack([seen] * DRAWN)).float()).cpu().numpy())
-    steps = np.arange(chunks[0].shape[2]) - to + 1
+    moments = looked(policy, path)
+    chunks = [policy.chunk(obs).cpu().numpy() for obs in asked(policy, moments)]
+    steps = np.arange(chunks[0].shape[2]) - policy.obs_shape[0] + 1
 
     def draw(axes: Any) -> None:
         for t, row, chunk in zip(moments, axes, chunks, strict=True):
