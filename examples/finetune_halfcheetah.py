@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from PIL import Image
 from genkit import config, pictures, runs
 from genkit.cli import main as genkit
 from genkit.envs import make
+from genkit.envs.gym import Gym
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import rollout
 
@@ -51,7 +53,9 @@ def command(*argv: str) -> float:
 
 def strip(run: runs.Run, steps: int) -> np.ndarray:
     """Eight moments of the first four seconds of an episode, side by side."""
-    done = rollout(Policy.load(run, steps=steps), make(args.env, 1, max_episode_steps=80), [100_000], film=1)
+    step = cast(Gym, make(args.env, 1)).worlds[0].unwrapped.dt  # seconds
+    world = make(args.env, 1, max_episode_steps=round(4 / step))
+    done = rollout(Policy.load(run, steps=steps), world, [100_000], film=1)
     moments = [f.resize((160, 160)) for f in done.frames[0][:: max(1, len(done.frames[0]) // 8)][:8]]
     return np.concatenate([np.asarray(f) for f in moments], 1)
 

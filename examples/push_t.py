@@ -58,7 +58,7 @@ for seed, name in itertools.product(args.seeds, args.only):
     done = rollout(policy, make("pusht", min(50, args.starts)), range(100_000, 100_000 + args.starts), film=1)
     episodes[name] = done.frames[0]
     said = {k: done.summary()[k] for k in ("best_reward", "coverage", "success")}
-    rows.append({"policy": name, "steps": steps, "seed": seed, **said, "train_cpu_seconds": round(took)})
+    rows.append({"policy": name, "sampler_steps": steps, "seed": seed, **said, "train_cpu_seconds": round(took)})
     if args.film:
         pictures.save_gif([f.resize((128, 128)) for f in done.frames[0][::3]], args.film, 90)
     if args.json:

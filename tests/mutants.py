@@ -865,6 +865,19 @@ FAULTS: list[tuple[str, str, str, str]] = [  # file, what stands there, what is 
         "tests/test_recordings.py",
     ),
     ("genkit/objectives/looks.py", "weights_only=True", "weights_only=False", "tests/test_first_stage.py"),
+    (
+        "genkit/commands/finetune.py",
+        "PAYS[asked.reward](make(asked.env or policy.env, num))",
+        "make(asked.env or policy.env, num)",
+        "tests/test_finetune.py -k paid",
+    ),
+    (
+        "genkit/rl/tasks.py",
+        "gained, self.before = worth - self.before, worth.copy()",
+        "gained, self.before = worth - self.before, self.before",
+        "tests/test_finetune.py -k progress",
+    ),
+    ("genkit/rl/views.py", "np.arange(t - to + 1, t + 1)", "np.arange(t - to, t)", "tests/test_policy.py -k drawn"),
 ]
 
 

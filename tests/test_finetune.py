@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from genkit import runs
 from genkit.backbones import MLP
 from genkit.cli import main as genkit
 from genkit.codecs import Actions, Identity
+from genkit.commands.finetune import Finetune, acted, world
 from genkit.commands.finetune import main as finetune
 from genkit.commands.train import main as train
 from genkit.core import Batch, Spec, Vector, expand
+from genkit.envs.four_ways import FourWays
 from genkit.objectives import DDPM, EDM, Flow
 from genkit.paths import Linear
 from genkit.rl.advantages import normalised, trimmed
@@ -25,8 +28,9 @@ from genkit.rl.dppo import DPPO, surrogate
 from genkit.rl.learn import Critic, Experience, Learner, divergence, with_reference
 from genkit.rl.methods import METHODS
 from genkit.rl.mixed import Mixed, through
+from genkit.rl.policy import Policy
 from genkit.rl.rwr import RWR, weights_of
-from genkit.rl.tasks import PAYS, Acting, OneWay, Progress, Scoring, Success
+from genkit.rl.tasks import Acting, OneWay, Progress, Scoring, Success
 from genkit.train import State
 
 PLAIN = Flow(prediction="x0", drop=0.0)
@@ -380,8 +384,7 @@ def test_success_pays_once_and_nothing_else_does():
     env.reset([1], [1])  # of the other row: what the first had, it has had
     assert [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)] == [[0, 0]] * 5
     with pytest.raises(ValueError, match="reward: this environment does not say"):
-        Success(Nearby(says=False)).step(np.zeros((2, 1)))
-    assert PAYS["success"] is Success
+        Success(Nearby(says=False))
 
 
 class Rising(Nearby):
@@ -402,8 +405,23 @@ def test_progress_pays_for_coming_near_and_not_for_being_there():
     env.reset([1], [1])
     assert np.allclose(env.step(np.zeros((2, 1)))[1], [0.2 - 0.5, 0.3])
     with pytest.raises(ValueError, match="reward: this environment does not say"):
-        Progress(Nearby(says=False)).step(np.zeros((2, 1)))
-    assert PAYS["progress"] is Progress
+        Progress(Nearby(says=False))
+
+
+def test_what_is_paid_is_what_was_asked_for(policy):
+    run = runs.load(policy, device="cpu")
+    actor = Policy.load(run)
+    asked = Finetune(reward="progress", steps=2, eval_episodes=4)
+    assert type(world(asked, actor, 2)) is Progress
+    assert type(world(replace(asked, reward="success"), actor, 2)) is Success
+    assert type(world(replace(asked, reward="env"), actor, 2)) is FourWays
+    one = world(replace(asked, mode=1), actor, 2)
+    assert isinstance(one, OneWay)
+    assert type(one.env) is Progress
+    found = [acted(replace(asked, reward=name), run, run.nets, range(4)) for name in ("env", "success")]
+    assert [("best_reward" in f) for f in found] == [True, False]
+    assert found[0]["success"] == found[1]["success"]
+    assert found[1]["success"]["value"] == found[1]["return"]["value"]
 
 
 # ------------------------------------------------------------------------------------------------- the command

@@ -7,7 +7,7 @@ import pytest
 
 from genkit.cli import main as genkit
 from genkit.envs import expert, make
-from genkit.envs.maze import steps
+from genkit.envs.maze import next_cells
 from genkit.rl.policy import Policy
 from genkit.rl.rollout import rollout
 
@@ -35,7 +35,7 @@ def test_the_next_cell_is_on_a_shortest_way():
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import shortest_path
 
-    found = steps(WALL)
+    found = next_cells(WALL)
     free = [tuple(cell) for cell in np.argwhere(~WALL).tolist()]
     near = [(i, j) for i, a in enumerate(free) for j, b in enumerate(free) if abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1]
     rows, columns = zip(*near, strict=True)

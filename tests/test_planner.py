@@ -298,8 +298,8 @@ def test_plans_are_drawn_from_where_one_was(runs):
     path, kept = np.stack([np.linspace(0, 1, 31), np.zeros(31)], 1), []
     plans(planner, path, lambda *drawn: kept.append(drawn))  # type: ignore[arg-type,func-returns-value]
     ((ways, colours, title),) = kept
-    assert title == "plans at steps 0, 10, 20"
-    assert colours == ["C0"] * DRAWN + ["C1"] * DRAWN + ["C2"] * DRAWN
+    assert title == "plans at steps 0 (blue), 10 (orange), 20 (green)"
+    assert colours == ["tab:blue"] * DRAWN + ["tab:orange"] * DRAWN + ["tab:green"] * DRAWN
     to, _ = planner.obs_shape
     for i, way in enumerate(ways):
         assert np.allclose(way[to - 1], path[10 * (i // DRAWN)], atol=1e-5)

@@ -569,6 +569,12 @@ def test_pusht_trains_on_what_is_seen_in_a_mirror_and_tests_on_what_was_recorded
     assert torch.allclose(x[len(x) // 2 :], -x[: len(x) // 2].flip(1), atol=1e-4)  # relative ones turn their sign
 
 
+def test_what_has_no_known_mirror_image_is_refused(tmp_path):
+    arrays = pushes(tmp_path / "p.npz")
+    np.savez(tmp_path / "q.npz", **arrays, aim=arrays["action"], episode_ends=[100])
+    refuses(lambda: Pusht(root=str(tmp_path / "q.npz"), action="aim", mirror=True).load(), "mirror: 'aim'", "keypoint")
+
+
 def test_pictures_are_seen_in_the_mirror_too(tmp_path):
     pushes(tmp_path / "p.npz")
     data = Pusht(root=str(tmp_path / "p.npz"), frames=("img",), observed=("state[0:2]",), mirror=True)

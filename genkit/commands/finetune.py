@@ -291,9 +291,11 @@ def measured(
 
 
 def acted(asked: Finetune, base: runs.Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
-    """What ``nets`` reach as they are used later: without noise, an episode of each seed."""
+    """What ``nets`` reach as they are used later: without noise, an episode of each seed. The return is the sum of what
+    is paid; the largest reward of a step means nothing where that is not the environment's own."""
     policy = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
-    return rollout(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
+    found = rollout(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
+    return {k: v for k, v in found.items() if asked.reward == "env" or k != "best_reward"}
 
 
 def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None:

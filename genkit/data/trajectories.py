@@ -548,12 +548,15 @@ class Pusht(Replay):
 
 
 SIDE = 512  # of the world of PushT
+REFLECTED = ("state", "action", "keypoint", "n_contacts")
 
 
 class Mirrored(Pusht):
     """What PushT's demonstrations are in the mirror x + y = 512."""
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        if unknown := set(names) - {*REFLECTED, *self.frames, self.reward, self.skill}:
+            raise ValueError(f"mirror: {min(unknown)!r} has no known mirror image; allowed: {', '.join(REFLECTED)}")
         found = dict(super().arrays([*names, "state"]))
         found["state"] = state = mirrored(found["state"])
         if "action" in found:

@@ -50,8 +50,9 @@ ENVS: Mapping[str, str] = {  # name -> "module:Class", called with the number of
 }
 EXPERTS: Mapping[str, Mapping[str, str]] = {  # environments whose name begins like this -> name -> "module:Class"
     "four-ways": {"scripted": "genkit.envs.four_ways:Expert"},
-    "PointMaze_": {"scripted": "genkit.envs.maze:Guide"},
+    "PointMaze_": {"scripted": "genkit.envs.maze:Expert"},
 }  # called with the number of worlds and the environment's name
+NAMED = [f"{name}..." if name.endswith("_") else name for name in EXPERTS]  # for people
 
 
 def make(name: str, num: int, **options: Any) -> Env:
@@ -72,7 +73,7 @@ def expert(env: str, name: str, num: int) -> Expert:
     """An expert in ``num`` worlds of an environment. ``ValueError`` where there is none."""
     known = next((found for begin, found in EXPERTS.items() if env.startswith(begin)), {})
     if name not in known:
-        there = ", ".join(known) or f"none for {env!r}; there are experts for {', '.join(EXPERTS)}, and ars finds one"
+        there = ", ".join(known) or f"none for {env!r}; there are experts for {', '.join(NAMED)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {there}")
     return named(known[name])(num, env)
 

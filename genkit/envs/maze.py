@@ -12,7 +12,7 @@ from genkit.envs.gym import create
 SIDES = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 
-class Guide:
+class Expert:
     """Pushes N balls along the shortest way, each to the middle of the next cell, and at last to the goal.
 
     What it does depends on what it sees alone: it draws nothing, and may be put anywhere.
@@ -25,7 +25,7 @@ class Guide:
         self.centre = np.array([maze.x_map_center, maze.y_map_center])
         self.scale = float(maze.maze_size_scaling)
         # 1 is a wall; other cells may be named after what is put there
-        self.next = steps(np.array([[cell == 1 for cell in row] for row in maze.maze_map]))
+        self.next = next_cells(np.array([[cell == 1 for cell in row] for row in maze.maze_map]))
 
     def reset(self, seeds: Sequence[int]) -> None: ...
 
@@ -46,7 +46,7 @@ class Guide:
         return (self.PULL * (aim - place) - self.BRAKE * speed).clip(-1, 1)
 
 
-def steps(wall: np.ndarray) -> np.ndarray:
+def next_cells(wall: np.ndarray) -> np.ndarray:
     """Of walls ``[R, C]`` the cell that comes next on the shortest way, ``[R, C, R, C, 2]``, from a cell to another.
 
     By breadth first (Moore 1959). Where no way leads, and in the cell itself, it is the cell itself.

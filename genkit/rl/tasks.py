@@ -56,12 +56,15 @@ class Success(Paid):
     """Only success pays: 1, once in an episode.
 
     Where each step is paid for what it has nearly reached, and success ends the episode, as in PushT, it is worth more
-    to stay beside the goal than to reach it.
+    to stay beside the goal than to reach it. ``ValueError`` where the environment does not say ``success``.
     """
 
     def __init__(self, env: Env):
         super().__init__(env)
         self.had = np.zeros(env.num, bool)
+        env.reset(range(env.num))
+        if "success" not in env.step(np.zeros((env.num, env.action_dim)))[4]:
+            raise ValueError("reward: this environment does not say when an episode has succeeded; take --reward env")
 
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
         self.had[list(range(self.num) if rows is None else rows)] = False
@@ -69,8 +72,6 @@ class Success(Paid):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         obs, worth, terminated, truncated, info = self.env.step(actions)
-        if "success" not in info:
-            raise ValueError("reward: this environment does not say when an episode has succeeded; allowed: env")
         now = info["success"].astype(bool)
         first = now & ~self.had
         self.had |= now

@@ -15,6 +15,7 @@ from genkit.rl.planner import Planner
 from genkit.rl.policy import Policy
 
 DRAWN, COLUMNS = 100, 6  # chunks, and numbers of an action
+COLOURS = ("blue", "orange", "green")
 
 
 def looked(policy: Policy, path: np.ndarray) -> dict[int, np.ndarray]:
@@ -32,11 +33,15 @@ def asked(policy: Policy, moments: Mapping[int, np.ndarray]) -> Iterator[Tensor]
 
 def plans(planner: Planner, path: np.ndarray, draw: Callable[..., Image.Image]) -> Image.Image:
     """What a planner has in mind at three moments of an episode, each in a colour: the states ``[Tp, Do]`` to come, as
-    the environment draws ways (``draw(ways, colours)``)."""
+    the environment draws ways (``draw(ways, colours, title)``)."""
     moments = looked(planner, path)
     states = [planner.plan(obs)[1].transpose(1, 2).cpu().numpy() for obs in asked(planner, moments)]
-    colours = [f"C{i}" for i, each in enumerate(states) for _ in each]
-    return draw([way for each in states for way in each], colours, f"plans at steps {', '.join(map(str, moments))}")
+    colours = [f"tab:{c}" for c, each in zip(COLOURS, states, strict=True) for _ in each]
+    return draw(
+        [way for each in states for way in each],
+        colours,
+        "plans at steps " + ", ".join(f"{t} ({c})" for t, c in zip(moments, COLOURS, strict=True)),
+    )
 
 
 def fans(policy: Policy, path: np.ndarray) -> Image.Image:
