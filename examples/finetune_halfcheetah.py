@@ -5,7 +5,8 @@
 Needs `pip install "genkit[policy]"`. Finds a linear expert by random search and records 20 of its episodes (only if
 ENV.npz is not there yet), learns a flow policy from them, improves it by PPO on its denoising steps, and draws the
 return against the CPU time of the improvement: thin lines with the noise of learning, thick ones without. --strip adds
-pictures of an episode before and after. What is reached stands in the head of the configuration of finetune.
+the first four seconds of an episode before and after, by a camera that goes along. What is reached stands in the head
+of the configuration of finetune.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def command(*argv: str) -> float:
 def strip(run: runs.Run, steps: int) -> np.ndarray:
     """Eight moments of the first four seconds of an episode, side by side."""
     step = cast(Gym, make(args.env, 1)).worlds[0].unwrapped.dt  # seconds
-    world = make(args.env, 1, max_episode_steps=round(4 / step))
+    world = make(args.env, 1, max_episode_steps=round(4 / step), camera_name="track")
     done = rollout(Policy.load(run, steps=steps), world, [100_000], film=1)
     moments = [f.resize((160, 160)) for f in done.frames[0][:: max(1, len(done.frames[0]) // 8)][:8]]
     return np.concatenate([np.asarray(f) for f in moments], 1)
