@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Path, Prediction
-from genkit.paths import VP, Linear, chart, times_at
-from genkit.sampling import SAMPLERS
+from genkit.diffusion.paths import VP, Linear, chart, times_at
+from genkit.diffusion.samplers import SAMPLERS
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.0, 0.5], [0.0, -1.5]], dtype=torch.float64)
 SPREAD = 0.3  # of each component

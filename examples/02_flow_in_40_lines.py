@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from genkit import pictures
 from genkit.backbones import MLP
-from genkit.core import Batch
+from genkit.core import Batch, pictures
 from genkit.data import DATA
-from genkit.guidance import classifier_free
+from genkit.diffusion.guidance import classifier_free
+from genkit.diffusion.samplers import bind, uniform
 from genkit.objectives import Flow
-from genkit.sampling import bind, uniform
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--steps", type=int, default=2000)

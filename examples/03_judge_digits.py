@@ -18,9 +18,10 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
-from genkit import __version__, runs
+from genkit import __version__
 from genkit.core import Draw
 from genkit.data import DATA
+from genkit.training import run as runs
 
 
 def real(split: str) -> tuple[np.ndarray, np.ndarray]:

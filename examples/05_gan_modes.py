@@ -26,7 +26,7 @@ from torch import Tensor
 
 from genkit import __version__, config
 from genkit.data import Stream
-from genkit.train import fit, start
+from genkit.training.loop import fit, start
 
 SIGMA, NARROW = 0.1, 0.02  # of the data
 WIDE = {"noise": SIGMA, "steps": 4000}

@@ -18,12 +18,14 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from genkit import config, pictures, runs
-from genkit.cli import main as genkit
+from genkit import config
+from genkit.cli.main import main as genkit
+from genkit.core import pictures
 from genkit.envs import make
 from genkit.envs.gym import Gym
-from genkit.rl.policy import Policy
-from genkit.rl.rollout import rollout
+from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import rollout
+from genkit.training import run as runs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = {  # environment -> configurations of genkit train and genkit finetune, options of the search for an expert

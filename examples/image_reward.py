@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from genkit import runs
-from genkit.cli import main as genkit
+from genkit.cli.main import main as genkit
 from genkit.core import Draw
+from genkit.core.pictures import save
 from genkit.data import DATA
-from genkit.metrics import Moments, frechet_distance
-from genkit.metrics.features import Classifier
-from genkit.pictures import save
+from genkit.evaluation.metrics import Moments, frechet_distance
+from genkit.evaluation.metrics.features import Classifier
+from genkit.training import run as runs
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--run", help="a run on the digits; None: train one")
-parser.add_argument("--reward", default="genkit.rl.image:eight")
+parser.add_argument("--reward", default="genkit.rl.finetune.image_rewards:eight")
 parser.add_argument("--label", type=int, default=3)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 parser.add_argument("--kl", type=float, default=0.05, help="price of a nat, in deviations of the first rewards")

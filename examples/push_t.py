@@ -16,11 +16,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from genkit import pictures
-from genkit.cli import main as genkit
+from genkit.cli.main import main as genkit
+from genkit.core import pictures
 from genkit.envs import make
-from genkit.rl.policy import Policy
-from genkit.rl.rollout import rollout
+from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import rollout
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
 POLICIES = {  # name -> (settings of genkit train, steps of the sampler)

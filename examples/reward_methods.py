@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from genkit import runs
-from genkit.cli import main as genkit
+from genkit.cli.main import main as genkit
 from genkit.core import Draw
+from genkit.training import run as runs
 
 RWR = ["--method=rwr", "--method.lr=1e-3", "--method.batch=256"]
 MIXED = ["--method=mixed", "--method.lr=3e-4"]

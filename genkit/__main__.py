@@ -1,6 +1,6 @@
 import sys
 
-from genkit.cli import main
+from genkit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

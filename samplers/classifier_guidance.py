@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from genkit import pictures, runs
-from genkit.guidance import by_classifier, classifier_free, compose
-from genkit.sampling import Seeds, bind, uniform
+from genkit.core import pictures
+from genkit.diffusion.guidance import by_classifier, classifier_free, compose
+from genkit.diffusion.samplers import Seeds, bind, uniform
+from genkit.training import run as runs
 
 
 def main() -> None:

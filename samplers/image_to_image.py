@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-from genkit import pictures
 from genkit.backbones import UNet
-from genkit.core import Batch, Draw, Image, Spec
+from genkit.core import Batch, Draw, Image, Spec, pictures
 from genkit.data import DATA, Stream, source
-from genkit.guidance import classifier_free
-from genkit.inverse import Average
+from genkit.diffusion.guidance import classifier_free
+from genkit.diffusion.inverse_problems import Average
+from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
-from genkit.sampling import Seeds, bind, uniform
 
 TASKS = {
     "enlarge": lambda x: Average(2).enlarge(Average(2).forward(x)),

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genkit import pictures, runs
-from genkit.core import Draw
+from genkit.core import Draw, pictures
 from genkit.data import DATA, source
-from genkit.guidance import within
-from genkit.inverse import Mask, dps, measure, pigdm
-from genkit.sampling import SAMPLERS, Seeds, bind, uniform
+from genkit.diffusion.guidance import within
+from genkit.diffusion.inverse_problems import Mask, dps, measure, pigdm
+from genkit.diffusion.samplers import SAMPLERS, Seeds, bind, uniform
+from genkit.training import run as runs
 
 PIXEL = 0.3  # variance of a pixel in [-1, 1]; of the digits 0.29. PiGDM's own 1 is for data of unit variance
 METHODS = {"pigdm": lambda seen: pigdm(seen, PIXEL), "dps": dps}

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genkit import pictures, runs
-from genkit.sampling import Seeds
+from genkit.core import pictures
+from genkit.diffusion.samplers import Seeds
+from genkit.training import run as runs
 
 
 def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:

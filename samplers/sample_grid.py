@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from genkit import pictures, runs
-from genkit.sampling import SAMPLERS
+from genkit.core import pictures
+from genkit.diffusion.samplers import SAMPLERS
+from genkit.training import run as runs
 
 
 def main() -> None:

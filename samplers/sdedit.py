@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from genkit import pictures, runs
-from genkit.core import Draw
+from genkit.core import Draw, pictures
 from genkit.data import DATA, source
-from genkit.guidance import classifier_free
-from genkit.inverse import sdedit
-from genkit.sampling import SAMPLERS, Seeds, uniform
+from genkit.diffusion.guidance import classifier_free
+from genkit.diffusion.inverse_problems import sdedit
+from genkit.diffusion.samplers import SAMPLERS, Seeds, uniform
+from genkit.training import run as runs
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from genkit.bench.mixture import F64, ExactDenoiser, Mixture, three
+from benchmarks.mixture import F64, ExactDenoiser, Mixture, three
 from genkit.core import Prediction
-from genkit.reverse import Learned, log_variance, reverse_step
+from genkit.diffusion.posterior import Learned, log_variance, reverse_step
 
 __all__ = ["F64", "Bell", "ExactDenoiser", "Mixture", "three"]
 

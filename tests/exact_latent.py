@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from genkit.core import NO_COND, Backbones, Spec
-from genkit.objectives.likelihoods import Emission
+from genkit.objectives.autoencoders.likelihoods import Emission
 
 F64 = torch.float64
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from genkit import cli, pretrained, runs
 from genkit.backbones import Diffusers
 from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, index_of
+from genkit.cli.main import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
+from genkit.diffusion.paths import VP
+from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
+from genkit.integrations import weights as pretrained
+from genkit.integrations.weights import retold
 from genkit.objectives import DDPM, Flow
-from genkit.paths import VP
-from genkit.pretrained import retold
-from genkit.sampling import Seeds, bind, ddim, linspace, trailing, uniform
+from genkit.training import run as runs
 
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
 UNET, DIT = UNet2D(**SMALL), DiT2D(num_layers=2, num_attention_heads=2, attention_head_dim=8)
@@ -157,7 +159,7 @@ def test_their_config_json_makes_the_same_network(model):
 
 
 def test_diffusers_is_imported_only_where_a_network_is_made():
-    code = "import sys, genkit.commands.train, genkit.commands.export; print({'diffusers', 'peft'} & {*sys.modules})"
+    code = "import sys, genkit.cli.commands.train, genkit.cli.commands.export; print({'diffusers', 'peft'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -8,10 +8,10 @@ import torch
 from exact import F64, ExactDenoiser, Mixture, three
 
 from genkit.core import Spec
-from genkit.paths import VP, Between, Linear
-from genkit.rl.advantages import gae, normalised, of_groups, over_steps
-from genkit.rl.chain import DDIM, NOISES, SDE, Chain, Fixed, Learned
-from genkit.sampling import ddim, sde, uniform
+from genkit.diffusion.paths import VP, Between, Linear
+from genkit.diffusion.samplers import ddim, sde, uniform
+from genkit.rl.finetune.advantages import gae, normalised, of_groups, over_steps
+from genkit.rl.finetune.chain import DDIM, NOISES, SDE, Chain, Fixed, Learned
 
 PATHS = [Linear(), VP()]
 QUIET = {"fixed": Fixed(0.0), "ddim": DDIM(0.0), "sde": SDE(0.0), "learned": Learned(0.0)}

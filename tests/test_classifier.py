@@ -12,14 +12,15 @@ from exact import F64, ExactDenoiser, Mixture, three
 from PIL import Image
 from torch import Tensor, nn
 
-from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Prediction, Spec
 from genkit.data import DATA
-from genkit.guidance import APG, by_classifier, classifier_free, compose
+from genkit.diffusion.guidance import APG, by_classifier, classifier_free, compose
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, mix
+from genkit.diffusion.samplers import bind
 from genkit.objectives import Classifier
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, mix
-from genkit.sampling import bind
+from genkit.training import run as runs
 
 ROOT = Path(__file__).parent.parent
 MIXTURE = three()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit import cli, pictures, runs
+from genkit.cli.main import main as cli
+from genkit.core import pictures
+from genkit.training import run as runs
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--steps=2", "--batch=8", "--sample-every=2", "--warmup=0"]
 SMALL = {
@@ -44,7 +46,7 @@ def refused(capsys, *argv):
 
 
 def test_help_is_instant_and_does_not_import_torch():
-    code = "import sys; from genkit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from genkit.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert "genkit train --objective=flow" in done.stdout

@@ -493,12 +493,17 @@ def same(cfg: Any) -> bool:
     return from_dict(type(cfg), yaml.safe_load(to_yaml(cfg))) == cfg == from_dict(type(cfg), dump(cfg))
 
 
-REGISTRIES = ["genkit.objectives:OBJECTIVES", "genkit.backbones:BACKBONES", "genkit.data:DATA", "genkit.paths:PATHS"]
+REGISTRIES = [
+    "genkit.objectives:OBJECTIVES",
+    "genkit.backbones:BACKBONES",
+    "genkit.data:DATA",
+    "genkit.diffusion.paths:PATHS",
+]
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)
 def test_every_entry_of_every_registry_makes_the_round_trip(registry):
-    where = {"genkit.paths:PATHS": "objective.path"}.get(registry, registry.split(":")[1].lower().rstrip("s"))
+    where = {"genkit.diffusion.paths:PATHS": "objective.path"}.get(registry, registry.split(":")[1].lower().rstrip("s"))
     assert load(registry)
     for name, cls in load(registry).items():
         assert "name" not in fields(cls), f"{name}: `name` is taken, it names the class in YAML"

@@ -9,11 +9,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from genkit.backbones import MLP
-from genkit.codecs import Pixels
 from genkit.core import Batch, Draw, Label, Spec, Vector
 from genkit.data import DATA, InMemory
+from genkit.data.codecs import Pixels
+from genkit.diffusion.paths import VP, Cosine, Linear, mix
+from genkit.diffusion.samplers import SAMPLERS, Seeds, bind, uniform
 from genkit.objectives import Flow
-from genkit.objectives.couplings import (
+from genkit.objectives.matching.couplings import (
     COUPLINGS,
     Bridge,
     Given,
@@ -22,9 +24,7 @@ from genkit.objectives.couplings import (
     entropic_plan,
     squared_distances,
 )
-from genkit.objectives.sources import SOURCES, Anchored, Normal, Samples
-from genkit.paths import VP, Cosine, Linear, mix
-from genkit.sampling import SAMPLERS, Seeds, bind, uniform
+from genkit.objectives.matching.sources import SOURCES, Anchored, Normal, Samples
 
 
 def pairs(n, dim=2, seed=0):

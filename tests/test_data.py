@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from genkit.codecs import CODECS, Actions, Identity, MinMax, Pixels, Plans, Standardize, from_dict, to_dict
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA, InMemory, OnDisk, Stream, source
+from genkit.data.codecs import CODECS, Actions, Identity, MinMax, Pixels, Plans, Standardize, from_dict, to_dict
 from genkit.data.images import pixels_of
 
 TOYS = ["moons", "rotated-moons", "8gaussians", "checkerboard", "swissroll", "spirals"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genkit import runs
+from genkit.training import run as runs
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

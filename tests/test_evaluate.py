@@ -18,15 +18,17 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from genkit import cli, config, runs
+from genkit import config
 from genkit.backbones import MLP
-from genkit.commands.watch import watch
+from genkit.cli.commands.watch import watch
+from genkit.cli.main import main as cli
 from genkit.core import Loss, Objective, Phase
 from genkit.data import DATA
-from genkit.evaluate import Drawn, Ranks, cards, find_data, measure
-from genkit.evaluate.sources import Given, plain, split_rows
-from genkit.metrics.features import Classifier, Raw, RawExtractor
-from genkit.train import start
+from genkit.evaluation import Drawn, Ranks, cards, find_data, measure
+from genkit.evaluation.metrics.features import Classifier, Raw, RawExtractor
+from genkit.evaluation.sources import Given, plain, split_rows
+from genkit.training import run as runs
+from genkit.training.loop import start
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--sample-every=0", "--warmup=0", "--batch=16", "--lr=1e-3"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -325,10 +327,10 @@ def test_blocks_hang_on_no_rank(n, batch):
 
 TWO = """
 import sys, torch
-from genkit import runs
-from genkit.commands.ranks import join_ranks
-from genkit.evaluate import Drawn, Ranks, measure
-from genkit.metrics.features import Raw
+from genkit.training import run as runs
+from genkit.training.distributed import join_ranks
+from genkit.evaluation import Drawn, Ranks, measure
+from genkit.evaluation.metrics.features import Raw
 
 ranks = Ranks.of(join_ranks(torch.device("cpu")))
 torch.set_num_threads(1)
@@ -392,7 +394,7 @@ def test_accelerate_launch_writes_the_card_of_one_rank(tmp_path, moons):
 
 def test_a_kill_costs_nothing_that_was_saved(tmp_path, moons, monkeypatch):
     """Cut between two blocks; the second run does the rest alone, and its card is the same."""
-    monkeypatch.setattr("genkit.evaluate.shards.SAVE", -float("inf"))  # after every block
+    monkeypatch.setattr("genkit.evaluation.shards.SAVE", -float("inf"))  # after every block
     argv = (moons, "--metrics=fid,w2,mmd", "--n=160", "--steps=2", "--seed=5")
     whole = card_of(tmp_path, *argv)
     drawn, rows = [], Drawn.rows

@@ -29,14 +29,23 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from genkit.codecs import Pixels
 from genkit.config import ConfigError, from_dict, parse, table, to_yaml
 from genkit.core import Label, Spec
+from genkit.core.tensors import sha256
 from genkit.data import DATA, InMemory
-from genkit.metrics import FEATURES, Moments, features, frechet_distance
-from genkit.metrics.features import WAYS, Classifier, Features, Inception, Raw, Seen, find_weights, like_tensorflow
-from genkit.metrics.inception import NAME, Conv, InceptionV3, read_weights
-from genkit.tensors import sha256
+from genkit.data.codecs import Pixels
+from genkit.evaluation.metrics import FEATURES, Moments, features, frechet_distance
+from genkit.evaluation.metrics.features import (
+    WAYS,
+    Classifier,
+    Features,
+    Inception,
+    Raw,
+    Seen,
+    find_weights,
+    like_tensorflow,
+)
+from genkit.evaluation.metrics.inception import NAME, Conv, InceptionV3, read_weights
 
 MODES = list(WAYS)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache() / NAME)
@@ -489,7 +498,9 @@ class Mean(Features):
 
 @dataclass(frozen=True)
 class Job:
-    features: Any = table("genkit.metrics:FEATURES", "inception", kind="genkit.metrics.features:Features")
+    features: Any = table(
+        "genkit.evaluation.metrics:FEATURES", "inception", kind="genkit.evaluation.metrics.features:Features"
+    )
 
 
 def test_the_table():

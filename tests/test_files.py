@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genkit.files import whole
+from genkit.core.files import whole
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):

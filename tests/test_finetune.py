@@ -11,27 +11,27 @@ from exact import F64, Constant, ExactDenoiser, Mixture
 from safetensors.torch import load_file
 from torch import nn
 
-from genkit import runs
 from genkit.backbones import MLP
-from genkit.cli import main as genkit
-from genkit.codecs import Actions, Identity
-from genkit.commands.finetune import Finetune, acted, world
-from genkit.commands.finetune import main as finetune
-from genkit.commands.train import main as train
+from genkit.cli.commands.finetune import Finetune, acted, world
+from genkit.cli.commands.finetune import main as finetune
+from genkit.cli.commands.train import main as train
+from genkit.cli.main import main as genkit
 from genkit.core import Batch, Spec, Vector, expand
+from genkit.data.codecs import Actions, Identity
+from genkit.diffusion.paths import Linear
 from genkit.envs.four_ways import FourWays
 from genkit.objectives import DDPM, EDM, Flow
-from genkit.paths import Linear
-from genkit.rl.advantages import normalised, trimmed
-from genkit.rl.chain import NOISES, SDE, Chain, Fixed, Walk
-from genkit.rl.dppo import DPPO, surrogate
-from genkit.rl.learn import Critic, Experience, Learner, divergence, with_reference
-from genkit.rl.methods import METHODS
-from genkit.rl.mixed import Mixed, through
-from genkit.rl.policy import Policy
-from genkit.rl.rwr import RWR, weights_of
-from genkit.rl.tasks import Acting, OneWay, Progress, Scoring, Success
-from genkit.train import State
+from genkit.rl.finetune.advantages import normalised, trimmed
+from genkit.rl.finetune.chain import NOISES, SDE, Chain, Fixed, Walk
+from genkit.rl.finetune.dppo import DPPO, surrogate
+from genkit.rl.finetune.learner import Critic, Experience, Learner, divergence, with_reference
+from genkit.rl.finetune.methods import METHODS
+from genkit.rl.finetune.mixed import Mixed, through
+from genkit.rl.finetune.rewards import Acting, OneWay, Progress, Scoring, Success
+from genkit.rl.finetune.rwr import RWR, weights_of
+from genkit.rl.policies.policy import Policy
+from genkit.training import run as runs
+from genkit.training.loop import State
 
 PLAIN = Flow(prediction="x0", drop=0.0)
 
@@ -534,7 +534,7 @@ def test_runs_that_cannot_be_improved(moons, policy, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- pictures
 def test_rewards_of_pictures():
-    from genkit.rl import image
+    from genkit.rl.finetune import image_rewards as image
 
     flat = torch.full((1, 3, 16, 16), 0.25)
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -551,7 +551,7 @@ def test_rewards_of_pictures():
 def test_the_judge_knows_an_eight():
     from genkit.core import Draw
     from genkit.data import DATA
-    from genkit.rl import image
+    from genkit.rl.finetune import image_rewards as image
 
     data = DATA["digits"]().load("test")
     batch = data.batch(torch.arange(200), Draw((0,), 0, 200))

@@ -14,12 +14,13 @@ from torch.distributions import Normal, kl_divergence
 from torchvision.models import vgg
 from torchvision.transforms.v2.functional import normalize
 
-from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
-from genkit.objectives.first_stage import KL, Balance, Entries, Patches, last_layer
-from genkit.objectives.looks import VGG11, VGG16, Gradients, RandomFeatures, layers_of
+from genkit.objectives.autoencoders.first_stage import KL, Balance, Entries, Patches, last_layer
+from genkit.objectives.autoencoders.perceptual import VGG11, VGG16, Gradients, RandomFeatures, layers_of
+from genkit.training import run as runs
 
 PICTURES = Spec((1, 8, 8))
 

@@ -17,13 +17,15 @@ from sklearn.svm import SVC
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from genkit import cli, config, runs
+from genkit import config
 from genkit.backbones import MLP, DiT, UNet
-from genkit.codecs import Identity
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Image, Label, Spec, Vector
 from genkit.data import DATA
+from genkit.data.codecs import Identity
 from genkit.objectives import GAN
-from genkit.objectives.adversarial import (
+from genkit.objectives.adversarial.augment import AUGMENTS
+from genkit.objectives.adversarial.games import (
     GAMES,
     PENALTIES,
     Hinge,
@@ -36,9 +38,9 @@ from genkit.objectives.adversarial import (
     settle,
     slopes,
 )
-from genkit.objectives.augment import AUGMENTS
-from genkit.objectives.gan import FEATURES, Projection, diversity
-from genkit.train import fit, start
+from genkit.objectives.adversarial.gan import FEATURES, Projection, diversity
+from genkit.training import run as runs
+from genkit.training.loop import fit, start
 
 F64 = torch.float64
 PLANE = Spec((2,))
@@ -543,7 +545,7 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
     run = runs.load(trained)
     assert run.weights.endswith("ema-0.999.safetensors")
     x, cond = run.sample(6, seed=3)
-    from genkit.sampling import Seeds
+    from genkit.diffusion.samplers import Seeds
 
     z = Seeds(range(3, 9), run.device)((64,))
     assert torch.allclose(x, run.nets["generator"](z, cond))

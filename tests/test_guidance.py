@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genkit.core import Prediction
-from genkit.guidance import (
+from genkit.diffusion.guidance import (
     APG,
     LINEAR,
     PASSES,
@@ -20,8 +20,8 @@ from genkit.guidance import (
     compose,
     within,
 )
-from genkit.paths import PATHS, VP, Cosine, Linear, mix, times_at
-from genkit.sampling import Counted, bind
+from genkit.diffusion.paths import PATHS, VP, Cosine, Linear, mix, times_at
+from genkit.diffusion.samplers import Counted, bind
 
 MIXTURE = three()
 

@@ -10,25 +10,25 @@ import torch
 from exact import F64, Constant, ExactDenoiser, Mixture
 from torch import nn
 
-from genkit import runs
-from genkit.codecs import Identity, Pixels
-from genkit.commands.finetune import main as finetune
-from genkit.commands.rollout import main as rollout
-from genkit.commands.train import main as train
+from genkit.cli.commands.finetune import main as finetune
+from genkit.cli.commands.rollout import main as rollout
+from genkit.cli.commands.train import main as train
 from genkit.core import Batch, Label, Spec, Vector
+from genkit.data.codecs import Identity, Pixels
+from genkit.diffusion.paths import VP, Between, Linear
+from genkit.diffusion.samplers import Seeds, bind
+from genkit.diffusion.value_guidance import by_value
 from genkit.objectives import Flow
-from genkit.paths import VP, Between, Linear
-from genkit.rl import image
-from genkit.rl.best import Tried, best_of, learn_q, load_q, save_q, to_go
-from genkit.rl.chain import Chain, Fixed, Learned
-from genkit.rl.ddpo import DDPO
-from genkit.rl.dppo import DPPO
-from genkit.rl.guided import by_value
-from genkit.rl.judged import reward_kl
-from genkit.rl.learn import Learner, apart, with_reference
-from genkit.rl.tasks import Scoring
-from genkit.sampling import Seeds, bind
-from genkit.train import State
+from genkit.rl.finetune import image_rewards as image
+from genkit.rl.finetune.chain import Chain, Fixed, Learned
+from genkit.rl.finetune.ddpo import DDPO
+from genkit.rl.finetune.dppo import DPPO
+from genkit.rl.finetune.evaluation import reward_kl
+from genkit.rl.finetune.learner import Learner, apart, with_reference
+from genkit.rl.finetune.rewards import Scoring
+from genkit.rl.policies.best_of_n import Tried, best_of, learn_q, load_q, save_q, to_go
+from genkit.training import run as runs
+from genkit.training.loop import State
 
 PATHS = [Linear(), VP()]
 on_paths = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
@@ -244,7 +244,7 @@ def test_learned_noise_follows_the_gradient_of_the_bandit():
     with torch.no_grad():
         walk = chain.sample(who.denoiser, torch.zeros_like(z), noise=lambda shape: z)
         rewards = task.reward(walk.xs[-1], {}).double()
-    from genkit.rl.learn import Experience
+    from genkit.rl.finetune.learner import Experience
 
     seen = Experience(walk, {}, rewards - rewards.mean(), None, {})
     DPPO(lr=0.01, batch=count, epochs=1, clone=0.0, warmup=0, clip=10.0).update(who, task, seen, 0)
@@ -293,7 +293,7 @@ def digits(tmp_path_factory):
     return runs.find(out / "latest")
 
 
-LIGHT = ["--reward", "genkit.rl.image:brightness"]
+LIGHT = ["--reward", "genkit.rl.finetune.image_rewards:brightness"]
 BRIGHT = [*LIGHT, "--method=ddpo", "--method.lr", "5e-3", "--method.batch", "40", "--method.epochs", "2", "--noise=sde",
           "--steps", "3", "--floor", "0.1", "--samples", "120", "--ema", "0.5", "--eval-samples", "40"]  # fmt: skip
 

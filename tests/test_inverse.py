@@ -5,13 +5,13 @@ import torch
 from exact import F64, ExactDenoiser, Mixture
 
 from genkit.core import Prediction
-from genkit.guidance import by_classifier, classifier_free, compose, moved, within
-from genkit.inverse import Average, Blur, Dense, Mask, Measurement, dps, measure, pigdm, sdedit
+from genkit.diffusion.guidance import by_classifier, classifier_free, compose, moved, within
+from genkit.diffusion.inverse_problems import Average, Blur, Dense, Mask, Measurement, dps, measure, pigdm, sdedit
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
+from genkit.diffusion.samplers import SAMPLERS, Counted, Seeds, bind, uniform, variational_bound
 from genkit.objectives import Flow
-from genkit.objectives.couplings import Given, OptimalTransport
-from genkit.objectives.sources import Anchored
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
-from genkit.sampling import SAMPLERS, Counted, Seeds, bind, uniform, variational_bound
+from genkit.objectives.matching.couplings import Given, OptimalTransport
+from genkit.objectives.matching.sources import Anchored
 
 PATH_LIST = [cls() for cls in PATHS.values()]
 VARIANCE, NOISE, DIM = 0.7, 0.3, 4

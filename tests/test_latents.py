@@ -14,16 +14,18 @@ from exact import ExactDenoiser, Mixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genkit import cli, latents, runs
-from genkit.codecs import Identity, Pixels, Standardize
+from genkit.cli.main import main as cli
 from genkit.core import NO_COND, Backbones, Batch, Draw, Spec
 from genkit.data import DATA, Stream
+from genkit.data.codecs import Identity, Pixels, Standardize
 from genkit.data.latents import Latents
-from genkit.latents import Latent, OfCache, OfRun, Statistics, statistics
+from genkit.diffusion.paths import Linear
+from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import VAE, VQ, Autoencoder
-from genkit.objectives.autoencoder import Posterior
-from genkit.paths import Linear
-from genkit.sampling import GRIDS, Seeds, bind
+from genkit.objectives.autoencoders.autoencoder import Posterior
+from genkit.training import first_stage as latents
+from genkit.training import run as runs
+from genkit.training.first_stage import Latent, OfCache, OfRun, Statistics, statistics
 
 CPU = torch.device("cpu")
 PLAIN, D, K = Identity(), 6, 2
@@ -303,7 +305,7 @@ def test_black_and_white_vaes_are_shown_black_and_white():
             seen.append(x)
             return torch.zeros(len(x), 4)
 
-    from genkit.objectives.likelihoods import LIKELIHOODS
+    from genkit.objectives.autoencoders.likelihoods import LIKELIHOODS
 
     objective = VAE(latent=(2,), likelihood=LIKELIHOODS["bernoulli"]())
     stage = OfRun("b", objective, Projection(), Spec((1, 2, 2)), Pixels(), {"encoder": Net(), "decoder": Net()})

@@ -8,13 +8,12 @@ import pytest
 import torch
 from exact import F64, Bell, ExactDenoiser, Mixture, three
 
-from genkit import runs
-from genkit.commands.likelihood import main as likelihood
-from genkit.commands.train import main as train_command
+from genkit.cli.commands.likelihood import main as likelihood
+from genkit.cli.commands.train import main as train_command
 from genkit.core import Prediction
-from genkit.paths import PATHS, VE, VP, Cosine, Linear
-from genkit.reverse import Learned
-from genkit.sampling import (
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear
+from genkit.diffusion.posterior import Learned
+from genkit.diffusion.samplers import (
     Counted,
     Seeds,
     bits_per_dim,
@@ -26,8 +25,9 @@ from genkit.sampling import (
     uniform,
     variational_bound,
 )
-from genkit.sampling.bound import log_level
-from genkit.sampling.likelihood import PIXEL
+from genkit.diffusion.samplers.likelihood import PIXEL
+from genkit.diffusion.samplers.vlb import log_level
+from genkit.training import run as runs
 
 MIXTURE = three()
 PATH_LIST = [cls() for cls in PATHS.values()]
@@ -224,7 +224,7 @@ def test_pixels_are_refused_until_dequantised():
 # ----------------------------------------------------------------------------------------- bits per dimension
 def test_dequantised_pixels_stay_in_their_bin():
     """And round back to themselves, and fill the bin evenly; sample i's numbers are its own."""
-    from genkit.codecs import Pixels
+    from genkit.data.codecs import Pixels
 
     pixels = torch.arange(256, dtype=torch.uint8).repeat(50, 1)
     x = dequantise(pixels, Seeds(range(50)))

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genkit import cli, runs
 from genkit.backbones import Diffusers, DiT, UNet
 from genkit.backbones.diffusers import UNet2D
+from genkit.backbones.lora import LoRA, adapt, merge
+from genkit.cli.main import main as cli
 from genkit.core import Label, Spec
-from genkit.lora import LoRA, adapt, merge
-from genkit.sampling import Seeds
-from genkit.tensors import tensors
-from genkit.train import twin
+from genkit.core.tensors import tensors
+from genkit.diffusion.samplers import Seeds
+from genkit.training import run as runs
+from genkit.training.loop import twin
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parent.parent

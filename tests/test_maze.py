@@ -5,11 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from genkit.cli import main as genkit
+from genkit.cli.main import main as genkit
 from genkit.envs import expert, make
 from genkit.envs.maze import next_cells
-from genkit.rl.policy import Policy
-from genkit.rl.rollout import rollout
+from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import rollout
 
 # A ring with a dead end below its left side, and a room without a door.
 PLAN = """

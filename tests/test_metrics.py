@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genkit import metrics
-from genkit.metrics import (
+from genkit.evaluation import metrics
+from genkit.evaluation.metrics import (
     METRICS,
     Estimate,
     Measured,
@@ -20,7 +20,7 @@ from genkit.metrics import (
     frechet_from_features,
     frechet_infinity,
 )
-from genkit.metrics.frechet import linearised
+from genkit.evaluation.metrics.frechet import linearised
 
 F64 = torch.float64
 
@@ -265,7 +265,7 @@ def test_mmd_of_gaussians(shift, spread):
 def test_mmd_does_not_depend_on_chunks(monkeypatch):
     x, y = normal(31, 3), 1 + normal(17, 3, seed=1)
     whole = metrics.mmd(x, y)
-    monkeypatch.setattr("genkit.metrics.kernel.CHUNK", 50)
+    monkeypatch.setattr("genkit.evaluation.metrics.kernel.CHUNK", 50)
     assert metrics.mmd(x, y) == pytest.approx(whole, rel=1e-12)
     assert metrics.mmd(5 * x, 5 * y).value == pytest.approx(whole.value, rel=1e-9)  # the bandwidth is the data's own
     assert metrics.mmd(x, x).value < 0 < whole.value  # pairs of equal points are not counted within, but between
@@ -385,7 +385,7 @@ def test_repeated_points_change_nothing(n, m, dim):
 
 
 def test_unequal_sets_without_pot(monkeypatch):
-    monkeypatch.setattr("genkit.metrics.transport.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("genkit.evaluation.metrics.transport.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"given 5 and 4 vectors.*pip install POT"):
         metrics.wasserstein2(normal(5, 2), normal(4, 2))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy import linalg, stats
 
-from genkit import metrics
-from genkit.metrics import Moments, frechet_distance, frechet_from_features
+from genkit.evaluation import metrics
+from genkit.evaluation.metrics import Moments, frechet_distance, frechet_from_features
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [  # rows real, rows generated, features, neighbours, shift, scale
@@ -152,7 +152,7 @@ def test_prdc(case, monkeypatch):
     """prdc's numbers, whole and with distances in chunks of a few rows; torch-fidelity's where it has them."""
     real, fake = (torch.from_numpy(v) for v in features(case))
     for chunk in (2**24, 200):
-        monkeypatch.setattr("genkit.metrics.manifold.CHUNK", chunk)
+        monkeypatch.setattr("genkit.evaluation.metrics.manifold.CHUNK", chunk)
         ours = {k: v.value for k, v in metrics.prdc(real, fake, CASES[case][3]).items()}
         assert ours == pytest.approx(golden("prdc")[case], abs=1e-12)
     for name in ("precision", "recall"):
@@ -174,7 +174,9 @@ def test_the_fidelity_file_is_what_torch_fidelity_says():
 # ---------------------------------------------------------------------------------------------------- scores
 @pytest.mark.parametrize("splits", [1, 4, 7])
 def test_torch_fidelity_inception_score(splits, monkeypatch):
-    monkeypatch.setattr("genkit.metrics.score.torch.randperm", lambda n, generator: torch.arange(n))  # as it came
+    monkeypatch.setattr(
+        "genkit.evaluation.metrics.score.torch.randperm", lambda n, generator: torch.arange(n)
+    )  # as it came
     ours = metrics.inception_score(torch.from_numpy(logits()), splits)
     assert ours.value == pytest.approx(golden("fidelity")["is"][str(splits)], rel=1e-9)
 

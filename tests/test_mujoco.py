@@ -12,22 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genkit import config, runs
+from genkit import config
 from genkit.backbones import MLP
-from genkit.cli import main as genkit
-from genkit.commands.finetune import CHOOSE, Best, Finetune
-from genkit.commands.finetune import main as finetune_main
-from genkit.commands.train import main as train
+from genkit.cli.commands.finetune import CHOOSE, Best, Finetune
+from genkit.cli.commands.finetune import main as finetune_main
+from genkit.cli.commands.train import main as train
+from genkit.cli.main import main as genkit
 from genkit.core import Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
+from genkit.diffusion.paths import Linear as Straight
 from genkit.envs import ars
 from genkit.envs.ars import SURVIVAL, Linear, Met, Search, search, trial
 from genkit.objectives import Flow
-from genkit.paths import Linear as Straight
-from genkit.rl.chain import Chain, Fixed
-from genkit.rl.dppo import DPPO
-from genkit.rl.learn import Critic, Experience, Learner
-from genkit.train import State
+from genkit.rl.finetune.chain import Chain, Fixed
+from genkit.rl.finetune.dppo import DPPO
+from genkit.rl.finetune.learner import Critic, Experience, Learner
+from genkit.training import run as runs
+from genkit.training.loop import State
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,7 +167,7 @@ def test_without_mujoco_one_line_says_what_to_install(tmp_path):
     pytest.importorskip("gymnasium")
     script = (
         "import sys; sys.modules['mujoco'] = None\n"
-        "from genkit.cli import main\n"
+        "from genkit.cli.main import main\n"
         "sys.exit(main(['demo', 'HalfCheetah-v5', '--expert', 'ars', '--out', sys.argv[1]]))"
     )
     done = subprocess.run(
@@ -264,7 +265,7 @@ def ways(tmp_path_factory):
 
 
 def test_the_best_checkpoint_is_what_the_run_is_and_the_newest_what_it_goes_on_from(ways, tmp_path, monkeypatch):
-    from genkit.commands import finetune as module
+    from genkit.cli.commands import finetune as module
 
     returns = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.4, 10: 0.3, 12: 0.2}
     asked_for = []

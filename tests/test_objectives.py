@@ -10,13 +10,13 @@ from torch import nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Draw, Label, Spec
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, mix
+from genkit.diffusion.samplers import bind
 from genkit.objectives import DDPM, EDM, OBJECTIVES, Flow
-from genkit.objectives.ddpm import log_variance, reverse_step
-from genkit.objectives.matching import Place
-from genkit.objectives.times import TIMES, History
-from genkit.objectives.weights import P2, Constant, Lambda, MinSNR
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, mix
-from genkit.sampling import bind
+from genkit.objectives.matching.ddpm import log_variance, reverse_step
+from genkit.objectives.matching.matching import Place
+from genkit.objectives.matching.times import TIMES, History
+from genkit.objectives.matching.weights import P2, Constant, Lambda, MinSNR
 
 MIXTURE = three()
 FLOWS = [Flow(path=p, prediction=q) for p, q in product([Linear(), Cosine()], ["velocity", "x0", "v"])]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from genkit.bench.overhead import measure
+from benchmarks.overhead import measure
 from genkit.core import expand
-from genkit.paths import PATHS, coefficients, moment, weighted
+from genkit.diffusion.paths import PATHS, coefficients, moment, weighted
 
 # measured: 6 to 7, 4, 3.5, 4.8 and 2.3
 LEAST = {"ddim": 4.0, "dpmpp_2m": 3.0, "heun": 3.0, "heun, flow": 3.5, "euler, flow": 1.5}

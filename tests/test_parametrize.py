@@ -5,8 +5,17 @@ import torch
 from exact import F64
 
 from genkit.core import Prediction, expand
-from genkit.parametrize import PARAMETRIZATIONS, Epsilon, Karras, NetDenoiser, Score, V, Velocity, refuse_singular
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, mix
+from genkit.diffusion.parametrization import (
+    PARAMETRIZATIONS,
+    Epsilon,
+    Karras,
+    NetDenoiser,
+    Score,
+    V,
+    Velocity,
+    refuse_singular,
+)
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, mix
 
 PAIRS = [(p(), q()) for p in PATHS.values() for q in PARAMETRIZATIONS.values()]
 

@@ -9,7 +9,7 @@ from exact import F64
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genkit.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, chart, mix, times_at
+from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, Shifted, SubVP, chart, mix, times_at
 
 ALL = [cls() for cls in PATHS.values()] + [VP(betas="cosine"), VP(timesteps=37, beta_max=0.3), VE(0.01, 50.0)]
 ALL += [VP(zero_snr=True), VP(betas="cosine", timesteps=50, zero_snr=True), SubVP(0.5, 5.0)]

@@ -11,14 +11,14 @@ from torch import nn
 
 from genkit.backbones import BACKBONES, MLP
 from genkit.backbones.embed import FramesEmbed
-from genkit.cli import main as cli
+from genkit.cli.main import main as cli
 from genkit.core import Draw, Frames, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.data.trajectories import Replay, Seen
+from genkit.data.demonstrations.windows import Replay, Seen
 from genkit.envs.four_ways import OBSTACLES, FourWays, pictures_of
-from genkit.rl.planner import load
-from genkit.rl.policy import Policy, Watcher
-from genkit.rl.rollout import rollout
+from genkit.rl.policies.planner import load
+from genkit.rl.policies.policy import Policy, Watcher
+from genkit.rl.policies.rollout import rollout
 
 ROOT = Path(__file__).parent.parent
 RED = (215, 40, 40)

@@ -9,18 +9,18 @@ import pytest
 import torch
 from refusals import refuses
 
-from genkit.cli import main as cli
-from genkit.codecs import Plans, from_dict, to_dict
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Label, Prediction, Vector
 from genkit.data import DATA
-from genkit.data.trajectories import Episode, Replay, discounted
+from genkit.data.codecs import Plans, from_dict, to_dict
+from genkit.data.demonstrations.windows import Episode, Replay, discounted
+from genkit.diffusion.paths import PATHS
+from genkit.diffusion.samplers import SAMPLERS, Seeds, bind
 from genkit.envs.four_ways import FASTEST, NAMES, OBSTACLES, FourWays
-from genkit.paths import PATHS
-from genkit.rl.planner import FILE, Planner, fixed, learn_inverse, load
-from genkit.rl.policy import Policy, told, toward
-from genkit.rl.rollout import rollout
-from genkit.rl.views import DRAWN, plans
-from genkit.sampling import SAMPLERS, Seeds, bind
+from genkit.rl.policies.planner import FILE, Planner, fixed, learn_inverse, load
+from genkit.rl.policies.plots import DRAWN, plans
+from genkit.rl.policies.policy import Policy, told, toward
+from genkit.rl.policies.rollout import rollout
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,7 +124,7 @@ def test_what_is_known_travels_along_its_own_noise_and_arrives_exactly(name):
 
         return replace(toy_wrap(denoise), function=see)
 
-    from genkit.guidance import Wrapped, compose
+    from genkit.diffusion.guidance import Wrapped, compose
 
     toy_wrap = lambda d: Wrapped(d, d)  # noqa: E731
     guide = compose(watched, fixed(lambda x, cond: (mask, value)))

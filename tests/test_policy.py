@@ -12,21 +12,20 @@ import torch
 from refusals import refuses
 from torch import nn
 
-from genkit import pictures
 from genkit.backbones import BACKBONES, MLP
-from genkit.cli import main as cli
-from genkit.codecs import Actions
-from genkit.core import Batch, Draw, Label, Spec, Vector, spec_from_dict, spec_to_dict
+from genkit.cli.main import main as cli
+from genkit.core import Batch, Draw, Label, Spec, Vector, pictures, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.data.trajectories import Episode, Pusht, Replay, check_horizons, mirrored, starts, steps_of
+from genkit.data.codecs import Actions
+from genkit.data.demonstrations.windows import Episode, Pusht, Replay, check_horizons, mirrored, starts, steps_of
+from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import expert, make
 from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
 from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
-from genkit.rl.policy import Policy
-from genkit.rl.rollout import Episodes, entropy_bits, rollout
-from genkit.rl.views import DRAWN, fans
-from genkit.sampling import Seeds, bind
+from genkit.rl.policies.plots import DRAWN, fans
+from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import Episodes, entropy_bits, rollout
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
 ROOT = Path(__file__).parent.parent
@@ -444,7 +443,7 @@ def test_recorded_demonstrations_are_learned_from(tmp_path, capsys):
 
 def test_an_expert_that_never_succeeds_is_refused(monkeypatch):
     monkeypatch.setattr(Expert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
-    from genkit.commands.demo import Demo, record
+    from genkit.cli.commands.demo import Demo, record
 
     refuses(lambda: record(Demo("four-ways", episodes=4)), "did not succeed once in 16 episodes")
     refuses(lambda: expert("four-ways", "person", 3), "allowed: scripted")

@@ -12,9 +12,12 @@ import pytest
 import torch
 from test_report import alone
 
-from genkit import cli, config, report, runs
-from genkit.bench import quality
-from genkit.evaluate import Ruler
+from benchmarks import quality
+from genkit import config
+from genkit.cli.main import main as cli
+from genkit.evaluation import Ruler
+from genkit.evaluation.report import page as report
+from genkit.training import run as runs
 
 RULER = ["--features=classifier", "--features.steps=60"]
 TINY = ["--steps=4", "--n=32", "--nfe=3,2", "--backbone.width=8", "--batch=8", "--device=cpu", "--lr=1e-3", *RULER]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from refusals import refuses
 
-from genkit.cli import main as cli
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw
-from genkit.data.recordings import LeRobot, Minari
-from genkit.data.trajectories import Episode, Replay, steps_of
+from genkit.data.demonstrations.recordings import LeRobot, Minari
+from genkit.data.demonstrations.windows import Episode, Replay, steps_of
 
 LENGTHS = (12, 20, 9)  # ragged
 

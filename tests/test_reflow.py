@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import runs
 from genkit.backbones import MLP
-from genkit.codecs import MinMax, Pixels
-from genkit.commands.reflow import main as reflow
-from genkit.commands.train import main as train_command
+from genkit.cli.commands.reflow import main as reflow
+from genkit.cli.commands.train import main as train_command
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
+from genkit.data.codecs import MinMax, Pixels
 from genkit.data.pairs import Pairs, outside, save_pairs
+from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
-from genkit.objectives.couplings import Given
-from genkit.objectives.reflow import Distil
-from genkit.sampling import Seeds, bind, uniform
+from genkit.objectives.matching.couplings import Given
+from genkit.objectives.matching.distillation import Distil
+from genkit.training import run as runs
 
 
 def train(objective, draw, steps, nets=None):

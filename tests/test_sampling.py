@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genkit.core import Prediction
-from genkit.guidance import clamp, classifier_free
-from genkit.parametrize import Karras, NetDenoiser
-from genkit.paths import PATHS, VE, VP, Linear, chart, mix, times_at
-from genkit.reverse import Learned, width
-from genkit.sampling import (
+from genkit.diffusion.guidance import clamp, classifier_free
+from genkit.diffusion.parametrization import Karras, NetDenoiser
+from genkit.diffusion.paths import PATHS, VE, VP, Linear, chart, mix, times_at
+from genkit.diffusion.posterior import Learned, width
+from genkit.diffusion.samplers import (
     GRIDS,
     SAMPLERS,
     Counted,
@@ -46,8 +46,8 @@ from genkit.sampling import (
     uniform,
     unipc,
 )  # fmt: skip
-from genkit.sampling.inversion import ODE
-from genkit.sampling.steps import nodes_at
+from genkit.diffusion.samplers.inversion import ODE
+from genkit.diffusion.samplers.steps import nodes_at
 
 MIXTURE = three()
 PATH_LIST = [cls() for cls in PATHS.values()]

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from genkit import cli, config, report, runs
+from genkit import config
+from genkit.cli.main import main as cli
 from genkit.core import Batch
 from genkit.data import DATA
-from genkit.evaluate import space
+from genkit.evaluation.report import latent_space as space
+from genkit.evaluation.report import page as report
+from genkit.training import run as runs
 
 CPU = torch.device("cpu")
 SMALL = {"name": "mlp", "width": 16, "depth": 1}

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from genkit import cli
-from genkit.commands.sweep import Point, interval_of, pareto, promising
+from genkit.cli.commands.sweep import Point, interval_of, pareto, promising
+from genkit.cli.main import main as cli
 from genkit.config import Sampling
-from genkit.evaluate import Drawn, cards
+from genkit.evaluation import Drawn, cards
 
 ARGS = ["--n=24", "--confirm=40", "--spare=1", "--steps", "2", "3", "4", "--sampler", "ddim", "heun", "--guidance", "1",
         "2", "--interval", "all", "0.2-0.8", "--json"]  # fmt: skip

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as pil
 
-from genkit import cli, pictures, runs, text
 from genkit.backbones.dit import DiT
 from genkit.backbones.embed import TextEmbed
 from genkit.backbones.mlp import MLP
 from genkit.backbones.unet import UNet
+from genkit.cli.main import main as cli
 from genkit.core import (
     Batch,
     Draw,
@@ -27,12 +27,14 @@ from genkit.core import (
     Text,
     Tokens,
     Vector,
+    pictures,
     spec_from_dict,
     spec_to_dict,
 )
-from genkit.data import DATA, Stream
-from genkit.guidance import classifier_free
+from genkit.data import DATA, Stream, text
+from genkit.diffusion.guidance import classifier_free
 from genkit.objectives import OBJECTIVES
+from genkit.training import run as runs
 
 WORDINGS = ("a handwritten {label}", "the digit {label}", "{label}")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -207,8 +209,8 @@ def test_the_objectives_drop_each(name):
 
 
 def test_guidance_leaves_dropped_what_was_dropped():
-    from genkit.parametrize import Velocity
-    from genkit.paths import Linear
+    from genkit.diffusion.parametrization import Velocity
+    from genkit.diffusion.paths import Linear
 
     net, _ = denoiser("unet", Spec((1, 6, 6), ALL))
     denoise = OBJECTIVES["flow"]().denoiser(net)
@@ -516,7 +518,7 @@ def test_info_and_the_pictures_of_training_show_prompts(worded, capsys):
 
 
 def test_eval_draws_prompts_of_the_data_and_knows_their_class(worded, tmp_path):
-    from genkit.evaluate.sources import Drawn, data_of
+    from genkit.evaluation.sources import Drawn, data_of
 
     run = runs.load(worded)
     drawn = Drawn(run, {"steps": 1}, seed=3)
@@ -681,7 +683,7 @@ def test_no_pickle_and_no_foreign_code_is_opened(encoders, tmp_path):
 # ---------------------------------------------------------------------------------------------------- what it reaches
 @pytest.mark.slow
 def test_the_recipe_draws_the_digit_that_is_named(tmp_path):
-    from genkit.metrics.features import Classifier
+    from genkit.evaluation.metrics.features import Classifier
 
     recipe = Path(__file__).parent.parent / "configs" / "digits_text.yaml"
     assert cli.main(["train", "--config", str(recipe), "--sample-every=0", f"--out={tmp_path}"]) == 0

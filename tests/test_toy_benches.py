@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_s_curve
 
-from genkit.bench import prediction, reflow, stack, toy
+from benchmarks import prediction, reflow, stack, toy
 from genkit.core import Batch
-from genkit.objectives.couplings import Independent, OptimalTransport
-from genkit.objectives.flow import Flow
-from genkit.paths import Linear
+from genkit.diffusion.paths import Linear
+from genkit.objectives.matching.couplings import Independent, OptimalTransport
+from genkit.objectives.matching.flow import Flow
 
 
 # ------------------------------------------------------------------------------------------------------------- stack

@@ -17,15 +17,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from genkit import config, runs
+from genkit import config
 from genkit.backbones import MLP
-from genkit.codecs import Identity
-from genkit.commands.train import main
+from genkit.cli.commands.train import main
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat
 from genkit.data import Stream
+from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
-from genkit.train import Diverged, State, average, fit, phase_parameters, rate, require_same, start
+from genkit.training import run as runs
+from genkit.training.loop import Diverged, State, average, fit, phase_parameters, rate, require_same, start
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip

@@ -20,17 +20,18 @@ from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
-from genkit import cli, runs
 from genkit.backbones import MLP, DiT, UNet
-from genkit.commands.likelihood import LATENT as LATENT_KEY
+from genkit.cli.commands.likelihood import LATENT as LATENT_KEY
+from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
+from genkit.diffusion.samplers import Seeds, dequantise
 from genkit.objectives import OBJECTIVES, VAE, VQ, Autoencoder
-from genkit.objectives.autoencoder import Posterior, largest, sparseness
-from genkit.objectives.likelihoods import LIKELIHOODS, Bernoulli, DiscretisedLogistic, Emission, Gaussian
-from genkit.objectives.vq import Codebook, perplexity, straight_through
-from genkit.sampling import Seeds, dequantise
-from genkit.train import phase_parameters
+from genkit.objectives.autoencoders.autoencoder import Posterior, largest, sparseness
+from genkit.objectives.autoencoders.likelihoods import LIKELIHOODS, Bernoulli, DiscretisedLogistic, Emission, Gaussian
+from genkit.objectives.autoencoders.vq import Codebook, perplexity, straight_through
+from genkit.training import run as runs
+from genkit.training.loop import phase_parameters
 
 LATENT = 3
 

@@ -101,12 +101,15 @@ def without_clocks(value: object) -> object:
 
 def call(line: str) -> tuple[int, str, str]:
     """Exit code, last line on stderr and standard output of one `genkit` command, run in this process."""
-    from genkit import cli
+    try:
+        from genkit.cli.main import main
+    except ImportError:  # a tree from before 2026-11-25
+        from genkit.cli import main  # type: ignore[no-redef]
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = cli.main(line.split())
+            code = main(line.split())
         except SystemExit as e:
             code = int(e.code or 0)
         except Exception as e:  # a traceback that a user would see; the gate shows it rather than stopping

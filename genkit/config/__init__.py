@@ -123,7 +123,7 @@ class Train:
     init: str | None = None
     """A run whose weights, its slowest average, this one begins with, and whose objective and backbone it has where
     none are given; or diffusers:DIR, a model or pipeline of diffusers, or diffusers:OWNER/NAME of the hub."""
-    lora: Any = table("genkit.lora:LORA", "lora")
+    lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a small change of the weights of --init, by --lora.rank."""
     resume: str | None = None
     """A run's folder to go on with."""
@@ -134,12 +134,12 @@ class Sampling:
     """How samples are drawn from a run."""
 
     sampler: str | None = None
-    """A name in genkit.sampling.SAMPLERS; None: the objective's usual one (heun)."""
+    """A name in genkit.diffusion.samplers.SAMPLERS; None: the objective's usual one (heun)."""
     steps: Count = 20
     """Steps of the sampler."""
     guidance: float = 1.0
     """From the unconditional prediction (or that of --autoguide) through the model's own; 1: none."""
-    guidance_rule: Any = table("genkit.guidance:RULES", "linear", kind="genkit.guidance:Rule")
+    guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
     """How: linear, rescale (the deviation brought back) or apg (projected, limited)."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only at noise in here, LOW HIGH in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
@@ -152,7 +152,7 @@ class Sampling:
     classifier_scale: float | None = None
     """Weight of that gradient; None: 1, which is Bayes' rule."""
     grid: str = "uniform"
-    """Where the steps lie: a name in genkit.sampling.GRIDS."""
+    """Where the steps lie: a name in genkit.diffusion.samplers.GRIDS."""
     clip: bool = False
     """Keep predicted data in [-1, 1] at every step."""
     seed: Annotated[int, Ge(0)] = 0
@@ -207,15 +207,15 @@ class Evaluate(Sampling):
     """train or test of a run's own data, any source, or an .npz of mu and sigma; None: train."""
     reference_n: Annotated[int, Ge(2)] | None = None
     """How many samples of the reference; None: all, of vectors no more than are measured (but 2000)."""
-    features: Any = table("genkit.evaluate:FEATURES", "auto", kind="genkit.metrics.features:Features")
+    features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """What distances are taken in; auto: classifier for small grey pictures, inception for others, raw for vectors."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
     """Short for --features.mode: how pictures are resized for Inception."""
     weights: str | None = None
     """Short for --features.weights: the file of the network."""
-    settings: Any = table("genkit.evaluate:SETTINGS", "usual")
+    settings: Any = table("genkit.evaluation:SETTINGS", "usual")
     """Of the metrics."""
-    data: Any = table("genkit.evaluate:OPTIONS", "named")
+    data: Any = table("genkit.evaluation:OPTIONS", "named")
     """Where the data sets that A, B and --reference name lie."""
     compare: bool = False
     """Set two cards side by side, which may differ in nothing but the weights."""
@@ -242,11 +242,11 @@ class Sweep:
     interval: tuple[str, ...] = ("all",)
     """Where guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
     sampler: tuple[str, ...] = ()
-    """Names in genkit.sampling.SAMPLERS; without: the objective's usual one."""
+    """Names in genkit.diffusion.samplers.SAMPLERS; without: the objective's usual one."""
     steps: tuple[Count, ...] = (5, 10, 20)
     """Steps of the samplers."""
     grid: str = "uniform"
-    """Where the steps lie: a name in genkit.sampling.GRIDS."""
+    """Where the steps lie: a name in genkit.diffusion.samplers.GRIDS."""
     n: Annotated[int, Ge(2)] = 500
     """Samples that every combination is screened with."""
     confirm: Annotated[int, Ge(2)] = 5000
@@ -255,15 +255,15 @@ class Sweep:
     """Combinations beside the Pareto list that are confirmed too: the next best."""
     reference: str = "train"
     """train or test of the run's own data, any source, or an .npz of mu and sigma."""
-    features: Any = table("genkit.evaluate:FEATURES", "auto", kind="genkit.metrics.features:Features")
+    features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """What distances are taken in."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
     """Short for --features.mode."""
     weights: str | None = None
     """Short for --features.weights."""
-    settings: Any = table("genkit.evaluate:SETTINGS", "usual")
+    settings: Any = table("genkit.evaluation:SETTINGS", "usual")
     """Of the metrics."""
-    data: Any = table("genkit.evaluate:OPTIONS", "named")
+    data: Any = table("genkit.evaluation:OPTIONS", "named")
     """Where a data set that --reference names lies."""
     seed: Annotated[int, Ge(0)] = 0
     """Sample i has seed + i."""

@@ -2,7 +2,7 @@
 
 A *table* is a field whose value is an object of one of several dataclasses. Its metadata names them:
 
-    path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
+    path: Path = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
 
 ``table``     "module:NAME" of the registry, a plain dict name -> dataclass, imported when it is first needed;
 ``kind``      "module:Class", which dataclasses from outside have to be subclasses of;

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from genkit.data.demonstrations.recordings import LeRobot, Minari
+from genkit.data.demonstrations.windows import FourWays, Pusht, Replay
 from genkit.data.folders import Folder, Npz, Zip, source
 from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
 from genkit.data.latents import InLatents, Latents, world
 from genkit.data.pairs import Pairs
-from genkit.data.recordings import LeRobot, Minari
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
-from genkit.data.trajectories import FourWays, Pusht, Replay
 
 __all__ = ["DATA", "InLatents", "InMemory", "OnDisk", "Stream", "source", "world"]
 

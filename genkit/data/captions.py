@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkit import text
 from genkit.core import Batch, Condition, Draw, Label, Text, Tokens
+from genkit.data import text
 
 FILES = "files"  # the word of --data.captions for captions beside the pictures
 SHOWN = 10  # captions that a model keeps as examples

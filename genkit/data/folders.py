@@ -19,11 +19,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from genkit.codecs import Identity, MinMax, Standardize
 from genkit.core import Condition, Data, Label, Spec
+from genkit.core.files import one_line
 from genkit.data.captions import Said, beside
+from genkit.data.codecs import Identity, MinMax, Standardize
 from genkit.data.images import MEMORY, InMemory, Source, Split, check_split
-from genkit.files import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT = ("test", "val")

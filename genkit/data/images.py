@@ -20,10 +20,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from genkit.codecs import Pixels
 from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Label, Spec, expand
+from genkit.core.files import one_line
 from genkit.data.captions import FILES, Captions, Texts, captioned
-from genkit.files import one_line
+from genkit.data.codecs import Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

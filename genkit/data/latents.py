@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from genkit.codecs import Identity
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
+from genkit.core.files import one_line, whole, write_text
+from genkit.data.codecs import Identity
 from genkit.data.images import Split, check_split
-from genkit.files import one_line, whole, write_text
 
 ABOUT = "latents.json"
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit import codecs
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
+from genkit.core.files import whole
+from genkit.data import codecs
 from genkit.data.images import InMemory, Split, check_split
-from genkit.files import whole
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from annotated_types import Ge
 
-from genkit.codecs import Identity
 from genkit.core import Label, Spec, seed_of
+from genkit.data.codecs import Identity
 from genkit.data.images import InMemory, Split, check_split
 
 Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [n] where the shape has any

@@ -11,9 +11,9 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge, Gt
 
+from genkit.core.files import one_line, write_text
 from genkit.envs import Env
 from genkit.envs.gym import Gym
-from genkit.files import one_line, write_text
 
 TARGETS = {
     "HalfCheetah-v5": 2000.0,

@@ -90,7 +90,7 @@ class FourWays:
         """A picture of ways ``[T, 2]`` through the world (PIL)."""
         from matplotlib.patches import Circle
 
-        from genkit.pictures import figure
+        from genkit.core.pictures import figure
 
         def on(axes: Any) -> None:
             for place in OBSTACLES:

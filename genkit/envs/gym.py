@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from genkit.files import one_line
+from genkit.core.files import one_line
 
 INSTALL = {  # what brings the environments whose id begins like this
     "gym_pusht/": ("gym_pusht", 'pip install "gymnasium>=1.0" "gym-pusht==0.1.8"'),

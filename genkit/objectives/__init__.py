@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from genkit.objectives.anchored import AnchoredFlow
-from genkit.objectives.autoencoder import Autoencoder
+from genkit.objectives.adversarial.gan import GAN
+from genkit.objectives.autoencoders.autoencoder import Autoencoder
+from genkit.objectives.autoencoders.first_stage import FirstStage
+from genkit.objectives.autoencoders.vae import VAE
+from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
-from genkit.objectives.ddpm import DDPM
-from genkit.objectives.edm import EDM
-from genkit.objectives.first_stage import FirstStage
-from genkit.objectives.flow import Flow
-from genkit.objectives.gan import GAN
-from genkit.objectives.reflow import Distil
-from genkit.objectives.regression import Regression
-from genkit.objectives.vae import VAE
-from genkit.objectives.vq import VQ
+from genkit.objectives.matching.anchored import AnchoredFlow
+from genkit.objectives.matching.ddpm import DDPM
+from genkit.objectives.matching.distillation import Distil
+from genkit.objectives.matching.edm import EDM
+from genkit.objectives.matching.flow import Flow
+from genkit.objectives.matching.regression import Regression
 
 OBJECTIVES: Mapping[str, type] = {
     "flow": Flow,

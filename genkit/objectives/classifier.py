@@ -24,8 +24,8 @@ from genkit.core import (
     Vector,
     expand,
 )
-from genkit.guidance import Classify
-from genkit.paths import Linear, chart, mix
+from genkit.diffusion.guidance import Classify
+from genkit.diffusion.paths import Linear, chart, mix
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Classifier(Objective):
     draws: ClassVar[bool] = False
     use: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
 
-    path: Path = field(default_factory=Linear, metadata={"table": "genkit.paths:PATHS"})
+    path: Path = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path of the models it is to guide; vp for ddpm"""
     label: str = "label"
     """which condition of the data it tells from a sample"""
@@ -66,7 +66,7 @@ class Classifier(Objective):
         return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": right.mean()})
 
     def classify(self, nets: Mapping[str, nn.Module]) -> Classify:
-        """What :func:`genkit.guidance.by_classifier` takes."""
+        """What :func:`genkit.diffusion.guidance.by_classifier` takes."""
         return NetClassifier(nets["net"], self.path, self.label)
 
     def generator(
@@ -84,7 +84,7 @@ def logits(net: nn.Module, path: Path, x: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NetClassifier:
-    """A trained classifier: a :class:`~genkit.guidance.Classify`."""
+    """A trained classifier: a :class:`~genkit.diffusion.guidance.Classify`."""
 
     net: nn.Module
     path: Path

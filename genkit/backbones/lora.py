@@ -1,0 +1,137 @@
+"""LoRA: a change of low rank is learned beside layers that stay as they are (Hu et al. 2022), by the peft library.
+
+The seam with the rest of genkit is what a network calls its own: :func:`adapt` turns every weight that is not trained
+into a buffer that is not saved. What then trains, averages, resumes and stores parameters finds the adapter alone. To
+draw, :func:`merge` adds the change to the weights, and the network is again what it was made as.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Annotated, Any, cast
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from genkit.core.tensors import fill, misfits
+
+CAN = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what peft has a change for, of the layers that our networks have
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Train changes of low rank of a run's layers, not all weights (Hu et al. 2022, eq. 3); needs --init."""
+
+    rank: Annotated[int, Ge(1)] | None = None
+    """r of the change (alpha / r) B A of a weight; None: no LoRA, all weights are trained"""
+    alpha: Annotated[float, Gt(0)] | None = None
+    """strength of the change; None: the rank, so that its factor is 1"""
+    layers: str | None = None
+    """regular expression, found anywhere in the names of the layers that change; None: all linear layers. "." takes the
+    convolutions too"""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """of what the change sees"""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank: given {self.rank}; allowed 1 and above, or none for no LoRA")
+        given = {"alpha": self.alpha, "layers": self.layers, "dropout": self.dropout}
+        if self.rank is None and (idle := [k for k, v in given.items() if v]):
+            raise ValueError(f"{idle[0]}: has no effect without a rank; give --lora.rank, say 8")
+        try:
+            re.compile(self.layers or "")
+        except re.error as e:
+            raise ValueError(f"layers: given {self.layers!r}, which is no regular expression: {e}") from e
+
+    @property
+    def active(self) -> bool:
+        return self.rank is not None
+
+    def targets(self, name: str, net: nn.Module) -> list[str]:
+        """The layers of ``net`` that change."""
+        if self.layers is None:
+            return [k for k, m in net.named_modules() if k and isinstance(m, nn.Linear)]
+        pattern = re.compile(self.layers)
+        return [k for k, m in net.named_modules() if k and isinstance(m, CAN) and pattern.search(f"{name}.{k}")]
+
+
+LORA: dict[str, type[LoRA]] = {"lora": LoRA}
+Frozen = list[tuple[nn.Module, str]]  # buffers, by their modules and names, which were parameters
+
+
+def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> Frozen:
+    """Put an adapter beside the layers of ``nets``, in place, whose change is none at first; freeze all else.
+
+    ``strength`` multiplies the change. ``ValueError`` where no layer has a name that fits, or peft is missing.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('lora: needs the peft library; install it with: pip install "genkit[lora]"')
+    assert lora.rank is not None
+    targets = {name: lora.targets(name, net) for name, net in nets.items()}
+    if not any(targets.values()):
+        every = [f"{n}.{k}" for n, net in nets.items() for k, m in net.named_modules() if isinstance(m, CAN)]
+        shown = ", ".join([*every[:3], "..."]) if every else "none"
+        raise ValueError(f"lora: no layer has a name with {lora.layers or 'a linear layer'!r} in it; there are {shown}")
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+
+    alpha = (lora.alpha or lora.rank) * strength
+    for name, net in nets.items():
+        if targets[name]:
+            pattern = "|".join(map(re.escape, targets[name]))  # of the whole name: a list would match ends of names
+            settings = LoraConfig(r=lora.rank, lora_alpha=cast(Any, alpha), lora_dropout=lora.dropout,
+                                  target_modules=f"(?:{pattern})")  # fmt: skip
+            inject_adapter_in_model(settings, net)
+        else:
+            net.requires_grad_(False)
+    return [frozen for net in nets.values() for frozen in freeze(net)]
+
+
+def freeze(net: nn.Module) -> Frozen:
+    """Turn the parameters that need no gradient into buffers that are not saved; which they were."""
+    found: Frozen = []
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not p.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, p.detach(), persistent=False)
+                found.append((module, name))
+    names = {id(b) for m, k in found for b in [m.get_buffer(k)]}
+    # DistributedDataParallel would send them to all ranks at every step; they are the same everywhere, and stay so
+    net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore[assignment]
+    return found
+
+
+def thaw(frozen: Frozen) -> None:
+    """The inverse of :func:`freeze`."""
+    for module, name in frozen:
+        value = module.get_buffer(name)
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+@torch.no_grad()
+def merge(
+    nets: Mapping[str, nn.Module], lora: LoRA, stored: Mapping[str, Tensor], where: File, strength: float = 1.0
+) -> None:
+    """Add the change that ``stored`` holds, times ``strength``, to the weights of ``nets``, in place.
+
+    ``ValueError`` where it is a change of other layers; ``nets`` are then of no use any more.
+    """
+    frozen = adapt(nets, lora, strength)
+    if odd := misfits(nets, stored):
+        raise ValueError(f"lora: {where} changes other layers than this model has, first at {odd[0]}")
+    fill(nets, stored, where)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for net in nets.values():
+        found: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in found:
+            layer.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(net.get_submodule(parent), last, layer.get_base_layer())
+    thaw(frozen)

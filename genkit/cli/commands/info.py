@@ -1,0 +1,59 @@
+"""`genkit info RUN`: what a run is, how far it got and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from genkit.config import parse, to_yaml
+from genkit.core import Tokens
+from genkit.data import text
+from genkit.data.codecs import Learned
+from genkit.training import run as runs
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a run is, how far it got and what it holds."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """a run directory, such as runs/latest"""
+
+
+def main(argv: list[str]) -> int:
+    asked = parse(Info, argv, prog="genkit info")
+    run = runs.load(asked.run)
+    records = runs.read_log(run.directory)
+    count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
+    saved = sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))
+    cond = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in run.spec.cond.items()) or "none"
+    lines = {
+        "run": run.directory,
+        "step": f"{run.step} of {run.config.steps}, batch {run.config.batch}",
+        "samples": f"{'x'.join(map(str, run.spec.shape))}, conditions: {cond}",
+        "networks": ", ".join(f"{k} {n / 1e6:.2f}M" for k, n in count.items()),
+        "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
+        "checkpoints": ", ".join(saved),
+    }
+    for name, kind in text.worded(run.spec).items():
+        by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
+        lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
+    if run.config.lora.active:
+        base = runs.base_of(run.directory)
+        lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"
+    if isinstance(run.codec, Learned):
+        lines["decoded"] = f"{'x'.join(map(str, run.world.shape))}, by the first stage in {run.directory / 'codec'}"
+    if records:
+        last = records[-1]
+        told = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
+        numbers = [f"{k} {v:.5g}" for k, v in told.items() if isinstance(v, float)]
+        rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []
+        lines["last log line"] = ", ".join([f"step {last['step']}", *numbers, *rate])
+    console = Console(highlight=False, soft_wrap=True)
+    for key, value in lines.items():
+        console.print(f"{key:<14} {value}", markup=False)
+    console.print("\n" + to_yaml(run.config), markup=False)
+    return 0

@@ -1,0 +1,211 @@
+"""Codecs: between the world's samples (uint8 pixels, actions in metres) and the model's (numbers of order one).
+
+A codec is a small frozen dataclass of numbers, so that it can be stored beside the weights as JSON:
+``from_dict(json.loads(json.dumps(to_dict(codec)))) == codec``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.core import Batch, Codec
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """uint8 in 0..255 outside, float in [-1, 1] inside. ``decode(encode(x)) == x`` for all 256 values."""
+
+    def encode(self, batch: Batch) -> Batch:
+        return replace(batch, x=batch.x.to(torch.float32) / 127.5 - 1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Numbers that are of order one already."""
+
+    def encode(self, batch: Batch) -> Batch:
+        return batch
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Affine(ABC):
+    """``(x - shift) / scale``, one number for each of the C dimensions of ``[B, C]`` or ``[B, C, ...]``.
+
+    A dimension that is constant in the data (scale 0) is only shifted, and always decodes to its constant.
+    """
+
+    @abstractmethod
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        """Two float64 tensors ``[C]``."""
+
+    def _numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale = self.shift_scale()
+        if x.ndim < 2 or x.shape[1] != len(shift):
+            raise ValueError(f"this codec has {len(shift)} dimensions; given shape {tuple(x.shape)}")
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        return shift.to(x).reshape(shape), scale.to(x).reshape(shape)
+
+    def encode(self, batch: Batch) -> Batch:
+        shift, scale = self._numbers(batch.x)
+        return replace(batch, x=(batch.x - shift) / torch.where(scale > 0, scale, 1))
+
+    def decode(self, x: Tensor) -> Tensor:
+        shift, scale = self._numbers(x)
+        return x * scale + shift
+
+
+@dataclass(frozen=True)
+class MinMax(Affine):
+    """``low``..``high`` of each dimension becomes -1..1 (the usual scaling of actions)."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, x: Tensor) -> MinMax:
+        """The codec of the data ``[N, C, ...]``."""
+        x = _per_dimension(x)
+        return cls(tuple(x.amin(1).tolist()), tuple(x.amax(1).tolist()))
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        low, high = torch.tensor(self.low, dtype=torch.float64), torch.tensor(self.high, dtype=torch.float64)
+        return (high + low) / 2, (high - low) / 2
+
+
+@dataclass(frozen=True)
+class Standardize(Affine):
+    """Each dimension gets mean 0 and standard deviation 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, x: Tensor) -> Standardize:
+        """The codec of the data ``[N, C, ...]``."""
+        x = _per_dimension(x)
+        constant = x.amin(1) == x.amax(1)  # to be found exactly: rounding gives it a tiny spread
+        std = torch.where(constant, 0, x.std(1, correction=0))
+        mean = torch.where(constant, x[:, 0], x.mean(1))
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Actions(Affine):
+    """Chunks of actions ``[B, A, T]``, scaled by a range or by mean and deviation.
+
+    ``reference`` are the columns of the newest observation that the actions are counted from, one for each of the A
+    dimensions (a target position, as seen from the hand); () where they are absolute. ``decode`` gives the actions as
+    they are counted, :meth:`world` adds what they are counted from.
+    """
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    reference: tuple[float, ...] = ()
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
+
+    def world(self, x: Tensor, obs: Tensor) -> Tensor:
+        """Actions ``[B, A, T]`` that the environment takes, of samples ``x`` and observations ``[B, To, Do]``."""
+        out = self.decode(x)
+        return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
+
+
+@dataclass(frozen=True)
+class Plans(Affine):
+    """Plans ``[B, A + Do, T]``, scaled row by row: actions (there may be none), and below them the Do ``states``."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    states: tuple[float, ...]
+    """one number, Do"""
+
+    @property
+    def actions(self) -> int:
+        """A."""
+        return len(self.shift) - int(self.states[0])
+
+    def shift_scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
+
+    def seen(self, states: Tensor) -> Tensor:
+        """States ``[B, Do, ...]`` of the world as the rows of a sample have them."""
+        shift, scale = (v[self.actions :].to(states) for v in self.shift_scale())
+        shape = (1, -1, *(1,) * (states.ndim - 2))
+        return (states - shift.reshape(shape)) / torch.where(scale > 0, scale, 1).reshape(shape)
+
+
+class Learned(ABC):
+    """A codec with weights, which are stored beside what :meth:`to_dict` says of it (:mod:`genkit.training.first_stage`)."""
+
+    shape: tuple[int, ...]
+    """of one of the world's samples"""
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Batch: ...
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., "sha256": of the weights, ...}``, ready for JSON."""
+
+
+def world_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the model's samples of this ``shape`` are when they are decoded."""
+    return codec.shape if isinstance(codec, Learned) else shape
+
+
+def _per_dimension(x: Tensor) -> Tensor:
+    """``[N, C, ...] -> [C, N * ...]`` in float64."""
+    if x.ndim < 2 or not x.numel():
+        raise ValueError(f"a codec is fitted to [N, C, ...] numbers; given shape {tuple(x.shape)}")
+    return x.to(torch.float64).movedim(1, 0).flatten(1)
+
+
+CODECS: dict[str, type] = {
+    "pixels": Pixels,
+    "identity": Identity,
+    "min-max": MinMax,
+    "standardize": Standardize,
+    "actions": Actions,
+    "plans": Plans,
+}
+
+
+def to_dict(codec: Codec) -> dict[str, Any]:
+    """``{"name": ..., **fields}``, ready for JSON. ``ValueError`` for a codec that is not in ``CODECS``."""
+    if isinstance(codec, Learned):
+        return codec.to_dict()
+    for name, kind in CODECS.items():
+        if type(codec) is kind:
+            return {"name": name, **{f.name: getattr(codec, f.name) for f in fields(kind)}}
+    raise ValueError(f"{type(codec).__name__} is not in CODECS; it holds {', '.join(CODECS)}")
+
+
+def from_dict(stored: Mapping[str, Any]) -> Codec:
+    """The codec of ``to_dict``. ``ValueError`` for an unknown name, and for fields that are missing or too many."""
+    values = dict(stored)
+    name = values.pop("name", None)
+    if name not in CODECS:
+        raise ValueError(f"codec {name!r} is unknown; allowed: {', '.join(CODECS)}")
+    known = [f.name for f in fields(CODECS[name])]
+    if sorted(values) != sorted(known):
+        raise ValueError(f"codec {name!r}: given {sorted(values)}; needs {sorted(known)}")
+    return CODECS[name](**{k: tuple(float(v) for v in values[k]) for k in known})

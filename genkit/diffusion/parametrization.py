@@ -1,0 +1,184 @@
+"""What a network's output means. Each class turns it into a :class:`~genkit.core.Prediction` of both endpoints.
+
+All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and all that a solver makes of them, are
+sums ``p x + q out`` of what the network saw and what it said (:class:`Affine`). A class that divides by alpha is
+refused on a path with ``alpha(1) = 0``, where the network's output would not determine the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genkit.core import Cond, Parametrization, Path, Prediction, expand
+from genkit.diffusion.paths import coefficients, weighted
+
+Factor = Tensor | float  # a number, or one for each row
+
+
+class Affine(Prediction):
+    """``x0 = p x + q out`` by ``clean = (p, q)``, ``x1`` by ``noise``. Nothing is computed before it is asked for: a
+    step of a solver is then one sum of two tensors, where the ends and their sum would be three.
+    """
+
+    def __init__(self, x: Tensor, out: Tensor, clean: tuple[Factor, Factor], noise: tuple[Factor, Factor]):
+        self.x, self.out, self.clean, self.noise = x, out, clean, noise
+
+    def mix(self, a: float, b: float) -> Tensor:
+        (p, q), (r, s) = self.clean, self.noise
+        return weighted(a * p + b * r, self.x, a * q + b * s, self.out)
+
+    @cached_property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return weighted(self.clean[0], self.x, self.clean[1], self.out)
+
+    @cached_property
+    def x1(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return weighted(self.noise[0], self.x, self.noise[1], self.out)
+
+
+class Plain:
+    """The network sees ``x`` and ``t`` as they are."""
+
+    divides_by_alpha: ClassVar[bool] = False
+
+    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, t
+
+
+@dataclass(frozen=True)
+class Velocity(Plain):
+    """``v = x1 - x0``, the velocity of rectified flow (Liu et al. 2023, eq. 1), on every path that of its chart.
+
+    Well conditioned at both ends: ``x0 = (x - sigma v) / (alpha + sigma)``, ``x1 = (x + alpha v) / (alpha + sigma)``.
+    """
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x1 - x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        return Affine(x, out, (1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s)))
+
+
+@dataclass(frozen=True)
+class Epsilon(Plain):
+    """The noise, ``x1`` (Ho et al. 2020, eq. 11)."""
+
+    divides_by_alpha: ClassVar[bool] = True
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x1
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        return Affine(x, out, (1 / a, -s / a), (0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Data(Plain):
+    """The clean sample, ``x0`` (Salimans & Ho 2022, section 4; Li & He 2025)."""
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        return Affine(x, out, (0.0, 1.0), (1 / s, -a / s))
+
+
+@dataclass(frozen=True)
+class V(Plain):
+    """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), on any path."""
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        a, s = coefficients(path, t, x0)
+        return a * x1 - s * x0
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        r = a**2 + s**2
+        return Affine(x, out, (a / r, -s / r), (s / r, a / r))
+
+
+@dataclass(frozen=True)
+class Score(Plain):
+    """``grad log p_t(x) = -x1 / sigma`` (Song et al. 2021, eq. 7)."""
+
+    divides_by_alpha: ClassVar[bool] = True
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return -x1 / expand(path.sigma(t), x1)
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        return Affine(x, out, (1 / a, s**2 / a), (0.0, -s))
+
+
+@dataclass(frozen=True)
+class Karras:
+    """EDM's preconditioning (Karras et al. 2022, table 1), at noise level ``sigma / alpha`` on any path.
+
+    ``x0 = c_skip x / alpha + c_out F(c_in x / alpha, log(sigma / alpha) / 4)``, multiplied out so that only the
+    time label divides by alpha.
+    """
+
+    sigma_data: float = 0.5
+    divides_by_alpha: ClassVar[bool] = True
+
+    def _scales(self, path: Path, t: Tensor, like: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        a, s = coefficients(path, t, like)
+        norm = (s**2 + (a * self.sigma_data) ** 2) ** 0.5
+        return 1 / norm, a * (self.sigma_data / norm) ** 2, s * self.sigma_data / norm  # in, skip, out
+
+    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales(path, t, x)[0] * x, (path.sigma(t) / path.alpha(t)).log() / 4
+
+    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        a, s = coefficients(path, t, x0)
+        _, skip, out = self._scales(path, t, x0)
+        return (x0 - skip * (a * x0 + s * x1)) / out
+
+    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        a, s = coefficients(path, t, x)
+        inner, skip, scale = self._scales(path, t, x)
+        return Affine(x, out, (skip, scale), (s * inner**2, -a * self.sigma_data * inner))
+
+
+PARAMETRIZATIONS: Mapping[str, type] = {
+    "velocity": Velocity,
+    "eps": Epsilon,
+    "x0": Data,
+    "v": V,
+    "score": Score,
+    "karras": Karras,
+}
+
+
+def refuse_singular(parametrization: Parametrization, path: Path) -> None:
+    """``ValueError`` where the prediction cannot determine the data at t = 1."""
+    one = torch.ones(1, dtype=torch.float64)
+    if parametrization.divides_by_alpha and float(path.alpha(one)) == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        name = next(k for k, v in PARAMETRIZATIONS.items() if type(parametrization) is v)
+        raise ValueError(
+            f"{name}-prediction on the path {type(path).__name__}: alpha(1) = 0, so at t = 1 it says nothing about the "
+            "data; allowed here: velocity, x0, v; or take a path that keeps some signal, such as vp"
+        )
+
+
+@dataclass(frozen=True)
+class NetDenoiser:
+    """A network read through a parametrisation: a :class:`~genkit.core.Denoiser`."""
+
+    net: nn.Module
+    path: Path
+    parametrization: Parametrization
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        x_in, label = self.parametrization.inputs(self.path, x, t)
+        return self.parametrization.predict(self.path, x, t, self.net(x_in, label, cond))

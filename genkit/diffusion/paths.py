@@ -1,0 +1,326 @@
+"""Paths between data and noise, ``x = alpha(t) x0 + sigma(t) x1``, and the chart in which they are all the same.
+
+With ``tau = sigma / (alpha + sigma)`` and ``u = x / (alpha + sigma)`` every path becomes ``u = (1 - tau) x0 + tau x1``:
+rectified flow (Liu et al. 2023, eq. 1). Its probability-flow ODE is ``du/dtau = E[x1 - x0 | u]`` whatever the path, so
+a solver is written once, needs no derivative of the schedule, and its grids are grids of tau.
+
+Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows. Each keeps to a curve in the
+(alpha, sigma) plane; its ``norm(a, s)`` is the number that brings the ray through ``(a, s)`` back onto it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Annotated, Literal, Protocol
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+from genkit.core import Path, expand
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Rectified flow / optimal-transport conditional paths: Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 20."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return a + s
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Trigonometric interpolant, "GVP": Albergo & Vanden-Eijnden 2023, eq. 8; Ma et al. 2024 (SiT), eq. 8."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin((1 - t) * (math.pi / 2))  # not cos(t pi/2), which is not 0 at t = 1 in floating point
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t * (math.pi / 2))
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (a**2 + s**2).sqrt()
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance preserving: the discrete DDPM table, reproduced exactly at ``t = k / timesteps``, k = 0 .. timesteps.
+
+    ``alpha(k / T)^2 = prod_{i <= k} (1 - beta_i)`` (Ho et al. 2020, eq. 4), ``log alpha`` linear in between. Betas:
+    "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "scaled-linear", whose square roots are (the latent
+    diffusion of Rombach et al. 2022), "cosine" (Nichol & Dhariwal 2021, eq. 17).
+
+    ``zero_snr`` shifts and scales the table of ``alpha_k``, k = 1 .. T, so that the last is 0 and the first stays
+    (Lin et al. 2024, algorithm 1); alpha is then linear in the old alpha between them, and the old one below k = 1.
+    """
+
+    betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
+    timesteps: Annotated[int, Ge(1)] = 1000
+    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # not of "cosine"
+    beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
+    zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < 1:
+            raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max < 1")
+        if self.zero_snr and self.timesteps < 2:
+            raise ValueError("zero_snr: given true with one timestep, which would be pure noise; allowed from two on")
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """``log alpha(t)^2`` of the table as it is before ``zero_snr``, float64."""
+        table = _vp_table(self, t.device)
+        k = t.double() * self.timesteps
+        low = k.detach().floor().long().clamp(0, self.timesteps - 1)
+        return table[low] + (table[low + 1] - table[low]) * (k - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            return self._rescaled(t)[0].to(t.dtype)
+        return (0.5 * self.log_alpha_bar(t)).exp().to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            return self._rescaled(t)[1].to(t.dtype)
+        return (-torch.expm1(self.log_alpha_bar(t))).sqrt().to(t.dtype)
+
+    def _rescaled(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table, old = _vp_table(self, t.device), self.log_alpha_bar(t)
+        first, last, alpha = (0.5 * table[1]).exp(), (0.5 * table[-1]).exp(), (0.5 * old).exp()
+        new = (alpha - last) * (first / (first - last))
+        early = t.double() * self.timesteps <= 1
+        return torch.where(early, alpha, new), torch.where(early, -torch.expm1(old), 1 - new**2).sqrt()
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (a**2 + s**2).sqrt()
+
+
+@lru_cache(maxsize=32)
+def _vp_table(path: VP, device: torch.device) -> Tensor:
+    """``log alpha_bar_k``, k = 0 .. T, float64."""
+    betas = BETAS[path.betas](path)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)]).to(device)
+
+
+def _power_betas(path: VP, power: int) -> Tensor:
+    ends = path.beta_min ** (1 / power), path.beta_max ** (1 / power)
+    return torch.linspace(*ends, path.timesteps, dtype=torch.float64) ** power
+
+
+def _cosine_betas(path: VP) -> Tensor:
+    k = torch.arange(path.timesteps + 1, dtype=torch.float64) / path.timesteps
+    f = torch.cos((k + 0.008) / 1.008 * (math.pi / 2)) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+BETAS: Mapping[str, Callable[[VP], Tensor]] = {
+    "linear": partial(_power_betas, power=1),
+    "scaled-linear": partial(_power_betas, power=2),
+    "cosine": _cosine_betas,
+}
+
+
+@dataclass(frozen=True)
+class SubVP:
+    """Sub-VP: ``alpha`` of the VP SDE, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq. 29), less noise than VP has.
+
+    ``beta(t)`` grows linearly from beta_min to beta_max; the defaults are the paper's (appendix C).
+    """
+
+    beta_min: Annotated[float, Gt(0)] = 0.1
+    beta_max: Annotated[float, Gt(0)] = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max")
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """``log alpha(t)^2``, minus the integral of beta."""
+        return -t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (0.5 * self.log_alpha_bar(t)).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(self.log_alpha_bar(t))
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return (s + (s**2 + 4 * a**2).sqrt()) / 2  # from s / n = 1 - (a / n)^2
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance exploding, ``alpha = 1``: ``sigma(t)^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1)``.
+
+    That is the kernel of the VE SDE (Song et al. 2021, eq. 29): ``sigma(0) = 0``, and sigma_min is where the geometric
+    growth sets in. Defaults: Karras et al. 2022, table 1.
+    """
+
+    sigma_min: Annotated[float, Gt(0)] = 0.002
+    sigma_max: Annotated[float, Gt(0)] = 80.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma: given {self.sigma_min} .. {self.sigma_max}; allowed 0 < sigma_min < sigma_max")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t).sqrt()
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """The inverse of ``sigma(t)``; past the path's end, 1."""
+        t = torch.log1p((sigma / self.sigma_min) ** 2) / (2 * math.log(self.sigma_max / self.sigma_min))
+        return t.clamp(max=1)
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return a
+
+
+class Curved(Path, Protocol):
+    """A path that can be shifted along its own curve."""
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """``path`` with its noise level ``sigma / alpha`` multiplied by ``shift``: for larger pictures, whose neighbouring
+    pixels say the same, more noise has to hide as much.
+
+    On the linear path that is Esser et al. 2024, eq. 23, with shift ``sqrt(m / n)`` for m pixels instead of n; on VP it
+    is the shifted log-SNR of Hoogeboom et al. 2023, section 3.1, with shift ``d / 64`` for pictures d wide.
+    """
+
+    path: Curved = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    """the path that is shifted"""
+    shift: Annotated[float, Gt(0)] = 3.0
+    """how many times the noise level; 3 is Esser et al.'s choice for 1024 x 1024, as compared to 256 x 256"""
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift: given {self.shift}; allowed above 0")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._along(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._along(t)[1]
+
+    def _along(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = self.path.alpha(t), self.shift * self.path.sigma(t)
+        n = self.norm(a, s)
+        return a / n, s / n
+
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        return self.path.norm(a, s)
+
+
+@dataclass(frozen=True)
+class Between:
+    """``path`` to a source that is not normal noise drawn apart from the data: its ODE is right, but the noise that is
+    expected at x says nothing of the score there. :func:`require_noise` refuses it where a score is needed.
+    """
+
+    path: Path
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.path.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.path.sigma(t)
+
+
+def require_noise(name: str, path: Path) -> None:
+    """``ValueError`` where ``name`` needs a diffusion and the path is another's."""
+    if isinstance(path, Between):
+        raise ValueError(
+            f"{name}: given a flow whose source or coupling makes it no diffusion, so that it has no score; allowed: "
+            "models of --objective.source=normal and --objective.coupling=independent"
+        )
+
+
+PATHS: Mapping[str, type] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "vp": VP,
+    "sub-vp": SubVP,
+    "ve": VE,
+    "shifted": Shifted,
+}
+
+
+def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """The point of the path, ``alpha(t) x0 + sigma(t) x1``: ``[B, *S]``, as ``x0`` and ``x1`` are; t is ``[B]``."""
+    return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
+
+
+@lru_cache(maxsize=256)
+def moment(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``t`` for every row, ``[rows]``, as a solver asks. It remembers its number, for :func:`coefficients`: to read one
+    back takes as long as a kernel on a small sample, and on a GPU it would be to wait."""
+    made = torch.tensor([t], dtype=dtype, device=device).expand(rows)
+    setattr(made, "number", t)  # noqa: B010  (the type checker knows no such attribute)
+    return made
+
+
+def coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    """``(alpha(t), sigma(t))`` as factors of ``like`` ``[B, *S]``.
+
+    A sampler asks about one time for the whole batch, by a :func:`moment`, or a tensor that is expanded (its stride is
+    0). These are then two numbers, which are remembered: a path's functions cost more than a solver's step. For times
+    that differ, and on a GPU for those that do not know their number, they are tensors ``[B, 1, ..., 1]``.
+    """
+    number: float | None = getattr(t, "number", None)
+    if number is not None:
+        return _at(path, number)
+    if t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0) and not t.requires_grad:
+        return _at(path, t[0].item())
+    return expand(path.alpha(t), like), expand(path.sigma(t), like)
+
+
+def weighted(p: Tensor | float, x: Tensor, q: Tensor | float, y: Tensor) -> Tensor:
+    """``p x + q y`` with such factors, in as few kernels as they allow."""
+    if not isinstance(p, Tensor) and p == 0:
+        return y if not isinstance(q, Tensor) and q == 1 else q * y
+    first = x if not isinstance(p, Tensor) and p == 1 else p * x
+    return torch.addcmul(first, q, y) if isinstance(q, Tensor) else torch.add(first, y, alpha=q)
+
+
+@lru_cache(maxsize=4096)
+def _at(path: Path, t: float) -> tuple[float, float]:
+    one = torch.tensor([t], dtype=torch.float64)
+    return path.alpha(one).item(), path.sigma(one).item()
+
+
+def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``(tau, scale)``: chart time ``sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so ``u = x / scale``."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    scale = alpha + sigma
+    return sigma / scale, scale
+
+
+def times_at(path: Path, tau: Tensor, halvings: int = 110) -> Tensor:
+    """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
+
+    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. The default goes to
+    2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16.
+    """
+    tau = tau.double()
+    low, high = torch.zeros_like(tau), torch.ones_like(tau)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        above = chart(path, middle)[0] > tau
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    ends = chart(path, torch.tensor([0.0, 1.0], dtype=torch.float64, device=tau.device))[0]
+    t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
+    return torch.where(tau >= ends[1], torch.ones_like(tau), t)

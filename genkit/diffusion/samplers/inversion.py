@@ -1,0 +1,86 @@
+"""Inversion: from data to the noise that an ODE sampler would make it from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genkit.core import NO_COND, Cond, Denoiser, Path, Prediction, Sampler
+from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, unipc
+from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
+from genkit.diffusion.samplers.steps import Callback, ask, nodes, require
+
+ODE: Mapping[str, Sampler] = {
+    "ddim": ddim,
+    "heun": heun,
+    "rk4": rk4,
+    "dopri5": dopri5,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
+}
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A path seen from its other end, noise for data: ``tau' = 1 - tau``, at ``t' = 1 - t / 2``, so never at 0."""
+
+    inner: Path
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.inner.sigma((2 - 2 * t).clamp(max=1))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.inner.alpha((2 - 2 * t).clamp(max=1))
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """The denoiser to match: its ``x0`` is the noise."""
+
+    inner: Denoiser
+
+    @property
+    def path(self) -> Mirror:
+        return Mirror(self.inner.path)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        x0, x1 = self.inner(x, (2 - 2 * t).clamp(max=1), cond)
+        return Prediction(x1, x0)
+
+
+def invert(
+    denoise: Denoiser,
+    x0: Tensor,
+    times: Tensor,
+    cond: Cond = NO_COND,
+    *,
+    sampler: str = "heun",
+    refine: int = 3,
+    callback: Callback | None = None,
+    **options: object,
+) -> Tensor:
+    """The ``x`` at ``times[0]`` from which the ODE leads to ``x0`` at ``times[-1]``, by any ODE sampler.
+
+    The sampler runs as it is, on the mirrored path, where noise is the data.
+
+    At t = 0 nothing may be asked. The first step up, to the last node above 0, is therefore the limit ``x = alpha x0``
+    (there the expected noise is ``-sigma score``, which vanishes), then ``refine`` rounds of
+    ``x = alpha x0 + sigma x1(x)``, whose fixed point is the exact inverse of a sampler's last step.
+    """
+    if sampler not in ODE:
+        raise ValueError(f"sampler: given {sampler!r}; allowed for inversion: {', '.join(ODE)}")
+    require("refine", refine, "0 or more", refine >= 0)
+    grid, x = nodes(denoise.path, times), x0
+    t = torch.tensor([n.t for n in grid], dtype=torch.float64)
+    if grid[-1].t == 0:
+        first, t = grid[-2], t[:-1]
+        x = first.alpha * x0
+        for _ in range(refine):
+            x = first.alpha * x0 + first.sigma * ask(denoise, x, first, cond).x1
+    if len(t) == 1:
+        return x
+    return ODE[sampler](Mirrored(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options)

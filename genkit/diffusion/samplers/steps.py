@@ -1,0 +1,125 @@
+"""What every sampler needs of its grid: the nodes, as plain floats computed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkit.core import Cond, Denoiser, Noise, Path, Prediction
+from genkit.diffusion.paths import moment, times_at
+
+Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
+
+
+class Node(NamedTuple):
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha + self.sigma
+
+    @property
+    def tau(self) -> float:
+        return self.sigma / (self.alpha + self.sigma)
+
+    @property
+    def level(self) -> float:
+        """The noise level ``sigma / alpha``: EDM's sigma."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """``log(alpha / sigma)``: the lambda of DPM-Solver. Infinite in pure noise and in pure data."""
+        if self.alpha > 0 and self.sigma > 0:
+            return math.log(self.alpha / self.sigma)
+        return math.inf if self.alpha > 0 else -math.inf
+
+
+def nodes(path: Path, times: Tensor) -> Sequence[Node]:
+    """The grid's coefficients in float64. ``ValueError`` unless times fall strictly from at most 1 to at least 0."""
+    t = times.flatten().tolist()
+    if times.ndim != 1 or len(t) < 2 or any(not a > b for a, b in pairwise(t)) or t[0] > 1 or t[-1] < 0:
+        shown = ", ".join(f"{v:.3g}" for v in t[:6]) + (", …" if len(t) > 6 else "")
+        raise ValueError(f"times: given [{shown}]; needs at least two, strictly falling, within 1 … 0")
+    return _nodes(path, tuple(t))
+
+
+def nodes_at(path: Path, taus: Sequence[float]) -> Sequence[Node]:
+    """The nodes at these chart times, in any order."""
+    return _nodes(path, tuple(times_at(path, torch.tensor(taus, dtype=torch.float64)).tolist()))
+
+
+@lru_cache(maxsize=64)  # every batch of a run has the same grid
+def _nodes(path: Path, times: tuple[float, ...]) -> tuple[Node, ...]:
+    t = torch.tensor(times, dtype=torch.float64)
+    return tuple(Node(*v) for v in zip(times, path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True))
+
+
+def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
+    """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
+    assert node.t > 0, "a sampler asked a denoiser about t = 0"
+    return denoise(x, moment(node.t, len(x), x.dtype, x.device), cond)
+
+
+def land(node: Node, p: Prediction) -> Tensor:
+    """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
+    return p.mix(node.alpha, node.sigma)
+
+
+def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
+    """Noise ``x`` from one node to a noisier one, ``q(x_high | x_low)`` (Ho et al. 2020, eq. 2, between any two)."""
+    r = high.alpha / low.alpha
+    return r * x + math.sqrt(max(0.0, high.sigma**2 - (r * low.sigma) ** 2)) * z
+
+
+def require(name: str, value: object, allowed: str, holds: bool) -> None:
+    """``ValueError`` in one line where an option makes no sense."""
+    if not holds:
+        raise ValueError(f"{name}: given {value!r}; allowed {allowed}")
+
+
+def fresh(x: Tensor) -> Noise:
+    """Noise from torch's global generator, for a person at a prompt. :class:`Seeds` is what programs want."""
+    return lambda shape: torch.randn(len(x), *shape, dtype=x.dtype, device=x.device)
+
+
+class Seeds:
+    """A generator for each sample: ``Seeds([7, 8])(shape)`` gives normals ``[2, *shape]``, row i from seed i alone.
+
+    So image i is the same for any batch size, any number of ranks and any device (the numbers are drawn on the CPU;
+    after Karras et al. 2022's per-image seeds). Each call continues every sample's own stream.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        self.device, self.dtype = torch.device(device), dtype
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        drawn = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
+        return torch.stack(drawn).to(self.device)
+
+
+class Counted:
+    """A denoiser that counts how often it is asked: ``calls`` (NFE) and ``rows``, the samples in all of them.
+
+    Wrap the network's denoiser *before* guidance: classifier-free guidance then shows twice the rows in as many calls.
+    """
+
+    def __init__(self, inner: Denoiser):
+        self.inner, self.calls, self.rows = inner, 0, 0
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        return self.inner(x, t, cond)

@@ -1,0 +1,81 @@
+"""Reflow and distillation (Liu et al. 2023): train on the pairs (source, sample) that a model itself makes.
+
+``flow`` with ``--objective.coupling=given`` on such pairs is reflow (section 2.2): the new ODE has the same marginals
+and a straighter way. Pairs of the reflowed model reflow it once more; ``distil`` ends it with a model of one step.
+`genkit reflow RUN` makes the pairs, the data source ``pairs`` reads them, and ``--init RUN`` goes on from the model
+that made them, as the paper does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor, nn
+
+from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Parametrization, Path, Spec
+from genkit.diffusion.parametrization import Velocity
+from genkit.diffusion.paths import Linear
+from genkit.objectives.matching.couplings import given
+from genkit.objectives.matching.matching import Matching
+from genkit.objectives.matching.sources import Normal, Source
+from genkit.objectives.matching.weights import Space
+
+
+@dataclass(frozen=True)
+class Distil(Matching):
+    """One Euler step from the source to the sample: the velocity at t = 1 alone is learned (section 2.2).
+
+    It needs data with pairs, of a model that is reflowed already: then ``x1 - x0`` is nearly a function of x1.
+    """
+
+    source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
+    """where the pairs start, as the model's that made them"""
+    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability that a sample is trained without its conditions; there is no guidance here that would want it"""
+    sampler: ClassVar[str | None] = None
+
+    @property
+    def diffuses(self) -> bool:
+        return False
+
+    @property
+    def paired(self) -> bool:
+        return True
+
+    @property
+    def along(self) -> Path:
+        return Linear()
+
+    @property
+    def parametrization(self) -> Parametrization:
+        return Velocity()
+
+    @property
+    def loss_space(self) -> Space:
+        return "velocity"
+
+    def draw_times(self, batch: Batch) -> Tensor:
+        return torch.ones_like(batch.uniform())
+
+    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        return batch.x, given(batch)
+
+    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+        self.source.check(spec)
+        return super().networks(backbones, spec)
+
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        if sampling is not None:
+            raise ValueError("sampler: a distilled flow takes one step of its own; leave the sampler out")
+
+        def generate(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+            x1 = self.source(z, cond)
+            return self.denoiser(nets["net"])(x1, torch.ones_like(z.flatten(1)[:, 0]), cond).x0
+
+        return generate

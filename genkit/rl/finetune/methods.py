@@ -1,0 +1,12 @@
+"""The methods of `genkit finetune`. A new one is one file, and one line in this dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from genkit.rl.finetune.ddpo import DDPO
+from genkit.rl.finetune.dppo import DPPO
+from genkit.rl.finetune.mixed import Mixed
+from genkit.rl.finetune.rwr import RWR
+
+METHODS: Mapping[str, type] = {"dppo": DPPO, "ddpo": DDPO, "mixed": Mixed, "rwr": RWR}
