@@ -1,0 +1,299 @@
+"""MuJoCo's tasks: experts that are found, what is said where something is missing, the checkpoint that is kept."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genkit import config
+from genkit.backbones import MLP
+from genkit.cli.commands.finetune import CHOOSE, Best, Finetune
+from genkit.cli.commands.finetune import main as finetune_main
+from genkit.cli.commands.train import main as train
+from genkit.cli.main import main as genkit
+from genkit.core import Spec, Vector, spec_from_dict, spec_to_dict
+from genkit.data import DATA
+from genkit.diffusion.paths import Linear as Straight
+from genkit.envs import ars
+from genkit.envs.ars import SURVIVAL, Linear, Met, Search, search, trial
+from genkit.objectives import Flow
+from genkit.rl.finetune.chain import Chain, Fixed
+from genkit.rl.finetune.dppo import DPPO
+from genkit.rl.finetune.learner import Critic, Experience, Learner
+from genkit.training import run as runs
+from genkit.training.loop import State
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(capsys, *argv):
+    assert genkit(list(argv)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+# ------------------------------------------------------------------------------------------------- the search
+def test_mean_and_deviation_of_all_that_was_met():
+    x = np.random.default_rng(0).normal((3.0, -1.0, 2.0), (0.1, 5.0, 0.0), (70, 3))
+    met = Met(3)
+    for part in np.split(x, (1, 4, 50)):
+        met.add(part)
+    assert np.allclose(met.mean, x.mean(0))
+    assert np.allclose(met.std, [*x.std(0)[:2], 1.0])
+
+
+def test_a_linear_expert_scales_bounds_and_is_what_was_saved(tmp_path):
+    expert = Linear(
+        np.array([[2.0, 0.0]]), np.array([1.0, 9.0]), np.array([4.0, 1.0]), np.array([-1.0]), np.array([5.0])
+    )
+    assert expert.act(np.array([[2.0, 0.0], [100.0, 0.0], [-100.0, 0.0]])).tolist() == [[2 + 3 * 0.5], [5.0], [-1.0]]
+    expert.save(tmp_path / "e.json")
+    again = Linear.load(tmp_path / "e.json")
+    assert again.act(np.array([[2.0, 0.0]])).tolist() == [[3.5]]
+    for text in ("{", "[]", '{"weight": 3}', '{"weight": [[1, 2]], "mean": [0], "std": [1], "low": [0], "high": [1]}'):
+        (tmp_path / "e.json").write_text(text)
+        with pytest.raises(ValueError, match=r"expert: .*e\.json is") as e:
+            Linear.load(tmp_path / "e.json")
+        assert "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def pole(tmp_path_factory):
+    """Demonstrations of a pole that is balanced, by an expert that was found."""
+    pytest.importorskip("mujoco")
+    out = tmp_path_factory.mktemp("pole") / "demos.npz"
+    here = os.getcwd()
+    os.chdir(out.parent)
+    how = ["--expert.target=300", "--expert.rounds=40", "--expert.spread=0.1", "--expert.lr=0.1"]
+    assert genkit(["demo", "InvertedPendulum-v5", "--expert=ars", *how, "--episodes=3", f"--out={out}"]) == 0
+    os.chdir(here)
+    return out
+
+
+def test_the_search_balances_a_pole_and_its_expert_is_recorded(pole, capsys):
+    found = Linear.load(pole.with_suffix(".expert.json"))
+    assert found.weight.shape == (1, 4)
+    assert found.high.tolist() == [3.0]
+    with np.load(pole) as stored:
+        ends, action, obs = stored["episode_ends"], stored["action"], stored["obs"]
+    assert len(ends) == 3
+    assert ends[-1] > 3 * 200  # no pole stands so long by itself: unmoved it falls after about 35 steps
+    assert np.allclose(found.act(obs), action)
+    assert not (pole.parent / "MUJOCO_LOG.TXT").exists()
+    again = pole.with_name("again.npz")
+    expert = ["--expert=found", f"--expert.path={pole.with_suffix('.expert.json')}"]
+    assert genkit(["demo", "InvertedPendulum-v5", *expert, "--episodes=3", f"--out={again}"]) == 0
+    with np.load(again) as stored:
+        assert np.array_equal(stored["obs"], obs)
+    said = refused(capsys, "demo", "Pendulum-v1", *expert, "--episodes=2", f"--out={again}")
+    assert "expert: is for 4 observed numbers and 1 of action; Pendulum-v1 has 3 and 1" in said
+
+
+class Ledge:
+    """Worlds that pay 1 for each of 20 steps, and 0.1 times the action, 0 … 1; by an action over 0.5 they end."""
+
+    num, obs_dim, action_dim, max_steps = 16, 1, 1, 20
+    action_space = type("Box", (), {"low": np.zeros(1), "high": np.ones(1)})
+
+    def reset(self, seeds, rows=None):
+        self.at = 0
+        return np.ones((self.num, 1))
+
+    def step(self, actions):
+        self.at += 1
+        over = actions[:, 0] > 0.5
+        return np.ones((self.num, 1)), 1 + 0.1 * actions[:, 0], over, np.full(self.num, self.at == 20), {}
+
+
+def test_a_search_may_leave_the_pay_for_standing_out(monkeypatch):
+    """Who jumps at once is paid 1.1, of which 1 for standing; who stands, 21 or so. Without that pay: 0.1, or 0."""
+    for action, with_it, without in ((1.0, 1.1, 0.1), (0.5, 21.0, 1.0)):
+        policy = Linear(np.zeros((1, 1)), np.zeros(1), np.ones(1), np.full(1, action), np.full(1, action))
+        assert np.allclose(trial(Ledge(), policy, range(16)), with_it)
+        assert np.allclose(trial(Ledge(), policy, range(16), None, 1.0), without)
+    monkeypatch.setattr(ars, "Gym", lambda num, name: Ledge())
+    asked = []
+    known = lambda env, policy, seeds, met=None, survival=0.0: asked.append(survival) or np.arange(16.0)  # noqa: E731
+    monkeypatch.setattr(ars, "trial", known)
+    for name, given in (("Hopper-v5", None), ("Hopper-v5", 0.5), ("Other-v0", None)):
+        with contextlib.suppress(ValueError):
+            search(name, Search(target=1e3, rounds=1, survival=given))
+    assert asked[::2] == [1.0, 0.5, 0.0]  # every other is the whole return of the policy in the middle
+    assert set(asked[1::2]) == {0.0}
+
+
+def test_what_is_known_to_be_paid_for_standing_is():
+    pytest.importorskip("mujoco")
+    import gymnasium
+
+    for name, pay in SURVIVAL.items():
+        env = gymnasium.make(name)
+        env.reset(seed=0)
+        assert env.step(np.zeros(env.action_space.shape))[4]["reward_survive"] == pay, name
+
+
+def test_experts_that_know_nothing_are_refused(tmp_path, capsys):
+    pytest.importorskip("mujoco")
+    Linear(np.zeros((1, 4)), np.zeros(4), np.ones(4), -np.ones(1), np.ones(1)).save(tmp_path / "e.json")
+    out = f"--out={tmp_path}/d.npz"
+    expert = ["--expert=found", f"--expert.path={tmp_path}/e.json"]
+    said = refused(capsys, "demo", "InvertedPendulum-v5", *expert, "--episodes=2", out)
+    assert "did not succeed once in 8 episodes of InvertedPendulum-v5" in said
+    assert "of 1000 steps" in said
+    aim = ["--expert.target=1e6", "--expert.rounds=2"]
+    assert "in 2 rounds, not 1e+06" in refused(capsys, "demo", "InvertedPendulum-v5", "--expert=ars", *aim, out)
+    assert "say which mean return" in refused(capsys, "demo", "InvertedPendulum-v5", "--expert=ars", out)
+    assert "ars finds one" in refused(capsys, "demo", "InvertedPendulum-v5", out)
+
+
+def test_search_is_of_its_seed(tmp_path):
+    pytest.importorskip("mujoco")
+    how = {"target": 40.0, "directions": 2, "best": 1, "rounds": 30, "spread": 0.3, "lr": 0.1}
+    one, same, other = (search("InvertedPendulum-v5", Search(**how, seed=s)) for s in (0, 0, 1))
+    assert np.array_equal(one.weight, same.weight)
+    assert not np.array_equal(one.weight, other.weight)
+
+
+# ------------------------------------------------------------------------------------------------- what is missing
+def test_without_mujoco_one_line_says_what_to_install(tmp_path):
+    pytest.importorskip("gymnasium")
+    script = (
+        "import sys; sys.modules['mujoco'] = None\n"
+        "from genkit.cli.main import main\n"
+        "sys.exit(main(['demo', 'HalfCheetah-v5', '--expert', 'ars', '--out', sys.argv[1]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "d.npz")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "gymnasium[mujoco]" "mujoco<4"' in done.stderr
+
+
+def test_an_unknown_id_is_refused(capsys, tmp_path):
+    pytest.importorskip("gymnasium")
+    said = refused(capsys, "demo", "HalfCheeta-v5", "--expert=ars", "--expert.target=1", f"--out={tmp_path}/d.npz")
+    assert "HalfCheetah" in said
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, capsys):
+    train(["--data=replay", f"--data.root={pole}", "--data.env=InvertedPendulum-v5", "--data.obs-steps=1",
+           "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.space=x0",
+           "--backbone.width=32", "--backbone.depth=1", "--steps=60", "--batch=128", "--lr=3e-3", "--sample-every=0",
+           "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0", f"--out={tmp_path}"])  # fmt: skip
+    argv = [str(tmp_path / "latest"), "--steps=2", "--num=8", "--decisions=32", "--iterations=2", "--eval-episodes=2",
+            "--method.last=2", "--method.warmup=1", "--method.clone=0", "--choose=2", "--save-every=1"]  # fmt: skip
+    finetune_main([*argv, f"--out={tmp_path}/tuned"])
+    log = runs.read_log(runs.find(tmp_path / "tuned" / "latest"))
+    assert {"before/return", "chosen/return", "after/return"} <= {k for r in log for k in r}
+    assert [r for r in log if "critic_loss" in r][-1]["cpu_seconds"] > 0
+    capsys.readouterr()
+    assert genkit(["rollout", str(tmp_path / "tuned" / "latest"), "--steps=2", "--episodes=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["return"]["value"] > 0
+    assert "success" not in found
+
+
+def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
+    spec = Spec((1,), {"obs": Vector((1, 2))})
+    critic = Critic(spec, width=8, depth=1)
+    critic.scale.fill_(2.0)
+    fit = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
+    objective = Flow(prediction="x0")
+    state = State(nets, {}, {"denoise": torch.optim.SGD(nets["net"].parameters(), lr=0.1)})
+    who = Learner(objective, state, Chain.over(Straight(), 1, Fixed(0.1)), spec, None, 0, critic, fit)
+    returns = torch.tensor([0.0, 2.0] * 4)
+    for advantages, explained in ((torch.zeros(8), 1.0), (returns, 0.0), (returns / 2, 0.75)):
+        seen = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})
+        logs = DPPO(critic_batch=4, critic_epochs=3).critic_update(who, seen, 0)
+        assert logs["explained"] == pytest.approx(explained)
+    assert {int(v["step"]) for v in fit.state.values()} == {3 * 3 * 2}
+    DPPO(critic_epochs=1).critic_update(who, seen, 0)
+    assert {int(v["step"]) for v in fit.state.values()} == {19}
+
+
+def test_networks_see_no_observation_that_is_further_than_the_limit():
+    """Of demonstrations the limit is 5; a cheetah on its back is a hundred deviations from those of a gait."""
+    near, far = torch.tensor([[[2.0 + 5 * 0.1, 0.0]]]), torch.tensor([[[2.0 + 100 * 0.1, 0.0]]])
+    for limit, same in ((5.0, True), (None, False)):
+        spec = spec_from_dict(spec_to_dict(Spec((1,), {"obs": Vector((1, 2), (2.0, 0.0), (0.1, 1.0), limit)})))
+        torch.manual_seed(0)
+        critic = Critic(spec, width=8, depth=1)
+        for p in critic.parameters():
+            torch.nn.init.normal_(p)
+        assert torch.equal(critic(near), critic(far)) is same
+    assert DATA["four-ways"](n=2).load().spec.cond["obs"].limit == 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
+def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
+    asked = config.parse(Finetune, ["runs/latest", "--config", str(path)], prog="genkit finetune", description="")
+    assert asked.run == "runs/latest"
+    assert isinstance(asked.method, DPPO)
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("command:", "hardware:", "minutes:", "expect:"):
+        assert word in header, word
+
+
+def test_best_and_patience():
+    best = Best()
+    asked = Finetune(patience=2)
+    for step, value, stale in ((10, 1.0, False), (20, 3.0, False), (30, 2.0, False), (40, 3.0, True)):
+        best.note(step, value)
+        assert best.stale(asked) is stale
+    assert (best.step, best.value) == (20, 3.0)
+    assert not best.stale(Finetune())
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ways")
+    train(["--data=four-ways", "--data.n=20", "--objective.prediction=x0", "--backbone.width=32", "--backbone.depth=1",
+           "--steps=30", "--batch=64", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32",
+           "--workers=0", f"--out={out}"])  # fmt: skip
+    return out / "latest"
+
+
+def test_the_best_checkpoint_is_what_the_run_is_and_the_newest_what_it_goes_on_from(ways, tmp_path, monkeypatch):
+    from genkit.cli.commands import finetune as module
+
+    returns = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.4, 10: 0.3, 12: 0.2}
+    asked_for = []
+
+    def acted(asked, base, nets, seeds):
+        asked_for.append((seeds, {k: v.clone() for k, v in nets["net"].state_dict().items()}))
+        return {"return": returns.get(2 * len(asked_for), 0.0)}
+
+    monkeypatch.setattr(module, "acted", acted)
+    argv = [str(ways), "--num=4", "--decisions=2", "--eval-episodes=0", "--method.batch=64", "--method.warmup=0",
+            "--save-every=2", "--choose=3", "--method.clone=0"]  # fmt: skip
+    finetune_main([*argv, "--iterations=10", "--out", str(tmp_path / "part")])
+    run = runs.find(tmp_path / "part" / "latest")
+    assert asked_for[0][0] == range(CHOOSE, CHOOSE + 3)
+    kept = runs.load(run)
+    assert kept.step == 4
+    assert all(torch.equal(kept.nets["net"].state_dict()[k], v) for k, v in asked_for[1][1].items())
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        f"step-{n:07d}" for n in (4, 6, 8, 10)
+    ]  # three of the newest, and the best
+    finetune_main(["--resume", str(run), "--iterations=12"])
+    assert runs.load(run).step == 4
+    newest = load_file(run / "checkpoints" / "step-0000012" / "nets.safetensors")
+    asked_for.clear()
+    finetune_main([*argv, "--iterations=12", "--out", str(tmp_path / "whole")])
+    whole = runs.find(tmp_path / "whole" / "latest")
+    same = load_file(whole / "checkpoints" / "step-0000012" / "nets.safetensors")
+    assert all(torch.equal(newest[k], same[k]) for k in same)
+    asked_for.clear()
+    finetune_main([*argv, "--iterations=12", "--patience=2", "--out", str(tmp_path / "short")])
+    assert [r["step"] for r in runs.read_log(runs.find(tmp_path / "short" / "latest"))][-1] == 8
