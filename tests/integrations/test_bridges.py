@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from genkit.backbones import Diffusers
 from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, index_of
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
