@@ -2,7 +2,8 @@
 
     -log p(x0) <= KL(q(x_T | x0) || p(x_T)) + sum KL(q(x_s | x_t, x0) || p(x_s | x_t)) - E log p(x0 | x_1)
 
-``p`` is what :func:`genkit.diffusion.samplers.ancestral` draws from, with the same variances: it starts at ``N(0, sigma_T^2 I)``.
+``p`` is what :func:`genkit.diffusion.samplers.ancestral` draws from, with the same variances: it starts at ``N(0,
+sigma_T^2 I)``.
 """
 
 from __future__ import annotations
