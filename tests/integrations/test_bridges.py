@@ -159,7 +159,8 @@ def test_their_config_json_makes_the_same_network(model):
 
 
 def test_diffusers_is_imported_only_where_a_network_is_made():
-    code = "import sys, genkit.cli.commands.train, genkit.cli.commands.export\nprint({'diffusers', 'peft'} & {*sys.modules})"
+    code = "import sys, genkit.cli.commands.train, genkit.cli.commands.export\n"
+    code += "print({'diffusers', 'peft'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

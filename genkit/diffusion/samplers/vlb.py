@@ -55,7 +55,8 @@ def variational_bound(
 
     So the terms are unbiased, and the chain of N steps costs N evaluations. ``variance`` is as in ``ancestral``, None
     being the learned one where there is one, else small; in the last step, to the data, "small" is that of
-    :func:`~genkit.diffusion.posterior.log_variance` with w = -1 and "large" is beta (Ho et al.'s code has the small one there).
+    :func:`~genkit.diffusion.posterior.log_variance` with w = -1 and "large" is beta (Ho et al.'s code has the small
+    one there).
     ``pixels`` says that ``x0`` are uint8 pixels as ``k / 127.5 - 1``: then ``L_0`` is of the probability of these
     levels (Ho et al. 2020, eq. 13), else of the density of ``x0``.
     """
