@@ -2,7 +2,7 @@
 
     python tools/install_size.py [--extras docs lora]
 
-`own` is a package's files as its RECORD lists them; `alone` is what would disappear if genkit no longer required it: the
+`own` counts a package's files as its RECORD lists them; `alone` is what would disappear without the requirement: the
 package and those of its dependencies that nothing else brings along. Prints a table in Markdown, as it stands in
 docs/contributing/dependencies.md.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import tomllib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
