@@ -125,7 +125,7 @@ def from_dict(cls: Callable[..., T], tree: object) -> T:
 
 
 def override(cfg: T, **changes: Any) -> T:
-    """``cfg`` with some settings changed, checked as those of a file are. A table takes a name, a block or an object."""
+    """``cfg`` with some settings changed, checked as those of a file. A table takes a name, a block or an object."""
     return build(outline(type(cfg), changes, base=as_block(cfg)))
 
 
