@@ -8,6 +8,9 @@ import os
 import sys
 from pathlib import Path as File
 
+PACKAGE = File(__file__).parents[1]
+OURS = (PACKAGE, PACKAGE.parent / "benchmarks")  # code whose ValueErrors are a user's mistakes
+
 COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.cli.commands.train", "train any objective on any data; --resume RUN continues one"),
     "sample": ("genkit.cli.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0, or 2 for a mistake in what was asked, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # Before torch is imported: threads that wait for each other sleep instead of spinning. On a core that another
-    # process holds, spinning made a step 5 to 20 times slower (LOG.md).
+    # process holds, spinning made a step 5 to 20 times slower (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -88,7 +91,10 @@ def ours(e: BaseException) -> bool:
     trace = e.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace is not None and File(trace.tb_frame.f_code.co_filename).is_relative_to(File(__file__).parents[1])
+    if trace is None:
+        return False
+    file = File(trace.tb_frame.f_code.co_filename)
+    return any(file.is_relative_to(folder) for folder in OURS)
 
 
 def refuse(message: str) -> int:

@@ -8,9 +8,9 @@ from genkit.data.demonstrations.push_t import Pusht
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.folders import Folder, Npz, Zip, source
 from genkit.data.images import InMemory, OnDisk
-from genkit.data.standard_images import Cifar10, Digits, FashionMnist, Mnist
 from genkit.data.latents import InLatents, Latents, world
 from genkit.data.pairs import Pairs
+from genkit.data.standard_images import Cifar10, Digits, FashionMnist, Mnist
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 

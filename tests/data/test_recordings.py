@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
 
 from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw
+from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.windows import Episode, steps_of
 from tests.support.refusals import refuses
