@@ -2,8 +2,10 @@
 
     python tools/mutants.py [--only paths] [--first 0] [--last 20]
 
-`tests/mutants/ROOM.yaml` lists them: a file, what stands there (`old`), what is planted (`new`), and the tests that must
-notice. Each is planted in a copy of the tree, and its tests run until one fails. Survivors are printed, and the exit code
+`tests/mutants/ROOM.yaml` lists them: a file, what stands there (`old`), what is planted (`new`), and the tests that
+must
+notice. Each is planted in a copy of the tree, and its tests run until one fails. Survivors are printed, and the exit
+code
 is their number. A fault takes about half a minute, so this is not part of the test run; `tests/tools/test_mutants.py`
 checks that each fault still finds its line.
 """
@@ -73,8 +75,9 @@ def main() -> int:
         for i, fault in enumerate(chosen):
             alive = survives(tree, fault)
             survivors += alive
+            said = "SURVIVED" if alive else "caught"
             print(
-                f"{i + 1}/{len(chosen)} {'SURVIVED' if alive else 'caught'}  {fault.file}: {fault.old!r} -> {fault.new!r}",
+                f"{i + 1}/{len(chosen)} {said}  {fault.file}: {fault.old!r} -> {fault.new!r}",
                 flush=True,
             )
     print(f"{len(chosen) - survivors} of {len(chosen)} caught")

@@ -8,6 +8,9 @@ import os
 import sys
 from pathlib import Path as File
 
+PACKAGE = File(__file__).parents[1]
+OURS = (PACKAGE, PACKAGE.parent / "benchmarks")  # code whose ValueErrors are a user's mistakes
+
 COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.cli.commands.train", "train any objective on any data; --resume RUN continues one"),
     "sample": ("genkit.cli.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
@@ -88,7 +91,10 @@ def ours(e: BaseException) -> bool:
     trace = e.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace is not None and File(trace.tb_frame.f_code.co_filename).is_relative_to(File(__file__).parents[1])
+    if trace is None:
+        return False
+    file = File(trace.tb_frame.f_code.co_filename)
+    return any(file.is_relative_to(folder) for folder in OURS)
 
 
 def refuse(message: str) -> int:

@@ -80,7 +80,8 @@ class Image:
 class Tokens:
     """A sequence, seen by cross-attention: ``cond[name]`` Float ``[B, L, dim]``; ``cond["mask"]`` Bool ``[B, L]``.
 
-    Where they are words as a frozen ``encoder`` says them (:mod:`genkit.data.text`), it is named here with the ``sha256`` of
+    Where they are words as a frozen ``encoder`` says them (:mod:`genkit.data.text`), it is named here with the
+    ``sha256`` of
     its weights, how many tokens it takes, and some captions of the data.
     """
 

@@ -151,7 +151,8 @@ class Plans(Affine):
 
 
 class Learned(ABC):
-    """A codec with weights, which are stored beside what :meth:`to_dict` says of it (:mod:`genkit.training.first_stage`)."""
+    """A codec with weights, which are stored beside what :meth:`to_dict` says of it
+    (:mod:`genkit.training.first_stage`)."""
 
     shape: tuple[int, ...]
     """of one of the world's samples"""

@@ -1,4 +1,5 @@
-"""From samples to :class:`genkit.evaluation.metrics.Measured`: in fixed blocks of rows, shared by the ranks, and resumable.
+"""From samples to :class:`genkit.evaluation.metrics.Measured`: in fixed blocks of rows, shared by the ranks, and
+resumable.
 
 A block is drawn and looked at as a whole by one rank, so its numbers are bitwise the same on any number of ranks. Of
 the features only sums stay, unless a metric needs the features themselves.

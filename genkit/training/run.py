@@ -268,7 +268,8 @@ class Run:
         """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
 
         ``sampler`` None is the objective's usual one; ``options`` go to it (``eta`` of ddim). ``guidance`` goes from
-        the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.diffusion.guidance`); a ``classifier`` guides by
+        the null condition, or from the ``weak`` model, by ``rule`` (:mod:`genkit.diffusion.guidance`); a
+        ``classifier`` guides by
         its gradient; both only in the ``interval`` of chart times. ``clip`` keeps predicted data in [-1, 1]. ``guide``
         is any further guidance, after all others; ``watch`` stands nearest to the network, and may count its
         evaluations. A one-pass model (a VAE, a GAN) refuses all these.

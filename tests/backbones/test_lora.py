@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from genkit.backbones import Diffusers, DiT, UNet
 from genkit.backbones.diffusers import UNet2D
 from genkit.backbones.lora import LoRA, adapt, merge
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Label, Spec
 from genkit.core.tensors import tensors
 from genkit.diffusion.samplers import Seeds

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import quality
 from genkit import config
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.evaluation import Ruler
 from genkit.evaluation.report import page as report
 from genkit.training import run as runs

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import pictures
 from genkit.training import run as runs
 

@@ -17,7 +17,7 @@ from genkit.backbones.dit import DiT
 from genkit.backbones.embed import TextEmbed
 from genkit.backbones.mlp import MLP
 from genkit.backbones.unet import UNet
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import (
     Batch,
     Draw,

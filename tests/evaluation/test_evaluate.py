@@ -20,8 +20,8 @@ from torch import nn
 
 from genkit import config
 from genkit.backbones import MLP
+from genkit.cli import main as cli
 from genkit.cli.commands.watch import watch
-from genkit.cli.main import main as cli
 from genkit.core import Loss, Objective, Phase
 from genkit.data import DATA
 from genkit.evaluation import Drawn, Ranks, cards, find_data, measure
@@ -152,7 +152,8 @@ class Known(Objective):
 def known(tmp_path, **changes):
     """Its run directory."""
     fields = [f"--objective.{k}={v}" for k, v in changes.items()]
-    return train(tmp_path, "--objective=test_evaluate:Known", *fields, "--data=moons", "--data.n=300", "--steps=1")
+    data = ["--data=moons", "--data.n=300"]
+    return train(tmp_path, f"--objective={__name__}:Known", *fields, *data, "--steps=1")
 
 
 def test_of_a_run_whose_samples_are_known(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.evaluation.report import page as report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from genkit import config
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Batch
 from genkit.data import DATA
 from genkit.evaluation.report import latent_space as space

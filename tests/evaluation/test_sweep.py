@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from genkit.cli import main as cli
 from genkit.cli.commands.sweep import Point, interval_of, pareto, promising
-from genkit.cli.main import main as cli
 from genkit.config import Sampling
 from genkit.evaluation import Drawn, cards
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from genkit.backbones import Diffusers
 from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, index_of
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
@@ -159,7 +159,8 @@ def test_their_config_json_makes_the_same_network(model):
 
 
 def test_diffusers_is_imported_only_where_a_network_is_made():
-    code = "import sys, genkit.cli.commands.train, genkit.cli.commands.export; print({'diffusers', 'peft'} & {*sys.modules})"
+    code = "import sys, genkit.cli.commands.train, genkit.cli.commands.export\n"
+    code += "print({'diffusers', 'peft'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from genkit.backbones import MLP, DiT, UNet
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Batch, Draw, Label, Prediction, Spec
 from genkit.data import DATA
 from genkit.diffusion.guidance import APG, by_classifier, classifier_free, compose

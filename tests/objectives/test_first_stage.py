@@ -15,7 +15,7 @@ from torchvision.models import vgg
 from torchvision.transforms.v2.functional import normalize
 
 from genkit.backbones import MLP, DiT, UNet
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
 from genkit.objectives.autoencoders.first_stage import KL, Balance, Entries, Patches, last_layer

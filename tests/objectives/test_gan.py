@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from genkit import config
 from genkit.backbones import MLP, DiT, UNet
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import Batch, Draw, Image, Label, Spec, Vector
 from genkit.data import DATA
 from genkit.data.codecs import Identity

@@ -20,8 +20,8 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
 from genkit.backbones import MLP, DiT, UNet
+from genkit.cli import main as cli
 from genkit.cli.commands.likelihood import LATENT as LATENT_KEY
-from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
 from genkit.diffusion.samplers import Seeds, dequantise

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from genkit import config
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

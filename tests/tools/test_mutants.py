@@ -1,4 +1,5 @@
-"""The list of planted faults has not rotted: each still finds its line, and changes it. tools/mutants.py plants them."""
+"""The list of planted faults has not rotted: each still finds its line, and changes it. tools/mutants.py plants
+them."""
 
 import pytest
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genkit.cli.main import main as cli
+from genkit.cli import main as cli
 from genkit.core import NO_COND, Backbones, Batch, Draw, Spec
 from genkit.data import DATA, Stream
 from genkit.data.codecs import Identity, Pixels, Standardize

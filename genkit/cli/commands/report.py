@@ -81,7 +81,7 @@ def drawn(run: File) -> dict[str, File]:
     step = runs.checkpoint_of(run).name
     paths = {name: run / "space" / f"{step}-{name}.png" for name in ("traversals", "map")}
     if not all(path.is_file() for path in paths.values()):
-        from genkit.evaluation import space  # takes a second
+        from genkit.evaluation.report import latent_space as space
 
         for name, image in space.views(runs.load(run)).items():
             pictures.save(image, paths[name])

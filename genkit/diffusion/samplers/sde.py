@@ -36,7 +36,8 @@ def ancestral(
 
     The mean is that of ``q(x_s | x_t, x0)`` (eq. 7); its variance is that of the posterior ("small", the choice for a
     deterministic x0), ``beta = sigma_t^2 - r^2 sigma_s^2`` ("large", for normal data; section 3.2), or the one that the
-    model has "learned" in between (Nichol & Dhariwal 2021, eq. 15; :mod:`genkit.diffusion.posterior`). None: learned where the
+    model has "learned" in between (Nichol & Dhariwal 2021, eq. 15; :mod:`genkit.diffusion.posterior`). None: learned
+    where the
     model has one, else small. On paths with alpha(1) = 0 "large" is the same as "small" in the first step, where beta
     would be the whole of sigma_t^2.
     """

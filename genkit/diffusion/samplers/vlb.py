@@ -2,7 +2,8 @@
 
     -log p(x0) <= KL(q(x_T | x0) || p(x_T)) + sum KL(q(x_s | x_t, x0) || p(x_s | x_t)) - E log p(x0 | x_1)
 
-``p`` is what :func:`genkit.diffusion.samplers.ancestral` draws from, with the same variances: it starts at ``N(0, sigma_T^2 I)``.
+``p`` is what :func:`genkit.diffusion.samplers.ancestral` draws from, with the same variances: it starts at ``N(0,
+sigma_T^2 I)``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def variational_bound(
 
     So the terms are unbiased, and the chain of N steps costs N evaluations. ``variance`` is as in ``ancestral``, None
     being the learned one where there is one, else small; in the last step, to the data, "small" is that of
-    :func:`~genkit.diffusion.posterior.log_variance` with w = -1 and "large" is beta (Ho et al.'s code has the small one there).
+    :func:`~genkit.diffusion.posterior.log_variance` with w = -1 and "large" is beta (Ho et al.'s code has the small
+    one there).
     ``pixels`` says that ``x0`` are uint8 pixels as ``k / 127.5 - 1``: then ``L_0`` is of the probability of these
     levels (Ho et al. 2020, eq. 13), else of the density of ``x0``.
     """
