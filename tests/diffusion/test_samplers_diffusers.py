@@ -109,7 +109,7 @@ def test_ancestral_agrees_with_diffusers(variance, steps):
             states.append(y)
     finally:
         module.randn_tensor = original
-    mine = ours(SAMPLERS["ancestral"], x, times, variance=variance, noise=lambda shape: next(given))
+    mine = ours(ancestral, x, times, variance=variance, noise=lambda shape: next(given))
     agree(mine, states, 2e-5)
 
 

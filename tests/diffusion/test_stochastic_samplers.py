@@ -125,11 +125,13 @@ def test_noise_put_in_is_taken_out(name, path):
     a, b = nodes_at(path, [0.5, 0.02])
     x = mix(path, MIXTURE.sample(n)[0], torch.randn(n, 2, generator=g, dtype=F64), torch.full((n,), a.t, dtype=F64))
     times = times_at(path, torch.linspace(0.5, 0.02, 25, dtype=F64))
-    churned, restarted = {"s_churn": 1e9, "s_tmin": 0.0, "s_tmax": math.inf}, {"high": 0.9, "repeats": 3, "steps": 8}
-    noise = lambda shape: torch.randn(n, *shape, generator=g, dtype=F64)  # noqa: E731
-    y = SAMPLERS[name].function(
-        Quick(MIXTURE, path), x, times, noise=noise, **(churned if name == "churn" else restarted)
-    )
+    options = {"churn": {"s_churn": 1e9, "s_tmin": 0.0, "s_tmax": math.inf},
+               "restart": {"high": 0.9, "repeats": 3, "steps": 8}}[name]  # fmt: skip
+
+    def noise(shape):
+        return torch.randn(n, *shape, generator=g, dtype=F64)
+
+    y = SAMPLERS[name].function(Quick(MIXTURE, path), x, times, noise=noise, **options)
     there = MIXTURE.noised(b.alpha, b.sigma)
     assert torch.allclose(y.mean(0), there.mean(), atol=0.03)
     assert torch.allclose(y.T.cov(), there.cov(), atol=0.05)

@@ -27,7 +27,7 @@ class SamplerInfo:
     function: Sampler
     """``(denoise, x, times, cond, *, noise, callback, **options) -> x``"""
     evaluations: Callable[[int], int] | None
-    """Number of denoiser evaluations on a grid of n steps that ends at the data; None: adaptive, depends on the model."""
+    """Denoiser evaluations on a grid of n steps that ends at the data; None: adaptive, depends on the model."""
     order: float | None = None
     """Global order of convergence on fixed grids; None for adaptive and for stochastic samplers."""
     order_grid: Literal["uniform", "logsnr"] = "uniform"
