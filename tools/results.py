@@ -29,7 +29,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}"
+    """``value`` with so many decimals; what rounds to zero has no sign."""
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -194,6 +196,16 @@ def pusht() -> str:
     return table(header, rows)
 
 
+def pusht_mirror() -> str:
+    """Seed 0 with and without mirror images of the demonstrations."""
+    with_mirror = {row["policy"]: row for row in load("pusht")["rows"] if row["seed"] == 0}
+    rows = []
+    for row in load("pusht-no-mirror")["rows"]:
+        pairs = [(row[key]["value"], with_mirror[row["policy"]][key]["value"]) for key in ("coverage", "success")]
+        rows.append([row["policy"], *[change(pair, 3) for pair in pairs]])
+    return table(["policy", "coverage, without → with", "success, without → with"], rows)
+
+
 def pusht_finetune() -> str:
     rows = []
     for run in load("pusht-finetune")["seeds"]:
@@ -283,7 +295,8 @@ SPEED = {  # the ratio in the file -> what the page calls it
 
 
 def percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
+    text = f"{100 * (ratio - 1):+.1f} %"
+    return text.replace("-0.0", "0.0")
 
 
 def speed() -> str:
@@ -348,6 +361,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "prediction": prediction,
     "reflow": reflow,
     "pusht": pusht,
+    "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,
