@@ -1,11 +1,11 @@
 """Write the tables and numbers of README.md and docs/ from docs/results/*.json.
 
     python tools/tables.py            # rewrite what stands between the markers
-    python tools/tables.py --check    # change nothing; exit code 1 and a list of differences if something is out of date
+    python tools/tables.py --check    # change nothing; list what is out of date, with exit code 1
 
-A page holds `<!-- table: NAME -->` ... `<!-- end -->` around a table and `<!-- value: NAME -->` ... `<!-- end -->` around a number
-in a sentence. NAME is a key of TABLES or VALUES in tools/results.py, where each is computed from a results file. A marker with
-an unknown name is an error, and so is a table or value that no page shows.
+A page holds `<!-- table: NAME -->` ... `<!-- end -->` around a table and `<!-- value: NAME -->` ... `<!-- end -->`
+around a number in a sentence. NAME is a key of TABLES or VALUES in tools/results.py, where each is computed from a results
+file. A marker with an unknown name is an error, and so is a table or value that no page shows.
 """
 
 from __future__ import annotations
