@@ -4,8 +4,8 @@
     python tools/tables.py --check    # change nothing; list what is out of date, with exit code 1
 
 A page holds `<!-- table: NAME -->` ... `<!-- end -->` around a table and `<!-- value: NAME -->` ... `<!-- end -->`
-around a number in a sentence. NAME is a key of TABLES or VALUES in tools/results.py, where each is computed from a results
-file. A marker with an unknown name is an error, and so is a table or value that no page shows.
+around a number in a sentence. NAME is a key of TABLES or VALUES in tools/results.py, where each is computed from a
+results file. A marker with an unknown name is an error, and so is a table or value that no page shows.
 """
 
 from __future__ import annotations
