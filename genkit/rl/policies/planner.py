@@ -17,7 +17,7 @@ from torch import Tensor
 from genkit.core import Cond, Denoiser, Guidance, Prediction, Vector, expand
 from genkit.data.codecs import Plans
 from genkit.diffusion.guidance import Wrapped
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import with_ends
 from genkit.rl.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
 from genkit.rl.policies.policy import Policy
@@ -37,7 +37,7 @@ def inpaint(conditioning: Conditioning) -> Guidance:
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
-        require_noise("plan", path)
+        require_diffusion("plan", path)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)
