@@ -174,7 +174,7 @@ class Policy:
     @property
     def env(self) -> str:
         """The environment that the demonstrations came from; "" where they do not say."""
-        return self.run.config.data.env if isinstance(self.run.config.data, Demonstrations) else ""
+        return self.run.config.data.environment
 
     @property
     def about(self) -> dict[str, Any]:
