@@ -186,7 +186,7 @@ class Policy:
     @property
     def env(self) -> str:
         """Name of the environment of the demonstrations; "" if they name none."""
-        return self.run.config.data.env if isinstance(self.run.config.data, Demonstrations) else ""
+        return self.run.config.data.environment
 
     @property
     def details(self) -> dict[str, Any]:
