@@ -13,6 +13,7 @@ from genkit.config.command import parse
 
 if TYPE_CHECKING:
     from genkit.core import Backbones, Objective
+    from genkit.data import DataSource
 
 __all__ = [
     "ConfigError",
@@ -51,10 +52,12 @@ class Train:
     objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
     backbone: Backbones = table(
-        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits"
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
     )
     """The family of networks; without a NAME, the one that suits the data."""
-    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
+    data: DataSource = table(
+        "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
+    )
     """What is learned from: a NAME, or a path to a folder of images."""
     steps: Count = 2000
     """Optimiser steps; the default learns the digits in some minutes on two CPU cores."""

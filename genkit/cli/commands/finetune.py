@@ -33,8 +33,8 @@ from genkit.rl.finetune.evaluation import Judged, reward_kl
 from genkit.rl.finetune.image_rewards import likeness
 from genkit.rl.finetune.learner import Critic, Learner, Method, Task, with_reference
 from genkit.rl.finetune.rewards import PAYS, Acting, OneWay, Scoring, classes, function_of
+from genkit.rl.policies.episodes import require_compatible, run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import require_fit, rollout
 from genkit.training import run as runs
 from genkit.training.loop import start as fresh_state
 
@@ -210,7 +210,7 @@ def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
     policy = Policy.load(base, steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
     env = world(asked, policy, asked.num)
-    require_fit(policy, env)
+    require_compatible(policy, env)
     method, codec = asked.method, cast(Actions, base.codec)
     return Acting(env, codec, policy.act_steps, asked.decisions, method.gamma, method.lam, asked.lost), policy
 
@@ -295,7 +295,7 @@ def acted(asked: Finetune, base: runs.Run, nets: dict[str, nn.Module], seeds: ra
     """What ``nets`` reach as they are used later: without noise, an episode of each seed. The return is the sum of what
     is paid; the largest reward of a step means nothing where that is not the environment's own."""
     policy = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
-    found = rollout(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
+    found = run_episodes(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
     return {k: v for k, v in found.items() if asked.reward == "env" or k != "best_reward"}
 
 

@@ -382,7 +382,7 @@ class Session:
         label += f' --prompt "{said[0]}"' if (said := examples(self.spec)) else ""
         if self.remark:
             self.say(f"note     {self.remark}")
-        use = getattr(type(self.cfg.data), "use", self.cfg.objective.use)  # policies are tried, not looked at
+        use = self.cfg.data.usage or self.cfg.objective.use  # policies are tried, not looked at
         self.say("next     " + use.format(run=self.run, label=label))
 
 
