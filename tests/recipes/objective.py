@@ -61,7 +61,7 @@ class MeanFlow(Objective):
 
         one = torch.ones_like(t)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            out, derivative = torch.func.jvp(u, (x, t, span), (v, one, one))
+            out, derivative = torch.func.jvp(u, (x, t, span), (v, one, one))[:2]
         target = v - expand(span, v) * derivative
         return Loss(mean_flat((out - target.detach()) ** 2), {})
 
