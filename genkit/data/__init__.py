@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from genkit.data.demonstrations.recordings import LeRobot, Minari
-from genkit.data.demonstrations.windows import FourWays, Pusht, Replay
+from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
+from genkit.data.demonstrations.four_ways import FourWays
+from genkit.data.demonstrations.push_t import Pusht
+from genkit.data.demonstrations.replay import Replay
 from genkit.data.folders import Folder, Npz, Zip, source
-from genkit.data.images import Cifar10, Digits, FashionMnist, InMemory, Mnist, OnDisk
+from genkit.data.images import InMemory, OnDisk
 from genkit.data.latents import InLatents, Latents, world
 from genkit.data.pairs import Pairs
+from genkit.data.standard_images import Cifar10, Digits, FashionMnist, Mnist
 from genkit.data.stream import Stream
 from genkit.data.toy import Checkerboard, EightGaussians, Moons, RotatedMoons, Spirals, SwissRoll
 

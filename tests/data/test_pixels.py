@@ -13,7 +13,8 @@ from genkit.backbones.embed import FramesEmbed
 from genkit.cli.main import main as cli
 from genkit.core import Draw, Frames, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.data.demonstrations.windows import Replay, Seen
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Seen
 from genkit.envs.four_ways import OBSTACLES, FourWays, pictures_of
 from genkit.rl.policies.planner import load
 from genkit.rl.policies.policy import Policy, Watcher

@@ -12,7 +12,8 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Label, Prediction, Vector
 from genkit.data import DATA
 from genkit.data.codecs import Plans, from_dict, to_dict
-from genkit.data.demonstrations.windows import Episode, Replay, discounted
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Episode, discounted
 from genkit.diffusion.paths import PATHS
 from genkit.diffusion.samplers import SAMPLERS, Seeds, bind
 from genkit.envs.four_ways import FASTEST, NAMES, OBSTACLES, FourWays

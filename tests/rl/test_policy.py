@@ -16,7 +16,9 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec, Vector, pictures, spec_from_dict, spec_to_dict
 from genkit.data import DATA
 from genkit.data.codecs import Actions
-from genkit.data.demonstrations.windows import Episode, Pusht, Replay, check_horizons, mirrored, starts, steps_of
+from genkit.data.demonstrations.push_t import Pusht, mirrored
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Episode, check_horizons, starts, steps_of
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import expert, make
 from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
