@@ -63,8 +63,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``checkpoints/step-N``, point ``latest`` at it, and keep the newest ``keep`` checkpoints.
 
-    ``extra`` holds further files by name. With ``best``, the step of the best checkpoint, ``latest`` points at that one,
-    which is kept as well.
+    ``extra`` holds further files by name. With ``best``, the step of the best checkpoint, ``latest`` points at that
+    one, which is kept as well.
     """
     final = run / "checkpoints" / f"step-{state.step:07d}"
     part = final.with_name(f".{final.name}.part")

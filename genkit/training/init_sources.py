@@ -16,9 +16,7 @@ from genkit.training.directory import find_run
 class InitSource(Protocol):
     """A module that serves ``--init KIND:WHERE``."""
 
-    def init_from(
-        self, nets: Mapping[str, nn.Module], where: str, note: Callable[[str], None] = ...
-    ) -> dict[str, str]:
+    def init_from(self, nets: Mapping[str, nn.Module], where: str, note: Callable[[str], None] = ...) -> dict[str, str]:
         """Load the weights at ``where`` into ``nets`` and return ``{"run": ..., "weights": ...}``, their origin."""
         ...
 

@@ -249,9 +249,7 @@ class _Loop:
         if float(self.streak) >= self.settings.max_nonfinite_steps:
             layer = first_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
             count = int(self.streak)
-            raise Diverged(
-                f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}"
-            )
+            raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
     def record(self, lr: float) -> dict[str, Any]:
         """A line of the log: means since the last one."""

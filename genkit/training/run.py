@@ -121,6 +121,11 @@ class Run:
             raise ValueError(f"{type(self.objective).__name__}: draws in one pass, without a denoiser")
         return captured[0]
 
+    def open_references(self, sampling: Sampling) -> dict[str, Run]:
+        """The models that ``sampling`` names, opened: ``weak`` (autoguidance) and ``classifier``."""
+        names = {"weak": sampling.autoguide, "classifier": sampling.classifier}
+        return {role: open_reference(self, name) for role, name in names.items() if name}
+
     def generator(
         self,
         sampling: Sampling | None = None,
@@ -135,9 +140,9 @@ class Run:
         """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
 
         ``options`` go to the sampler (``eta`` of ddim), and so does ``callback(step, x, prediction)``. ``weak`` and
-        ``classifier`` are opened models that go before the names in ``sampling``. ``inner`` is a guidance that wraps the
-        network itself (it may count evaluations), ``outer`` one that is applied after all others. Raises ``ValueError``
-        for settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
+        ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps the
+        network itself (it may count evaluations), ``outer`` one applied after all others. Raises ``ValueError`` for
+        settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
         """
         sampling = sampling or Sampling()
         if self.objective.sampler is None and self.objective.draws:
@@ -146,10 +151,8 @@ class Run:
             if unused := [name for name, value in given.items() if value is not None]:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
-        if weak is None and sampling.autoguide:
-            weak = open_reference(self, sampling.autoguide)
-        if classifier is None and sampling.classifier:
-            classifier = open_reference(self, sampling.classifier)
+        opened = {} if weak or classifier else self.open_references(sampling)
+        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
         guidance = compose(*(g for g in guides if g is not None))
         sampler = sampling.sampler or self.objective.sampler
@@ -182,8 +185,10 @@ class Run:
         ``options`` go to the sampler. Raises ``ValueError`` for what does not fit the model.
         """
         sampling = replace(sampling or Sampling(), **settings)
-        if classifier is None and sampling.classifier:
-            classifier = open_reference(self, sampling.classifier)
+        opened = self.open_references(sampling)
+        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
+        if trajectory and n > sampling.batch:
+            raise ValueError(f"trajectory: given --n {n} in batches of {sampling.batch}; take --batch {n}")
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
         conditions = dict(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
         spec.check(conditions, n)

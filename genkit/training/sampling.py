@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genkit.config import table
 from genkit.core import Guidance, Label, Spec
+from genkit.core.device import DeviceName
 from genkit.data import codecs, text
 from genkit.diffusion.guidance import (
     LINEAR,
@@ -43,9 +44,9 @@ class Sampling:
     guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
     """Guidance rule: linear, rescale (restores the standard deviation) or apg (projected and limited)."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only at noise levels LOW HIGH, in sigma / (alpha + sigma); elsewhere one network pass is saved. None: always."""
+    """Guide only at noise levels LOW HIGH, in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
     guidance_passes: Literal["together", "apart"] | None = None
-    """Run the conditional and unconditional pass as one batch, or one after the other in half the memory. None: together."""
+    """Conditional and unconditional pass as one batch, or one after the other in half the memory. None: together."""
     autoguide: str | None = None
     """Guide away from a weaker model instead of the unconditional one: a run, or ema:DECAY or step:N of this run."""
     classifier: str | None = None
@@ -68,6 +69,18 @@ class Sampling:
                 continue  # refused below without guidance
             if getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}: has no effect on {model}, which draws in one pass; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Which weights of a run to load, and where to."""
+
+    ema: str | None = None
+    """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Checkpoint. None: the newest."""
+    device: DeviceName = "auto"
+    """Device. auto: the machine's accelerator, or the CPU if it has none."""
 
 
 def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: Run | None) -> Guidance | None:
@@ -109,7 +122,7 @@ def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
 
 
 def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) if there is a weaker model."""
+    """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
     if weak is None:
         if not run.spec.cond:
@@ -144,8 +157,8 @@ def sample_conditions(
 ) -> dict[str, Tensor]:
     """Conditions of ``n`` samples: the class ``label``, the ``prompt`` or several prompts in turn, or both.
 
-    If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without conditions.
-    Any of several conditions that is left out is null.
+    If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without
+    conditions. Any of several conditions that is left out is null.
     """
     classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
     texts = text.worded(spec)

@@ -55,7 +55,7 @@ class TrainSettings:
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not plain vectors, else fp32."""
+    """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
     compile: bool = False
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
     seed: Annotated[int, Ge(0)] = 0

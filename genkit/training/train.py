@@ -58,7 +58,7 @@ def train(
         settings = settings or config.from_dict(TrainSettings, config.load_yaml(find_run(resume) / "config.yaml"))
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
-    settings = config.change(settings, changes) if settings else config.from_dict(TrainSettings, changes)
+    settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
     return Trainer(settings, find_run(resume) if resume is not None else None).run(progress)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from genkit.cli import main as cli
 from genkit.core import pictures
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--steps=2", "--batch=8", "--sample-every=2", "--warmup=0"]
 SMALL = {
@@ -85,7 +85,7 @@ def test_info(run, capsys):
 
 
 def test_sample_formats(run, tmp_path, capsys):
-    shape = runs.load(run).spec.shape
+    shape = load_run(run).spec.shape
     grid, arrays = tmp_path / "grid.png", tmp_path / "arrays.npz"
     assert cli.main(["sample", str(run), "--n=6", "--steps=2", f"--out={grid}"]) == 0
     assert Image.open(grid).size[0] > 50
@@ -139,7 +139,7 @@ def test_likelihood_of_a_model_that_is_a_normal(tmp_path, capsys):
     how = ["--n=20", "--steps=100", "--json", "--ema=none"]
     assert cli.main(["likelihood", f"{tmp_path}/latest", *how]) == 0
     result = json.loads(capsys.readouterr().out)
-    data = runs.load(tmp_path / "latest").config.data.load("test")
+    data = load_run(tmp_path / "latest").config.data.load("test")
     x = data.x[:20].flatten(1).double() / 127.5 - 1
     nats = 0.5 * (x**2).sum(1) + 32 * np.log(2 * np.pi)
     expected = float(nats.mean()) / (64 * np.log(2)) + np.log2(127.5)

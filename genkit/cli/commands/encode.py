@@ -9,8 +9,6 @@ from pathlib import Path as File
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from annotated_types import Ge
 from rich.console import Console
 from rich.progress import Progress
@@ -20,14 +18,17 @@ from tyro.conf import Positional
 from genkit import config
 from genkit.config import parse, table
 from genkit.config.blocks import name_of
-from genkit.core import Data, Draw, Image, spec_to_dict
+from genkit.core import Data, Draw, spec_to_dict
+from genkit.core.device import pick_device
+from genkit.core.tensors import sha256
 from genkit.data import DATA as SOURCES
 from genkit.data import InLatents
 from genkit.data.latents import ABOUT, is_shard, read_about, read_shard, write_about, write_shard
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training import first_stage as latents
-from genkit.training import run as runs
-from genkit.training.first_stage import Encoded, Latent, OfCache, Stage, Statistics, statistics
+from genkit.training.directory import find_run
+from genkit.training.first_stage import Stage, statistics
+from genkit.training.run import load_run, open_first_stage
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -66,9 +67,9 @@ def main(argv: list[str]) -> int:
     foreign = asked.run.partition(":")[0] in latents.OPEN
     if foreign and (isinstance(asked.data, Same) or not asked.out):
         raise ValueError(f"encode: {asked.run} is no run, and has no data or folder of its own; give --data and --out")
-    source = runs.load(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
-    out = File(asked.out) if asked.out else runs.find(asked.run) / "latents"
-    n, made = encode(source, out, asked, runs.pick_device(asked.device))
+    source = load_run(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
+    out = File(asked.out) if asked.out else find_run(asked.run) / "latents"
+    n, made = encode(source, out, asked, pick_device(asked.device))
     console.print(f"{n} samples of {asked.split}, {made} files written  {out}", markup=False)
     console.print(f"next  genkit train --objective=flow --backbone=dit --data=latents --data.root {out}", markup=False)
     return 0
@@ -79,7 +80,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
     data, kinds = source.load(asked.split), {"table": "genkit.data:DATA"}
     if isinstance(data, InLatents):
         raise ValueError(f"data: {out} would be latents of latents; name the samples themselves")
-    stage = runs.first_stage(asked.run, data.spec.shape, device)
+    stage = open_first_stage(asked.run, data.spec.shape, device)
     about: dict[str, Any] = {"stage": {**stage.about(), "sha256": stage.sha256}, "data": {
         "name": name_of(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
     if (out / ABOUT).is_file():
@@ -102,7 +103,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
             if not is_shard(path, mark):
                 write_shard(path, moments(stage, data, range(first, last), views, asked.batch, device), mark)
                 made += 1
-            shards[path.name] = runs.sha256(path)
+            shards[path.name] = sha256(path)
             bar.update(task, completed=last)
     spec = replace(data.spec, shape=tuple(stage.latent))
     measured = statistics(posterior(read_shard(out / name)) for name in shards)

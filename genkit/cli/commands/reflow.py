@@ -21,7 +21,7 @@ from genkit.diffusion.paths import Linear
 from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives import Flow
 from genkit.objectives.matching.matching import Matching
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -55,7 +55,7 @@ class Reflow:
 
 def main(argv: list[str]) -> int:
     asked = parse(Reflow, argv, prog="genkit reflow", description="Make the pairs of a reflow.")
-    run = runs.load(asked.run, ema=asked.ema, device=asked.device)
+    run = load_run(asked.run, ema=asked.ema, device=asked.device)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("pairs", total=asked.n)
         x, x1, cond = draw_pairs(run, asked, lambda done: bar.update(task, completed=done))
@@ -78,7 +78,7 @@ def plain(objective: Objective) -> bool:
     return isinstance(objective, Flow) and (objective.path, objective.prediction) == (Linear(), "velocity")
 
 
-def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def draw_pairs(run: Run, asked: Reflow, progress=lambda done: None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """``x``, ``x1`` and their conditions, which are those of the training data in turn."""
     objective = run.objective
     if not isinstance(objective, Matching):

@@ -28,7 +28,7 @@ from genkit.diffusion.guidance import Wrapped
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import with_ends
 from genkit.rl.policies.policy import Policy, Watcher
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
 
 Known = Callable[[Tensor, Cond], tuple[Tensor, Tensor]]  # (samples [B, *S], conditions) -> (Bool [*S], values [B, *S])
 
@@ -141,7 +141,7 @@ def pairs(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor, Tensor]:
 FILE = "inverse.safetensors"
 
 
-def inverse_of(found: runs.Run, codec: Plans) -> tuple[Inverse, float]:
+def inverse_of(found: Run, codec: Plans) -> tuple[Inverse, float]:
     """The run's inverse dynamics, and how much they explain: from its folder, or learned from its demonstrations and
     put there."""
     path, data = found.directory / FILE, found.config.data
@@ -184,19 +184,19 @@ class Planner(Policy):
                              "from now on; take fewer")  # fmt: skip
 
     @classmethod
-    def require(cls, found: runs.Run) -> None:
+    def require(cls, found: Run) -> None:
         seen = found.spec.cond.get("obs")
         if not isinstance(found.codec, Plans) or not isinstance(seen, Vector):
             raise ValueError(f"run: {found.directory.name} draws samples of shape {found.spec.shape}, not plans given "
                              "obs; train one: genkit train --data=four-ways --data.plan states")  # fmt: skip
 
     @classmethod
-    def guides(cls, found: runs.Run) -> list[Guidance]:
+    def guides(cls, found: Run) -> list[Guidance]:
         assert isinstance(found.codec, Plans)
         return [fixed(known(found.codec))]
 
     @classmethod
-    def further(cls, found: runs.Run) -> dict[str, Any]:
+    def further(cls, found: Run) -> dict[str, Any]:
         assert isinstance(found.codec, Plans)
         if found.codec.actions:
             return {}
@@ -241,8 +241,8 @@ ACTORS: Mapping[tuple[type, bool], type[Policy]] = {  # codec, whether pictures 
 }
 
 
-def load(run: str | File | runs.Run, **how: Any) -> Policy:
+def load(run: str | File | Run, **how: Any) -> Policy:
     """The policy or planner of a run, as its samples are; ``how`` is that of :meth:`Policy.load`."""
     where = {k: how.pop(k) for k in ("ema", "step", "device") if k in how}
-    found = run if isinstance(run, runs.Run) else runs.load(run, **{"device": "cpu", **where})
+    found = run if isinstance(run, Run) else load_run(run, **{"device": "cpu", **where})
     return ACTORS.get((type(found.codec), "frames" in found.spec.cond), Policy).load(found, **how)

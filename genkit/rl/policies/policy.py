@@ -21,7 +21,8 @@ from genkit.data.codecs import Actions
 from genkit.data.demonstrations.windows import Demonstrations, Further, check_horizons
 from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.diffusion.samplers import Seeds
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
 
 
 def carried_out(shape: Sequence[int], to: int, act_steps: int) -> Tensor:
@@ -75,7 +76,7 @@ class Policy:
     """A generator of action chunks, given the newest ``obs_steps`` observations. Receding horizon: of a chunk, the
     ``act_steps`` actions from now on are carried out."""
 
-    run: runs.Run
+    run: Run
     generate: Generator
     act_steps: int
     noise: Noise | None = field(default=None)
@@ -86,7 +87,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        run: str | File | runs.Run,
+        run: str | File | Run,
         *,
         steps: int = 4,
         sampler: str | None = None,
@@ -104,10 +105,10 @@ class Policy:
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is what the data said. ``given`` is what it is told besides obs: ``{"skill": [2]}``.
         ``guidance`` goes toward that, where the run was trained without each of it too (drop_each), else from the null
-        of all conditions; ``how`` goes to ``Run.generator``.
+        of all conditions; ``how`` are further fields of :class:`Sampling`.
         ``ValueError`` where the run's samples are no action chunks, or the horizons do not nest.
         """
-        found = run if isinstance(run, runs.Run) else runs.load(run, ema=ema, step=step, device=device)
+        found = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
         cls.require(found)
         to, asked = observed(found.spec)[0], told(found.spec, given or {})
         apart = getattr(found.objective, "drop_each", 0.0) > 0
@@ -122,15 +123,16 @@ class Policy:
             guides += cls.guides(found)
         elif sampler is not None:
             how |= {"sampler": sampler}  # refused with a word
-        how |= {"guidance": guidance, "guide": compose(*guides) if guides else None}
+        sampling = Sampling(**how, guidance=guidance)
+        outer = compose(*guides) if guides else None
         data = found.config.data
         usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - to + 1
         chosen = usual if act_steps is None else act_steps
         check_horizons(to, found.spec.shape[1], chosen)
-        return cls(found, found.generator(**how), chosen, given=asked, **cls.further(found))
+        return cls(found, found.generator(sampling, outer=outer), chosen, given=asked, **cls.further(found))
 
     @classmethod
-    def require(cls, found: runs.Run) -> None:
+    def require(cls, found: Run) -> None:
         """``ValueError`` unless its samples are chunks of actions given obs."""
         seen = found.spec.cond.get("obs")
         if "frames" in found.spec.cond:
@@ -142,12 +144,12 @@ class Policy:
             )
 
     @classmethod
-    def guides(cls, found: runs.Run) -> list[Guidance]:
+    def guides(cls, found: Run) -> list[Guidance]:
         """Guidance that belongs to such samples, after all other."""
         return []
 
     @classmethod
-    def further(cls, found: runs.Run) -> dict[str, Any]:
+    def further(cls, found: Run) -> dict[str, Any]:
         """What else a policy of this kind needs."""
         return {}
 
@@ -248,6 +250,6 @@ class Watcher(Policy):
         return False
 
     @classmethod
-    def require(cls, found: runs.Run) -> None:
+    def require(cls, found: Run) -> None:
         if not isinstance(found.codec, Actions) or len(found.spec.shape) != 2:
             Policy.require(found)
