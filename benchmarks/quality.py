@@ -84,9 +84,11 @@ class Quality:
 
     objectives: str = "ddpm,edm,flow,flow-ot"
     """Rows, with commas between: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
-    backbone: Any = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
+    backbone: Any = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+    )
     """The network of all rows; without a NAME, the one that suits the data."""
-    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
+    data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
     """What all learn from."""
     steps: Count = 2000
     """Optimiser steps of each."""

@@ -23,8 +23,8 @@ from genkit.cli.main import main as genkit
 from genkit.core import pictures
 from genkit.envs import make
 from genkit.envs.gym import Gym
+from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import rollout
 from genkit.training.directory import find_run, read_log
 from genkit.training.run import Run, load_run
 
@@ -59,7 +59,7 @@ def strip(run: Run, steps: int) -> np.ndarray:
     """Eight moments of the first four seconds of an episode, side by side."""
     step = cast(Gym, make(args.env, 1)).worlds[0].unwrapped.dt  # seconds
     world = make(args.env, 1, max_episode_steps=round(4 / step), camera_name="track")
-    done = rollout(Policy.load(run, steps=steps), world, [100_000], film=1)
+    done = run_episodes(Policy.load(run, steps=steps), world, [100_000], film=1)
     moments = [f.resize((160, 160)) for f in done.frames[0][:: max(1, len(done.frames[0]) // 8)][:8]]
     return np.concatenate([np.asarray(f) for f in moments], 1)
 

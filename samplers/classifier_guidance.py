@@ -16,7 +16,6 @@ import torch
 from genkit.core import pictures
 from genkit.diffusion.guidance import by_classifier, classifier_free, compose
 from genkit.diffusion.samplers import Seeds, bind, uniform
-from genkit.training import run as runs
 from genkit.training.run import load_run, with_classes
 from genkit.training.sampling import sample_conditions
 
@@ -35,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     run, judge = load_run(args.run), load_run(args.classifier)
-    classify = runs.classifier_of(judge).classify(judge.nets)
+    classify = judge.classifier.classify(judge.nets)
     cond = sample_conditions(with_classes(run.spec, judge), args.n, args.label)
     cond = {k: v.to(run.device) for k, v in cond.items()}
     z = Seeds(range(args.seed, args.seed + args.n), run.device)(run.spec.shape)

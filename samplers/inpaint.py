@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Draw, pictures
-from genkit.data import DATA, source
+from genkit.data import DATA, find_source
 from genkit.diffusion.guidance import within
 from genkit.diffusion.inverse_problems import Mask, dps, measure, pigdm
 from genkit.diffusion.samplers import SAMPLERS, Seeds, bind, uniform
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
 
     run = load_run(args.run)
-    name, fields = source(args.images) if args.images else ("", {})
+    name, fields = find_source(args.images) if args.images else ("", {})
     data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from genkit.core import Draw, pictures
-from genkit.data import DATA, source
+from genkit.data import DATA, find_source
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.inverse_problems import sdedit
 from genkit.diffusion.samplers import SAMPLERS, Seeds, uniform
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
 
     run = load_run(args.run)
-    name, fields = source(args.images) if args.images else ("", {})
+    name, fields = find_source(args.images) if args.images else ("", {})
     data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x

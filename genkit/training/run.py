@@ -140,8 +140,8 @@ class Run:
         """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
 
         ``options`` go to the sampler (``eta`` of ddim), and so does ``callback(step, x, prediction)``. ``weak`` and
-        ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps the
-        network itself (it may count evaluations), ``outer`` one applied after all others. Raises ``ValueError`` for
+        ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps
+        the network itself (it may count evaluations), ``outer`` one applied after all others. Raises ``ValueError`` for
         settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
         """
         sampling = sampling or Sampling()

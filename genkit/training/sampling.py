@@ -148,8 +148,10 @@ def require_same_samples(option: str, run: Run, other: Run) -> None:
     """``ValueError`` if ``other`` models other samples than ``run``: another shape, or another codec."""
     ours, theirs = ((r.spec.shape, codecs.to_dict(r.codec)) for r in (run, other))
     if ours != theirs:
-        raise ValueError(f"{option}: was trained on samples {theirs[0]} by {theirs[1]['name']}, this model on {ours[0]} "
-                         f"by {ours[1]['name']}, or by other settings; both need the same data")  # fmt: skip
+        raise ValueError(
+            f"{option}: was trained on samples {theirs[0]} by {theirs[1]['name']}, this model on {ours[0]} by "
+            f"{ours[1]['name']}, or by other settings; both need the same data"
+        )
 
 
 def sample_conditions(

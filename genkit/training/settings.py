@@ -12,6 +12,7 @@ from genkit.core.device import DeviceName
 
 if TYPE_CHECKING:
     from genkit.core import Backbones, Objective
+    from genkit.data import DataSource
 
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -29,10 +30,12 @@ class TrainSettings:
     objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
     backbone: Backbones = table(
-        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits"
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
     )
     """Network family. Without a NAME, the one that suits the data."""
-    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
+    data: DataSource = table(
+        "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
+    )
     """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
     steps: Count = 2000
     """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""

@@ -31,7 +31,7 @@ from genkit.training.latents import encode_data
 from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import sample_conditions
-from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals
+from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, logger, stop_signals
 from genkit.training.settings import TrainSettings
 
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
@@ -86,6 +86,7 @@ class Trainer:
         if self.resumed:
             restore(find_checkpoint(self.resumed), state, settings.objective)
             if state.step >= settings.steps:
+                logger.info(f"already at step {state.step}; to go further: --resume {self.resumed} --steps N")
                 return self.trained(self.resumed, state, data, accelerator)
         evaluator = self.evaluator(state, data, accelerator)
         directory = self.open_directory(accelerator, state, origin, data.codec)

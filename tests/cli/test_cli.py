@@ -163,7 +163,7 @@ def test_unknown_command(capsys):
         (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
         (["train", "--resume=nowhere"], "does not exist"),
         (["train", "--data=moons", "--backbone=unet"], "try --backbone=mlp"),
-        (["train", "--device=cuda"], "no CUDA"),
+        (["train", "--device=cuda"], "no such device"),
         (["train", "--data=folder", "--data.root=nowhere"], "nowhere"),
         (["sample", "nowhere"], "does not exist"),
     ],
@@ -185,7 +185,7 @@ def test_mistakes_are_one_line(capsys, argv, says, tmp_path, monkeypatch):
         (["--step=7"], "saved: 2"),
         (["--grid=none"], "allowed: uniform"),
         (["--trajectory", "--n=9", "--batch=4"], "--batch 9"),
-        (["--device=cuda"], "no CUDA"),
+        (["--device=cuda"], "no such device"),
         (["--out=grid.xyz", "--steps=1", "--n=1"], "take .png"),
     ],
 )

@@ -25,7 +25,7 @@ from genkit.core import Loss, Objective, Phase
 from genkit.data import DATA
 from genkit.evaluation import Drawn, Ranks, cards, find_data, measure
 from genkit.evaluation.metrics.features import Classifier, Raw, RawExtractor
-from genkit.evaluation.sources import Given, plain, split_rows
+from genkit.evaluation.sources import Given, split_rows
 from genkit.training.loop import initial_state
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--sample-every=0", "--warmup=0", "--batch=16", "--lr=1e-3"]
@@ -580,6 +580,6 @@ def test_ranks_hear_what_the_main_one_refuses():
 )
 def test_what_a_model_is_measured_by_does_not_hang_on_what_it_is_told(told):
     """A model without classes shares the reference of one that has them, features and all."""
-    found = [Given(plain(config).load("test"), "", config, "test") for config in told]
+    found = [Given(config.with_default_conditions().load("test"), "", config, "test") for config in told]
     assert len({given.hash() for given in found}) == 1
     assert all(given.label == "label" for given in found)

@@ -325,7 +325,7 @@ def test_a_cache_holds_the_moments_of_every_sample_and_its_statistics(trained, c
     s = Statistics.from_dict(kept.statistics)
     assert np.allclose(s.mean.numpy(), q.mean.detach().numpy().mean((0, 2, 3)), atol=1e-5)
     assert len(list(cache.glob("train-*.safetensors"))) == 3
-    assert Latents(root=str(cache)).world() == DATA["digits"]()
+    assert Latents(root=str(cache)).decoded_source() == DATA["digits"]()
 
 
 def test_training_on_a_cache_is_training_on_the_samples(trained, cache, tmp_path):

@@ -48,7 +48,7 @@ class Encode:
 
     run: Positional[str]
     """A run with a code (of vae, ae, vq or autoencoder), such as runs/latest; or diffusers:DIR."""
-    data: Any = table("genkit.cli.commands.encode:DATA", "same", fallback="genkit.data:source")
+    data: Any = table("genkit.cli.commands.encode:DATA", "same", fallback="genkit.data:find_source")
     """What is encoded: a NAME, or a path to a folder of images."""
     split: Literal["train", "test"] = "train"
     """Which samples; both may lie in one folder."""
@@ -92,7 +92,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
     else:
         stage.write(out / "codec")
         write_about(out, about)
-    views = 1 + int(vars(source).get("flip", False))
+    views = 1 + int(source.random_flip)
     starts, made, shards = range(0, len(data), asked.shard), 0, {}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("encoding", total=len(data))

@@ -19,8 +19,8 @@ from torch import nn
 from tyro.conf import Positional
 
 from genkit.backbones.lora import LoRA
-from genkit.cli.commands.train import environment, option
 from genkit.config import parse, table, to_yaml
+from genkit.config.command import peek
 from genkit.core import Batch, seed_of
 from genkit.core.files import write_text
 from genkit.data import Stream
@@ -32,12 +32,13 @@ from genkit.rl.finetune.evaluation import Judged, reward_kl
 from genkit.rl.finetune.image_rewards import likeness
 from genkit.rl.finetune.learner import Critic, Learner, Method, Task, with_reference
 from genkit.rl.finetune.rewards import PAYS, Acting, OneWay, Scoring, classes, function_of
+from genkit.rl.policies.episodes import require_compatible, run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import require_fit, rollout
 from genkit.training.checkpoint import find_checkpoint, read_tensors, restore, save_checkpoint
 from genkit.training.directory import append_log, create_run, find_run, read_log, rewind_log
 from genkit.training.loop import initial_state as fresh_state
 from genkit.training.run import Run, load_run
+from genkit.training.session import environment
 from genkit.training.settings import TrainSettings
 
 console = Console(highlight=False, soft_wrap=True)
@@ -115,7 +116,7 @@ class Finetune:
 
 
 def main(argv: list[str]) -> int:
-    resumed = option(argv, "--resume")
+    resumed = peek(argv, "resume")
     if resumed:
         found = find_run(resumed) / "finetune.yaml"
         if not found.is_file():
@@ -212,7 +213,7 @@ def task_of(asked: Finetune, base: Run) -> tuple[Task, Policy | None]:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
     policy = Policy.load(base, steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
     env = world(asked, policy, asked.num)
-    require_fit(policy, env)
+    require_compatible(policy, env)
     method, codec = asked.method, cast(Actions, base.codec)
     return Acting(env, codec, policy.act_steps, asked.decisions, method.gamma, method.lam, asked.lost), policy
 
@@ -297,7 +298,7 @@ def acted(asked: Finetune, base: Run, nets: dict[str, nn.Module], seeds: range) 
     """What ``nets`` reach as they are used later: without noise, an episode of each seed. The return is the sum of what
     is paid; the largest reward of a step means nothing where that is not the environment's own."""
     policy = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
-    found = rollout(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
+    found = run_episodes(policy, world(asked, policy, min(50, len(seeds))), seeds).summary()
     return {k: v for k, v in found.items() if asked.reward == "env" or k != "best_reward"}
 
 
@@ -336,7 +337,7 @@ def save(run: File, learner: Learner, base: Run, asked: Finetune, best: Best) ->
         for i, p in enumerate(net.parameters()):
             extra |= {f"{name}-adam.{i}.{k}": v.clone() for k, v in fit.state.get(p, {}).items()}
     save_checkpoint(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3,
-              more={EXTRA: extra}, best=best.step or None)  # fmt: skip
+              extra={EXTRA: extra}, best=best.step or None)  # fmt: skip
 
 
 def take_up(learner: Learner, run: File, best: Best) -> None:

@@ -22,6 +22,7 @@ from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives import Flow
 from genkit.objectives.matching.matching import Matching
 from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -85,7 +86,7 @@ def draw_pairs(run: Run, asked: Reflow, progress=lambda done: None) -> tuple[Ten
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
     if isinstance(run.codec, Learned):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
-    generate = run.generator(asked.sampler, asked.steps, asked.guidance)
+    generate = run.generator(Sampling(sampler=asked.sampler, steps=asked.steps, guidance=asked.guidance))
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data, found = run.config.data.load("train") if run.spec.cond else None, []
     for first in range(0, asked.n, asked.batch):

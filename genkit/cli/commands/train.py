@@ -6,6 +6,7 @@ from rich.console import Console
 
 from genkit import config
 from genkit.config import parse
+from genkit.config.command import peek
 from genkit.data.text import examples
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
@@ -31,14 +32,14 @@ def main(argv: list[str]) -> int:
 
 def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
     """The settings that ``argv`` asks for, and the run to resume."""
-    resumed = option(argv, "--resume")
+    resumed = peek(argv, "resume")
     if resumed:
-        if option(argv, "--config"):
+        if peek(argv, "config"):
             raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
-        if option(argv, "--init"):
+        if peek(argv, "init"):
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         argv = ["--config", str(find_run(resumed) / "config.yaml"), *argv]
-    init = None if resumed else option(argv, "--init") or stored_init(argv)
+    init = None if resumed else peek(argv, "init") or stored_init(argv)
     defaults = init_defaults(init) if init else None
     settings = parse(
         TrainSettings, argv, prog="genkit train", description="Train an objective on data.", under=defaults
@@ -48,19 +49,9 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
 
 def stored_init(argv: list[str]) -> str | None:
     """``init`` in the file of ``--config``."""
-    file = option(argv, "--config")
+    file = peek(argv, "config")
     init = config.load_yaml(file).get("init") if file else None
     return init if isinstance(init, str) else None
-
-
-def option(argv: list[str], flag: str) -> str | None:
-    """The value of ``flag``, needed before the rest can be parsed."""
-    for token, following in zip(argv, [*argv[1:], None], strict=False):
-        if token == flag:
-            return following
-        if token.startswith(f"{flag}="):
-            return token.partition("=")[2]
-    return None
 
 
 def conclude(run: Run, done: bool) -> None:
@@ -81,5 +72,5 @@ def conclude(run: Run, done: bool) -> None:
         say(f"note     {warning}")
     label = " --label 1" if "label" in run.spec.cond else ""
     label += f' --prompt "{captions[0]}"' if (captions := examples(run.spec)) else ""
-    usage = getattr(type(run.config.data), "use", run.objective.use)  # policies are tried, not looked at
+    usage = run.config.data.usage or run.objective.use  # policies are tried, not looked at
     say("next     " + usage.format(run=run.directory, label=label))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,8 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.core import Cond, Data, Draw, Label, pictures
-from genkit.data import world
-from genkit.evaluation.sources import still
 from genkit.objectives.autoencoders.autoencoder import Autoencoding
 from genkit.training.run import Run
 
@@ -61,9 +59,7 @@ class Coded(NamedTuple):
 
 def coded(run: Run, n: int = SAMPLES, batch: int = 64) -> Coded:
     """The test split, or where there is none the training split, evenly taken; each posterior's mean."""
-    objective, config = cast(Autoencoding, run.objective), still(world(run.config.data))
-    if "labels" in {f.name for f in fields(config)}:
-        config = replace(config, labels=True)
+    objective, config = cast(Autoencoding, run.objective), run.config.data.decoded_source().unaugmented().with_labels()
     data = held_out(config)
     codes, conds = [], []
     every = torch.arange(min(n, len(data))) * len(data) // min(n, len(data))
