@@ -86,7 +86,7 @@ def test_the_change_is_that_of_the_paper():
     assert torch.allclose(nets["net"](x), wanted, atol=1e-6)
     for strength in (1.0, 0.5, 0.0):
         whole = {"net": copy.deepcopy(layer)}
-        merge(whole, how, stored, "there", strength)
+        merge(whole, how, stored, Path("there"), strength)
         wanted = layer[1](layer[0](x) + strength * 3.0 * x @ a.T @ b.T)
         assert torch.allclose(whole["net"](x), wanted, atol=1e-6)
 
@@ -98,7 +98,7 @@ def test_what_is_merged_is_a_network_as_before(family):
     whole, how = copy.deepcopy(nets), LoRA(rank=2, layers=".")
     names = [k for k, _ in nets["net"].named_parameters()]
     adapt(nets, how)
-    merge(whole, how, tensors(changed(nets)), "there")
+    merge(whole, how, tensors(changed(nets)), Path("there"))
     assert [k for k, _ in whole["net"].named_parameters()] == names
     assert torch.allclose(asked(whole), asked(nets), atol=2e-5)
 

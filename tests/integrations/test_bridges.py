@@ -137,7 +137,7 @@ def test_what_they_cannot_take_is_refused_in_one_line(model, spec, words):
 
 def test_cuts_and_settings_that_are_not_there_are_refused():
     for cut in ("encoder", "decoder"):
-        with pytest.raises(ValueError, match="--backbone=unet or dit"):
+        with pytest.raises(ValueError, match=f"has no {cut}, only denoiser; choose another --backbone"):
             getattr(Diffusers(), cut)(PICTURES, (2,))
     for more, words in (("a", "name=JSON"), ("in_channels=1", "the data decide"),
                         ('time_embedding_type="fourier"', "positional")):  # fmt: skip
