@@ -13,6 +13,7 @@ import pytest
 from genkit import config
 from genkit.cli.commands.bench import BENCHES
 from genkit.cli.main import COMMANDS
+from genkit.training.settings import TrainSettings
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def accept(name, argv):
         assert argv[0] in BENCHES
         return
     if name == "train":  # its main looks for the runs of --init and --resume first
-        config.parse(config.Train, argv)
+        config.parse(TrainSettings, argv)
         return
     module = import_module(COMMANDS[name][0])
 
