@@ -56,7 +56,8 @@ def compare(x: np.ndarray, y: np.ndarray, classifier: SVC, size: int = 359) -> d
         rows.append((distance, coverage(y, subset), coverage(subset, y)))
     values = np.array(rows)
     result = {
-        name: round(float(mean), 4) for name, mean in zip(("frechet", "precision", "recall"), values.mean(0), strict=True)
+        name: round(float(mean), 4)
+        for name, mean in zip(("frechet", "precision", "recall"), values.mean(0), strict=True)
     }
     result["frechet_sd"] = round(float(values[:, 0].std()), 4)
     return result
