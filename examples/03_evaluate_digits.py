@@ -23,10 +23,11 @@ from sklearn.svm import SVC
 from genkit import __version__
 from genkit.core import Draw
 from genkit.data import DATA
+from genkit.data.source import Split
 from genkit.training.run import Run, load_run
 
 
-def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Pixels ``[N, 64]`` in 0..16, as scikit-learn has them, and classes ``[N]``."""
     data = DATA["digits"]().load(split)
     batch = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data)))

@@ -37,7 +37,7 @@ CaptionReader = Callable[[], Sequence[Caption]]
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """The captions of N samples, W for each: ``rows`` Int ``[N, W]`` of ``table``, whose tensors have one row a caption."""
+    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, whose tensors have one row a caption."""
 
     rows: Tensor
     table: Mapping[str, Tensor]
@@ -121,8 +121,10 @@ def captions_from_files(read_files: CaptionReader | None) -> tuple[list[Caption]
 
 
 # --------------------------------------------------------------------------------------------- beside the images
-def read_captions(images: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str) -> list[Caption]:
-    """Return the caption of each image. ``ValueError`` names the file whose caption is missing, double or without image.
+def read_captions(
+    images: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str
+) -> list[Caption]:
+    """Return the caption of each image. ``ValueError`` names a file whose caption is missing, double or of no image.
 
     ``images`` and ``others`` are file names below ``root``; ``read`` returns the content of one of ``others``.
     """

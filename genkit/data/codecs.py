@@ -121,7 +121,7 @@ class Actions(Affine):
         return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
 
     def to_absolute(self, x: Tensor, obs: Tensor) -> Tensor:
-        """Decode samples ``x`` ``[B, A, T]``, given observations ``[B, To, Do]``, to actions that an environment takes."""
+        """Decode samples ``[B, A, T]``, given observations ``[B, To, Do]``, to actions that an environment takes."""
         out = self.decode(x)
         return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
 from genkit.core.files import one_line
+from genkit.core.progress import terminal_progress
 from genkit.data.captions import FILES, CaptionReader, Captions, load_captions
 from genkit.data.codecs import Pixels
 from genkit.data.in_memory import InMemory, random_flip
@@ -92,13 +93,12 @@ def decode(content: bytes, name: str, size: Size = None, channels: Channels = No
         raise ValueError(f"{name}: cannot be decoded: {one_line(e)}") from e
 
 
-def with_progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """``items``, with a progress bar on standard error if that is a terminal."""
-    from rich.console import Console  # lazy: speed
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
+    with terminal_progress() as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(what, done, total)
 
 
 # --------------------------------------------------------------------------------------------------- on disk
@@ -130,7 +130,7 @@ class OnDisk:
         return len(self.files.names)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The decoded images, uint8 ``[B, C, H, W]``. ``ValueError`` names a file that is corrupt or of another shape."""
+        """Decoded images, uint8 ``[B, C, H, W]``. ``ValueError`` names a file that is corrupt or has another shape."""
         out = np.empty((len(indices), *self.spec.shape), dtype=np.uint8)
         for row, i in enumerate(indices):
             pixels = decode(self.files.read(i), self.files.location(i), self.size, self.channels)

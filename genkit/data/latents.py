@@ -34,8 +34,8 @@ INDEX = "latents.json"
 class InLatents:
     """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
 
-    ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the codec
-    here does nothing. ``statistics`` are those of the latents' channels.
+    ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the
+    ``codec`` does nothing. ``statistics`` are those of the latents' channels.
     """
 
     moments: Tensor

@@ -276,7 +276,7 @@ class Npz(ImageSource):
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    """uint8 images or float32 numbers ``[N, ...]``, and classes ``[N]`` if there are any. ``ValueError`` names a fault."""
+    """uint8 images or float32 numbers ``[N, ...]``, and classes ``[N]`` or None. ``ValueError`` names what is wrong."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             keys = ("x", "y") if "x" in stored.files else ("arr_0", "arr_1")

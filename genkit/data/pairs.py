@@ -77,7 +77,7 @@ class Pairs(DataSource):
 
 
 def decode_exactly(x: Tensor, codec: Codec) -> Tensor:
-    """The samples that ``codec.encode`` maps to ``x``, unrounded. ``encode`` is affine, so its values at 0 and 1 suffice.
+    """Samples that ``codec.encode`` maps to ``x``, unrounded: ``encode`` is affine, so its values at 0 and 1 suffice.
 
     ``codec.decode`` would round images to 256 levels, and clip what a model draws beyond them.
     """

@@ -122,8 +122,10 @@ def open_encoder(name: str) -> TextEncoder:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
         reason = one_line(e)[:160]
         kind = "the folder" if folder.is_dir() else "neither a folder nor available from the hub:"
-        raise ValueError(f"encoder: {name} cannot be opened ({kind} {reason}); needs a text encoder of transformers with "
-                         "safetensors: CLIP's text half, T5, BERT ...") from e  # fmt: skip
+        raise ValueError(
+            f"encoder: {name} cannot be opened ({kind} {reason}); needs a text encoder of transformers with "
+            "safetensors: CLIP's text half, T5, BERT ..."
+        ) from e
     finally:
         hf.logging.set_verbosity(before)
 
@@ -162,14 +164,16 @@ def prompts_to_bytes(name: str, kind: Text, prompts: Sequence[str]) -> dict[str,
 
 
 def prompts_to_states(name: str, kind: Tokens, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The condition and mask of prompts that a frozen encoder reads. ``ValueError`` if it is not the one of training."""
+    """The condition and mask of prompts that a frozen encoder reads. ``ValueError`` if it differs from training's."""
     try:
         encoder = open_encoder(kind.encoder)
     except ValueError as e:
         raise ValueError(f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}: {e}") from e
     if encoder.sha256 != kind.sha256:
-        raise ValueError(f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}, but the one found "
-                         f"has {encoder.sha256[:12]}; restore the former")  # fmt: skip
+        raise ValueError(
+            f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}, but the one found has "
+            f"{encoder.sha256[:12]}; restore the former"
+        )
     states, mask = encoder(prompts)
     return {name: states, "mask": mask}
 

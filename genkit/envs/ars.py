@@ -110,9 +110,9 @@ def ignore(done: int, mean_return: float) -> None:
 def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore) -> LinearPolicy:
     """Find a linear policy for an environment of gymnasium. ``ValueError`` if none reaches the target.
 
-    Observations are standardised by those met so far. Whenever the mean return of a round is the best so far, the policy
-    in its centre acts in as many episodes; the first that reaches the target ends the search: an expert that is good
-    enough, not the best there is.
+    Observations are standardised by those met so far. Whenever the mean return of a round is the best so far, the
+    policy in its centre acts in as many episodes; the first that reaches the target ends the search: an expert that is
+    good enough, not the best there is.
     """
     target = settings.target_for(env)
     envs = Gym(2 * settings.directions, env)
@@ -153,8 +153,8 @@ def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore
 def episode_returns(
     env: Env, policy: LinearPolicy, seeds: Sequence[int], stats: RunningStats | None = None, bonus: float = 0.0
 ) -> np.ndarray:
-    """Returns ``[N]`` of one episode in each row, less ``bonus`` for each step. ``stats`` collects the observations that
-    the policy acted on."""
+    """Returns ``[N]`` of one episode in each row, less ``bonus`` for each step. ``stats`` collects the observations
+    that the policy acted on."""
     obs = env.reset(seeds)
     alive, returns = np.ones(env.num, bool), np.zeros(env.num)
     while alive.any():

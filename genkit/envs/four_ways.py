@@ -211,8 +211,8 @@ class Expert:
 
 
 def expert_episodes(num: int, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """``num`` episodes of the expert, the ways in turn: of each the observations ``[T, 2]``, actions ``[T, 2]``, rewards
-    ``[T]``, its way ``[T]`` and the last position ``[2]``."""
+    """``num`` episodes of the expert, the ways in turn: of each the observations ``[T, 2]``, actions ``[T, 2]``,
+    rewards ``[T]``, its way ``[T]`` and the last position ``[2]``."""
     env, expert = FourWays(num), Expert(num)
     seeds = [seed * 1_000_003 + i for i in range(num)]
     obs, actions, rewards, ends = [env.reset(seeds)], [], [], np.full(num, env.max_steps)

@@ -153,8 +153,8 @@ def ignore_warning(message: str) -> None:
 
 @contextmanager
 def mute_mujoco() -> Iterator[None]:
-    """Suppress MuJoCo's warnings about the models that gymnasium ships: for each environment a line on stderr and one in
-    a file MUJOCO_LOG.TXT of the current folder. Later warnings, about a simulation, are shown."""
+    """Suppress MuJoCo's warnings about the models that gymnasium ships: for each environment a line on stderr and one
+    in a file MUJOCO_LOG.TXT of the current folder. Later warnings, about a simulation, are shown."""
     try:
         mujoco: Any = importlib.import_module("mujoco")
     except ImportError:
@@ -186,8 +186,8 @@ def keypoints(pose: np.ndarray) -> np.ndarray:
 
 
 class PushT(Gym):
-    """``gym_pusht/PushT-v0`` with the observations of the demonstrations: nine corners of the T, then the hand, in pixels
-    of 512."""
+    """``gym_pusht/PushT-v0`` with the observations of the demonstrations: nine corners of the T, then the hand, in
+    pixels of 512."""
 
     def __init__(self, num: int, max_steps: int = 300):
         super().__init__(num, "gym_pusht/PushT-v0", obs_type="state", visualization_width=256, visualization_height=256)

@@ -274,7 +274,7 @@ def column_to_array(table: Any, name: str, location: Path) -> np.ndarray:
 
 
 def recorded_lengths(folder: Path, counted: np.ndarray) -> Sequence[int]:
-    """The length of each episode in ``meta/``: ``episodes.jsonl`` of v2, parquet files of v3; without both, ``counted``."""
+    """The length of each episode in ``meta/``: ``episodes.jsonl`` (v2) or parquet files (v3); without, ``counted``."""
     lines = folder / "meta" / "episodes.jsonl"
     files = sorted((folder / "meta" / "episodes").rglob("*.parquet"))
     try:

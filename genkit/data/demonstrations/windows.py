@@ -32,8 +32,8 @@ SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "
 class Episode(NamedTuple):
     """One recording: observations ``[T, Do]`` and actions ``[T, A]`` in the environment's units.
 
-    If known: rewards ``[T]``, the skill of each step ``[T]``, the observation after the last action ``[Do]``, and images
-    ``frames`` ``[T, C, H, W]``. If only images are observed, Do is 0.
+    If known: rewards ``[T]``, the skill of each step ``[T]``, the observation after the last action ``[Do]``, and the
+    images ``frames`` ``[T, C, H, W]``. If only images are observed, Do is 0.
     """
 
     obs: np.ndarray
@@ -57,8 +57,8 @@ def check_horizons(obs_steps: int, pred_steps: int, act_steps: int) -> None:
 
 
 def window_starts(length: int, obs_steps: int, pred_steps: int, act_steps: int) -> np.ndarray:
-    """First steps of all windows of an episode, as in diffusion_policy's ``create_indices`` with ``obs_steps - 1`` steps
-    of padding before and ``act_steps - 1`` after; at least one window, however short the episode is.
+    """First steps of all windows of an episode: those of diffusion_policy's ``create_indices`` with ``obs_steps - 1``
+    steps of padding before and ``act_steps - 1`` after; at least one window, however short the episode is.
     """
     first = 1 - obs_steps
     return np.arange(first, max(first, length - pred_steps + act_steps - 1) + 1)
@@ -69,7 +69,7 @@ def window_steps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the steps ``[N, Tp]`` of all windows, and of their states.
 
-    Both count on from one episode to the next. Each episode has one state more than steps: the one after its last action.
+    Both count on from one episode to the next. Each episode has one state more than steps: that after its last action.
     """
     steps, states, before = [], [], 0
     for i, episode in enumerate(episodes):
@@ -198,7 +198,7 @@ class Demonstrations(DataSource):
     act_steps: Steps = 8
     """actions, counted from now, that are executed before the policy observes again"""
     plan: Literal["actions", "states", "both"] = "actions"
-    """what a sample holds: actions; the coming states, from which learned inverse dynamics infer the actions; or both"""
+    """what a sample holds: actions; the coming states, from which inverse dynamics infer the actions; or both"""
     conditions: tuple[ExtraCondition, ...] = ()
     """conditions besides obs: returns (discounted, of the whole episode), skill (kind of episode), goal (state at the
     window's end). With --objective.drop-each 0.2 each may be omitted later, and guided by"""
@@ -207,7 +207,7 @@ class Demonstrations(DataSource):
     scaling: Literal["min-max", "standardize"] = "min-max"
     """scaling of actions and observations: each dimension's range to [-1, 1], or to mean 0 and standard deviation 1"""
     anchors: Annotated[int, Ge(0)] = 0
-    """number of typical chunks (k-means); each chunk gets the nearest as its class "anchor", for --objective=anchored"""
+    """typical chunks (k-means), of which each chunk gets the nearest as its class "anchor", for --objective=anchored"""
     env: str = ""
     """the environment in which a policy is evaluated"""
 
@@ -252,9 +252,7 @@ class Demonstrations(DataSource):
         spec = Spec(tuple(x.shape[1:]), kinds)
         return WithFrames(x, cond, spec, codec, frames=windows.frames, frame_rows=windows.frame_rows)
 
-    def build_conditions(
-        self, windows: Windows, train: Windows
-    ) -> tuple[dict[str, Tensor], dict[str, Condition]]:
+    def build_conditions(self, windows: Windows, train: Windows) -> tuple[dict[str, Tensor], dict[str, Condition]]:
         """The conditions of ``windows`` and their kinds, scaled by the training split."""
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
