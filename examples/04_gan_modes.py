@@ -80,7 +80,7 @@ def train(name: str, seed: int, **changed: Any) -> tuple[Tensor, dict[str, Any]]
         x = cfg.objective.generator(state.emas[cfg.ema[0]])(z, {})
     told = {k: round(log[-1][f"discriminator/{k}"], 3) for k in ("accuracy", "diversity")}
     told["gradient"] = [float(f"{line['generator/grad_norm']:.3g}") for line in log]
-    return x, {**modes(x, sigma), **told, "said": cfg.objective.remark(log[-1]), "cpu_seconds": round(seconds, 1)}
+    return x, {**modes(x, sigma), **told, "said": cfg.objective.warning(log[-1]), "cpu_seconds": round(seconds, 1)}
 
 
 def draw(samples: Mapping[tuple[str, int], Tensor], found: Mapping[str, Mapping[int, Any]], path: Path) -> None:
