@@ -31,7 +31,7 @@ class Affine(Prediction):
 
     def at(self, alpha: float, sigma: float) -> Tensor:
         (p, q), (r, s) = self.clean, self.noise
-        return weighted(alphalpha * p + sigma * r, self.x, alpha * q + sigma * s, self.out)
+        return weighted(alpha * p + sigma * r, self.x, alpha * q + sigma * s, self.out)
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -132,7 +132,7 @@ def test_clamp_stays_on_the_path():
 def test_rescale_brings_the_standard_deviation_back(phi, scale):
     """Lin et al. 2024: at phi = 1 that of the conditional prediction, else the mean of the two, weighted by phi."""
     torch.manual_seed(0)
-    good, bad = to_tensors(5, 2, 3, 4), 2 * to_tensors(5, 2, 3, 4) + 1
+    good, bad = tensors(5, 2, 3, 4), 2 * tensors(5, 2, 3, 4) + 1
     linear = LINEAR(good, bad, scale, None)[0]
     got = Rescale(phi)(good, bad, scale, None)[0]
     std = [y.flatten(1).std(1) for y in (good, linear, got)]
@@ -149,7 +149,7 @@ def test_rescale_leaves_what_has_no_deviation():
 
 
 def test_apg_with_everything_off_is_linear():
-    good, bad = to_tensors(5, 3, 4), to_tensors(5, 3, 4)
+    good, bad = tensors(5, 3, 4), tensors(5, 3, 4)
     for scale in (-1.0, 0.0, 2.0, 7.5):
         got, kept = APG(parallel=1.0)(good, bad, scale, None)
         assert kept is None
@@ -167,7 +167,7 @@ def test_apg_weakens_the_part_along_the_prediction_and_no_other(parallel):
 
 
 def test_apg_limits_the_norm_of_a_whole_sample():
-    good, way = to_tensors(4, 2, 3), to_tensors(4, 2, 3)
+    good, way = tensors(4, 2, 3), tensors(4, 2, 3)
     way = way / way.flatten(1).norm(dim=1).view(-1, 1, 1) * torch.tensor([0.5, 1.0, 2.0, 8.0]).view(-1, 1, 1)
     got = APG(1.0, threshold=1.0)(good, good - way, 2.0, None)[0] - good
     assert torch.allclose(got.flatten(1).norm(dim=1), torch.tensor([0.5, 1.0, 1.0, 1.0], dtype=F64), atol=1e-12)
@@ -177,8 +177,8 @@ def test_apg_limits_the_norm_of_a_whole_sample():
 
 def test_apg_remembers_the_whole_differences():
     """The running sum of Sadat et al. 2025, section 4.3, written out; the limit does not enter what is remembered."""
-    rule, past, good = APG(1.0, threshold=0.7, momentum=-0.5), None, to_tensors(3, 2)
-    ways = [to_tensors(3, 2) for _ in range(3)]
+    rule, past, good = APG(1.0, threshold=0.7, momentum=-0.5), None, tensors(3, 2)
+    ways = [tensors(3, 2) for _ in range(3)]
     for way in ways:
         got, past = rule(good, good - way, 2.0, past)
     total = ways[2] - 0.5 * (ways[1] - 0.5 * ways[0])
@@ -188,7 +188,7 @@ def test_apg_remembers_the_whole_differences():
 
 
 def test_memory_is_of_one_trajectory_and_of_one_sample():
-    z, label = to_tensors(6, 2), torch.arange(6) % 3
+    z, label = tensors(6, 2), torch.arange(6) % 3
     sampling = bind("heun", 5, classifier_free(3.0, APG(momentum=-0.7)))
     generate = sampling(ExactDenoiser(MIXTURE, Linear()))
     first = generate(z, {"label": label})
@@ -226,7 +226,7 @@ def test_the_whole_interval_is_guidance_and_its_ends_belong_to_it():
 
 
 def test_an_interval_saves_evaluations():
-    z, cond = to_tensors(4, 2), {"label": torch.zeros(4, dtype=torch.long)}
+    z, cond = tensors(4, 2), {"label": torch.zeros(4, dtype=torch.long)}
     rows = []
     for guidance in (classifier_free(3.0), within(0.21, 0.59, classifier_free(3.0)), None):
         counted = Counted(ExactDenoiser(MIXTURE, Linear()))

@@ -219,7 +219,14 @@ def test_the_critic_of_wgan_gp_measures_the_distance():
 def small(objective, steps=2, accelerator=None, micro_batch=None, spec=None):
     """A few steps in float64 on points with classes; the state."""
     spec = spec or Spec((2,), {"label": Label(3)})
-    how = {"steps": max(1, steps), "batch": 32, "micro": micro, "log_every": 1, "ema": [0.9], "precision": "fp32"}
+    how = {
+        "steps": max(1, steps),
+        "batch": 32,
+        "micro_batch": micro_batch,
+        "log_every": 1,
+        "ema": [0.9],
+        "precision": "fp32",
+    }
     cfg = config.from_dict(TrainSettings, {"objective": "gan", **how})
     torch.manual_seed(0)
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), spec).items()}
@@ -550,9 +557,9 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
 
     z = Seeds(range(3, 9), run.device)((64,))
     assert torch.allclose(x, run.nets["generator"](z, cond))
-    raw = load_run(trained, ema="none").sample(6, seed=3)[0]
+    raw = load_run(trained, ema="none").sample(6, seed=3).x
     assert not torch.allclose(x, raw)
-    assert torch.allclose(run.sample(2, seed=5)[0], x[2:4], atol=1e-6) == bool(
+    assert torch.allclose(run.sample(2, seed=5).x, x[2:4], atol=1e-6) == bool(
         (cond["label"][2:4] == torch.arange(2)).all()
     )
     assert (trained / "samples" / "step-0000004.png").exists()
