@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
-from genkit.core.files import one_line, whole
+from genkit.core.files import atomic_write, one_line
 from genkit.core.tensors import cache
 
 MAX_TOKENS = 512  # of encoders that know no limit
@@ -150,7 +150,7 @@ def encode_cached(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tenso
     states, mask = encoder(texts)
     encoded = {"text": states, "mask": mask}
     try:
-        with whole(path) as part:
+        with atomic_write(path) as part:
             save_file(encoded, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e

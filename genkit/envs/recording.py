@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge
 
 from genkit.config import table
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.core.progress import Progress, reporting, silent
 from genkit.envs import Env, Expert, make, make_expert
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
@@ -120,7 +120,7 @@ def record_demonstrations(
         demos = collect_episodes(settings, report)
     ends = np.cumsum([len(actions) for actions in demos.arrays["action"]])
     arrays: Any = {name: np.concatenate(parts) for name, parts in demos.arrays.items()}
-    with whole(path) as part, open(part, "wb") as f:
+    with atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, episode_ends=ends, **arrays)
     expert_path, origin = None, ""
     if isinstance(demos.expert, LinearPolicy):
