@@ -62,7 +62,7 @@ def test_pictures_are_kept_once_and_given_in_windows():
         assert np.array_equal(shown.numpy(), draw_views(obs.double().numpy(), (16, 16)))
     assert torch.equal(batch.cond["frames"][0, 0], batch.cond["frames"][0, 2])  # before the start
     refuses(lambda: DATA["four-ways"](pixels=4).load(), "pixels: given 4", "8 or more")
-    refuses(lambda: DATA["four-ways"](pixels=16, plan="states").load(), "plan, goal", "pictures alone")
+    refuses(lambda: DATA["four-ways"](pixels=16, plan="states").load(), "plan, goal", "only images")
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_prompts_that_cannot_be_read_are_refused_in_one_line(worded, tmp_path, c
     assert len(error.strip().splitlines()) == 1
     assert "this model has no classes; leave --label out" in failing(capsys, "sample", str(worded), "--label=3")
     with pytest.raises(
-        ValueError, match=r"given 'seven', but this model reads no words; its conditions: label \(label\)"
+        ValueError, match=r"given 'seven', but this model reads no text; its conditions: label \(label\)"
     ):
         sample_conditions(Spec((1, 8, 8), {"label": Label(10)}), 4, prompt="seven")
     with pytest.raises(ValueError, match="its conditions: none"):
@@ -284,7 +284,7 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
     assert "cannot be opened" in error
     assert len(error.strip().splitlines()) == 1
     shutil.copytree(root / "whole", where)
-    assert "put the former back" in failing(capsys, "sample", str(run), "--prompt", "seven")
+    assert "restore the former" in failing(capsys, "sample", str(run), "--prompt", "seven")
     text.open_encoder.cache_clear()
 
 
