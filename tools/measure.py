@@ -1,4 +1,4 @@
-"""Measure the shape of the code: rooms, circles, length of functions, documentation, and hops from a command to its core.
+"""Measure the shape of the code: rooms, circles, length of functions, documentation, hops from a command to its core.
 
     python tools/measure.py [--chains]      # --chains also prints the functions on the way
 
