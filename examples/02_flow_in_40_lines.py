@@ -1,4 +1,4 @@
-"""Flow matching on two moons, with genkit's parts and a training loop of one's own.
+"""Flow matching on two moons, with genkit's parts and a training loop of your own.
 
     python examples/02_flow_in_40_lines.py [--steps 2000] [--out moons.png]
 
