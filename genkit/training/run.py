@@ -18,7 +18,7 @@ from genkit.backbones import lora
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, pictures, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
-from genkit.core.progress import Progress, silent
+from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
@@ -204,21 +204,26 @@ class Run:
 
         generate = self.generator(sampling, weak=weak, classifier=classifier, inner=count, outer=outer,
                                   callback=record if trajectory else None, **(options or {}))  # fmt: skip
-        decoded, shape, report = [], self.objective.noise_shape(self.spec), progress or silent
-        for first in range(0, n, sampling.batch):
-            rows = slice(first, min(first + sampling.batch, n))
-            noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
-            batch_cond = {k: v[rows].to(self.device) for k, v in conditions.items()}
-            frames.append([])
-            with torch.no_grad():
-                x = generate(noise(shape), batch_cond, noise)
-                self.require_finite(x, rows.start)
-                decoded.append(self.codec.decode(x).cpu())
-            report("sampling", rows.stop, n)
+        with reporting(progress) as report:
+            decoded = []
+            for first in range(0, n, sampling.batch):
+                frames.append([])
+                rows = range(first, min(first + sampling.batch, n))
+                decoded.append(self._draw(generate, rows, conditions, sampling.seed))
+                report("sampling", rows.stop, n)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
         evaluations = counters[0].calls if counters else 1  # a one-pass model has no denoiser to evaluate
         rows_each = sum(c.rows for c in counters) / n if counters else 1.0
         return Samples(torch.cat(decoded), conditions, evaluations, rows_each, steps)
+
+    def _draw(self, generate: Generator, rows: range, conditions: Cond, seed: int) -> Tensor:
+        """Decoded samples ``rows`` of those with ``conditions``, on the CPU."""
+        noise = Seeds(range(seed + rows.start, seed + rows.stop), self.device)
+        cond = {k: v[rows.start : rows.stop].to(self.device) for k, v in conditions.items()}
+        with torch.no_grad():
+            x = generate(noise(self.objective.noise_shape(self.spec)), cond, noise)
+            self.require_finite(x, rows.start)
+            return self.codec.decode(x).cpu()
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.
@@ -289,6 +294,24 @@ def load_run(
         net.to(target).eval().requires_grad_(False)
     codec = first_stage.from_dict(record["codec"], run / "codec", target)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), target)
+
+
+load = load_run  # its name in the public API, genkit.load
+
+
+def sample(
+    run: str | Path | Run,
+    n: int = 16,
+    sampling: Sampling | None = None,
+    *,
+    ema: str | float | None = None,
+    step: int | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> Samples:
+    """Draw ``n`` samples from a run, or from the directory of one; ``options`` are those of :meth:`Run.sample`."""
+    opened = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
+    return opened.sample(n, sampling, **options)
 
 
 def weights_file(cfg: TrainSettings, ema: str | None) -> str:
