@@ -25,7 +25,8 @@ from .diffusion.guidance import classifier_free
 from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
 from .diffusion.samplers import SAMPLERS, bind, uniform
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
-from .training.run import Run, Samples, load, sample
+from .training.run import Run, load, sample
+from .training.samples import Samples
 from .training.sampling import Sampling
 from .training.settings import TrainSettings
 from .training.train import train
