@@ -17,7 +17,7 @@ from genkit.core import Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
-from genkit.diffusion.samplers import Counted, Seeds
+from genkit.diffusion.samplers import CountingDenoiser, Seeds
 from genkit.training import run as runs
 
 SPLITS = ("train", "test")
@@ -187,7 +187,7 @@ class Drawn:
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
                 "of a code, what it keeps: --rebuild test"
             )
-        self.asked: list[Counted] = []
+        self.asked: list[CountingDenoiser] = []
         self.classifier: runs.Run | None = self.how.get("classifier")
         mine = self.run.world
         self.spec_asked = self.run.spec if self.classifier is None else runs.with_classes(mine, self.classifier)
@@ -208,7 +208,7 @@ class Drawn:
         return self.run.objective.sampler is None
 
     def _count(self, denoise: Denoiser) -> Denoiser:
-        self.asked.append(Counted(denoise))
+        self.asked.append(CountingDenoiser(denoise))
         return self.asked[-1]
 
     @property

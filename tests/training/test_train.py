@@ -527,14 +527,14 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, c
 
 
 def test_pairs_are_needed_before_a_run_is_made(tmp_path):
-    for how in ("--objective=distil", "--objective.coupling=given"):
+    for how in ("--objective=distillation", "--objective.coupling=given"):
         with pytest.raises(ValueError, match="hold no pairs"):
             in_process(tmp_path / "b", how)
     assert not (tmp_path / "b").exists()
 
 
 # ------------------------------------------------------------------------------------------- loss-aware times
-AWARE = ["--objective.times=loss-aware", "--batch=128", "--steps=30"]
+AWARE = ["--objective.time-distribution=loss-aware", "--batch=128", "--steps=30"]
 
 
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):

@@ -21,7 +21,7 @@ from genkit.config import Sample, Sampling, parse
 from genkit.core import Denoiser, Prediction, pictures, seed_of
 from genkit.core.files import whole
 from genkit.data import text
-from genkit.diffusion.samplers import Counted
+from genkit.diffusion.samplers import CountingDenoiser
 from genkit.training import run as runs
 
 console = Console(highlight=False, soft_wrap=True)
@@ -40,13 +40,13 @@ def main(argv: list[str]) -> int:
     if asked.trajectory and n > asked.batch:
         raise ValueError(f"trajectory: given --n {n} in batches of {asked.batch}; take --batch {n}")
     frames: list[Tensor] = []
-    asks: list[Counted] = []
+    asks: list[CountingDenoiser] = []
 
     def watch(step: int, x: Tensor, prediction: Prediction) -> None:
         frames.append(run.codec.decode(x.float()).cpu())
 
     def count(denoise: Denoiser) -> Denoiser:
-        asks.append(Counted(denoise))
+        asks.append(CountingDenoiser(denoise))
         return asks[-1]
 
     began = time.perf_counter()

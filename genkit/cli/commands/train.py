@@ -32,7 +32,7 @@ from genkit.core import Batch, Codec, Data, Spec, pictures
 from genkit.data import Stream
 from genkit.data.text import examples
 from genkit.diffusion.samplers import Seeds, bind
-from genkit.objectives.matching.couplings import given
+from genkit.objectives.matching.couplings import paired_source
 from genkit.training import run as runs
 from genkit.training.distributed import join_ranks, lost_ranks, start_ranks
 from genkit.training.first_stage import Latent, OfCache
@@ -111,7 +111,7 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
     state = start(cfg.objective, nets, cfg)
     stream = Stream(loaded, cfg.batch, cfg.seed, device, cfg.workers)
     if cfg.objective.paired:
-        given(stream(0, 0, 0, 1))
+        paired_source(stream(0, 0, 0, 1))
     if resumed:
         runs.restore(runs.checkpoint_of(resumed), state, cfg.objective)
     if state.step >= cfg.steps:

@@ -152,7 +152,7 @@ class Demonstrations(DataSource):
     """what a sample holds: actions; the states to come, from which learned inverse dynamics find the actions; both"""
     conditions: tuple[Further, ...] = ()
     """what it is told besides obs: returns (of the whole episode), skill (the kind of episode), goal (the state at the
-    window's end). With --objective.drop-each 0.2 each may be left out later, and guided by"""
+    window's end). With --objective.cond-dropout-each 0.2 each may be left out later, and guided by"""
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     """of the returns, for each step"""
     scaling: Literal["min-max", "standardize"] = "min-max"

@@ -126,7 +126,7 @@ class Policy:
         missing = [k for k in get_args(Further) if k in run.spec.cond and k not in tensors and not droppable]
         if missing:
             raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
-                             "it, or train one that can do without: --objective.drop-each 0.2")  # fmt: skip
+                             "it, or train one that can do without: --objective.cond-dropout-each 0.2")  # fmt: skip
         guides = [guide] if guide else []
         if run.objective.sampler is not None:
             options |= {"sampler": sampler or "ddim", "steps": steps}
