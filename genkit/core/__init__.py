@@ -412,7 +412,7 @@ class Objective(ABC):
     use: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
     suits: ClassVar[Mapping[str, Any]] = {}
-    """settings of ``genkit.config.Train`` that it needs, where a person gives none; of those that follow it"""
+    """settings of ``genkit.TrainSettings`` that it needs, where a person gives none; of those that follow it"""
 
     @property
     @abstractmethod

@@ -269,7 +269,7 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
     refuses(lambda: condition_tensors(run.spec, {"skill": [4]}), "skill: given 4..4; allowed 0..3")
     refuses(lambda: condition_tensors(run.spec, {"goal": [1.0]}), "goal", "needs (1, 2)")
     refuses(lambda: Policy.load(runs["states"], act_steps=15), "act_steps: given 15", "have 14 steps")
-    always = replace(run, config=replace(run.config, objective=replace(run.objective, drop_each=0.0)))  # type: ignore[arg-type]
+    always = replace(run, config=replace(run.config, objective=replace(run.objective, cond_dropout_each=0.0)))  # type: ignore[arg-type]
     refuses(lambda: Policy.load(always), "skill is missing", "--objective.cond-dropout-each 0.2")
     assert isinstance(Policy.load(always, conditions={"skill": [1], "goal": [1.0, 0.3]}), Planner)
 
