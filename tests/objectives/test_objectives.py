@@ -485,7 +485,7 @@ def test_a_memory_does_not_depend_on_how_the_batch_is_cut():
         for step in range(60):
             for a, b in pieces:
                 objective.loss("denoise", nets, Batch(x[a:b], draw=Draw((step,), a, b)))
-            objective.settle(nets, step)
+            objective.after_step(nets, step)
     assert float(whole["history"].seen.min()) >= LossHistory.MEMORY
     assert torch.allclose(whole["history"].probabilities(), cut["history"].probabilities(), rtol=1e-5)
     assert float(whole["history"].probabilities().std()) > 0

@@ -20,7 +20,7 @@ from annotated_types import Gt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from genkit.core import Batch, Cond, Path, expand
+from genkit.core import Batch, Cond, ProbabilityPath, expand
 from genkit.diffusion.paths import chart
 
 
@@ -34,7 +34,7 @@ class Coupling(Protocol):
     needs_pairs: ClassVar[bool]
     """whether the data have to bring the sources"""
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the paths from sources ``x1`` ``[B, *S]``, at times ``t`` ``[B]``."""
         ...
 
@@ -47,7 +47,7 @@ class Independent:
     permutes: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, x1
 
 
@@ -63,7 +63,7 @@ class OptimalTransport:
     permutes: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         cost = torch.nan_to_num(squared_distances(batch.x, x1))
         other = other_class(batch.cond, cost)
         _, order = linear_sum_assignment((cost + other * (1 + len(cost) * cost.max())).cpu().numpy())
@@ -86,7 +86,7 @@ class SchrodingerBridge:
     permutes: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         # a partner for each sample, drawn from its row of the plan
         cumulative = entropic_plan(squared_distances(batch.x, x1), 2 * self.sigma**2).cumsum(1)
         u = batch.uniform()[:, None].to(cumulative) * cumulative[:, -1:]
@@ -106,7 +106,7 @@ class GivenPairs:
     permutes: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = True
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, paired_source(batch)
 
 

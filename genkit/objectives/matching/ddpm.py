@@ -12,13 +12,13 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
     Loss,
     Parametrization,
-    Path,
+    ProbabilityPath,
     Prediction,
     Spec,
     expand,
@@ -82,7 +82,7 @@ class DDPM(Matching):
             raise ValueError(f"vlb_weight: given {self.vlb_weight}, but without learn_variance there is no bound")
 
     @property
-    def path(self) -> Path:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def path(self) -> ProbabilityPath:  # pyright: ignore[reportIncompatibleVariableOverride]
         return VP(self.betas, self.timesteps, self.beta_min, self.beta_max, self.zero_snr)
 
     def quantize_times(self, t: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ class DDPM(Matching):
         return self.quantize_times(super().sample_times(batch))
 
     # ---- learned variance: the network's output has twice the channels, the second half being w in [-1, 1] or so
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if not self.learn_variance:
-            return super().networks(backbones, spec)
-        nets = super().networks(backbones, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))
+            return super().networks(backbone, spec)
+        nets = super().networks(backbone, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))
         return nets | {"net": DoubledOutput(nets["net"])}
 
     def denoiser(self, net: nn.Module) -> Denoiser:
@@ -149,7 +149,7 @@ class LearnedVarianceDenoiser:
     """The denoiser of the first half of a network's output channels, with the second half as learned variance."""
 
     net: nn.Module
-    path: Path
+    path: ProbabilityPath
     parametrization: Parametrization
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Spec
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Spec
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import paired_source
 from genkit.objectives.matching.matching import Matching
@@ -44,7 +44,7 @@ class Distillation(Matching):
         return False
 
     @property
-    def paired(self) -> bool:
+    def needs_pairs(self) -> bool:
         return True
 
     def sample_times(self, batch: Batch) -> Tensor:
@@ -53,9 +53,9 @@ class Distillation(Matching):
     def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, paired_source(batch)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
-        return super().networks(backbones, spec)
+        return super().networks(backbone, spec)
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Path, Spec
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, ProbabilityPath, Spec
 from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import Linear, ODEOnlyPath
 from genkit.objectives.matching.couplings import COUPLINGS, Coupling, Independent
@@ -23,7 +23,7 @@ from genkit.objectives.matching.weights import Constant, LossSpace, LossWeight, 
 class Flow(Matching):
     """Flow matching (Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 23): regress ``x1 - x0`` along straight lines."""
 
-    path: Path = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
     """what the network predicts"""
@@ -64,7 +64,7 @@ class Flow(Matching):
         return self.source.is_normal and self.coupling.independent
 
     @property
-    def paired(self) -> bool:
+    def needs_pairs(self) -> bool:
         return self.coupling.needs_pairs
 
     def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +78,9 @@ class Flow(Matching):
         """What error messages call this flow."""
         return f"a flow with source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
-        return super().networks(backbones, spec)
+        return super().networks(backbone, spec)
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Denoiser,
     Generator,
     Loss,
     Objective,
     Parametrization,
-    Path,
+    ProbabilityPath,
     Phase,
     Prediction,
     Spec,
@@ -33,7 +33,7 @@ PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
 LOSS_SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
     "x0": lambda p: p.x0,
     "eps": lambda p: p.x1,
-    "velocity": lambda p: p.slope,
+    "velocity": lambda p: p.velocity,
 }
 MAX_ERROR_SCALE = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
 
@@ -56,7 +56,7 @@ class Matching(Objective):
     The space in which the squared error is taken is a choice apart from the prediction (Li & He 2025, table 1).
     """
 
-    path: Path
+    path: ProbabilityPath
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
     """what the network predicts"""
@@ -74,7 +74,7 @@ class Matching(Objective):
     """probability of dropping each condition independently"""
 
     sampler: ClassVar[str | None] = "heun"
-    evidence: ClassVar[str | None] = "ode"
+    likelihood_method: ClassVar[str | None] = "ode"
 
     @property
     def parametrization(self) -> Parametrization:
@@ -94,9 +94,9 @@ class Matching(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net",)),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
         history = {"history": LossHistory()} if self.time_distribution.loss_aware else {}
-        return {"net": backbones.denoiser(spec), **history}
+        return {"net": backbone.denoiser(spec), **history}
 
     # ------------------------------------------------------------------------------------------------- one sample
     def sample_times(self, batch: Batch) -> Tensor:
@@ -157,7 +157,7 @@ class Matching(Objective):
             return torch.ones_like(sample.t)
         return history_of(nets).weight(sample.drawn)
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.time_distribution.loss_aware:
             history_of(nets).update()
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from genkit.core import Batch, Path
+from genkit.core import Batch, ProbabilityPath
 from genkit.diffusion.paths import times_at
 
 SMALLEST = 1e-5  # in float32, sigma and alpha / sigma can still be told from 0 and infinity there, on every path
@@ -30,10 +30,10 @@ class TimeDistribution(ABC):
     """Whether times depend on past losses; :meth:`LossHistory.sample` then draws them."""
 
     @abstractmethod
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         """Times ``[B]`` in (0, 1], one for each sample of the batch, from the batch's own random numbers."""
 
-    def check(self, path: Path) -> None:  # noqa: B027  (most have nothing to check)
+    def check(self, path: ProbabilityPath) -> None:  # noqa: B027  (most have nothing to check)
         """``ValueError`` if this distribution mostly draws times that ``path`` does not have."""
 
 
@@ -41,7 +41,7 @@ class TimeDistribution(ABC):
 class Uniform(TimeDistribution):
     """All times alike."""
 
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         return 1 - batch.uniform()  # (0, 1]
 
 
@@ -54,7 +54,7 @@ class LogitNormal(TimeDistribution):
     std: Annotated[float, Gt(0)] = 1.0
     """standard deviation of logit t"""
 
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         return torch.sigmoid(self.mean + self.std * batch.normal(1)[:, 0]).clamp(min=SMALLEST)
 
 
@@ -70,11 +70,11 @@ class LogNormal(TimeDistribution):
     std: Annotated[float, Gt(0)] = 1.0
     """standard deviation of log(sigma / alpha)"""
 
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         tau = torch.sigmoid(self.mean + self.std * batch.normal(1)[:, 0].double())  # sigma / (alpha + sigma)
         return times_at(path, tau, halvings=50).to(batch.x).clamp(min=SMALLEST)
 
-    def check(self, path: Path) -> None:
+    def check(self, path: ProbabilityPath) -> None:
         refuse_noisy_mean("time_distribution.mean", self.mean, path)
 
 
@@ -82,7 +82,7 @@ class LogNormal(TimeDistribution):
 class Beta(TimeDistribution):
     """``t ~ Beta(1.5, 1)``, density ``1.5 sqrt(t)``: more noise, for actions (Black et al. 2024, appendix B)."""
 
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         return (1 - batch.uniform()) ** (1 / 1.5)
 
 
@@ -92,7 +92,7 @@ class LossAware(TimeDistribution):
 
     loss_aware: ClassVar[bool] = True
 
-    def sample(self, batch: Batch, path: Path) -> Tensor:
+    def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         raise AssertionError("loss-aware times are drawn by LossHistory.sample")
 
 
@@ -105,7 +105,7 @@ TIME_DISTRIBUTIONS: Mapping[str, type[TimeDistribution]] = {
 }
 
 
-def refuse_noisy_mean(name: str, mean: float, path: Path) -> None:
+def refuse_noisy_mean(name: str, mean: float, path: ProbabilityPath) -> None:
     """``ValueError`` if the mean of log(sigma / alpha) lies past the end of ``path``."""
     one = torch.ones(1, dtype=torch.float64)
     end = math.log(float(path.sigma(one))) - math.log(max(float(path.alpha(one)), 1e-300))
