@@ -190,6 +190,10 @@ class Drawn:
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
                 "of a code, what it keeps: --rebuild test"
             )
+        if "sampling" not in self.how:
+            settings = dict(self.how)
+            opened = {role: settings.pop(role) for role in ("weak", "classifier") if role in settings}
+            self.how = {"sampling": Sampling(**settings), **opened}
         self.asked: list[CountingDenoiser] = []
         self.classifier: Run | None = self.how.get("classifier")
         mine = self.run.data_spec

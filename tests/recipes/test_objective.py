@@ -54,7 +54,7 @@ def test_resume_is_bit_identical(tmp_path):
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    whole, cut = weights(train(tmp_path / "a")), weights(train(tmp_path / "b", "--micro=3"))
+    whole, cut = weights(train(tmp_path / "a")), weights(train(tmp_path / "b", "--micro-batch=3"))
     assert all(torch.allclose(whole[k], cut[k], atol=1e-5) for k in whole if k.startswith("net"))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from genkit.config import parse
-from genkit.core import Batch, HasELBO, ELBO, Cond, Draw
+from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.data.codecs import Identity, Learned, Pixels
 from genkit.diffusion.samplers import (
     Bound,

@@ -53,7 +53,7 @@ class Distillation(Matching):
     def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, paired_source(batch)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
         return super().networks(backbone, spec)
 

@@ -16,9 +16,9 @@ from genkit.core import (
     Loss,
     Objective,
     Parametrization,
-    ProbabilityPath,
     Phase,
     Prediction,
+    ProbabilityPath,
     Spec,
     expand,
     mean_flat,
@@ -94,7 +94,7 @@ class Matching(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net",)),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         history = {"history": LossHistory()} if self.time_distribution.loss_aware else {}
         return {"net": backbone.denoiser(spec), **history}
 
