@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from genkit.config import parse
 from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
-from genkit.data.codecs import Identity, Learned, Pixels
+from genkit.data.codecs import Identity, LearnedCodec, Pixels
 from genkit.diffusion.samplers import (
     Bound,
     Grid,
@@ -82,7 +82,7 @@ class Likelihood:
 def main(argv: list[str]) -> int:
     asked = parse(Likelihood, argv, prog="genkit likelihood", description=Likelihood.__doc__)
     run = load_run(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
                          "allowed: a model of the samples themselves")  # fmt: skip
     if type(run.codec) not in SCALES:
