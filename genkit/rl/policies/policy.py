@@ -113,7 +113,7 @@ class Policy:
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
-        strengthens them if the run was trained without each of them too (cond_dropout_each), else all conditions together;
+        strengthens them if the run was trained without each of them too (cond_dropout_each), else all together;
         ``options`` are further fields of :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
