@@ -20,7 +20,7 @@ from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
-from genkit.objectives.matching.couplings import given
+from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import find_checkpoint, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
@@ -127,7 +127,7 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     state = initial_state(settings.objective, nets, settings)
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
-        given(stream(0, 0, 0, 1))
+        paired_source(stream(0, 0, 0, 1))
     if resumed:
         restore(find_checkpoint(resumed), state, settings.objective)
     finished = resumed is not None and state.step >= settings.steps
