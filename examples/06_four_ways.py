@@ -19,7 +19,7 @@ from genkit.envs.four_ways import FourWays, expert_episodes
 from genkit.rl.policies.rollout import rollout
 from genkit.training.train import train
 
-MATCHING = {"space": "x0", "drop": 0.0}  # the loss is taken on actions, which always see the observation
+MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
 POLICIES: Mapping[str, tuple[Mapping[str, Any], int]] = {  # settings of training, sampler steps
     "regression": ({"objective": "regression"}, 1),
     "ddpm": ({"objective": {"name": "ddpm", "prediction": "x0", **MATCHING}}, 16),

@@ -22,7 +22,7 @@ from genkit.core import pictures
 from genkit.rl.policies.rollout import rollout
 from genkit.training.train import train
 
-MATCHING = {"space": "x0", "drop": 0.0}  # the loss is taken on actions, which always see the observation
+MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
 POLICIES: Mapping[str, tuple[Any, Mapping[str, Any], int]] = {  # objective, settings of the data, sampler steps
     "regression": ("regression", {}, 1),
     "ddpm": ({"name": "ddpm", "prediction": "x0", **MATCHING}, {}, 10),
