@@ -27,7 +27,7 @@ from genkit.diffusion.paths import PATHS, Linear, chart, times_at
 from genkit.diffusion.samplers import SAMPLERS, uniform
 from genkit.diffusion.samplers.likelihood import log_prob
 
-SOLVERS = ("ddim", "heun", "rk4", "dpmpp_2m", "dpmpp_3m", "unipc")  # fixed steps, no noise
+SOLVERS = [name for name, info in SAMPLERS.items() if info.order]  # fixed steps, no noise
 STEPS = (64, 128, 256)
 LIKELIHOOD_STEPS = 256
 
@@ -35,7 +35,7 @@ LIKELIHOOD_STEPS = 256
 def solve(sampler: str, path: Path, z: Tensor, steps: int) -> Tensor:
     times = times_at(path, torch.linspace(0.98, 0.02, steps + 1, dtype=F64))
     scale = chart(path, times)[1]
-    return SAMPLERS[sampler](ExactDenoiser(three(), path), scale[0] * z, times) / scale[-1]
+    return SAMPLERS[sampler].function(ExactDenoiser(three(), path), scale[0] * z, times) / scale[-1]
 
 
 def likelihood_error(path: Path, x: Tensor) -> float:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
     truth = solve("rk4", Linear(), z, 1024)
     errors: dict[str, dict[str, list[float]]] = {}
-    jobs = [(s, p) for s in SOLVERS if s in SAMPLERS for p in PATHS]
+    jobs = [(s, p) for s in SOLVERS for p in PATHS]
     for sampler, path in track(jobs, "solving", console=console, disable=not console.is_terminal):
         found = [float((solve(sampler, PATHS[path](), z, n) - truth).norm(dim=1).mean()) for n in STEPS]
         errors.setdefault(sampler, {})[path] = found

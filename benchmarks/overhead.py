@@ -28,26 +28,25 @@ from genkit import __version__
 from genkit.core import Parametrization, Path, Sampler
 from genkit.diffusion.parametrization import Epsilon, NetDenoiser, Velocity
 from genkit.diffusion.paths import VP, Linear
-from genkit.diffusion.samplers import SAMPLERS, Grid, trailing, uniform
-from genkit.diffusion.samplers.ode import heun
+from genkit.diffusion.samplers import Grid, ddim, dpmpp_2m, dpmpp_3m, heun, trailing, uniform, unipc
 
 STEPS = 20
 SIGMA = partial(heun, clock="sigma")  # the clock of Karras et al. 2022, which is also that of HeunDiscreteScheduler
 PAIRS: dict[str, tuple[Sampler, Path, Parametrization, Grid, str, dict[str, Any]]] = {  # name -> ours, theirs
-    "ddim": (SAMPLERS["ddim"], VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
-    "dpmpp_2m": (SAMPLERS["dpmpp_2m"], VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
+    "ddim": (ddim, VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
+    "dpmpp_2m": (dpmpp_2m, VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
     "dpmpp_3m": (
-        SAMPLERS["dpmpp_3m"],
+        dpmpp_3m,
         VP(),
         Epsilon(),
         trailing(STEPS),
         "DPMSolverMultistepScheduler",
         {"solver_order": 3},
     ),
-    "unipc": (SAMPLERS["unipc"], VP(), Epsilon(), trailing(STEPS), "UniPCMultistepScheduler", {}),
+    "unipc": (unipc, VP(), Epsilon(), trailing(STEPS), "UniPCMultistepScheduler", {}),
     "heun": (SIGMA, VP(), Epsilon(), trailing(STEPS), "HeunDiscreteScheduler", {}),
     "heun, flow": (heun, Linear(), Velocity(), uniform(STEPS), "FlowMatchHeunDiscreteScheduler", {}),
-    "euler, flow": (SAMPLERS["ddim"], Linear(), Velocity(), uniform(STEPS), "FlowMatchEulerDiscreteScheduler", {}),
+    "euler, flow": (ddim, Linear(), Velocity(), uniform(STEPS), "FlowMatchEulerDiscreteScheduler", {}),
 }
 
 

@@ -40,7 +40,7 @@ class Exact:
 def draw(path: Path, sampler: str, steps: int, z: Tensor) -> Tensor:
     times = times_at(path, torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64))
     scale = chart(path, times)[1]
-    return SAMPLERS[sampler](Exact(path), scale[0] * z, times) / scale[-1]
+    return SAMPLERS[sampler].function(Exact(path), scale[0] * z, times) / scale[-1]
 
 
 def main() -> None:

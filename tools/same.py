@@ -49,6 +49,10 @@ RUNS = [  # the directory that a `train` line makes is runs/NNNN-NAME, numbered 
     "eval runs/0000-flow --n 64 --metrics fid,prdc --features raw --steps 4 --out card-digits.json",
     "likelihood runs/0002-edm --n 16 --steps 8 --json",
     "rollout runs/0007-policy --episodes 4 --out rollout",
+    "report runs/0003-vae",
+    "encode runs/0005-stage --out latents",
+    "reflow runs/0002-edm --n 32 --steps 2",
+    "sweep runs/0002-edm --steps 2 4 --n 40 --confirm 50",
 ]  # fmt: skip
 
 REFUSED = [

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0, or 2 for a mistake in what was asked, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # Before torch is imported: threads that wait for each other sleep instead of spinning. On a core that another
-    # process holds, spinning made a step 5 to 20 times slower (LOG.md).
+    # process holds, spinning made a step 5 to 20 times slower (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 from tyro.conf import Positional
 
-from genkit.config.blocks import ConfigError, dump, from_dict, load, load_yaml, to_yaml
+from genkit.config.blocks import ConfigError, dump, from_dict, load, load_yaml, override, to_yaml
 from genkit.config.command import parse
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "dump",
     "from_dict",
     "load_yaml",
+    "override",
     "parse",
     "table",
     "to_yaml",

@@ -124,6 +124,11 @@ def from_dict(cls: Callable[..., T], tree: object) -> T:
     return build(outline(cast(type, cls), tree))
 
 
+def override(cfg: T, **changes: Any) -> T:
+    """``cfg`` with some settings changed, checked as those of a file. A table takes a name, a block or an object."""
+    return build(outline(type(cfg), changes, base=as_block(cfg)))
+
+
 def outline(cls: type, tree: object, path: str = "", base: Block | None = None) -> Block:
     """``tree`` checked against the fields of ``cls``; what it does not mention comes from ``base``, or the defaults."""
     if not isinstance(tree, Mapping):
@@ -153,6 +158,8 @@ def outline_table(meta: Mapping[str, Any], given: object, path: str, value: Any)
     """The block that ``given`` makes of a table; ``value`` is the block that it changes if it has no NAME."""
     if given is ABSENT:
         given = {}
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        return outline_object(meta, given, path)
     if isinstance(given, str):
         given = {"name": given}
     if not isinstance(given, Mapping):
@@ -164,6 +171,14 @@ def outline_table(meta: Mapping[str, Any], given: object, path: str, value: Any)
     if value is ABSENT:
         raise ConfigError(path, f"needs a name; allowed: {', '.join(load(meta['table']))}")
     return outline(value.cls, rest, path, value)
+
+
+def outline_object(meta: Mapping[str, Any], given: Any, path: str) -> Block:
+    """The block of an object that stands for itself, as in Python: ``Train(objective=Flow())``."""
+    kind = load(meta["kind"]) if "kind" in meta else object
+    if not isinstance(given, kind):
+        raise ConfigError(path, f"given {show(given)}; needs a {kind.__name__}")
+    return as_block(given)
 
 
 def follow(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: Any) -> Any:

@@ -23,7 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Path, Prediction, expand
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import part, with_ends
 
 Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
@@ -224,7 +224,7 @@ def by_classifier(classify: Classify, scale: float = 1.0) -> Guidance:
     finite("classifier_scale", scale)
 
     def guide(denoise: Denoiser) -> Denoiser:
-        require_noise("classifier", denoise.path)
+        require_diffusion("classifier", denoise.path)
         same_path("classifier", classify.path, denoise.path)
         path = denoise.path
 

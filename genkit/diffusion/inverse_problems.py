@@ -21,7 +21,7 @@ from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Guidance, Noise, Prediction, expand
 from genkit.diffusion.guidance import LAST, Wrapped, require
-from genkit.diffusion.paths import chart, mix, require_noise, times_at
+from genkit.diffusion.paths import chart, mix, require_diffusion, times_at
 from genkit.diffusion.samplers import SAMPLERS, Callback
 
 
@@ -259,7 +259,7 @@ def moving(shift: Shift) -> Guidance:
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
-        require_noise("measurement", path)
+        require_diffusion("measurement", path)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             asked = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
@@ -299,7 +299,7 @@ def sdedit(
     """
     require("strength", strength, "above 0, up to 1", 0 < strength <= 1)
     require("sampler", sampler, ", ".join(SAMPLERS), sampler in SAMPLERS)
-    require_noise("sdedit", denoise.path)
+    require_diffusion("sdedit", denoise.path)
     times = times.double()
     start = times[:1] if strength == 1 else times_at(denoise.path, strength * chart(denoise.path, times[:1])[0])
     draw = noise or (lambda shape: torch.randn(len(x0), *shape, dtype=x0.dtype, device=x0.device))
@@ -307,4 +307,4 @@ def sdedit(
     x = mix(denoise.path, x0, draw(x0.shape[1:]), t)
     below = torch.cat([start, times[times < start]])
     with torch.no_grad():
-        return SAMPLERS[sampler](denoise, x, below, cond, noise=draw, callback=callback, **options)
+        return SAMPLERS[sampler].function(denoise, x, below, cond, noise=draw, callback=callback, **options)

@@ -226,12 +226,16 @@ class Shifted:
 
 
 @dataclass(frozen=True)
-class Between:
-    """``path`` to a source that is not normal noise drawn apart from the data: its ODE is right, but the noise that is
-    expected at x says nothing of the score there. :func:`require_noise` refuses it where a score is needed.
+class ODEOnlyPath:
+    """The ``path`` of a flow whose source is not normal noise drawn independently of the data.
+
+    The ODE of such a flow is right, but its expected noise at x is not a multiple of the score, so SDE samplers,
+    variational bounds and guidance by Bayes' rule are not. :func:`require_diffusion` refuses it.
     """
 
     path: Path
+    model: str = field(default="this flow", compare=False)
+    """what error messages call the model"""
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.path.alpha(t)
@@ -240,9 +244,9 @@ class Between:
         return self.path.sigma(t)
 
 
-def require_noise(name: str, path: Path) -> None:
-    """``ValueError`` where ``name`` needs a diffusion and the path is another's."""
-    if isinstance(path, Between):
+def require_diffusion(name: str, path: Path) -> None:
+    """``ValueError`` if ``name`` needs the score and ``path`` is that of a flow which has none."""
+    if isinstance(path, ODEOnlyPath):
         raise ValueError(
             f"{name}: given a flow whose source or coupling makes it no diffusion, so that it has no score; allowed: "
             "models of --objective.source=normal and --objective.coupling=independent"

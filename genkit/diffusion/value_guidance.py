@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Prediction, expand
 from genkit.diffusion.guidance import Wrapped, finite, moved, require
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 
 Value = Callable[[Tensor, Cond], Tensor]  # samples in the model's own numbers [B, *S], their conditions -> [B]
 
@@ -29,7 +29,7 @@ def by_value(value: Value, scale: float, var: float = 1.0, rounds: int = 1) -> G
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
-        require_noise("q_guidance", path)
+        require_diffusion("q_guidance", path)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)

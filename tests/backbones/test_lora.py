@@ -262,8 +262,8 @@ def test_what_makes_no_sense_is_one_line(tmp_path, base, tuned, capsys):
 
 @pytest.mark.slow
 def test_an_adapter_learns_digits_that_its_base_has_never_seen(tmp_path):
-    """examples/06_lora_digits.py, with fewer steps: how many samples of the digits 5 to 9 a classifier recognises."""
-    spec = importlib.util.spec_from_file_location("lora_digits", ROOT / "examples/06_lora_digits.py")
+    """examples/05_lora_digits.py, with fewer steps: how many samples of the digits 5 to 9 a classifier recognises."""
+    spec = importlib.util.spec_from_file_location("lora_digits", ROOT / "examples/05_lora_digits.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.write(tmp_path, 100)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tyro.conf import Positional
 
-from genkit.config import ConfigError, Sample, Train, dump, from_dict, load_yaml, parse, table, to_yaml
+from genkit.config import ConfigError, Sample, Train, dump, from_dict, load_yaml, override, parse, table, to_yaml
 from genkit.config.blocks import fields, load
 from genkit.config.command import field_docs
 
@@ -618,6 +618,16 @@ def test_any_file_gives_a_configuration_or_one_line(tmp_path, text):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     assert sound(lambda: from_dict(Job, load_yaml(file)))
+
+
+def test_keywords_change_settings_as_a_file_does():
+    cfg = override(Train(lr=0.5), steps=5, backbone="mlp", objective={"name": "ddpm", "drop": 0.3})
+    assert (cfg.lr, cfg.steps, type(cfg.backbone).__name__, cfg.objective.drop) == (0.5, 5, "MLP", 0.3)
+    assert override(cfg, objective=cfg.objective).objective == cfg.objective
+    assert from_dict(Train, {"objective": cfg.objective}).objective == cfg.objective
+    for wrong in ({"stepz": 3}, {"steps": 0}, {"objective": cfg}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            override(cfg, **wrong)
 
 
 def test_importing_the_configuration_does_not_import_torch():

@@ -659,7 +659,7 @@ def apart(x, label):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["non-saturating, R1 and R2", "relativistic, R1 and R2"])
 def test_a_gan_with_both_penalties_finds_all_eight_modes(name):
-    """Seed 0 of examples/05_gan_modes.py."""
+    """Seed 0 of examples/04_gan_modes.py."""
     x, told = example("gan_modes").train(name, seed=0)
     assert told["modes"] == 8
     assert told["near"] >= 0.9

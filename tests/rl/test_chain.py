@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genkit.core import Spec
-from genkit.diffusion.paths import VP, Between, Linear
+from genkit.diffusion.paths import VP, Linear, ODEOnlyPath
 from genkit.diffusion.samplers import ddim, sde, uniform
 from genkit.rl.finetune.advantages import gae, normalised, of_groups, over_steps
 from genkit.rl.finetune.chain import DDIM, NOISES, SDE, Chain, Fixed, Learned
@@ -208,8 +208,8 @@ def test_the_floor_holds_for_learned_noise_too():
 
 def test_diffusion_noise_is_refused_where_there_is_no_score():
     with pytest.raises(ValueError, match="no diffusion"):
-        Chain.over(Between(Linear()), 4, SDE())
-    Chain.over(Between(Linear()), 4, Fixed())
+        Chain.over(ODEOnlyPath(Linear()), 4, SDE())
+    Chain.over(ODEOnlyPath(Linear()), 4, Fixed())
 
 
 # ------------------------------------------------------------------------------------------------- advantages

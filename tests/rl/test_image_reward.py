@@ -14,7 +14,7 @@ from genkit.cli.commands.rollout import main as rollout
 from genkit.cli.commands.train import main as train
 from genkit.core import Batch, Label, Spec, Vector
 from genkit.data.codecs import Identity, Pixels
-from genkit.diffusion.paths import VP, Between, Linear
+from genkit.diffusion.paths import VP, Linear, ODEOnlyPath
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.diffusion.value_guidance import by_value
 from genkit.objectives import Flow
@@ -77,7 +77,7 @@ def test_value_guidance_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="rounds: given 0"):
         by_value(value, 1.0, rounds=0)
     with pytest.raises(ValueError, match="no diffusion"):
-        by_value(value, 1.0)(ExactDenoiser(bell(0.0, 1.0), Between(Linear())))
+        by_value(value, 1.0)(ExactDenoiser(bell(0.0, 1.0), ODEOnlyPath(Linear())))
 
 
 # ----------------------------------------------------------------------------------------------------- best of N

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def judge(run, **how):
-    spec = importlib.util.spec_from_file_location("judge", ROOT / "examples/03_judge_digits.py")
+    spec = importlib.util.spec_from_file_location("judge", ROOT / "examples/03_evaluate_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.judge(runs.load(run, device="cpu"), **how)

@@ -18,7 +18,7 @@ from genkit.core import Draw, Objective
 from genkit.data.codecs import Learned
 from genkit.data.pairs import save_pairs
 from genkit.diffusion.paths import Linear
-from genkit.diffusion.samplers import Seeds
+from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives import Flow
 from genkit.objectives.matching.matching import Matching
 from genkit.training import run as runs
@@ -86,6 +86,7 @@ def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tupl
     if isinstance(run.codec, Learned):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
     generate = run.generator(asked.sampler, asked.steps, asked.guidance)
+    no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data, found = run.config.data.load("train") if run.spec.cond else None, []
     for first in range(0, asked.n, asked.batch):
         rows = range(first, min(first + asked.batch, asked.n))
@@ -103,7 +104,3 @@ def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tupl
         progress(rows[-1] + 1)
     x, x1, conds = zip(*found, strict=True)
     return torch.cat(x), torch.cat(x1), {k: torch.cat([c[k] for c in conds]) for k in conds[0]}
-
-
-def no_noise(shape: object) -> Tensor:
-    raise ValueError("sampler: this one adds noise, so that z says little of x; take heun, rk4, dopri5 or ddim")

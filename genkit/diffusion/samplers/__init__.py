@@ -7,37 +7,22 @@ Euler's method is ``ddim`` with eta = 0. ``heun``, ``rk4`` and ``dopri5`` solve 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Generator, Guidance, Noise, Sampler
+from genkit.diffusion.paths import ODEOnlyPath
 from genkit.diffusion.samplers.grids import GRIDS, Grid, karras, leading, linspace, logsnr, trailing, uniform
 from genkit.diffusion.samplers.inversion import invert
 from genkit.diffusion.samplers.likelihood import bits_per_dim, dequantise, log_prob
 from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, unipc
 from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
+from genkit.diffusion.samplers.registry import COMMON_ARGUMENTS, SAMPLERS, SamplerInfo, ode_samplers, refuse_noise
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
 from genkit.diffusion.samplers.steps import Callback, Counted, Seeds, nodes
 from genkit.diffusion.samplers.vlb import Bound, variational_bound
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "ddim": ddim,
-    "ancestral": ancestral,
-    "heun": heun,
-    "rk4": rk4,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "unipc": unipc,
-    "dopri5": dopri5,
-    "churn": churn,
-    "sde": sde,
-    "dpmpp_sde": dpmpp_sde,
-    "restart": restart,
-}
-GIVEN = ("denoise", "x", "times", "cond", "noise", "callback")  # what every sampler takes; the rest are its options
 
 
 def bind(
@@ -51,37 +36,72 @@ def bind(
     """A function from denoisers to generators: ``bind("heun", uniform(20), classifier_free(2.0))(denoise)(z, cond)``.
 
     ``grid`` is a grid, explicit times, or a number of uniform steps; ``options`` go to the sampler (``eta`` of ddim).
-    The generator takes standard normals ``z`` ``[B, *S]`` and starts from ``sigma(times[0]) z``.
+    The generator takes standard normals ``z`` ``[B, *S]`` and starts from ``sigma(times[0]) z``. For a flow that is not
+    a diffusion (:class:`~genkit.diffusion.paths.ODEOnlyPath`), a sampler that adds noise raises ``ValueError``.
     """
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: given {sampler!r}; allowed: {', '.join(SAMPLERS)}")
-        known = [k for k in inspect.signature(SAMPLERS[sampler]).parameters if k not in GIVEN]
+        info = SAMPLERS[sampler]
         for name in options:
-            if name not in known:
-                raise ValueError(f"{sampler}: has no option {name!r}; allowed: {', '.join(known) or 'none'}")
-        sampler = SAMPLERS[sampler]
-    if isinstance(grid, int):
-        grid = uniform(grid)
-    draw, places = sampler, grid
+            if name not in info.options:
+                raise ValueError(f"{sampler}: has no option {name!r}; allowed: {', '.join(info.options) or 'none'}")
+        sampler = info.function
+    function = sampler
+    make_times = uniform(grid) if isinstance(grid, int) else grid
 
-    def bound(denoise: Denoiser) -> Generator:
-        times = places if isinstance(places, Tensor) else places(denoise.path)
-        start = nodes(denoise.path, times)[0]
+    def bind_to(denoise: Denoiser) -> Generator:
+        path = denoise.path
+        times = make_times if isinstance(make_times, Tensor) else make_times(path)
+        start = nodes(path, times)[0]
 
         def generate(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
-            guided = guidance(denoise) if guidance else denoise  # anew: it may remember its trajectory
+            if isinstance(path, ODEOnlyPath):
+                noise = refuse_noise(f"{path.model} is only an ODE")
+            guided = guidance(denoise) if guidance else denoise  # for each call: guidance may hold state
             with torch.no_grad():
-                return draw(guided, start.sigma * z, times, cond, noise=noise, callback=callback, **options)
+                return function(guided, start.sigma * z, times, cond, noise=noise, callback=callback, **options)
 
         return generate
 
-    return bound
+    return bind_to
 
 
 __all__ = [
-    "GRIDS", "SAMPLERS", "Bound", "Callback", "Counted", "Grid", "Seeds", "ancestral", "bind", "bits_per_dim", "churn",
-    "ddim", "dequantise", "dopri5", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "heun", "invert", "karras", "leading",
-    "linspace", "log_prob", "logsnr", "nodes", "restart", "rk4", "sde", "trailing", "uniform", "unipc",
+    "COMMON_ARGUMENTS",
+    "GRIDS",
+    "SAMPLERS",
+    "Bound",
+    "Callback",
+    "Counted",
+    "Grid",
+    "SamplerInfo",
+    "Seeds",
+    "ancestral",
+    "bind",
+    "bits_per_dim",
+    "churn",
+    "ddim",
+    "dequantise",
+    "dopri5",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "dpmpp_sde",
+    "heun",
+    "invert",
+    "karras",
+    "leading",
+    "linspace",
+    "log_prob",
+    "logsnr",
+    "nodes",
+    "ode_samplers",
+    "refuse_noise",
+    "restart",
+    "rk4",
+    "sde",
+    "trailing",
+    "uniform",
+    "unipc",
     "variational_bound",
-]  # fmt: skip
+]

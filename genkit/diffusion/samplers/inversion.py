@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genkit.core import NO_COND, Cond, Denoiser, Path, Prediction, Sampler
-from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, unipc
-from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
+from genkit.core import NO_COND, Cond, Denoiser, Path, Prediction
+from genkit.diffusion.samplers.registry import SAMPLERS, ode_samplers
 from genkit.diffusion.samplers.steps import Callback, ask, nodes, require
-
-ODE: Mapping[str, Sampler] = {
-    "ddim": ddim,
-    "heun": heun,
-    "rk4": rk4,
-    "dopri5": dopri5,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "unipc": unipc,
-}
 
 
 @dataclass(frozen=True)
@@ -71,8 +59,8 @@ def invert(
     (there the expected noise is ``-sigma score``, which vanishes), then ``refine`` rounds of
     ``x = alpha x0 + sigma x1(x)``, whose fixed point is the exact inverse of a sampler's last step.
     """
-    if sampler not in ODE:
-        raise ValueError(f"sampler: given {sampler!r}; allowed for inversion: {', '.join(ODE)}")
+    if sampler not in ode_samplers():
+        raise ValueError(f"sampler: given {sampler!r}; allowed for inversion: {', '.join(ode_samplers())}")
     require("refine", refine, "0 or more", refine >= 0)
     grid, x = nodes(denoise.path, times), x0
     t = torch.tensor([n.t for n in grid], dtype=torch.float64)
@@ -83,4 +71,4 @@ def invert(
             x = first.alpha * x0 + first.sigma * ask(denoise, x, first, cond).x1
     if len(t) == 1:
         return x
-    return ODE[sampler](Mirrored(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options)
+    return SAMPLERS[sampler].function(Mirrored(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options)

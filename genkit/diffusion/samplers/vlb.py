@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, expand
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import log_variance, reverse_step, width
 from genkit.diffusion.samplers.sde import NONE_LEARNED
 from genkit.diffusion.samplers.steps import ask, fresh, nodes, require
@@ -61,7 +61,7 @@ def variational_bound(
     levels (Ho et al. 2020, eq. 13), else of the density of ``x0``.
     """
     require("variance", variance, "small, large, learned", variance in (None, "learned", *WIDTHS))
-    require_noise("bound", denoise.path)
+    require_diffusion("bound", denoise.path)
     grid = nodes(denoise.path, times)
     if grid[0].t != 1 or grid[-1].t != 0:
         raise ValueError(f"times: given {grid[0].t:.3g} … {grid[-1].t:.3g}; a bound needs the whole path, 1 … 0")

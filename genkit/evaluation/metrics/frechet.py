@@ -222,7 +222,7 @@ def frechet_infinity(x: Tensor, reference: Moments, seed: int = 0, level: float 
 
     They fit the line to distances of random subsets. Here it goes through the distance of ``x`` and the mean distance
     of its two halves: every row is used at both sizes, so most of the noise of the draw cancels in the slope.
-    (Thirds, quarters and parabolas through them were measured to be worse: ``LOG.md``.)
+    (Thirds, quarters and parabolas through them were measured to be worse: ``docs/log.md``.)
 
     The interval is for the distance itself. Below N = 10 D the line bends, its interval misses, and there is none;
     ``ValueError`` where a half has no more rows than features, where it is no line at all.

@@ -61,6 +61,9 @@ class AnchoredFlow(Flow):
     def diffuses(self) -> bool:
         return False
 
+    def described(self) -> str:
+        return "an anchored flow"
+
     @property
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net", "bank")),)
@@ -87,13 +90,8 @@ class AnchoredFlow(Flow):
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        """Draws an anchor by the head, unless the conditions name one; samplers that add noise are refused."""
+        """Draws an anchor by the head, unless the conditions name one."""
         generate = Matching.generator(self, nets, sampling)
-
-        def no_noise(shape: Sequence[int]) -> Tensor:
-            raise ValueError(
-                "sampler: this one adds noise, but an anchored flow is only an ODE; take ddim, heun, rk4 or dopri5"
-            )
 
         def from_anchor(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
             with torch.no_grad():
@@ -103,6 +101,6 @@ class AnchoredFlow(Flow):
                 shares = logits.double().softmax(1).cumsum(1)
                 which = torch.searchsorted(shares, torch.special.ndtr(normal.double())[:, None])[:, 0]
                 cond = {**cond, self.anchor: which.clamp(max=len(centers) - 1)}
-            return generate(centers[cond[self.anchor]] + self.std * z, cond, no_noise)
+            return generate(centers[cond[self.anchor]] + self.std * z, cond, noise)
 
         return from_anchor

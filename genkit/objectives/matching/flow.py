@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Parametrization, Path, Spec
 from genkit.diffusion.parametrization import PARAMETRIZATIONS, NetDenoiser, refuse_singular
-from genkit.diffusion.paths import Between, Linear
+from genkit.diffusion.paths import Linear, ODEOnlyPath
 from genkit.objectives.matching.couplings import COUPLINGS, Coupling, Independent
 from genkit.objectives.matching.matching import Matching, PredictionName
 from genkit.objectives.matching.sources import SOURCES, Normal, Source
@@ -94,7 +94,12 @@ class Flow(Matching):
         return self.coupling(batch, self.source(batch.normal(), batch.cond), self.path, t)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
-        return NetDenoiser(net, self.path if self.diffuses else Between(self.path), self.parametrization)
+        path = self.path if self.diffuses else ODEOnlyPath(self.path, self.described())
+        return NetDenoiser(net, path, self.parametrization)
+
+    def described(self) -> str:
+        """What error messages call this flow."""
+        return f"a flow with source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 
     def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
@@ -103,19 +108,13 @@ class Flow(Matching):
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        """Starts from the source of ``z``. Samplers that add noise are refused where it is not a diffusion's."""
+        """Starts from the source of ``z``."""
         generate = super().generator(nets, sampling)
         if self.diffuses:
             return generate
-        what = f"source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
-
-        def no_noise(shape: Sequence[int]) -> Tensor:
-            raise ValueError(
-                f"sampler: this one adds noise, but a flow with {what} is only an ODE; take heun, rk4, dopri5 or ddim"
-            )
 
         def from_source(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
-            return generate(self.source(z, cond), cond, no_noise)
+            return generate(self.source(z, cond), cond, noise)
 
         return from_source
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, Path, Spec, expand
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
 from genkit.diffusion.samplers.ode import posterior_variance
 from genkit.diffusion.samplers.steps import Node, ask, fresh, land, nodes, require
@@ -171,7 +171,7 @@ class Chain:
     def __post_init__(self) -> None:
         require("floor", self.floor, "0 or more", self.floor >= 0)
         if self.noise.diffuses:
-            require_noise(f"noise {type(self.noise).__name__.lower()}", self.path)
+            require_diffusion(f"noise {type(self.noise).__name__.lower()}", self.path)
 
     @classmethod
     def over(cls, path: Path, steps: int, noise: Noising, floor: float = 0.0, grid: str = "uniform") -> Chain:

@@ -19,7 +19,7 @@ class DDPO(DPPO):
     is made by all of its steps. With --group it is GRPO (Shao et al. 2024; of flows Liu et al. 2025).
 
     Rewards stay in units of their first deviation. Normalised anew in every iteration, as PPO does, a reward that can
-    rise no more would go on to push as hard as at the beginning, and nothing would hold the pictures (LOG.md).
+    rise no more would go on to push as hard as at the beginning, and nothing would hold the pictures (docs/log.md).
     """
 
     lr: Annotated[float, Gt(0)] = 1e-4

@@ -30,7 +30,7 @@ class DPPO(Method):
     """passes over an iteration's walks"""
     last: Annotated[int, Ge(1)] | None = 1
     """train the last so many steps only, the K' of the paper; None: all. On four ways the gradients of two halves of
-    4,000 decisions had a cosine of 0.2 at the last of four steps, and of 0 before (LOG.md): all of them learn nothing,
+    4,000 decisions had a cosine of 0.2 at the last of four steps, of 0 before (docs/log.md): all of them learn nothing,
     and they lose the ways, between which the early steps choose"""
     denoise_gamma: Share = 0.95
     """discount from one denoising step to the one before"""

@@ -25,7 +25,7 @@ from genkit.core.files import whole
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, Episode
 from genkit.diffusion.guidance import Wrapped
-from genkit.diffusion.paths import require_noise
+from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import with_ends
 from genkit.rl.policies.policy import Policy, Watcher
 from genkit.training import run as runs
@@ -42,7 +42,7 @@ def fixed(known: Known) -> Guidance:
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
-        require_noise("plan", path)
+        require_diffusion("plan", path)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)

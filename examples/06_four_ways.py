@@ -1,6 +1,6 @@
 """Four ways past two obstacles: where regression fails, and what each objective makes of the same demonstrations.
 
-    python examples/four_ways.py [--seed 0] [--episodes 400] [--only flow anchored] [--out four_ways.png]
+    python examples/06_four_ways.py [--seed 0] [--episodes 400] [--only flow anchored] [--out four_ways.png]
 
 Trains a policy of each on 200 demonstrations (under a minute of CPU time each), lets it act from unseen starts, prints
 success and how evenly the four ways are taken (2 bits: alike), and draws the ways as four bundles.

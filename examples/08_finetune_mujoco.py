@@ -1,6 +1,6 @@
 """HalfCheetah, or Hopper: a policy learned from a medium expert, then improved by the reward of the task.
 
-    python examples/finetune_halfcheetah.py [--seeds 0] [--env Hopper-v5] [--strip]
+    python examples/08_finetune_mujoco.py [--seeds 0] [--env Hopper-v5] [--strip]
 
 Needs `pip install "genkit[policy]"`. Finds a linear expert by random search and records 20 of its episodes (only if
 ENV.npz is not there yet), learns a flow policy from them, improves it by PPO on its denoising steps, and draws the
@@ -85,7 +85,7 @@ for seed in args.seeds:
     quiet = [(spent[r["step"]], r[k]) for r in log for k in ("before/return", "chosen/return") if k in r]
     curves.append(([(r["cpu_seconds"], r["return"]) for r in log if "return" in r], quiet))
     if args.json:
-        said = f"python examples/finetune_halfcheetah.py --env {args.env} --seeds {' '.join(map(str, args.seeds))}"
+        said = f"python examples/08_finetune_mujoco.py --env {args.env} --seeds {' '.join(map(str, args.seeds))}"
         said += f" --iterations {args.iterations}" if args.iterations else ""
         args.json.write_text(json.dumps({"command": said, "seeds": rows}, indent=1) + "\n")
     if args.strip and not strips:

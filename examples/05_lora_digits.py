@@ -1,7 +1,7 @@
 """A flow that knows the digits 0 to 4 learns 5 to 9: by an adapter of rank 8, by all its weights, or from nothing.
 
     pip install -e ".[lora]"
-    python examples/06_lora_digits.py [--steps 500] [--shown 100] [--out docs/results/lora-digits.json]
+    python examples/05_lora_digits.py [--steps 500] [--shown 100] [--out docs/results/lora-digits.json]
 
 The pictures of scikit-learn's digits are written as two data sets, `known` and `new`, of five classes each. The base is
 trained on `known`; the others begin with it (`--init`) and see `--shown` pictures of `new`. Each is asked for 1,000 of

@@ -1,7 +1,7 @@
 """Two ways to learn from rewards, on the task of four ways: what holds a regression, and a reward against a likelihood.
 
-    python examples/reward_methods.py rwr [--seeds 0] [--out rwr.json]
-    python examples/reward_methods.py mixed [--seeds 0] [--out mixed.json]
+    python examples/09_reward_methods.py rwr [--seeds 0] [--out rwr.json]
+    python examples/09_reward_methods.py mixed [--seeds 0] [--out mixed.json]
 
 rwr: regression onto what was tried, weighted by exp(advantage), as it is and with its stabilisers (demonstrations in
 every batch, weights of at most 10). mixed: the objective's own loss minus lambda times the expected reward, for some
@@ -86,5 +86,5 @@ for row in rows:
 if args.out:
     said = f"--seeds {' '.join(map(str, args.seeds))} --steps {args.steps} --iterations {args.iterations} "
     said += f"--episodes {args.episodes}"
-    record = {"command": f"python examples/reward_methods.py {args.what} {said}", "rows": rows}
+    record = {"command": f"python examples/09_reward_methods.py {args.what} {said}", "rows": rows}
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """How good is a run on scikit-learn's digits? A classifier trained on the real ones judges 1,000 samples of it.
 
-    python examples/03_judge_digits.py runs/latest --sampler heun --steps 20 --out results.json
+    python examples/03_evaluate_digits.py runs/latest --sampler heun --steps 20 --out results.json
 
 - accuracy: how often the classifier (an SVM, over 98 % right on held-out digits) sees the class that was asked for;
 - Fréchet distance in its space of class scores, to the held-out digits (Heusel et al. 2017, eq. 6, on ten features);

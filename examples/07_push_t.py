@@ -1,6 +1,6 @@
 """Push a T into place: policies from 206 human demonstrations, tried from unseen starts.
 
-    python examples/push_t.py --data pusht_lowdim.npz [--seeds 0] [--starts 200] [--only flow] [--no-mirror]
+    python examples/07_push_t.py --data pusht_lowdim.npz [--seeds 0] [--starts 200] [--only flow] [--no-mirror]
 
 Needs `pip install "genkit[policy]"`. Trains each policy (some minutes of CPU time) on the demonstrations and on what
 they are in a mirror, prints the means of an episode's largest reward (coverage over 0.95, at most 1: what Chi et al.
@@ -62,7 +62,7 @@ for seed, name in itertools.product(args.seeds, args.only):
     if args.film:
         pictures.save_gif([f.resize((128, 128)) for f in done.frames[0][::3]], args.film, 90)
     if args.json:
-        told = f"python examples/push_t.py --data {Path(args.data).name} --seeds {' '.join(map(str, args.seeds))}"
+        told = f"python examples/07_push_t.py --data {Path(args.data).name} --seeds {' '.join(map(str, args.seeds))}"
         told += f" --steps {args.steps} --starts {args.starts} --only {' '.join(args.only)}"
         told += "" if args.mirror else " --no-mirror"
         args.json.write_text(json.dumps({"command": told, "rows": rows}, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Do GANs find all of eight Gaussians? Each game from some seeds, with the same network, side by side.
 
-    python examples/05_gan_modes.py [--games minimax "relativistic, R1 and R2"] [--seeds 0 1 2]
-        [--picture docs/gan_8gaussians.png] [--out docs/results/gan-8gaussians.json]
+    python examples/04_gan_modes.py [--games minimax "relativistic, R1 and R2"] [--seeds 0 1 2]
+        [--picture docs/images/gan_8gaussians.png] [--out docs/results/gan-8gaussians.json]
 
 A mode is found where at least 2 % of the samples lie within three deviations of it (each has 12.5 % of the data);
 `near` is the share of samples within three deviations of any mode (98.9 % of the data). The last games have `narrow`

@@ -1,6 +1,6 @@
 """DDPO on pictures: a model that draws threes learns to draw what a classifier calls an eight, and what that costs.
 
-    python examples/image_reward.py [--run runs/latest] [--label 3] [--seeds 0] [--kl 0.05] [--out image_reward.png]
+    python examples/10_image_reward.py [--run runs/latest] [--label 3] [--seeds 0] [--kl 0.05] [--out image_reward.png]
 
 Trains a flow on scikit-learn's digits where no run is given (two CPU minutes), then improves the pictures of one label
 by the classifier's log-probability of "8" (half a CPU minute a seed). It prints the reward before and after in its
