@@ -39,7 +39,7 @@ from genkit.training.first_stage import Latent, OfCache
 from genkit.training.loop import Diverged, State, fast_bf16, fit, sample_rows, share, start
 
 if TYPE_CHECKING:
-    from genkit.cli.commands.watch import Watch
+    from genkit.evaluation.periodic import PeriodicEvaluation
 
 GRID = 80  # samples of the pictures made while training: eight of each of ten classes
 PAIRS = 32  # samples that are shown beside their reconstructions
@@ -119,9 +119,9 @@ def train(cfg: config.Train, resumed: File | None = None) -> int:
         return 0
     watched = None
     if cfg.eval_every:
-        from genkit.cli.commands.watch import watch  # metrics take a second to import
+        from genkit.evaluation.periodic import PeriodicEvaluation  # lazy: metrics take a second to import
 
-        watched = watch(cfg, state, data, accelerator)
+        watched = PeriodicEvaluation.create(cfg, state, data, accelerator)
     run = open_run(cfg, accelerator, state, resumed, begun, data.codec)
     session = Session(cfg, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), run, watched)
     count = sum(p.numel() for net in nets.values() for p in net.parameters())
@@ -251,7 +251,7 @@ class Session:
     codec: Codec
     cond: dict[str, torch.Tensor]
     run: File
-    watch: Watch | None = None
+    watch: PeriodicEvaluation | None = None
     writer: Any = None
     remark: str | None = None
 
@@ -353,9 +353,9 @@ class Session:
         if card is None:
             return
         ends = {"": "value", "_low": "low", "_high": "high"}
-        found = {f"eval/{k}{end}": v[part] for k, v in card["metrics"].items() for end, part in ends.items()}
+        found = {f"eval/{k}{end}": getattr(e, part) for k, e in card.metrics.items() for end, part in ends.items()}
         runs.append_log(self.run, {"step": state.step, **{k: v for k, v in found.items() if v is not None}})
-        values = {k: v["value"] for k, v in card["metrics"].items()}
+        values = {k: e.value for k, e in card.metrics.items()}
         if self.writer:
             for key, value in values.items():
                 self.writer.add_scalar(f"eval/{key}", value, state.step)

@@ -1,7 +1,7 @@
 """The page of a run: curves, samples, quality, latent space, settings, in one HTML file.
 
-It is made from ``config.yaml``, ``log.jsonl``, ``samples/*.png``, ``eval/*.json`` and ``env.json`` of the run, and needs
-only the first. What is missing or damaged is said on the page.
+It is made from ``config.yaml``, ``log.jsonl``, ``samples/*.png``, ``eval/*.json`` and ``env.json`` of the run, of which
+only the first is required. The page says what is missing or damaged.
 """
 
 from __future__ import annotations

@@ -120,7 +120,9 @@ def plot_curves(title: str, curves: Mapping[str, list[Point]], log_scale: bool =
 def summarise_curve(key: str, curve: Sequence[Point]) -> str:
     """The two ends of a curve in words, for screen readers."""
     first, last = curve[0], curve[-1]
-    return f"{key} from {format_number(first.mean)} at step {first.step} to {format_number(last.mean)} at step {last.step}"
+    return (
+        f"{key} from {format_number(first.mean)} at step {first.step} to {format_number(last.mean)} at step {last.step}"
+    )
 
 
 def plot_metric_by_nfe(

@@ -99,7 +99,7 @@ def collect_values(record: Mapping[str, Any], values: dict[str, list[float]], no
 
 
 def read_cards(folder: Path) -> tuple[list[Card], list[str]]:
-    """The cards in ``folder`` by checkpoint and number of evaluations, and one line for each file that is not a card."""
+    """The cards in ``folder``, by checkpoint and number of evaluations, and one line for each file that is no card."""
     cards, errors = [], []
     for path in sorted(folder.glob("*.json")):
         try:

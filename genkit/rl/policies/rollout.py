@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from genkit.envs import Env
-from genkit.evaluation.metrics.estimate import Estimate, bootstrap, share
+from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 
 class Actor(Protocol):
@@ -63,7 +63,7 @@ class Episodes:
         """Estimates with 95 % intervals, ready for JSON: Wilson's of a share, the bootstrap's of a mean."""
         out: dict[str, Any] = {"episodes": len(self)}
         if "success" in self.info:
-            out["success"] = share(int(self.info["success"].sum()), len(self))._asdict()
+            out["success"] = proportion(int(self.info["success"].sum()), len(self))._asdict()
         out["return"] = mean_of(self.returns)._asdict()
         out["best_reward"] = mean_of(self.best)._asdict()
         if "coverage" in self.info:
