@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.stack import Record, Stack, mean_sd, rows, train
 from genkit.backbones import MLP
 from genkit.core import NO_COND, Batch, Draw, Generator, Objective
-from genkit.data.images import Digits
+from genkit.data.standard_images import Digits
 from genkit.data.toy import EightGaussians
 from genkit.diffusion.samplers import bind
 from genkit.evaluation.metrics import Moments, frechet_distance

@@ -16,8 +16,8 @@ from PIL import Image
 from genkit.cli.main import main as genkit
 from genkit.core import pictures
 from genkit.envs.four_ways import FourWays, demonstrations
+from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import rollout
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
 POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
@@ -48,7 +48,7 @@ for name in args.only:
         raise SystemExit(2)
     took = time.process_time() - began
     policy = Policy.load(Path(args.runs) / "latest", steps=steps)
-    done = rollout(policy, world, range(100_000, 100_000 + args.episodes))
+    done = run_episodes(policy, world, range(100_000, 100_000 + args.episodes))
     good = done.info["success"].astype(bool)
     rows.append((name, steps, float(good.mean()), done.mode_entropy_bits or 0.0, took))
     shown = slice(0, 80)

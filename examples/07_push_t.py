@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from genkit.cli.main import main as genkit
 from genkit.core import pictures
 from genkit.envs import make
+from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import rollout
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
 POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
@@ -55,7 +55,7 @@ for seed, name in itertools.product(args.seeds, args.only):
         raise SystemExit(2)
     took = time.process_time() - began
     policy = Policy.load(Path(args.runs) / "latest", steps=steps)
-    done = rollout(policy, make("pusht", min(50, args.starts)), range(100_000, 100_000 + args.starts), film=1)
+    done = run_episodes(policy, make("pusht", min(50, args.starts)), range(100_000, 100_000 + args.starts), film=1)
     episodes[name] = done.frames[0]
     said = {k: done.summary()[k] for k in ("best_reward", "coverage", "success")}
     rows.append({"policy": name, "sampler_steps": steps, "seed": seed, **said, "train_cpu_seconds": round(took)})

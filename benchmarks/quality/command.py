@@ -12,9 +12,10 @@ from benchmarks.quality.page import write_results
 from benchmarks.quality.settings import PROG, Quality, find_row
 from benchmarks.quality.training import train_row
 from genkit.config import parse
+from genkit.core.device import pick_device
 from genkit.core.progress import Progress, terminal_progress
 from genkit.evaluation import Card
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -22,7 +23,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main(argv: list[str]) -> int:
     """Train and measure all rows, and write the report after each; the exit code."""
     settings = parse(Quality, argv, prog=PROG)
-    device = runs.pick_device(settings.device)
+    device = pick_device(settings.device)
     # mistakes are found before any training
     _ = settings.nfe_values
     for name in settings.row_names:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     for i, (name, seed) in enumerate(jobs, 1):
         console.print(f"[{i}/{len(jobs)}] {name}, seed {seed}", markup=False)
         trained = train_row(settings, name, seed)
-        run = runs.load(trained.run, device=settings.device)
+        run = load_run(trained.run, device=settings.device)
         torch.set_num_threads(run.config.threads or torch.get_num_threads())
         row, one_pass = find_row(name), run.objective.sampler is None
         sampler = "one pass" if one_pass else f"{row.sampler}, {row.grid}"

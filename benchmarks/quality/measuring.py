@@ -11,15 +11,15 @@ import torch
 
 from benchmarks.quality.settings import Quality, Row
 from benchmarks.quality.training import Cost
-from genkit.config import Sampling
 from genkit.core import pictures
 from genkit.core.files import write_text
 from genkit.core.progress import Progress, silent
 from genkit.evaluation import Card, DatasetSamples, Evaluator, ModelSamples, open_run_data
 from genkit.evaluation.cards import file_name
 from genkit.evaluation.evaluations import default_reference_n
-from genkit.evaluation.sources import generator_arguments, hash_weights
-from genkit.training import run as runs
+from genkit.evaluation.sources import hash_weights
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
 
 GRID_SAMPLES = 40  # samples in the pictures
 TIMED_SAMPLES = 64  # samples whose drawing is timed, in one batch
@@ -69,7 +69,7 @@ class Bench:
             )
         return self.evaluator
 
-    def measure_run(self, run: runs.Run, row: Row, nfe: int, progress: Progress = silent) -> RunMeasurement:
+    def measure_run(self, run: Run, row: Row, nfe: int, progress: Progress = silent) -> RunMeasurement:
         """Card, time and picture of a run at ``nfe`` evaluations, found or made."""
         one_pass = run.objective.sampler is None
         sampling = Sampling() if one_pass else Sampling(sampler=row.sampler, steps=nfe, grid=row.grid)
@@ -79,12 +79,11 @@ class Bench:
         folder = run.directory / "quality"
         timing, picture = folder / f"{path.stem}.json", folder / f"{path.stem}.png"
         if not (timing.is_file() and picture.is_file()):
-            x, cond = run.sample(GRID_SAMPLES, **generator_arguments(run, sampling))
-            pictures.save(pictures.picture(x, cond), picture)
+            pictures.save(run.sample(GRID_SAMPLES, sampling).grid(), picture)
             write_text(timing, json.dumps({"ms_per_sample": time_sampling(run, sampling)}) + "\n")
         return RunMeasurement(Card.load(path), json.loads(timing.read_text())["ms_per_sample"], picture)
 
-    def measure_held_out(self, run: runs.Run) -> Card | None:
+    def measure_held_out(self, run: Run) -> Card | None:
         """The card of held-out data, as many as there are up to n; None if no data are held out."""
         try:
             test = open_run_data(run, "test")
@@ -105,13 +104,13 @@ def save_card(
     return path
 
 
-def time_sampling(run: runs.Run, sampling: Sampling) -> float:
+def time_sampling(run: Run, sampling: Sampling) -> float:
     """Milliseconds per sample in a batch of 64, the faster of two: CPU time of this process, or wall time on a GPU."""
     clock = time.process_time if run.device.type == "cpu" else time.perf_counter
     seconds = []
     for _ in range(2):
         start = clock()
         # the samples end on the CPU, so a GPU has finished
-        run.sample(TIMED_SAMPLES, batch=TIMED_SAMPLES, **generator_arguments(run, sampling))
+        run.sample(TIMED_SAMPLES, sampling, batch=TIMED_SAMPLES)
         seconds.append(clock() - start)
     return 1e3 * min(seconds) / TIMED_SAMPLES

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from genkit import config
 from genkit.config import parse, table
+from genkit.core.device import DeviceName
+from genkit.training.settings import TrainSettings
 
 Count = Annotated[int, Ge(1)]
 PROG = "genkit bench quality"
@@ -58,9 +59,11 @@ class Quality:
 
     objectives: str = "ddpm,edm,flow,flow-ot"
     """Rows separated by commas: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
-    backbone: Any = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
+    backbone: Any = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+    )
     """The network of all rows; without a NAME, the one that suits the data."""
-    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
+    data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
     """The data of all rows."""
     steps: Count = 2000
     """Optimiser steps of each row."""
@@ -78,8 +81,8 @@ class Quality:
     """Feature space of distances. auto: classifier for small grey images, inception for others, raw for vectors."""
     out: str = "runs/quality"
     """The folder of all results, in which existing ones are found."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    device: DeviceName = "auto"
+    """Device. auto: the machine's accelerator, or the CPU if it has none."""
     threads: Count | None = None
     """CPU threads; None: one for small batches, else all."""
 
@@ -99,25 +102,25 @@ class Quality:
             raise ValueError(f"nfe: given {self.nfe!r}; allowed: whole numbers from 1 on, such as 5,10,20,50")
         return sorted(set(map(int, words)))
 
-    def train_config(self, name: str, seed: int) -> config.Train:
+    def train_config(self, name: str, seed: int) -> TrainSettings:
         """The configuration of a row's training; with a first stage, of the model of its latents.
 
         ``ValueError`` if there is no such objective, or it draws no samples.
         """
         row = find_row(name)
-        cfg = parse(config.Train, row.options, prog=PROG)
+        cfg = parse(TrainSettings, row.options, prog=PROG)
         if not cfg.objective.draws:
             raise ValueError(f"objectives: given {name}, which draws no samples")
         return self.with_budget(cfg, name, seed, self.steps - self.first_stage_steps(row))
 
-    def first_stage_config(self, name: str, seed: int) -> config.Train | None:
+    def first_stage_config(self, name: str, seed: int) -> TrainSettings | None:
         """The configuration of a row's first stage; None if the row has none."""
         row = find_row(name)
         if not row.first_stage:
             return None
         spec = self.data.load("train").spec
         latent = ["--objective.latent", *map(str, latent_shape(spec.shape))]
-        cfg = parse(config.Train, [*row.first_stage, *latent], prog=PROG)
+        cfg = parse(TrainSettings, [*row.first_stage, *latent], prog=PROG)
         return self.with_budget(cfg, f"{name}-stage", seed, self.first_stage_steps(row))
 
     def first_stage_steps(self, row: Row) -> int:
@@ -128,7 +131,7 @@ class Quality:
             raise ValueError(f"steps: given {self.steps}; a first stage and a model of its latents need 2 or more")
         return min(self.steps - 1, max(1, round(row.first_stage_share * self.steps)))
 
-    def with_budget(self, cfg: config.Train, name: str, seed: int, steps: int) -> config.Train:
+    def with_budget(self, cfg: TrainSettings, name: str, seed: int, steps: int) -> TrainSettings:
         """``cfg`` with the settings that all rows share."""
         every = max(1, steps // 4)
         return replace(

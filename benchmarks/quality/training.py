@@ -18,24 +18,25 @@ from benchmarks.quality.settings import Quality
 from genkit import config
 from genkit.config import to_yaml
 from genkit.core.files import write_text
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.settings import TrainSettings
 
 IGNORED = ("precision", "threads", "device", "resume", "out", "workers")  # resolved by training, or free to change
 
 
 # ---------------------------------------------------------------------------------------------- finding a training
-def is_same(a: config.Train, b: config.Train) -> bool:
+def is_same(a: TrainSettings, b: TrainSettings) -> bool:
     """Whether two trainings lead to the same networks."""
     ignored = {name: getattr(b, name) for name in IGNORED}
     return replace(a, **ignored) == b
 
 
-def find_run(cfg: config.Train) -> tuple[Path | None, int]:
+def find_run(cfg: TrainSettings) -> tuple[Path | None, int]:
     """The newest run of exactly this configuration that can be continued, and its step; ``None, 0`` without one."""
     for run in sorted(Path(cfg.out).glob(f"*-{cfg.name}"), reverse=True):
         try:
-            if is_same(config.from_dict(config.Train, config.load_yaml(run / "config.yaml")), cfg):
-                return run, int(runs.checkpoint_of(run).name.removeprefix("step-"))
+            if is_same(config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")), cfg):
+                return run, int(find_checkpoint(run).name.removeprefix("step-"))
         except ValueError:  # of another version, half-written, or killed before its first checkpoint
             continue
     return None, 0
@@ -107,7 +108,7 @@ def launch(argv: Sequence[str]) -> int:
             raise
 
 
-def train(cfg: config.Train) -> Path:
+def train(cfg: TrainSettings) -> Path:
     """The run of a finished training of ``cfg``: found, continued or started. ``ValueError`` if the training fails."""
     run, first = find_run(cfg)
     if run is not None and first >= cfg.steps:

@@ -1,9 +1,13 @@
-"""How a long call reports its progress: a callback, so that the library prints nothing."""
+"""Progress of long work, as a callback, so that the library prints nothing.
+
+Library functions take ``progress: Progress | None``. None shows a bar in a terminal or a notebook and nothing
+elsewhere; :func:`silent` shows nothing; any other callable does what it likes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 
@@ -17,36 +21,34 @@ def silent(what: str, done: int, total: int | None) -> None:
     """Report nothing."""
 
 
-@contextmanager
-def terminal_progress(enabled: bool = True) -> Iterator[Progress]:
-    """Yield a callback that shows one bar a task on standard error, in a terminal or a notebook.
+@contextlib.contextmanager
+def reporting(progress: Progress | None, enabled: bool = True) -> Iterator[Progress]:
+    """``progress`` itself, or a bar on standard error if it is None; ``enabled`` False: silence (on other ranks)."""
+    if not enabled:
+        yield silent
+    elif progress is not None:
+        yield progress
+    else:
+        with terminal_progress() as bar:
+            yield bar
 
-    The bars disappear when the block ends. Nothing is shown elsewhere (a pipe, a log file), or unless ``enabled``.
-    """
-    from rich.console import Console  # lazy: core is imported by everything
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if not enabled or not (console.is_terminal or console.is_jupyter):
+@contextlib.contextmanager
+def terminal_progress() -> Iterator[Progress]:
+    """A progress bar on standard error, in a terminal or a notebook; silent elsewhere."""
+    from rich.console import Console  # lazy: needed in a terminal only
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
         yield silent
         return
-    tasks: dict[str, TaskID] = {}
-    with Bars(console=console, transient=True) as bars:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total)
 
         yield show
-
-
-def choose_progress(progress: Progress | None, enabled: bool = True) -> AbstractContextManager[Progress]:
-    """A context of the callback to use: ``progress`` itself, or bars in the terminal if it is None.
-
-    Of several processes only the one that is ``enabled`` reports.
-    """
-    if progress is None:
-        return terminal_progress(enabled)
-    return nullcontext(progress if enabled else silent)

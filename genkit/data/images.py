@@ -1,4 +1,4 @@
-"""Pictures: how they are decoded, how they are held, and the data sets that are the same for everybody.
+"""Pictures: how they are decoded and how they are held.
 
 Pixels are uint8 ``[N, C, H, W]`` until the codec takes them: a quarter of the memory of floats, and an augmentation
 of a whole batch is one tensor operation.
@@ -8,36 +8,32 @@ from __future__ import annotations
 
 import io
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Label, Spec, expand
+from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Spec, expand
 from genkit.core.files import one_line
 from genkit.data.captions import FILES, Captions, Texts, captioned
 from genkit.data.codecs import Pixels
+from genkit.data.source import DataSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 T = TypeVar("T")
-Split = Literal["train", "test"]
 Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
 Channels = Literal[1, 3] | None
 
 MEMORY = 2.0  # GiB of decoded pixels up to which a data set is held in memory; a field of the sources that read files
 LONG = 2000  # pictures from which on decoding shows a progress bar
 CHUNK = 64  # pictures that one task of the thread pool decodes
-DIGITS = tuple("0123456789")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GREY = ("1", "L", "LA", "La")  # Pillow's names; palettes count as colour, 16 bits are handled apart
 
 
@@ -214,10 +210,9 @@ class OnDisk:
 
 # ----------------------------------------------------------------------------------------------- the sources
 @dataclass(frozen=True, kw_only=True)
-class Source(ABC):
-    """What every source of pictures can be asked for. Frozen: the configuration, not the pixels."""
+class ImageSource(DataSource):
+    """What the sources of images have in common."""
 
-    suits: ClassVar[str] = "unet"  # the backbone that fits these samples
     words: ClassVar[tuple[str, ...]] = ()  # what captions call the classes; (): by their names
 
     size: Size = None  # None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)
@@ -228,8 +223,13 @@ class Source(ABC):
     text_length: Annotated[int, Ge(1)] = 256  # bytes of the longest caption, or prompt, that the model reads
     encoder: str | None = None  # a text encoder of transformers, frozen: folder or hub id; None: one learned from bytes
 
-    @abstractmethod
-    def load(self, split: Split = "train") -> Data: ...
+    @property
+    def random_flip(self) -> bool:
+        return self.flip
+
+    @property
+    def captions_from_labels(self) -> bool:
+        return self.captions not in ((), (FILES,))
 
     @property
     def wants_labels(self) -> bool:
@@ -238,7 +238,7 @@ class Source(ABC):
     @property
     def needs_classes(self) -> bool:
         """Whether anything hangs on the classes: a condition, or a wording."""
-        return self.wants_labels or self.captions not in ((), (FILES,))
+        return self.wants_labels or self.captions_from_labels
 
     def conditions(
         self, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], texts: Texts | None = None
@@ -276,122 +276,3 @@ class Source(ABC):
         else:
             x = pixels.movedim(-1, 1).contiguous()
         return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), Pixels(), self.flip, captions)
-
-
-def check_split(split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is unknown; allowed: train, test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Digits(Source):
-    """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is held out."""
-
-    words = WORDS
-
-    def load(self, split: Split = "train") -> InMemory:
-        from sklearn.datasets import load_digits
-
-        check_split(split)
-        digits: Any = load_digits()
-        held_out = np.zeros(len(digits.target), dtype=bool)
-        shuffle = np.random.RandomState(0)  # numpy promises its numbers for ever; the split must never change
-        for c in range(10):
-            of_class = shuffle.permutation(np.flatnonzero(digits.target == c))
-            held_out[of_class[: round(len(of_class) / 5)]] = True
-        rows = np.flatnonzero(held_out == (split == "test"))
-        pixels = torch.from_numpy(np.round(digits.images[rows] * 255 / 16).astype(np.uint8))
-        labels = torch.from_numpy(digits.target[rows]).long()
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Torchvision(Source):
-    """A classic that torchvision knows how to read, and downloads to ``root`` where it is absent."""
-
-    root: str = "data"
-
-    def read(self, name: str, files: str, split: Split) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Pixels ``[N, H, W]`` or ``[N, H, W, C]``, classes ``[N]`` and the names of ``torchvision.datasets.<name>``.
-
-        ``files`` says where they are expected. ``ValueError`` in one line where they are neither there nor to be had.
-        """
-        from torchvision import datasets
-
-        check_split(split)
-        root, kind = Path(self.root).expanduser(), getattr(datasets, name)
-        try:
-            found = kind(root, train=split == "train")
-        except Exception as e:  # damaged files trip it up in many ways, absent ones in one
-            if "Dataset not found" not in str(e):
-                raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
-            found = download(kind, root, split, files)
-        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
-        if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(found.classes):
-            raise ValueError(
-                f"{name}: {root / files} holds {len(pixels)} pictures and {len(labels)} labels; "
-                f"needs as many, in 0..{len(found.classes) - 1}"
-            )
-        return pixels, labels, tuple(found.classes)
-
-
-def download(kind: Any, root: Path, split: Split, files: str) -> Any:
-    """torchvision's data set ``kind``, fetched to ``root``. ``ValueError`` where that fails; no waiting for ever."""
-    import shutil
-    import socket
-
-    patience, fresh = socket.getdefaulttimeout(), not root.exists()
-    socket.setdefaulttimeout(30)
-    try:
-        return kind(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as e:
-        hint = f"put {files} there, or name the folder above with --data.root"
-        where = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
-        if fresh and not any(p.is_file() for p in root.rglob("*")):
-            shutil.rmtree(root, ignore_errors=True)  # the empty folders that torchvision made
-        raise ValueError(f"{where} ({one_line(e)}); {hint}") from e
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mnist(Torchvision):
-    """70,000 handwritten digits, 28x28 grey (LeCun et al. 1998)."""
-
-    words = WORDS
-
-    def load(self, split: Split = "train") -> InMemory:
-        pixels, labels, _ = self.read("MNIST", "MNIST/raw/*-ubyte", split)
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class FashionMnist(Torchvision):
-    """70,000 pieces of clothing, 28x28 grey (Xiao et al. 2017)."""
-
-    def load(self, split: Split = "train") -> InMemory:
-        pixels, labels, names = self.read("FashionMNIST", "FashionMNIST/raw/*-ubyte", split)
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cifar10(Torchvision):
-    """60,000 photographs, 32x32 colour, of ten classes (Krizhevsky 2009).
-
-    Read from torchvision's ``root/cifar-10-batches-py`` (pickles, which torchvision opens only if their MD5 is the
-    published one) or from ``root/cifar10/{train,test}.zip``, which StyleGAN and EDM made popular.
-    """
-
-    flip: bool = True
-
-    NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-    def load(self, split: Split = "train") -> Data:
-        zips = Path(self.root).expanduser() / "cifar10"
-        if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
-            from genkit.data.folders import Zip
-
-            same = {f.name: getattr(self, f.name) for f in fields(Source)}
-            return Zip(**{**same, "root": str(zips)}).load(split, names=self.NAMES)
-        pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})

@@ -14,7 +14,7 @@ from genkit.diffusion.paths import require_diffusion
 Value = Callable[[Tensor, Cond], Tensor]  # samples in the model's own numbers [B, *S], their conditions -> [B]
 
 
-def by_value(value: Value, scale: float, var: float = 1.0, rounds: int = 1) -> Guidance:
+def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1) -> Guidance:
     """Move the expected data to where ``scale Q`` and its own uncertainty agree: ``x = x0 + scale V grad Q(x)``.
 
     ``V = var sigma^2 / (sigma^2 + alpha^2 var)`` is the variance of x0 given x_t for data of variance ``var`` around

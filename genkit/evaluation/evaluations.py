@@ -15,9 +15,10 @@ import torch
 from annotated_types import Ge
 
 from genkit import config
-from genkit.config import Sampling, table
+from genkit.config import narrow, table
 from genkit.core import Spec
-from genkit.core.progress import Progress, choose_progress
+from genkit.core.device import pick_device
+from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
 from genkit.evaluation.ranks import Ranks, use_threads
@@ -32,16 +33,16 @@ from genkit.evaluation.sources import (
     open_data,
     open_run_data,
 )
-from genkit.training import run as runs
 from genkit.training.distributed import join_ranks
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions, Sampling
 
-USED_FOR_STORED = ("batch", "device")  # settings of sampling that have an effect on stored samples too
 DEFAULT_IMAGES, DEFAULT_VECTORS = 10_000, 2_000  # samples of a run if no number is given
 MIN_REFERENCE_VECTORS = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Sampling):
+class EvaluationSettings(Sampling, LoadOptions):
     """How samples are drawn, and what they are measured with and against."""
 
     reconstruct: Literal["train", "test"] | None = None
@@ -69,7 +70,7 @@ class EvaluationSettings(Sampling):
 
 
 def evaluate(
-    source: str | Path | runs.Run | SampleSource,
+    source: str | Path | Run | SampleSource,
     settings: EvaluationSettings | None = None,
     *,
     progress: Progress | None = None,
@@ -86,11 +87,11 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if changes:
         settings = config.override(settings, **changes)
+    accelerator = join_ranks(pick_device(settings.device))
+    ranks = Ranks.of(accelerator)
     if settings.save_stats and not settings.save_stats.endswith(".npz"):
         raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz")
     metrics = None if settings.metrics is None else find_metrics(settings.metrics)
-    accelerator = join_ranks(runs.pick_device(settings.device))
-    ranks = Ranks.of(accelerator)
     with accelerator.main_process_first():
         samples = open_samples(source, settings, accelerator.device)
         reference = open_reference(settings.reference, samples, settings.data)
@@ -99,7 +100,7 @@ def evaluate(
     n = settings.n or samples.limit or default_n(samples.spec)
     if samples.limit is not None and n > samples.limit:
         raise ValueError(f"n: given {n}, but {samples.name} has {samples.limit} samples; take --n {samples.limit}")
-    with choose_progress(progress, ranks.is_main) as report, use_threads(run_threads(samples)):
+    with reporting(progress, ranks.is_main) as report, use_threads(run_threads(samples)):
         evaluator = Evaluator.create(
             samples,
             reference,
@@ -145,18 +146,19 @@ def is_run(name: str | Path) -> bool:
 
 
 def open_samples(
-    source: str | Path | runs.Run | SampleSource, settings: EvaluationSettings, device: torch.device
+    source: str | Path | Run | SampleSource, settings: EvaluationSettings, device: torch.device
 ) -> SampleSource:
     """The samples that ``source`` names. ``ValueError`` if a setting has no effect on them."""
-    if isinstance(source, runs.Run):
+    if isinstance(source, Run):
         return open_run_samples(source, settings)
     if not isinstance(source, str | Path):
         return source
     name = str(source)
     if is_run(name):
-        run = runs.load(Path(name).expanduser(), ema=settings.ema, step=settings.step, device=device.type)
+        run = load_run(Path(name).expanduser(), ema=settings.ema, step=settings.step, device=device.type)
         return open_run_samples(run, settings)
-    require_defaults(settings, USED_FOR_STORED, f"stored samples; {name} is not a run")
+    require_defaults(settings, Sampling, f"stored samples; {name} is not a run")
+    require_defaults(settings, LoadOptions, f"stored samples; {name} is not a run")
     if settings.reconstruct:
         raise ValueError(f"reconstruct: needs a run with a code; {name} is not a run")
     try:
@@ -165,19 +167,19 @@ def open_samples(
         raise ValueError(f"{e}, or a run that genkit train wrote" if "is unknown" in str(e) else str(e)) from e
 
 
-def open_run_samples(run: runs.Run, settings: EvaluationSettings) -> SampleSource:
+def open_run_samples(run: Run, settings: EvaluationSettings) -> SampleSource:
     """Samples of a run, or its reconstructions."""
     if not settings.reconstruct:
-        return ModelSamples(run, settings, hash_weights(run))
-    require_defaults(settings, (*USED_FOR_STORED, "ema", "step"), "reconstructions")
+        return ModelSamples(run, narrow(settings, Sampling), hash_weights(run))
+    require_defaults(settings, Sampling, "reconstructions")
     return Reconstructions(run, open_run_data(run, settings.reconstruct, settings.data), hash_weights(run))
 
 
-def require_defaults(settings: EvaluationSettings, allowed: tuple[str, ...], samples: str) -> None:
-    """``ValueError`` for the first setting of sampling that was changed and has no effect on ``samples``."""
+def require_defaults(settings: EvaluationSettings, base: type, samples: str) -> None:
+    """``ValueError`` for the first setting of ``base`` that was changed, though it has no effect on ``samples``."""
     given, defaults = config.dump(settings), config.dump(EvaluationSettings())
-    for f in fields(Sampling):
-        if f.name not in allowed and given[f.name] != defaults[f.name]:
+    for f in fields(base):
+        if f.name not in ("batch", "device") and given[f.name] != defaults[f.name]:
             raise ValueError(f"{f.name}: has no effect on {samples}")
 
 

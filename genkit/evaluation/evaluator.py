@@ -15,6 +15,7 @@ from genkit import config
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
 from genkit.core.progress import Progress, silent
+from genkit.core.tensors import sha256
 from genkit.evaluation import cards
 from genkit.evaluation.measurement import Measurement, measure, measure_reference, require_logits
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
@@ -31,7 +32,6 @@ from genkit.evaluation.sources import (
     source_settings,
     split_into_blocks,
 )
-from genkit.training import run as runs
 
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
 Reference = DatasetSamples | Path
@@ -289,7 +289,7 @@ def load_statistics(path: Path, extractor: Extractor) -> tuple[SampleStatistics,
         name = extractor.settings.get("name", "these")
         raise ValueError(f"reference: {path} has statistics of {moments.dim} features; {name} features have "
                          f"{extractor.dim}")  # fmt: skip
-    return SampleStatistics(moments), {"stats": str(path), "sha256": runs.sha256(path), "n": moments.n}
+    return SampleStatistics(moments), {"stats": str(path), "sha256": sha256(path), "n": moments.n}
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit import config
 from genkit.core import Batch, Bounded, Bounds, Cond, Draw
-from genkit.core.progress import Progress, choose_progress
+from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import Identity, Learned, Pixels
 from genkit.diffusion.samplers import (
     Bound,
@@ -31,7 +31,8 @@ from genkit.diffusion.samplers.likelihood import BitsPerDim
 from genkit.evaluation.ranks import use_threads
 from genkit.objectives import DDPM
 from genkit.objectives.matching.matching import Matching
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions
 
 Count = Annotated[int, Ge(1)]
 Estimator = Literal["ode", "vlb", "iwae"]
@@ -41,7 +42,7 @@ DEFAULT_HEUN_STEPS, DEFAULT_CHAIN_STEPS, DEFAULT_DRAWS = 64, 1000, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodSettings:
+class LikelihoodSettings(LoadOptions):
     """How the likelihood of held-out samples is estimated."""
 
     n: Count | None = None
@@ -67,12 +68,6 @@ class LikelihoodSettings:
     """Seed of dequantisation and probes; sample i has seed + i."""
     batch: Count = 128
     """Samples at a time."""
-    ema: str | None = None
-    """Averaged weights by decay; None: the slowest; "none": the weights themselves."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Which checkpoint; None: the newest."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class LikelihoodResult:
 
 
 def likelihood(
-    run: str | Path | runs.Run,
+    run: str | Path | Run,
     settings: LikelihoodSettings | None = None,
     *,
     progress: Progress | None = None,
@@ -127,8 +122,8 @@ def likelihood(
     settings = settings or LikelihoodSettings()
     if changes:
         settings = config.override(settings, **changes)
-    if not isinstance(run, runs.Run):
-        run = runs.load(run, ema=settings.ema, step=settings.step, device=settings.device)
+    if not isinstance(run, Run):
+        run = load_run(run, ema=settings.ema, step=settings.step, device=settings.device)
     if isinstance(run.codec, Learned):
         raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
                          "allowed: a model of the samples themselves")  # fmt: skip
@@ -138,7 +133,7 @@ def likelihood(
     bound = settings.bound or run.objective.evidence
     if bound is None:
         raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
-    with choose_progress(progress) as report, use_threads(run.config.threads):
+    with reporting(progress) as report, use_threads(run.config.threads):
         result = ESTIMATORS[bound](run, settings, report)
     if not math.isfinite(result.bits_per_dim.value):
         raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
@@ -149,7 +144,7 @@ def likelihood(
 
 
 # ------------------------------------------------------------------------------------------------------- estimators
-def estimate_by_ode(run: runs.Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+def estimate_by_ode(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
     """The change of variables along the probability-flow ODE, of dequantised pixels."""
     require_path_to_noise(run)
     require_defaults(settings, ("variance",), "the chain; allowed with --bound vlb")
@@ -161,7 +156,7 @@ def estimate_by_ode(run: runs.Run, settings: LikelihoodSettings, progress: Progr
     return LikelihoodResult(without_nan(bits), details, len(nats), description)
 
 
-def log_probs(run: runs.Run, settings: LikelihoodSettings, progress: Progress) -> Tensor:
+def log_probs(run: Run, settings: LikelihoodSettings, progress: Progress) -> Tensor:
     """``log p`` in nats of the model's own numbers, ``[N]``, each sample with its own conditions."""
     times = uniform(settings.steps or DEFAULT_HEUN_STEPS)(run.denoiser.path)
     options: dict[str, Any] = {
@@ -175,7 +170,7 @@ def log_probs(run: runs.Run, settings: LikelihoodSettings, progress: Progress) -
     return torch.cat(parts)
 
 
-def estimate_by_vlb(run: runs.Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
     """The variational bound of the ancestral chain; the noise of its terms is drawn once for each sample."""
     objective = require_path_to_noise(run)
     require_defaults(settings, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
@@ -205,7 +200,7 @@ def estimate_by_vlb(run: runs.Run, settings: LikelihoodSettings, progress: Progr
     return LikelihoodResult(in_bits(bound.total), details, len(bound.total), description)
 
 
-def estimate_by_iwae(run: runs.Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+def estimate_by_iwae(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
     """The ELBO and the importance-weighted bound, of which the bits per dimension are.
 
     Black and white pixels and grey levels count by their probability mass, other numbers by their density, with pixels
@@ -234,7 +229,7 @@ def estimate_by_iwae(run: runs.Run, settings: LikelihoodSettings, progress: Prog
     return LikelihoodResult(without_nan(bits), details, len(bounds.elbo), description)
 
 
-ESTIMATORS: Mapping[Estimator, Callable[[runs.Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
+ESTIMATORS: Mapping[Estimator, Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
     "ode": estimate_by_ode,
     "vlb": estimate_by_vlb,
     "iwae": estimate_by_iwae,
@@ -242,7 +237,7 @@ ESTIMATORS: Mapping[Estimator, Callable[[runs.Run, LikelihoodSettings, Progress]
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-def require_path_to_noise(run: runs.Run) -> Matching:
+def require_path_to_noise(run: Run) -> Matching:
     """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
     objective = run.objective
     if not (isinstance(objective, Matching) and objective.source.normal and objective.sampler):
@@ -277,7 +272,7 @@ def mean_of(nats: Tensor) -> MeanEstimate:
 
 
 def read_batches(
-    run: runs.Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
+    run: Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
 ) -> Iterator[tuple[Tensor, Cond, Seeds]]:
     """Samples in the model's own numbers, their conditions, and a noise source with each sample's own seed."""
     data = run.config.data.load(settings.split)

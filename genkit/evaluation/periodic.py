@@ -10,17 +10,18 @@ import safetensors.torch
 from accelerate import Accelerator
 from torch import nn
 
-from genkit import config
-from genkit.config import Sampling
 from genkit.config.blocks import suggest
 from genkit.core import Data
+from genkit.core.tensors import tensors
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.ranks import Ranks
 from genkit.evaluation.sources import ModelSamples, open_run_data
-from genkit.training import run as runs
 from genkit.training.loop import State
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
+from genkit.training.settings import TrainSettings
 
 MAX_BATCH = 64
 
@@ -30,11 +31,11 @@ class PeriodicEvaluation:
     """What a training run is evaluated with. Set up before the first step (:meth:`create`), to find mistakes early."""
 
     evaluator: Evaluator
-    cfg: config.Train
+    cfg: TrainSettings
     data: Data
 
     @classmethod
-    def create(cls, cfg: config.Train, state: State, data: Data, accelerator: Accelerator) -> PeriodicEvaluation:
+    def create(cls, cfg: TrainSettings, state: State, data: Data, accelerator: Accelerator) -> PeriodicEvaluation:
         """The evaluation that ``cfg.eval_*`` describe. ``ValueError`` for settings that do not suit the data."""
         if cfg.eval_features not in FEATURES:
             hint = suggest(cfg.eval_features, FEATURES)
@@ -66,7 +67,7 @@ class PeriodicEvaluation:
         for net in nets.values():
             net.eval()
         try:
-            digest = hashlib.sha256(safetensors.torch.save(runs.tensors(nets))).hexdigest()
+            digest = hashlib.sha256(safetensors.torch.save(tensors(nets))).hexdigest()
             samples = samples_while_training(self.cfg, nets, self.data, run, state.step, file, digest)
             measurement = self.evaluator.measure(samples, self.cfg.eval_n)
         finally:
@@ -88,10 +89,10 @@ def slowest_average(state: State) -> tuple[dict[str, nn.Module], str]:
 
 
 def samples_while_training(
-    cfg: config.Train, nets: dict[str, nn.Module], data: Data, run: Path, step: int, file: str, sha256: str
+    cfg: TrainSettings, nets: dict[str, nn.Module], data: Data, run: Path, step: int, file: str, sha256: str
 ) -> ModelSamples:
     """Samples of ``nets``, as if they were loaded from the checkpoint of ``step``."""
     device = next(p for net in nets.values() for p in net.parameters()).device
     weights = f"checkpoints/step-{step:07d}/{file}"
-    current = runs.Run(run, cfg, nets, data.spec, data.codec, step, weights, device)
+    current = Run(run, cfg, nets, data.spec, data.codec, step, weights, device)
     return ModelSamples(current, Sampling(steps=cfg.eval_steps), sha256)

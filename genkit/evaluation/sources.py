@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genkit import config
-from genkit.config import Sampling
 from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
-from genkit.data import DATA, codecs, source, world
-from genkit.data.captions import FILES
+from genkit.core.tensors import sha256
+from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
+from genkit.data.source import Split
 from genkit.diffusion.samplers import Counted, Seeds
-from genkit.training import run as runs
+from genkit.training.run import Run, average_name, with_classes
+from genkit.training.sampling import Sampling, sample_conditions
 
 SPLITS = ("train", "test")
 HASH_ROWS = 512  # samples hashed at a time
@@ -103,8 +104,8 @@ class DatasetSamples:
 
     data: Data
     name: str
-    config: Any
-    """the data source, which can load the other split"""
+    config: DataSource
+    """which can load the other split"""
     split: str = "train"
     content_hash: str | None = None
 
@@ -151,28 +152,6 @@ class DatasetSamples:
         return SampleRows(batch.x, batch.cond[self.label] if self.label else None)
 
 
-def without_augmentation(source_config: Any) -> Any:
-    """A data source's configuration without random flips: the data themselves are measured."""
-    names = {f.name for f in fields(source_config)}
-    return replace(source_config, flip=False) if "flip" in names else source_config
-
-
-def with_default_conditions(source_config: Any) -> Any:
-    """The same samples with the default conditions: the classes that they have, and no captions.
-
-    Every model of the samples is measured against this, so a model that is not conditioned on the class has the same
-    reference, and the same features, as one that is.
-    """
-    defaults = {f.name: f.default for f in fields(source_config) if f.name in ("captions", "encoder", "labels")}
-    return replace(source_config, **defaults)
-
-
-def with_labels(source_config: Any) -> Any:
-    """The same with classes, if its captions are made from the classes."""
-    made_from_classes = getattr(source_config, "captions", ()) not in ((), (FILES,))
-    return replace(source_config, labels=True) if made_from_classes else source_config
-
-
 def open_data(name: str, options: DataOptions = DataOptions()) -> DatasetSamples:
     """Stored samples by name: ``cifar10:test``, or the path of a folder, .zip or .npz, also with ``:train``/``:test``.
 
@@ -181,23 +160,24 @@ def open_data(name: str, options: DataOptions = DataOptions()) -> DatasetSamples
     base, _, split = name.rpartition(":")
     if not base or split not in SPLITS:
         base, split = name, "train"
-    kind, settings = source(base)
-    known = {f.name for f in fields(DATA[kind])}
-    given = {key: value for key, value in vars(options).items() if value is not None and key in known}
+    kind, settings = find_source(base)
+    given = DATA[kind].applicable({key: value for key, value in vars(options).items() if value is not None})
     if kind == "npz" and is_statistics_file(path := Path(base).expanduser()):
         raise ValueError(f"{path}: has statistics (mu, sigma) and no samples; it can only be a --reference")
-    source_config = without_augmentation(DATA[kind](**{**given, **settings}))
-    return DatasetSamples(source_config.load(split), base, source_config, split)
+    source = DATA[kind](**{**given, **settings}).unaugmented()
+    return DatasetSamples(source.load(cast(Split, split)), base, source, split)
 
 
-def open_run_data(run: runs.Run, split: str = "train", options: DataOptions = DataOptions()) -> DatasetSamples:
-    """The data that a run was trained on, without augmentation. ``options.root`` says where they are stored now."""
-    source_config = with_default_conditions(without_augmentation(world(run.config.data)))
-    if options.root is not None and "root" in {f.name for f in fields(source_config)}:
-        source_config = replace(source_config, root=options.root)
-    kind = type(source_config)
-    name = next((name for name, known in DATA.items() if known is kind), kind.__name__)
-    return DatasetSamples(source_config.load(split), name, source_config, split)
+def open_run_data(run: Run, split: str = "train", options: DataOptions = DataOptions()) -> DatasetSamples:
+    """The data that a run was trained on, without augmentation, with the conditions that they have by default.
+
+    ``options.root`` says where they are stored now.
+    """
+    source = run.config.data.decoded_source().unaugmented().with_default_conditions()
+    if options.root is not None:
+        source = source.with_fields(root=options.root)
+    name = next((name for name, kind in DATA.items() if kind is type(source)), type(source).__name__)
+    return DatasetSamples(source.load(cast(Split, split)), name, source, split)
 
 
 def is_statistics_file(path: Path) -> bool:
@@ -212,9 +192,6 @@ def is_statistics_file(path: Path) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ samples of a run
-NOT_IN_CARD = ("seed", "ema", "step", "batch", "device")  # settings of Sampling that cards store under other names
-
-
 @dataclass(eq=False)
 class ModelSamples:
     """Samples of a model. Row i has seed ``sampling.seed + i``; classes come in turn.
@@ -222,7 +199,7 @@ class ModelSamples:
     A model with more conditions than a class takes those of its training data in turn.
     """
 
-    run: runs.Run
+    run: Run
     sampling: Sampling = field(default_factory=Sampling)
     weights_sha256: str = ""
     """of the weights' file, or of what the file would be"""
@@ -235,14 +212,17 @@ class ModelSamples:
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
                 "of an autoencoder, its reconstructions: --reconstruct test"
             )
-        self.arguments = generator_arguments(self.run, self.sampling)
         self.counters: list[Counted] = []
-        classifier: runs.Run | None = self.arguments["classifier"]
-        self.model_spec = self.run.spec if classifier is None else runs.with_classes(self.run.world, classifier)
-        self.generate = self.run.generator(**self.arguments, watch=None if self.one_pass else self._count)
+        self.other_models = self.run.open_references(self.sampling)
+        self.generate = self.run.generator(
+            self.sampling, **self.other_models, inner=None if self.one_pass else self._count
+        )
+        classifier = self.other_models.get("classifier")
+        self.model_spec = self.run.spec if classifier is None else with_classes(self.run.data_spec, classifier)
         conditions = self.model_spec.cond
         if any(not isinstance(kind, Label) for kind in conditions.values()) and self.conditions is None:
-            self.conditions = with_labels(without_augmentation(self.run.config.data)).load("train")
+            source = self.run.config.data.unaugmented()
+            self.conditions = (source.with_labels() if source.captions_from_labels else source).load("train")
         # classes that the data have and the model is not conditioned on: its captions may tell them
         in_data = {} if self.conditions is None else self.conditions.spec.cond
         self.extra_classes = {k: kind for k, kind in in_data.items() if isinstance(kind, Label) and k not in conditions}
@@ -264,7 +244,7 @@ class ModelSamples:
     @property
     def spec(self) -> Spec:
         """Shape and conditions of the decoded samples."""
-        return replace(self.run.world, cond={**self.run.world.cond, **self.extra_classes})
+        return replace(self.run.data_spec, cond={**self.run.data_spec.cond, **self.extra_classes})
 
     @property
     def name(self) -> str:
@@ -277,11 +257,10 @@ class ModelSamples:
         return class_condition(self.model_spec) or next(iter(self.extra_classes), None)
 
     def identity(self) -> dict[str, Any]:
-        """Weights, seed, sampling, codec, objective and backbone."""
+        """Weights, sampling, codec, objective and backbone."""
         return {
             "weights_sha256": self.weights_sha256,
-            "seed": self.sampling.seed,
-            "sampling": {name: to_json(value) for name, value in self.arguments.items()},
+            "sampling": sampling_settings(self),
             "codec": codecs.to_dict(self.run.codec),
             "spec": spec_to_dict(self.run.spec),
             "objective": repr(self.run.objective),
@@ -291,7 +270,7 @@ class ModelSamples:
     def cond(self, rows: range) -> dict[str, Tensor]:
         """The conditions of some rows, on the CPU."""
         if self.conditions is None:
-            return {name: v[rows.start :] for name, v in runs.labels(self.model_spec, rows.stop).items()}
+            return {name: v[rows.start :] for name, v in sample_conditions(self.model_spec, rows.stop).items()}
         batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), rows.start, rows.stop))
         return dict(self.conditions.codec.encode(batch).cond)
 
@@ -312,28 +291,11 @@ class ModelSamples:
         return SampleRows(x, labels, float(calls * len(rows)), float(passes))
 
 
-def generator_arguments(run: runs.Run, sampling: Sampling) -> dict[str, Any]:
-    """The arguments of :meth:`genkit.training.run.Run.generator`; a weaker model and a classifier are loaded."""
-    return {
-        "sampler": sampling.sampler,
-        "steps": sampling.steps,
-        "grid": sampling.grid,
-        "guidance": sampling.guidance,
-        "rule": sampling.guidance_rule,
-        "interval": sampling.guidance_interval,
-        "passes": sampling.guidance_passes,
-        "weak": runs.beside(run, sampling.autoguide) if sampling.autoguide else None,
-        "classifier": runs.beside(run, sampling.classifier) if sampling.classifier else None,
-        "classifier_scale": sampling.classifier_scale,
-        "clip": sampling.clip,
-    }
-
-
 @dataclass(eq=False)
 class Reconstructions:
     """A run's data after encoding and decoding: the best that a model of its latents could achieve."""
 
-    run: runs.Run
+    run: Run
     dataset: DatasetSamples
     weights_sha256: str = ""
 
@@ -373,7 +335,7 @@ class Reconstructions:
         batch = self.dataset.data.batch(indices, Draw((0,), first, last))
         draw = Draw((0, 1), first, last, self.run.device)
         labels = batch.cond[self.label].cpu() if self.label else None
-        return SampleRows(self.run.rebuild(replace(batch.to(self.run.device), draw=draw)), labels)
+        return SampleRows(self.run.reconstruct(replace(batch.to(self.run.device), draw=draw)), labels)
 
 
 # ------------------------------------------------------------------------------------------------ settings for cards
@@ -383,42 +345,33 @@ def source_settings(samples: SampleSource) -> dict[str, Any]:
         return {**weights_settings(samples.run, samples.weights_sha256), "reconstructed": samples.dataset.identity()}
     if not isinstance(samples, ModelSamples):
         return {"samples": samples.identity()}
-    sampling = {k: v for k, v in config.dump(samples.sampling).items() if k in SAMPLING_SETTINGS}
-    return {
-        **weights_settings(samples.run, samples.weights_sha256),
-        **sampling,
-        "autoguide": to_json(samples.arguments["weak"]),
-        "classifier": to_json(samples.arguments["classifier"]),
-        "sampler": samples.sampling.sampler or samples.run.objective.sampler,
-        "seed": samples.sampling.seed,
-    }
+    return {**weights_settings(samples.run, samples.weights_sha256), **sampling_settings(samples)}
 
 
-SAMPLING_SETTINGS = [f.name for f in fields(Sampling) if f.name not in NOT_IN_CARD]
-
-
-def weights_settings(run: runs.Run, sha256: str) -> dict[str, Any]:
+def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
     """Which weights a card is about."""
     return {
         "run": run.directory.name,
         "step": run.step,
-        "ema": Path(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
+        "ema": average_name(run.weights),
         "weights": run.weights,
-        "weights_sha256": sha256,
+        "weights_sha256": weights_sha256,
     }
 
 
-def to_json(value: Any) -> Any:
-    """An argument of sampling as JSON; a second model is its run's name and its weights' hash."""
-    if isinstance(value, runs.Run):
-        return {"run": value.directory.name, "weights_sha256": hash_weights(value)}
-    if isinstance(value, tuple):
-        return list(value)
-    if value is None or isinstance(value, int | str | float | bool):
-        return value
-    return repr(value)
+def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
+    """How a model's samples are drawn: all settings but the batch size, with other models as their weights' hashes."""
+    settings = config.dump(samples.sampling)
+    del settings["batch"]
+    names = {"autoguide": "weak", "classifier": "classifier"}
+    for name, role in names.items():
+        other = samples.other_models.get(role)
+        if other is not None:
+            settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
+    settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
+    return settings
 
 
-def hash_weights(run: runs.Run) -> str:
+def hash_weights(run: Run) -> str:
     """The sha256 of the file that a run's networks were loaded from."""
-    return runs.sha256(run.directory / run.weights)
+    return sha256(run.directory / run.weights)

@@ -17,18 +17,20 @@ import torch
 from annotated_types import Ge
 
 from genkit import config
-from genkit.config import Sampling, table
+from genkit.config import table
 from genkit.config.blocks import suggest
 from genkit.core import pictures
-from genkit.core.progress import Progress, choose_progress
+from genkit.core.device import DeviceName, pick_device
+from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card, file_name, hash_json
 from genkit.evaluation.evaluations import default_reference_n, open_reference
 from genkit.evaluation.evaluator import Evaluator, is_image
 from genkit.evaluation.metrics import METRICS, find_metric, metric_direction
 from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import ModelSamples, hash_weights
-from genkit.training import run as runs
 from genkit.training.distributed import join_ranks
+from genkit.training.run import Run, average_name, load_run
+from genkit.training.sampling import Sampling
 
 Count = Annotated[int, Ge(1)]
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
@@ -76,15 +78,15 @@ class SweepSettings:
     """Which checkpoint; None: the newest."""
     batch: Count = 64
     """Samples at a time."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    device: DeviceName = "auto"
+    """Device. auto: the machine's accelerator, or the CPU if it has none."""
 
 
 @dataclass(frozen=True)
 class SweepPoint:
     """One combination, measured."""
 
-    sampling: Sampling
+    samples: ModelSamples
     card: Card
     metric: str
 
@@ -120,7 +122,7 @@ class SweepResult:
     """all combinations, measured with few samples"""
     failures: Sequence[str]
     """one line for each combination that could not be measured"""
-    run: runs.Run
+    run: Run
 
     @property
     def front(self) -> list[SweepPoint]:
@@ -189,10 +191,10 @@ def sweep(
     settings = settings or SweepSettings()
     if changes:
         settings = config.override(settings, **changes)
-    accelerator = join_ranks(runs.pick_device(settings.device))
+    accelerator = join_ranks(pick_device(settings.device))
     ranks = Ranks.of(accelerator)
     combinations = list_combinations(run, settings, accelerator.device)
-    first = combinations[0][1]
+    first = combinations[0]
     metric = settings.metric or ("fid" if is_image(first.spec) else "w2")
     metric_name = find_metric(metric)
     if metric_name is None:
@@ -200,7 +202,7 @@ def sweep(
         raise ValueError(f"metric: given {metric!r}; allowed: {', '.join(known)}{suggest(metric, known)}")
     with accelerator.main_process_first():
         reference = open_reference(settings.reference, first, settings.data)
-    with choose_progress(progress, ranks.is_main) as report, use_threads(first.run.config.threads):
+    with reporting(progress, ranks.is_main) as report, use_threads(first.run.config.threads):
         evaluator = Evaluator.create(
             first,
             reference,
@@ -224,28 +226,24 @@ def sweep(
             )
         points = screened
         if settings.confirm_n > settings.n:
-            chosen = [point.sampling for point in choose_points(screened, settings.num_confirm_extra)]
-            again = [(sampling, samples) for sampling, samples in combinations if sampling in chosen]
+            chosen = [point.samples for point in choose_points(screened, settings.num_confirm_extra)]
+            again = [samples for samples in combinations if samples in chosen]
             points = measure_points(again, evaluator, settings.confirm_n, metric, report, "confirming", failures)
     return SweepResult(metric, points, screened, failures, first.run)
 
 
-def list_combinations(
-    run: str | Path, settings: SweepSettings, device: torch.device
-) -> list[tuple[Sampling, ModelSamples]]:
-    """Every combination once. ``ValueError`` for what the run does not support."""
-    loaded: dict[str | None, runs.Run] = {}
-    combinations: dict[Sampling, ModelSamples] = {}
+def list_combinations(run: str | Path, settings: SweepSettings, device: torch.device) -> list[ModelSamples]:
+    """The samples of every combination once. ``ValueError`` for what the run does not support."""
+    loaded: dict[str | None, Run] = {}
+    combinations: dict[tuple[str | None, Sampling], ModelSamples] = {}
     intervals = [parse_interval(text) for text in settings.interval]
     product = itertools.product(
         settings.ema or (None,), settings.guidance, intervals, settings.sampler or (None,), settings.steps
     )
     for ema, guidance, interval, sampler, steps in product:
         if ema not in loaded:
-            loaded[ema] = runs.load(run, ema=ema, step=settings.step, device=device.type)
+            loaded[ema] = load_run(run, ema=ema, step=settings.step, device=device.type)
         sampling = Sampling(
-            ema=ema,
-            step=settings.step,
             guidance=guidance,
             guidance_interval=interval if guidance != 1 else None,  # an interval has no effect at guidance 1
             sampler=sampler,
@@ -254,9 +252,9 @@ def list_combinations(
             seed=settings.seed,
             batch=settings.batch,
         )
-        if sampling not in combinations:
-            combinations[sampling] = ModelSamples(loaded[ema], sampling, hash_weights(loaded[ema]))
-    return list(combinations.items())
+        if (ema, sampling) not in combinations:
+            combinations[ema, sampling] = ModelSamples(loaded[ema], sampling, hash_weights(loaded[ema]))
+    return list(combinations.values())
 
 
 def parse_interval(text: str) -> tuple[float, float] | None:
@@ -271,7 +269,7 @@ def parse_interval(text: str) -> tuple[float, float] | None:
 
 
 def measure_points(
-    combinations: Sequence[tuple[Sampling, ModelSamples]],
+    combinations: Sequence[ModelSamples],
     evaluator: Evaluator,
     n: int,
     metric: str,
@@ -285,7 +283,7 @@ def measure_points(
     """
     ranks, total = evaluator.ranks, len(combinations) * n
     points = []
-    for i, (sampling, samples) in enumerate(combinations):
+    for i, samples in enumerate(combinations):
 
         def report(what: str, done: int, of: int | None, start: int = i * n) -> None:
             progress(task, start + done, total)
@@ -298,12 +296,12 @@ def measure_points(
                 measurement = evaluator.measure(samples, n, report)
                 card = ranks.once(evaluator.make_card, samples, n, measurement)
             except ValueError as e:
-                failures.append(f"{describe_sampling(sampling)}: {e}")
+                failures.append(f"{describe_combination(samples)}: {e}")
                 continue
             if ranks.is_main:
                 card.save()
         report(task, n, n)
-        points.append(SweepPoint(sampling, card, metric))
+        points.append(SweepPoint(samples, card, metric))
     return points
 
 
@@ -312,13 +310,14 @@ def load_if_present(path: Path) -> Card | None:
     return Card.load(path) if path.is_file() else None
 
 
-def describe_sampling(sampling: Sampling) -> str:
+def describe_combination(samples: ModelSamples) -> str:
     """A combination in a few words."""
+    sampling = samples.sampling
     guidance = f"guidance {sampling.guidance:g}"
     if sampling.guidance_interval is not None:
         guidance += " in {:g}-{:g}".format(*sampling.guidance_interval)
     sampler = sampling.sampler or "default sampler"
-    return f"{sampler} {sampling.steps} steps, {guidance}, ema {sampling.ema or 'slowest'}"
+    return f"{sampler} {sampling.steps} steps, {guidance}, ema {average_name(samples.run.weights)}"
 
 
 def pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:

@@ -1,11 +1,11 @@
-"""Progress callbacks: silent outside a terminal, one bar a task inside one."""
+"""Progress callbacks: a bar in a terminal, silence elsewhere and on other ranks."""
 
 import io
 import sys
 
 import pytest
 
-from genkit.core.progress import choose_progress, silent, terminal_progress
+from genkit.core.progress import reporting, silent, terminal_progress
 
 
 def test_nothing_is_shown_outside_a_terminal(capsys):
@@ -15,7 +15,7 @@ def test_nothing_is_shown_outside_a_terminal(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_each_task_has_a_bar_in_a_terminal(monkeypatch):
+def test_a_bar_is_shown_in_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -27,14 +27,14 @@ def test_each_task_has_a_bar_in_a_terminal(monkeypatch):
         progress("samples", 3, 10)
         progress("samples", 10, 10)
     assert "samples" in sys.stderr.getvalue()
-    assert "100%" in sys.stderr.getvalue()
-    with terminal_progress(enabled=False) as progress:
+    assert "10/10" in sys.stderr.getvalue()
+    with reporting(None, enabled=False) as progress:
         assert progress is silent
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_callback_of_the_callers_own_is_used_by_one_process_only(enabled):
+def test_the_callers_own_callback_is_called_on_one_rank_only(enabled):
     calls = []
-    with choose_progress(lambda *call: calls.append(call), enabled) as progress:
+    with reporting(lambda *call: calls.append(call), enabled) as progress:
         progress("samples", 3, 10)
     assert calls == ([("samples", 3, 10)] if enabled else [])

@@ -13,11 +13,11 @@ from genkit.backbones.embed import FramesEmbed
 from genkit.cli.main import main as cli
 from genkit.core import Draw, Frames, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
-from genkit.data.demonstrations.windows import Replay, Seen
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Seen
 from genkit.envs.four_ways import OBSTACLES, FourWays, pictures_of
-from genkit.rl.policies.planner import load
-from genkit.rl.policies.policy import Policy, Watcher
-from genkit.rl.policies.rollout import rollout
+from genkit.rl.policies.episodes import run_episodes
+from genkit.rl.policies.policy import Policy, VisualPolicy
 from tests.support.refusals import refuses
 
 ROOT = Path(__file__).parents[2]
@@ -193,8 +193,8 @@ class Looking(FourWays):
 
 
 def test_a_rollout_shows_the_newest_pictures(run):
-    policy = load(run, steps=1, act_steps=3)
-    assert type(policy) is Watcher
+    policy = Policy.load(run, steps=1, act_steps=3)
+    assert type(policy) is VisualPolicy
     assert policy.obs_shape == (2, 0)
     assert policy.frame_shape == (3, 16, 16)
     seen = []
@@ -206,30 +206,29 @@ def test_a_rollout_shows_the_newest_pictures(run):
 
     policy.act = spy  # type: ignore[method-assign]
     env = Looking(3)
-    done = rollout(policy, env, range(3))
+    done = run_episodes(policy, env, range(3))
     assert all(obs.shape == (3, 2, 0) for obs, _ in seen)
     for d, (_, frames) in enumerate(seen[:3]):
         for i, path in enumerate(done.paths):
             steps = [max(0, 3 * d - 1), 3 * d]
             if steps[1] < len(path):
                 assert np.array_equal(frames[i], pictures_of(path[steps], (16, 16)))
-    one, many = (rollout(load(run, steps=1), FourWays(n), range(4)) for n in (2, 4))
+    one, many = (run_episodes(Policy.load(run, steps=1), FourWays(n), range(4)) for n in (2, 4))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one.paths, many.paths, strict=True))
 
 
 def test_wrong_pictures_take_one_line(run, capsys, tmp_path):
-    policy = load(run, steps=1)
+    policy = Policy.load(run, steps=1)
     obs, frames = np.zeros((2, 2, 0)), np.zeros((2, 2, 3, 16, 16), np.uint8)
     assert policy.act(obs, frames).shape == (2, 8, 2)
     refuses(lambda: policy.act(obs, frames[..., :12]), "(2, 2, 3, 16, 12)", "needs (2, 2, 3, 16, 16)", "trained on")
     refuses(lambda: policy.act(obs, frames / 255), "float64", "uint8")
     refuses(lambda: policy.act(obs), "sees pictures; give them")
-    refuses(lambda: Policy.load(run), "sees pictures, which only genkit rollout")
 
     class Blind(FourWays):
         pixels = None  # type: ignore[assignment]
 
-    refuses(lambda: rollout(policy, Blind(1), [0]), "draws none")
+    refuses(lambda: run_episodes(policy, Blind(1), [0]), "draws none")
 
     def refused(*argv):
         assert cli(list(argv)) == 2
@@ -237,7 +236,7 @@ def test_wrong_pictures_take_one_line(run, capsys, tmp_path):
         assert err.count("\n") == 1
         return err
 
-    assert "no pictures; leave them out" in refused("rollout", str(run), "--best-of=2")
+    assert "not plans or pictures; leave them out" in refused("rollout", str(run), "--best-of=2")
     assert cli(["rollout", str(run), "--episodes=2", "--json", f"--out={tmp_path}"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 2
 
@@ -280,6 +279,6 @@ def test_gymnasium_draws_in_the_size_that_is_asked_for():
 def test_four_ways_are_taken_by_sight(tmp_path):
     args = ["--config", str(ROOT / "configs/four_ways_pixels.yaml"), f"--out={tmp_path}", "--tensorboard=false"]
     assert cli(["train", *args, "--device=cpu"]) == 0
-    done = rollout(load(tmp_path / "latest", steps=16), FourWays(200), range(100_000, 100_200))
+    done = run_episodes(Policy.load(tmp_path / "latest", steps=16), FourWays(200), range(100_000, 100_200))
     assert done.info["success"].mean() >= 0.8
     assert (done.mode_entropy_bits or 0) >= 1.8

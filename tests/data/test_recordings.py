@@ -10,8 +10,9 @@ import torch
 
 from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw
-from genkit.data.demonstrations.recordings import LeRobot, Minari
-from genkit.data.demonstrations.windows import Episode, Replay, steps_of
+from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Episode, steps_of
 from tests.support.refusals import refuses
 
 LENGTHS = (12, 20, 9)  # ragged

@@ -8,8 +8,8 @@ import pytest
 from genkit.cli.main import main as genkit
 from genkit.envs import expert, make
 from genkit.envs.maze import next_cells
+from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import rollout
 
 # A ring with a dead end below its left side, and a room without a door.
 PLAN = """
@@ -87,7 +87,7 @@ def test_a_policy_learns_the_way_from_few_demonstrations(tmp_path, monkeypatch):
     assert genkit(["train", "--objective=flow", *how, *data, *steps, *net, "--sample-every=0", "--ema=0.98"]) == 0
     policy = Policy.load("runs/latest", steps=4)
     world = make("PointMaze_UMaze-v3", 30)
-    assert rollout(policy, world, range(100_000, 100_030)).info["success"].mean() >= 0.93
+    assert run_episodes(policy, world, range(100_000, 100_030)).info["success"].mean() >= 0.93
 
     class Straight:
         obs_shape, action_dim = (1, 8), 2
@@ -98,4 +98,4 @@ def test_a_policy_learns_the_way_from_few_demonstrations(tmp_path, monkeypatch):
             o = obs[:, 0]
             return (10 * (o[:, 2:4] - o[:, :2]) - 2 * o[:, 6:]).clip(-1, 1)[:, None]
 
-    assert rollout(Straight(), world, range(100_000, 100_030)).info["success"].mean() < 0.8
+    assert run_episodes(Straight(), world, range(100_000, 100_030)).info["success"].mean() < 0.8

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from genkit.cli import main as cli
+from genkit.core.tensors import sha256
 from genkit.evaluation import Card, Estimate
 from genkit.evaluation.cards import MetricComparison, parse_card, require_finite
-from genkit.training import run as runs
+from genkit.training.run import load_run
 from tests.support.evaluation import refusal, values
 
 
@@ -19,8 +20,8 @@ def test_a_card_has_everything_that_the_number_depends_on(moons):
     (path,) = set(moons.glob("eval/*")) - before
     assert path.name.startswith("0000008-heun3-g2-n40-")
     s = json.loads(path.read_text())["settings"]
-    run = runs.load(moons)
-    assert s["weights_sha256"] == runs.sha256(run.directory / s["weights"])
+    run = load_run(moons)
+    assert s["weights_sha256"] == sha256(run.directory / s["weights"])
     expected = {"ema": "0.999", "step": 8, "sampler": "heun", "grid": "uniform", "guidance": 2, "seed": 0}
     assert {key: s[key] for key in expected} == expected
     assert (s["nfe"], s["passes"]) == (5, 10)

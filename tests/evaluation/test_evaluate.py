@@ -13,13 +13,12 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from genkit.cli import main as cli
-from genkit.config import Sampling
 from genkit.core import Loss, Objective, Phase
 from genkit.data import DATA
 from genkit.evaluation import DatasetSamples, EvaluationSettings, ModelSamples, evaluate, measure, open_data
 from genkit.evaluation.metrics.features import Classifier, Raw, RawExtractor
-from genkit.evaluation.sources import with_default_conditions
-from genkit.training import run as runs
+from genkit.training.run import load_run
+from genkit.training.sampling import Sampling
 from tests.support.evaluation import evaluate_to_card, reference_fid, refusal, save_vectors, train, values
 
 
@@ -49,7 +48,7 @@ def test_python_and_the_command_give_the_same_card(tmp_path, moons, points, caps
     card = evaluate(moons, metrics="fid,w2", n=40, steps=3, device="cpu")
     settings = EvaluationSettings(metrics="fid,w2", n=40, steps=2, device="cpu")
     assert evaluate(str(moons), settings, steps=3).metrics == card.metrics
-    assert evaluate(runs.load(moons, device="cpu"), settings, steps=3).metrics == card.metrics
+    assert evaluate(load_run(moons, device="cpu"), settings, steps=3).metrics == card.metrics
     assert capsys.readouterr() == ("", "")
     assert set(moons.glob("eval/*")) == before
     command = evaluate_to_card(tmp_path, moons, "--metrics=fid,w2", "--n=40", "--steps=3")
@@ -98,7 +97,7 @@ def test_the_fid_of_a_run_whose_samples_are_known(tmp_path):
     for split, seed in [("train", 7), ("test", 0)]:
         card = evaluate_to_card(tmp_path, run, "--metrics=fid", "--n=150", f"--seed={seed}", f"--reference={split}")
         z = np.stack([torch.randn(2, generator=torch.Generator().manual_seed(seed + i)).numpy() for i in range(150)])
-        real = runs.load(run).config.data.load(split).x.double().numpy()
+        real = load_run(run).config.data.load(split).x.double().numpy()
         assert values(card)["fid"] == pytest.approx(reference_fid(z * [2, 0.5] + [1, -1], real), rel=1e-5)
         assert card.settings["reference"]["split"] == split
     assert card.settings["nfe"] == 1
@@ -119,7 +118,7 @@ def test_a_run_is_measured_like_its_samples_in_a_file(tmp_path, moons):
 def test_accuracy_is_measured_by_a_classifier_of_the_runs_own_data(grey, tmp_path):
     card = evaluate_to_card(tmp_path, grey, "--n=20", "--steps=2", "--features=classifier", "--features.steps=5",
                             "--metrics=accuracy,fid,prdc", "--batch=20", "--metric-settings.k=3")  # fmt: skip
-    run = runs.load(grey, device="cpu")
+    run = load_run(grey, device="cpu")
     extract = Classifier(steps=5).load("cpu", run.config.data.load("train"))
     x, cond = run.sample(20, sampler="heun", steps=2, batch=2)
     correct = (extract(x).logits.argmax(1) == cond["label"]).double().mean()
@@ -188,7 +187,7 @@ def test_for_fid_alone_only_sums_are_kept():
 )
 def test_the_reference_does_not_depend_on_a_models_conditions(configs):
     """A model without classes shares the reference, and its features, with one that has them."""
-    references = [DatasetSamples(with_default_conditions(c).load("test"), "", c, "test") for c in configs]
+    references = [DatasetSamples(c.with_default_conditions().load("test"), "", c, "test") for c in configs]
     assert len({reference.hash() for reference in references}) == 1
     assert all(reference.label == "label" for reference in references)
 
@@ -196,7 +195,7 @@ def test_the_reference_does_not_depend_on_a_models_conditions(configs):
 # ----------------------------------------------------------------------------------------------- samples of a run
 def test_other_seeds_steps_or_weights_are_other_samples(moons):
     """Otherwise an interrupted evaluation would continue with the numbers of another."""
-    run = runs.load(moons, device="cpu")
+    run = load_run(moons, device="cpu")
     identity = ModelSamples(run, Sampling(steps=2), "a").identity()
     assert ModelSamples(run, Sampling(steps=2), "a").identity() == identity
     for sampling, weights in [(Sampling(steps=2, seed=7), "a"), (Sampling(steps=3), "a"), (Sampling(steps=2), "b")]:
@@ -205,7 +204,7 @@ def test_other_seeds_steps_or_weights_are_other_samples(moons):
 
 def test_nan_hides_in_no_pixel(grey):
     """The codec would make NaN a black pixel."""
-    run = runs.load(grey, device="cpu")
+    run = load_run(grey, device="cpu")
     for net in run.nets.values():
         for p in net.parameters():
             p.data.fill_(float("nan"))

@@ -8,12 +8,12 @@ import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genkit import config
 from genkit.backbones import MLP
 from genkit.evaluation import Card, open_data
 from genkit.evaluation.periodic import PeriodicEvaluation
-from genkit.training import run as runs
-from genkit.training.loop import start
+from genkit.training.directory import read_log
+from genkit.training.loop import initial_state
+from genkit.training.settings import TrainSettings
 from tests.support.evaluation import TRAIN, evaluate_to_card, refusal, subprocess_environment, train, values
 
 
@@ -24,7 +24,7 @@ def test_evaluating_does_not_change_a_training(tmp_path):
                       "--eval-metrics=w2,fid", "--tensorboard=true")  # fmt: skip
     for file in sorted((plain / "latest").glob("*.safetensors")):
         assert file.read_bytes() == (evaluated / "latest" / file.name).read_bytes(), file.name
-    logs = [runs.read_log(run) for run in (plain, evaluated)]
+    logs = [read_log(run) for run in (plain, evaluated)]
     losses = [[record["denoise/loss"] for record in log if "denoise/loss" in record] for log in logs]
     assert losses[0] == losses[1]
     logged = {record["step"]: record["eval/w2"] for record in logs[1] if "eval/w2" in record}
@@ -43,10 +43,10 @@ def test_evaluating_does_not_change_a_training(tmp_path):
 
 def test_networks_train_on_after_an_evaluation(tmp_path):
     """Without an average the networks themselves are evaluated, and must get their dropout back."""
-    cfg = replace(config.Train(), eval_every=1, eval_n=4, eval_steps=1, ema=(), precision="fp32")
+    cfg = replace(TrainSettings(), eval_every=1, eval_n=4, eval_steps=1, ema=(), precision="fp32")
     cfg = replace(cfg, data=open_data("moons").config, backbone=MLP(width=8))
     data = cfg.data.load("train")
-    state = start(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
+    state = initial_state(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
     modes = []
     state.nets["net"].train().register_forward_hook(lambda net, *_: modes.append(net.training))
     card = PeriodicEvaluation.create(cfg, state, data, Accelerator(cpu=True))(state, tmp_path)

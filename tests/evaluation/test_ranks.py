@@ -32,15 +32,15 @@ def test_ranks_share_the_errors_of_the_main_one():
 
 TWO_RANKS = """
 import sys, torch
-from genkit.config import Sampling
-from genkit.training import run as runs
 from genkit.training.distributed import join_ranks
+from genkit.training.run import load_run
+from genkit.training.sampling import Sampling
 from genkit.evaluation import ModelSamples, Ranks, measure
 from genkit.evaluation.metrics.features import Raw
 
 ranks = Ranks.of(join_ranks(torch.device("cpu")))
 torch.set_num_threads(1)
-samples = ModelSamples(runs.load(sys.argv[1], device="cpu"), Sampling(steps=3, guidance=2.0))
+samples = ModelSamples(load_run(sys.argv[1], device="cpu"), Sampling(steps=3, guidance=2.0))
 options = {"keep": frozenset({"features", "labels"}), "batch": 8, "ranks": ranks}
 results = {n: measure(samples, Raw().load("cpu"), n, **options) for n in (1, 3, 101)}
 

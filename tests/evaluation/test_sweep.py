@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from genkit.cli import main as cli
-from genkit.config import Sampling
 from genkit.evaluation import Card, Estimate, ModelSamples, sweep
 from genkit.evaluation.sweeps import SweepPoint, choose_points, pareto_front, parse_interval
 from tests.support.evaluation import refusal, train
@@ -28,8 +27,7 @@ def sweep_json(capsys, run, *argv):
 
 
 def make_point(passes, value, metric="fid"):
-    card = Card({metric: Estimate(value)}, {"passes": passes})
-    return SweepPoint(Sampling(steps=int(10 * passes), guidance=value), card, metric)
+    return SweepPoint(None, Card({metric: Estimate(value)}, {"passes": passes}), metric)
 
 
 def test_nothing_beats_the_pareto_front():

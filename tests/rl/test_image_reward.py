@@ -16,7 +16,7 @@ from genkit.core import Batch, Label, Spec, Vector
 from genkit.data.codecs import Identity, Pixels
 from genkit.diffusion.paths import VP, Linear, ODEOnlyPath
 from genkit.diffusion.samplers import Seeds, bind
-from genkit.diffusion.value_guidance import by_value
+from genkit.diffusion.value_guidance import value_guidance
 from genkit.objectives import Flow
 from genkit.rl.finetune import image_rewards as image
 from genkit.rl.finetune.chain import Chain, Fixed, Learned
@@ -25,8 +25,10 @@ from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.evaluation import reward_kl
 from genkit.rl.finetune.learner import Learner, apart, with_reference
 from genkit.rl.finetune.rewards import Scoring
-from genkit.rl.policies.best_of_n import Tried, best_of, learn_q, load_q, save_q, to_go
-from genkit.training import run as runs
+from genkit.rl.policies.best_of_n import best_of
+from genkit.rl.policies.q_function import Decisions, discounted_returns, learn_q, load_q, save_q
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
 from tests.support.exact import F64, Constant, ExactDenoiser, Mixture
 
@@ -44,7 +46,7 @@ def bell(mean, var):
 def test_a_linear_value_gives_the_tilted_law_exactly(path):
     """``N(m, v) exp(s g x)`` is ``N(m + s v g, v)``; the guided denoiser is that law's at every time."""
     slope, scale = -1.3, 0.8
-    guided = by_value(lambda x, cond: slope * x[:, 0], scale, VAR)(ExactDenoiser(bell(MEAN, VAR), path))
+    guided = value_guidance(lambda x, cond: slope * x[:, 0], scale, VAR)(ExactDenoiser(bell(MEAN, VAR), path))
     tilted = ExactDenoiser(bell(MEAN + scale * VAR * slope, VAR), path)
     x = torch.linspace(-3, 3, 12, dtype=F64)[:, None]
     t = torch.linspace(0.05, 1, 12, dtype=F64)
@@ -60,12 +62,12 @@ def test_a_quadratic_value_gives_the_tilted_law_after_some_rounds(path):
     value = lambda x, cond: -curve * (x[:, 0] - aim) ** 2 / 2  # noqa: E731
     precise = 1 / VAR + scale * curve
     law = bell((MEAN / VAR + scale * curve * aim) / precise, 1 / precise)
-    guided = by_value(value, scale, VAR, rounds=200)(ExactDenoiser(bell(MEAN, VAR), path))
+    guided = value_guidance(value, scale, VAR, rounds=200)(ExactDenoiser(bell(MEAN, VAR), path))
     x = torch.linspace(-3, 3, 12, dtype=F64)[:, None]
     t = torch.linspace(0.05, 1, 12, dtype=F64)
     assert torch.allclose(guided(x, t, {}).x0, ExactDenoiser(law, path)(x, t, {}).x0, atol=1e-9)
     z = torch.special.ndtri((torch.arange(301, dtype=F64) + 0.5) / 301)[:, None]
-    drawn = bind("heun", 40, by_value(value, scale, VAR, rounds=10))(ExactDenoiser(bell(MEAN, VAR), path))(z, {})
+    drawn = bind("heun", 40, value_guidance(value, scale, VAR, rounds=10))(ExactDenoiser(bell(MEAN, VAR), path))(z, {})
     assert float(drawn.mean()) == pytest.approx(float(law.means[0, 0]), abs=0.01)
     assert float(drawn.var()) == pytest.approx(1 / precise, rel=0.05)
 
@@ -73,11 +75,11 @@ def test_a_quadratic_value_gives_the_tilted_law_after_some_rounds(path):
 def test_value_guidance_refuses_what_it_cannot_do():
     value = lambda x, cond: x.sum(1)  # noqa: E731
     with pytest.raises(ValueError, match="var: given 0; allowed above 0"):
-        by_value(value, 1.0, 0)
+        value_guidance(value, 1.0, 0)
     with pytest.raises(ValueError, match="rounds: given 0"):
-        by_value(value, 1.0, rounds=0)
+        value_guidance(value, 1.0, rounds=0)
     with pytest.raises(ValueError, match="no diffusion"):
-        by_value(value, 1.0)(ExactDenoiser(bell(0.0, 1.0), ODEOnlyPath(Linear())))
+        value_guidance(value, 1.0)(ExactDenoiser(bell(0.0, 1.0), ODEOnlyPath(Linear())))
 
 
 # ----------------------------------------------------------------------------------------------------- best of N
@@ -106,7 +108,7 @@ def test_returns_to_go_by_hand():
     """Two worlds, chunks of two steps, gamma 0.5: the second ends at its third step, what follows is not its own."""
     rewards = np.array([[1, 1], [2, 2], [3, 3], [4, 100], [5, 100]], float)
     ended = np.array([[0, 0], [0, 0], [0, 1], [0, 0], [1, 0]], bool)
-    value, valid = to_go(rewards, ended, 2, 0.5)
+    value, valid = discounted_returns(rewards, ended, 2, 0.5)
     assert value.T.tolist() == [[3 + 0.5 * (7 + 0.5 * 5), 7 + 0.5 * 5, 5], [3 + 0.5 * 3, 3, 0]]
     assert valid.T.tolist() == [[True, True, True], [True, True, False]]
 
@@ -120,7 +122,7 @@ def test_q_learns_what_followed_and_is_blind_to_what_is_not_done(tmp_path):
     obs, x = torch.rand(2000, 1, 1, generator=g) - 0.5, torch.randn(2000, 1, 3, generator=g)
     returns = 100 - 10 * (x[:, 0, 0] - obs[:, 0, 0]) ** 2
     used = torch.tensor([[1.0, 0.0, 0.0]])
-    q, explains = learn_q(OBS, used, Tried(obs, x, returns), epochs=20, batch=128, lr=3e-3)
+    q, explains = learn_q(OBS, used, Decisions(obs, x, returns), epochs=20, batch=128, lr=3e-3)
     assert explains > 0.9
     here = torch.zeros(5, 1, 3)
     here[:, 0, 0] = torch.linspace(-1, 1, 5)
@@ -147,7 +149,7 @@ def policy(tmp_path_factory):
     train(["--data=four-ways", "--data.n=20", "--objective.prediction=x0", "--backbone.width=32", "--backbone.depth=2",
            "--steps=30", "--batch=64", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32",
            "--workers=0", "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 def test_rollout_learns_q_and_heeds_it(policy, capsys):
@@ -162,10 +164,10 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
     }.items():
         assert rollout([*some, *more]) == 0
         found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "q_explains" in found["best"]
+    assert "q_explained_variance" in found["best"]
     assert (policy / "q.safetensors").is_file()
-    assert (policy / "rollouts" / "step30-k4-best4-seeds100000-n8.json").is_file()
-    assert (policy / "rollouts" / "step30-k4-q2-seeds100000-n8.json").is_file()
+    assert (policy / "rollouts" / "step30-k4-best4-seed100000-n8.json").is_file()
+    assert (policy / "rollouts" / "step30-k4-q2-seed100000-n8.json").is_file()
     with pytest.raises(ValueError, match="was learned with act_steps"):
         rollout([*some, "--best-of", "4", "--act-steps", "2"])
 
@@ -290,7 +292,7 @@ def digits(tmp_path_factory):
     train(["--data=digits", "--objective=flow", "--backbone=mlp", "--backbone.width=32", "--backbone.depth=1",
            "--steps=20", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0",
            "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 LIGHT = ["--reward", "genkit.rl.finetune.image_rewards:brightness"]
@@ -300,12 +302,12 @@ BRIGHT = [*LIGHT, "--method=ddpo", "--method.lr", "5e-3", "--method.batch", "40"
 
 def test_pictures_become_brighter_and_the_run_tells_at_what_price(digits, tmp_path):
     assert finetune([str(digits), *BRIGHT, "--method.kl", "0.001", "--iterations", "15", "--out", str(tmp_path)]) == 0
-    run = runs.find(tmp_path / "latest")
+    run = find_run(tmp_path / "latest")
     before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after"))
     assert after["reward"]["value"] > before["reward"]["value"] + 2 * before["reward_std"]
     assert before.keys() >= {"frechet", "frechet_class", "precision", "recall", "accuracy", "reward_std"}
     assert before["frechet_class"]["low"] <= before["frechet_class"]["value"] <= before["frechet_class"]["high"]
-    log = [r for r in runs.read_log(run) if "kl_reference" in r]
+    log = [r for r in read_log(run) if "kl_reference" in r]
     assert log[0]["kl_reference"] == 0 < log[-1]["kl_reference"]
     for name in ("samples/before.png", "samples/after.png", "reward-kl.png"):
         assert (run / name).stat().st_size > 500
@@ -315,14 +317,14 @@ def test_it_ends_where_the_divergence_is_too_large_and_resumes_the_same(digits, 
     more = ["--method.kl", "0", "--eval-samples", "0", "--save-every", "2"]
     finetune([str(digits), *BRIGHT, *more, "--max-kl", "5", "--iterations", "10", "--out", str(tmp_path / "a")])
     assert "stopped  at iteration" in capsys.readouterr().out
-    run = runs.find(tmp_path / "a" / "latest")
-    log = [r for r in runs.read_log(run) if "kl_reference" in r]
+    run = find_run(tmp_path / "a" / "latest")
+    log = [r for r in read_log(run) if "kl_reference" in r]
     assert 1 < len(log) < 10
     assert max(r["kl_reference"] for r in log) <= 5
     finetune([str(digits), *BRIGHT, *more, "--iterations", "4", "--out", str(tmp_path / "b")])
     finetune([str(digits), *BRIGHT, *more, "--iterations", "2", "--out", str(tmp_path / "c")])
     finetune(["--resume", str(tmp_path / "c" / "latest"), "--iterations", "4"])
-    b, c = ([r for r in runs.read_log(runs.find(tmp_path / x / "latest")) if "kl_reference" in r] for x in "bc")
+    b, c = ([r for r in read_log(find_run(tmp_path / x / "latest")) if "kl_reference" in r] for x in "bc")
     assert [r["kl_reference"] for r in b] == [r["kl_reference"] for r in c]
 
 
@@ -334,7 +336,7 @@ def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
     finetune(["--resume", str(tmp_path / "b" / "latest"), "--iterations", "2"])
     from safetensors.torch import load_file
 
-    a, b = (load_file(runs.checkpoint_of(runs.find(tmp_path / x / "latest")) / "finetune.safetensors") for x in "ab")
+    a, b = (load_file(find_checkpoint(find_run(tmp_path / x / "latest")) / "finetune.safetensors") for x in "ab")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     last = [k for k in a if k.startswith("noise.") and "last" in k]

@@ -12,14 +12,16 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Label, Prediction, Vector
 from genkit.data import DATA
 from genkit.data.codecs import Plans, from_dict, to_dict
-from genkit.data.demonstrations.windows import Episode, Replay, discounted
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Episode, discounted
 from genkit.diffusion.paths import PATHS
 from genkit.diffusion.samplers import SAMPLERS, Seeds, bind
 from genkit.envs.four_ways import FASTEST, NAMES, OBSTACLES, FourWays
-from genkit.rl.policies.planner import FILE, Planner, fixed, learn_inverse, load
-from genkit.rl.policies.plots import DRAWN, plans
-from genkit.rl.policies.policy import Policy, told, toward
-from genkit.rl.policies.rollout import rollout
+from genkit.rl.policies.episodes import run_episodes
+from genkit.rl.policies.inverse_dynamics import FILE, fit_inverse_dynamics
+from genkit.rl.policies.planner import Planner, inpaint
+from genkit.rl.policies.plots import SAMPLES, plot_plans
+from genkit.rl.policies.policy import Policy, condition_guidance, condition_tensors
 from tests.support.refusals import refuses
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +129,7 @@ def test_what_is_known_travels_along_its_own_noise_and_arrives_exactly(name):
     from genkit.diffusion.guidance import Wrapped, compose
 
     toy_wrap = lambda d: Wrapped(d, d)  # noqa: E731
-    guide = compose(watched, fixed(lambda x, cond: (mask, value)))
+    guide = compose(watched, inpaint(lambda x, cond: (mask, value)))
     out = bind("ddim", 8, guide)(toy)(z, {})
     assert torch.equal(out[:, mask], value[:, mask])
     for x, t in seen:
@@ -151,7 +153,7 @@ def test_guidance_goes_toward_what_is_given_and_leaves_the_rest(monkeypatch):
             return Prediction(x0[:, None], (x - (1 - t[:, None]) * x0[:, None]) / t[:, None])
 
     asked = {"obs": torch.ones(2), "skill": torch.ones(2)}
-    p = toward(["skill"], 2.0)(Sees())(torch.zeros(2, 1), torch.full((2,), 0.5), asked)
+    p = condition_guidance(["skill"], 2.0)(Sees())(torch.zeros(2, 1), torch.full((2,), 0.5), asked)
     assert p.x0[:, 0].tolist() == [16, 16]
 
 
@@ -165,16 +167,16 @@ def test_inverse_dynamics_find_what_was_done():
         actions = rng.normal(size=(30, 2))
         states = 5 + np.concatenate([np.zeros((1, 2)), (actions @ mix.T).cumsum(0)])
         episodes.append(Episode(states[:-1], actions, last=states[-1]))
-    net, explains = learn_inverse(episodes, steps=150)
+    net, explains = fit_inverse_dynamics(episodes, steps=150)
     assert explains > 0.98
     state = torch.full((4, 2), 5.0)
     action = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5], [0.0, 0.0]])
     found = net(state, state + action @ torch.from_numpy(mix.T).float())
     assert torch.allclose(found, action, atol=0.2)
-    again, _ = learn_inverse(episodes, steps=5)
-    once, _ = learn_inverse(episodes, steps=5)
+    again, _ = fit_inverse_dynamics(episodes, steps=5)
+    once, _ = fit_inverse_dynamics(episodes, steps=5)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), once.parameters(), strict=True))
-    refuses(lambda: learn_inverse([Episode(np.zeros((5, 2)), np.zeros((5, 2)))]), "given 4 steps")
+    refuses(lambda: fit_inverse_dynamics([Episode(np.zeros((5, 2)), np.zeros((5, 2)))]), "given 4 steps")
 
 
 # --------------------------------------------------------------------------------------------------------- planners
@@ -206,13 +208,15 @@ def runs(tmp_path_factory):
 def test_plans_begin_where_one_is_and_end_where_they_should(runs, plan, sampler):
     assert sampler in SAMPLERS
     obs = torch.tensor([[[0.0, 0.0], [0.1, 0.02]], [[0.5, 0.3], [0.55, 0.35]]])
-    free = load(runs[plan], steps=3, sampler=sampler)
+    free = Policy.load(runs[plan], steps=3, sampler=sampler)
     assert isinstance(free, Planner)
     free.reset([1, 2])
     actions, states = free.plan(obs)
     assert actions.shape == (2, 2 if plan == "both" else 0, 16)
     assert torch.allclose(states[:, :, :2], obs.transpose(1, 2), atol=1e-6)
-    bound = load(runs[plan], steps=3, sampler=sampler, given={"goal": [1.5, -0.4], "skill": [2]}, guidance=1.5)
+    bound = Policy.load(
+        runs[plan], steps=3, sampler=sampler, conditions={"goal": [1.5, -0.4], "skill": [2]}, guidance=1.5
+    )
     bound.reset([1, 2])
     _, toward = bound.plan(obs)  # type: ignore[attr-defined]
     assert torch.allclose(toward[:, :, :2], obs.transpose(1, 2), atol=1e-6)
@@ -223,7 +227,7 @@ def test_plans_begin_where_one_is_and_end_where_they_should(runs, plan, sampler)
 
 def test_plans_of_a_one_pass_model_begin_where_one_is_too(runs):
     """Which no sampler takes there."""
-    planner = load(runs["both"], steps=1)
+    planner = Policy.load(runs["both"], steps=1)
     assert isinstance(planner, Planner)
     planner.generate = lambda z, cond, noise=None: torch.zeros_like(z)
     obs = torch.tensor([[[0.0, 0.0], [0.1, 0.02]]])
@@ -232,15 +236,15 @@ def test_plans_of_a_one_pass_model_begin_where_one_is_too(runs):
 
 def test_a_planner_carries_out_what_its_plan_says(runs):
     obs = np.array([[[0.0, 0.0], [0.1, 0.02]]])
-    both = load(runs["both"], steps=2)
+    both = Policy.load(runs["both"], steps=2)
     both.reset([5])
     actions, _ = both.plan(torch.from_numpy(obs).float())  # type: ignore[attr-defined]
     both.reset([5])
     assert np.allclose(both.act(obs)[0], actions[0, :, 1:9].T, atol=1e-6)  # from now on, as of chunks
-    states = load(runs["states"], steps=2)
+    states = Policy.load(runs["states"], steps=2)
     assert isinstance(states, Planner)
-    assert states.explains is not None
-    assert states.explains > 0.99  # displacements
+    assert states.explained_variance is not None
+    assert states.explained_variance > 0.99  # displacements
     assert (runs["states"] / FILE).is_file()
     states.reset([5])
     _, planned = states.plan(torch.from_numpy(obs).float())
@@ -248,27 +252,26 @@ def test_a_planner_carries_out_what_its_plan_says(runs):
     done = states.act(obs)[0]
     assert done.shape == (8, 2)
     before, after = planned[0, :, 1:9].T, planned[0, :, 2:10].T
-    assert states.inverse is not None
-    assert np.allclose(done, states.inverse(before, after).numpy(), atol=1e-5)
+    assert states.inverse_dynamics is not None
+    assert np.allclose(done, states.inverse_dynamics(before, after).numpy(), atol=1e-5)
     assert states.obs_shape == (2, 2)
     assert states.action_dim == 2
-    finished = rollout(states, FourWays(3), range(3))
+    finished = run_episodes(states, FourWays(3), range(3))
     assert len(finished) == 3
 
 
 def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
-    run = load(runs["states"], steps=1).run
+    run = Policy.load(runs["states"], steps=1).run
     assert isinstance(run.spec.cond["goal"], Vector)
-    refuses(lambda: told(run.spec, {"returns": [1.0]}), "'returns'", "allowed: skill, goal")
-    refuses(lambda: told(run.spec, {"obs": [1.0]}), "'obs' is nothing")
-    refuses(lambda: told(run.spec, {"skill": [1.5]}), "skill is 1.5", "one whole number")
-    refuses(lambda: told(run.spec, {"skill": [4]}), "skill: given 4..4; allowed 0..3")
-    refuses(lambda: told(run.spec, {"goal": [1.0]}), "goal", "needs (1, 2)")
-    refuses(lambda: load(runs["states"], act_steps=15), "act_steps: given 15", "have 14 steps")
-    refuses(lambda: Policy.load(runs["states"]), "not actions given obs")
+    refuses(lambda: condition_tensors(run.spec, {"returns": [1.0]}), "'returns'", "allowed: skill, goal")
+    refuses(lambda: condition_tensors(run.spec, {"obs": [1.0]}), "'obs' is not a condition")
+    refuses(lambda: condition_tensors(run.spec, {"skill": [1.5]}), "skill is 1.5", "one whole number")
+    refuses(lambda: condition_tensors(run.spec, {"skill": [4]}), "skill: given 4..4; allowed 0..3")
+    refuses(lambda: condition_tensors(run.spec, {"goal": [1.0]}), "goal", "needs (1, 2)")
+    refuses(lambda: Policy.load(runs["states"], act_steps=15), "act_steps: given 15", "have 14 steps")
     always = replace(run, config=replace(run.config, objective=replace(run.objective, drop_each=0.0)))  # type: ignore[arg-type]
-    refuses(lambda: load(always), "skill is missing", "--objective.drop-each 0.2")
-    assert isinstance(load(always, given={"skill": [1], "goal": [1.0, 0.3]}), Planner)
+    refuses(lambda: Policy.load(always), "skill is missing", "--objective.drop-each 0.2")
+    assert isinstance(Policy.load(always, conditions={"skill": [1], "goal": [1.0, 0.3]}), Planner)
 
     def refused(*argv):
         assert cli(list(argv)) == 2
@@ -276,45 +279,47 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
         assert err.count("\n") == 1
         return err
 
-    assert "not NAME=NUMBER" in refused("rollout", str(runs["states"]), "--given", "skill")
-    assert "no plans" in refused("rollout", str(runs["states"]), "--best-of=2")
+    assert "not NAME=NUMBER" in refused("rollout", str(runs["states"]), "--conditions", "skill")
+    assert "not plans or pictures" in refused("rollout", str(runs["states"]), "--best-of=2")
     data = ["--data=four-ways", "--data.plan=states", "--data.pred-steps=8"]
     assert "act_steps: given 8" in refused("train", *data, f"--out={tmp_path}")
     out = runs["both"].parent / "rolled"
-    assert cli(["rollout", str(runs["states"]), "--episodes=2", "--given", "skill=3", "--json", f"--out={out}"]) == 0
+    assert (
+        cli(["rollout", str(runs["states"]), "--episodes=2", "--conditions", "skill=3", "--json", f"--out={out}"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
-    assert found["inverse_explains"] > 0.99
+    assert found["inverse_explained_variance"] > 0.99
     assert found["episodes"] == 2
     assert sorted(p.name.rsplit("-", 1)[1] for p in out.iterdir() if "skill=3" in p.name) == [
-        "actions.png", "n2.json", "n2.png", "plans.png"
+        "actions.png", "n2.json", "paths.png", "plans.png"
     ]  # fmt: skip
     (runs["states"] / FILE).write_bytes(b"nothing")
-    refuses(lambda: load(runs["states"]), FILE, "is damaged", "delete it")
+    refuses(lambda: Policy.load(runs["states"]), FILE, "is damaged", "delete it")
     (runs["states"] / FILE).unlink()
 
 
 def test_plans_are_drawn_from_where_one_was(runs):
-    planner = load(runs["states"], given={"skill": [1], "goal": [1.0, 0.3]}, steps=2)
+    planner = Policy.load(runs["states"], conditions={"skill": [1], "goal": [1.0, 0.3]}, steps=2)
     path, kept = np.stack([np.linspace(0, 1, 31), np.zeros(31)], 1), []
-    plans(planner, path, lambda *drawn: kept.append(drawn))  # type: ignore[arg-type,func-returns-value]
+    plot_plans(planner, path, lambda *drawn: kept.append(drawn))  # type: ignore[arg-type,func-returns-value]
     ((ways, colours, title),) = kept
     assert title == "plans at steps 0 (blue), 10 (orange), 20 (green)"
-    assert colours == ["tab:blue"] * DRAWN + ["tab:orange"] * DRAWN + ["tab:green"] * DRAWN
+    assert colours == ["tab:blue"] * SAMPLES + ["tab:orange"] * SAMPLES + ["tab:green"] * SAMPLES
     to, _ = planner.obs_shape
     for i, way in enumerate(ways):
-        assert np.allclose(way[to - 1], path[10 * (i // DRAWN)], atol=1e-5)
+        assert np.allclose(way[to - 1], path[10 * (i // SAMPLES)], atol=1e-5)
         assert np.allclose(way[-1], [1.0, 0.3], atol=1e-5)
 
 
 def test_chunks_of_actions_are_told_of_skills_as_well(tmp_path):
     more = ["--data.conditions", "skill", "returns", f"--out={tmp_path}", "--objective.drop-each=0.2"]
     assert cli(["train", *QUICK, *SMALL, *more]) == 0
-    policy = load(tmp_path / "latest", given={"skill": [1]}, guidance=2.0, steps=2)
+    policy = Policy.load(tmp_path / "latest", conditions={"skill": [1]}, guidance=2.0, steps=2)
     assert type(policy) is Policy
     spec = policy.run.spec
     assert spec.cond["skill"] == Label(4, NAMES)
     noise = Seeds([0], policy.run.device)
-    drawn = [load(policy.run, given={"skill": [k]}, steps=2).generate for k in (1, 1, 2)]
+    drawn = [Policy.load(policy.run, conditions={"skill": [k]}, steps=2).generate for k in (1, 1, 2)]
     z, obs = noise(spec.shape), torch.zeros(1, 1, 2)
     one, same, other = (g(z, {"obs": obs, "skill": torch.tensor([k])}) for g, k in zip(drawn, (1, 1, 2), strict=True))
     assert torch.equal(one, same)
@@ -327,14 +332,16 @@ def test_planned_states_take_all_ways_or_the_one_that_is_asked_for(tmp_path):
     args = ["--config", str(ROOT / "configs/four_ways_plan.yaml"), f"--out={tmp_path}", "--tensorboard=false"]
     assert cli(["train", *args, "--device=cpu"]) == 0
     many = range(100_000, 100_200)
-    free = rollout(load(tmp_path / "latest", steps=16), FourWays(200), many)
+    free = run_episodes(Policy.load(tmp_path / "latest", steps=16), FourWays(200), many)
     assert free.info["success"].mean() >= 0.93  # 0.985 was measured; regression's is 0.00
     assert (free.mode_entropy_bits or 0) >= 1.85
     for way in range(4):
-        done = rollout(load(tmp_path / "latest", steps=16, given={"skill": [way]}), FourWays(50), range(50))
+        done = run_episodes(
+            Policy.load(tmp_path / "latest", steps=16, conditions={"skill": [way]}), FourWays(50), range(50)
+        )
         assert done.info["success"].mean() >= 0.9
         assert (done.info["mode"][done.info["success"]] == way).mean() >= 0.98
-    planner = load(tmp_path / "latest", steps=16)
+    planner = Policy.load(tmp_path / "latest", steps=16)
     assert isinstance(planner, Planner)
     planner.reset(range(100))
     _, states = planner.plan(torch.zeros(100, 1, 2))

@@ -16,15 +16,17 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec, Vector, pictures, spec_from_dict, spec_to_dict
 from genkit.data import DATA
 from genkit.data.codecs import Actions
-from genkit.data.demonstrations.windows import Episode, Pusht, Replay, check_horizons, mirrored, starts, steps_of
+from genkit.data.demonstrations.push_t import Pusht, mirrored
+from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.windows import Episode, check_horizons, starts, steps_of
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import expert, make
 from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
 from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
-from genkit.rl.policies.plots import DRAWN, fans
+from genkit.rl.policies.episodes import Episodes, entropy_bits, run_episodes
+from genkit.rl.policies.plots import SAMPLES, plot_actions
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import Episodes, entropy_bits, rollout
 from tests.support.refusals import refuses
 
 CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
@@ -245,7 +247,7 @@ class Logging:
 
 def test_of_each_chunk_just_the_right_actions_are_carried_out():
     policy, env = Counting(4), Logging()
-    done = rollout(policy, env, [0, 1])
+    done = run_episodes(policy, env, [0, 1])
     assert [a for _, a in env.log] == [100, 101, 102, 103, 200, 201]
     assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0]  # who has ended is given nothing more
     assert [s[1] for s in policy.seen] == [[0, 0, 0], [2, 3, 4]]  # the newest three, the first repeated at the start
@@ -260,9 +262,9 @@ def test_of_each_chunk_just_the_right_actions_are_carried_out():
 
 
 def test_a_wave_that_is_not_full_counts_each_seed_once():
-    done = rollout(Counting(4), Logging(), [0, 1, 2])
+    done = run_episodes(Counting(4), Logging(), [0, 1, 2])
     assert done.returns.tolist() == [5, 12, 5]
-    refuses(lambda: rollout(Counting(4), FourWays(2), [0]), "2 observed numbers", "trained on 1 and 1")
+    refuses(lambda: run_episodes(Counting(4), FourWays(2), [0]), "2 observed numbers", "trained on 1 and 1")
 
 
 def test_entropy_is_that_of_the_ways_that_succeed():
@@ -399,7 +401,7 @@ def test_past_steps_are_predicted_but_not_carried_out(run):
 
 
 def test_rollouts_do_not_depend_on_how_many_worlds_there_are(run):
-    few, many = (rollout(Policy.load(run, steps=1), FourWays(n), range(50, 57)) for n in (3, 7))
+    few, many = (run_episodes(Policy.load(run, steps=1), FourWays(n), range(50, 57)) for n in (3, 7))
     assert few.lengths.tolist() == many.lengths.tolist()
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(few.paths, many.paths, strict=True))
 
@@ -500,11 +502,11 @@ def test_what_a_policy_may_do_is_drawn_at_three_moments(monkeypatch):
         return drawn(lambda axes: (kept.append(axes), draw(axes)), shape, size, **how)
 
     monkeypatch.setattr(pictures, "figures", keep)
-    image = fans(Both(), np.arange(9.0)[:, None])  # type: ignore[arg-type]
+    image = plot_actions(Both(), np.arange(9.0)[:, None])  # type: ignore[arg-type]
     assert image.width > 300
     for row, value in zip(kept[0], (0, 23, 56), strict=True):
         lines = [line.get_ydata() for line in row[0].lines]
-        assert len(lines) == DRAWN
+        assert len(lines) == SAMPLES
         assert {float(v[0]) for v in lines} == {-value, value}
         assert row[0].lines[0].get_xdata().tolist() == [-1, 0, 1, 2]
 
@@ -610,7 +612,7 @@ def test_the_anchored_configuration_needs_one_step(tmp_path):
         "--device=cpu",
     ]
     assert cli(["train", *args]) == 0
-    done = rollout(Policy.load(tmp_path / "latest", steps=1), FourWays(200), range(100_000, 100_400))
+    done = run_episodes(Policy.load(tmp_path / "latest", steps=1), FourWays(200), range(100_000, 100_400))
     assert done.info["success"].mean() >= 0.93  # 0.953 and 0.960 were measured
     assert (done.mode_entropy_bits or 0) >= 1.9
 
@@ -622,8 +624,8 @@ def test_a_flow_takes_all_four_ways_and_regression_none(tmp_path):
         args = ["--config", config, f"--objective={name}", *extra, f"--out={tmp_path}/{name}"]
         assert cli(["train", *args, "--tensorboard=false", "--device=cpu"]) == 0
     many = range(100_000, 100_400)
-    flow = rollout(Policy.load(tmp_path / "flow/latest", steps=16), FourWays(200), many)
+    flow = run_episodes(Policy.load(tmp_path / "flow/latest", steps=16), FourWays(200), many)
     assert flow.info["success"].mean() >= 0.95
     assert (flow.mode_entropy_bits or 0) >= 1.9
-    mean = rollout(Policy.load(tmp_path / "regression/latest"), FourWays(200), many)
+    mean = run_episodes(Policy.load(tmp_path / "regression/latest"), FourWays(200), many)
     assert mean.info["success"].mean() <= 0.2

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from genkit.cli.ranks import is_main_rank, start_missing_ranks
 from genkit.config import parse
 from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
 from genkit.evaluation.cards import version_differences
+from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
 OVERLAP = {True: "overlap", False: "disjoint", None: "unknown"}
 
@@ -33,7 +33,8 @@ class Evaluate(EvaluationSettings):
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    start_missing_ranks("eval", argv)
+    if (num := missing_ranks()) > 1:
+        start_ranks(num, "eval", argv)
     command = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
     if command.compare:
         return compare_cards(command)
@@ -45,10 +46,10 @@ def main(argv: list[str]) -> int:
     try:
         card = evaluate(source, command)
     except (ValueError, OSError):
-        if is_main_rank():
+        if is_main_process():
             raise
         return 2
-    if is_main_rank():
+    if is_main_process():
         save_and_print(card, command)
     return 0
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from genkit.cli.ranks import is_main_rank, start_missing_ranks
 from genkit.config import parse
 from genkit.evaluation import SweepResult, SweepSettings, sweep
+from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -30,15 +30,16 @@ class Sweep(SweepSettings):
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    start_missing_ranks("sweep", argv)
+    if (num := missing_ranks()) > 1:
+        start_ranks(num, "sweep", argv)
     command = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
     try:
         result = sweep(command.run, command)
     except (ValueError, OSError):
-        if is_main_rank():
+        if is_main_process():
             raise
         return 2
-    if not is_main_rank():
+    if not is_main_process():
         return 0
     picture = result.save_plot()
     if command.json:

@@ -8,26 +8,20 @@ episode, where its first and last step are repeated.
 
 from __future__ import annotations
 
-import re
-import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
-from genkit.core.files import one_line
 from genkit.data.codecs import Actions, MinMax, Plans, Standardize
-from genkit.data.images import InMemory, Split, check_split
-from genkit.envs.four_ways import NAMES, demonstrations, pictures_of
-from genkit.envs.gym import keypoints
+from genkit.data.images import InMemory
+from genkit.data.source import DataSource, Split, check_split
 
 Steps = Annotated[int, Ge(1)]
 FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
@@ -139,7 +133,7 @@ Further = Literal["returns", "skill", "goal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demonstrations(ABC):
+class Demonstrations(DataSource):
     """Episodes of an environment, as windows. Samples are action chunks ``(A, Tp)``, conditions ``obs`` ``(To, Do)``.
 
     Or they are plans ``(Do, Tp)``, ``(A + Do, Tp)``: the states to come, as Decision Diffuser has them (Ajay et al.
@@ -168,8 +162,8 @@ class Demonstrations(ABC):
     env: str = ""
     """the environment in which a policy is tried"""
 
-    suits: ClassVar[str] = "mlp"
-    use: ClassVar[str] = "genkit rollout {run}"
+    default_backbone: ClassVar[str] = "mlp"
+    usage: ClassVar[str] = "genkit rollout {run}"
     skills: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -179,6 +173,10 @@ class Demonstrations(ABC):
                 f"act_steps: given {self.act_steps}, but {self.pred_steps} planned states have "
                 f"{self.pred_steps - self.obs_steps} steps from now on between them; take fewer, or a longer pred_steps"
             )
+
+    @property
+    def environment(self) -> str:
+        return self.env
 
     @abstractmethod
     def episodes(self, split: Split) -> Sequence[Episode]:
@@ -290,287 +288,3 @@ def anchors_of(x: Tensor, num: int) -> Tensor:
     means = KMeans(num, random_state=0, n_init=1, max_iter=50)  # pyright: ignore[reportArgumentType]
     found = means.fit(x.flatten(1).numpy()).cluster_centers_
     return torch.from_numpy(found).to(x).unflatten(1, x.shape[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class FourWays(Demonstrations):
-    """The built-in task of four ways past two obstacles: its expert's demonstrations, made on the fly."""
-
-    n: Annotated[int, Ge(1)] = 200
-    """episodes; the four ways come in turn"""
-    seed: Annotated[int, Ge(0)] = 0
-    obs_steps: Steps = 1
-    """the place is all there is to know"""
-    pixels: Annotated[int, Ge(0)] = 0
-    """side of square pictures of the world, which are seen in place of the place; 0: none"""
-    env: str = "four-ways"
-
-    skills: ClassVar[tuple[str, ...]] = NAMES
-
-    def episodes(self, split: Split) -> Sequence[Episode]:
-        found = [Episode(*e) for e in demonstrations(self.n, 2 * self.seed + ("train", "test").index(split))]
-        if not self.pixels:
-            return found
-        if self.pixels < LEAST:
-            raise ValueError(f"pixels: given {self.pixels}; needs {LEAST} or more to see anything, or 0 for the place")
-        size = (self.pixels, self.pixels)
-        return [e._replace(frames=pictures_of(e.obs, size), obs=e.obs[:, :0], last=None) for e in found]
-
-
-LEAST = 8  # pixels of a side
-
-
-# ------------------------------------------------------------------------------------------------- replay buffers
-class Part(NamedTuple):
-    """Columns ``low..high`` of an array of a replay buffer."""
-
-    name: str
-    low: int | None
-    high: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """``state`` or ``state[0:2]``."""
-        found = re.fullmatch(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?", text)
-        if not found:
-            raise ValueError(f"column: given {text!r}; needs the name of an array, or of some columns: state[0:2]")
-        low, high = (int(v) if v else None for v in found.groups()[1:])
-        return cls(found[1], low, high)
-
-    def of(self, arrays: Mapping[str, np.ndarray], where: str) -> np.ndarray:
-        """``[N, columns]``, of an array of any number of dimensions."""
-        values = arrays[self.name]
-        values = values.reshape(len(values), -1)[:, self.low : self.high]
-        if not values.shape[1]:
-            raise ValueError(f"{where}: {self.name}[{self.low}:{self.high}] has no columns")
-        return values
-
-
-def require_arrays(where: object, names: Iterable[str], there: Iterable[str]) -> None:
-    """``ValueError`` where an array that is asked for is not there."""
-    for name in names:
-        if name not in (known := list(there)):
-            raise ValueError(f"{where}: has no array {name!r}; it holds {', '.join(known)}")
-
-
-def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            there = list(stored.files)
-            found = {k: stored[k] for k in names if k in there}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        reason = one_line(e)
-        raise ValueError(f"{path}: cannot be read as an .npz without pickles (truncated?): {reason}") from e
-    require_arrays(path, names, there)
-    return found
-
-
-def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """diffusion_policy's layout: ``data/NAME`` arrays and ``meta/episode_ends``; a folder or a .zip of one."""
-    try:
-        import zarr
-    except ImportError:
-        raise ValueError(f"{path}: reading zarr needs the package zarr; install it: pip install zarr") from None
-    try:
-        group = zarr.open_group(str(path), mode="r")
-        at = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
-        found = {k: np.asarray(group[at[k]][:]) for k in names if k in at}  # type: ignore[index]
-    except Exception as e:  # zarr raises anything over a damaged store
-        reason = one_line(e)
-        raise ValueError(f"{path}: is no zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
-    require_arrays(path, names, at)
-    return found
-
-
-def read_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """These arrays of a replay buffer, with ``episode_ends``. ``ValueError`` where one is missing or damaged."""
-    path = Path(root).expanduser()
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such replay buffer; record one: genkit demo four-ways --out demos.npz")
-    if path.is_dir() and not path.name.endswith(".zarr"):
-        raise ValueError(f"{path}: is a folder; a replay buffer is an .npz, or a folder whose name ends in .zarr")
-    arrays = (read_zarr if ".zarr" in path.name else read_npz)(path, ["episode_ends", *names])
-    ends = arrays["episode_ends"]
-    if ends.ndim != 1 or not np.issubdtype(ends.dtype, np.integer) or not len(ends):
-        raise ValueError(f"{path}: episode_ends has shape {ends.shape} of {ends.dtype}; needs [episodes] integers")
-    lengths = np.diff(ends, prepend=0)
-    if (lengths <= 0).any():
-        raise ValueError(f"{path}: episode {int(np.argmax(lengths <= 0))} is empty; episode_ends must rise")
-    for name in names:
-        if (there := len(arrays[name]) if arrays[name].ndim else 0) < ends[-1]:
-            cut = int(np.searchsorted(ends, there, side="right"))
-            raise ValueError(f"{path}: {name} has {there} steps of {ends[-1]}; it is cut off in episode {cut}")
-    return arrays
-
-
-def channels_first(values: np.ndarray, name: str, where: str) -> np.ndarray:
-    """Pictures ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter."""
-    last = values.ndim == 4 and values.shape[3] in (1, 3)
-    if values.dtype != np.uint8 or values.ndim != 4 or not (last or values.shape[1] in (1, 3)):
-        given = f"{values.shape} of {values.dtype}"
-        raise ValueError(f"{where}: {name} is {given}; pictures are uint8 [N, H, W, 3], or with one channel")
-    return values.transpose(0, 3, 1, 2) if last else values
-
-
-def one_column(values: np.ndarray, name: str, where: str) -> np.ndarray:
-    if values.shape[1] != 1:
-        raise ValueError(f"{where}: {name} has {values.shape[1]} columns; needs one number for each step")
-    return values[:, 0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded(Demonstrations):
-    """Episodes that lie in files, as named arrays of all their steps."""
-
-    root: str
-    """where they are"""
-    observed: tuple[str, ...] = ("obs",)
-    """arrays of what is observed, or some of their columns: state[0:2]; none where pictures are enough"""
-    frames: tuple[str, ...] = ()
-    """arrays of pictures, uint8 [N, H, W, C] or [N, C, H, W], that are seen too; several cameras have one size"""
-    action: str = "action"
-    """the array of what was done"""
-    reward: str = ""
-    """the array of what each step brought, for returns"""
-    skill: str = ""
-    """an array of whole numbers, of which kind each step's episode is, for skill"""
-    relative_to: str | None = None
-    """one of ``observed``, from whose newest value actions are counted; None: they are absolute"""
-    held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """share of the episodes, drawn by ``seed``, that is the test split; 0: all are trained on"""
-    seed: Annotated[int, Ge(0)] = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.observed and self.relative_to is not None and self.relative_to not in self.observed:
-            raise ValueError(f"relative_to: given {self.relative_to!r}; allowed: {', '.join(self.observed)}")
-
-    @abstractmethod
-    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """These arrays of all steps ``[N, ...]``, and ``episode_ends``. ``ValueError`` where any is missing or damaged,
-        or an episode empty."""
-
-    def seen(self) -> tuple[str, ...]:
-        """The parts that are observed."""
-        return self.observed
-
-    def read(self, parts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Parts ``[N, columns]`` of all steps, and where each episode ends."""
-        wanted = [Part.parse(text) for text in parts]
-        arrays = self.arrays(list(dict.fromkeys(part.name for part in wanted)))
-        return [part.of(arrays, self.root) for part in wanted], arrays["episode_ends"]
-
-    def pictures(self) -> np.ndarray | None:
-        """uint8 ``[N, C, H, W]``, the cameras' channels one after the other."""
-        if not self.frames:
-            return None
-        arrays = self.arrays(list(self.frames))
-        found = [channels_first(arrays[name], name, self.root) for name in self.frames]
-        for name, values in zip(self.frames, found, strict=True):
-            if values.shape[2:] != found[0].shape[2:]:
-                one, other = ("x".join(map(str, v.shape[2:])) for v in (values, found[0]))
-                raise ValueError(
-                    f"{self.root}: {name} holds pictures of {one}, {self.frames[0]} of {other}; needs one size"
-                )
-        return np.concatenate(found, 1)
-
-    def counted_from(self) -> tuple[int, ...]:
-        if self.relative_to is None:
-            return ()
-        seen = self.seen()
-        if self.relative_to not in seen:
-            raise ValueError(f"relative_to: given {self.relative_to!r}; allowed: {', '.join(seen)}")
-        widths = [part.shape[1] for part in self.read(seen)[0]]
-        at = seen.index(self.relative_to)
-        return tuple(range(sum(widths[:at]), sum(widths[: at + 1])))
-
-    def episodes(self, split: Split) -> Sequence[Episode]:
-        named = {"returns": self.reward, "skill": self.skill}
-        more = {k: v for k, v in named.items() if v and k in self.conditions}
-        found, ends = self.read([*self.seen(), self.action, *more.values()])
-        told = {
-            k: one_column(v, named[k], self.root) for k, v in zip(more, found[len(found) - len(more) :], strict=True)
-        }
-        *seen, actions = found[: len(found) - len(more)]
-        if not seen and not self.frames:
-            raise ValueError("observed, frames: given neither; a policy has to see something")
-        obs = np.concatenate([np.zeros((len(actions), 0)), *seen], 1)
-        rewards, skill, pictures = told.get("returns"), told.get("skill"), self.pictures()
-        if skill is not None and ((skill != skill.astype(int)) | (skill < 0)).any():
-            raise ValueError(f"{self.root}: {self.skill} holds {skill.min():g} … {skill.max():g}; needs 0, 1, 2 ...")
-        part = lambda v, a, b: None if v is None else v[a:b]  # noqa: E731
-        whole = [
-            Episode(obs[a:b], actions[a:b], part(rewards, a, b), part(skill, a, b), None, part(pictures, a, b))
-            for a, b in pairwise([0, *ends.tolist()])
-        ]
-        out = set(
-            np.random.default_rng(self.seed).permutation(len(whole))[: round(self.held_out * len(whole))].tolist()
-        )
-        checked(whole, self.root)
-        kept = [e for i, e in enumerate(whole) if (i in out) == (split == "test")]
-        if not kept:
-            hint = "--data.held-out 0.1 keeps a tenth of them" if split == "test" else "hold out fewer"
-            raise ValueError(f"{self.root}: no episode is left for the {split} split; {hint}")
-        return kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay(Recorded):
-    """A replay buffer of any environment: an .npz, or diffusion_policy's .zarr, with ``episode_ends``."""
-
-    root: str
-    """the file"""
-
-    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        return read_buffer(self.root, names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pusht(Replay):
-    """Push a T into place (Chi et al. 2023; Florence et al. 2022), demonstrated by a person: 206 episodes.
-
-    Nine corners of the T and the hand are seen, targets of the hand are the actions, counted from where it is.
-    """
-
-    observed: tuple[str, ...] = ("keypoint", "state[0:2]")
-    relative_to: str | None = "state[0:2]"
-    mirror: bool = False
-    """train on each episode's mirror image too: the world looks the same in a mirror along the line from corner to
-    corner that the T, in its place, is symmetric about"""
-    env: str = "pusht"
-
-    def episodes(self, split: Split) -> Sequence[Episode]:
-        found = super().episodes(split)
-        if not self.mirror or split != "train":
-            return found
-        settings = {f.name: getattr(self, f.name) for f in fields(self)}
-        return [*found, *Mirrored(**{**settings, "mirror": False}).episodes(split)]
-
-
-SIDE = 512  # of the world of PushT
-REFLECTED = ("state", "action", "keypoint", "n_contacts")
-
-
-class Mirrored(Pusht):
-    """What PushT's demonstrations are in the mirror x + y = 512."""
-
-    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        if unknown := set(names) - {*REFLECTED, *self.frames, self.reward, self.skill}:
-            raise ValueError(f"mirror: {min(unknown)!r} has no known mirror image; allowed: {', '.join(REFLECTED)}")
-        found = dict(super().arrays([*names, "state"]))
-        found["state"] = state = mirrored(found["state"])
-        if "action" in found:
-            found["action"] = SIDE - found["action"][:, ::-1]
-        if "keypoint" in found:  # those points of the T in the mirror that were looked at before it
-            found["keypoint"] = keypoints(state[:, 2:]).astype(found["keypoint"].dtype)
-        return found
-
-    def pictures(self) -> np.ndarray | None:
-        found = super().pictures()
-        return None if found is None else found[:, :, ::-1, ::-1].swapaxes(2, 3)
-
-
-def mirrored(state: np.ndarray) -> np.ndarray:
-    """States ``[N, 5]`` (hand x, y; T x, y, angle) in the mirror x + y = 512."""
-    hand, place, angle = state[:, 1::-1], state[:, 3:1:-1], state[:, 4:]
-    return np.concatenate([SIDE - hand, SIDE - place, (np.pi / 2 - angle) % (2 * np.pi)], 1).astype(state.dtype)

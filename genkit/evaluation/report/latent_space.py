@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.core import Cond, Data, Draw, Label, pictures
-from genkit.data import world
-from genkit.evaluation.sources import without_augmentation
+from genkit.data import DataSource
 from genkit.objectives.autoencoders.autoencoder import Autoencoding
-from genkit.training import run as runs
+from genkit.training.run import Run
 
 NUM_SAMPLES = 1000  # samples that are encoded
 MAX_AXES = 8  # rows of the traversals
@@ -69,12 +68,10 @@ class EncodedSamples(NamedTuple):
     """of the classes; may be empty"""
 
 
-def encode_dataset(run: runs.Run, n: int = NUM_SAMPLES, batch: int = 64) -> EncodedSamples:
+def encode_dataset(run: Run, n: int = NUM_SAMPLES, batch: int = 64) -> EncodedSamples:
     """Encode ``n`` samples, spread evenly over the test split, or over the training split if there is no other."""
-    objective, source = cast(Autoencoding, run.objective), without_augmentation(world(run.config.data))
-    if "labels" in {f.name for f in fields(source)}:
-        source = replace(source, labels=True)
-    data = load_held_out(source)
+    objective = cast(Autoencoding, run.objective)
+    data = load_held_out(run.config.data.decoded_source().unaugmented().with_labels())
     n = min(n, len(data))
     rows, codes, conds = torch.arange(n) * len(data) // n, [], []
     for first in range(0, n, batch):
@@ -93,7 +90,7 @@ def encode_dataset(run: runs.Run, n: int = NUM_SAMPLES, batch: int = 64) -> Enco
     return EncodedSamples(torch.cat(codes), {k: v for k, v in cond.items() if k in run.spec.cond}, label, names)
 
 
-def load_held_out(source: Any) -> Data:
+def load_held_out(source: DataSource) -> Data:
     """The test split of a data source, or the training split if it has no other."""
     try:
         return source.load("test")
@@ -113,7 +110,7 @@ def traverse_axes(axes: PrincipalAxes, code: Tensor) -> Tensor:
     return moved.reshape(-1, *code.shape).to(code)
 
 
-def draw_traversals(run: runs.Run, samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
+def draw_traversals(run: Run, samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
     """What each axis changes in the sample whose code is nearest to the mean of all; one row per axis."""
     objective = cast(Autoencoding, run.objective)
     typical = int((samples.codes.flatten(1).double() - axes.mean).square().sum(1).argmin())
@@ -156,7 +153,7 @@ def draw_map(samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
     return pictures.figure(draw, (7, 5))
 
 
-def latent_figures(run: runs.Run, n: int = NUM_SAMPLES) -> dict[str, Image.Image]:
+def latent_figures(run: Run, n: int = NUM_SAMPLES) -> dict[str, Image.Image]:
     """The pictures ``traversals`` and ``map`` of a run with a code.
 
     ``ValueError`` if its data cannot be loaded, or all samples have the same code.

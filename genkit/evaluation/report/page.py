@@ -36,7 +36,10 @@ from genkit.evaluation.report.html import (
 from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe
 from genkit.evaluation.report.records import LogSummary, Point, read_cards, read_log
 from genkit.objectives.autoencoders.autoencoder import Autoencoding
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 TRAINING_GRIDS = 12  # grids of samples on a page, spread evenly over the training
 OTHER_PICTURES = 8
@@ -58,7 +61,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     ``out`` defaults to ``report.html`` in the run's directory. If the run has a latent code, its pictures are drawn and
     kept in ``space/``. ``ValueError`` if there is no such run, or ``out`` is not an HTML file's name.
     """
-    directory = runs.find(run)
+    directory = find_run(run)
     path = Path(out) if out else directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
@@ -67,7 +70,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
 def render_run(run: str | Path, extra_sections: Mapping[str, Sequence[Markup]] | None = None) -> str:
     """The page of a run, with ``extra_sections`` after the samples. ``ValueError`` if there is no such run."""
-    directory = runs.find(run)
+    directory = find_run(run)
     cfg, log = load_yaml(directory / "config.yaml"), read_log(directory / "log.jsonl")
     names = {key: block_name(cfg.get(key)) for key in ("objective", "backbone", "data")}
     lead = f"{names['objective']} on {names['data']}, network {names['backbone']}; report by genkit {__version__}"
@@ -259,17 +262,17 @@ def latent_space_parts(run: Path) -> list[Markup]:
 def has_code(run: Path) -> bool:
     """Whether the run's objective is an autoencoder; False if its configuration is of another version."""
     try:
-        return isinstance(config.from_dict(config.Train, load_yaml(run / "config.yaml")).objective, Autoencoding)
+        return isinstance(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")).objective, Autoencoding)
     except ValueError:
         return False
 
 
 def draw_latent_space(run: Path) -> dict[str, Path]:
     """The pictures of the newest checkpoint's latent space, drawn on the first call and kept in ``space/``."""
-    step = runs.checkpoint_of(run).name
+    step = find_checkpoint(run).name
     paths = {name: run / "space" / f"{step}-{name}.png" for name in ("traversals", "map")}
     if not all(path.is_file() for path in paths.values()):
-        for name, image in latent_space.latent_figures(runs.load(run)).items():
+        for name, image in latent_space.latent_figures(load_run(run)).items():
             pictures.save(image, paths[name])
     return paths
 

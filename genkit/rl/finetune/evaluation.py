@@ -14,7 +14,8 @@ from genkit.diffusion.samplers import Seeds
 from genkit.evaluation.metrics import Estimate
 from genkit.rl.finetune.image_rewards import Likeness
 from genkit.rl.finetune.rewards import Scoring
-from genkit.training import run as runs
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
 
 SHOWN = 100  # samples in the picture
 
@@ -32,10 +33,10 @@ class Judged:
     like: Likeness | None = None
     """how alike the data they are, where anything can tell"""
 
-    def __call__(self, run: runs.Run, picture: File) -> dict[str, Any]:
+    def __call__(self, run: Run, picture: File) -> dict[str, Any]:
         """Estimates ready for JSON, and a picture of the first samples."""
         cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda rows: self.demos(0, rows).cond)
-        generate = run.generator("ddim", self.steps, grid=self.grid)
+        generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid))
         rewards, decoded = [], []
         for rows in torch.arange(self.n).split(250):
             noise, here = Seeds([self.seed + int(i) for i in rows]), {k: v[rows] for k, v in cond.items()}

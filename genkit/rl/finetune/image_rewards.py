@@ -92,7 +92,7 @@ def likeness(data: Data) -> Likeness:
 
 @lru_cache(maxsize=1)
 def judge() -> nn.Module:
-    from genkit.data.images import Digits
+    from genkit.data.standard_images import Digits
 
     network = Classifier().load("cpu", Digits().load("train")).network
     return network.eval().requires_grad_(False)

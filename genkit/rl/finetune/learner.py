@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genkit.backbones import MLP
 from genkit.core import Batch, Cond, Denoiser, Objective, Spec, seed_of
 from genkit.rl.finetune.chain import Chain, Walk, denoiser_of
-from genkit.training.loop import State, average
+from genkit.training.loop import State, update_ema
 
 Demos = Callable[[int, int], Batch]  # (number of the draw, rows) -> demonstrations, in the model's own numbers
 
@@ -165,7 +165,7 @@ class Learner:
         for each in both:
             each.step()
         for decay, ema in self.state.emas.items():
-            average(ema, self.state.nets, decay, 1_000_000)  # it begins at the trained weights: nothing to forget
+            update_ema(ema, self.state.nets, decay, 1_000_000)  # it begins at the trained weights: nothing to forget
         return True
 
     def learn_values(self, obs: Tensor, returns: Tensor, generator: torch.Generator, epochs: int, batch: int) -> float:

@@ -18,9 +18,9 @@ from genkit.envs import Env
 from genkit.rl.finetune.advantages import gae, of_groups
 from genkit.rl.finetune.chain import Walk, start
 from genkit.rl.finetune.learner import Experience, Learner
-from genkit.rl.policies.policy import carried_out
-from genkit.rl.policies.rollout import entropy_bits
-from genkit.training.run import labels
+from genkit.rl.policies.episodes import entropy_bits
+from genkit.rl.policies.policy import executed_mask
+from genkit.training.sampling import sample_conditions
 
 Reward = Callable[[Tensor, Cond], Tensor]  # samples as the world sees them [B, *S] (pictures in [0, 1]), cond -> [B]
 
@@ -181,7 +181,7 @@ class Acting:
         advantages = gae(reward, values, beyond, terminated, ended, self.gamma, self.lam)
         whole = Walk.joined(walks)
         logs = {"reward": float(reward.sum()) / n, **summary(finished, self.judged, getattr(self.env, "modes", 0))}
-        used = carried_out(learner.spec.shape, to, self.act_steps).to(device)
+        used = executed_mask(learner.spec.shape, to, self.act_steps).to(device)
         return Experience(whole, cond, advantages.flatten(), (advantages + values).flatten(), logs, used)
 
     def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -271,7 +271,7 @@ class Scoring:
     def conditions(self, spec: Spec, n: int, demos: Callable[[int], Cond]) -> dict[str, Tensor]:
         """Of ``n`` samples: each ``group`` of them has one, of those classes or of ``demos(groups)``."""
         groups = -(-n // self.group)
-        cond = dict(demos(groups)) if spec.cond and not classes(spec) else labels(spec, groups, self.label)
+        cond = dict(demos(groups)) if spec.cond and not classes(spec) else sample_conditions(spec, groups, self.label)
         if self.unconditional:
             cond["keep"] = torch.zeros(groups, dtype=torch.bool)
         return {k: v.repeat_interleave(self.group, 0)[:n] for k, v in cond.items()}

@@ -1,4 +1,4 @@
-"""Pictures of what a policy has in mind."""
+"""Pictures of what a policy would do next."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from genkit.core import pictures
 from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.policy import Policy
 
-DRAWN, COLUMNS = 100, 6  # chunks, and numbers of an action
+SAMPLES = 100  # chunks or plans drawn at each moment
+COLUMNS = 6  # largest number of action dimensions that are drawn
 COLOURS = ("blue", "orange", "green")
 
 
-def looked(policy: Policy, path: np.ndarray) -> dict[int, np.ndarray]:
-    """What is seen ``[To, Do]`` at three moments of an episode, by the step: the first is repeated before the start."""
-    to, _ = policy.obs_shape
-    return {t: path[np.clip(np.arange(t - to + 1, t + 1), 0, None)] for t in (0, len(path) // 3, 2 * len(path) // 3)}
+def three_moments(policy: Policy, path: np.ndarray) -> dict[int, np.ndarray]:
+    """The observations ``[To, Do]`` at three steps of an episode ``path`` [T + 1, Do], by step; the first observation
+    is repeated before the start."""
+    obs_steps, _ = policy.obs_shape
+    steps = (0, len(path) // 3, 2 * len(path) // 3)
+    return {t: path[np.clip(np.arange(t - obs_steps + 1, t + 1), 0, None)] for t in steps}
 
 
-def asked(policy: Policy, moments: Mapping[int, np.ndarray]) -> Iterator[Tensor]:
-    """Observations ``[DRAWN, To, Do]`` of each, with the policy about to answer each from the same noise."""
-    for seen in moments.values():
-        policy.reset(range(DRAWN))
-        yield torch.from_numpy(np.stack([seen] * DRAWN)).float()
+def repeated(policy: Policy, moments: Mapping[int, np.ndarray]) -> Iterator[Tensor]:
+    """Observations ``[SAMPLES, To, Do]`` of each moment in turn, with the policy reset to the same seeds for each."""
+    for obs in moments.values():
+        policy.reset(range(SAMPLES))
+        yield torch.from_numpy(np.stack([obs] * SAMPLES)).float()
 
 
-def plans(planner: Planner, path: np.ndarray, draw: Callable[..., Image.Image]) -> Image.Image:
-    """What a planner has in mind at three moments of an episode, each in a colour: the states ``[Tp, Do]`` to come, as
-    the environment draws ways (``draw(ways, colours, title)``)."""
-    moments = looked(planner, path)
-    states = [planner.plan(obs)[1].transpose(1, 2).cpu().numpy() for obs in asked(planner, moments)]
-    colours = [f"tab:{c}" for c, each in zip(COLOURS, states, strict=True) for _ in each]
-    return draw(
-        [way for each in states for way in each],
-        colours,
-        "plans at steps " + ", ".join(f"{t} ({c})" for t, c in zip(moments, COLOURS, strict=True)),
-    )
+def plot_plans(planner: Planner, path: np.ndarray, draw: Callable[..., Image.Image]) -> Image.Image:
+    """Plans sampled at three moments of an episode, a colour each: states ``[Tp, Do]``, drawn as the environment draws
+    paths (``draw(paths, colours, title)``)."""
+    moments = three_moments(planner, path)
+    states = [planner.plan(obs)[1].transpose(1, 2).cpu().numpy() for obs in repeated(planner, moments)]
+    colours = [f"tab:{colour}" for colour, plans in zip(COLOURS, states, strict=True) for _ in plans]
+    title = "plans at steps " + ", ".join(f"{t} ({c})" for t, c in zip(moments, COLOURS, strict=True))
+    return draw([plan for plans in states for plan in plans], colours, title)
 
 
-def fans(policy: Policy, path: np.ndarray) -> Image.Image:
-    """What a policy may do at three moments of an episode, seen as ``path`` ``[T + 1, Do]``: the chunks that it draws
-    there, in the world's units. A row is a moment, a column one number of an action (the first of them). The steps that
-    are carried out before it looks again are shaded; those before 0 lie in the past.
+def plot_actions(policy: Policy, path: np.ndarray) -> Image.Image:
+    """Chunks of actions sampled at three moments of an episode with observations ``path`` ``[T + 1, Do]``, in the
+    environment's units. A row is a moment, a column one of the first dimensions of an action. The steps that would be
+    carried out are shaded; those before 0 lie in the past.
     """
-    moments = looked(policy, path)
-    chunks = [policy.chunk(obs).cpu().numpy() for obs in asked(policy, moments)]
+    moments = three_moments(policy, path)
+    chunks = [policy.chunk(obs).cpu().numpy() for obs in repeated(policy, moments)]
     steps = np.arange(chunks[0].shape[2]) - policy.obs_shape[0] + 1
 
     def draw(axes: Any) -> None:
         for t, row, chunk in zip(moments, axes, chunks, strict=True):
             row[0].set_ylabel(f"at step {t}")
-            for i, each in enumerate(row):
-                each.axvspan(-0.5, policy.act_steps - 0.5, color="0.92")
-                each.plot(steps, chunk[:, i].T, color="C0", alpha=0.12, lw=1)
-        for i, each in enumerate(axes[0]):
-            each.set_title(f"action {i}")
-        for each in axes[-1]:
-            each.set_xlabel("step from now on")
+            for i, panel in enumerate(row):
+                panel.axvspan(-0.5, policy.act_steps - 0.5, color="0.92")
+                panel.plot(steps, chunk[:, i].T, color="C0", alpha=0.12, lw=1)
+        for i, panel in enumerate(axes[0]):
+            panel.set_title(f"action {i}")
+        for panel in axes[-1]:
+            panel.set_xlabel("step from now on")
 
     columns = min(COLUMNS, chunks[0].shape[1])
     return pictures.figures(draw, (len(moments), columns), (3.2 * columns + 0.6, 6.4), sharex=True, sharey="col")

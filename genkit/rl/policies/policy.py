@@ -2,37 +2,46 @@
 
 policy = Policy.load("runs/latest", steps=4)
 policy.reset(seeds=[100000])
-actions = policy.act(obs)          # [N, To, Do] -> [N, Ta, A], in the world's units
+actions = policy.act(obs)          # [N, To, Do] -> [N, Ta, A], in the environment's units
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.config.blocks import load as load_object
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
-from genkit.data.codecs import Actions
+from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, Further, check_horizons
 from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.diffusion.samplers import Seeds
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
+
+KINDS: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
+    (Actions, False): "genkit.rl.policies.policy:Policy",
+    (Actions, True): "genkit.rl.policies.policy:VisualPolicy",
+    (Plans, False): "genkit.rl.policies.planner:Planner",
+    (Plans, True): "genkit.rl.policies.planner:Planner",
+}
 
 
-def carried_out(shape: Sequence[int], to: int, act_steps: int) -> Tensor:
-    """Which numbers of a chunk ``[A, T]`` the world gets to see, 1 or 0: the first ``to - 1`` actions are past."""
-    used = torch.zeros(*shape)
-    used[:, to - 1 : to - 1 + act_steps] = 1
-    return used
+def executed_mask(shape: Sequence[int], obs_steps: int, act_steps: int) -> Tensor:
+    """1 for the numbers of a chunk ``[A, T]`` that are carried out, else 0: the first ``obs_steps - 1`` are past."""
+    mask = torch.zeros(*shape)
+    mask[:, obs_steps - 1 : obs_steps - 1 + act_steps] = 1
+    return mask
 
 
-def observed(spec: Spec) -> tuple[int, int]:
-    """(To, Do) of what a run sees."""
+def observation_shape(spec: Spec) -> tuple[int, int]:
+    """(To, Do), the observations that a run of this spec is conditioned on; Do is 0 if it sees pictures only."""
     obs, frames = spec.cond.get("obs"), spec.cond.get("frames")
     if isinstance(obs, Vector):
         return obs.shape[0], obs.shape[1]
@@ -40,24 +49,25 @@ def observed(spec: Spec) -> tuple[int, int]:
     return frames.shape[0], 0
 
 
-def told(spec: Spec, given: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-    """What a policy is told besides obs, each as one row. ``ValueError`` where it is nothing that this run knows."""
-    found: dict[str, Tensor] = {}
-    for name, value in given.items():
+def condition_tensors(spec: Spec, values: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Conditions besides obs (``{"skill": [2]}``), each as one row. ``ValueError`` for one that the run has not."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in values.items():
         kind = spec.cond.get(name)
         if name not in get_args(Further) or kind is None:
-            known = ", ".join(k for k in get_args(Further) if k in spec.cond) or "nothing, as trained"
-            raise ValueError(f"given: {name!r} is nothing that this run is told; allowed: {known}")
-        whole = isinstance(kind, Label)
-        if whole and (len(value) != 1 or value[0] != int(value[0])):
-            raise ValueError(f"given: {name} is {', '.join(map(str, value))}; needs one whole number")
-        found[name] = torch.tensor([int(value[0])]) if whole else torch.tensor([list(value)], dtype=torch.float32)
-        kind.check(name, found[name], 1)
-    return found
+            allowed = ", ".join(k for k in get_args(Further) if k in spec.cond) or "none, as trained"
+            raise ValueError(f"conditions: {name!r} is not a condition of this run; allowed: {allowed}")
+        integer = isinstance(kind, Label)
+        if integer and (len(value) != 1 or value[0] != int(value[0])):
+            raise ValueError(f"conditions: {name} is {', '.join(map(str, value))}; needs one whole number")
+        tensors[name] = torch.tensor([int(value[0])]) if integer else torch.tensor([list(value)], dtype=torch.float32)
+        kind.check(name, tensors[name], 1)
+    return tensors
 
 
-def toward(names: Sequence[str], scale: float) -> Guidance:
-    """From the prediction without these conditions through that with them; the others stay (Brooks et al. 2023)."""
+def condition_guidance(names: Sequence[str], scale: float) -> Guidance:
+    """Extrapolate from the prediction without the conditions ``names`` through the one with them; the other conditions
+    are in both (Brooks et al. 2023, section 3.2.1)."""
     finite("guidance", scale)
 
     def guide(denoise: Denoiser) -> Denoiser:
@@ -72,21 +82,21 @@ def toward(names: Sequence[str], scale: float) -> Guidance:
 
 @dataclass
 class Policy:
-    """A generator of action chunks, given the newest ``obs_steps`` observations. Receding horizon: of a chunk, the
+    """A generator of action chunks given the newest ``obs_steps`` observations. Receding horizon: of each chunk, the
     ``act_steps`` actions from now on are carried out."""
 
-    run: runs.Run
+    run: Run
     generate: Generator
     act_steps: int
     noise: Noise | None = field(default=None)
-    """where each row's random numbers come from (:meth:`reset`); None: torch's global generator"""
-    given: Mapping[str, Tensor] = field(default_factory=dict)
-    """what it is told besides obs, each as one row"""
+    """source of each row's random numbers (:meth:`reset`); None: torch's global generator"""
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    """conditions besides obs, each as one row"""
 
     @classmethod
     def load(
         cls,
-        run: str | File | runs.Run,
+        run: str | Path | Run,
         *,
         steps: int = 4,
         sampler: str | None = None,
@@ -94,121 +104,127 @@ class Policy:
         ema: str | None = None,
         step: int | None = None,
         device: str = "cpu",
-        given: Mapping[str, Sequence[float]] | None = None,
+        conditions: Mapping[str, Sequence[float]] | None = None,
         guidance: float = 1.0,
         guide: Guidance | None = None,
-        **how: Any,
+        **options: Any,
     ) -> Policy:
-        """The policy of a run that was trained on demonstrations.
+        """The policy of a run that was trained on demonstrations: of actions, seen by numbers or pictures, or of plans.
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
-        ``act_steps`` None is what the data said. ``given`` is what it is told besides obs: ``{"skill": [2]}``.
-        ``guidance`` goes toward that, where the run was trained without each of it too (drop_each), else from the null
-        of all conditions; ``how`` goes to ``Run.generator``.
-        ``ValueError`` where the run's samples are no action chunks, or the horizons do not nest.
+        ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
+        strengthens them if the run was trained without each of them too (drop_each), else all conditions together;
+        ``options`` are further fields of :class:`Sampling`.
+        ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
-        found = run if isinstance(run, runs.Run) else runs.load(run, ema=ema, step=step, device=device)
-        cls.require(found)
-        to, asked = observed(found.spec)[0], told(found.spec, given or {})
-        apart = getattr(found.objective, "drop_each", 0.0) > 0
-        if missing := [k for k in get_args(Further) if k in found.spec.cond and k not in asked and not apart]:
-            raise ValueError(f"given: {missing[0]} is missing, and this run was always told it; give it, or train one "
-                             "that may do without: --objective.drop-each 0.2")  # fmt: skip
+        run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
+        kind: type[Policy] = cls
+        if cls is Policy:
+            kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
+        kind.require_suitable(run)
+        obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
+        droppable = getattr(run.objective, "drop_each", 0.0) > 0
+        missing = [k for k in get_args(Further) if k in run.spec.cond and k not in tensors and not droppable]
+        if missing:
+            raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
+                             "it, or train one that can do without: --objective.drop-each 0.2")  # fmt: skip
         guides = [guide] if guide else []
-        if found.objective.sampler is not None:
-            how |= {"sampler": sampler or "ddim", "steps": steps}
-            if guidance != 1 and asked and apart:
-                guides, guidance = [toward(list(asked), guidance), *guides], 1.0
-            guides += cls.guides(found)
+        if run.objective.sampler is not None:
+            options |= {"sampler": sampler or "ddim", "steps": steps}
+            if guidance != 1 and tensors and droppable:
+                guides, guidance = [condition_guidance(list(tensors), guidance), *guides], 1.0
+            guides += kind.guides(run)
         elif sampler is not None:
-            how |= {"sampler": sampler}  # refused with a word
-        how |= {"guidance": guidance, "guide": compose(*guides) if guides else None}
-        data = found.config.data
-        usual = data.act_steps if isinstance(data, Demonstrations) else found.spec.shape[1] - to + 1
-        chosen = usual if act_steps is None else act_steps
-        check_horizons(to, found.spec.shape[1], chosen)
-        return cls(found, found.generator(**how), chosen, given=asked, **cls.further(found))
+            options |= {"sampler": sampler}  # for the generator to refuse
+        sampling = Sampling(**options, guidance=guidance)
+        outer = compose(*guides) if guides else None
+        if act_steps is None:
+            data = run.config.data
+            act_steps = data.act_steps if isinstance(data, Demonstrations) else run.spec.shape[1] - obs_steps + 1
+        check_horizons(obs_steps, run.spec.shape[1], act_steps)
+        return kind(run, run.generator(sampling, outer=outer), act_steps, conditions=tensors, **kind.extra_fields(run))
 
     @classmethod
-    def require(cls, found: runs.Run) -> None:
-        """``ValueError`` unless its samples are chunks of actions given obs."""
-        seen = found.spec.cond.get("obs")
-        if "frames" in found.spec.cond:
-            raise ValueError(f"run: {found.directory.name} sees pictures, which only genkit rollout can show it so far")
-        if not isinstance(found.codec, Actions) or not isinstance(seen, Vector) or len(found.spec.shape) != 2:
+    def require_suitable(cls, run: Run) -> None:
+        """``ValueError`` unless the run's samples are chunks of actions given obs."""
+        obs = run.spec.cond.get("obs")
+        if not isinstance(run.codec, Actions) or not isinstance(obs, Vector) or len(run.spec.shape) != 2:
             raise ValueError(
-                f"run: {found.directory.name} draws samples of shape {found.spec.shape}, not actions given obs; "
+                f"run: {run.directory.name} draws samples of shape {run.spec.shape}, not actions given obs; "
                 "train one: genkit train --data=four-ways"
             )
 
     @classmethod
-    def guides(cls, found: runs.Run) -> list[Guidance]:
-        """Guidance that belongs to such samples, after all other."""
+    def guides(cls, run: Run) -> list[Guidance]:
+        """Guidance that such samples always need, applied after all other."""
         return []
 
     @classmethod
-    def further(cls, found: runs.Run) -> dict[str, Any]:
-        """What else a policy of this kind needs."""
+    def extra_fields(cls, run: Run) -> dict[str, Any]:
+        """Values of the fields that a subclass adds."""
         return {}
 
     @property
-    def valued(self) -> bool:
-        """Whether a Q can be learned of its samples and what it sees."""
+    def supports_q(self) -> bool:
+        """Whether a Q-function of its observations and samples can be learned."""
         return True
 
     @property
     def obs_shape(self) -> tuple[int, int]:
-        """(To, Do); Do is 0 where pictures are all it sees."""
-        return observed(self.run.spec)
+        """(To, Do); Do is 0 if pictures are all it sees."""
+        return observation_shape(self.run.spec)
 
     @property
     def frame_shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of the pictures that it sees; None where it sees none."""
+        """(C, H, W) of the pictures that it sees; None if it sees none."""
         kind = self.run.spec.cond.get("frames")
         return kind.shape[1:] if isinstance(kind, Frames) else None
 
     @property
     def action_dim(self) -> int:
+        """Numbers of an action."""
         return self.run.spec.shape[0]
 
     @property
     def env(self) -> str:
-        """The environment that the demonstrations came from; "" where they do not say."""
-        return self.run.config.data.env if isinstance(self.run.config.data, Demonstrations) else ""
+        """Name of the environment of the demonstrations; "" if they name none."""
+        return self.run.config.data.environment
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What a report of its episodes should say of it, ready for JSON."""
+    def details(self) -> dict[str, Any]:
+        """Further entries of a report of its episodes, ready for JSON."""
         return {}
 
     def reset(self, seeds: Sequence[int]) -> None:
-        """Begin episodes: row i draws from its own seed from now on."""
+        """Begin episodes: from now on row i draws from its own seed."""
         self.noise = Seeds(seeds, self.run.device)
 
     def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
-        """Actions ``[N, Ta, A]`` in the world's units for observations ``[N, To, Do]``, and uint8 pictures ``frames``
-        ``[N, To, C, H, W]`` where it sees them.
+        """Actions ``[N, Ta, A]`` in the environment's units, for observations ``[N, To, Do]`` and, if it sees pictures,
+        uint8 ``frames`` ``[N, To, C, H, W]``.
 
-        For a single one, ``[To, Do]`` or ``[Do]`` (seen To times), ``[Ta, A]``.
+        A single observation, ``[To, Do]`` or ``[Do]`` (repeated To times), gives ``[Ta, A]``. ``ValueError`` for
+        another shape or numbers that are not finite.
         """
-        to, do = self.obs_shape
-        given = np.asarray(obs, np.float32)
-        single = given.ndim < 3
-        if given.shape == (do,):
-            given = np.repeat(given[None], to, 0)
-        rows = given[None] if single else given
-        if rows.shape[1:] != (to, do):
-            raise ValueError(f"obs: given shape {np.shape(obs)}; this policy needs [N, {to}, {do}]")
+        obs_steps, obs_dim = self.obs_shape
+        rows = np.asarray(obs, np.float32)
+        single = rows.ndim < 3
+        if rows.shape == (obs_dim,):
+            rows = np.repeat(rows[None], obs_steps, 0)
+        if single:
+            rows = rows[None]
+        if rows.shape[1:] != (obs_steps, obs_dim):
+            raise ValueError(f"obs: given shape {np.shape(obs)}; this policy needs [N, {obs_steps}, {obs_dim}]")
         if not np.isfinite(rows).all():
             bad = int(np.flatnonzero(~np.isfinite(rows).all((1, 2)))[0])
             raise ValueError(f"obs: row {bad} is not finite")
-        pictures = self.pictures(frames, len(rows), single)
-        actions = self.chunk(torch.from_numpy(rows), pictures)[:, :, to - 1 : to - 1 + self.act_steps]
-        out = actions.transpose(1, 2).cpu().numpy()
-        return out[0] if single else out
+        pictures = self.check_frames(frames, len(rows), single)
+        chunk = self.chunk(torch.from_numpy(rows), pictures)
+        actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].transpose(1, 2).cpu().numpy()
+        return actions[0] if single else actions
 
-    def pictures(self, frames: np.ndarray | None, batch: int, single: bool) -> Tensor | None:
-        """``ValueError`` where they are not what was seen in training."""
+    def check_frames(self, frames: np.ndarray | None, batch: int, single: bool) -> Tensor | None:
+        """``frames`` as a tensor ``[N, To, C, H, W]``. ``ValueError`` unless they are as in training."""
         shape = self.frame_shape
         if (shape is None) != (frames is None):
             raise ValueError("frames: this policy sees pictures; give them" if shape else "frames: it sees no pictures")
@@ -221,33 +237,35 @@ class Policy:
         return torch.from_numpy(rows)
 
     def chunk(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Whole chunks ``[N, A, Tp]`` in the world's units, the past steps among them, for ``[N, To, Do]``."""
+        """Whole chunks ``[N, A, Tp]`` in the environment's units, past steps included, for ``[N, To, Do]``."""
         assert isinstance(self.run.codec, Actions)
         return self.run.codec.world(self.sample(obs, frames), obs.to(self.run.device))
 
     def sample(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Samples ``[N, *S]`` in the model's own numbers."""
+        """Samples ``[N, *S]`` in the model's units."""
         noise, shape = self.noise, self.run.spec.shape
         z = noise(shape) if noise else torch.randn(len(obs), *shape, device=self.run.device)
         with torch.no_grad():
             return self.generate(z, self.cond(obs, frames), noise).float()
 
     def cond(self, obs: Tensor, frames: Tensor | None = None) -> dict[str, Tensor]:
-        """All that the networks are told."""
-        found = {k: v.expand(len(obs), *v.shape[1:]) for k, v in self.given.items()}
-        found |= {"obs": obs} if obs.shape[2] else {}
-        found |= {} if frames is None else {"frames": frames}
-        return {k: v.to(self.run.device) for k, v in found.items()}
+        """All conditions of the networks, ``[N, ...]`` each."""
+        cond = {k: v.expand(len(obs), *v.shape[1:]) for k, v in self.conditions.items()}
+        if obs.shape[2]:
+            cond["obs"] = obs
+        if frames is not None:
+            cond["frames"] = frames
+        return {k: v.to(self.run.device) for k, v in cond.items()}
 
 
-class Watcher(Policy):
-    """A policy that sees pictures, besides what is observed or alone."""
+class VisualPolicy(Policy):
+    """A policy that sees pictures, with or without observed numbers."""
 
     @property
-    def valued(self) -> bool:
+    def supports_q(self) -> bool:
         return False
 
     @classmethod
-    def require(cls, found: runs.Run) -> None:
-        if not isinstance(found.codec, Actions) or len(found.spec.shape) != 2:
-            Policy.require(found)
+    def require_suitable(cls, run: Run) -> None:
+        if not isinstance(run.codec, Actions) or len(run.spec.shape) != 2:
+            Policy.require_suitable(run)

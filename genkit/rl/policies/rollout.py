@@ -1,218 +1,261 @@
-"""Rollouts: episodes of a policy in an environment, many at a time, and what came of them."""
+"""Let a trained policy act in its environment: what `genkit rollout` and ``genkit.rollout`` do."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
+from PIL import Image
 
-from genkit.envs import Env
-from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
+from genkit import __version__
+from genkit.config import override
+from genkit.core import pictures
+from genkit.core.files import write_text
+from genkit.core.progress import Progress, silent
+from genkit.diffusion.value_guidance import value_guidance
+from genkit.envs import Env, make
+from genkit.rl.policies.best_of_n import best_of
+from genkit.rl.policies.episodes import Episodes, frames_argument, run_episodes, see
+from genkit.rl.policies.planner import Planner
+from genkit.rl.policies.plots import plot_actions, plot_plans
+from genkit.rl.policies.policy import Policy, executed_mask
+from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
+from genkit.training.run import Run
+
+Count = Annotated[int, Ge(1)]
+Q_SEED = 3 * 2**28  # the first seed of the episodes that Q is learned from: neither trained on nor measured with
 
 
-class Actor(Protocol):
-    """What a rollout needs of a policy; :class:`genkit.rl.policies.policy.Policy` has it."""
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How a policy acts, in which environment and how often."""
 
-    @property
-    def obs_shape(self) -> tuple[int, int]: ...
-    @property
-    def action_dim(self) -> int: ...
-    def reset(self, seeds: Sequence[int]) -> None: ...
-    def act(self, obs: np.ndarray) -> np.ndarray: ...
+    env: str | None = None
+    """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
+    episodes: Count = 50
+    """Number of episodes."""
+    seed: Annotated[int, Ge(0)] = 100_000
+    """Episode i starts and draws from seed + i."""
+    steps: Count = 4
+    """Sampler steps for each chunk of actions."""
+    sampler: str | None = None
+    """A name in genkit.diffusion.samplers.SAMPLERS; None: ddim, one evaluation a step."""
+    conditions: tuple[str, ...] = ()
+    """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
+    guidance: float = 1.0
+    """Guidance scale toward these conditions; 1: none."""
+    best_of: Count = 1
+    """Chunks drawn for each decision; the one with the largest Q is carried out."""
+    q_guidance: Annotated[float, Ge(0)] = 0.0
+    """Draw chunks from the policy's distribution times exp(q_guidance Q), Q in deviations of the returns; 0: off."""
+    fit_q: Annotated[int, Ge(0)] = 0
+    """Learn Q first, from this many episodes of the policy, and save it in the run's folder; 0: use the saved one."""
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.95
+    """Discount of Q from one decision to the next."""
+    act_steps: Count | None = None
+    """Actions of a chunk that are carried out, counted from now; None: as in training."""
+    max_steps: Count | None = None
+    """Time limit of an episode; None: the environment's."""
+    num_envs: Count = 50
+    """Worlds side by side."""
+    ema: str | None = None
+    """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Checkpoint to use; None: the newest."""
+    film: Annotated[int, Ge(0)] = 0
+    """Number of first episodes to film, as one GIF each."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Device of the networks; small ones are fastest on a CPU."""
 
 
-@dataclass
-class Episodes:
-    """What came of N episodes, one number each."""
+@dataclass(frozen=True)
+class Rollouts:
+    """Episodes of a run's policy, and how they came about."""
 
-    returns: np.ndarray
-    """the sum of the rewards"""
-    best: np.ndarray
-    """the largest reward of a step: on PushT what its papers report, coverage over 0.95, at most 1"""
-    lengths: np.ndarray
-    truncated: np.ndarray
-    """whether the time limit ended it"""
-    info: dict[str, np.ndarray]
-    """``success`` (ever), ``coverage`` (the largest), ``mode`` (the last); those that the environment knows"""
-    paths: list[np.ndarray]
-    """observations of each, ``[T + 1, Do]``"""
-    modes: int = 0
-    """how many there are"""
-    seconds: list[float] = field(default_factory=list)
-    """of each call of the policy"""
-    frames: list[list[Any]] = field(default_factory=list)
-    """pictures (PIL) of the first episodes"""
-
-    def __len__(self) -> int:
-        return len(self.returns)
-
-    @property
-    def mode_entropy_bits(self) -> float | None:
-        """Entropy of the mode among the successful episodes (0 without any); None where there are no modes."""
-        if "mode" not in self.info:
-            return None
-        good = self.info["mode"][self.info["success"].astype(bool) & (self.info["mode"] >= 0)]
-        return entropy_bits(np.bincount(good.astype(int), minlength=self.modes))
+    policy: Policy
+    env: Env
+    episodes: Episodes
+    settings: RolloutSettings
+    chunk_ms: float
+    """median time to draw one chunk for one world, in milliseconds"""
+    q_explained_variance: float | None = None
+    """share of held-out returns' variance that a newly learned Q explains"""
 
     def summary(self) -> dict[str, Any]:
-        """Estimates with 95 % intervals, ready for JSON: Wilson's of a share, the bootstrap's of a mean."""
-        out: dict[str, Any] = {"episodes": len(self)}
-        if "success" in self.info:
-            out["success"] = proportion(int(self.info["success"].sum()), len(self))._asdict()
-        out["return"] = mean_of(self.returns)._asdict()
-        out["best_reward"] = mean_of(self.best)._asdict()
-        if "coverage" in self.info:
-            out["coverage"] = mean_of(self.info["coverage"])._asdict()
-        out["length"] = float(self.lengths.mean())
-        out["truncated"] = float(self.truncated.mean())
-        if (bits := self.mode_entropy_bits) is not None:
-            out["mode_entropy_bits"] = bits
-        out["ms_per_chunk"] = 1e3 * float(np.median(self.seconds)) if self.seconds else None
-        return out
+        """Everything measured, with 95 % intervals, and the settings that it depends on, ready for JSON."""
+        run, episodes = self.policy.run, self.episodes.summary()
+        q = {} if self.q_explained_variance is None else {"q_explained_variance": self.q_explained_variance}
+        return {
+            **episodes,
+            "ms_per_chunk": self.chunk_ms,
+            "ms_per_batch": episodes["ms_per_chunk"],
+            "steps": self.settings.steps if run.objective.sampler else 1,
+            **q,
+            **self.policy.details,
+            "weights": run.weights,
+            "run": str(run.directory),
+            "settings": asdict(self.settings),
+            "genkit": __version__,
+        }
 
+    def pictures(self) -> dict[str, Image.Image]:
+        """``paths`` taken, if the environment can draw them; ``plans`` of a planner, and ``actions`` that the policy
+        would take, at three moments of the first episode. Policies that see pictures have no plans and actions, since
+        the pictures that they saw are not kept."""
+        draw: Callable[..., Image.Image] | None = getattr(self.env, "draw", None)
+        drawn, info = {}, self.episodes.info
+        if draw:
+            successful = info["success"].astype(bool)
+            colours = [f"C{int(m)}" if ok else "0.6" for m, ok in zip(info["mode"], successful, strict=True)]
+            drawn["paths"] = draw(self.episodes.paths, colours)
+        if self.policy.frame_shape is None:
+            first = self.episodes.paths[0]
+            if draw and isinstance(self.policy, Planner):
+                drawn["plans"] = plot_plans(self.policy, first, draw)
+            drawn["actions"] = plot_actions(self.policy, first)
+        return drawn
 
-def entropy_bits(counts: np.ndarray) -> float:
-    """``-sum p log2 p`` of counts; 0 where there are none."""
-    p = counts[counts > 0] / max(1, counts.sum())
-    return float(max(0.0, -(p * np.log2(p)).sum()))
+    @property
+    def name(self) -> str:
+        """A file name, without ending, that tells these rollouts from those with other settings."""
+        s = self.settings
+        parts = [f"step{self.policy.run.step}", f"k{s.steps if self.policy.run.objective.sampler else 1}"]
+        parts += [f"best{s.best_of}"] if s.best_of > 1 else []
+        parts += [f"q{s.q_guidance:g}"] if s.q_guidance else []
+        parts += [*s.conditions, *([f"w{s.guidance:g}"] if s.guidance != 1 else [])]
+        return "-".join([*parts, f"seed{s.seed}", f"n{s.episodes}"])
 
+    def save(self, folder: str | Path | None = None, *, draw: bool = True) -> list[Path]:
+        """Write the summary as JSON, the pictures (if ``draw``) and the films into ``folder``; the files.
 
-def mean_of(values: np.ndarray) -> Estimate:
-    x = torch.from_numpy(np.asarray(values, np.float64))
-    if len(x) < 2:
-        return Estimate(float(x.mean()))
-    return bootstrap(lambda v: float(v.mean()), x, num=1000)
+        ``folder`` None is ``rollouts`` in the run's folder.
+        """
+        folder = Path(folder) if folder else self.policy.run.directory / "rollouts"
+        files = [write_text(folder / f"{self.name}.json", json.dumps(self.summary(), indent=1) + "\n")]
+        if draw:
+            files += [pictures.save(p, folder / f"{self.name}-{kind}.png") for kind, p in self.pictures().items()]
+        for i, frames in enumerate(self.episodes.frames):
+            files.append(pictures.save_gif(frames, folder / f"{self.name}-episode{i}.gif"))
+        return files
 
-
-KEEP: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # what of each step's info is kept: old, new
-    "success": np.logical_or,
-    "coverage": np.fmax,
-    "mode": lambda old, new: new,
-}
-FIRST: dict[str, Any] = {"success": False, "coverage": -math.inf, "mode": -1}
-
-
-def require_fit(policy: Actor, env: Env) -> None:
-    """``ValueError`` where a policy has not as many numbers to see and to do as an environment."""
-    do = policy.obs_shape[1] or env.obs_dim  # who sees pictures alone is told no numbers
-    if (do, policy.action_dim) != (env.obs_dim, env.action_dim):
-        raise ValueError(
-            f"env: has {env.obs_dim} observed numbers and {env.action_dim} of action; the policy was trained on "
-            f"{do} and {policy.action_dim}; give the environment of its demonstrations"
-        )
+    def __str__(self) -> str:
+        """The results in one line."""
+        result = self.summary()
+        parts = [f"{result['episodes']} episodes"]
+        for name in ("success", "coverage", "best_reward", "return"):
+            if name in result:
+                e = result[name]
+                interval = "" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})"
+                parts.append(f"{name} {e['value']:.3f}{interval}")
+        if "mode_entropy_bits" in result:
+            parts.append(f"mode entropy {result['mode_entropy_bits']:.2f} bits")
+        return ", ".join([*parts, f"{self.chunk_ms:.1f} ms a chunk, {result['weights']}"])
 
 
 def rollout(
-    policy: Actor,
-    env: Env,
-    seeds: Sequence[int],
+    run: str | Path | Run,
+    settings: RolloutSettings | None = None,
     *,
-    film: int = 0,
-    watch: Callable[[np.ndarray, np.ndarray], None] = lambda obs, actions: None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Episodes:
-    """An episode of every seed, ``env.num`` at a time. Episode i depends on ``seeds[i]`` alone.
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+    **changes: Any,
+) -> Rollouts:
+    """Let the policy of ``run`` act for some episodes. ``changes`` are settings by keyword: ``rollout(run, steps=2)``.
 
-    Receding horizon: the policy sees the newest To observations (the first repeated before the start), and all of its
-    Ta actions are carried out before it looks again. A row that has ended stays out of what is counted. ``film`` is
-    how many of the first episodes are filmed; ``watch(obs [N, To, Do], actions [N, Ta, A])`` sees each decision.
-    ``ValueError`` where observations or actions do not fit the environment.
+    ``progress("episodes", done, total)`` is called as they end; ``say`` gets a line when Q has been learned.
+    ``ValueError`` if the run is not of a policy, or does not fit the environment. For a policy or an environment of
+    your own there is :func:`genkit.rl.policies.episodes.run_episodes`.
     """
-    require_fit(policy, env)
-    to, _ = policy.obs_shape
-    if not seeds:
-        raise ValueError("seeds: given none; needs one for each episode")
-    done: list[Episodes] = []
-    for first in range(0, len(seeds), env.num):
-        here = list(seeds[first : first + env.num])
-        done.append(wave(policy, env, here, to, max(0, film - first), watch))
-        progress(first + len(here))
-    return joined(done)
+    settings = override(settings or RolloutSettings(), **changes)
+    policy = load_policy(run, settings)
+    if policy.run.config.threads:
+        torch.set_num_threads(policy.run.config.threads)
+    limit = {} if settings.max_steps is None else {"max_steps": settings.max_steps}
+    env = make(settings.env or policy.env, min(settings.num_envs, settings.episodes), **limit)
+    seeds = range(settings.seed, settings.seed + settings.episodes)
+    explained_variance = fit_q(policy, env, settings, say) if settings.fit_q else None
+    policy = with_q(policy, settings)
+    episodes = run_episodes(policy, env, seeds, film=settings.film, progress=progress)
+    chunk_ms = chunk_latency(policy, env, env.reset(list(seeds)[: env.num]))
+    return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance)
 
 
-def wave(policy: Actor, env: Env, seeds: Sequence[int], to: int, film: int, watch: Callable[..., None]) -> Episodes:
-    n = len(seeds)
-    padded = [*seeds, *[seeds[-1]] * (env.num - n)]  # a last wave that is not full repeats its last seed
-    policy.reset(padded)
-    obs = env.reset(padded)
-    history, looks = [obs] * to, [look(policy, env)] * to
-    do = policy.obs_shape[1]
-    alive, returns, lengths = np.ones(env.num, bool), np.zeros(env.num), np.zeros(env.num, int)
-    cut, kept, best = np.zeros(env.num, bool), {}, np.full(env.num, -np.inf)
-    paths, seconds = [obs], []
-    draw: Any = getattr(env, "frame", None)
-    frames: list[list[Any]] = [[draw(i)] for i in range(min(film, n))] if draw else []
-    while alive[:n].any():
-        seen = np.stack(history[-to:], 1)
-        began = time.perf_counter()
-        chunk = policy.act(seen[:, :, :do], **shown(looks[-to:]))
-        seconds.append(time.perf_counter() - began)
-        if chunk.ndim != 3 or chunk.shape[::2] != (env.num, env.action_dim):
-            raise ValueError(f"policy: gave actions {chunk.shape}; needs ({env.num}, steps, {env.action_dim})")
-        if not np.isfinite(chunk[alive]).all():
-            raise ValueError("policy: gave actions that are not finite; the run has diverged, or needs more steps")
-        watch(seen, chunk)
-        for k in range(chunk.shape[1]):
-            actions = np.where(alive[:, None], chunk[:, k], 0)
-            obs, reward, terminated, truncated, info = env.step(actions)
-            returns += np.where(alive, reward, 0)
-            best = np.where(alive, np.maximum(best, reward), best)
-            lengths += alive
-            for name in KEEP.keys() & info.keys():
-                old = kept.setdefault(name, np.full(env.num, FIRST[name]))
-                kept[name] = np.where(alive, KEEP[name](old, info[name]), old)
-            cut |= alive & truncated & ~terminated
-            for i, film_of in enumerate(frames):
-                if alive[i]:
-                    film_of.append(draw(i))
-            alive &= ~(terminated | truncated)
-            history.append(obs)
-            if k >= chunk.shape[1] - to:  # the others will not be seen
-                looks.append(look(policy, env))
-            paths.append(obs)
-            if not alive[:n].any():
-                break
-        del history[:-to], looks[:-to]
-    ways = np.stack(paths, 1)
-    return Episodes(
-        returns[:n], best[:n], lengths[:n], cut[:n], {k: v[:n] for k, v in kept.items()},
-        [ways[i, : lengths[i] + 1] for i in range(n)], getattr(env, "modes", 0), seconds, frames,
-    )  # fmt: skip
-
-
-def look(policy: Actor, env: Env) -> np.ndarray | None:
-    """The pictures ``[N, C, H, W]`` that a policy sees of the worlds now; None where it sees none."""
-    shape = getattr(policy, "frame_shape", None)
-    if shape is None:
-        return None
-    see: Any = getattr(env, "pixels", None)
-    if see is None:
-        raise ValueError("env: this policy sees pictures, and the environment draws none; give that of its training")
-    return see(shape[1:])
-
-
-def shown(looks: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """What ``act`` is given of them, ``[N, To, C, H, W]``."""
-    there = [v for v in looks if v is not None]
-    return {"frames": np.stack(there, 1)} if there else {}
-
-
-def joined(parts: Sequence[Episodes]) -> Episodes:
-    one = parts[0]
-    cat = lambda get: np.concatenate([get(p) for p in parts])  # noqa: E731
-    return Episodes(
-        cat(lambda p: p.returns),
-        cat(lambda p: p.best),
-        cat(lambda p: p.lengths),
-        cat(lambda p: p.truncated),
-        {k: cat(lambda p, k=k: p.info[k]) for k in one.info},
-        [path for p in parts for path in p.paths],
-        one.modes,
-        [s for p in parts for s in p.seconds],
-        [f for p in parts for f in p.frames],
+def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any) -> Policy:
+    """The policy that ``settings`` describe, without Q. ``ValueError`` if they need a Q that it cannot have."""
+    policy = Policy.load(
+        run,
+        steps=settings.steps,
+        sampler=settings.sampler,
+        act_steps=settings.act_steps,
+        ema=settings.ema,
+        step=settings.step,
+        device=settings.device,
+        conditions=parse_conditions(settings.conditions),
+        guidance=settings.guidance,
+        **options,
     )
+    if not policy.supports_q and (settings.fit_q or settings.q_guidance or settings.best_of > 1):
+        raise ValueError(
+            "fit_q, best_of, q_guidance: need chunks of actions given obs, not plans or pictures; leave them out"
+        )
+    return policy
+
+
+def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
+    """``["skill=2"]`` as ``{"skill": [2.0]}``."""
+    conditions: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        try:
+            conditions[name] = [float(n) for n in numbers.split(",")]
+        except ValueError:
+            raise ValueError(f"conditions: {text!r} is not NAME=NUMBER or NAME=NUMBER,NUMBER; try skill=2") from None
+    return conditions
+
+
+def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
+    """What a saved Q must have been learned with, to be of use to this policy."""
+    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": settings.env or policy.env}
+
+
+def fit_q(policy: Policy, env: Env, settings: RolloutSettings, say: Callable[[str], None]) -> float:
+    """Learn Q and save it in the run's folder; the share of held-out returns' variance that it explains."""
+    data = collect_decisions(policy, env, range(Q_SEED, Q_SEED + settings.fit_q), settings.gamma)
+    used = executed_mask(policy.run.spec.shape, policy.obs_shape[0], policy.act_steps)
+    q, explained = learn_q(policy.run.spec, used, data)
+    about = {"steps": settings.steps, "gamma": settings.gamma, "episodes": settings.fit_q, "explained": explained}
+    file = save_q(policy.run.directory, q, q_requirements(policy, settings) | about)
+    say(f"{file}: {len(data.returns)} decisions, explains {explained:.2f} of held-out returns")
+    return explained
+
+
+def with_q(policy: Policy, settings: RolloutSettings) -> Policy:
+    """The policy with Q guidance and the choice of the best chunk, if ``settings`` have them."""
+    if settings.best_of == 1 and not settings.q_guidance:
+        return policy
+    run = policy.run
+    q = load_q(run.directory, run.spec, q_requirements(policy, settings)).to(run.device)
+    if settings.q_guidance:
+        policy = load_policy(run, settings, guide=value_guidance(q, settings.q_guidance))
+    return replace(policy, generate=best_of(policy.generate, q, settings.best_of))
+
+
+def chunk_latency(policy: Policy, env: Env, obs: np.ndarray, repeats: int = 20) -> float:
+    """Milliseconds to draw one chunk for one world: the median of ``repeats`` calls, after one that does not count."""
+    obs_steps, obs_dim = policy.obs_shape
+    window = np.repeat(obs[:1, None, :obs_dim], obs_steps, 1)
+    frames = {k: v[:1] for k, v in frames_argument([see(policy, env)] * obs_steps).items()}
+    seconds = []
+    for _ in range(repeats + 1):
+        policy.reset([0])
+        start = time.perf_counter()
+        policy.act(window, **frames)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds[1:]))

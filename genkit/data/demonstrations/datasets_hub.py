@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from genkit.core.files import one_line
-from genkit.data.demonstrations.windows import Recorded, require_arrays
+from genkit.data.demonstrations.replay import Recorded, require_arrays
 
 INSTALL = "pip install 'genkit[data]'"
 

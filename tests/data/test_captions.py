@@ -1,0 +1,180 @@
+"""Captions: wordings over class names, and texts beside the pictures."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as pil
+
+from genkit.core import (
+    Text,
+)
+from genkit.data import DATA, Stream, text
+from tests.support.data import batch_of
+
+WORDINGS = ("a handwritten {label}", "the digit {label}", "{label}")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_wordings_say_the_class_of_each_digit():
+    data = DATA["digits"](captions=WORDINGS, labels=True).load()
+    batch = batch_of(data, 400)
+    said = text.to_texts(batch.cond["text"])
+    allowed = [{w.replace("{label}", DIGITS[c]) for w in WORDINGS} for c in batch.cond["label"].tolist()]
+    assert all(s in a for s, a in zip(said, allowed, strict=True))
+    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in said) / 400 for w in WORDINGS]
+    assert all(abs(s - 1 / 3) < 0.1 for s in shares)
+    assert text.to_texts(batch_of(data, 400, key=1).cond["text"]) != said  # another wording, another time
+    assert data.spec.cond["text"].examples == (
+        "a handwritten zero", "the digit one", "two", "a handwritten three", "the digit four", "five",
+        "a handwritten six", "the digit seven", "eight", "a handwritten nine",
+    )  # fmt: skip
+
+
+def test_wordings_are_the_same_for_any_ranks_and_micro_batches():
+    stream = Stream(DATA["digits"](captions=WORDINGS).load(), 40, seed=3)
+    whole = stream(5, 0, 0, 40).cond["text"]
+    parts = [stream(5, 0, *rows).cond["text"] for rows in ((0, 7), (7, 20), (20, 40))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_words_stand_for_classes_unless_both_are_asked_for():
+    of = lambda **how: list(DATA["digits"](**how).load().spec.cond)  # noqa: E731
+    assert of() == ["label"]
+    assert of(captions=WORDINGS) == ["text"]
+    assert of(captions=WORDINGS, labels=True) == ["label", "text"]
+    assert of(captions=WORDINGS, labels=False) == ["text"]
+    assert of(labels=False) == []
+
+
+def picture_at(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pil.fromarray(np.full((4, 4), value, np.uint8)).save(path)
+
+
+NAMES = ("a.png", "b.png", "sub/c.png")
+SAID = ("an A", "ein größeres B", "C")
+
+
+def layout(root: Path, kind: str) -> None:
+    for i, name in enumerate(NAMES):
+        picture_at(root / name, 10 * i)
+        if kind == "txt":
+            (root / name).with_suffix(".txt").write_text(f"  {SAID[i]}\n", encoding="utf-8")
+    rows = list(zip(NAMES, SAID, strict=True))[::-1]
+    if kind in ("captions.jsonl", "metadata.jsonl"):
+        lines = [json.dumps({"file_name": n, "text": s}) for n, s in rows]
+        (root / kind).write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    if kind == "metadata.csv":
+        body = "".join(f'{n},"{s}"\r\n' for n, s in rows)
+        (root / kind).write_bytes(b"\xef\xbb\xbf" + f"file_name,text\r\n{body}".encode())
+
+
+def zipped(root: Path) -> Path:
+    path = root.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(root).as_posix())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "captions.jsonl", "metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("memory", [0.0, 2.0])
+def test_captions_lie_beside_the_pictures(tmp_path, kind, memory):
+    layout(tmp_path / "in", kind)
+    for source in (DATA["folder"](root=str(tmp_path / "in"), captions=("files",), memory=memory),
+                   DATA["zip"](root=str(zipped(tmp_path / "in")), captions=("files",), memory=memory)):  # fmt: skip
+        data = source.load()
+        batch = batch_of(data, 3)
+        assert batch.x[:, 0, 0, 0].tolist() == [0, 10, 20]
+        assert text.to_texts(batch.cond["text"]) == list(SAID)
+        assert data.spec.cond == {"text": Text(256, SAID)}
+
+
+def test_class_folders_may_have_captions_too(tmp_path):
+    for c in ("cat", "dog"):
+        for i in range(2):
+            picture_at(tmp_path / c / f"{i}.png", i)
+            (tmp_path / c / f"{i}.txt").write_text(f"{c} number {i}")
+    batch = batch_of(DATA["folder"](root=str(tmp_path), captions=("files",), labels=True).load(), 4)
+    assert text.to_texts(batch.cond["text"]) == ["cat number 0", "cat number 1", "dog number 0", "dog number 1"]
+    assert batch.cond["label"].tolist() == [0, 0, 1, 1]
+    worded = DATA["folder"](root=str(tmp_path), captions=("a {label}",)).load()
+    assert text.to_texts(batch_of(worded, 4).cond["text"]) == ["a cat", "a cat", "a dog", "a dog"]
+
+
+def ruin(root: Path, how: str) -> None:
+    {
+        "missing": lambda: (root / "b.txt").unlink(),
+        "of nothing": lambda: (root / "README.txt").write_text("hello"),
+        "latin": lambda: (root / "b.txt").write_bytes("größer".encode("latin-1")),
+        "double": lambda: picture_at(root / "a.bmp", 1),
+        "long": lambda: (root / "b.txt").write_text("x" * 257),
+        "two tables": lambda: [(root / n).write_text("") for n in ("captions.jsonl", "metadata.csv")],
+        "no json": lambda: (root / "captions.jsonl").write_text('{"file_name": "a.png", "text": "A"}\n{"file_na'),
+        "no words": lambda: (root / "captions.jsonl").write_text('{"file_name": "a.png", "text": 7}'),
+        "twice": lambda: (root / "captions.jsonl").write_text('{"file_name": "a.png", "text": "A"}\n' * 2),
+        "absent": lambda: (root / "captions.jsonl").write_text('{"file_name": "z.png", "text": "A"}\n'),
+        "not all": lambda: (root / "captions.jsonl").write_text('{"file_name": "a.png", "text": "A"}\n'),
+        "no column": lambda: (root / "metadata.csv").write_text("file_name,caption\na.png,A\n"),
+        "short": lambda: (root / "metadata.csv").write_text("file_name,text\na.png\n"),
+    }[how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", r"b.png: has no caption beside it, b.txt"),
+        ("of nothing", r"README.txt: captions README.\*, and there is no such picture in "),
+        ("latin", r"b.txt: is not UTF-8, at byte 2"),
+        ("double", r"a.txt: would caption both a.bmp and a.png"),
+        ("long", r"b.txt: this caption has 257 bytes; --data.text-length is 256"),
+        ("two tables", r"captions.jsonl: lies beside metadata.csv; keep one"),
+        ("no json", r"captions.jsonl:2: needs \{\"file_name\": "),
+        ("no words", r"captions.jsonl:1: needs file_name and text, both words"),
+        ("twice", r"captions.jsonl:2: captions a.png a second time, after .*captions.jsonl:1"),
+        ("absent", r"captions.jsonl:1: captions z.png, and there is no such picture"),
+        ("not all", r"b.png: has no caption in captions.jsonl"),
+        ("no column", r"metadata.csv: has no column text; needs file_name and text"),
+        ("short", r"metadata.csv:2: needs file_name and text, both words"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind, how, says):
+    root = tmp_path / "in"
+    layout(root, "txt")
+    ruin(root, how)
+    where = root if kind == "folder" else zipped(root)
+    with pytest.raises(ValueError, match=says) as e:
+        DATA[kind](root=str(where), captions=("files",)).load()
+    assert "\n" not in str(e.value)
+    assert str(where) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (
+            {"captions": ("a {lab}",)},
+            r"given 'a \{lab\}'; allowed: wordings that hold \{label\}, or the word files",
+        ),
+        ({"captions": ("files",)}, "given files, but these data are no files"),
+        ({"captions": ("files", "a {label}")}, "given files and wordings"),
+        ({"captions": ("a {label}",), "text_length": 5}, r"'a \{label\}' of 'zero': this caption has 6 bytes"),
+        ({"encoder": "x/y"}, "given x/y, but no captions to encode"),
+    ],
+)
+def test_bad_wordings_are_refused(how, says):
+    with pytest.raises(ValueError, match=says):
+        DATA["digits"](**how).load()
+
+
+def test_pictures_without_classes_have_no_wordings(tmp_path):
+    picture_at(tmp_path / "a.png", 1)
+    with pytest.raises(ValueError, match=r"given 'a \{label\}', but these data have no classes; try files"):
+        DATA["folder"](root=str(tmp_path), captions=("a {label}",)).load()
