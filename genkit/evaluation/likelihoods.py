@@ -229,7 +229,7 @@ def estimate_by_iwae(run: Run, settings: LikelihoodSettings, progress: Progress)
     return LikelihoodResult(without_nan(bits), details, len(bounds.elbo), description)
 
 
-ESTIMATORS: Mapping[Estimator, Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
+ESTIMATORS: Mapping[str, Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
     "ode": estimate_by_ode,
     "vlb": estimate_by_vlb,
     "iwae": estimate_by_iwae,

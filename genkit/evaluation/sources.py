@@ -214,10 +214,9 @@ class ModelSamples:
             )
         self.counters: list[Counted] = []
         self.other_models = self.run.open_references(self.sampling)
-        self.generate = self.run.generator(
-            self.sampling, **self.other_models, inner=None if self.one_pass else self._count
-        )
-        classifier = self.other_models.get("classifier")
+        weak, classifier = self.other_models.get("weak"), self.other_models.get("classifier")
+        counter = None if self.one_pass else self._count
+        self.generate = self.run.generator(self.sampling, weak=weak, classifier=classifier, inner=counter)
         self.model_spec = self.run.spec if classifier is None else with_classes(self.run.data_spec, classifier)
         conditions = self.model_spec.cond
         if any(not isinstance(kind, Label) for kind in conditions.values()) and self.conditions is None:

@@ -281,12 +281,11 @@ def measure_points(
 
     A combination that cannot be measured (too few steps for its sampler, say) is left out and added to ``failures``.
     """
-    ranks, total = evaluator.ranks, len(combinations) * n
-    points = []
+    ranks, points = evaluator.ranks, []
     for i, samples in enumerate(combinations):
 
-        def report(what: str, done: int, of: int | None, start: int = i * n) -> None:
-            progress(task, start + done, total)
+        def report(what: str, done: int, total: int | None, start: int = i * n) -> None:
+            progress(task, start + done, len(combinations) * n)
 
         path = evaluator.card_path(samples, n)
         assert path is not None
