@@ -60,7 +60,7 @@ class Quality:
     objectives: str = "ddpm,edm,flow,flow-ot"
     """Rows separated by commas: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
     backbone: Any = table(
-        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone", follows="data.default_backbone"
     )
     """The network of all rows; without a NAME, the one that suits the data."""
     data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
@@ -109,7 +109,7 @@ class Quality:
         """
         row = find_row(name)
         cfg = parse(TrainSettings, row.options, prog=PROG)
-        if not cfg.objective.draws:
+        if not cfg.objective.is_generative:
             raise ValueError(f"objectives: given {name}, which draws no samples")
         return self.with_budget(cfg, name, seed, self.steps - self.first_stage_steps(row))
 

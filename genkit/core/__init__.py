@@ -138,7 +138,7 @@ Condition = Label | Vector | Image | Tokens | Text | Frames
 RESERVED = ("keep", "mask")
 
 
-def keeps(name: str) -> str | None:
+def keep_target(name: str) -> str | None:
     """The condition that ``cond[name]`` says of who sees it, where ``name`` is ``keep.NAME``."""
     return name[5:] if name.startswith("keep.") else None
 
@@ -153,7 +153,7 @@ class Spec:
     def check(self, cond: Cond, batch: int) -> None:
         """Raise ``ValueError`` where ``cond`` does not fit: an unknown name, a wrong shape, a label out of range."""
         for name, value in cond.items():
-            if name == "keep" or keeps(name) in self.cond:
+            if name == "keep" or keep_target(name) in self.cond:
                 if value.shape != (batch,) or value.dtype != torch.bool:
                     raise ValueError(
                         f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] bool"
@@ -268,7 +268,7 @@ class Batch:
         dropped = dict(self.cond)
         if self.cond and probability > 0:
             dropped["keep"] = self.uniform() >= probability
-        names = sorted(k for k in self.cond if k not in RESERVED and keeps(k) is None)
+        names = sorted(k for k in self.cond if k not in RESERVED and keep_target(k) is None)
         if names and each > 0:
             stay = self.uniform(len(names)) >= each
             dropped |= {f"keep.{name}": stay[:, i] for i, name in enumerate(names)}
@@ -298,14 +298,14 @@ class Prediction:
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.x0, self.x1))
 
-    def mix(self, a: float, b: float) -> Tensor:
+    def at(self, a: float, b: float) -> Tensor:
         """``a x0 + b x1``: with the coefficients of another time, the point of the path there."""
         return torch.add(a * self.x0, self.x1, alpha=b)
 
     @property
-    def slope(self) -> Tensor:
+    def velocity(self) -> Tensor:
         """``x1 - x0``, the velocity in the chart."""
-        return self.mix(-1.0, 1.0)
+        return self.at(-1.0, 1.0)
 
 
 class Loss(NamedTuple):
@@ -335,19 +335,19 @@ class Path(Protocol):
 class Parametrization(Protocol):
     """What a network's input, output and regression target mean."""
 
-    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees: ``(x_in [B, *S], time label [B])``."""
         ...
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction: ...
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction: ...
 
 
 class Denoiser(Protocol):
     """Anything with a path that answers ``(x, t, cond) -> Prediction``. Samplers and guidance know nothing more."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> ProbabilityPath: ...
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction: ...
 
 
@@ -365,7 +365,7 @@ class Generator(Protocol):
     def __call__(self, z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor: ...
 
 
-class Backbones(ABC):
+class Backbone(ABC):
     """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
 
     Class attributes declare what the family can do, and tests hold it to that. Two fields are optional, and have the
@@ -405,13 +405,13 @@ class Objective(ABC):
 
     sampler: ClassVar[str | None]
     """the name of its usual sampler; None for a one-pass model, which needs none"""
-    draws: ClassVar[bool] = True
+    is_generative: ClassVar[bool] = True
     """whether it draws samples; a classifier, which guides other models, does not"""
-    evidence: ClassVar[str | None] = None
-    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`Bounded`; None: it cannot"""
-    use: ClassVar[str] = "genkit sample {run}{label} --n 16"
+    likelihood_method: ClassVar[str | None] = None
+    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
+    usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
-    suits: ClassVar[Mapping[str, Any]] = {}
+    default_settings: ClassVar[Mapping[str, Any]] = {}
     """settings of ``genkit.TrainSettings`` that it needs, where a person gives none; of those that follow it"""
 
     @property
@@ -419,9 +419,9 @@ class Objective(ABC):
     def phases(self) -> Sequence[Phase]: ...
 
     @abstractmethod
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]: ...
+    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]: ...
 
-    def prepare(self, spec: Spec) -> None:  # noqa: B027  (most need nothing)
+    def setup(self, spec: Spec) -> None:  # noqa: B027  (most need nothing)
         """Called before training. ``ValueError`` where what only training needs, such as a file, is not here."""
 
     @abstractmethod
@@ -434,7 +434,7 @@ class Objective(ABC):
         """The generator of these networks. ``ValueError`` where ``sampling`` is missing, or would have no effect."""
 
     @property
-    def paired(self) -> bool:
+    def needs_pairs(self) -> bool:
         """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data hold."""
         return False
 
@@ -446,34 +446,34 @@ class Objective(ABC):
         """The shape of one ``z`` that the generator starts from: a sample's own, or that of a latent."""
         return spec.shape
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:  # noqa: B027  (most have nothing to settle)
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:  # noqa: B027  (most have nothing to settle)
         """Called on every rank when the optimisers have made step ``step``, before the averages.
 
         Here is the place of what changes without a gradient, such as the running means of a codebook. The loss only
         gathers (into buffers), so that the answer does not depend on how a batch is cut into micro-batches and ranks.
         """
 
-    def remark(self, record: Mapping[str, Any]) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         """What a person should hear about a line of the log, in one line: that a posterior has collapsed, say."""
         return None
 
 
-class Bounds(NamedTuple):
+class ELBO(NamedTuple):
     """Lower bounds of ``log p(x)`` (given the conditions) in nats a sample, float64 ``[B]``."""
 
     elbo: Tensor
     iwae: Tensor
 
 
-class Bounded(Protocol):
+class HasELBO(Protocol):
     """An objective with a latent, whose evidence is bounded by draws of it."""
 
     @property
-    def mass(self) -> bool:
+    def is_discrete(self) -> bool:
         """whether the bounds are of probabilities of pixels, not of a density of continuous numbers"""
         ...
 
-    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> Bounds: ...
+    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> ELBO: ...
 
 
 class Codec(Protocol):

@@ -13,7 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit import config
-from genkit.core import Batch, Bounded, Bounds, Cond, Draw
+from genkit.core import Batch, HasELBO, ELBO, Cond, Draw
 from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import Identity, Learned, Pixels
 from genkit.diffusion.samplers import (
@@ -130,7 +130,7 @@ def likelihood(
     if type(run.codec) not in SCALES:
         allowed = ", ".join(kind.__name__ for kind in SCALES)
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
-    bound = settings.bound or run.objective.evidence
+    bound = settings.bound or run.objective.likelihood_method
     if bound is None:
         raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
     with reporting(progress) as report, use_threads(run.config.threads):
@@ -206,18 +206,18 @@ def estimate_by_iwae(run: Run, settings: LikelihoodSettings, progress: Progress)
     Black and white pixels and grey levels count by their probability mass, other numbers by their density, with pixels
     dequantised. The draws of a sample depend on its row only.
     """
-    if run.objective.evidence != "iwae":
+    if run.objective.likelihood_method != "iwae":
         raise ValueError(f"bound: given iwae, but {type(run.objective).__name__} has no latent; allowed: ode, vlb")
     require_defaults(settings, ("variance", "steps"), "a path to noise, and a VAE has none")
     require_defaults(settings, ("divergence", "probes", "solver"), "the ODE, and a VAE has none")
-    objective, draws = cast(Bounded, run.objective), settings.draws or DEFAULT_DRAWS
+    objective, draws = cast(HasELBO, run.objective), settings.draws or DEFAULT_DRAWS
     parts, first = [], 0
-    for x, cond, _ in read_batches(run, settings, progress, dequantised=not objective.mass):
+    for x, cond, _ in read_batches(run, settings, progress, dequantised=not objective.is_discrete):
         draw = Draw((settings.seed, LATENT_KEY), first, first + len(x), run.device)
         first += len(x)
         parts.append([part.cpu() for part in objective.bounds(run.nets, Batch(x, cond, draw=draw), draws)])
-    bounds = Bounds(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    scale = 1.0 if objective.mass else SCALES[type(run.codec)]
+    bounds = ELBO(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    scale = 1.0 if objective.is_discrete else SCALES[type(run.codec)]
     bits = bits_per_dim(bounds.iwae, math.prod(run.spec.shape), scale)
     details = {
         "neg_elbo_nats": asdict(mean_of(-bounds.elbo)),

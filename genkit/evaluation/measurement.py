@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.core.progress import Progress, silent
 from genkit.evaluation.cards import hash_json
 from genkit.evaluation.metrics import Moments, SampleStatistics
@@ -46,7 +46,7 @@ class Shard:
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {name: torch.cat(parts) for name, parts in self.tensors.items() if parts}
         counts = [self.moments.n, self.blocks, self.evaluations, self.passes, self.seconds]
-        with whole(path) as part, open(part, "wb") as f:
+        with atomic_write(path) as part, open(part, "wb") as f:
             np.savez(f, counts=np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import nn
 
 from genkit.config.blocks import suggest
 from genkit.core import Data
-from genkit.core.tensors import tensors
+from genkit.core.tensors import to_tensors
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
@@ -67,7 +67,7 @@ class PeriodicEvaluation:
         for net in nets.values():
             net.eval()
         try:
-            digest = hashlib.sha256(safetensors.torch.save(tensors(nets))).hexdigest()
+            digest = hashlib.sha256(safetensors.torch.save(to_tensors(nets))).hexdigest()
             samples = samples_while_training(self.cfg, nets, self.data, run, state.step, file, digest)
             measurement = self.evaluator.measure(samples, self.cfg.eval_n)
         finally:

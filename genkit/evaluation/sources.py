@@ -206,7 +206,7 @@ class ModelSamples:
     conditions: Data | None = None
 
     def __post_init__(self) -> None:
-        if not self.run.objective.draws:
+        if not self.run.objective.is_generative:
             kind = type(self.run.objective).__name__
             raise ValueError(
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "

@@ -16,7 +16,7 @@ from genkit.backbones.diffusers import UNet2D
 from genkit.backbones.lora import LoRA, adapt, merge
 from genkit.cli import main as cli
 from genkit.core import Label, Spec
-from genkit.core.tensors import sha256, tensors
+from genkit.core.tensors import sha256, to_tensors
 from genkit.diffusion.samplers import Seeds
 from genkit.training.directory import symlink
 from genkit.training.loop import copy_for_ema

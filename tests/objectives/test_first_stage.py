@@ -248,7 +248,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_batchs_gradients_however_it_is_
         for a, b in cuts:
             objective.loss("reconstruct", nets, batch_of(x[a:b], a, step=3))
         assert float(balance.weight) == 0
-        objective.settle(nets, 3)
+        objective.after_step(nets, 3)
         assert float(balance.weight) == pytest.approx(expected, rel=1e-3)
         assert not bool(balance.rec.any() | balance.gan.any())
     got = objective.loss("reconstruct", nets, batch_of(x, step=4))
@@ -294,7 +294,7 @@ def test_the_codebooks_latents_are_entries():
     for net in nets.values():
         net.train()
     objective.loss("reconstruct", nets, batch_of(torch.randn(5, 1, 8, 8)))
-    objective.settle(nets, 0)
+    objective.after_step(nets, 0)
     assert not nets["codebook"].codes.equal(before)
 
 

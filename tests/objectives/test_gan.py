@@ -402,13 +402,13 @@ def test_a_bounded_weight_is_that_of_torch_above_one_and_itself_below(layer):
         layer.weight.mul_(3 / top)
     peer = copy.deepcopy(layer)
     bound(layer)
-    settle(layer, 200)
+    after_step(layer, 200)
     assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=1e-4)
     parametrizations.spectral_norm(peer, n_power_iterations=200)
     assert torch.allclose(layer.weight, peer.weight, atol=1e-4)
     with torch.no_grad():
         layer.parametrizations.weight.original.mul_(0.1)
-    settle(layer, 50)
+    after_step(layer, 50)
     assert torch.allclose(layer.weight, layer.parametrizations.weight.original)
 
 
@@ -424,7 +424,7 @@ def test_the_power_iteration_moves_between_steps_only_and_finds_its_way_from_zer
         layer.parametrizations.weight.original.copy_(5 * torch.eye(6) + torch.randn(6, 6))
     for _ in range(100):
         layer.train()(torch.ones(1, 6))
-        settle(layer, 1)
+        after_step(layer, 1)
     assert not torch.equal(before, keep.u)
     assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-3)
 
@@ -436,7 +436,7 @@ def test_spectral_norm_bounds_every_weight_of_the_discriminator_between_steps():
         for p in nets["discriminator"].parameters():
             p.copy_(2 * torch.randn_like(p))  # an optimiser's step, and a large one
     for step in range(300):
-        objective.settle(nets, step)
+        objective.after_step(nets, step)
     norms = [float(torch.linalg.matrix_norm(m.weight.detach(), 2)) for m in nets["discriminator"].modules()
              if isinstance(m, nn.Linear | nn.Embedding)]  # fmt: skip
     assert len(norms) > 5
@@ -515,7 +515,7 @@ def test_diversity_is_a_ratio_of_distances_within_classes():
 
 def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
     record = {"step": 1000, "discriminator/diversity": 0.9, "discriminator/accuracy": 0.6}
-    say = GAN().remark
+    say = GAN().warning
     assert say(record) is None
     for change, start_of_line in (
         ({"discriminator/diversity": 0.05}, "mode collapse"),
@@ -527,7 +527,7 @@ def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
         assert "\n" not in line
         assert say({**record, **change, "step": 100}) is None
     assert say({**record, "discriminator/diversity": None}) is None
-    assert GAN(game=Wasserstein()).remark({**record, "discriminator/accuracy": 0.999}) is None
+    assert GAN(game=Wasserstein()).warning({**record, "discriminator/accuracy": 0.999}) is None
 
 
 # ----------------------------------------------------------------------------------------------- command, misuse
@@ -560,10 +560,10 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
 
 def test_an_objective_suggests_settings_which_a_person_overrides():
     cfg = config.from_dict(TrainSettings, {"objective": "gan"})
-    assert cfg.betas == GAN.suits["betas"] != TrainSettings().betas
+    assert cfg.betas == GAN.default_settings["betas"] != TrainSettings().betas
     assert config.from_dict(TrainSettings, {"objective": "gan", "betas": [0.5, 0.9]}).betas == (0.5, 0.9)
     assert config.from_dict(TrainSettings, {"objective": "flow"}).betas == TrainSettings().betas
-    assert config.parse(TrainSettings, ["--objective=gan"]).warmup == GAN.suits["warmup"]
+    assert config.parse(TrainSettings, ["--objective=gan"]).warmup == GAN.default_settings["warmup"]
     assert config.parse(TrainSettings, ["--objective=gan", "--warmup=7"]).warmup == 7
     assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 

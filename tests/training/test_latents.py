@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genkit.cli import main as cli
-from genkit.core import NO_COND, Backbones, Batch, Draw, Spec
+from genkit.core import NO_COND, Backbone, Batch, Draw, Spec
 from genkit.data import DATA, Stream
 from genkit.data.codecs import Identity, Pixels, Standardize
 from genkit.data.latents import Latents
@@ -43,7 +43,7 @@ class Matrix(nn.Module):
 
 
 @dataclass(frozen=True)
-class Projection(Backbones):
+class Projection(Backbone):
     """``z = x W`` and ``x = z W^T``, with orthonormal columns of W ``[D, K]``."""
 
     seed: int = 0

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     return finetune(asked, find_run(asked.resume) if asked.resume else None)
 
 
-def finetune(asked: Finetune, resumed: File | None = None) -> int:
+def finetune(asked: Finetune, resumed: Path | None = None) -> int:
     """Improve, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
     torch.set_num_threads(1)
     torch.manual_seed(asked.seed)
@@ -274,7 +274,7 @@ class Best:
 
 
 def measured(
-    asked: Finetune, base: Run, learner: Learner, task: Task, policy: Policy | None, run: File
+    asked: Finetune, base: Run, learner: Learner, task: Task, policy: Policy | None, run: Path
 ) -> Callable[[str], dict[str, Any]]:
     """A measurement of the averaged weights ("before", or "after": of the run as it is from then on)."""
     classified = isinstance(task, Scoring) and default_features(base.spec) == "classifier"
@@ -303,7 +303,7 @@ def acted(asked: Finetune, base: Run, nets: dict[str, nn.Module], seeds: range) 
     return {k: v for k, v in found.items() if asked.reward == "env" or k != "best_reward"}
 
 
-def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None:
+def told(run: Path, step: int, when: str, found: dict[str, Any]) -> float | None:
     """Log it, write it and say it; the mean return."""
     if not found:
         return None
@@ -321,7 +321,7 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None
 EXTRA = "finetune.safetensors"
 
 
-def save(run: File, learner: Learner, base: Run, asked: Finetune, best: Best) -> None:
+def save(run: Path, learner: Learner, base: Run, asked: Finetune, best: Best) -> None:
     """An ordinary checkpoint, and in it what only this command needs to go on: the critic, learned noise, their
     optimisers.
 
@@ -341,7 +341,7 @@ def save(run: File, learner: Learner, base: Run, asked: Finetune, best: Best) ->
               extra={EXTRA: extra}, best=best.step or None)  # fmt: skip
 
 
-def take_up(learner: Learner, run: File, best: Best) -> None:
+def take_up(learner: Learner, run: Path, best: Best) -> None:
     """Put the newest checkpoint back into ``learner``, and what was the best so far into ``best``."""
     find_checkpoint(run)  # there is one
     checkpoint = max(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.core.tensors import cache, sha256
 from genkit.evaluation.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
 
@@ -357,7 +357,7 @@ def load_weights(network: nn.Module, file: Path) -> bool:
 def save_weights(network: nn.Module, file: Path) -> None:
     """Write the weights of ``network`` atomically. ``ValueError`` if the folder cannot be written."""
     try:
-        with whole(file) as part:
+        with atomic_write(file) as part:
             save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e

@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, Path, Spec, expand
+from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, Spec, expand
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
 from genkit.diffusion.samplers.ode import posterior_variance
@@ -162,7 +162,7 @@ class Chain:
     multiplies the std of a step by what it says of the row; the floor holds all the same.
     """
 
-    path: Path
+    path: ProbabilityPath
     times: tuple[float, ...]
     noise: Noising = field(default_factory=Fixed)
     floor: float = 0.0
@@ -174,7 +174,7 @@ class Chain:
             require_diffusion(f"noise {type(self.noise).__name__.lower()}", self.path)
 
     @classmethod
-    def over(cls, path: Path, steps: int, noise: Noising, floor: float = 0.0, grid: str = "uniform") -> Chain:
+    def over(cls, path: ProbabilityPath, steps: int, noise: Noising, floor: float = 0.0, grid: str = "uniform") -> Chain:
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
         return cls(path, tuple(GRIDS[grid](steps)(path).tolist()), noise, floor)

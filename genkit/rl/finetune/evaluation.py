@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Judged:
     like: Likeness | None = None
     """how alike the data they are, where anything can tell"""
 
-    def __call__(self, run: Run, picture: File) -> dict[str, Any]:
+    def __call__(self, run: Run, picture: Path) -> dict[str, Any]:
         """Estimates ready for JSON, and a picture of the first samples."""
         cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda rows: self.demos(0, rows).cond)
         generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid))
@@ -57,7 +57,7 @@ class Judged:
         return found | ({k: v._asdict() for k, v in self.like(x, wanted).items()} if self.like else {})
 
 
-def reward_kl(records: Sequence[Mapping[str, Any]], path: File) -> File | None:
+def reward_kl(records: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """The reward of an iteration's walks against ``kl_reference`` of the weights that drew them (Gao et al. 2023,
     figure 1); in an environment the share of successes, or the return. None where no divergence is known."""
     walks = [r for r in records if "kl_reference" in r]
