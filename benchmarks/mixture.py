@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, ProbabilityPath, Prediction
+from genkit.core import Cond, Prediction, ProbabilityPath
 
 F64 = torch.float64
 

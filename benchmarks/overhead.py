@@ -32,7 +32,9 @@ from genkit.diffusion.samplers import Grid, ddim, dpmpp_2m, dpmpp_3m, heun, trai
 
 STEPS = 20
 SIGMA = partial(heun, clock="sigma")  # the clock of Karras et al. 2022, which is also that of HeunDiscreteScheduler
-PAIRS: dict[str, tuple[Sampler, ProbabilityPath, Parametrization, Grid, str, dict[str, Any]]] = {  # name -> ours, theirs
+PAIRS: dict[
+    str, tuple[Sampler, ProbabilityPath, Parametrization, Grid, str, dict[str, Any]]
+] = {  # name -> ours, theirs
     "ddim": (ddim, VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
     "dpmpp_2m": (dpmpp_2m, VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
     "dpmpp_3m": (

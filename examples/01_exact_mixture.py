@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, ProbabilityPath, Prediction
+from genkit.core import Cond, Prediction, ProbabilityPath
 from genkit.diffusion.paths import VP, Linear, chart, times_at
 from genkit.diffusion.samplers import SAMPLERS
 

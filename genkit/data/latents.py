@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.config.blocks import load as load_object
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.core.files import one_line, atomic_write, write_text
+from genkit.core.files import atomic_write, one_line, write_text
 from genkit.data.codecs import Identity
 from genkit.data.source import DataSource, Split, check_split
 

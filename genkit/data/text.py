@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
-from genkit.core.files import one_line, atomic_write
+from genkit.core.files import atomic_write, one_line
 from genkit.core.tensors import cache
 
 

@@ -22,7 +22,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from genkit.core import Cond, Denoiser, Guidance, ProbabilityPath, Prediction, expand
+from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import part, with_ends
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from genkit.core import Cond, Parametrization, ProbabilityPath, Prediction, expand
+from genkit.core import Cond, Parametrization, Prediction, ProbabilityPath, expand
 from genkit.diffusion.paths import coefficients, weighted
 
 Factor = Tensor | float  # a number, or one for each row
@@ -29,9 +29,9 @@ class Affine(Prediction):
     def __init__(self, x: Tensor, out: Tensor, clean: tuple[Factor, Factor], noise: tuple[Factor, Factor]):
         self.x, self.out, self.clean, self.noise = x, out, clean, noise
 
-    def at(self, a: float, b: float) -> Tensor:
+    def at(self, alpha: float, sigma: float) -> Tensor:
         (p, q), (r, s) = self.clean, self.noise
-        return weighted(a * p + b * r, self.x, a * q + b * s, self.out)
+        return weighted(alpha * p + sigma * r, self.x, alpha * q + sigma * s, self.out)
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -131,7 +131,9 @@ class Karras:
     sigma_data: float = 0.5
     divides_by_alpha: ClassVar[bool] = True
 
-    def _scales(self, path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    def _scales(
+        self, path: ProbabilityPath, t: Tensor, like: Tensor
+    ) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         a, s = coefficients(path, t, like)
         norm = (s**2 + (a * self.sigma_data) ** 2) ** 0.5
         return 1 / norm, a * (self.sigma_data / norm) ** 2, s * self.sigma_data / norm  # in, skip, out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkit.core import ProbabilityPath, Prediction, expand
+from genkit.core import Prediction, ProbabilityPath, expand
 
 
 class Learned(Prediction):

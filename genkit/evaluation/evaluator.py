@@ -155,7 +155,7 @@ class Evaluator:
                              f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
         data = None if kind == "inception" else training_data(samples, dataset)
         extractor = load_extractor(chosen, device, data, ranks)
-        if dataset is not None and any("logits" in metric.tensors for metric in metrics.values()):
+        if dataset is not None and any("logits" in metric.required_tensors for metric in metrics.values()):
             require_logits(extractor(dataset.rows(0, 1, 1).x), extractor)
         # hashing reads every file, so that a damaged one is found before the work
         for stored in (samples, dataset):
@@ -191,7 +191,7 @@ class Evaluator:
             samples,
             self.extractor,
             n,
-            keep=self.keep.union(*(metric.tensors for metric in self.metrics.values())),
+            keep=self.keep.union(*(metric.required_tensors for metric in self.metrics.values())),
             batch=self.batch,
             ranks=self.ranks,
             partial=cache() / "partial",

@@ -13,7 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit import config
-from genkit.core import Batch, HasELBO, ELBO, Cond, Draw
+from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import Identity, Learned, Pixels
 from genkit.diffusion.samplers import (

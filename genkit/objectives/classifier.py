@@ -18,8 +18,8 @@ from genkit.core import (
     Label,
     Loss,
     Objective,
-    ProbabilityPath,
     Phase,
+    ProbabilityPath,
     Spec,
     Vector,
     expand,
@@ -48,7 +48,7 @@ class Classifier(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("classify", trains=("net",)),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {"net": backbone.encoder(Spec(spec.shape, {"t": Vector((1,))}), (self.kind(spec).num,))}
 
     def kind(self, spec: Spec) -> Label:

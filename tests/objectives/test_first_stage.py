@@ -356,7 +356,7 @@ def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discrimin
     shutil.rmtree(whole)
     run = load_run(tmp_path / "latest")
     assert set(run.codec.stage.nets) == {"encoder", "decoder"}
-    assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+    assert run.sample(2, steps=2).x.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["ae", "vq", "autoencoder"])
@@ -371,7 +371,7 @@ def test_the_command_that_training_ends_with_works(tmp_path, capsys, name):
     if argv[0] == "train":
         run = load_run(tmp_path / "latest")
         assert set(run.spec.cond) == {"label"}
-        assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+        assert run.sample(2, steps=2).x.shape == (2, 1, 8, 8)
 
 
 def test_a_first_stage_is_told_no_class():

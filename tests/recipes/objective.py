@@ -45,7 +45,7 @@ class MeanFlow(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("match", trains=("net",)),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {"net": backbone.denoiser(Spec(spec.shape, {**spec.cond, "span": Vector((1,))}))}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:

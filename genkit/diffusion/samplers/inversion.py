@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import NO_COND, Cond, Denoiser, ProbabilityPath, Prediction
+from genkit.core import NO_COND, Cond, Denoiser, Prediction, ProbabilityPath
 from genkit.diffusion.samplers.registry import SAMPLERS, ode_samplers
 from genkit.diffusion.samplers.steps import Callback, ask, nodes, require
 

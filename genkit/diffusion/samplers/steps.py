@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Denoiser, Noise, ProbabilityPath, Prediction
+from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath
 from genkit.diffusion.paths import moment, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)

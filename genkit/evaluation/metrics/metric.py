@@ -103,7 +103,7 @@ class Metric:
     """A one-line note for the card if N samples are too few for this metric, else None."""
 
     @property
-    def to_tensors(self) -> tuple[str, ...]:
+    def required_tensors(self) -> tuple[str, ...]:
         """The tensors of :class:`SampleStatistics` that must be kept for this metric."""
         return TENSORS[self.needs]
 

@@ -29,7 +29,7 @@ from genkit.core import (
     expand,
 )
 from genkit.objectives.adversarial.augment import AUGMENTS, AugmentName
-from genkit.objectives.adversarial.games import PENALTIES, Game, Relativistic, bound, settle, slopes
+from genkit.objectives.adversarial.games import PENALTIES, Game, Relativistic, bound, power_iteration, slopes
 from genkit.objectives.autoencoders.autoencoder import Latent
 
 FEATURES = (
@@ -75,15 +75,15 @@ class GAN(Objective):
             Phase("generator", trains=("generator",)),
         )
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.augment and len(spec.shape) < 2:
             raise ValueError(f"augment: given {', '.join(self.augment)}, but samples are vectors; leave it out")
-        discriminator = self.judge_of(backbones, spec)
+        discriminator = self.judge_of(backbone, spec)
         if self.spectral:
             bound(discriminator)
         return {"generator": backbone.decoder(spec, self.latent), "discriminator": discriminator}
 
-    def judge_of(self, backbones: Backbone, spec: Spec) -> nn.Module:
+    def judge_of(self, backbone: Backbone, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, 1]``."""
         if self.condition != "auto" and not spec.cond:
             raise ValueError(f"condition: given {self.condition}, but this data has no labels; leave it out")
@@ -144,7 +144,7 @@ class GAN(Objective):
 
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.spectral:
-            after_step(nets["discriminator"], self.game.critic_steps)
+            power_iteration(nets["discriminator"], self.game.critic_steps)
 
     def warning(self, record: Mapping[str, Any]) -> str | None:
         spread, right = record["discriminator/diversity"], record["discriminator/accuracy"]

@@ -133,7 +133,7 @@ class Autoencoder(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("reconstruct", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {"encoder": backbone.encoder(spec, self.latent), "decoder": backbone.decoder(spec, self.latent)}
 
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:

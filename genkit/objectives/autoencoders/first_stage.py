@@ -227,7 +227,7 @@ class FirstStage(Autoencoding):
         first = Phase("reconstruct", trains=("encoder", "decoder"))
         return (first, Phase("discriminator", trains=("discriminator",))) if self.adversary else (first,)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if len(spec.shape) != 3 and (self.perceptual or self.adversary):
             raise ValueError(f"perceptual and adversary are for pictures; samples are {spec.shape}: take 0 for both")
         spec = self.told(spec)

@@ -29,7 +29,7 @@ class Emission(NamedTuple):
 class Emitter(nn.Module):
     """A backbone's decoder with a scale: fixed, one learned number, or a second half of the decoder's channels."""
 
-    def __init__(self, backbones: Backbone, spec: Spec, latent: tuple[int, ...], scale: ScaleName, start: float):
+    def __init__(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...], scale: ScaleName, start: float):
         super().__init__()
         channels = spec.shape[0] * (2 if scale == "each" else 1)
         self.decoder = backbone.decoder(Spec((channels, *spec.shape[1:]), spec.cond), latent)
@@ -58,7 +58,7 @@ class Likelihood(ABC):
     """whether the samples have to be pictures, in [-1, 1]"""
 
     @abstractmethod
-    def emitter(self, backbones: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         """The decoder ``(z, cond) -> Emission``. ``ValueError`` where this law does not suit the samples."""
 
     @abstractmethod
@@ -95,8 +95,8 @@ class Gaussian(Likelihood):
     def __post_init__(self) -> None:
         refuse_std("std", self.std)
 
-    def emitter(self, backbones: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
-        return Emitter(backbones, spec, latent, self.scale, self.std)
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        return Emitter(backbone, spec, latent, self.scale, self.std)
 
     def log_prob(self, said: Emission, x: Tensor) -> Tensor:
         away = (x - said.at) * (-said.log_scale).exp()
@@ -117,9 +117,9 @@ class Bernoulli(Likelihood):
     """dynamic: white with the grey value as probability, drawn anew each time (Salakhutdinov & Murray 2008; Burda et
     al. 2016); threshold: white from 1/2"""
 
-    def emitter(self, backbones: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         self.require(spec)
-        return Emitter(backbones, spec, latent, "fixed", 1.0)
+        return Emitter(backbone, spec, latent, "fixed", 1.0)
 
     def prepare(self, batch: Batch) -> Tensor:
         p = (batch.x + 1) / 2
@@ -148,9 +148,9 @@ class DiscretisedLogistic(Likelihood):
     def __post_init__(self) -> None:
         refuse_std("std", self.std)
 
-    def emitter(self, backbones: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         self.require(spec)
-        return Emitter(backbones, spec, latent, self.scale, self.std)
+        return Emitter(backbone, spec, latent, self.scale, self.std)
 
     def log_prob(self, said: Emission, x: Tensor) -> Tensor:
         """``log (sigmoid(b) - sigmoid(a))``, a and b the edges of the level; the first and the last reach to infinity.

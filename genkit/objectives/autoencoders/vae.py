@@ -12,10 +12,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from genkit.core import (
+    ELBO,
     NO_COND,
     Backbone,
     Batch,
-    ELBO,
     Cond,
     Denoiser,
     Generator,
@@ -65,11 +65,11 @@ class VAE(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("vae", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         moments = (2 * self.latent[0], *self.latent[1:])
         return {
             "encoder": backbone.encoder(spec, moments),
-            "decoder": self.likelihood.emitter(backbones, spec, self.latent),
+            "decoder": self.likelihood.emitter(backbone, spec, self.latent),
         }
 
     def seen(self, batch: Batch) -> Tensor:

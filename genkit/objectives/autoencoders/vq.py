@@ -139,7 +139,7 @@ class VQ(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("vq", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {
             "encoder": backbone.encoder(spec, self.latent),
             "decoder": backbone.decoder(spec, self.latent),

@@ -68,7 +68,7 @@ class AnchoredFlow(Flow):
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net", "bank")),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         kind = spec.cond.get(self.anchor)
         if not isinstance(kind, Label) or not kind.centers:
             raise ValueError(f"anchored: the data have no classes {self.anchor!r} with centres; give --data.anchors 32")

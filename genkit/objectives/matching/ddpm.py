@@ -18,8 +18,8 @@ from genkit.core import (
     Denoiser,
     Loss,
     Parametrization,
-    ProbabilityPath,
     Prediction,
+    ProbabilityPath,
     Spec,
     expand,
     mean_flat,
@@ -107,7 +107,7 @@ class DDPM(Matching):
         return DRAWN.get(self.times, rounded_up)(self, batch)
 
     # ---- learned variance: the network's output has twice the channels, the second half being w in [-1, 1] or so
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if not self.learn_variance:
             return super().networks(backbone, spec)
         nets = super().networks(backbone, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))

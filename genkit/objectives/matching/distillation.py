@@ -64,7 +64,7 @@ class Distil(Matching):
     def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, given(batch)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
         return super().networks(backbone, spec)
 

@@ -101,7 +101,7 @@ class Flow(Matching):
         """What error messages call this flow."""
         return f"a flow with source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
         return super().networks(backbone, spec)
 

@@ -17,9 +17,9 @@ from genkit.core import (
     Loss,
     Objective,
     Parametrization,
-    ProbabilityPath,
     Phase,
     Prediction,
+    ProbabilityPath,
     Spec,
     expand,
     mean_flat,
@@ -107,7 +107,7 @@ class Matching(Objective):
         """Loss-aware times as the objective wants them."""
         return t
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {"net": backbone.denoiser(spec), **({"history": History()} if self.loss_aware else {})}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:

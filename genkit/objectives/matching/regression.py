@@ -32,7 +32,7 @@ class Regression(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("regress", trains=("net",)),)
 
-    def networks(self, backbones: Backbone, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {"net": backbone.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:

@@ -174,7 +174,9 @@ class Chain:
             require_diffusion(f"noise {type(self.noise).__name__.lower()}", self.path)
 
     @classmethod
-    def over(cls, path: ProbabilityPath, steps: int, noise: Noising, floor: float = 0.0, grid: str = "uniform") -> Chain:
+    def over(
+        cls, path: ProbabilityPath, steps: int, noise: Noising, floor: float = 0.0, grid: str = "uniform"
+    ) -> Chain:
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
         return cls(path, tuple(GRIDS[grid](steps)(path).tolist()), noise, floor)
