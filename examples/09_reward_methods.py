@@ -53,7 +53,7 @@ def command(*argv: str) -> float:
 def held_out(run: Run, rows: int = 4000) -> float:
     """The objective's loss on demonstrations that nothing was trained on, a mean over the numbers of a chunk."""
     data = run.config.data.load("test")
-    batch = data.codec.encode(data.batch(torch.arange(rows) % len(data.x), Draw((0,), 0, rows)))
+    batch = data.codec.encode(data.batch(torch.arange(rows) % len(data), Draw((0,), 0, rows)))
     torch.manual_seed(0)
     return float(run.objective.loss(run.objective.phases[0].name, run.nets, batch).per_sample.mean())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from genkit import config
 from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.core.progress import Progress, reporting
-from genkit.data.codecs import Identity, Learned, Pixels
+from genkit.data.codecs import Identity, LearnedCodec, Pixels
 from genkit.diffusion.samplers import (
     Bound,
     Grid,
@@ -124,7 +124,7 @@ def likelihood(
         settings = config.override(settings, **changes)
     if not isinstance(run, Run):
         run = load_run(run, ema=settings.ema, step=settings.step, device=settings.device)
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
                          "allowed: a model of the samples themselves")  # fmt: skip
     if type(run.codec) not in SCALES:

@@ -97,7 +97,7 @@ class Run:
     @property
     def data_spec(self) -> Spec:
         """Layout of a decoded sample; its shape differs from ``spec``, the model's, for a model of latents."""
-        return replace(self.spec, shape=codecs.world_shape(self.codec, self.spec.shape))
+        return replace(self.spec, shape=codecs.decoded_shape(self.codec, self.spec.shape))
 
     @property
     def classifier(self) -> Classifier:
@@ -228,7 +228,7 @@ class Run:
         batch = self.codec.encode(batch.to(self.device))
         with torch.no_grad():
             decoded = self.objective.reconstruct(self.nets, batch)
-            if decoded is None and not isinstance(self.codec, codecs.Learned):
+            if decoded is None and not isinstance(self.codec, codecs.LearnedCodec):
                 kind = type(self.objective).__name__
                 raise ValueError(f"reconstruct: given a run of {kind} on the samples themselves, which has no code")
             return self.codec.decode(batch.x if decoded is None else decoded)

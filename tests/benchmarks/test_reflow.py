@@ -16,7 +16,7 @@ from genkit.cli.commands.train import main as train_command
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
 from genkit.data.codecs import MinMax, Pixels
-from genkit.data.pairs import Pairs, outside, save_pairs
+from genkit.data.pairs import Pairs, decode_exactly, save_pairs
 from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
 from genkit.objectives.matching.couplings import Given
@@ -114,7 +114,7 @@ def test_bad_files_of_pairs_are_refused(tmp_path):
         encode = staticmethod(lambda batch: replace(batch, x=batch.x**3))
 
     with pytest.raises(ValueError, match="not affine"):
-        outside(torch.randn(4, 2) * 2, Cube())
+        decode_exactly(torch.randn(4, 2) * 2, Cube())
 
 
 SMALL = ["--backbone=mlp", "--backbone.width=16", "--batch=16", "--steps=4", "--sample-every=0", "--no-tensorboard"]

@@ -43,7 +43,7 @@ def test_bytes_say_what_was_said(said):
 
 
 def test_a_text_that_is_too_long_is_refused_with_both_lengths():
-    with pytest.raises(ValueError, match=r"given 8 bytes \('größer'\); this model reads 7 at most"):
+    with pytest.raises(ValueError, match=r"given 8 bytes \('größer'\); this model reads at most 7"):
         text.to_bytes(["größer"], 7)
     assert text.to_bytes(["größer"], 8).shape == (1, 8)
 

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from genkit.config import parse
 from genkit.core import Draw, Objective
-from genkit.data.codecs import Learned
+from genkit.data.codecs import LearnedCodec
 from genkit.data.pairs import save_pairs
 from genkit.diffusion.paths import Linear
 from genkit.diffusion.samplers import Seeds, refuse_noise
@@ -84,7 +84,7 @@ def draw_pairs(run: Run, asked: Reflow, progress=lambda done: None) -> tuple[Ten
     objective = run.objective
     if not isinstance(objective, Matching):
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
     generate = run.generator(Sampling(sampler=asked.sampler, steps=asked.steps, guidance=asked.guidance))
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")

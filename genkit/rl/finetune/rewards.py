@@ -159,7 +159,7 @@ class Acting:
             z = noise(learner.spec.shape)
             at = start(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
             walk = learner.chain.sample(at.denoise, at.x, at.cond, noise)
-            actions = self.codec.world(walk.xs[-1], obs)[:, :, to - 1 : to - 1 + self.act_steps].cpu().numpy()
+            actions = self.codec.to_absolute(walk.xs[-1], obs)[:, :, to - 1 : to - 1 + self.act_steps].cpu().numpy()
             reward, terminated, ended = self.act(actions)
             starts.append(at.cond)
             walks.append(walk)

@@ -57,10 +57,10 @@ def plan_conditioning(codec: Plans) -> Conditioning:
         obs, a = cond["obs"], codec.actions
         mask, value = torch.zeros(x.shape[1:], dtype=torch.bool, device=x.device), torch.zeros_like(x)
         mask[a:, : obs.shape[1]] = True
-        value[:, a:, : obs.shape[1]] = codec.seen(obs.transpose(1, 2)).to(x)
+        value[:, a:, : obs.shape[1]] = codec.encode_states(obs.transpose(1, 2)).to(x)
         if "goal" in cond:
             mask[a:, -1] = True
-            value[:, a:, -1] = codec.seen(cond["goal"]).to(x)
+            value[:, a:, -1] = codec.encode_states(cond["goal"]).to(x)
         return mask, value
 
     return known
