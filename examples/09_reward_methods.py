@@ -26,8 +26,8 @@ PLANS = {  # what is measured -> name -> settings of genkit finetune
     "rwr": {"naive": [*RWR, "--method.demos=0", "--method.most=1e9"], "stabilised": RWR},
     "mixed": {f"lambda {v:g}": [*MIXED, f"--method.weight={v}"] for v in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)},
 }
-LEARNT = ["--data=four-ways", "--objective=flow", "--objective.prediction=x0", "--objective.space=x0",
-          "--objective.drop=0", "--backbone.width=128", "--backbone.depth=2", "--lr=1e-3", "--batch=256",
+LEARNT = ["--data=four-ways", "--objective=flow", "--objective.prediction=x0", "--objective.loss-space=x0",
+          "--objective.cond-dropout=0", "--backbone.width=128", "--backbone.depth=2", "--lr=1e-3", "--batch=256",
           "--sample-every=0", "--device=cpu", "--precision=fp32", "--tensorboard=false"]  # fmt: skip
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])

@@ -175,7 +175,7 @@ def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) 
     objective = require_path_to_noise(run)
     require_defaults(settings, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
     require_defaults(settings, ("draws",), "a VAE; allowed with --bound iwae")
-    if not objective.diffuses:
+    if not objective.is_diffusion:
         raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
     times, parts = chain_grid(objective, settings.steps)(run.denoiser.path), []
     pixels = isinstance(run.codec, Pixels)
@@ -240,7 +240,7 @@ ESTIMATORS: Mapping[str, Callable[[Run, LikelihoodSettings, Progress], Likelihoo
 def require_path_to_noise(run: Run) -> Matching:
     """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
     objective = run.objective
-    if not (isinstance(objective, Matching) and objective.source.normal and objective.sampler):
+    if not (isinstance(objective, Matching) and objective.source.is_normal and objective.sampler):
         raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
     return objective
 

@@ -18,7 +18,7 @@ from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
-from genkit.diffusion.samplers import Counted, Seeds
+from genkit.diffusion.samplers import CountingDenoiser, Seeds
 from genkit.training.run import Run, average_name, with_classes
 from genkit.training.sampling import Sampling, sample_conditions
 
@@ -212,7 +212,7 @@ class ModelSamples:
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
                 "of an autoencoder, its reconstructions: --reconstruct test"
             )
-        self.counters: list[Counted] = []
+        self.counters: list[CountingDenoiser] = []
         self.other_models = self.run.open_references(self.sampling)
         weak, classifier = self.other_models.get("weak"), self.other_models.get("classifier")
         counter = None if self.one_pass else self._count
@@ -227,7 +227,7 @@ class ModelSamples:
         self.extra_classes = {k: kind for k, kind in in_data.items() if isinstance(kind, Label) and k not in conditions}
 
     def _count(self, denoise: Denoiser) -> Denoiser:
-        self.counters.append(Counted(denoise))
+        self.counters.append(CountingDenoiser(denoise))
         return self.counters[-1]
 
     @property

@@ -45,7 +45,7 @@ def worded(tmp_path_factory):
 def both(tmp_path_factory):
     """The same with classes beside the words, each dropped alone."""
     out = tmp_path_factory.mktemp("both")
-    more = ["--data.labels=true", "--objective.drop-each=0.2", "--sample-every=0"]
+    more = ["--data.labels=true", "--objective.cond-dropout-each=0.2", "--sample-every=0"]
     return trained(out, "--data.captions", *WORDINGS, *more)
 
 
@@ -127,7 +127,7 @@ def test_classes_and_words_together_or_one_of_them():
 
 def test_a_run_with_classes_and_words(both, capsys):
     run = load_run(both)
-    assert run.objective.drop_each == 0.2
+    assert run.objective.cond_dropout_each == 0.2
     for how in ({"label": 3}, {"prompt": "three"}, {"label": 3, "prompt": "three"}):
         x, cond = run.sample(2, steps=1, guidance=2.0, **how)
         assert x.shape == (2, 1, 8, 8)

@@ -76,8 +76,8 @@ def test_a_policy_learns_the_way_from_few_demonstrations(tmp_path, monkeypatch):
     assert genkit(["demo", "PointMaze_UMaze-v3", "--episodes=60"]) == 0
     how = [
         "--objective.prediction=x0",
-        "--objective.space=x0",
-        "--objective.drop=0",
+        "--objective.loss-space=x0",
+        "--objective.cond-dropout=0",
         "--device=cpu",
         "--precision=fp32",
     ]

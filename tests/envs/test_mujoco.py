@@ -188,7 +188,7 @@ def test_an_unknown_id_is_refused(capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------- fine-tuning
 def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, capsys):
     train(["--data=replay", f"--data.root={pole}", "--data.env=InvertedPendulum-v5", "--data.obs-steps=1",
-           "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.space=x0",
+           "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.loss-space=x0",
            "--backbone.width=32", "--backbone.depth=1", "--steps=60", "--batch=128", "--lr=3e-3", "--sample-every=0",
            "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0", f"--out={tmp_path}"])  # fmt: skip
     argv = [str(tmp_path / "latest"), "--steps=2", "--num=8", "--decisions=32", "--iterations=2", "--eval-episodes=2",

@@ -35,7 +35,7 @@ from genkit.training.loop import State
 from genkit.training.run import load_run
 from tests.support.exact import F64, Constant, ExactDenoiser, Mixture
 
-PLAIN = Flow(prediction="x0", drop=0.0)
+PLAIN = Flow(prediction="x0", cond_dropout=0.0)
 
 
 def learner(nets, chain, spec=None, objective=PLAIN, demos=None, critic=None, optimizer=torch.optim.SGD):
@@ -91,7 +91,7 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
     seen, slope = bandit()
     data, net = 0.1, Constant(THETA)
     demos = lambda number, rows: Batch(torch.full((rows, 1), data, dtype=F64))  # noqa: E731
-    near = Flow(prediction="x0", space="x0", drop=0.0)
+    near = Flow(prediction="x0", loss_space="x0", cond_dropout=0.0)
     who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), objective=near, demos=demos)
     Mixed(lr=0.01, batch=COUNT, warmup=0, weight=weight).update(who, None, seen, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(weight * slope - 2 * (THETA - data), rel=2e-3)
@@ -180,7 +180,9 @@ def _doubles():
 
 @pytest.mark.usefixtures("_doubles")
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("objective", [PLAIN, Flow(drop=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"])
+@pytest.mark.parametrize(
+    "objective", [PLAIN, Flow(cond_dropout=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"]
+)
 def test_nothing_is_clipped_before_the_first_step(objective, noise):
     """The ratios of unchanged weights are 1, whatever the noise and the objective, rows at steps of their own."""
     spec = Spec((3,))

@@ -175,7 +175,7 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
 # ----------------------------------------------------------------------------------------------------- learning
 def learner(net, chain, spec=None, lr=0.1, noise=None):
     optimizers = {"denoise": torch.optim.SGD(net.parameters(), lr=lr)}
-    flow = Flow(prediction="x0", drop=0.0)
+    flow = Flow(prediction="x0", cond_dropout=0.0)
     demos = lambda number, rows: Batch(torch.zeros(rows, 1))  # noqa: E731
     return Learner(
         flow, State({"net": net}, {}, optimizers), chain, spec or Spec((1,)), demos, 0, noise_optimizer=noise

@@ -195,7 +195,7 @@ def runs(tmp_path_factory):
             "--data.conditions",
             "skill",
             "goal",
-            "--objective.drop-each=0.2",
+            "--objective.cond-dropout-each=0.2",
             f"--out={out}",
         ]
         assert cli(["train", *QUICK, *SMALL, "--data.obs-steps=2", *more]) == 0
@@ -269,8 +269,8 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
     refuses(lambda: condition_tensors(run.spec, {"skill": [4]}), "skill: given 4..4; allowed 0..3")
     refuses(lambda: condition_tensors(run.spec, {"goal": [1.0]}), "goal", "needs (1, 2)")
     refuses(lambda: Policy.load(runs["states"], act_steps=15), "act_steps: given 15", "have 14 steps")
-    always = replace(run, config=replace(run.config, objective=replace(run.objective, drop_each=0.0)))  # type: ignore[arg-type]
-    refuses(lambda: Policy.load(always), "skill is missing", "--objective.drop-each 0.2")
+    always = replace(run, config=replace(run.config, objective=replace(run.objective, cond_dropout_each=0.0)))  # type: ignore[arg-type]
+    refuses(lambda: Policy.load(always), "skill is missing", "--objective.cond-dropout-each 0.2")
     assert isinstance(Policy.load(always, conditions={"skill": [1], "goal": [1.0, 0.3]}), Planner)
 
     def refused(*argv):
@@ -312,7 +312,7 @@ def test_plans_are_drawn_from_where_one_was(runs):
 
 
 def test_chunks_of_actions_are_told_of_skills_as_well(tmp_path):
-    more = ["--data.conditions", "skill", "returns", f"--out={tmp_path}", "--objective.drop-each=0.2"]
+    more = ["--data.conditions", "skill", "returns", f"--out={tmp_path}", "--objective.cond-dropout-each=0.2"]
     assert cli(["train", *QUICK, *SMALL, *more]) == 0
     policy = Policy.load(tmp_path / "latest", conditions={"skill": [1]}, guidance=2.0, steps=2)
     assert type(policy) is Policy

@@ -29,7 +29,7 @@ from genkit.rl.policies.plots import SAMPLES, plot_actions
 from genkit.rl.policies.policy import Policy
 from tests.support.refusals import refuses
 
-CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
+CLEAN = ["--objective.prediction=x0", "--objective.loss-space=x0", "--objective.cond-dropout=0"]
 ROOT = Path(__file__).parents[2]
 QUICK = ["--device=cpu", "--tensorboard=false", "--sample-every=0", "--log-every=50", "--data=four-ways"]
 
@@ -300,7 +300,7 @@ def test_regression_learns_the_mean_and_takes_no_sampler():
 def test_an_anchored_flow_draws_both_modes_in_one_step_as_often_as_they_are():
     """x = ±1 with P(1 | obs) = 0.9 or 0.2: one step from the right anchor suffices, and the head knows the shares."""
     torch.manual_seed(0)
-    objective = AnchoredFlow(drop=0.0)
+    objective = AnchoredFlow(cond_dropout=0.0)
     spec = Spec((1,), {"obs": Vector((1,)), "anchor": Label(2, centers=(-0.8, 0.8))})
     nets = objective.networks(MLP(width=32, depth=1), spec)
     optimizer = torch.optim.Adam([p for net in nets.values() for p in net.parameters()], lr=1e-2)
@@ -327,7 +327,7 @@ def test_an_anchored_flow_draws_both_modes_in_one_step_as_often_as_they_are():
 def test_anchored_starts_lie_about_the_centre_that_is_given():
     objective, n = AnchoredFlow(std=0.3), 20_000
     batch = Batch(torch.zeros(n, 2), draw=Draw((0,), 0, n), x1=torch.tensor([[1.0, -2.0]]).expand(n, -1))
-    _, x1 = objective.ends(batch, torch.ones(n))
+    _, x1 = objective.endpoints(batch, torch.ones(n))
     assert torch.allclose(x1.mean(0), torch.tensor([1.0, -2.0]), atol=0.01)
     assert torch.allclose(x1.std(0), torch.tensor(0.3), atol=0.01)
     seen = {}

@@ -186,7 +186,7 @@ def ddpm_schedule(objective: Objective, family: Diffusers) -> Schedule:
 def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
     assert isinstance(objective, Flow)
     fits = {"path": isinstance(objective.path, Linear), "prediction": objective.prediction == "velocity",
-            "source": objective.source.normal}  # fmt: skip
+            "source": objective.source.is_normal}  # fmt: skip
     if odd := [k for k, v in fits.items() if not v]:
         allowed = {"path": "linear", "prediction": "velocity", "source": "normal"}[odd[0]]
         raise refused(f"diffusers' flow matching has another {odd[0]} than this run; allowed: {allowed}")

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     goes_on = f" --init {run.directory}" if isinstance(run.objective, Flow) else ""
     straight = "--objective.coupling=given" if goes_on else "--objective=flow --objective.coupling=given"
     console.print(f"straighten  {same} {straight}{goes_on}", markup=False)
-    console.print(f"one step    {same} --objective=distil{goes_on if plain(run.objective) else ''}", markup=False)
+    console.print(f"one step    {same} --objective=distillation{goes_on if plain(run.objective) else ''}", markup=False)
     return 0
 
 

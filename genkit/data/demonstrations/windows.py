@@ -201,7 +201,7 @@ class Demonstrations(DataSource):
     """what a sample holds: actions; the coming states, from which inverse dynamics infer the actions; or both"""
     conditions: tuple[ExtraCondition, ...] = ()
     """conditions besides obs: returns (discounted, of the whole episode), skill (kind of episode), goal (state at the
-    window's end). With --objective.drop-each 0.2 each may be omitted later, and guided by"""
+    window's end). With --objective.cond-dropout-each 0.2 each may be omitted later, and guided by"""
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     """discount of the returns for each step"""
     scaling: Literal["min-max", "standardize"] = "min-max"

@@ -25,7 +25,7 @@ from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, Pr
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
 from genkit.diffusion.samplers.ode import posterior_variance
-from genkit.diffusion.samplers.steps import Node, ask, fresh, land, nodes, require
+from genkit.diffusion.samplers.steps import Node, default_noise, evaluate, interpolate, nodes, require
 
 Sigma = Callable[[Tensor, Tensor, Cond], Tensor]  # (x [B, *S], k Int [B], cond) -> what multiplies the std, [B, *S]
 
@@ -194,7 +194,7 @@ class Chain:
         """Mean ``[B, *S]`` and standard deviation of step k from ``x``; that is ``[B, *S]`` where it is learned."""
         link = self.links[k]
         end = Node(0.0, link.alpha, link.kept)
-        mean = land(end, ask(denoise, x, link.node, cond))
+        mean = interpolate(end, evaluate(denoise, x, link.node, cond))
         if self.sigma is None:
             return mean, link.std
         return mean, self.std_at(x, torch.full((len(x),), k, device=x.device), cond)
@@ -216,7 +216,7 @@ class Chain:
 
     def sample(self, denoise: Denoiser, x: Tensor, cond: Cond = NO_COND, noise: Noise | None = None) -> Walk:
         """Walk from ``x`` ``[B, *S]``, a point at ``times[0]``. Gradients flow, unless the caller forbids them."""
-        noise, xs, means, stds = noise or fresh(x), [x], [], []
+        noise, xs, means, stds = noise or default_noise(x), [x], [], []
         for k in range(self.steps):
             mean, std = self.mean_std(denoise, xs[-1], k, cond)
             means.append(mean)

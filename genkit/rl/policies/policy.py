@@ -113,7 +113,7 @@ class Policy:
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
-        strengthens them if the run was trained without each of them too (drop_each), else all conditions together;
+        strengthens them if the run was trained without each of them too (cond_dropout_each), else all together;
         ``options`` are further fields of :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
@@ -123,11 +123,11 @@ class Policy:
             kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
         kind.require_suitable(run)
         obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
-        droppable = getattr(run.objective, "drop_each", 0.0) > 0
+        droppable = getattr(run.objective, "cond_dropout_each", 0.0) > 0
         missing = [k for k in get_args(ExtraCondition) if k in run.spec.cond and k not in tensors and not droppable]
         if missing:
             raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
-                             "it, or train one that can do without: --objective.drop-each 0.2")  # fmt: skip
+                             "it, or train one that can do without: --objective.cond-dropout-each 0.2")  # fmt: skip
         guides = [guide] if guide else []
         if run.objective.sampler is not None:
             options |= {"sampler": sampler or "ddim", "steps": steps}
