@@ -80,7 +80,7 @@ def some_pairs(tmp_path):
 def test_resume_is_bit_identical(tmp_path, objective):
     paired = ["--data=pairs", f"--data.root={some_pairs(tmp_path)}", "--backbone=mlp"]
     anchored = ["--data=four-ways", "--data.n=8", "--data.anchors=4"]
-    data = paired if OBJECTIVES[objective]().paired else anchored if objective == "anchored" else []
+    data = paired if OBJECTIVES[objective]().needs_pairs else anchored if objective == "anchored" else []
     args = [f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", *data]
     whole = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
