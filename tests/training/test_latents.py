@@ -147,11 +147,11 @@ def test_draws_of_posteriors_have_the_measured_deviation():
     (q,) = posteriors(4000)
     s = latent_statistics([q])
     codec = LatentCodec(projection(), tuple(s.mean.tolist()), tuple(s.std("draw").tolist()))
-    drawn = codec.drawn(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
+    drawn = codec.scaled(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
     assert torch.allclose(drawn.std((0, 2, 3)), torch.ones(3), atol=0.02)
     assert torch.allclose(drawn.mean((0, 2, 3)), torch.zeros(3), atol=0.02)
     still = LatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std, "mean")
-    assert not torch.allclose(still.drawn(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
+    assert not torch.allclose(still.scaled(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
 
 
 def test_a_constant_channel_is_no_division_by_zero():
