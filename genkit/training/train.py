@@ -36,7 +36,7 @@ from genkit.training.settings import TrainSettings
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
-EVALUATOR = "genkit.cli.commands.watch:watch"  # of a higher room, imported if --eval-every asks for it
+EVALUATOR = "genkit.evaluation.periodic:PeriodicEvaluation.create"  # in a higher room, imported for --eval-every
 
 
 def train(

@@ -26,7 +26,7 @@ from genkit.core.files import write_text
 from genkit.data import Stream
 from genkit.data.codecs import Actions
 from genkit.envs import Env, make
-from genkit.evaluation.evaluator import suits
+from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.chain import Chain, Noising, denoiser_of
 from genkit.rl.finetune.evaluation import Judged, reward_kl
 from genkit.rl.finetune.image_rewards import likeness
@@ -277,7 +277,8 @@ def measured(
     asked: Finetune, base: Run, learner: Learner, task: Task, policy: Policy | None, run: Path
 ) -> Callable[[str], dict[str, Any]]:
     """A measurement of the averaged weights ("before", or "after": of the run as it is from then on)."""
-    data = base.config.data.load("train") if isinstance(task, Scoring) and suits(base.spec) == "classifier" else None
+    classified = isinstance(task, Scoring) and default_features(base.spec) == "classifier"
+    data = base.config.data.load("train") if classified else None
     like = likeness(data) if data and asked.eval_samples else None
 
     def measure(when: str) -> dict[str, Any]:

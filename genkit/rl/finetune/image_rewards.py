@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genkit.core import Cond, Data, Draw
 from genkit.evaluation.metrics import Estimate, Moments, frechet_from_features, prdc
-from genkit.evaluation.metrics.estimate import share
+from genkit.evaluation.metrics.estimate import proportion
 from genkit.evaluation.metrics.features import Classifier
 
 
@@ -84,7 +84,7 @@ def likeness(data: Data) -> Likeness:
             "recall": both["recall"],
         }
         if wanted is not None:
-            found["accuracy"] = share(int((logits.argmax(1) == wanted).sum()), len(x))
+            found["accuracy"] = proportion(int((logits.argmax(1) == wanted).sum()), len(x))
         return found
 
     return like
