@@ -242,7 +242,8 @@ def test_another_objective_goes_on_with_a_note(tmp_path, capsys):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "p")
     trained(tmp_path / "runs", f"--init=diffusers:{tmp_path}/p", "--objective=flow")
     said = capsys.readouterr().out
-    assert re.search(r"note .*was trained with name ddpm.*prediction eps.*; continuing with name flow, prediction", said)
+    note = r"note .*was trained with name ddpm.*prediction eps.*; continuing with name flow, prediction"
+    assert re.search(note, said)
 
 
 @pytest.mark.parametrize("rows", [None, 10, 11, 4])
