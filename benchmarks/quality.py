@@ -32,10 +32,14 @@ from rich.progress import Progress
 from genkit import __version__, config
 from genkit.config import parse, table, to_yaml
 from genkit.core import pictures
+from genkit.core.device import pick_device
 from genkit.evaluation import Drawn, Given, Ruler, cards, data_of, is_picture, ruler, weights_sha256
 from genkit.evaluation.report import page as report
 from genkit.evaluation.report.page import Card, Value
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
+from genkit.training.settings import TrainSettings
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -80,9 +84,11 @@ class Quality:
 
     objectives: str = "ddpm,edm,flow,flow-ot"
     """Rows, with commas between: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
-    backbone: Any = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.suits")
+    backbone: Any = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+    )
     """The network of all rows; without a NAME, the one that suits the data."""
-    data: Any = table("genkit.data:DATA", "digits", fallback="genkit.data:source")
+    data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
     """What all learn from."""
     steps: Count = 2000
     """Optimiser steps of each."""
@@ -119,11 +125,11 @@ class Quality:
             raise ValueError(f"nfe: given {self.nfe!r}; allowed: whole numbers from 1 on, such as 5,10,20,50")
         return sorted(set(map(int, words)))
 
-    def training(self, name: str, seed: int) -> config.Train:
+    def training(self, name: str, seed: int) -> TrainSettings:
         """The configuration of one row's training, of two its last. ``ValueError`` where there is no such objective, or
         no sampling."""
         row = row_of(name)
-        cfg = parse(config.Train, row.flags, prog="genkit bench quality")
+        cfg = parse(TrainSettings, row.flags, prog="genkit bench quality")
         if not cfg.objective.draws:
             raise ValueError(f"objectives: given {name}, which draws no samples")
         return self.spent(cfg, name, seed, self.steps - self.first_steps(row))
@@ -134,17 +140,17 @@ class Quality:
             raise ValueError(f"steps: given {self.steps}; a first stage and a model of its latents need 2 or more")
         return min(self.steps - 1, max(1, round(row.share * self.steps))) if row.stage else 0
 
-    def first_training(self, name: str, seed: int) -> config.Train | None:
+    def first_training(self, name: str, seed: int) -> TrainSettings | None:
         """The configuration of a row's first stage, if it has one."""
         row = row_of(name)
         if not row.stage:
             return None
         spec = self.data.load("train").spec
         latent = ["--objective.latent", *map(str, latent_of(spec.shape))]
-        cfg = parse(config.Train, [*row.stage, *latent], prog="genkit bench quality")
+        cfg = parse(TrainSettings, [*row.stage, *latent], prog="genkit bench quality")
         return self.spent(cfg, f"{name}-stage", seed, self.first_steps(row))
 
-    def spent(self, cfg: config.Train, name: str, seed: int, steps: int) -> config.Train:
+    def spent(self, cfg: TrainSettings, name: str, seed: int, steps: int) -> TrainSettings:
         """What all rows share."""
         every = max(1, steps // 4)
         return replace(
@@ -185,17 +191,17 @@ def latent_of(shape: Sequence[int]) -> tuple[int, ...]:
 SETTLED = ("precision", "threads", "device", "resume", "out", "workers")  # what a training resolves, or may change
 
 
-def same(a: config.Train, b: config.Train) -> bool:
+def same(a: TrainSettings, b: TrainSettings) -> bool:
     """Whether two trainings come to the same networks."""
     rest = {k: getattr(b, k) for k in SETTLED}
     return replace(a, **rest) == b
 
 
-def training_of(cfg: config.Train) -> tuple[File | None, int]:
+def training_of(cfg: TrainSettings) -> tuple[File | None, int]:
     """The newest run of just this configuration that can be gone on with, and its step."""
     for run in sorted(File(cfg.out).glob(f"*-{cfg.name}"), reverse=True):
         try:
-            if same(config.from_dict(config.Train, config.load_yaml(run / "config.yaml")), cfg):
+            if same(config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")), cfg):
                 return run, step_of(run)
         except ValueError:  # another version's, half-written, or killed before its first checkpoint
             continue
@@ -203,7 +209,7 @@ def training_of(cfg: config.Train) -> tuple[File | None, int]:
 
 
 def step_of(run: File) -> int:
-    return int(runs.checkpoint_of(run).name.removeprefix("step-"))
+    return int(find_checkpoint(run).name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ def launch(argv: Sequence[str]) -> int:
             raise
 
 
-def train(cfg: config.Train) -> File:
+def train(cfg: TrainSettings) -> File:
     """A finished training of ``cfg``: found, gone on with, or made."""
     run, first = training_of(cfg)
     if run is not None and first >= cfg.steps:
@@ -327,7 +333,7 @@ class Result:
     picture: File
 
 
-TOLD = {k: v for k, v in config.dump(config.Sampling()).items() if k not in ("seed", "ema", "step", "batch", "device")}
+TOLD = {k: v for k, v in config.dump(Sampling()).items() if k not in ("seed", "batch")}
 
 
 @dataclass
@@ -345,7 +351,7 @@ class Bench:
             self.held = ruler(samples, against, features=features, reference_n=about, device=self.device)
         return self.held
 
-    def measure_run(self, run: runs.Run, row: Row, nfe: int, progress: Callable[[int], None]) -> dict[str, Any]:
+    def measure_run(self, run: Run, row: Row, nfe: int, progress: Callable[[int], None]) -> dict[str, Any]:
         """The card of a run, its milliseconds a sample and the picture beside it; found, or made."""
         how: dict[str, Any] = {}
         if run.objective.sampler is not None:
@@ -374,7 +380,7 @@ class Bench:
         progress(n)
         return path
 
-    def floor(self, run: runs.Run) -> Card | None:
+    def floor(self, run: Run) -> Card | None:
         """Held-out data, as many as there are up to n, in the same ruler; None where none are held out."""
         try:
             test = data_of(run, "test")
@@ -388,7 +394,7 @@ class Bench:
 VECTORS = 2000  # of the reference, at least, where samples are vectors: as `genkit eval`
 
 
-def milliseconds(run: runs.Run, how: Mapping[str, Any]) -> float:
+def milliseconds(run: Run, how: Mapping[str, Any]) -> float:
     """To draw one sample in a batch of 64: the faster of two, CPU time of this process, or wall time on a GPU."""
 
     def once() -> float:
@@ -549,7 +555,7 @@ def write(
 # ------------------------------------------------------------------------------------------------------------ main
 def main(argv: list[str]) -> int:
     asked = parse(Quality, argv, prog="genkit bench quality")
-    budgets, device = asked.budgets, runs.pick_device(asked.device)
+    budgets, device = asked.budgets, pick_device(asked.device)
     for name in asked.names:  # mistakes are found before any training
         asked.training(name, 0)
         asked.first_training(name, 0)
@@ -558,7 +564,7 @@ def main(argv: list[str]) -> int:
     for i, (name, seed) in enumerate(jobs, 1):
         console.print(f"[{i}/{len(jobs)}] {name}, seed {seed}", markup=False)
         trained, row = train_row(asked, name, seed), row_of(name)
-        run = runs.load(trained.run, device=asked.device)
+        run = load_run(trained.run, device=asked.device)
         torch.set_num_threads(run.config.threads or torch.get_num_threads())
         one_pass = run.objective.sampler is None
         with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit import __version__
-from genkit.config import Train
 from genkit.core import NO_COND, Batch, Cond, Objective, Path
 from genkit.core.files import whole, write_text
 from genkit.data.codecs import Identity
 from genkit.objectives.matching.couplings import Coupling
-from genkit.training.loop import fit, start
+from genkit.training.loop import fit, initial_state
+from genkit.training.settings import TrainSettings
 
 
 # ------------------------------------------------------------------------------------------ several networks at once
@@ -79,11 +79,11 @@ def train(
     progress: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train ``net`` in place by genkit's own loop, on what ``sample(rows)`` draws, with a cosine and no clipping."""
-    cfg = Train(
+    cfg = TrainSettings(
         steps=steps, batch=batch, lr=lr, warmup=min(100, steps // 10), clip=0.0, ema=(), precision="fp32", seed=seed,
         betas=(0.9, 0.99), log_every=steps, save_every=steps, sample_every=0,
     )  # fmt: skip
-    state = start(objective, {"net": net}, cfg)
+    state = initial_state(objective, {"net": net}, cfg)
     fit(
         objective,
         state,

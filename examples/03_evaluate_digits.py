@@ -21,7 +21,7 @@ from sklearn.svm import SVC
 from genkit import __version__
 from genkit.core import Draw
 from genkit.data import DATA
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
 
 
 def real(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +60,7 @@ def compare(x: np.ndarray, y: np.ndarray, classifier: SVC, size: int = 359) -> d
     }
 
 
-def judge(run: runs.Run, n: int = 1000, seed: int = 0, **how: object) -> dict[str, object]:
+def judge(run: Run, n: int = 1000, seed: int = 0, **how: object) -> dict[str, object]:
     x, y = real("train")
     test_x, test_y = real("test")
     classifier = SVC(gamma=0.001).fit(x, y)  # pyright: ignore[reportArgumentType]  # scikit-learn takes floats
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    run = runs.load(args.run)
+    run = load_run(args.run)
     if run.spec.shape != (1, 8, 8):
         parser.error(f"this script judges 8x8 digits; {args.run} has samples of shape {run.spec.shape}")
     how = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from genkit import __version__, config
 from genkit.data import Stream
-from genkit.training.loop import fit, start
+from genkit.training.loop import fit, initial_state
+from genkit.training.settings import TrainSettings
 
 SIGMA, NARROW = 0.1, 0.02  # of the data
 WIDE = {"noise": SIGMA, "steps": 4000}
@@ -61,7 +62,7 @@ def train(name: str, seed: int, **changed: Any) -> tuple[Tensor, dict[str, Any]]
     game, how = GAMES[name]
     steps, sigma = how["steps"], how["noise"]
     cfg = config.from_dict(
-        config.Train,
+        TrainSettings,
         {
             "objective": {"name": "gan", "latent": [8], "game": {**game, **changed}},
             "backbone": {"name": "mlp", "width": 64, "depth": 2},
@@ -71,7 +72,7 @@ def train(name: str, seed: int, **changed: Any) -> tuple[Tensor, dict[str, Any]]
     )  # fmt: skip
     torch.manual_seed(seed)
     data, log, began = cfg.data.load("train"), [], time.process_time()
-    state = start(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
+    state = initial_state(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
     fit(cfg.objective, state, Stream(data, cfg.batch, seed), data.codec, cfg, Accelerator(cpu=True), log=log.append)
     seconds = time.process_time() - began
     z = torch.randn(5000, *cfg.objective.noise_shape(data.spec), generator=torch.Generator().manual_seed(1))

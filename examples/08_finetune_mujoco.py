@@ -25,7 +25,8 @@ from genkit.envs import make
 from genkit.envs.gym import Gym
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.training import run as runs
+from genkit.training.directory import find_run, read_log
+from genkit.training.run import Run, load_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = {  # environment -> configurations of genkit train and genkit finetune, options of the search for an expert
@@ -54,7 +55,7 @@ def command(*argv: str) -> float:
     return time.process_time() - began
 
 
-def strip(run: runs.Run, steps: int) -> np.ndarray:
+def strip(run: Run, steps: int) -> np.ndarray:
     """Eight moments of the first four seconds of an episode, side by side."""
     step = cast(Gym, make(args.env, 1)).worlds[0].unwrapped.dt  # seconds
     world = make(args.env, 1, max_episode_steps=round(4 / step), camera_name="track")
@@ -72,11 +73,11 @@ for seed in args.seeds:
     learning = command(
         "train", "--config", train, f"--data.root={demos}", "--device=cpu", "--tensorboard=false", *common
     )
-    base = runs.find(Path(args.runs) / "latest")
+    base = find_run(Path(args.runs) / "latest")
     length = [f"--iterations={args.iterations}"] if args.iterations else []
     command("finetune", str(base), "--config", finetune, *length, *common)
-    run = runs.find(Path(args.runs) / "latest")
-    log = runs.read_log(run)
+    run = find_run(Path(args.runs) / "latest")
+    log = read_log(run)
     before, after = (json.loads((run / f"{when}.json").read_text())["return"] for when in ("before", "after"))
     improving = max(r.get("cpu_seconds", 0) for r in log)
     rows.append({"seed": seed, "before": before, "after": after, "train_cpu_seconds": round(learning),
@@ -90,7 +91,7 @@ for seed in args.seeds:
         args.json.write_text(json.dumps({"command": said, "seeds": rows}, indent=1) + "\n")
     if args.strip and not strips:
         steps = config.load_yaml(run / "finetune.yaml")["steps"]
-        strips = [strip(runs.load(path, device="cpu"), steps) for path in (base, run)]
+        strips = [strip(load_run(path, device="cpu"), steps) for path in (base, run)]
 
 
 def draw(axes):

@@ -17,7 +17,8 @@ import torch
 
 from genkit.cli.main import main as genkit
 from genkit.core import Draw
-from genkit.training import run as runs
+from genkit.training.directory import find_run, read_log
+from genkit.training.run import Run, load_run
 
 RWR = ["--method=rwr", "--method.lr=1e-3", "--method.batch=256"]
 MIXED = ["--method=mixed", "--method.lr=3e-4"]
@@ -49,7 +50,7 @@ def command(*argv: str) -> float:
 
 
 @torch.no_grad()
-def held_out(run: runs.Run, rows: int = 4000) -> float:
+def held_out(run: Run, rows: int = 4000) -> float:
     """The objective's loss on demonstrations that nothing was trained on, a mean over the numbers of a chunk."""
     data = run.config.data.load("test")
     batch = data.codec.encode(data.batch(torch.arange(rows) % len(data.x), Draw((0,), 0, rows)))
@@ -60,21 +61,21 @@ def held_out(run: runs.Run, rows: int = 4000) -> float:
 rows = []
 for seed in args.seeds:
     command("train", *LEARNT, f"--steps={args.steps}", f"--seed={seed}", f"--out={args.runs}")
-    base = runs.find(Path(args.runs) / "latest")
-    before = held_out(runs.load(base, device="cpu"))
+    base = find_run(Path(args.runs) / "latest")
+    before = held_out(load_run(base, device="cpu"))
     for name, how in PLANS[args.what].items():
         more = [f"--iterations={args.iterations}", "--num=50", f"--eval-episodes={args.episodes}"]
         took = command("finetune", str(base), *how, *more, f"--seed={seed}", f"--out={args.runs}")
-        run = runs.find(Path(args.runs) / "latest")
+        run = find_run(Path(args.runs) / "latest")
         found = [json.loads((run / f"{when}.json").read_text()) for when in ("before", "after")]
-        log = runs.read_log(run)
+        log = read_log(run)
         rows.append({
             "seed": seed,
             "name": name,
             "settings": " ".join(how),
             "success": [v["success"]["value"] for v in found],
             "bits": [v["mode_entropy_bits"] for v in found],
-            "held_out_loss": [before, held_out(runs.load(run, device="cpu"))],
+            "held_out_loss": [before, held_out(load_run(run, device="cpu"))],
             "success_by_iteration": [round(r["success"], 3) for r in log if "success" in r],
             "cpu_seconds": round(took),
         })  # fmt: skip

@@ -22,7 +22,8 @@ from genkit.core.pictures import save
 from genkit.data import DATA
 from genkit.evaluation.metrics import Moments, frechet_distance
 from genkit.evaluation.metrics.features import Classifier
-from genkit.training import run as runs
+from genkit.training.directory import find_run, read_log
+from genkit.training.run import load_run
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--run", help="a run on the digits; None: train one")
@@ -47,14 +48,14 @@ eights = Moments.of(see(batch.x[batch.cond["label"] == 8]).features)
 
 def to_eights(folder: Path) -> float:
     """The Fréchet distance of 500 samples of the label to the real eights."""
-    x, _ = runs.load(folder, device="cpu").sample(500, label=args.label, seed=100_000, sampler="ddim", steps=5)
+    x, _ = load_run(folder, device="cpu").sample(500, label=args.label, seed=100_000, sampler="ddim", steps=5)
     return frechet_distance(Moments.of(see(x).features), eights)
 
 
 TRAIN = ["train", "--objective=flow", "--data=digits", "--sample-every=0", f"--out={args.runs}"]
 if args.run is None and genkit(TRAIN):
     raise SystemExit(2)
-base = runs.find(args.run or Path(args.runs) / "latest")
+base = find_run(args.run or Path(args.runs) / "latest")
 shown, rows = None, []
 for seed in args.seeds:
     began = time.process_time()
@@ -62,9 +63,9 @@ for seed in args.seeds:
     many = [f"--iterations={args.iterations}", f"--samples={args.samples}", f"--name=image-reward-seed{seed}"]
     if genkit(["finetune", str(base), *how, *many]):
         raise SystemExit(2)
-    took, run = time.process_time() - began, runs.find(Path(args.runs) / "latest")
+    took, run = time.process_time() - began, find_run(Path(args.runs) / "latest")
     before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after"))
-    kl = [r["kl_reference"] for r in runs.read_log(run) if "kl_reference" in r][-1]
+    kl = [r["kl_reference"] for r in read_log(run) if "kl_reference" in r][-1]
     rows.append((seed, before, after, kl, to_eights(base), to_eights(run), took))
     shown = shown or run
 

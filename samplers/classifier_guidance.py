@@ -16,7 +16,8 @@ import torch
 from genkit.core import pictures
 from genkit.diffusion.guidance import by_classifier, classifier_free, compose
 from genkit.diffusion.samplers import Seeds, bind, uniform
-from genkit.training import run as runs
+from genkit.training.run import load_run, with_classes
+from genkit.training.sampling import sample_conditions
 
 
 def main() -> None:
@@ -32,9 +33,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("guided.png"))
     args = parser.parse_args()
 
-    run, judge = runs.load(args.run), runs.load(args.classifier)
-    classify = runs.classifier_of(judge).classify(judge.nets)
-    cond = runs.labels(runs.with_classes(run.spec, judge), args.n, args.label)
+    run, judge = load_run(args.run), load_run(args.classifier)
+    classify = judge.classifier.classify(judge.nets)
+    cond = sample_conditions(with_classes(run.spec, judge), args.n, args.label)
     cond = {k: v.to(run.device) for k, v in cond.items()}
     z = Seeds(range(args.seed, args.seed + args.n), run.device)(run.spec.shape)
     told, clean = classifier_free(0.0 if args.unconditional else 1.0), torch.full((args.n,), 1e-3, device=run.device)

@@ -16,7 +16,7 @@ import torch
 
 from genkit.backbones import UNet
 from genkit.core import Batch, Draw, Image, Spec, pictures
-from genkit.data import DATA, Stream, source
+from genkit.data import DATA, Stream, find_source
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.inverse_problems import Average
 from genkit.diffusion.samplers import Seeds, bind, uniform
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("translated.png"))
     args = parser.parse_args()
 
-    name, fields = source(args.data)
+    name, fields = find_source(args.data)
     train, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
     if len(train.spec.shape) != 3 or min(args.n, args.answers) < 1:
         raise ValueError(f"given {args.n} x {args.answers} of {train.spec.shape}; needs pictures [C, H, W], 1 or more")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from genkit.core import Draw, pictures
-from genkit.data import DATA, source
+from genkit.data import DATA, find_source
 from genkit.diffusion.guidance import within
 from genkit.diffusion.inverse_problems import Mask, dps, measure, pigdm
 from genkit.diffusion.samplers import SAMPLERS, Seeds, bind, uniform
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 PIXEL = 0.3  # variance of a pixel in [-1, 1]; of the digits 0.29. PiGDM's own 1 is for data of unit variance
 METHODS = {"pigdm": lambda seen: pigdm(seen, PIXEL), "dps": dps}
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("inpainted.png"))
     args = parser.parse_args()
 
-    run = runs.load(args.run)
-    name, fields = source(args.images) if args.images else ("", {})
+    run = load_run(args.run)
+    name, fields = find_source(args.images) if args.images else ("", {})
     data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x

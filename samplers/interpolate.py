@@ -14,7 +14,8 @@ from torch import Tensor
 
 from genkit.core import pictures
 from genkit.diffusion.samplers import Seeds
-from genkit.training import run as runs
+from genkit.training.run import load_run
+from genkit.training.sampling import Sampling, sample_conditions
 
 
 def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
@@ -35,13 +36,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("interpolation.png"))
     args = parser.parse_args()
 
-    run = runs.load(args.run)
+    run = load_run(args.run)
     z = Seeds(range(args.seed, args.seed + 2 * args.rows))(run.spec.shape)
     fractions = torch.linspace(0, 1, args.columns).tolist()
     walk = torch.stack([slerp(z[2 * i], z[2 * i + 1], w) for i in range(args.rows) for w in fractions])
-    labels = runs.labels(run.spec, args.rows, args.label)
+    labels = sample_conditions(run.spec, args.rows, args.label)
     cond = {k: v.repeat_interleave(args.columns).to(run.device) for k, v in labels.items()}
-    generate = run.generator("heun", args.steps, args.guidance)
+    generate = run.generator(Sampling(sampler="heun", steps=args.steps, guidance=args.guidance))
     x = run.codec.decode(generate(walk.to(run.device), cond)).cpu()
     image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {})
     print(pictures.save(image, args.out))

@@ -12,7 +12,7 @@ import torch
 
 from genkit.core import pictures
 from genkit.diffusion.samplers import SAMPLERS
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("grid.png"))
     args = parser.parse_args()
 
-    run = runs.load(args.run)
+    run = load_run(args.run)
     if len(run.spec.shape) != 3:
         parser.error(f"this script draws images; {args.run} has samples of shape {run.spec.shape}: try genkit sample")
     rows = []

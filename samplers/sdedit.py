@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from genkit.core import Draw, pictures
-from genkit.data import DATA, source
+from genkit.data import DATA, find_source
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.inverse_problems import sdedit
 from genkit.diffusion.samplers import SAMPLERS, Seeds, uniform
-from genkit.training import run as runs
+from genkit.training.run import load_run
+from genkit.training.sampling import sample_conditions
 
 
 def main() -> None:
@@ -35,15 +36,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("variations.png"))
     args = parser.parse_args()
 
-    run = runs.load(args.run)
-    name, fields = source(args.images) if args.images else ("", {})
+    run = load_run(args.run)
+    name, fields = find_source(args.images) if args.images else ("", {})
     data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
     spread = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(spread, Draw((0,), 0, args.n)).to(run.device)).x
     if data.spec.shape != run.spec.shape or x0.ndim != 4 or args.n < 1:
         raise ValueError(f"images: given {args.n} of {data.spec.shape}, the model draws {run.spec.shape}; needs images")
 
-    cond = runs.labels(run.spec, args.n, args.label) if args.label is not None else {}
+    cond = sample_conditions(run.spec, args.n, args.label) if args.label is not None else {}
     cond = {k: v.to(run.device) for k, v in cond.items()}
     denoise = classifier_free(args.guidance)(run.denoiser)
     times, rows = uniform(args.steps)(denoise.path), [x0]

@@ -30,7 +30,7 @@ DIT = "--backbone=dit --backbone.width 16 --backbone.depth 1 --backbone.head-siz
 
 RUNS = [  # the directory that a `train` line makes is runs/NNNN-NAME, numbered in this order
     f"train {TINY} --name flow --objective=flow --data=digits {UNET}",
-    f"train {TINY} --name ddpm --objective=ddpm --objective.learn-variance --data=digits {DIT} --micro 4",
+    f"train {TINY} --name ddpm --objective=ddpm --objective.learn-variance --data=digits {DIT} --micro-batch 4",
     f"train {TINY} --name edm --objective=edm --data=moons --backbone.width 16 --ema 0.9 0.99",
     f"train {TINY} --name vae --objective=vae --data=digits {MLP}",
     f"train {TINY} --name gan --objective=gan --data=digits {UNET}",

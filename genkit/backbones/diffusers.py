@@ -233,6 +233,10 @@ def class_of(kind: str) -> Any:
 class Diffusers(Backbones):
     """One of diffusers' networks, for pictures or latents ``(C, H, W)``: unet2d, unet2d-condition or dit."""
 
+    cuts: ClassVar[tuple[str, ...]] = ("denoiser",)
+    routes: ClassVar[tuple[str, ...]] = ("global", "tokens")  # which of them, the model decides
+    axes: ClassVar[tuple[int, ...]] = (2,)
+
     model: Model = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
     """which, and its settings under diffusers' names"""
     timesteps: Annotated[int, Ge(1)] = 1000
@@ -245,12 +249,6 @@ class Diffusers(Backbones):
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return DiffusersDenoiser(self, spec)
-
-    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
-        raise ValueError("diffusers: its networks have no encoder cut; take --backbone=unet or dit")
-
-    def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
-        raise ValueError("diffusers: its networks have no decoder cut; take --backbone=unet or dit")
 
 
 def classes(spec: Spec) -> tuple[str, int] | None:

@@ -11,7 +11,7 @@ whenever the key is there: ``DistributedDataParallel`` needs that.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import CONV, Attention, GroupNorm
-from genkit.core import Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
+from genkit.core import Backbones, Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -307,11 +307,12 @@ def key(name: str) -> str:
     return "on_" + name.replace(".", "-")
 
 
-def require_routes(family: str, spec: Spec, routes: Collection[str], hint: str) -> None:
-    """``ValueError`` where ``spec`` has a condition that ``family`` has no way to use."""
+def require_routes(backbone: Backbones, spec: Spec, hint: str) -> None:
+    """``ValueError`` if ``spec`` has a condition that ``backbone`` has no route for; ``hint`` says what to try."""
     for name, kind in spec.cond.items():
-        if EMBEDDERS[type(kind)].route not in routes:
-            allowed = ", ".join(k.__name__ for k, e in EMBEDDERS.items() if e.route in routes)
+        if EMBEDDERS[type(kind)].route not in backbone.routes:
+            allowed = ", ".join(k.__name__ for k, e in EMBEDDERS.items() if e.route in backbone.routes)
             raise ValueError(
-                f"{family}: condition {name!r} is of kind {type(kind).__name__}; allowed here: {allowed}; try {hint}"
+                f"{type(backbone).__name__}: condition {name!r} is of kind {type(kind).__name__}; allowed here: "
+                f"{allowed}; try {hint}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
@@ -22,6 +22,9 @@ class MLP(Backbones):
 
     Takes Label, Vector and Frames conditions.
     """
+
+    routes: ClassVar[tuple[str, ...]] = ("global",)
+    axes: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     width: Annotated[int, Ge(1)] = 256  # 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states
     depth: Annotated[int, Ge(1)] = 4
@@ -63,7 +66,7 @@ class MLPNet(nn.Module):
 
     def __init__(self, cfg: MLP, spec: Spec, inp: tuple[int, ...], out: tuple[int, ...], time: bool = False):
         super().__init__()
-        require_routes("MLP", spec, ("global",), "--backbone=unet or --backbone=dit")
+        require_routes(cfg, spec, "--backbone=unet or --backbone=dit")
         self.out_shape, self.checkpoint = tuple(out), cfg.checkpoint
         self.cond = Conditioner(spec, cfg.width, time)
         self.first = nn.Linear(math.prod(inp), cfg.width)

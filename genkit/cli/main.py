@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path as File
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return refuse(f"command: given {name!r}; allowed: {', '.join(COMMANDS)}{hint}")
+    show_messages()
     try:
         return importlib.import_module(COMMANDS[name][0]).main(argv[1:])
     except KeyboardInterrupt:
@@ -82,6 +84,22 @@ def main(argv: list[str] | None = None) -> int:
         if not ours(e) or os.environ.get("GENKIT_TRACEBACK"):
             raise
         return refuse(str(e) or type(e).__name__)
+
+
+class MessagePrinter(logging.Handler):
+    """The library's messages (logger ``genkit``) on standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        print(record.getMessage(), flush=True)
+
+
+def show_messages() -> None:
+    """Print what the library says; where a bar cannot be drawn, its lines about progress too."""
+    logger = logging.getLogger("genkit")
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    if not any(isinstance(handler, MessagePrinter) for handler in logger.handlers):
+        logger.addHandler(MessagePrinter())
 
 
 def ours(e: BaseException) -> bool:

@@ -129,6 +129,11 @@ def override(cfg: T, **changes: Any) -> T:
     return build(outline(type(cfg), changes, base=as_block(cfg)))
 
 
+def narrow(cfg: Any, base: type[T]) -> T:
+    """The fields of ``cfg`` that its base class ``base`` has, as an object of that class."""
+    return base(**{name: getattr(cfg, name) for name in fields(base)})
+
+
 def outline(cls: type, tree: object, path: str = "", base: Block | None = None) -> Block:
     """``tree`` checked against the fields of ``cls``; what it does not mention comes from ``base``, or the defaults."""
     if not isinstance(tree, Mapping):
@@ -174,7 +179,7 @@ def outline_table(meta: Mapping[str, Any], given: object, path: str, value: Any)
 
 
 def outline_object(meta: Mapping[str, Any], given: Any, path: str) -> Block:
-    """The block of an object that stands for itself, as in Python: ``Train(objective=Flow())``."""
+    """The block of an object that stands for itself, as in Python: ``TrainSettings(objective=Flow())``."""
     kind = load(meta["kind"]) if "kind" in meta else object
     if not isinstance(given, kind):
         raise ConfigError(path, f"given {show(given)}; needs a {kind.__name__}")

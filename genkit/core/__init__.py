@@ -366,22 +366,38 @@ class Generator(Protocol):
 
 
 class Backbones(ABC):
-    """A family of networks with three cuts of the same blocks: a frozen dataclass of hyperparameters.
+    """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
 
-    ``ValueError`` where the family cannot serve the spec (a U-Net asked for vectors, say).
+    Class attributes declare what the family can do, and tests hold it to that. Two fields are optional, and have the
+    same meaning in every family: ``dropout``, a probability in [0, 1), acts in training only and is 0 by default;
+    ``checkpoint`` recomputes activations in the backward pass and is off by default.
+
+    A method raises ``ValueError`` if the family cannot serve the spec (a U-Net asked for vectors, say).
     """
+
+    cuts: ClassVar[tuple[str, ...]] = ("denoiser", "encoder", "decoder")
+    """The networks that it makes."""
+    routes: ClassVar[tuple[str, ...]] = ("global", "channels", "tokens")
+    """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
+    "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
+    axes: ClassVar[tuple[int, ...]] = (1, 2)
+    """The numbers of axes after the first that samples may have: 0 for vectors, 1 for signals, 2 for images."""
 
     @abstractmethod
     def denoiser(self, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
 
-    @abstractmethod
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, *out]``, out = (D,) or (C, h, w)."""
+        raise self._missing("encoder")
 
-    @abstractmethod
     def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
         """A network ``(z [B, *inp], cond) -> [B, *S]``."""
+        raise self._missing("decoder")
+
+    def _missing(self, cut: str) -> ValueError:
+        name = type(self).__name__
+        return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")
 
 
 class Objective(ABC):
@@ -396,7 +412,7 @@ class Objective(ABC):
     use: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """what a person does with a trained run; ``{label}`` is --label 1 where the data has classes"""
     suits: ClassVar[Mapping[str, Any]] = {}
-    """settings of ``genkit.config.Train`` that it needs, where a person gives none; of those that follow it"""
+    """settings of ``genkit.TrainSettings`` that it needs, where a person gives none; of those that follow it"""
 
     @property
     @abstractmethod

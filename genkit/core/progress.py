@@ -1,7 +1,13 @@
-"""How a long call reports its progress: a callback, so that the library prints nothing."""
+"""Progress of long work, as a callback, so that the library prints nothing.
+
+Library functions take ``progress: Progress | None``. None shows a bar in a terminal or a notebook and nothing
+elsewhere; :func:`silent` shows nothing; any other callable does what it likes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -13,3 +19,36 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int | None) -> None:
     """Report nothing."""
+
+
+@contextlib.contextmanager
+def reporting(progress: Progress | None, enabled: bool = True) -> Iterator[Progress]:
+    """``progress`` itself, or a bar on standard error if it is None; ``enabled`` False: silence (on other ranks)."""
+    if not enabled:
+        yield silent
+    elif progress is not None:
+        yield progress
+    else:
+        with terminal_progress() as bar:
+            yield bar
+
+
+@contextlib.contextmanager
+def terminal_progress() -> Iterator[Progress]:
+    """A progress bar on standard error, in a terminal or a notebook; silent elsewhere."""
+    from rich.console import Console  # lazy: needed in a terminal only
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield silent
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield show

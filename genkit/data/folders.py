@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from genkit.core import Condition, Data, Label, Spec
 from genkit.core.files import one_line
 from genkit.data.captions import Said, beside
 from genkit.data.codecs import Identity, MinMax, Standardize
-from genkit.data.images import MEMORY, InMemory, Source, Split, check_split
+from genkit.data.images import MEMORY, ImageSource, InMemory
+from genkit.data.source import Split, check_split
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT = ("test", "val")
 
 
@@ -33,7 +34,7 @@ HELD_OUT = ("test", "val")
 def is_picture(name: str) -> bool:
     """By its suffix; what lies in hidden folders or in those that macOS adds is none."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not is_hidden(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
@@ -67,27 +68,6 @@ def find(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
     raise ValueError(f"{top}: has no test split; lay it out as {base}/train{suffix} and {base}/test{suffix}")
 
 
-def source(name_or_path: str) -> tuple[str, dict[str, str]]:
-    """A name of ``DATA``, or a path to pictures: ``(registry name, fields)``, so that ``--data=path/to/images`` works.
-
-    A registry name goes first (``./digits`` is the folder). ``ValueError`` where it is neither.
-    """
-    from genkit.data import DATA
-
-    path = Path(name_or_path).expanduser()
-    if name_or_path in DATA:
-        return name_or_path, {}
-    if path.is_dir():
-        kinds = [kind for kind in ("zip", "npz") if (path / f"train.{kind}").exists()]
-        return (kinds or ["folder"])[0], {"root": name_or_path}
-    if path.is_file() and path.suffix in (".zip", ".npz"):
-        return path.suffix[1:], {"root": name_or_path}
-    raise ValueError(
-        f"data {name_or_path!r} is unknown; allowed: {', '.join(DATA)}, "
-        "or the path of a folder, .zip or .npz that exists"
-    )
-
-
 # ------------------------------------------------------------------------------------------------- pictures
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
@@ -117,7 +97,7 @@ class ZipFiles:
             raise ValueError(f"{path}: cannot be opened as a zip: {one_line(e)}") from e
         self.names = sorted(n for n in self.archive.namelist() if is_picture(n))
         if not self.names:
-            raise ValueError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
 
     def member(self, name: str) -> bytes:
         try:
@@ -175,26 +155,28 @@ def files_below(directory: Path, wanted: Callable[[str], bool]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own(Source):
-    """What a person's own pictures have in common."""
+class LocalImages(ImageSource):
+    """What the sources of a person's own images have in common."""
 
     root: str = "data"
     memory: Annotated[float, Ge(0)] = MEMORY  # GiB of decoded pixels up to which they are held in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder(Own):
+class Folder(LocalImages):
     """Pictures in a folder. Two or more sub-folders and no picture beside them: each sub-folder is a class.
 
     Otherwise, and with ``labels`` off, all pictures below ``root`` are taken, without classes. The test split is
     ``root/test`` (or ``val``) beside ``root/train``, with the classes of the latter.
     """
 
+    suffix: ClassVar[str] = ""
+
     def load(self, split: Split = "train") -> Data:
         path, train = find(self.root, split, "")
         files = FolderFiles(path, files_below(path, is_picture))
         if not files.names:
-            raise ValueError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
         classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
         flat = any(is_picture(p.name) for p in train.iterdir() if p.is_file())
         if flat or len(classes) < 2 or not self.needs_classes:
@@ -210,12 +192,14 @@ class Folder(Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zip(Own):
+class Zip(LocalImages):
     """Pictures in a .zip, with classes if it holds a ``dataset.json``: ``{"labels": [[name, class], ...]}`` or null.
 
     The layout of StyleGAN and EDM. Members are read, never extracted. The test split is ``test.zip`` beside
     ``train.zip``.
     """
+
+    suffix: ClassVar[str] = ".zip"
 
     def load(self, split: Split = "train", names: tuple[str, ...] = ()) -> Data:
         """``names`` are those of the classes, which the archive itself does not tell."""
@@ -241,11 +225,13 @@ def labels_of(label: Tensor, of_train: Tensor | None, names: tuple[str, ...], pa
 
 # ------------------------------------------------------------------------------------------------- arrays
 @dataclass(frozen=True, kw_only=True)
-class Npz(Source):
+class Npz(ImageSource):
     """Arrays in an .npz: ``x`` and, if there are classes, ``y``; or ``arr_0`` and ``arr_1`` (guided-diffusion's names).
 
     Samples are pictures, uint8 ``[N, H, W]`` or ``[N, H, W, 1 or 3]``, or numbers, float ``[N, D]`` or ``[N, C, T]``.
     """
+
+    suffix: ClassVar[str] = ".npz"
 
     root: str = "data.npz"
     codec: Literal["standardize", "min-max", "identity"] | None = None  # of numbers; None: standardize

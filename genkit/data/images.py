@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,12 +22,12 @@ from genkit.core import Batch, Codec, Condition, Data, Draw, Image, Spec, expand
 from genkit.core.files import one_line
 from genkit.data.captions import FILES, Captions, Texts, captioned
 from genkit.data.codecs import Pixels
+from genkit.data.source import DataSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 T = TypeVar("T")
-Split = Literal["train", "test"]
 Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
 Channels = Literal[1, 3] | None
 
@@ -211,10 +210,9 @@ class OnDisk:
 
 # ----------------------------------------------------------------------------------------------- the sources
 @dataclass(frozen=True, kw_only=True)
-class Source(ABC):
-    """What every source of pictures can be asked for. Frozen: the configuration, not the pixels."""
+class ImageSource(DataSource):
+    """What the sources of images have in common."""
 
-    suits: ClassVar[str] = "unet"  # the backbone that fits these samples
     words: ClassVar[tuple[str, ...]] = ()  # what captions call the classes; (): by their names
 
     size: Size = None  # None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)
@@ -225,8 +223,13 @@ class Source(ABC):
     text_length: Annotated[int, Ge(1)] = 256  # bytes of the longest caption, or prompt, that the model reads
     encoder: str | None = None  # a text encoder of transformers, frozen: folder or hub id; None: one learned from bytes
 
-    @abstractmethod
-    def load(self, split: Split = "train") -> Data: ...
+    @property
+    def random_flip(self) -> bool:
+        return self.flip
+
+    @property
+    def captions_from_labels(self) -> bool:
+        return self.captions not in ((), (FILES,))
 
     @property
     def wants_labels(self) -> bool:
@@ -235,7 +238,7 @@ class Source(ABC):
     @property
     def needs_classes(self) -> bool:
         """Whether anything hangs on the classes: a condition, or a wording."""
-        return self.wants_labels or self.captions not in ((), (FILES,))
+        return self.wants_labels or self.captions_from_labels
 
     def conditions(
         self, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], texts: Texts | None = None
@@ -273,8 +276,3 @@ class Source(ABC):
         else:
             x = pixels.movedim(-1, 1).contiguous()
         return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), Pixels(), self.flip, captions)
-
-
-def check_split(split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is unknown; allowed: train, test")

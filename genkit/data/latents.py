@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from genkit.config.blocks import load as load_object
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import one_line, whole, write_text
 from genkit.data.codecs import Identity
-from genkit.data.images import Split, check_split
+from genkit.data.source import DataSource, Split, check_split
 
 ABOUT = "latents.json"
 
@@ -57,10 +58,10 @@ class InLatents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents:
+class Latents(DataSource):
     """Latents that `genkit encode RUN` has cached."""
 
-    suits: ClassVar[str] = "dit"
+    default_backbone: ClassVar[str] = "dit"
 
     root: str = "latents"
     """the folder"""
@@ -81,18 +82,18 @@ class Latents:
         return InLatents(torch.cat([mean, log_var], 2), {k[5:]: v for k, v in cond.items()}, spec, root, about,
                          found["statistics"])  # fmt: skip
 
-    def world(self) -> Any:
-        """The data that were encoded. ``ValueError`` where they are of a class that is not in ``DATA``."""
-        from genkit.data import DATA
-
+    def decoded_source(self) -> DataSource:
+        """The data that were encoded. ``ValueError`` if they are of a class that is not in ``DATA``."""
+        registry = load_object("genkit.data:DATA")  # by name: the registry imports this module
         block = dict(read_about(Path(self.root).expanduser())["data"])
         name = block.pop("name")
-        if name not in DATA:
+        if name not in registry:
             raise ValueError(
                 f"{self.root}: was encoded from {name}, which is not in DATA; name what to measure against"
             )
-        known = {f.name for f in fields(DATA[name])}
-        return DATA[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items() if k in known})
+        known: type[DataSource] = registry[name]
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
+        return known(**known.applicable(settings))
 
 
 def read_about(root: Path) -> dict[str, Any]:
@@ -143,8 +144,3 @@ def read_shard(path: Path, digest: str | None = None) -> dict[str, Tensor]:
     if digest is not None and hashlib.sha256(stored).hexdigest() != digest:
         raise ValueError(f"{path}: is damaged (another sha256 than recorded); remove it and run genkit encode again")
     return load(stored)
-
-
-def world(config: Any) -> Any:
-    """The data whose samples a model of ``config`` draws: of cached latents, what was encoded."""
-    return config.world() if isinstance(config, Latents) else config

@@ -15,7 +15,8 @@ from torch import Tensor
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import whole
 from genkit.data import codecs
-from genkit.data.images import InMemory, Split, check_split
+from genkit.data.images import InMemory
+from genkit.data.source import DataSource, Split, check_split
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ def save_pairs(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(DataSource):
     """Pairs made by `genkit reflow RUN`, for ``--objective.coupling=given``."""
 
     root: str

@@ -13,14 +13,15 @@ from torch import Tensor
 from genkit.core import Data, Label
 from genkit.core.files import one_line
 from genkit.data.folders import Zip
-from genkit.data.images import InMemory, Source, Split, check_split
+from genkit.data.images import ImageSource, InMemory
+from genkit.data.source import Split, check_split
 
 DIGITS = tuple("0123456789")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(Source):
+class Digits(ImageSource):
     """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is held out."""
 
     words = WORDS
@@ -42,7 +43,7 @@ class Digits(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Torchvision(Source):
+class Torchvision(ImageSource):
     """A classic that torchvision knows how to read, and downloads to ``root`` where it is absent."""
 
     root: str = "data"
@@ -125,7 +126,7 @@ class Cifar10(Torchvision):
     def load(self, split: Split = "train") -> Data:
         zips = Path(self.root).expanduser() / "cifar10"
         if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
-            same = {f.name: getattr(self, f.name) for f in fields(Source)}
+            same = {f.name: getattr(self, f.name) for f in fields(ImageSource)}
             return Zip(**{**same, "root": str(zips)}).load(split, names=self.NAMES)
         pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
         return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})

@@ -6,7 +6,7 @@ of the sample, so that all splits and sizes share one space. ``noise`` is added 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Annotated, ClassVar
@@ -17,19 +17,20 @@ from annotated_types import Ge
 
 from genkit.core import Label, Spec, seed_of
 from genkit.data.codecs import Identity
-from genkit.data.images import InMemory, Split, check_split
+from genkit.data.images import InMemory
+from genkit.data.source import DataSource, Split, check_split
 
 Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [n] where the shape has any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Toy(ABC):
+class Toy(DataSource):
     n: Annotated[int, Ge(1)] = 50_000
     noise: Annotated[float, Ge(0)] = 0.05
     seed: int = 0
     labels: bool = True  # False: leave out the classes, where there are any
 
-    suits: ClassVar[str] = "mlp"  # the backbone that fits these samples
+    default_backbone: ClassVar[str] = "mlp"
     classes: ClassVar[int] = 0
     mean: ClassVar[tuple[float, float]] = (0.0, 0.0)  # of the shape itself
     scale: ClassVar[float] = 1.0  # the root of its mean variance

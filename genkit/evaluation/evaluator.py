@@ -14,13 +14,13 @@ import torch
 from genkit import config
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
+from genkit.core.tensors import sha256
 from genkit.evaluation import cards
 from genkit.evaluation.metrics import METRICS, Estimate, Measured, Metric, Moments, Settings, bias_warning
 from genkit.evaluation.metrics.features import FEATURES as ALL
 from genkit.evaluation.metrics.features import Extractor, Features, cache
 from genkit.evaluation.shards import Found, Progress, Ranks, measure, quiet, reference, require_logits
 from genkit.evaluation.sources import Drawn, Given, Rebuilt, Samples, class_of, data_of, how_of, split_rows
-from genkit.training import run as runs
 
 SMALL = range(8, 33)  # pixels a side of the pictures for which a classifier of their own says more than Inception
 KEEPS = {"moments": (), "features": ("features",), "samples": ("features",), "logits": ("logits",),
@@ -246,4 +246,4 @@ def statistics(path: File, extractor: Extractor, metrics: Mapping[str, Metric]) 
         name = extractor.settings.get("name", "these")
         have = f"{name} features have {extractor.dim}"
         raise ValueError(f"reference: {path} holds statistics of {moments.dim} numbers; {have}")
-    return Measured(moments), {"stats": str(path), "sha256": runs.sha256(path), "n": moments.n}
+    return Measured(moments), {"stats": str(path), "sha256": sha256(path), "n": moments.n}

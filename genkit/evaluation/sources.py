@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.config import dump
 from genkit.core import Data, Denoiser, Draw, Label, Spec, spec_to_dict
-from genkit.data import DATA, codecs, source, world
-from genkit.data.captions import FILES
+from genkit.core.tensors import sha256
+from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
+from genkit.data.source import Split
 from genkit.diffusion.samplers import Counted, Seeds
-from genkit.training import run as runs
+from genkit.training.run import Run, with_classes
+from genkit.training.sampling import Sampling, sample_conditions
 
 SPLITS = ("train", "test")
 
@@ -81,7 +84,7 @@ class Given:
 
     data: Data
     name: str
-    config: Any
+    config: DataSource
     """of the source, whose training split may be asked for"""
     split: str = "train"
     hashed: str | None = None
@@ -125,44 +128,25 @@ class Given:
         return Rows(batch.x, batch.cond[self.label] if self.label else None)
 
 
-def still(config: Any) -> Any:
-    """A data set's configuration without augmentation: what is measured is the data themselves."""
-    return replace(config, flip=False) if "flip" in {f.name for f in fields(config)} else config
-
-
-def plain(config: Any) -> Any:
-    """The same samples without captions and with the classes that they have: what any model of them is measured by,
-    so that a model that is told no class has the same reference, and the same features of it, as one that is."""
-    told = ("captions", "encoder", "labels")
-    return replace(config, **{f.name: f.default for f in fields(config) if f.name in told})
-
-
-def classed(config: Any) -> Any:
-    """The same, where captions are made of the classes, with both."""
-    worded = getattr(config, "captions", ()) not in ((), (FILES,))
-    return replace(config, labels=True) if worded else config
-
-
 def find_data(name: str, options: Named = Named()) -> Given:
     """``cifar10:test``, or the path of a folder, .zip or .npz, also with ``:train`` or ``:test`` behind it."""
     base, _, split = name.rpartition(":")
     base, split = (base, split) if split in SPLITS and base else (name, "train")
-    kind, settings = source(base)
-    known = {f.name for f in fields(DATA[kind])}
-    asked = {k: v for k, v in vars(options).items() if v is not None and k in known}
+    kind, settings = find_source(base)
+    given = DATA[kind].applicable({k: v for k, v in vars(options).items() if v is not None})
     if kind == "npz":
         refuse_stats(File(base).expanduser())
-    config = still(DATA[kind](**{**asked, **settings}))
+    config = DATA[kind](**{**given, **settings}).unaugmented()
     return Given(config.load(split), base, config, split)
 
 
-def data_of(run: runs.Run, split: str = "train", options: Named = Named()) -> Given:
+def data_of(run: Run, split: str = "train", options: Named = Named()) -> Given:
     """The data that a run was trained on, without augmentation, wherever ``options`` say that they lie now."""
-    config = plain(still(world(run.config.data)))
-    if options.root is not None and "root" in {f.name for f in fields(config)}:
-        config = replace(config, root=options.root)
+    config = run.config.data.decoded_source().unaugmented().with_default_conditions()
+    if options.root is not None:
+        config = config.with_fields(root=options.root)
     name = next((k for k, v in DATA.items() if v is type(config)), type(config).__name__)
-    return Given(config.load(split), name, config, split)
+    return Given(config.load(cast(Split, split)), name, config, split)
 
 
 def refuse_stats(path: File) -> None:
@@ -190,7 +174,7 @@ class Drawn:
     :meth:`genkit.training.run.Run.generator`.
     """
 
-    run: runs.Run
+    run: Run
     how: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     weights_sha256: str = ""
@@ -207,12 +191,13 @@ class Drawn:
                 "of a code, what it keeps: --rebuild test"
             )
         self.asked: list[Counted] = []
-        self.classifier: runs.Run | None = self.how.get("classifier")
-        mine = self.run.world
-        self.spec_asked = self.run.spec if self.classifier is None else runs.with_classes(mine, self.classifier)
-        self.generate = self.run.generator(**self.how, watch=None if self.one_pass else self._count)
+        self.classifier: Run | None = self.how.get("classifier")
+        mine = self.run.data_spec
+        self.spec_asked = self.run.spec if self.classifier is None else with_classes(mine, self.classifier)
+        self.generate = self.run.generator(**self.how, inner=None if self.one_pass else self._count)
         if any(not isinstance(kind, Label) for kind in self.spec_asked.cond.values()) and self.conditions is None:
-            self.conditions = classed(still(self.run.config.data)).load("train")
+            source = self.run.config.data.unaugmented()
+            self.conditions = (source.with_labels() if source.captions_from_labels else source).load("train")
         seen = {} if self.conditions is None else self.conditions.spec.cond
         known = self.spec_asked.cond
         self.classes = {k: kind for k, kind in seen.items() if isinstance(kind, Label) and k not in known}
@@ -231,7 +216,7 @@ class Drawn:
 
     @property
     def spec(self) -> Spec:
-        return replace(self.run.world, cond={**self.run.world.cond, **self.classes})
+        return replace(self.run.data_spec, cond={**self.run.data_spec.cond, **self.classes})
 
     @property
     def name(self) -> str:
@@ -250,7 +235,7 @@ class Drawn:
 
     def cond(self, rows: range) -> dict[str, Tensor]:
         if self.conditions is None:
-            return {k: v[rows.start :] for k, v in runs.labels(self.spec_asked, rows.stop).items()}
+            return {k: v[rows.start :] for k, v in sample_conditions(self.spec_asked, rows.stop).items()}
         batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), rows.start, rows.stop))
         return dict(self.conditions.codec.encode(batch).cond)
 
@@ -274,7 +259,7 @@ class Drawn:
 class Rebuilt:
     """Samples of a run's data after the way through its code and back: what a model of its latents could do at best."""
 
-    run: runs.Run
+    run: Run
     given: Given
     weights_sha256: str = ""
 
@@ -306,7 +291,7 @@ class Rebuilt:
         batch = self.given.data.batch(indices, Draw((0,), first, last))
         draw = Draw((0, 1), first, last, self.run.device)
         label = batch.cond[self.label].cpu() if self.label else None
-        return Rows(self.run.rebuild(replace(batch.to(self.run.device), draw=draw)), label)
+        return Rows(self.run.reconstruct(replace(batch.to(self.run.device), draw=draw)), label)
 
 
 def how_of(samples: Samples) -> dict[str, Any]:
@@ -321,12 +306,12 @@ def how_of(samples: Samples) -> dict[str, Any]:
         **weights_of(run, samples.weights_sha256),
         **samples.settings,
         **{k: told(v) for k, v in others.items()},
-        "sampler": samples.how.get("sampler") or run.objective.sampler,
+        "sampler": samples.how["sampling"].sampler or run.objective.sampler,
         "seed": samples.seed,
     }
 
 
-def weights_of(run: runs.Run, sha256: str) -> dict[str, Any]:
+def weights_of(run: Run, sha256: str) -> dict[str, Any]:
     """Which weights a card is of."""
     return {
         "run": run.directory.name,
@@ -339,15 +324,17 @@ def weights_of(run: runs.Run, sha256: str) -> dict[str, Any]:
 
 def told(value: Any) -> Any:
     """A setting of sampling as JSON holds it; of a second model, its weights."""
-    if isinstance(value, runs.Run):
+    if isinstance(value, Sampling):
+        return dump(value)
+    if isinstance(value, Run):
         return {"run": value.directory.name, "weights_sha256": weights_sha256(value)}
     return list(value) if isinstance(value, tuple) else value if isinstance(value, (int, str, float, bool)) else (
         None if value is None else repr(value))  # fmt: skip
 
 
-def weights_sha256(run: runs.Run) -> str:
+def weights_sha256(run: Run) -> str:
     """Of the file that the networks came from."""
-    return runs.sha256(run.directory / run.weights)
+    return sha256(run.directory / run.weights)
 
 
 def split_rows(n: int, batch: int, least: int = 16) -> Sequence[range]:

@@ -98,13 +98,13 @@ def download(name: str) -> File:
                          "Else download it elsewhere and name its folder") from e  # fmt: skip
 
 
-def name_of(where: str) -> str:
+def canonical_name(where: str) -> str:
     """DIR as config.yaml keeps it: the same from everywhere. A name of the hub stays one."""
     return str(File(where).expanduser().resolve()) if File(where).expanduser().is_dir() else where
 
 
 # ----------------------------------------------------------------------------------------------- what it says of itself
-def suggested(where: str) -> dict[str, Any]:
+def init_defaults(where: str) -> dict[str, Any]:
     """The blocks ``backbone`` and, where the scheduler is one that we have, ``objective`` of config.yaml."""
     folder = open_folder(where)
     s, kind = folder.settings, KINDS[folder.settings["_class_name"]]
@@ -154,7 +154,7 @@ def flow_matching(scheduler: Mapping[str, Any] | None) -> bool:
     return bool(scheduler) and str((scheduler or {}).get("_class_name", "")).startswith("FlowMatch")
 
 
-def remark(where: str, objective: Objective) -> str | None:
+def init_note(where: str, objective: Objective) -> str | None:
     """What a person should hear where the weights were trained by another objective than they go on with."""
     folder = open_folder(where)
     trained, mine = objective_of(folder), config.dump(Objectives(objective))["objective"]
@@ -179,7 +179,7 @@ class Objectives:
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
-def begin(nets: Mapping[str, nn.Module], where: str, say: Notes = lambda text: None) -> dict[str, str]:
+def init_from(nets: Mapping[str, nn.Module], where: str, say: Notes = lambda text: None) -> dict[str, str]:
     """Give the one network of diffusers among ``nets`` the weights of the folder; where those came from.
 
     Rows of classes that the weights do not know begin as their null class, or the mean of all. ``ValueError`` names the
@@ -219,7 +219,7 @@ def begin(nets: Mapping[str, nn.Module], where: str, say: Notes = lambda text: N
             why = "; it was trained with classes, keep the data's labels" if CLASSES.search(key) else ""
             raise ValueError(f"init: {where} does not fit, first at {key}: {there} there, {mine} here{why}")
     here[0].model.load_state_dict(stored)
-    return {"run": f"diffusers:{name_of(where)}", "weights": str(weights)}
+    return {"run": f"diffusers:{canonical_name(where)}", "weights": str(weights)}
 
 
 def rows(there: Tensor | None, here: Tensor, key: str) -> tuple[Tensor, str | None]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 
-def lost_ranks() -> int:
+def missing_ranks() -> int:
     """How many processes `accelerate launch` was asked for and did not start; 1 when nothing is missing."""
     env = os.environ
     if "WORLD_SIZE" in env or not {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= env.keys():
@@ -38,11 +38,17 @@ def join_ranks(device: torch.device) -> Accelerator:
     """This process among its ranks. They part before the interpreter ends, where threads of gloo may abort it."""
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     if accelerator.num_processes > 1:
-        atexit.register(part)
+        atexit.register(leave_ranks)
     return accelerator
 
 
-def part() -> None:
+def is_main_process() -> bool:
+    """Whether this process speaks for all ranks."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def leave_ranks() -> None:
+    """End the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -8,57 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path as File
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit.core import Batch, Codec, Objective, Phase, seed_of
+from genkit.training.settings import TrainSettings
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
-
-
-class Settings(Protocol):
-    """What of the configuration the loop reads; `genkit.config.Train` has it."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def micro(self) -> int | None: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def clip(self) -> float: ...
-    @property
-    def ema(self) -> tuple[float, ...]: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def sample_every(self) -> int: ...
-    @property
-    def eval_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def bad_steps(self) -> int: ...
 
 
 @dataclass
@@ -71,6 +31,11 @@ class State:
     step: int = 0
     skipped: int = 0  # steps left out because a gradient was not finite
 
+    @property
+    def slowest_average(self) -> dict[str, nn.Module]:
+        """The networks that samples are drawn from: the average of largest decay, or the raw ones without averages."""
+        return self.emas[max(self.emas)] if self.emas else self.nets
+
 
 class Diverged(RuntimeError):
     """Too many steps in a row without a finite gradient."""
@@ -82,15 +47,15 @@ def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tu
         yield from nets[name].named_parameters(prefix=name)
 
 
-def start(objective: Objective, nets: dict[str, nn.Module], cfg: Settings) -> State:
+def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings) -> State:
     """The state before the first step."""
-    emas = {decay: {k: twin(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in cfg.ema}
+    emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
             [p for _, p in phase_parameters(phase, nets)],
-            lr=cfg.lr,
-            betas=cfg.betas,
-            weight_decay=cfg.weight_decay,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
             fused=True,
         )
         for phase in objective.phases
@@ -98,23 +63,23 @@ def start(objective: Objective, nets: dict[str, nn.Module], cfg: Settings) -> St
     return State(nets, emas, optimizers)
 
 
-def twin(net: nn.Module) -> nn.Module:
+def copy_for_ema(net: nn.Module) -> nn.Module:
     """A copy, which shares the buffers that are not saved: tables, and the weights that a LoRA does not train."""
     unsaved = {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
     return copy.deepcopy(net, unsaved)
 
 
-def rate(cfg: Settings, step: int) -> float:
+def learning_rate(settings: TrainSettings, step: int) -> float:
     """The learning rate of ``step``: a linear warm-up, then constant or half a cosine (Loshchilov & Hutter 2017)."""
-    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    if cfg.schedule == "constant" or step < cfg.warmup:
-        return cfg.lr * warm
-    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    if settings.schedule == "constant" or step < settings.warmup:
+        return settings.lr * warm
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @torch.no_grad()
-def average(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
+def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
     """``ema += (1 - d) (net - ema)``, with ``d = min(decay, (1 + step) / (10 + step))`` while the run is young."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     for name, net in nets.items():
@@ -126,7 +91,7 @@ def average(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: 
             a.copy_(b)
 
 
-def share(batch: int, world: int) -> int:
+def local_batch_size(batch: int, world: int) -> int:
     """The rows of a global batch that each rank takes."""
     if batch % world:
         raise ValueError(f"batch: given {batch} on {world} ranks; needs a multiple of {world}")
@@ -138,119 +103,191 @@ def micro_batches(local: int, micro: int | None) -> list[tuple[int, int]]:
     return [(i, min(i + size, local)) for i in range(0, local, size)]
 
 
+Log = Callable[[dict[str, Any]], None]
+Hook = Callable[[State], None]
+
+
 def fit(
     objective: Objective,
     state: State,
     stream: Stream,
     codec: Codec,
-    cfg: Settings,
+    settings: TrainSettings,
     accelerator: Accelerator,
     *,
-    log: Callable[[dict[str, Any]], None] = lambda record: None,
-    sample: Callable[[State], None] = lambda state: None,
-    evaluate: Callable[[State], None] = lambda state: None,
-    save: Callable[[State], None] = lambda state: None,
+    log: Log = lambda record: None,
+    sample: Hook = lambda state: None,
+    evaluate: Hook = lambda state: None,
+    save: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train ``state`` from ``state.step`` to ``cfg.steps``; True when it got there, False when ``stop()`` said to end.
+    """Train ``state`` from ``state.step`` to ``settings.steps``; True if it got there, False if ``stop()`` ended it.
 
-    A step is a pure function of (state, seed, step): a resumed run is bit-identical to one that never stopped. For
-    each phase: draw its batches, ``loss``, backward in micro-batches, clip, step that phase's optimiser; then EMA.
-    Ranks share the global batch by rows. A non-finite gradient skips that optimiser step without a host
-    synchronisation; after ``cfg.bad_steps`` in a row :class:`Diverged` names the first bad layer.
+    A step is a pure function of (state, seed, step): a resumed run is bit-identical to one that never stopped. Each
+    phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; then come the
+    averages. Ranks share the global batch by rows. A non-finite gradient skips that optimizer step without a host
+    synchronisation; after ``settings.max_nonfinite_steps`` in a row :class:`Diverged` names the first bad layer.
     """
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    local = share(cfg.batch, world)
-    if cfg.compile:
-        for net in state.nets.values():
-            net.compile()
-    learned = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]  # DDP wants no mere memory
-    wrapped = {k: accelerator.prepare_model(net) if k in learned else net for k, net in state.nets.items()}
-    pieces = micro_batches(local, cfg.micro)
-    bf16 = cfg.precision == "bf16"
-    streak, skipped = torch.zeros((), device=device), torch.zeros((), device=device)
-    meter = Meter(device, state.step)
-    for net in state.nets.values():
-        net.train()
-
-    def rows(step: int, draw: int, piece: tuple[int, int]) -> Batch:
-        first = rank * local
-        return codec.encode(stream(step, draw, first + piece[0], first + piece[1]).to(device))
-
-    while state.step < cfg.steps:
+    loop = _Loop(objective, state, stream, codec, settings, accelerator)
+    while state.step < settings.steps:
         step = state.step
-        torch.manual_seed(seed_of(cfg.seed, rank, step))  # for what is not drawn by row: dropout
-        lr = rate(cfg, step)
-        draw = 0
-        for phase in objective.phases:
-            if step % phase.every:
-                continue
-            nets = {k: wrapped[k] if k in phase.trains else state.nets[k] for k in state.nets}
-            for name, net in state.nets.items():
-                net.requires_grad_(name in phase.trains)
-            optimizer = state.optimizers[phase.name]
-            for _ in range(phase.repeats):
-                for piece in pieces:
-                    with ExitStack() as stack:
-                        if piece is not pieces[-1]:
-                            for name in phase.trains:
-                                stack.enter_context(accelerator.no_sync(wrapped[name]))
-                        batch = rows(step, draw, piece)
-                        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                            loss = objective.loss(phase.name, nets, batch)
-                        each = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
-                        accelerator.backward(each.sum() / local)
-                    meter.add(f"{phase.name}/loss", each.detach().sum() / local, len(batch) / local)
-                    for key, value in loss.logs.items():
-                        meter.add(f"{phase.name}/{key}", value.detach() * (len(batch) / local), len(batch) / local)
-                parameters = [p for _, p in phase_parameters(phase, state.nets)]
-                norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-                bad = (~torch.isfinite(norm)).float()
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                guarded_step(optimizer, bad)
-                optimizer.zero_grad(set_to_none=True)
-                meter.add(f"{phase.name}/grad_norm", norm, 1.0)
-                streak, skipped = (streak + 1) * bad, skipped + bad
-                draw += 1
-        objective.settle(state.nets, step)
-        state.step += 1
-        for decay, ema in state.emas.items():
-            average(ema, state.nets, decay, step)
-        due = state.step % cfg.log_every == 0 or state.step == cfg.steps
-        if (device.type == "cpu" or due) and float(streak) >= cfg.bad_steps:
-            where = first_bad_layer(objective, state, rows(step, 0, pieces[0]), bf16)
-            count = int(streak)
-            raise Diverged(f"step {state.step}: no finite gradient for {count} steps in a row; first bad: {where}")
-        if due:
-            state.skipped += int(skipped)
-            skipped = torch.zeros_like(skipped)
-            record = meter.read(accelerator, state, cfg, lr)
-            log(record)
-        progress(state.step, meter.last if device.type == "cuda" else meter.peek(objective.phases[0].name))
-        if cfg.sample_every and (state.step % cfg.sample_every == 0 or state.step == cfg.steps):
+        lr = learning_rate(settings, step)
+        loop.train_step(step, lr)
+        loop.refuse_divergence(step)
+        if loop.is_due(settings.log_every):
+            log(loop.record(lr))
+        progress(state.step, loop.recent_loss())
+        if settings.sample_every and loop.is_due(settings.sample_every):
             sample(state)
-        if cfg.eval_every and (state.step % cfg.eval_every == 0 or state.step == cfg.steps):
+        if settings.eval_every and loop.is_due(settings.eval_every):
             began = time.perf_counter()
             evaluate(state)
-            meter.mark += time.perf_counter() - began  # samples_per_s is that of training
-        ending = all_agree(accelerator, state.step, stop)
-        if ending or state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
-            state.skipped += int(skipped)
-            skipped = torch.zeros_like(skipped)
+            loop.meter.mark += time.perf_counter() - began  # samples_per_s counts training alone
+        stopping = all_agree(accelerator, state.step, stop)
+        if stopping or loop.is_due(settings.save_every):
+            loop.count_skipped()
             require_same(accelerator, state)
             save(state)
-        if ending and state.step < cfg.steps:
+        if stopping and state.step < settings.steps:
             return False
     return True
+
+
+class _Loop:
+    """The parts of a step that :func:`fit` puts in order."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        state: State,
+        stream: Stream,
+        codec: Codec,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+    ):
+        self.objective, self.state, self.stream, self.codec = objective, state, stream, codec
+        self.settings, self.accelerator = settings, accelerator
+        self.device = accelerator.device
+        self.local = local_batch_size(settings.batch, accelerator.num_processes)
+        self.pieces = micro_batches(self.local, settings.micro_batch)
+        self.bf16 = settings.precision == "bf16"
+        self.streak = torch.zeros((), device=self.device)  # non-finite steps in a row
+        self.skipped = torch.zeros((), device=self.device)  # non-finite steps since the last count
+        if settings.compile:
+            for net in state.nets.values():
+                net.compile()
+        # DDP refuses networks without parameters, such as a memory of past losses
+        trainable = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]
+        self.wrapped = {k: accelerator.prepare_model(v) if k in trainable else v for k, v in state.nets.items()}
+        self.meter = Meter(self.device, state.step)
+        for net in state.nets.values():
+            net.train()
+
+    def rows(self, step: int, draw: int, piece: tuple[int, int]) -> Batch:
+        """This rank's rows ``piece`` of a batch, encoded."""
+        first = self.accelerator.process_index * self.local
+        return self.codec.encode(self.stream(step, draw, first + piece[0], first + piece[1]).to(self.device))
+
+    def train_step(self, step: int, lr: float) -> None:
+        """All phases of one step, then what follows them, then the averages."""
+        seed = seed_of(self.settings.seed, self.accelerator.process_index, step)
+        torch.manual_seed(seed)  # for what is not drawn by row: dropout
+        draw = 0
+        for phase in self.objective.phases:
+            if step % phase.every:
+                continue
+            nets = {k: self.wrapped[k] if k in phase.trains else v for k, v in self.state.nets.items()}
+            for name, net in self.state.nets.items():
+                net.requires_grad_(name in phase.trains)
+            for _ in range(phase.repeats):
+                self.backward(phase, nets, step, draw)
+                self.optimize(phase, lr)
+                draw += 1
+        self.objective.settle(self.state.nets, step)
+        self.state.step += 1
+        for decay, ema in self.state.emas.items():
+            update_ema(ema, self.state.nets, decay, step)
+
+    def backward(self, phase: Phase, nets: Mapping[str, nn.Module], step: int, draw: int) -> None:
+        """Accumulate the gradient of one batch, a micro-batch at a time."""
+        for piece in self.pieces:
+            with ExitStack() as stack:
+                # ranks exchange gradients once, with the last micro-batch
+                if piece is not self.pieces[-1]:
+                    for name in phase.trains:
+                        stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
+                batch = self.rows(step, draw, piece)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    loss = self.objective.loss(phase.name, nets, batch)
+                weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
+                self.accelerator.backward(weighted.sum() / self.local)
+            share = len(batch) / self.local
+            self.meter.add(f"{phase.name}/loss", weighted.detach().sum() / self.local, share)
+            for key, value in loss.logs.items():
+                self.meter.add(f"{phase.name}/{key}", value.detach() * share, share)
+
+    def optimize(self, phase: Phase, lr: float) -> None:
+        """Clip, and step the phase's optimizer unless the gradient is not finite."""
+        parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
+        norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
+        self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
+        self.streak = (self.streak + 1) * bad
+        self.skipped = self.skipped + bad
+
+    def is_due(self, every: int) -> bool:
+        """Whether the step just made is a multiple of ``every``, or the last."""
+        return self.state.step % every == 0 or self.state.step == self.settings.steps
+
+    def refuse_divergence(self, step: int) -> None:
+        """Raise :class:`Diverged` after too many non-finite steps in a row.
+
+        Off the CPU the count is read only when a log line synchronises the device anyway.
+        """
+        if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
+            return
+        if float(self.streak) >= self.settings.max_nonfinite_steps:
+            layer = first_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
+            count = int(self.streak)
+            raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
+
+    def record(self, lr: float) -> dict[str, Any]:
+        """A line of the log: means since the last one."""
+        self.count_skipped()
+        return self.meter.read(self.accelerator, self.state, self.settings, lr)
+
+    def recent_loss(self) -> float | None:
+        """The first phase's mean loss since the last log line; on an accelerator, that of the last line."""
+        return self.meter.peek(self.objective.phases[0].name) if self.device.type == "cpu" else self.meter.last
+
+    def count_skipped(self) -> None:
+        """Add the skipped steps to the state's count."""
+        self.state.skipped += int(self.skipped)
+        self.skipped = torch.zeros_like(self.skipped)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], lr: float, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients to norm ``clip`` (0: not at all) and step, unless they are not finite; then clear them.
+
+    Returns the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0: scalars on the device, which
+    is not synchronised.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    bad = (~torch.isfinite(norm)).float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    guarded_step(optimizer, bad)
+    optimizer.zero_grad(set_to_none=True)
+    return norm, bad
 
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies in bf16 by itself; a CPU that only emulates it is slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    flags = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").is_file() else ""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
@@ -332,17 +369,17 @@ class Meter:
         key = f"{phase}/loss"
         return float(self.sums[key]) / self.counts[key] if key in self.sums else self.last
 
-    def read(self, accelerator: Accelerator, state: State, cfg: Settings, lr: float) -> dict[str, Any]:
+    def read(self, accelerator: Accelerator, state: State, settings: TrainSettings, lr: float) -> dict[str, Any]:
         keys = sorted(self.sums)
         means = torch.stack([self.sums[k].to(self.device) / self.counts[k] for k in keys])
         means = accelerator.reduce(means, "mean").tolist()  # type: ignore[union-attr]
         now = time.perf_counter()
         record: dict[str, Any] = {
             "step": state.step,
-            "samples": state.step * cfg.batch,
+            "samples": state.step * settings.batch,
             "seconds": round(now - self.started, 3),
             "lr": lr,
-            "samples_per_s": round((state.step - self.step) * cfg.batch / (now - self.mark), 1),
+            "samples_per_s": round((state.step - self.step) * settings.batch / (now - self.mark), 1),
             "skipped": state.skipped,
             **{k: v if math.isfinite(v) else None for k, v in zip(keys, means, strict=True)},
         }

@@ -16,10 +16,11 @@ from genkit.backbones.diffusers import UNet2D
 from genkit.backbones.lora import LoRA, adapt, merge
 from genkit.cli import main as cli
 from genkit.core import Label, Spec
-from genkit.core.tensors import tensors
+from genkit.core.tensors import sha256, tensors
 from genkit.diffusion.samplers import Seeds
-from genkit.training import run as runs
-from genkit.training.loop import twin
+from genkit.training.directory import symlink
+from genkit.training.loop import copy_for_ema
+from genkit.training.run import load_run
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -85,7 +86,7 @@ def test_the_change_is_that_of_the_paper():
     assert torch.allclose(nets["net"](x), wanted, atol=1e-6)
     for strength in (1.0, 0.5, 0.0):
         whole = {"net": copy.deepcopy(layer)}
-        merge(whole, how, stored, "there", strength)
+        merge(whole, how, stored, Path("there"), strength)
         wanted = layer[1](layer[0](x) + strength * 3.0 * x @ a.T @ b.T)
         assert torch.allclose(whole["net"](x), wanted, atol=1e-6)
 
@@ -97,7 +98,7 @@ def test_what_is_merged_is_a_network_as_before(family):
     whole, how = copy.deepcopy(nets), LoRA(rank=2, layers=".")
     names = [k for k, _ in nets["net"].named_parameters()]
     adapt(nets, how)
-    merge(whole, how, tensors(changed(nets)), "there")
+    merge(whole, how, tensors(changed(nets)), Path("there"))
     assert [k for k, _ in whole["net"].named_parameters()] == names
     assert torch.allclose(asked(whole), asked(nets), atol=2e-5)
 
@@ -105,7 +106,7 @@ def test_what_is_merged_is_a_network_as_before(family):
 def test_averages_share_the_base_and_not_the_change():
     nets = networks("unet")
     adapt(nets, LoRA(rank=2))
-    other = twin(nets["net"])
+    other = copy_for_ema(nets["net"])
     mine = dict(nets["net"].named_buffers())
     assert all(b is mine[k] for k, b in other.named_buffers() if k in mine and "base_layer" in k)
     assert not any(p is q for p, q in zip(other.parameters(), nets["net"].parameters(), strict=True))
@@ -152,13 +153,13 @@ def tuned(tmp_path_factory, base):
 
 def drawn(run, **how):
     """Of two seeds, before they are pixels: those of a network that is hardly trained are black and white."""
-    loaded, noise = runs.load(run, **how), Seeds(range(2))
+    loaded, noise = load_run(run, **how), Seeds(range(2))
     with torch.no_grad():
         return loaded.generator(steps=3)(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
 
 
 def weights(run, **how):
-    return {k: v for k, v in runs.load(run, **how).nets["net"].state_dict().items()}
+    return {k: v for k, v in load_run(run, **how).nets["net"].state_dict().items()}
 
 
 def test_a_run_holds_the_change_alone_and_remembers_its_base(base, tuned):
@@ -169,8 +170,8 @@ def test_a_run_holds_the_change_alone_and_remembers_its_base(base, tuned):
         assert all("lora_" in k for k in load_file(tuned / "latest" / name)), name
     said = json.loads((tuned / "base.json").read_text())
     assert said == {"run": str(base), "weights": f"checkpoints/step-0000003/{file}",
-                    "sha256": runs.sha256(base / "latest" / file)}  # fmt: skip
-    run, old = runs.load(tuned), runs.load(base)
+                    "sha256": sha256(base / "latest" / file)}  # fmt: skip
+    run, old = load_run(tuned), load_run(base)
     assert (run.config.objective, run.config.backbone) == (old.config.objective, old.config.backbone)
 
 
@@ -195,7 +196,7 @@ def test_the_command_draws_with_a_change_into_a_file_of_its_own(base, tuned, tmp
 def test_a_resumed_run_is_bit_identical(tmp_path, base):
     whole = train(tmp_path / "a", f"--init={base}", *TUNED)
     cut = train(tmp_path / "b", f"--init={base}", *TUNED, "--save-every=2")
-    runs.point(cut / "latest", "checkpoints/step-0000002")
+    symlink(cut / "latest", "checkpoints/step-0000002")
     os.rename(cut / "checkpoints/step-0000004", cut / "gone")
     assert cli.main(["train", "--resume", str(cut)]) == 0
     for file in ("nets", "ema-0.999", "optim"):
@@ -213,7 +214,7 @@ def test_a_change_of_a_changed_run(tmp_path, tuned):
 def test_exported_it_needs_neither_base_nor_peft(tmp_path, tuned):
     out = tmp_path / "out"
     assert cli.main(["export", str(tuned), str(out), "--to=run"]) == 0
-    assert not runs.load(out).config.lora.active
+    assert not load_run(out).config.lora.active
     assert torch.equal(drawn(out), drawn(tuned))
 
 
@@ -229,13 +230,13 @@ def test_a_base_may_move_along_but_not_change_or_go(tmp_path, base, tuned):
     file = here / f"x{base.name}" / about["weights"]
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"is not what .* changes any more"):
-        runs.load(here / tuned.name)
+        load_run(here / tuned.name)
     file.unlink()
     with pytest.raises(ValueError, match="is not there any more; put it back"):
-        runs.load(here / tuned.name)
+        load_run(here / tuned.name)
     (here / tuned.name / "base.json").unlink()
     with pytest.raises(ValueError, match=r"has no base\.json"):
-        runs.load(here / tuned.name)
+        load_run(here / tuned.name)
 
 
 def test_what_makes_no_sense_is_one_line(tmp_path, base, tuned, capsys):

@@ -16,7 +16,9 @@ from genkit import config
 from genkit.cli import main as cli
 from genkit.evaluation import Ruler
 from genkit.evaluation.report import page as report
-from genkit.training import run as runs
+from genkit.training.checkpoint import read_tensors
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 from tests.evaluation.test_report import alone
 
 RULER = ["--features=classifier", "--features.steps=60"]
@@ -147,7 +149,7 @@ def test_a_killed_training_goes_on(trained, monkeypatch):
     """From its last checkpoint, to the same weights, bit by bit; and the cost is that of both parts."""
     run, cfg = trained
     end = run / "checkpoints" / "step-0000004"
-    whole = runs.read(end, "nets.safetensors")
+    whole = read_tensors(end, "nets.safetensors")
     shutil.rmtree(end)
     (run / "latest").unlink()
     (run / "latest").symlink_to("checkpoints/step-0000003")
@@ -162,7 +164,7 @@ def test_a_killed_training_goes_on(trained, monkeypatch):
     monkeypatch.setattr(quality, "launch", launch)
     assert quality.train(cfg) == run
     assert asked == [["--resume", str(run)]]
-    again = runs.read(end, "nets.safetensors")
+    again = read_tensors(end, "nets.safetensors")
     assert all(torch.equal(again[k], v) for k, v in whole.items())
     cost = quality.cost_of(run)
     assert cost.steps == 4
@@ -228,7 +230,7 @@ def test_every_row_trains_the_same_budget(name):
     assert sum(cfg.steps for cfg in every) == 40
     for cfg in every:
         assert (cfg.backbone.width, cfg.data.size, cfg.seed) == (24, 10, 3)
-        assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+        assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 
 
 def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
@@ -238,8 +240,8 @@ def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     assert cli.main(argv) == 0
     stage, flow = (next((tmp_path / "runs").glob(f"*-{name}-seed0")) for name in ("latent-stage", "latent"))
     assert config.load_yaml(flow / "config.yaml")["codec"] == str(stage.resolve())
-    assert (runs.load(stage).step, runs.load(flow).step) == (2, 2)
-    assert runs.load(flow).spec.shape == (2, 4, 4)
+    assert (load_run(stage).step, load_run(flow).step) == (2, 2)
+    assert load_run(flow).spec.shape == (2, 4, 4)
     both = [quality.cost_of(run) for run in (stage, flow)]
     assert sum(c.steps for c in both) == 4
     asked = config.parse(quality.Quality, [*TINY, f"--out={tmp_path}"])

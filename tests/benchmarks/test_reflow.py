@@ -21,7 +21,7 @@ from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
 from genkit.objectives.matching.couplings import Given
 from genkit.objectives.matching.distillation import Distil
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 
 def train(objective, draw, steps, nets=None):
@@ -157,13 +157,13 @@ def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeyp
         printed = commands(capsys.readouterr().out)
         before = Path("runs/latest").resolve()
         assert train_command([*printed["straighten"], "--lr=1e-12", "--steps=1"]) == 0
-        run = runs.load("runs/latest")
+        run = load_run("runs/latest")
         assert run.config.objective.coupling == Given()
         assert run.config.init == str(before)
-        old, new = (next(r.nets["net"].parameters()) for r in (runs.load(before), run))
+        old, new = (next(r.nets["net"].parameters()) for r in (load_run(before), run))
         assert torch.allclose(old, new, atol=1e-6)
     assert train_command([*printed["one step"], "--steps=1"]) == 0
-    run = runs.load("runs/latest")
+    run = load_run("runs/latest")
     assert isinstance(run.objective, Distil)
     assert run.config.init == str(before)
     assert run.sample(3)[0].shape == (3, 2)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from genkit.cli import main as cli
 from genkit.core import pictures
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--steps=2", "--batch=8", "--sample-every=2", "--warmup=0"]
 SMALL = {
@@ -85,7 +85,7 @@ def test_info(run, capsys):
 
 
 def test_sample_formats(run, tmp_path, capsys):
-    shape = runs.load(run).spec.shape
+    shape = load_run(run).spec.shape
     grid, arrays = tmp_path / "grid.png", tmp_path / "arrays.npz"
     assert cli.main(["sample", str(run), "--n=6", "--steps=2", f"--out={grid}"]) == 0
     assert Image.open(grid).size[0] > 50
@@ -139,7 +139,7 @@ def test_likelihood_of_a_model_that_is_a_normal(tmp_path, capsys):
     how = ["--n=20", "--steps=100", "--json", "--ema=none"]
     assert cli.main(["likelihood", f"{tmp_path}/latest", *how]) == 0
     result = json.loads(capsys.readouterr().out)
-    data = runs.load(tmp_path / "latest").config.data.load("test")
+    data = load_run(tmp_path / "latest").config.data.load("test")
     x = data.x[:20].flatten(1).double() / 127.5 - 1
     nats = 0.5 * (x**2).sum(1) + 32 * np.log(2 * np.pi)
     expected = float(nats.mean()) / (64 * np.log(2)) + np.log2(127.5)
@@ -163,7 +163,7 @@ def test_unknown_command(capsys):
         (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
         (["train", "--resume=nowhere"], "does not exist"),
         (["train", "--data=moons", "--backbone=unet"], "try --backbone=mlp"),
-        (["train", "--device=cuda"], "no CUDA"),
+        (["train", "--device=cuda"], "no such device"),
         (["train", "--data=folder", "--data.root=nowhere"], "nowhere"),
         (["sample", "nowhere"], "does not exist"),
     ],
@@ -185,7 +185,7 @@ def test_mistakes_are_one_line(capsys, argv, says, tmp_path, monkeypatch):
         (["--step=7"], "saved: 2"),
         (["--grid=none"], "allowed: uniform"),
         (["--trajectory", "--n=9", "--batch=4"], "--batch 9"),
-        (["--device=cuda"], "no CUDA"),
+        (["--device=cuda"], "no such device"),
         (["--out=grid.xyz", "--steps=1", "--n=1"], "take .png"),
     ],
 )

@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tyro.conf import Positional
 
-from genkit.config import ConfigError, Sample, Train, dump, from_dict, load_yaml, override, parse, table, to_yaml
+from genkit.cli.commands.sample import Sample
+from genkit.config import ConfigError, dump, from_dict, load_yaml, override, parse, table, to_yaml
 from genkit.config.blocks import fields, load
 from genkit.config.command import field_docs
+from genkit.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from genkit.core import Path as Curve  # not there when the annotations are evaluated
@@ -230,7 +232,11 @@ def test_both_spellings_and_every_kind_of_value():
     both = ["--wave.t-std=2", "--wave.t_std=2", "--wave.t-std 2", "--wave.t_std 2"]
     assert {job(*flags.split()).wave.t_std for flags in both} == {2.0}
     assert job("--lr", "1e-4", "--wave.low", "-3").wave.low == -3
-    assert (job("--micro=7").micro, job("--micro=None").micro, job("--name", "None").name) == (7, None, None)
+    assert (job("--micro-batch=7").micro, job("--micro-batch=None").micro, job("--name", "None").name) == (
+        7,
+        None,
+        None,
+    )
     assert job("--betas", ".5", ".6", "--ema", "0.9", "0.99", "0.999").betas == (0.5, 0.6)
     assert (job("--ema", "0.9", "0.99").ema, job("--ema").ema) == ((0.9, 0.99), ())
     assert (job("--size=8").size, job("--size", "8", "9").size, job("--channels=3").channels) == (8, (8, 9), 3)
@@ -515,14 +521,14 @@ def test_every_entry_of_every_registry_makes_the_round_trip(registry):
         block: dict[str, Any] = {"name": name, **missing}
         for part in reversed(where.split(".")):
             block = {part: block}
-        cfg = from_dict(Train, block)
+        cfg = from_dict(TrainSettings, block)
         value: Any = cfg
         for part in where.split("."):
             value = getattr(value, part)
         assert type(value) is cls
         assert same(cfg)
         flags = [f"--{where}.{k}={v}" for k, v in missing.items()]
-        assert parse(Train, [f"--{where}={name}", *flags]) == cfg or missing
+        assert parse(TrainSettings, [f"--{where}={name}", *flags]) == cfg or missing
 
 
 def test_a_configuration_is_plain_yaml():
@@ -621,10 +627,10 @@ def test_any_file_gives_a_configuration_or_one_line(tmp_path, text):
 
 
 def test_keywords_change_settings_as_a_file_does():
-    cfg = override(Train(lr=0.5), steps=5, backbone="mlp", objective={"name": "ddpm", "drop": 0.3})
+    cfg = override(TrainSettings(lr=0.5), steps=5, backbone="mlp", objective={"name": "ddpm", "drop": 0.3})
     assert (cfg.lr, cfg.steps, type(cfg.backbone).__name__, cfg.objective.drop) == (0.5, 5, "MLP", 0.3)
     assert override(cfg, objective=cfg.objective).objective == cfg.objective
-    assert from_dict(Train, {"objective": cfg.objective}).objective == cfg.objective
+    assert from_dict(TrainSettings, {"objective": cfg.objective}).objective == cfg.objective
     for wrong in ({"stepz": 3}, {"steps": 0}, {"objective": cfg}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             override(cfg, **wrong)

@@ -17,7 +17,8 @@ from genkit.core import (
     pictures,
 )
 from genkit.data import DATA, text
-from genkit.training import run as runs
+from genkit.training.run import load_run
+from genkit.training.sampling import sample_conditions
 from tests.support.data import batch_of
 
 WORDINGS = ("a handwritten {label}", "the digit {label}", "{label}")
@@ -55,7 +56,7 @@ def failing(capsys, *argv: str) -> str:
 
 
 def test_a_prompt_is_what_the_model_sees(worded, monkeypatch):
-    run = runs.load(worded)
+    run = load_run(worded)
     assert run.spec.cond["text"] == Text(40, run.spec.cond["text"].examples)
     x, cond = run.sample(4, prompt=["the digit two", "nine"], steps=2)
     assert x.shape == (4, 1, 8, 8)
@@ -72,7 +73,7 @@ def test_a_prompt_is_what_the_model_sees(worded, monkeypatch):
 
 
 def test_words_change_what_is_drawn(worded):
-    run = runs.load(worded)
+    run = load_run(worded)
     for p in run.nets["net"].parameters():
         p.add_(0.1 * torch.randn_like(p))
     a, b = (run.sample(2, prompt=p, steps=2, guidance=3.0)[0] for p in ("seven", "two"))
@@ -106,26 +107,26 @@ def test_prompts_that_cannot_be_read_are_refused_in_one_line(worded, tmp_path, c
     with pytest.raises(
         ValueError, match=r"given 'seven', but this model reads no words; its conditions: label \(label\)"
     ):
-        runs.labels(Spec((1, 8, 8), {"label": Label(10)}), 4, prompt="seven")
+        sample_conditions(Spec((1, 8, 8), {"label": Label(10)}), 4, prompt="seven")
     with pytest.raises(ValueError, match="its conditions: none"):
-        runs.labels(Spec((1, 8, 8)), 4, prompt="seven")
+        sample_conditions(Spec((1, 8, 8)), 4, prompt="seven")
     with pytest.raises(ValueError, match="needs more than a class: obs"):
-        runs.labels(Spec((1, 8, 8), {"obs": Vector((2,)), "text": Text(9)}), 4, prompt="seven")
+        sample_conditions(Spec((1, 8, 8), {"obs": Vector((2,)), "text": Text(9)}), 4, prompt="seven")
 
 
 def test_classes_and_words_together_or_one_of_them():
     spec = Spec((1, 8, 8), {"label": Label(10), "text": Text(9, ("one",))})
-    assert set(runs.labels(spec, 2, label=3)) == {"label"}
-    assert set(runs.labels(spec, 2, prompt="six")) == {"text"}
-    found = runs.labels(spec, 2, label=3, prompt=["six", "ten"])
+    assert set(sample_conditions(spec, 2, label=3)) == {"label"}
+    assert set(sample_conditions(spec, 2, prompt="six")) == {"text"}
+    found = sample_conditions(spec, 2, label=3, prompt=["six", "ten"])
     assert found["label"].tolist() == [3, 3]
     assert text.to_texts(found["text"]) == ["six", "ten"]
     with pytest.raises(ValueError, match="text; give --prompt, --label or both"):
-        runs.labels(spec, 2)
+        sample_conditions(spec, 2)
 
 
 def test_a_run_with_classes_and_words(both, capsys):
-    run = runs.load(both)
+    run = load_run(both)
     assert run.objective.drop_each == 0.2
     for how in ({"label": 3}, {"prompt": "three"}, {"label": 3, "prompt": "three"}):
         x, cond = run.sample(2, steps=1, guidance=2.0, **how)
@@ -139,7 +140,7 @@ def test_info_and_the_pictures_of_training_show_prompts(worded, capsys):
     assert cli.main(["info", str(worded)]) == 0
     assert "text           up to 40 bytes, such as 'a handwritten zero', 'the digit one'" in capsys.readouterr().out
     assert (worded / "samples" / "step-0000002.png").is_file()
-    turn = runs.labels(runs.load(worded).spec, 80)
+    turn = sample_conditions(load_run(worded).spec, 80)
     assert pictures.in_turn(turn) == 10  # a column each
     assert pictures.in_turn({"text": turn["text"][[0, 1, 1, 0]]}) is None
 
@@ -147,7 +148,7 @@ def test_info_and_the_pictures_of_training_show_prompts(worded, capsys):
 def test_eval_draws_prompts_of_the_data_and_knows_their_class(worded, tmp_path):
     from genkit.evaluation.sources import Drawn, data_of
 
-    run = runs.load(worded)
+    run = load_run(worded)
     drawn = Drawn(run, {"steps": 1}, seed=3)
     assert drawn.label == "label"
     rows = range(5, 45)
@@ -267,7 +268,7 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
     record = json.loads((run / "latest" / "state.json").read_text())["spec"]["cond"]["text"]
     assert record["encoder"] == str(where)
     assert record["sha256"] == text.open_encoder(str(where)).sha256
-    loaded = runs.load(run)
+    loaded = load_run(run)
     _, cond = loaded.sample(4, prompt=["the digit two", "nine"], steps=1)
     data = loaded.config.data.load()
     table = {tuple(said): i for i, said in enumerate(data.captions.table["text"].flatten(1).tolist())}
@@ -314,7 +315,7 @@ def test_the_recipe_draws_the_digit_that_is_named(tmp_path):
 
     recipe = Path(__file__).parents[2] / "configs" / "digits_text.yaml"
     assert cli.main(["train", "--config", str(recipe), "--sample-every=0", f"--out={tmp_path}"]) == 0
-    run = runs.load(tmp_path / "latest")
+    run = load_run(tmp_path / "latest")
     judge = Classifier().load("cpu", DATA["digits"]().load())
     x, _ = run.sample(500, prompt=[f"a handwritten {d}" for d in DIGITS], steps=10, guidance=3.0)
     right = judge(x).logits.argmax(1) == torch.arange(500) % 10

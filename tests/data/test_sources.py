@@ -6,45 +6,54 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
+from genkit.backbones import BACKBONES
 from genkit.core import Draw, Label, Spec
-from genkit.data import DATA, InMemory, source
+from genkit.data import DATA, DataSource, InMemory, find_source
 from genkit.data.codecs import Identity
+from tests.support import sources as contract
 from tests.support.data import TOYS, make_zip, noise_of, picture, refuses, save
 
 
-def test_the_registry_is_complete_and_every_offline_source_loads():
-    offline = [*TOYS, "digits"]
-    pictures = {"mnist", "fashion-mnist", "cifar10", "folder", "zip", "npz"}
-    assert set(DATA) == {*offline, *pictures, "pairs", "latents", "four-ways", "pusht", "replay", "minari", "lerobot"}
-    for name in offline:
-        data = DATA[name]().load()
-        batch = data.batch(torch.tensor([3, 0, 3]), noise_of(3))
-        assert batch.x.shape == (3, *data.spec.shape)
-        assert torch.equal(batch.x[0], data.x[3])
-        data.spec.check(batch.cond, 3)
-        encoded = data.codec.encode(batch)
-        assert encoded.x.dtype == torch.float32
-        assert torch.equal(data.codec.decode(encoded.x), batch.x)
+def test_every_entry_of_the_registry_is_a_source_with_a_description_and_help():
+    suffixes = [kind.suffix for kind in DATA.values() if kind.suffix is not None]
+    assert len(set(suffixes)) == len(suffixes)
+    for name, kind in DATA.items():
+        assert issubclass(kind, DataSource), name
+        assert kind.__doc__, name
+        assert kind.default_backbone in BACKBONES, name
+
+
+@pytest.mark.parametrize("name", [*TOYS, "digits", "four-ways"])
+def test_sources_without_files_keep_the_contract(name):
+    contract.check_all(DATA[name]())
+
+
+def test_a_batch_holds_the_rows_that_are_asked_for():
+    data = DATA["digits"]().load()
+    batch = data.batch(torch.tensor([3, 0, 3]), noise_of(3))
+    assert torch.equal(batch.x, data.x[[3, 0, 3]])
+    assert torch.equal(data.codec.decode(data.codec.encode(batch).x), batch.x)
 
 
 def test_names_and_paths(tmp_path):
-    assert source("digits") == ("digits", {})
+    assert find_source("digits") == ("digits", {})
     save(tmp_path / "pictures" / "a.png", picture(0))
     make_zip(tmp_path / "a.zip", {"a.png": picture(0)})
     np.savez(tmp_path / "train.npz", x=np.zeros((2, 2)))
-    assert source(str(tmp_path / "pictures")) == ("folder", {"root": str(tmp_path / "pictures")})
-    assert source(str(tmp_path / "a.zip")) == ("zip", {"root": str(tmp_path / "a.zip")})
-    assert source(str(tmp_path / "train.npz")) == ("npz", {"root": str(tmp_path / "train.npz")})
-    assert source(str(tmp_path)) == ("npz", {"root": str(tmp_path)})
+    assert find_source(str(tmp_path / "pictures")) == ("folder", {"root": str(tmp_path / "pictures")})
+    assert find_source(str(tmp_path / "a.zip")) == ("zip", {"root": str(tmp_path / "a.zip")})
+    assert find_source(str(tmp_path / "train.npz")) == ("npz", {"root": str(tmp_path / "train.npz")})
+    assert find_source(str(tmp_path)) == ("npz", {"root": str(tmp_path)})
     for path in ("pictures", "a.zip"):
-        name, fields = source(str(tmp_path / path))
+        name, fields = find_source(str(tmp_path / path))
         assert len(DATA[name](**fields).load()) == 1
     with refuses("'digit'", "digits", "folder"):
-        source("digit")
+        find_source("digit")
     with refuses(tmp_path / "b.zip"):
-        source(str(tmp_path / "b.zip"))
+        find_source(str(tmp_path / "b.zip"))
 
 
 def test_samples_that_do_not_fit_their_spec_are_refused():

@@ -19,9 +19,11 @@ from genkit.diffusion.guidance import (
     compose,
     within,
 )
-from genkit.diffusion.paths import PATHS, VP, Cosine, Linear, mix, times_at
+from genkit.diffusion.paths import PATHS, VP, Linear, mix, times_at
 from genkit.diffusion.samplers import Counted, bind
+from tests.support import guidance as contract
 from tests.support.exact import F64, ExactDenoiser, three
+from tests.support.guidance import tensors
 
 MIXTURE = three()
 
@@ -32,32 +34,23 @@ def state(n=6, t=0.6):
     return mix(VP(), x0, x1, torch.full((n,), t, dtype=F64)), torch.full((n,), t, dtype=F64), {"label": k}
 
 
-def tensors(*shape):
-    return torch.randn(*shape, dtype=F64)
+EVERY_RULE = [cls() for cls in RULES.values()]
 
 
-@pytest.mark.parametrize("rule", [cls() for cls in RULES.values()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=lambda r: type(r).__name__)
 def test_off_at_one(rule):
-    denoise = ExactDenoiser(MIXTURE, VP())
-    assert classifier_free(1.0, rule)(denoise) is denoise
-    assert autoguidance(ExactDenoiser(MIXTURE, Cosine()), 1.0, rule)(denoise) is denoise
-    good, bad = tensors(5, 3, 4), tensors(5, 3, 4)
-    assert torch.allclose(rule(good, bad, 1.0, None)[0], good, atol=1e-12)
-    assert torch.allclose(rule(good, good, 4.0, None)[0], good, atol=1e-12)
+    contract.check_off_at_one(rule)
+
+
+@pytest.mark.parametrize("rule", [*EVERY_RULE, APG(momentum=-0.5)], ids=[*RULES, "apg with memory"])
+def test_rows_are_independent(rule):
+    contract.check_rows_are_independent(rule)
 
 
 @pytest.mark.parametrize("path", [cls() for cls in PATHS.values()], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("rule", [Rescale(), APG(threshold=0.3, momentum=-0.5)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rule", [*EVERY_RULE, APG(threshold=0.3, momentum=-0.5)], ids=[*RULES, "apg with memory"])
 def test_stays_on_the_path(path, rule):
-    t = torch.linspace(0.1, 0.9, 6, dtype=F64)
-    x0, k = MIXTURE.sample(6)
-    x = mix(path, x0, tensors(6, 2), t)
-    bare = ExactDenoiser(MIXTURE, path)
-    weak = ExactDenoiser(MIXTURE.noised(0.9, 0.4), path)
-    everything = compose(classifier_free(3.0, rule), within(0.1, 0.8, autoguidance(weak, 2.0, rule)), clamp())
-    got = everything(bare)(x, t, {"label": k})
-    assert torch.allclose(mix(path, got.x0, got.x1, t), x, atol=1e-9)
-    assert not torch.allclose(got.x0, bare(x, t, {"label": k}).x0, atol=1e-3)
+    contract.check_stays_on_the_path(rule, path)
 
 
 @given(scale=st.floats(-3, 8))

@@ -26,7 +26,7 @@ from genkit.diffusion.samplers import (
 )
 from genkit.diffusion.samplers.likelihood import PIXEL
 from genkit.diffusion.samplers.vlb import log_level
-from genkit.training import run as runs
+from genkit.training.run import load_run
 from tests.support.exact import F64, Bell, ExactDenoiser, Mixture, three
 
 MIXTURE = three()
@@ -463,7 +463,7 @@ def test_the_command_tells_the_bound_term_by_term(trained, capsys):
     found = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6")
     cut = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6", "--batch=4")
     assert found["bits_per_dim"]["value"] == pytest.approx(cut["bits_per_dim"]["value"], rel=1e-5)
-    run = runs.load(trained["learned"])
+    run = load_run(trained["learned"])
     data = run.config.data.load("test")
     x, label = data.x[:6].float() / 127.5 - 1, data.cond["label"][:6]
     with torch.no_grad():

@@ -27,8 +27,9 @@ from genkit.objectives import Flow
 from genkit.rl.finetune.chain import Chain, Fixed
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.learner import Critic, Experience, Learner
-from genkit.training import run as runs
+from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
+from genkit.training.run import load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,7 +194,7 @@ def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, caps
     argv = [str(tmp_path / "latest"), "--steps=2", "--num=8", "--decisions=32", "--iterations=2", "--eval-episodes=2",
             "--method.last=2", "--method.warmup=1", "--method.clone=0", "--choose=2", "--save-every=1"]  # fmt: skip
     finetune_main([*argv, f"--out={tmp_path}/tuned"])
-    log = runs.read_log(runs.find(tmp_path / "tuned" / "latest"))
+    log = read_log(find_run(tmp_path / "tuned" / "latest"))
     assert {"before/return", "chosen/return", "after/return"} <= {k for r in log for k in r}
     assert [r for r in log if "critic_loss" in r][-1]["cpu_seconds"] > 0
     capsys.readouterr()
@@ -278,22 +279,22 @@ def test_the_best_checkpoint_is_what_the_run_is_and_the_newest_what_it_goes_on_f
     argv = [str(ways), "--num=4", "--decisions=2", "--eval-episodes=0", "--method.batch=64", "--method.warmup=0",
             "--save-every=2", "--choose=3", "--method.clone=0"]  # fmt: skip
     finetune_main([*argv, "--iterations=10", "--out", str(tmp_path / "part")])
-    run = runs.find(tmp_path / "part" / "latest")
+    run = find_run(tmp_path / "part" / "latest")
     assert asked_for[0][0] == range(CHOOSE, CHOOSE + 3)
-    kept = runs.load(run)
+    kept = load_run(run)
     assert kept.step == 4
     assert all(torch.equal(kept.nets["net"].state_dict()[k], v) for k, v in asked_for[1][1].items())
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         f"step-{n:07d}" for n in (4, 6, 8, 10)
     ]  # three of the newest, and the best
     finetune_main(["--resume", str(run), "--iterations=12"])
-    assert runs.load(run).step == 4
+    assert load_run(run).step == 4
     newest = load_file(run / "checkpoints" / "step-0000012" / "nets.safetensors")
     asked_for.clear()
     finetune_main([*argv, "--iterations=12", "--out", str(tmp_path / "whole")])
-    whole = runs.find(tmp_path / "whole" / "latest")
+    whole = find_run(tmp_path / "whole" / "latest")
     same = load_file(whole / "checkpoints" / "step-0000012" / "nets.safetensors")
     assert all(torch.equal(newest[k], same[k]) for k in same)
     asked_for.clear()
     finetune_main([*argv, "--iterations=12", "--patience=2", "--out", str(tmp_path / "short")])
-    assert [r["step"] for r in runs.read_log(runs.find(tmp_path / "short" / "latest"))][-1] == 8
+    assert [r["step"] for r in read_log(find_run(tmp_path / "short" / "latest"))][-1] == 8

@@ -18,7 +18,6 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from genkit import config
 from genkit.backbones import MLP
 from genkit.cli import main as cli
 from genkit.cli.commands.watch import watch
@@ -26,9 +25,8 @@ from genkit.core import Loss, Objective, Phase
 from genkit.data import DATA
 from genkit.evaluation import Drawn, Ranks, cards, find_data, measure
 from genkit.evaluation.metrics.features import Classifier, Raw, RawExtractor
-from genkit.evaluation.sources import Given, plain, split_rows
-from genkit.training import run as runs
-from genkit.training.loop import start
+from genkit.evaluation.sources import Given, split_rows
+from genkit.training.loop import initial_state
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--sample-every=0", "--warmup=0", "--batch=16", "--lr=1e-3"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -161,7 +159,7 @@ def test_of_a_run_whose_samples_are_known(tmp_path):
     for split, seed in [("train", 7), ("test", 0)]:
         card = card_of(tmp_path, run, "--metrics=fid", "--n=150", f"--seed={seed}", f"--reference={split}")
         z = np.stack([torch.randn(2, generator=torch.Generator().manual_seed(seed + i)).numpy() for i in range(150)])
-        real = runs.load(run).config.data.load(split).x.double().numpy()
+        real = load_run(run).config.data.load(split).x.double().numpy()
         assert values(card)["fid"] == pytest.approx(fid(z * [2, 0.5] + [1, -1], real), rel=1e-5)
         assert card["settings"]["reference"]["split"] == split
     assert card["settings"]["nfe"] == 1
@@ -183,7 +181,7 @@ def test_pictures_are_measured_by_class_too(grey, tmp_path):
     """The classes that were asked for, by a classifier that learned the run's own data."""
     card = card_of(tmp_path, grey, "--n=20", "--steps=2", "--features=classifier", "--features.steps=5",
                    "--metrics=accuracy,fid,prdc", "--batch=20", "--settings.k=3")  # fmt: skip
-    run = runs.load(grey, device="cpu")
+    run = load_run(grey, device="cpu")
     see = Classifier(steps=5).load("cpu", run.config.data.load("train"))
     x, cond = run.sample(20, sampler="heun", steps=2, batch=2)
     assert values(card)["accuracy"] == pytest.approx(float((see(x).logits.argmax(1) == cond["label"]).double().mean()))
@@ -200,8 +198,8 @@ def test_a_card_says_all_that_the_number_hangs_on(moons):
     assert path.name.startswith("0000008-heun3-g2-n40-")
     card = json.loads(path.read_text())
     s = card["settings"]
-    file = runs.load(moons).directory / s["weights"]
-    assert s["weights_sha256"] == runs.sha256(file)
+    file = load_run(moons).directory / s["weights"]
+    assert s["weights_sha256"] == sha256(file)
     assert (s["ema"], s["step"], s["sampler"], s["grid"], s["guidance"], s["seed"]) == (
         "0.999",
         8,
@@ -220,7 +218,7 @@ def test_a_card_says_all_that_the_number_hangs_on(moons):
 
 
 def find_hash(run):
-    data = runs.load(run).config.data.load("train")
+    data = load_run(run).config.data.load("train")
     import hashlib
 
     digest = hashlib.sha256(str(((2,), len(data))).encode())
@@ -328,14 +326,17 @@ def test_blocks_hang_on_no_rank(n, batch):
 
 TWO = """
 import sys, torch
-from genkit.training import run as runs
 from genkit.training.distributed import join_ranks
 from genkit.evaluation import Drawn, Ranks, measure
 from genkit.evaluation.metrics.features import Raw
+from genkit.core.tensors import sha256
+from genkit.training.directory import read_log
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 ranks = Ranks.of(join_ranks(torch.device("cpu")))
 torch.set_num_threads(1)
-drawn = Drawn(runs.load(sys.argv[1], device="cpu"), {"steps": 3, "guidance": 2.0})
+drawn = Drawn(load_run(sys.argv[1], device="cpu"), {"steps": 3, "guidance": 2.0})
 keep = frozenset({"features", "labels"})
 look = lambda n, s=drawn: measure(s, Raw().load("cpu"), n, keep=keep, batch=8, ranks=ranks)
 found = {n: look(n) for n in (1, 3, 101)}
@@ -429,9 +430,9 @@ def test_watching_a_training_does_not_change_it(tmp_path):
                     "--tensorboard=true")  # fmt: skip
     for file in sorted((plain / "latest").glob("*.safetensors")):
         assert file.read_bytes() == (watched / "latest" / file.name).read_bytes(), file.name
-    losses = [[r["denoise/loss"] for r in runs.read_log(run) if "denoise/loss" in r] for run in (plain, watched)]
+    losses = [[r["denoise/loss"] for r in read_log(run) if "denoise/loss" in r] for run in (plain, watched)]
     assert losses[0] == losses[1]
-    lines = {r["step"]: r["eval/w2"] for r in runs.read_log(watched) if "eval/w2" in r}
+    lines = {r["step"]: r["eval/w2"] for r in read_log(watched) if "eval/w2" in r}
     assert list(lines) == [3, 6]
     found = sorted((watched / "eval").glob("*.json"))
     assert [values(cards.read(p))["w2"] for p in found] == list(lines.values())
@@ -447,10 +448,10 @@ def test_watching_a_training_does_not_change_it(tmp_path):
 
 def test_what_is_watched_goes_on_training(tmp_path):
     """Without an average the networks themselves are measured, and must have their dropout back."""
-    cfg = replace(config.Train(), eval_every=1, eval_n=4, eval_steps=1, ema=(), precision="fp32")
+    cfg = replace(TrainSettings(), eval_every=1, eval_n=4, eval_steps=1, ema=(), precision="fp32")
     cfg = replace(cfg, data=find_data("moons").config, backbone=MLP(width=8))
     data = cfg.data.load("train")
-    state = start(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
+    state = initial_state(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
     seen = []
     state.nets["net"].train().register_forward_hook(lambda net, *_: seen.append(net.training))
     card = watch(cfg, state, data, Accelerator(cpu=True))(state, tmp_path)
@@ -543,7 +544,7 @@ def test_a_run_that_has_diverged_is_refused(tmp_path, capsys):
 
 def test_nan_hides_in_no_pixel(grey):
     """The codec would make NaN a black pixel."""
-    run = runs.load(grey, device="cpu")
+    run = load_run(grey, device="cpu")
     for net in run.nets.values():
         for p in net.parameters():
             p.data.fill_(float("nan"))
@@ -555,7 +556,7 @@ def test_nan_hides_in_no_pixel(grey):
 
 def test_other_seeds_steps_or_weights_are_other_samples(moons):
     """Else an evaluation that was cut off would go on with the numbers of another."""
-    run = runs.load(moons, device="cpu")
+    run = load_run(moons, device="cpu")
     usual = Drawn(run, {"steps": 2}, seed=0, weights_sha256="a").identity()
     assert Drawn(run, {"steps": 2}, seed=0, weights_sha256="a").identity() == usual
     for changed in ({"seed": 7}, {"how": {"steps": 3}}, {"weights_sha256": "b"}):
@@ -579,6 +580,6 @@ def test_ranks_hear_what_the_main_one_refuses():
 )
 def test_what_a_model_is_measured_by_does_not_hang_on_what_it_is_told(told):
     """A model without classes shares the reference of one that has them, features and all."""
-    found = [Given(plain(config).load("test"), "", config, "test") for config in told]
+    found = [Given(config.with_default_conditions().load("test"), "", config, "test") for config in told]
     assert len({given.hash() for given in found}) == 1
     assert all(given.label == "label" for given in found)

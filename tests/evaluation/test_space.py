@@ -16,7 +16,8 @@ from genkit.core import Batch
 from genkit.data import DATA
 from genkit.evaluation.report import latent_space as space
 from genkit.evaluation.report import page as report
-from genkit.training import run as runs
+from genkit.training.run import Run
+from genkit.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 SMALL = {"name": "mlp", "width": 16, "depth": 1}
@@ -36,11 +37,11 @@ def codes_of(n=200, d=6):
 def untrained(objective, labels=False, data="digits"):
     """A run that is nowhere on the disk."""
     cfg = config.from_dict(
-        config.Train, {"objective": objective, "backbone": SMALL, "data": {"name": data, "labels": labels}}
+        TrainSettings, {"objective": objective, "backbone": SMALL, "data": {"name": data, "labels": labels}}
     )
     loaded = cfg.data.load("train")
     nets = cfg.objective.networks(cfg.backbone, loaded.spec)
-    return runs.Run(Path("nowhere"), cfg, nets, loaded.spec, loaded.codec, 0, "none", CPU)
+    return Run(Path("nowhere"), cfg, nets, loaded.spec, loaded.codec, 0, "none", CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------- axes

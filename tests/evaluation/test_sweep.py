@@ -7,8 +7,8 @@ import pytest
 
 from genkit.cli import main as cli
 from genkit.cli.commands.sweep import Point, interval_of, pareto, promising
-from genkit.config import Sampling
 from genkit.evaluation import Drawn, cards
+from genkit.training.sampling import Sampling
 
 ARGS = ["--n=24", "--confirm=40", "--spare=1", "--steps", "2", "3", "4", "--sampler", "ddim", "heun", "--guidance", "1",
         "2", "--interval", "all", "0.2-0.8", "--json"]  # fmt: skip

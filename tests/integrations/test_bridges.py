@@ -14,12 +14,14 @@ from genkit.backbones import Diffusers
 from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, index_of
 from genkit.cli import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
+from genkit.core.tensors import sha256
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
 from genkit.integrations import weights as pretrained
 from genkit.integrations.weights import retold
 from genkit.objectives import DDPM, Flow
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.run import init_from, load_run
 
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
 UNET, DIT = UNet2D(**SMALL), DiT2D(num_layers=2, num_attention_heads=2, attention_head_dim=8)
@@ -135,7 +137,7 @@ def test_what_they_cannot_take_is_refused_in_one_line(model, spec, words):
 
 def test_cuts_and_settings_that_are_not_there_are_refused():
     for cut in ("encoder", "decoder"):
-        with pytest.raises(ValueError, match="--backbone=unet or dit"):
+        with pytest.raises(ValueError, match=f"has no {cut}, only denoiser; choose another --backbone"):
             getattr(Diffusers(), cut)(PICTURES, (2,))
     for more, words in (("a", "name=JSON"), ("in_channels=1", "the data decide"),
                         ('time_embedding_type="fourier"', "positional")):  # fmt: skip
@@ -230,7 +232,7 @@ def test_training_begins_with_a_pipeline_and_needs_it_no_more(tmp_path, x, capsy
     run = trained(tmp_path / "runs", f"--init=diffusers:{tmp_path}/p")
     assert "note" not in capsys.readouterr().out
     (tmp_path / "p").rename(tmp_path / "gone")
-    loaded = runs.load(run)
+    loaded = load_run(run)
     assert loaded.objective == DDPM(betas="cosine")
     assert f"init: diffusers:{tmp_path}/p" in (run / "config.yaml").read_text()
     ours = loaded.nets["net"](x, torch.tensor([0.001, 0.5, 1.0]))
@@ -250,7 +252,7 @@ def test_classes_that_the_weights_do_not_know_begin_as_said(tmp_path, x, rows):
     net.save_pretrained(tmp_path / "m")
     notes = []
     ours = Diffusers(model=UNET).denoiser(PICTURES).eval()
-    runs.begin({"net": ours}, f"diffusers:{tmp_path}/m", notes.append)
+    init_from({"net": ours}, f"diffusers:{tmp_path}/m", notes.append)
     t, label = torch.full((N,), 0.5), torch.tensor([1, 2, 9])
     null, some = ours(x, t), ours(x, t, {"label": label})
     ask = lambda labels: net(x, 499, class_labels=labels).sample  # noqa: E731
@@ -313,13 +315,13 @@ TINY = ["--backbone=diffusers", "--backbone.model.block-out-channels", "8", "16"
 def model_of(folder, *args):
     """A run whose weights are far from where they began, averages too."""
     run = trained(folder, *args)
-    step = runs.checkpoint_of(run)
+    step = find_checkpoint(run)
     record = json.loads((step / "state.json").read_text())
     torch.manual_seed(3)
     for file in ("nets.safetensors", "ema-0.999.safetensors"):
         stored = {k: v + 0.03 * torch.randn_like(v) for k, v in load_file(step / file).items()}
         save_file(stored, step / file)
-        record["sha256"][file] = runs.sha256(step / file)
+        record["sha256"][file] = sha256(step / file)
     (step / "state.json").write_text(json.dumps(record))
     return run
 
@@ -333,14 +335,14 @@ def picture(run, grid, label=None):
     """What genkit draws by ddim of seeds 0 .. N - 1, as it is and as numbers in [0, 1]."""
     noise, cond = Seeds(range(N)), {} if label is None else {"label": torch.full((N,), label)}
     with torch.no_grad():
-        x = bind("ddim", grid)(runs.load(run).denoiser)(noise((1, 8, 8)), cond, noise)
+        x = bind("ddim", grid)(load_run(run).denoiser)(noise((1, 8, 8)), cond, noise)
     return x, (x / 2 + 0.5).clamp(0, 1)
 
 
 def from_theirs(run, grid, label=None):
     """The same from noise z itself, as diffusers' pipelines begin; genkit begins with sigma(1) z, which on linear betas
     is 2e-5 of it apart, and an untrained network multiplies that."""
-    denoise, cond = runs.load(run).denoiser, {} if label is None else {"label": torch.full((N,), label)}
+    denoise, cond = load_run(run).denoiser, {} if label is None else {"label": torch.full((N,), label)}
     with torch.no_grad():
         x = ddim(denoise, Seeds(range(N))((1, 8, 8)), grid(denoise.path), cond)
     return x, (x / 2 + 0.5).clamp(0, 1)
@@ -370,7 +372,7 @@ def test_a_stock_pipeline_draws_the_same_picture_as_a_ddpm(tmp_path, objective):
     assert type(pipe) is diffusers.DDIMPipeline
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt").images
-    grid = trailing(10, runs.load(run).objective.timesteps)
+    grid = trailing(10, load_run(run).objective.timesteps)
     x, ours = from_theirs(run, grid)
     assert apart(ours, theirs, x) < 1e-5
     if "--objective.prediction=v" in objective:  # whose path ends in pure noise: both begin alike
@@ -421,7 +423,7 @@ def test_what_was_exported_begins_a_run_that_draws_the_same(tmp_path):
     for objective in ("ddpm", "flow"):
         run = model_of(tmp_path / objective, f"--objective={objective}", *TINY)
         again = trained(tmp_path / "again", f"--init=diffusers:{exported(run, tmp_path / f'{objective}-out')}")
-        a, b = runs.load(run), runs.load(again)
+        a, b = load_run(run), load_run(again)
         assert type(a.objective) is type(b.objective)
         ours, theirs = (picture(r, trailing(5)) for r in (run, again))
         assert apart(ours[0], theirs[0], ours[0]) < 1e-5

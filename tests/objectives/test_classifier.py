@@ -19,7 +19,8 @@ from genkit.diffusion.guidance import APG, by_classifier, classifier_free, compo
 from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, mix
 from genkit.diffusion.samplers import bind
 from genkit.objectives import Classifier
-from genkit.training import run as runs
+from genkit.training.directory import read_log
+from genkit.training.run import load_run, open_reference, with_classes
 from tests.support.exact import F64, ExactDenoiser, Mixture, three
 
 ROOT = Path(__file__).parents[2]
@@ -339,7 +340,7 @@ def test_mistakes_are_one_line(capsys, trained, run, argv, says, tmp_path):
 
 
 def test_a_run_hands_every_setting_on(trained):
-    run, weak = runs.load(trained["flow"]), runs.beside(runs.load(trained["flow"]), "step:2")
+    run, weak = load_run(trained["flow"]), open_reference(load_run(trained["flow"]), "step:2")
     bare, (linear, apart, apg, limited, auto, auto_apg) = run.sample(4, steps=4)[0], (
         run.sample(4, steps=4, guidance=3.0, **how)[0]
         for how in ({}, {"passes": "apart"}, {"rule": APG()}, {"interval": (0.2, 0.8)}, {"weak": weak},
@@ -361,16 +362,16 @@ def test_data_without_classes_is_refused(capsys, tmp_path):
 
 
 def test_a_missing_label_is_refused(trained):
-    flow, linear = runs.load(trained["flow"]), runs.load(trained["linear"])
+    flow, linear = load_run(trained["flow"]), load_run(trained["linear"])
     with pytest.raises(ValueError, match="given no label to guide to"):
         flow.sample(2, cond={}, classifier=linear)
     with pytest.raises(ValueError, match="knows label as"):
-        runs.with_classes(replace(flow.spec, cond={"label": Label(3)}), linear)
+        with_classes(replace(flow.spec, cond={"label": Label(3)}), linear)
 
 
 def test_a_classifier_says_what_to_do_next_and_logs_its_accuracy(trained):
     run = Path(trained["linear"])
-    assert all("classify/accuracy" in r for r in runs.read_log(run))
+    assert all("classify/accuracy" in r for r in read_log(run))
     assert not (run / "samples").exists()
 
 

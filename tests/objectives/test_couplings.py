@@ -24,6 +24,7 @@ from genkit.objectives.matching.couplings import (
     squared_distances,
 )
 from genkit.objectives.matching.sources import SOURCES, Anchored, Normal, Samples
+from genkit.training.settings import TrainSettings
 from tests.support.exact import F64, Mixture, three
 
 
@@ -299,10 +300,10 @@ def test_every_coupling_and_source_is_a_configuration():
             tree = {"objective": {"name": "flow", "coupling": coupling, "source": source}}
             if source == "anchored" and coupling in ("ot", "sb"):
                 with pytest.raises(ValueError, match="objective: coupling: given"):
-                    config.from_dict(config.Train, tree)
+                    config.from_dict(TrainSettings, tree)
                 continue
-            cfg = config.from_dict(config.Train, tree)
-            assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+            cfg = config.from_dict(TrainSettings, tree)
+            assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 
 
 # ---------------------------------------------------------------------------------------------------- training

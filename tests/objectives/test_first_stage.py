@@ -20,7 +20,7 @@ from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
 from genkit.objectives.autoencoders.first_stage import KL, Balance, Entries, Patches, last_layer
 from genkit.objectives.autoencoders.perceptual import VGG11, VGG16, Gradients, RandomFeatures, layers_of
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 PICTURES = Spec((1, 8, 8))
 
@@ -179,7 +179,7 @@ def test_a_stage_that_learned_by_vgg_needs_its_file_to_learn_only(files, tmp_pat
     assert not any(k.startswith("looks") for k in load_file(run / "latest" / "nets.safetensors"))
     kept.unlink()
     layers_of.cache_clear()  # as in a new process
-    assert runs.load(run).nets.keys() >= {"encoder", "decoder"}
+    assert load_run(run).nets.keys() >= {"encoder", "decoder"}
     assert cli.main(["train", "--objective=flow", f"--codec={run}", "--steps=1", f"--out={tmp_path}", *ARGS]) == 0
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(run), "--steps=3"]) == 2
@@ -343,7 +343,7 @@ ARGS = ["--backbone=mlp", "--backbone.width=8", "--backbone.depth=1", "--batch=1
 
 def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discriminator(tmp_path):
     argv = ["train", "--objective=autoencoder", "--objective.latent", "2", "4", "4", "--objective.adversary=0.5",
-            "--objective.start=1", "--data.labels=false", "--micro=5", f"--out={tmp_path}", *ARGS]  # fmt: skip
+            "--objective.start=1", "--data.labels=false", "--micro-batch=5", f"--out={tmp_path}", *ARGS]  # fmt: skip
     assert cli.main([*argv, "--steps=4"]) == 0
     whole = (tmp_path / "latest").resolve()
     assert cli.main([*argv, "--steps=2"]) == 0
@@ -354,7 +354,7 @@ def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discrimin
     assert float(a["balance.weight"]) > 0
     assert cli.main(["train", "--objective=flow", f"--codec={whole}", "--steps=1", f"--out={tmp_path}", *ARGS]) == 0
     shutil.rmtree(whole)
-    run = runs.load(tmp_path / "latest")
+    run = load_run(tmp_path / "latest")
     assert set(run.codec.stage.nets) == {"encoder", "decoder"}
     assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
 
@@ -369,7 +369,7 @@ def test_the_command_that_training_ends_with_works(tmp_path, capsys, name):
     assert genkit == "genkit"
     assert cli.main([*argv, *(small if argv[0] == "train" else [])]) == 0
     if argv[0] == "train":
-        run = runs.load(tmp_path / "latest")
+        run = load_run(tmp_path / "latest")
         assert set(run.spec.cond) == {"label"}
         assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
 

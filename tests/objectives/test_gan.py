@@ -39,8 +39,9 @@ from genkit.objectives.adversarial.games import (
     slopes,
 )
 from genkit.objectives.adversarial.gan import FEATURES, Projection, diversity
-from genkit.training import run as runs
-from genkit.training.loop import fit, start
+from genkit.training.loop import fit, initial_state
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 F64 = torch.float64
 PLANE = Spec((2,))
@@ -173,7 +174,7 @@ def judge(objective, drawn, real, steps, lr, batch=512):
     """A discriminator of two normal laws ``(mean, scale)``, each with independent numbers."""
     torch.manual_seed(0)
     nets = {"generator": Shift(*drawn), "discriminator": MLP(width=48, depth=1).encoder(PLANE, (1,))}
-    cfg = config.from_dict(config.Train, {"steps": steps, "batch": batch, "lr": lr, "precision": "fp32",
+    cfg = config.from_dict(TrainSettings, {"steps": steps, "batch": batch, "lr": lr, "precision": "fp32",
                                           "log_every": steps, "ema": [0.99], "warmup": 20})  # fmt: skip
     mean, scale = map(torch.tensor, real)
 
@@ -181,7 +182,7 @@ def judge(objective, drawn, real, steps, lr, batch=512):
         z = Draw((1, step), first, last).normal(2)
         return Batch(mean + scale * z, draw=Draw((2, step), first, last), step=step)
 
-    state = start(objective, nets, cfg)
+    state = initial_state(objective, nets, cfg)
     fit(objective, state, stream, Identity(), cfg, Accelerator(cpu=True))
     return state
 
@@ -215,11 +216,11 @@ def test_the_critic_of_wgan_gp_measures_the_distance():
 
 
 # ------------------------------------------------------------------------------------------------ phases, ranks
-def small(objective, steps=2, accelerator=None, micro=None, spec=None):
+def small(objective, steps=2, accelerator=None, micro_batch=None, spec=None):
     """A few steps in float64 on points with classes; the state."""
     spec = spec or Spec((2,), {"label": Label(3)})
     how = {"steps": max(1, steps), "batch": 32, "micro": micro, "log_every": 1, "ema": [0.9], "precision": "fp32"}
-    cfg = config.from_dict(config.Train, {"objective": "gan", **how})
+    cfg = config.from_dict(TrainSettings, {"objective": "gan", **how})
     torch.manual_seed(0)
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), spec).items()}
     logged = []
@@ -229,7 +230,7 @@ def small(objective, steps=2, accelerator=None, micro=None, spec=None):
         cond = {"label": rows % 3} if spec.cond else {}
         return Batch(mine.normal(2).double(), cond, draw=Draw((4, step, draw), first, last), step=step)
 
-    state = start(objective, nets, cfg)
+    state = initial_state(objective, nets, cfg)
     if steps:
         fit(objective, state, stream, Identity(), cfg, accelerator or Accelerator(cpu=True), log=logged.append)
     return state, logged
@@ -247,7 +248,7 @@ def rank(number, port, objective, answers):
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    state, _ = small(objective, steps=3, accelerator=accelerator, micro=4)
+    state, _ = small(objective, steps=3, accelerator=accelerator, micro_batch=4)
     answers[number] = {f"{k}.{n}": v.detach() for k, net in state.nets.items() for n, v in net.state_dict().items()}
 
 
@@ -271,7 +272,7 @@ def test_gradient_penalties_through_two_ranks_and_four_pieces_are_those_of_one(t
 
 @pytest.mark.parametrize("objective", HARD, ids=["wgan-gp", "r1-r2-spectral"])
 def test_four_pieces_are_one_batch(objective):
-    whole, cut = small(objective)[0], small(objective, micro=8)[0]
+    whole, cut = small(objective)[0], small(objective, micro_batch=8)[0]
     for name, net in whole.nets.items():
         for a, b in zip(net.parameters(), cut.nets[name].parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-9), name
@@ -542,14 +543,14 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
-    run = runs.load(trained)
+    run = load_run(trained)
     assert run.weights.endswith("ema-0.999.safetensors")
     x, cond = run.sample(6, seed=3)
     from genkit.diffusion.samplers import Seeds
 
     z = Seeds(range(3, 9), run.device)((64,))
     assert torch.allclose(x, run.nets["generator"](z, cond))
-    raw = runs.load(trained, ema="none").sample(6, seed=3)[0]
+    raw = load_run(trained, ema="none").sample(6, seed=3)[0]
     assert not torch.allclose(x, raw)
     assert torch.allclose(run.sample(2, seed=5)[0], x[2:4], atol=1e-6) == bool(
         (cond["label"][2:4] == torch.arange(2)).all()
@@ -558,13 +559,13 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
 
 
 def test_an_objective_suggests_settings_which_a_person_overrides():
-    cfg = config.from_dict(config.Train, {"objective": "gan"})
-    assert cfg.betas == GAN.suits["betas"] != config.Train().betas
-    assert config.from_dict(config.Train, {"objective": "gan", "betas": [0.5, 0.9]}).betas == (0.5, 0.9)
-    assert config.from_dict(config.Train, {"objective": "flow"}).betas == config.Train().betas
-    assert config.parse(config.Train, ["--objective=gan"]).warmup == GAN.suits["warmup"]
-    assert config.parse(config.Train, ["--objective=gan", "--warmup=7"]).warmup == 7
-    assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+    cfg = config.from_dict(TrainSettings, {"objective": "gan"})
+    assert cfg.betas == GAN.suits["betas"] != TrainSettings().betas
+    assert config.from_dict(TrainSettings, {"objective": "gan", "betas": [0.5, 0.9]}).betas == (0.5, 0.9)
+    assert config.from_dict(TrainSettings, {"objective": "flow"}).betas == TrainSettings().betas
+    assert config.parse(TrainSettings, ["--objective=gan"]).warmup == GAN.suits["warmup"]
+    assert config.parse(TrainSettings, ["--objective=gan", "--warmup=7"]).warmup == 7
+    assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 
 
 @pytest.mark.parametrize(
@@ -577,7 +578,7 @@ def test_an_objective_suggests_settings_which_a_person_overrides():
 )
 def test_what_has_no_effect_on_one_pass_is_refused(trained, how, message):
     with pytest.raises(ValueError, match=message):
-        runs.load(trained).sample(2, **how)
+        load_run(trained).sample(2, **how)
     with pytest.raises(ValueError, match="sampler: has no effect on GAN"):
         GAN().generator({}, lambda denoise: None)
 
@@ -640,7 +641,7 @@ def test_a_conditional_gan_draws_the_digit_asked_for(tmp_path, condition):
     """A quarter of configs/digits_gan.yaml: an SVM sees the class asked for, and the classes have variety."""
     argv = ["--config", str(ROOT / "configs/digits_gan.yaml"), "--steps=500", f"--objective.condition={condition}"]
     assert cli.main(["train", *argv, "--device=cpu", "--tensorboard=false", f"--out={tmp_path}"]) == 0
-    run, judge = runs.load(tmp_path / "latest"), example("judge_digits")
+    run, judge = load_run(tmp_path / "latest"), example("judge_digits")
     x, cond = run.sample(1000)
     classifier = SVC(gamma=0.001).fit(*judge.real("train"))
     right = torch.from_numpy(classifier.predict(x.flatten(1).numpy() * (16 / 255))) == cond["label"]

@@ -16,6 +16,7 @@ from genkit.objectives.matching.ddpm import log_variance, reverse_step
 from genkit.objectives.matching.matching import Place
 from genkit.objectives.matching.times import TIMES, History
 from genkit.objectives.matching.weights import P2, Constant, Lambda, MinSNR
+from tests.support import objectives as contract
 from tests.support.exact import F64, ExactDenoiser, three
 
 MIXTURE = three()
@@ -253,18 +254,7 @@ def test_conditions_are_dropped_per_sample():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_does_not_depend_on_how_the_batch_is_cut(name):
-    anchor = {"anchor": Label(3, centers=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))} if name == "anchored" else {}
-    objective, spec = OBJECTIVES[name](), Spec((2,), {"label": Label(3), **anchor})
-    nets = objective.networks(MLP(width=32), spec)
-    x, label = torch.randn(40, 2), torch.arange(40) % 3
-    cond = {name: label for name in spec.cond}
-
-    def losses(a, b):
-        batch = Batch(x[a:b], {k: v[a:b] for k, v in cond.items()}, draw=Draw((7, 1), a, b), x1=x[a:b].flip(1))
-        return torch.stack([objective.loss(p.name, nets, batch).per_sample for p in objective.phases], 1)
-
-    whole = losses(0, 40)
-    assert torch.allclose(torch.cat([losses(0, 13), losses(13, 32), losses(32, 40)]), whole, atol=1e-5)
+    contract.check_loss_does_not_depend_on_how_the_batch_is_cut(OBJECTIVES[name]())
 
 
 def test_reverse_steps_are_those_of_the_table():

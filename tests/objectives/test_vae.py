@@ -29,8 +29,9 @@ from genkit.objectives import OBJECTIVES, VAE, VQ, Autoencoder
 from genkit.objectives.autoencoders.autoencoder import Posterior, largest, sparseness
 from genkit.objectives.autoencoders.likelihoods import LIKELIHOODS, Bernoulli, DiscretisedLogistic, Emission, Gaussian
 from genkit.objectives.autoencoders.vq import Codebook, perplexity, straight_through
-from genkit.training import run as runs
+from genkit.training.directory import read_log
 from genkit.training.loop import phase_parameters
+from genkit.training.run import load_run
 from tests.support.exact_latent import F64, Linear, LinearGaussian, principal
 
 LATENT = 3
@@ -553,7 +554,7 @@ def trained(tmp_path_factory):
 def test_a_trained_vae_draws_and_refuses_samplers(trained, tmp_path, capsys):
     run = trained["bernoulli"]
     assert (run / "samples" / "step-0000010.png").is_file()
-    loaded = runs.load(run)
+    loaded = load_run(run)
     whole, cond = loaded.sample(9)
     later, _ = loaded.sample(3, seed=6, cond={"label": cond["label"][6:9]}, batch=2)
     assert (whole[6:].int() - later.int()).abs().max() <= 1
@@ -583,7 +584,7 @@ def test_the_loop_lends_the_step_and_settles_the_codebook(tmp_path):
     """A KL term that has hardly begun to rise after ten steps; a codebook that follows the encoder's answers."""
     args = [*SMALL, f"--out={tmp_path}", "--steps=10", "--sample-every=0", "--log-every=10"]
     assert cli.main(["train", "--objective=vae", "--objective.anneal=1000000", *args]) == 0
-    record = runs.read_log(tmp_path / "latest")[-1]
+    record = read_log(tmp_path / "latest")[-1]
     assert record["vae/loss"] * 64 == pytest.approx(record["vae/reconstruction"], abs=1e-3)
     assert record["vae/kl"] > 0.01
     assert cli.main(["train", "--objective=vq", "--objective.latent", "4", "--objective.codes=8", *args]) == 0
@@ -591,7 +592,7 @@ def test_the_loop_lends_the_step_and_settles_the_codebook(tmp_path):
     assert cli.main(["train", "--resume", str(tmp_path / "latest"), "--steps=12", "--sample-every=12"]) == 0
     picture = Image.open(tmp_path / "latest" / "samples" / "step-0000012.png")  # 32 samples above, 32 answers below
     assert picture.width == picture.height
-    run = runs.load(tmp_path / "latest")
+    run = load_run(tmp_path / "latest")
     book = run.nets["codebook"]
     assert float(book.counts.sum()) == pytest.approx(32 * (1 - 0.99**12), rel=0.2)  # revived entries count as average
     assert torch.allclose(book.codes[book.counts > 0], (book.sums / book.counts[:, None])[book.counts > 0], atol=1e-5)
@@ -617,7 +618,7 @@ def test_training_on_two_ranks_is_training_on_one(tmp_path, name):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, f"--out={tmp_path}/two"], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert cli.main(["train", *args, "--micro=5", f"--out={tmp_path}/one"]) == 0
+    assert cli.main(["train", *args, "--micro-batch=5", f"--out={tmp_path}/one"]) == 0
     one, two = (load_file(tmp_path / k / "latest" / "latest" / "nets.safetensors") for k in ("one", "two"))
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -642,7 +643,7 @@ def test_the_command_tells_the_bounds(trained, capsys, law):
     density = law == "gaussian"
     bits = -found["iwae_nats"]["value"] / (64 * math.log(2)) + (math.log2(127.5) if density else 0)
     assert found["bits_per_dim"]["value"] == pytest.approx(bits, rel=1e-9)
-    run = runs.load(trained[law])
+    run = load_run(trained[law])
     data = run.config.data.load("test")
     x = data.x[:20].float() / 127.5 - 1
     if density:

@@ -6,10 +6,7 @@ from genkit.cli.main import main
 from genkit.diffusion.samplers import SAMPLERS
 from tests.recipes.sampler import ENTRY
 from tests.support import samplers as contract
-from tests.support.recipes import page_shows
-
-TINY = ["--data=moons", "--backbone.width=16", "--backbone.depth=1", "--steps=4", "--batch=8", "--workers=0",
-        "--no-tensorboard", "--device=cpu"]  # fmt: skip
+from tests.support.recipes import TINY, page_shows
 
 
 def test_the_page_shows_this_recipe():

@@ -29,8 +29,10 @@ from genkit.rl.finetune.mixed import Mixed, through
 from genkit.rl.finetune.rewards import Acting, OneWay, Progress, Scoring, Success
 from genkit.rl.finetune.rwr import RWR, weights_of
 from genkit.rl.policies.policy import Policy
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
+from genkit.training.run import load_run
 from tests.support.exact import F64, Constant, ExactDenoiser, Mixture
 
 PLAIN = Flow(prediction="x0", drop=0.0)
@@ -409,7 +411,7 @@ def test_progress_pays_for_coming_near_and_not_for_being_there():
 
 
 def test_what_is_paid_is_what_was_asked_for(policy):
-    run = runs.load(policy, device="cpu")
+    run = load_run(policy, device="cpu")
     actor = Policy.load(run)
     asked = Finetune(reward="progress", steps=2, eval_episodes=4)
     assert type(world(asked, actor, 2)) is Progress
@@ -447,7 +449,7 @@ def policy(tmp_path_factory):
     train(["--data=four-ways", "--data.n=20", "--objective.prediction=x0", "--backbone.width=32", "--backbone.depth=2",
            "--steps=30", "--batch=64", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32",
            "--workers=0", "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +457,7 @@ def moons(tmp_path_factory):
     out = tmp_path_factory.mktemp("moons")
     train(["--data=moons", "--backbone.width=16", "--backbone.depth=1", "--steps=2", "--sample-every=0",
            "--no-tensorboard", "--device=cpu", "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(policy, tmp_path, capsys):
@@ -463,19 +465,19 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(policy, tmp_path, capsy
     finetune([str(policy), "--iterations", "4", "--out", str(whole), *SMALL])
     finetune([str(policy), "--iterations", "2", "--out", str(part), *SMALL])
     finetune(["--resume", str(part / "latest"), "--iterations", "4"])
-    a, b = (runs.checkpoint_of(runs.find(p / "latest")) for p in (whole, part))
+    a, b = (find_checkpoint(find_run(p / "latest")) for p in (whole, part))
     for file in ("nets.safetensors", "ema-0.99.safetensors", "optim.safetensors", "finetune.safetensors"):
         x, y = load_file(a / file), load_file(b / file)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x), file
-    run = runs.load(whole / "latest")
-    old = runs.load(policy)
+    run = load_run(whole / "latest")
+    old = load_run(policy)
     assert run.step == 4
     assert run.weights.endswith("ema-0.99.safetensors")
     assert any(
         not torch.equal(x, y) for x, y in zip(run.nets["net"].parameters(), old.nets["net"].parameters(), strict=True)
     )
-    log = runs.read_log(run.directory)
+    log = read_log(run.directory)
     assert {"before/success", "before/mode_entropy_bits"} <= log[0].keys()
     assert {"after/success", "after/mode_entropy_bits"} <= log[-1].keys()
     assert [r["step"] for r in log] == [0, 1, 2, 3, 4, 4]
@@ -491,7 +493,7 @@ def test_a_function_is_a_reward_too(policy, tmp_path):
     finetune([str(policy), "--reward", "test_finetune:height", "--iterations", "6", "--samples", "128",
               "--method.lr", "2e-3", "--method.batch", "256", "--method.clone", "0",
               "--out", str(tmp_path)])  # fmt: skip
-    log = [r for r in runs.read_log(runs.find(tmp_path / "latest")) if "reward" in r]
+    log = [r for r in read_log(find_run(tmp_path / "latest")) if "reward" in r]
     assert log[-1]["reward"] > log[0]["reward"] + log[0]["reward_std"]
 
 

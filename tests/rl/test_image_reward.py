@@ -27,7 +27,8 @@ from genkit.rl.finetune.learner import Learner, apart, with_reference
 from genkit.rl.finetune.rewards import Scoring
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.q_function import Decisions, discounted_returns, learn_q, load_q, save_q
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
 from tests.support.exact import F64, Constant, ExactDenoiser, Mixture
 
@@ -148,7 +149,7 @@ def policy(tmp_path_factory):
     train(["--data=four-ways", "--data.n=20", "--objective.prediction=x0", "--backbone.width=32", "--backbone.depth=2",
            "--steps=30", "--batch=64", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32",
            "--workers=0", "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 def test_rollout_learns_q_and_heeds_it(policy, capsys):
@@ -291,7 +292,7 @@ def digits(tmp_path_factory):
     train(["--data=digits", "--objective=flow", "--backbone=mlp", "--backbone.width=32", "--backbone.depth=1",
            "--steps=20", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0",
            "--out", str(out)])  # fmt: skip
-    return runs.find(out / "latest")
+    return find_run(out / "latest")
 
 
 LIGHT = ["--reward", "genkit.rl.finetune.image_rewards:brightness"]
@@ -301,12 +302,12 @@ BRIGHT = [*LIGHT, "--method=ddpo", "--method.lr", "5e-3", "--method.batch", "40"
 
 def test_pictures_become_brighter_and_the_run_tells_at_what_price(digits, tmp_path):
     assert finetune([str(digits), *BRIGHT, "--method.kl", "0.001", "--iterations", "15", "--out", str(tmp_path)]) == 0
-    run = runs.find(tmp_path / "latest")
+    run = find_run(tmp_path / "latest")
     before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after"))
     assert after["reward"]["value"] > before["reward"]["value"] + 2 * before["reward_std"]
     assert before.keys() >= {"frechet", "frechet_class", "precision", "recall", "accuracy", "reward_std"}
     assert before["frechet_class"]["low"] <= before["frechet_class"]["value"] <= before["frechet_class"]["high"]
-    log = [r for r in runs.read_log(run) if "kl_reference" in r]
+    log = [r for r in read_log(run) if "kl_reference" in r]
     assert log[0]["kl_reference"] == 0 < log[-1]["kl_reference"]
     for name in ("samples/before.png", "samples/after.png", "reward-kl.png"):
         assert (run / name).stat().st_size > 500
@@ -316,14 +317,14 @@ def test_it_ends_where_the_divergence_is_too_large_and_resumes_the_same(digits, 
     more = ["--method.kl", "0", "--eval-samples", "0", "--save-every", "2"]
     finetune([str(digits), *BRIGHT, *more, "--max-kl", "5", "--iterations", "10", "--out", str(tmp_path / "a")])
     assert "stopped  at iteration" in capsys.readouterr().out
-    run = runs.find(tmp_path / "a" / "latest")
-    log = [r for r in runs.read_log(run) if "kl_reference" in r]
+    run = find_run(tmp_path / "a" / "latest")
+    log = [r for r in read_log(run) if "kl_reference" in r]
     assert 1 < len(log) < 10
     assert max(r["kl_reference"] for r in log) <= 5
     finetune([str(digits), *BRIGHT, *more, "--iterations", "4", "--out", str(tmp_path / "b")])
     finetune([str(digits), *BRIGHT, *more, "--iterations", "2", "--out", str(tmp_path / "c")])
     finetune(["--resume", str(tmp_path / "c" / "latest"), "--iterations", "4"])
-    b, c = ([r for r in runs.read_log(runs.find(tmp_path / x / "latest")) if "kl_reference" in r] for x in "bc")
+    b, c = ([r for r in read_log(find_run(tmp_path / x / "latest")) if "kl_reference" in r] for x in "bc")
     assert [r["kl_reference"] for r in b] == [r["kl_reference"] for r in c]
 
 
@@ -335,7 +336,7 @@ def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
     finetune(["--resume", str(tmp_path / "b" / "latest"), "--iterations", "2"])
     from safetensors.torch import load_file
 
-    a, b = (load_file(runs.checkpoint_of(runs.find(tmp_path / x / "latest")) / "finetune.safetensors") for x in "ab")
+    a, b = (load_file(find_checkpoint(find_run(tmp_path / x / "latest")) / "finetune.safetensors") for x in "ab")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     last = [k for k in a if k.startswith("noise.") and "last" in k]

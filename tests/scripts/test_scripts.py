@@ -12,6 +12,7 @@ from PIL import Image
 
 from genkit import config
 from genkit.cli import main as cli
+from genkit.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,8 +78,8 @@ def test_flow_in_40_lines_learns(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_configs_parse_and_say_what_to_expect(path):
-    cfg = config.parse(config.Train, ["--config", str(path)])
-    assert config.from_dict(config.Train, config.dump(cfg)) == cfg
+    cfg = config.parse(TrainSettings, ["--config", str(path)])
+    assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("command:", "hardware:", "minutes:", "expect:"):
         assert word in header, word

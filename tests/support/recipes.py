@@ -3,6 +3,8 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--data=moons", "--backbone.width=16", "--backbone.depth=1", "--steps=4", "--batch=8", "--workers=0",
+        "--no-tensorboard", "--device=cpu"]  # fmt: skip
 
 
 def page_shows(name):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genkit.training import run as runs
+from genkit.training.run import load_run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ def judge(run, **how):
     spec = importlib.util.spec_from_file_location("judge", ROOT / "examples/03_evaluate_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.judge(runs.load(run, device="cpu"), **how)
+    return module.judge(load_run(run, device="cpu"), **how)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import VAE, VQ, Autoencoder
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training import first_stage as latents
-from genkit.training import run as runs
+from genkit.training.directory import read_log
 from genkit.training.first_stage import Latent, OfCache, OfRun, Statistics, statistics
+from genkit.training.run import load_run, open_first_stage
 from tests.support.exact import ExactDenoiser, Mixture
 
 CPU = torch.device("cpu")
@@ -195,11 +196,11 @@ def cache(trained):
 
 
 def stage_of(run):
-    return runs.first_stage(str(run), (1, 8, 8), CPU)
+    return open_first_stage(str(run), (1, 8, 8), CPU)
 
 
 def test_a_run_of_latents_says_what_it_decodes_to_and_draws_pictures(trained):
-    run = runs.load(trained["flow"])
+    run = load_run(trained["flow"])
     assert (run.spec.shape, run.world.shape) == ((3, 2, 2), (1, 8, 8))
     x, cond = run.sample(6, steps=3)
     assert (x.dtype, x.shape) == (torch.uint8, (6, 1, 8, 8))
@@ -215,7 +216,7 @@ def test_a_run_of_latents_says_what_it_decodes_to_and_draws_pictures(trained):
 
 def test_the_statistics_of_training_are_numpys_of_all_samples(trained):
     data = DATA["digits"]().load("train")
-    codec = runs.load(trained["flow"]).codec
+    codec = load_run(trained["flow"]).codec
     q = stage_of(trained["vae"]).posterior(Batch(data.x))
     mean, var = q.mean.detach().double().numpy(), q.log_var.detach().double().exp().numpy()
     assert np.allclose(codec.scaling.mean, mean.mean((0, 2, 3)), atol=1e-5)
@@ -228,20 +229,20 @@ def test_the_run_keeps_a_copy_of_its_first_stage_and_finds_it_damaged(trained, t
     shutil.copytree(trained["flow"], moved, symlinks=True)
     away = trained["vae"].rename(tmp_path / "vae")
     try:
-        assert runs.load(moved).sample(3, steps=2)[0].equal(runs.load(trained["flow"]).sample(3, steps=2)[0])
+        assert load_run(moved).sample(3, steps=2)[0].equal(load_run(trained["flow"]).sample(3, steps=2)[0])
         resumed = ["train", "--resume", str(moved), "--steps=6"]
         assert cli.main(resumed) == 0
     finally:
         away.rename(trained["vae"])
-    assert runs.load(moved).codec.to_dict() == runs.load(trained["flow"]).codec.to_dict()
+    assert load_run(moved).codec.to_dict() == load_run(trained["flow"]).codec.to_dict()
     path = moved / "codec" / latents.WEIGHTS
     stored = load_file(path)
     save_file({k: v + 1 for k, v in stored.items()}, path)
     with pytest.raises(ValueError, match="another sha256"):
-        runs.load(moved)
+        load_run(moved)
     path.unlink()
     with pytest.raises(ValueError, match="there is no such file"):
-        runs.load(moved)
+        load_run(moved)
 
 
 @pytest.mark.slow
@@ -254,7 +255,7 @@ def test_a_fresh_process_draws_without_the_first_stage(trained, tmp_path):
         subprocess.run([sys.executable, "-m", "genkit", *argv], check=True)
     finally:
         away.rename(trained["vae"])
-    x = runs.load(trained["flow"]).sample(3, steps=2)[0]
+    x = load_run(trained["flow"]).sample(3, steps=2)[0]
     with np.load(tmp_path / "x.npz") as stored:
         assert np.array_equal(stored["arr_0"], x.permute(0, 2, 3, 1).numpy())
 
@@ -286,7 +287,7 @@ def test_how_a_batch_is_cut_changes_no_latent(trained, name):
 
 
 def test_a_codebook_decodes_the_entries_nearest_to_a_drawn_latent(trained):
-    run = runs.load(trained["vq"])
+    run = load_run(trained["vq"])
     stage, codes = stage_of(trained["vq"]), run.nets["codebook"].codes
     entries = codes[torch.tensor([[[1, 4], [0, 2]]])].movedim(-1, 1)
     gap = torch.cdist(codes, codes).fill_diagonal_(torch.inf).min() / 2
@@ -324,17 +325,17 @@ def test_a_cache_holds_the_moments_of_every_sample_and_its_statistics(trained, c
     s = Statistics.from_dict(kept.statistics)
     assert np.allclose(s.mean.numpy(), q.mean.detach().numpy().mean((0, 2, 3)), atol=1e-5)
     assert len(list(cache.glob("train-*.safetensors"))) == 3
-    assert Latents(root=str(cache)).world() == DATA["digits"]()
+    assert Latents(root=str(cache)).decoded_source() == DATA["digits"]()
 
 
 def test_training_on_a_cache_is_training_on_the_samples(trained, cache, tmp_path):
     assert cli.main(["train", "--objective=flow", "--data=latents", f"--data.root={cache}", f"--out={tmp_path}",
                      f"--codec={trained['vae']}", "--steps=4", *TINY]) == 0  # fmt: skip
-    run = runs.load(tmp_path / "latest")
-    losses = lambda d: [r["denoise/loss"] for r in runs.read_log(d)]  # noqa: E731
+    run = load_run(tmp_path / "latest")
+    losses = lambda d: [r["denoise/loss"] for r in read_log(d)]  # noqa: E731
     assert losses(run.directory) == pytest.approx(losses(trained["flow"]), rel=1e-4)
     assert run.world.shape == (1, 8, 8)
-    one, other = run.sample(4, steps=2)[0].int(), runs.load(trained["flow"]).sample(4, steps=2)[0].int()
+    one, other = run.sample(4, steps=2)[0].int(), load_run(trained["flow"]).sample(4, steps=2)[0].int()
     assert int((one - other).abs().max()) <= 2
 
 
@@ -388,21 +389,21 @@ def test_evaluation_measures_pictures_against_the_pictures_that_were_encoded(cac
 def test_a_run_rebuilds_samples_through_its_code_and_a_model_of_latents_through_its_codec(trained):
     x = DATA["digits"]().load("test").x[:9]
     for name in ("vae", "vq"):
-        run, stage = runs.load(trained[name]), stage_of(trained[name])
-        assert run.rebuild(Batch(x)).equal(stage.decode(stage.posterior(Batch(x)).mean))
-    run = runs.load(trained["flow"])
+        run, stage = load_run(trained[name]), stage_of(trained[name])
+        assert run.reconstruct(Batch(x)).equal(stage.decode(stage.posterior(Batch(x)).mean))
+    run = load_run(trained["flow"])
     draw = lambda: Draw((3,), 0, 9)  # noqa: E731
     z = stage_of(trained["vae"]).posterior(Batch(x)).draw(draw().normal(3, 2, 2))
-    assert run.rebuild(Batch(x, draw=draw())).equal(stage_of(trained["vae"]).decode(z))
+    assert run.reconstruct(Batch(x, draw=draw())).equal(stage_of(trained["vae"]).decode(z))
 
 
 def test_evaluation_measures_reconstructions_by_row(trained, capsys):
     """Against numpy: the FID in raw pixels of few samples is that of their means and covariances."""
-    run, x = runs.load(trained["vq"]), DATA["digits"]().load("test").x
+    run, x = load_run(trained["vq"]), DATA["digits"]().load("test").x
     argv = ["eval", str(trained["vq"]), "--rebuild=test", "--n=60", "--features=raw", "--metrics=fid", "--json"]
     assert cli.main([*argv, "--reference=test"]) == 0
     card = json.loads(capsys.readouterr().out)
-    back = run.rebuild(Batch(x[torch.arange(60) * len(x) // 60]))
+    back = run.reconstruct(Batch(x[torch.arange(60) * len(x) // 60]))
     a, b = (v.flatten(1).double().numpy() for v in (back, x))
     cov = [np.cov(v, rowvar=False) for v in (a, b)]
     root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0)).sum()
@@ -519,7 +520,7 @@ def test_an_autoencoder_of_diffusers_is_a_codec(kind, tmp_path, capsys):
     net = foreign(kind, tmp_path / "saved")
     x = DATA["digits"]().load("train").x[:20]
     inside = x.float() / 127.5 - 1
-    stage = runs.first_stage(f"diffusers:{tmp_path}/saved", (1, 8, 8), CPU)
+    stage = open_first_stage(f"diffusers:{tmp_path}/saved", (1, 8, 8), CPU)
     q = stage.posterior(Batch(x))
     with torch.no_grad():
         out = net.encode(inside)
@@ -533,7 +534,7 @@ def test_an_autoencoder_of_diffusers_is_a_codec(kind, tmp_path, capsys):
     args = ["train", "--objective=flow", f"--codec=diffusers:{tmp_path}/saved", "--steps=2", f"--out={tmp_path}/runs"]
     assert cli.main([*args, *TINY]) == 0
     shutil.rmtree(tmp_path / "saved")  # the run has its own copy
-    run = runs.load(tmp_path / "runs" / "latest")
+    run = load_run(tmp_path / "runs" / "latest")
     assert run.codec.stage.sha256 == stage.sha256
     assert run.sample(3, steps=2)[0].shape == (3, 1, 8, 8)
 

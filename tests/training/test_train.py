@@ -20,13 +20,25 @@ from torch import nn
 from genkit import config
 from genkit.backbones import MLP
 from genkit.cli.commands.train import main
-from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat
+from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat, spec_from_dict, spec_to_dict
 from genkit.data import Stream
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
-from genkit.training import run as runs
-from genkit.training.loop import Diverged, State, average, fit, phase_parameters, rate, require_same, start
+from genkit.training.checkpoint import read_tensors
+from genkit.training.directory import read_log, rewind_log, symlink
+from genkit.training.loop import (
+    Diverged,
+    State,
+    fit,
+    initial_state,
+    learning_rate,
+    phase_parameters,
+    require_same,
+    update_ema,
+)
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip
@@ -73,15 +85,15 @@ def test_resume_is_bit_identical(tmp_path, objective):
     whole = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
     # go back to step 6, as a kill at step 13 would leave it
-    runs.point(half / "latest", "checkpoints/step-0000006")
+    symlink(half / "latest", "checkpoints/step-0000006")
     for step in ("0000012", "0000014"):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
     resumed = in_process(tmp_path / "b", "--resume", str(half), *data)
     assert resumed == half
     assert same(whole, half) == []
-    steps = [r["step"] for r in runs.read_log(half)]
+    steps = [r["step"] for r in read_log(half)]
     assert steps == sorted(set(steps)), "a line of the log was written twice"
-    losses = [[v for r in runs.read_log(run)[1:] for k, v in r.items() if k.endswith("/loss")] for run in (whole, half)]
+    losses = [[v for r in read_log(run)[1:] for k, v in r.items() if k.endswith("/loss")] for run in (whole, half)]
     assert losses[0][-1] == losses[1][-1]
 
 
@@ -98,7 +110,7 @@ def test_resume_takes_the_unet_up_bit_identically(tmp_path):
 def test_a_resumed_run_can_go_further(tmp_path):
     run = in_process(tmp_path, "--steps=4")
     in_process(tmp_path, "--resume", str(run), "--steps=6")
-    assert runs.load(run).step == 6
+    assert load_run(run).step == 6
     assert len(list((tmp_path / "runs").glob("0*"))) == 1
 
 
@@ -114,10 +126,10 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, how):
     assert process.returncode == 130, out + err
     command = re.search(r"genkit train --resume (\S+)", out)
     assert command, out
-    step = runs.load(tmp_path / "runs/latest").step
+    step = load_run(tmp_path / "runs/latest").step
     assert step > 0
     genkit("train", "--resume", command[1], f"--steps={step + 3}", cwd=tmp_path)
-    assert runs.load(tmp_path / "runs/latest").step == step + 3
+    assert load_run(tmp_path / "runs/latest").step == step + 3
 
 
 def wait_for(path, process):
@@ -138,13 +150,13 @@ def test_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(tmp_path):
     wait_for(tmp_path / "runs/latest/log.jsonl", process)
     process.kill()
     process.wait()
-    run = runs.load(tmp_path / "runs/latest")
+    run = load_run(tmp_path / "runs/latest")
     for checkpoint in (tmp_path / "runs/latest/checkpoints").glob("step-*"):
-        runs.read(checkpoint, "nets.safetensors")
+        read_tensors(checkpoint, "nets.safetensors")
     x, _ = run.sample(4, steps=2)
     assert x.shape == (4, 2)
     genkit("train", "--resume", "runs/latest", f"--steps={run.step + 2}", "--save-every=1000", cwd=tmp_path)
-    assert runs.load(tmp_path / "runs/latest").step == run.step + 2
+    assert load_run(tmp_path / "runs/latest").step == run.step + 2
 
 
 # ---------------------------------------------------------------------------------------------------- ranks
@@ -160,14 +172,14 @@ def test_two_ranks_equal_one(tmp_path):
     """Global batch 64 on 2 ranks is 64 on one, to float tolerance: same data, same noise, mean gradient."""
     (tmp_path / "two").mkdir()
     args = ["--batch=64", "--steps=12", "--sample-every=12"]
-    two = launch(tmp_path / "two", *args, "--micro=16")
+    two = launch(tmp_path / "two", *args, "--micro-batch=16")
     one = in_process(tmp_path / "one", *args)
     a, b = weights(two), weights(one)
     assert a.keys() == b.keys()
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], atol=2e-5), key
-    assert runs.read_log(two)[-1]["denoise/loss"] == pytest.approx(runs.read_log(one)[-1]["denoise/loss"], rel=1e-4)
+    assert read_log(two)[-1]["denoise/loss"] == pytest.approx(read_log(one)[-1]["denoise/loss"], rel=1e-4)
     assert json.loads((two / "env.json").read_text())["world_size"] == 2
     assert (two / "samples/step-0000012.png").exists()
     assert len(list((tmp_path / "two/runs").glob("0*"))) == 1, "both ranks made a directory"
@@ -190,7 +202,7 @@ def test_ranks_that_drift_apart_are_found():
 
 def test_micro_batches_equal_one_batch(tmp_path):
     whole = in_process(tmp_path / "a", "--steps=8")
-    cut = in_process(tmp_path / "b", "--steps=8", "--micro=5")
+    cut = in_process(tmp_path / "b", "--steps=8", "--micro-batch=5")
     a, b = weights(whole), weights(cut)
     for key in a:
         if "nets.safetensors" in key:
@@ -218,7 +230,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
     class Three:
         num_processes, process_index, device = 3, 0, accelerator.device
 
-    cfg = replace(config.Train(), batch=64)
+    cfg = replace(TrainSettings(), batch=64)
     with pytest.raises(ValueError, match="multiple of 3"):
         fit(Flow(), State({}, {}, {}), None, Identity(), cfg, Three())
 
@@ -247,10 +259,12 @@ class Duel(Objective):
 
 
 def toy(objective, steps=4, **changes):
-    cfg = replace(config.Train(), steps=steps, batch=16, precision="fp32", warmup=0, log_every=1, ema=(0.9,), **changes)
+    cfg = replace(
+        TrainSettings(), steps=steps, batch=16, precision="fp32", warmup=0, log_every=1, ema=(0.9,), **changes
+    )
     torch.manual_seed(0)
-    data = config.from_dict(config.Train, {"data": "moons"}).data.load("train")
-    state = start(objective, objective.networks(MLP(), data.spec), cfg)
+    data = config.from_dict(TrainSettings, {"data": "moons"}).data.load("train")
+    state = initial_state(objective, objective.networks(MLP(), data.spec), cfg)
     return cfg, data, state
 
 
@@ -317,7 +331,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
 def test_only_bad_steps_in_a_row_end_a_run():
     Poisoned.count.clear()
     objective = Poisoned(at=(0, 1, 3, 4, 6))
-    cfg, data, state = toy(objective, steps=8, bad_steps=3)
+    cfg, data, state = toy(objective, steps=8, max_nonfinite_steps=3)
     assert fit(objective, state, Stream(data, 16, 0), Identity(), cfg, Accelerator(cpu=True))
     assert state.skipped == 5
 
@@ -343,7 +357,7 @@ def test_dropout_draws_anew_at_each_step_and_the_same_again():
 
 
 def test_after_too_many_bad_steps_the_first_bad_layer_is_named():
-    cfg, data, state = toy(Flow(), steps=50, bad_steps=3)
+    cfg, data, state = toy(Flow(), steps=50, max_nonfinite_steps=3)
     layers = [n for n, m in state.nets["net"].named_modules() if isinstance(m, nn.Linear)]
     bad = layers[len(layers) // 2]
     state.nets["net"].get_submodule(bad).register_forward_hook(lambda m, a, out: out * float("inf"))
@@ -354,22 +368,22 @@ def test_after_too_many_bad_steps_the_first_bad_layer_is_named():
 
 
 def test_learning_rate_schedule():
-    cfg = replace(config.Train(), steps=100, warmup=10, lr=1.0, schedule="cosine")
-    assert rate(cfg, 0) == pytest.approx(0.1)
-    assert rate(cfg, 9) == pytest.approx(1.0)
-    assert rate(cfg, 55) == pytest.approx(0.5)
-    assert rate(cfg, 99) < 0.01
+    cfg = replace(TrainSettings(), steps=100, warmup=10, lr=1.0, schedule="cosine")
+    assert learning_rate(cfg, 0) == pytest.approx(0.1)
+    assert learning_rate(cfg, 9) == pytest.approx(1.0)
+    assert learning_rate(cfg, 55) == pytest.approx(0.5)
+    assert learning_rate(cfg, 99) < 0.01
     constant = replace(cfg, schedule="constant")
-    assert rate(constant, 99) == 1.0
-    assert rate(replace(cfg, warmup=0), 0) == 1.0
+    assert learning_rate(constant, 99) == 1.0
+    assert learning_rate(replace(cfg, warmup=0), 0) == 1.0
 
 
 def test_average_is_an_exponential_mean_with_a_young_phase():
     net, ema = {"n": nn.Linear(2, 2)}, {"n": nn.Linear(2, 2)}
     old, new = ema["n"].weight.clone(), net["n"].weight.clone()
-    average(ema, net, 0.9, 10_000)
+    update_ema(ema, net, 0.9, 10_000)
     assert torch.allclose(ema["n"].weight, 0.9 * old + 0.1 * new)
-    average(ema, net, 0.9, 0)  # young: (1 + 0) / (10 + 0)
+    update_ema(ema, net, 0.9, 0)  # young: (1 + 0) / (10 + 0)
     assert torch.allclose(ema["n"].weight, 0.1 * (0.9 * old + 0.1 * new) + 0.9 * new)
 
 
@@ -397,13 +411,13 @@ def test_a_run_loads_from_its_config_and_one_checkpoint_alone(tmp_path):
     (bare / "checkpoints").mkdir(parents=True)
     os.rename(run / "config.yaml", bare / "config.yaml")
     os.rename(run / "checkpoints/step-0000003", bare / "checkpoints/step-0000003")
-    loaded = runs.load(bare)
+    loaded = load_run(bare)
     assert loaded.spec.shape == (2,)
     assert loaded.weights.endswith("ema-0.99.safetensors")
-    assert runs.load(bare, ema="none").weights.endswith("nets.safetensors")
-    assert runs.load(bare, ema="0.5").weights.endswith("ema-0.5.safetensors")
+    assert load_run(bare, ema="none").weights.endswith("nets.safetensors")
+    assert load_run(bare, ema="0.5").weights.endswith("ema-0.5.safetensors")
     with pytest.raises(ValueError, match=r"0\.5, 0\.99, none"):
-        runs.load(bare, ema="0.7")
+        load_run(bare, ema="0.7")
     assert not any(p.suffix in (".pt", ".pkl", ".bin", ".ckpt") for p in bare.rglob("*"))
 
 
@@ -420,24 +434,24 @@ def test_damage_is_found(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{file.name}: is damaged"):
-        runs.load(run)
+        load_run(run)
 
 
 def test_old_checkpoints_go_and_runs_are_numbered(tmp_path):
-    first = in_process(tmp_path, "--steps=5", "--save-every=1", "--keep=2")
+    first = in_process(tmp_path, "--steps=5", "--save-every=1", "--keep-checkpoints=2")
     assert sorted(p.name for p in (first / "checkpoints").iterdir()) == ["step-0000004", "step-0000005"]
     second = in_process(tmp_path, "--steps=1")
     assert first.name == "0000-moons-flow-mlp"
     assert second.name == "0001-moons-flow-mlp"
-    assert runs.load(first, step=4).step == 4
+    assert load_run(first, step=4).step == 4
     with pytest.raises(ValueError, match="saved: 4, 5"):
-        runs.load(first, step=3)
+        load_run(first, step=3)
 
 
 @pytest.mark.parametrize(("path", "says"), [("nowhere", "does not exist"), (".", r"holds no config\.yaml")])
 def test_what_is_not_a_run_is_refused(tmp_path, path, says):
     with pytest.raises(ValueError, match=says):
-        runs.load(tmp_path / path)
+        load_run(tmp_path / path)
 
 
 def test_specs_survive_the_file(tmp_path):
@@ -446,18 +460,18 @@ def test_specs_survive_the_file(tmp_path):
     spec = Spec(
         (3, 4, 5), {"label": Label(2, ("a", "b")), "obs": Vector((2, 3)), "image": Image(1), "tokens": Tokens(7)}
     )
-    assert runs.spec_from_dict(json.loads(json.dumps(runs.spec_to_dict(spec)))) == spec
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
 
 def test_a_log_cut_by_a_kill_is_read_up_to_there(tmp_path):
     Path(tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert runs.read_log(tmp_path) == [{"step": 1}, {"step": 2}]
-    runs.rewind_log(tmp_path, 1)
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}]
+    rewind_log(tmp_path, 1)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_sample_i_of_a_run_does_not_depend_on_the_batch(tmp_path):
-    run = runs.load(in_process(tmp_path, "--data=digits", "--backbone.width=16", "--steps=2", "--batch=4"))
+    run = load_run(in_process(tmp_path, "--data=digits", "--backbone.width=16", "--steps=2", "--batch=4"))
     whole, cond = run.sample(9, sampler="ancestral", steps=4)
     parts, _ = run.sample(9, sampler="ancestral", steps=4, batch=2)
     assert whole.dtype == torch.uint8
@@ -468,7 +482,7 @@ def test_sample_i_of_a_run_does_not_depend_on_the_batch(tmp_path):
 
 
 def test_ddpm_is_saved_with_its_schedule(tmp_path):
-    run = runs.load(in_process(tmp_path, "--objective=ddpm", "--objective.timesteps=50", "--steps=1"))
+    run = load_run(in_process(tmp_path, "--objective=ddpm", "--objective.timesteps=50", "--steps=1"))
     assert run.objective == DDPM(timesteps=50)
 
 
@@ -501,7 +515,7 @@ def test_a_resumed_run_does_not_begin_again(tmp_path, capsys):
     first = in_process(tmp_path / "a", "--steps=3", "--lr=1e-2")
     whole = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
     cut = in_process(tmp_path / "c", "--steps=6", "--save-every=3", f"--init={first}")
-    runs.point(cut / "latest", "checkpoints/step-0000003")
+    symlink(cut / "latest", "checkpoints/step-0000003")
     os.rename(cut / "checkpoints/step-0000006", cut / "gone")
     os.rename(first, tmp_path / "elsewhere")
     in_process(tmp_path / "c", "--resume", str(cut))
@@ -540,21 +554,21 @@ AWARE = ["--objective.times=loss-aware", "--batch=128", "--steps=30"]
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     whole = in_process(tmp_path / "a", *AWARE)
     cut = in_process(tmp_path / "b", *AWARE, "--save-every=24")
-    runs.point(cut / "latest", "checkpoints/step-0000024")
+    symlink(cut / "latest", "checkpoints/step-0000024")
     os.rename(cut / "checkpoints/step-0000030", cut / "gone")
     in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
     assert same(whole, cut) == []
-    shares = runs.load(whole).nets["history"].shares()
+    shares = load_run(whole).nets["history"].shares()
     assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
     begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}", "--objective=flow")  # without a memory
     again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")
-    assert runs.load(again).nets["history"].seen.sum() == 128
+    assert load_run(again).nets["history"].seen.sum() == 128
 
 
 @pytest.mark.slow
 def test_the_memory_of_losses_is_that_of_all_ranks(tmp_path):
     (tmp_path / "two").mkdir()
-    two, one = launch(tmp_path / "two", *AWARE, "--micro=16"), in_process(tmp_path / "one", *AWARE)
+    two, one = launch(tmp_path / "two", *AWARE, "--micro-batch=16"), in_process(tmp_path / "one", *AWARE)
     a, b = weights(two), weights(one)
     for key in a:
         if "nets.safetensors" in key:

@@ -9,8 +9,6 @@ from pathlib import Path as File
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from annotated_types import Ge
 from rich.console import Console
 from rich.progress import Progress
@@ -20,14 +18,17 @@ from tyro.conf import Positional
 from genkit import config
 from genkit.config import parse, table
 from genkit.config.blocks import name_of
-from genkit.core import Data, Draw, Image, spec_to_dict
+from genkit.core import Data, Draw, spec_to_dict
+from genkit.core.device import pick_device
+from genkit.core.tensors import sha256
 from genkit.data import DATA as SOURCES
 from genkit.data import InLatents
 from genkit.data.latents import ABOUT, is_shard, read_about, read_shard, write_about, write_shard
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training import first_stage as latents
-from genkit.training import run as runs
-from genkit.training.first_stage import Encoded, Latent, OfCache, Stage, Statistics, statistics
+from genkit.training.directory import find_run
+from genkit.training.first_stage import Stage, statistics
+from genkit.training.run import load_run, open_first_stage
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -47,7 +48,7 @@ class Encode:
 
     run: Positional[str]
     """A run with a code (of vae, ae, vq or autoencoder), such as runs/latest; or diffusers:DIR."""
-    data: Any = table("genkit.cli.commands.encode:DATA", "same", fallback="genkit.data:source")
+    data: Any = table("genkit.cli.commands.encode:DATA", "same", fallback="genkit.data:find_source")
     """What is encoded: a NAME, or a path to a folder of images."""
     split: Literal["train", "test"] = "train"
     """Which samples; both may lie in one folder."""
@@ -66,9 +67,9 @@ def main(argv: list[str]) -> int:
     foreign = asked.run.partition(":")[0] in latents.OPEN
     if foreign and (isinstance(asked.data, Same) or not asked.out):
         raise ValueError(f"encode: {asked.run} is no run, and has no data or folder of its own; give --data and --out")
-    source = runs.load(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
-    out = File(asked.out) if asked.out else runs.find(asked.run) / "latents"
-    n, made = encode(source, out, asked, runs.pick_device(asked.device))
+    source = load_run(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
+    out = File(asked.out) if asked.out else find_run(asked.run) / "latents"
+    n, made = encode(source, out, asked, pick_device(asked.device))
     console.print(f"{n} samples of {asked.split}, {made} files written  {out}", markup=False)
     console.print(f"next  genkit train --objective=flow --backbone=dit --data=latents --data.root {out}", markup=False)
     return 0
@@ -79,7 +80,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
     data, kinds = source.load(asked.split), {"table": "genkit.data:DATA"}
     if isinstance(data, InLatents):
         raise ValueError(f"data: {out} would be latents of latents; name the samples themselves")
-    stage = runs.first_stage(asked.run, data.spec.shape, device)
+    stage = open_first_stage(asked.run, data.spec.shape, device)
     about: dict[str, Any] = {"stage": {**stage.about(), "sha256": stage.sha256}, "data": {
         "name": name_of(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
     if (out / ABOUT).is_file():
@@ -91,7 +92,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
     else:
         stage.write(out / "codec")
         write_about(out, about)
-    views = 1 + int(vars(source).get("flip", False))
+    views = 1 + int(source.random_flip)
     starts, made, shards = range(0, len(data), asked.shard), 0, {}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("encoding", total=len(data))
@@ -102,7 +103,7 @@ def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple
             if not is_shard(path, mark):
                 write_shard(path, moments(stage, data, range(first, last), views, asked.batch, device), mark)
                 made += 1
-            shards[path.name] = runs.sha256(path)
+            shards[path.name] = sha256(path)
             bar.update(task, completed=last)
     spec = replace(data.spec, shape=tuple(stage.latent))
     measured = statistics(posterior(read_shard(out / name)) for name in shards)
@@ -150,50 +151,3 @@ def moments(
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ValueError(f"codec: {stage.name} gives a {name} that is not a number; the run has diverged")
     return out
-
-
-# ------------------------------------------------------------------------------------------------- for training
-def coded(cfg: config.Train, data: Data, accelerator: Accelerator, resumed: File | None) -> Data:
-    """``data`` as the model of this training sees them: as latents, where ``--codec`` or cached latents say so.
-
-    Rank 0 measures mean and deviation, and tells the others; a resumed run keeps those that it began with.
-    """
-    cached = data if isinstance(data, InLatents) else None
-    if cfg.codec is None and cached is None:
-        if cfg.codec_posterior != "draw":
-            raise ValueError(f"codec_posterior: given {cfg.codec_posterior}, but no codec; give --codec RUN")
-        return data
-    device = accelerator.device
-    if resumed:
-        record = json.loads((runs.checkpoint_of(resumed) / "state.json").read_text())["codec"]
-        codec = latents.from_dict(record, resumed / "codec", device)
-        if not isinstance(codec, Latent):
-            raise ValueError(f"codec: {resumed.name} was trained without one, and goes on without; leave --codec out")
-        stage = codec.stage
-    else:
-        stage, codec = opened(cfg, data, device), None
-    if cached and stage.sha256 != cached.about["stage"]["sha256"]:
-        there, here = cached.about["stage"]["sha256"][:12], stage.sha256[:12]
-        raise ValueError(f"codec: the latents in {cached.root} are of other weights (sha256 {there}) than "
-                         f"{stage.name} ({here}); leave --codec out, or encode again")  # fmt: skip
-    spec = replace(data.spec, shape=tuple(stage.latent))
-    if pictures := [k for k, kind in spec.cond.items() if isinstance(kind, Image)]:
-        raise ValueError(f"codec: the condition {pictures[0]} is a picture of the sample's size, not of the latent's")
-    if codec is None:
-        found: list[Any] = [cached.statistics if cached else None]
-        if cached is None and accelerator.is_main_process:
-            found = [latents.measure(stage, data, device).to_dict()]
-        measured = Statistics.from_dict(broadcast_object_list(found)[0])
-        mean, std = measured.mean, measured.std(cfg.codec_posterior)
-        codec = Latent(stage, tuple(mean.tolist()), tuple(std.tolist()), cfg.codec_posterior)
-    if cached:
-        codec = OfCache(stage, codec.scaling.mean, codec.scaling.std, codec.posterior)
-    return Encoded(data, spec, codec)
-
-
-def opened(cfg: config.Train, data: Data, device: torch.device) -> Stage:
-    if not isinstance(data, InLatents):
-        assert cfg.codec is not None
-        return runs.first_stage(cfg.codec, data.spec.shape, device)
-    kept = latents.read_stage(data.about["stage"], data.root / "codec", device)
-    return kept if cfg.codec is None else runs.first_stage(cfg.codec, kept.shape, device)

@@ -17,8 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from genkit import config
-from genkit.cli.commands.sample import how
-from genkit.config import Evaluate, Sampling, parse
+from genkit.config import narrow, parse
+from genkit.core.device import pick_device
 from genkit.evaluation import (
     Drawn,
     Given,
@@ -34,19 +34,21 @@ from genkit.evaluation import (
     ruler,
     weights_sha256,
 )
+from genkit.evaluation.settings import Evaluate
 from genkit.evaluation.sources import SPLITS, Samples
-from genkit.training import run as runs
-from genkit.training.distributed import join_ranks, lost_ranks, start_ranks
+from genkit.training.distributed import join_ranks, missing_ranks, start_ranks
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions, Sampling
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
-HOW = [f.name for f in fields(Sampling) if f.name not in ("seed", "ema", "step", "batch", "device")]
+HOW = [f.name for f in fields(Sampling) if f.name not in ("seed", "batch")]
 EVERYWHERE = ("batch", "device")  # settings of sampling that measuring stored samples has a use for too
 OF_RUN = (Drawn, Rebuilt)
 PICTURES, VECTORS = 10_000, 2_000  # samples of a run, if nothing is said
 
 
 def main(argv: list[str]) -> int:
-    if (num := lost_ranks()) > 1:
+    if (num := missing_ranks()) > 1:
         start_ranks(num, "eval", argv)
     asked = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
     if asked.compare:
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 def together(device: str, work: Callable[[Accelerator, Ranks], int]) -> int:
     """``work`` on every rank; the exit code. What they all refuse, the main one says."""
-    accelerator = join_ranks(runs.pick_device(device))
+    accelerator = join_ranks(pick_device(device))
     ranks = Ranks.of(accelerator)
     try:
         return work(accelerator, ranks)
@@ -125,7 +127,7 @@ def opened(asked: Evaluate, device: torch.device) -> Samples:
     """A run to draw from, or samples that exist."""
     name = asked.what[0]
     if is_run(name):
-        run = runs.load(File(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
+        run = load_run(File(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
         if run.config.threads:
             torch.set_num_threads(run.config.threads)
         if not asked.rebuild:
@@ -146,15 +148,17 @@ USUAL = config.dump(Evaluate())
 
 def unchanged(asked: Evaluate, but: Sequence[str], what: str) -> None:
     """``ValueError`` for a setting of sampling that has no effect on ``what``."""
-    for f in fields(Sampling):
+    for f in [*fields(Sampling), *fields(LoadOptions)]:
         if f.name not in but and config.dump(asked)[f.name] != USUAL[f.name]:
             raise ValueError(f"{f.name}: has no effect on {what}")
 
 
-def draw(run: runs.Run, asked: Sampling, sha256: str | None = None) -> Drawn:
+def draw(run: Run, asked: Sampling, sha256: str | None = None) -> Drawn:
     """Samples of a run, as asked; ``sha256`` of its weights where these are not in a file."""
     tree = config.dump(asked)
-    return Drawn(run, how(asked, run), asked.seed, sha256 or weights_sha256(run), {k: tree[k] for k in HOW})
+    sampling = narrow(asked, Sampling)
+    how = {"sampling": sampling, **run.open_references(sampling)}
+    return Drawn(run, how, asked.seed, sha256 or weights_sha256(run), {k: tree[k] for k in HOW})
 
 
 def reference_of(name: str, samples: Samples, options: Named) -> Given | File | None:

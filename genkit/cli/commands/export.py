@@ -25,8 +25,9 @@ from genkit.data.codecs import Learned
 from genkit.diffusion.paths import Linear
 from genkit.integrations.weights import BETAS, PREDICTIONS, retold
 from genkit.objectives import DDPM, Flow
-from genkit.training import run as runs
-from genkit.training.loop import start
+from genkit.training.checkpoint import save_checkpoint
+from genkit.training.loop import initial_state
+from genkit.training.run import Run, load_run
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -35,7 +36,7 @@ class Format(ABC):
     """One way to write a run into an empty folder."""
 
     @abstractmethod
-    def write(self, run: runs.Run, out: File) -> list[str]:
+    def write(self, run: Run, out: File) -> list[str]:
         """Fill the folder; the lines that tell a person what to do with it."""
 
 
@@ -44,15 +45,15 @@ class Format(ABC):
 class WholeRun(Format):
     """A run with one checkpoint, of the exported weights alone; a LoRA is merged into its base's."""
 
-    def write(self, run: runs.Run, out: File) -> list[str]:
+    def write(self, run: Run, out: File) -> list[str]:
         cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
-        state = start(cfg.objective, run.nets, cfg)
+        state = initial_state(cfg.objective, run.nets, cfg)
         state.step = run.step
-        runs.save(out, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1)
+        save_checkpoint(out, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1)
         if isinstance(run.codec, Learned):
             shutil.copytree(run.directory / "codec", out / "codec")
         (out / "config.yaml").write_text(to_yaml(cfg))
-        return ["genkit sample {out}", "python -c \"from genkit import runs; run = runs.load('{out}')\""]
+        return ["genkit sample {out}", "python -c \"from genkit import runs; run = load_run('{out}')\""]
 
 
 # --------------------------------------------------------------------------------------------------------- diffusers
@@ -70,7 +71,7 @@ class ToDiffusers(Format):
     label: Annotated[int, Ge(0)] | None = None
     """Of a network with classes: this class alone, in a network without; None: all of them."""
 
-    def write(self, run: runs.Run, out: File) -> list[str]:
+    def write(self, run: Run, out: File) -> list[str]:
         denoiser, family = network(run), run.config.backbone
         assert isinstance(family, Diffusers)
         kind = SCHEDULES.get(type(run.objective))
@@ -103,7 +104,7 @@ def refused(why: str) -> ValueError:
     return ValueError(f"export: {why}; to use it with genkit elsewhere: --to run")
 
 
-def network(run: runs.Run) -> DiffusersDenoiser:
+def network(run: Run) -> DiffusersDenoiser:
     """The run's network. ``ValueError`` where it is none of diffusers' own."""
     found = [net for net in run.nets.values() if isinstance(net, DiffusersDenoiser)]
     if len(found) != 1:
@@ -197,7 +198,7 @@ def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
 SCHEDULES: Mapping[type, Callable[[Objective, Diffusers], Schedule]] = {DDPM: ddpm_schedule, Flow: flow_schedule}
 
 
-def card(run: runs.Run, told: list[str]) -> str:
+def card(run: Run, told: list[str]) -> str:
     code = "\n".join(f"    {line}" for line in told).replace("{out}", "DIR")
     weights = f"{run.directory.name}/{run.weights}"
     return f"# {run.directory.name}\n\nExported by genkit from {weights}.\n\n{code}\n"
@@ -232,7 +233,7 @@ def main(argv: list[str]) -> int:
     out = File(asked.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: given {out}, which is there already; name a new folder")
-    run = runs.load(
+    run = load_run(
         asked.run, ema=asked.ema, step=asked.step, device="cpu", adapter=asked.lora, adapter_scale=asked.lora_scale
     )
     part = out.parent / f".{out.name}.part"

@@ -18,10 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from tyro.conf import Positional
 
-from genkit import config
 from genkit.backbones.lora import LoRA
-from genkit.cli.commands.train import environment, option
 from genkit.config import parse, table, to_yaml
+from genkit.config.command import peek
 from genkit.core import Batch, seed_of
 from genkit.core.files import write_text
 from genkit.data import Stream
@@ -35,8 +34,12 @@ from genkit.rl.finetune.learner import Critic, Learner, Method, Task, with_refer
 from genkit.rl.finetune.rewards import PAYS, Acting, OneWay, Scoring, classes, function_of
 from genkit.rl.policies.episodes import require_compatible, run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.training import run as runs
-from genkit.training.loop import start as fresh_state
+from genkit.training.checkpoint import find_checkpoint, read_tensors, restore, save_checkpoint
+from genkit.training.directory import append_log, create_run, find_run, read_log, rewind_log
+from genkit.training.loop import initial_state as fresh_state
+from genkit.training.run import Run, load_run
+from genkit.training.session import environment
+from genkit.training.settings import TrainSettings
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -113,23 +116,23 @@ class Finetune:
 
 
 def main(argv: list[str]) -> int:
-    resumed = option(argv, "--resume")
+    resumed = peek(argv, "resume")
     if resumed:
-        found = runs.find(resumed) / "finetune.yaml"
+        found = find_run(resumed) / "finetune.yaml"
         if not found.is_file():
             raise ValueError(f"resume: given {resumed}, which genkit finetune did not make; it has no finetune.yaml")
         argv = ["--config", str(found), *argv]
     asked = parse(Finetune, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     if not asked.run:
         raise ValueError("run: not given; say which: genkit finetune runs/latest")
-    return finetune(asked, runs.find(asked.resume) if asked.resume else None)
+    return finetune(asked, find_run(asked.resume) if asked.resume else None)
 
 
 def finetune(asked: Finetune, resumed: File | None = None) -> int:
     """Improve, in a new run directory or on from the newest checkpoint of ``resumed``; the exit code."""
     torch.set_num_threads(1)
     torch.manual_seed(asked.seed)
-    base = runs.load(asked.run, device="cpu")
+    base = load_run(asked.run, device="cpu")
     chain = Chain.over(denoiser_of(base.objective, base.nets).path, asked.steps, asked.noise, asked.floor, asked.grid)
     task, policy = task_of(asked, base)
     torch.manual_seed(asked.seed)
@@ -143,7 +146,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
     learner = learner_of(asked, base, chain, critic=policy is not None)
     method, cfg = asked.method, learner_config(asked, base)
     named = asked.name or f"{base.directory.name.partition('-')[2]}-{type(method).__name__.lower()}"
-    run = resumed or runs.create(asked.out, named)
+    run = resumed or create_run(asked.out, named)
     best = Best()
     if resumed:
         take_up(learner, run, best)
@@ -174,7 +177,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
             learner.state.step += 1
             took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
             record = {"step": i + 1, **{k: round(v, 2) for k, v in took.items()}, **logs}
-            runs.append_log(run, record)
+            append_log(run, record)
             said = "  ".join(f"{k} {logs[k]:.3g}" for k in SHOWN if k in logs)
             bar.update(shown, completed=i + 1, said=said)
             if not console.is_terminal and (i % 5 == 4 or i == 0):
@@ -185,7 +188,7 @@ def finetune(asked: Finetune, resumed: File | None = None) -> int:
                     best.note(i + 1, told(run, i + 1, "chosen", found))
                 save(run, learner, base, asked, best)
     told(run, learner.state.step, "after", measure("after"))
-    reward_kl(runs.read_log(run), run / "reward-kl.png")
+    reward_kl(read_log(run), run / "reward-kl.png")
     console.print(f"next     genkit {'rollout' if policy else 'sample'} {run} --steps {asked.steps}", markup=False)
     return 0
 
@@ -197,7 +200,7 @@ def began_here(task: Task) -> bool:
     return not isinstance(task, Acting) or bool(task.history)
 
 
-def task_of(asked: Finetune, base: runs.Run) -> tuple[Task, Policy | None]:
+def task_of(asked: Finetune, base: Run) -> tuple[Task, Policy | None]:
     if asked.reward not in PAYS:
         if asked.mode is not None or asked.env is not None or asked.lost is not None:
             raise ValueError("env, mode, lost: have no effect where the reward is a function; leave them out")
@@ -220,13 +223,13 @@ def world(asked: Finetune, policy: Policy, num: int) -> Env:
     return env if asked.mode is None else OneWay(env, asked.mode)
 
 
-def learner_config(asked: Finetune, base: runs.Run) -> config.Train:
+def learner_config(asked: Finetune, base: Run) -> TrainSettings:
     """What the new run's config.yaml says: the old one's, from its weights."""
     return replace(base.config, init=str(base.directory), ema=(asked.ema,), lr=asked.method.lr, out=asked.out,
                    seed=asked.seed, resume=None, precision="fp32", lora=LoRA())  # fmt: skip
 
 
-def learner_of(asked: Finetune, base: runs.Run, chain: Chain, critic: bool) -> Learner:
+def learner_of(asked: Finetune, base: Run, chain: Chain, critic: bool) -> Learner:
     cfg = learner_config(asked, base)
     torch.manual_seed(asked.seed)
     nets = {k: v.requires_grad_(True) for k, v in base.config.objective.networks(cfg.backbone, base.spec).items()}
@@ -271,7 +274,7 @@ class Best:
 
 
 def measured(
-    asked: Finetune, base: runs.Run, learner: Learner, task: Task, policy: Policy | None, run: File
+    asked: Finetune, base: Run, learner: Learner, task: Task, policy: Policy | None, run: File
 ) -> Callable[[str], dict[str, Any]]:
     """A measurement of the averaged weights ("before", or "after": of the run as it is from then on)."""
     data = base.config.data.load("train") if isinstance(task, Scoring) and suits(base.spec) == "classifier" else None
@@ -279,7 +282,7 @@ def measured(
 
     def measure(when: str) -> dict[str, Any]:
         nets = (
-            learner.state.emas[asked.ema] if when == "before" else runs.load(run, ema=str(asked.ema), device="cpu").nets
+            learner.state.emas[asked.ema] if when == "before" else load_run(run, ema=str(asked.ema), device="cpu").nets
         )
         if isinstance(task, Scoring) and asked.eval_samples:
             judge = Judged(task, asked.eval_samples, asked.eval_seeds, asked.steps, asked.grid, learner.demos, like)
@@ -291,7 +294,7 @@ def measured(
     return measure
 
 
-def acted(asked: Finetune, base: runs.Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
+def acted(asked: Finetune, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
     """What ``nets`` reach as they are used later: without noise, an episode of each seed. The return is the sum of what
     is paid; the largest reward of a step means nothing where that is not the environment's own."""
     policy = Policy.load(replace(base, nets=nets), steps=asked.steps, act_steps=asked.act_steps, grid=asked.grid)
@@ -304,7 +307,7 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None
     if not found:
         return None
     flat = {k: v["value"] if isinstance(v, dict) else v for k, v in found.items()}
-    runs.append_log(run, {"step": step, **{f"{when}/{k}": v for k, v in flat.items() if v is not None}})
+    append_log(run, {"step": step, **{f"{when}/{k}": v for k, v in flat.items() if v is not None}})
     write_text(run / f"{when}.json", json.dumps(found, indent=1) + "\n")
     names = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
     console.print(
@@ -317,7 +320,7 @@ def told(run: File, step: int, when: str, found: dict[str, Any]) -> float | None
 EXTRA = "finetune.safetensors"
 
 
-def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Best) -> None:
+def save(run: File, learner: Learner, base: Run, asked: Finetune, best: Best) -> None:
     """An ordinary checkpoint, and in it what only this command needs to go on: the critic, learned noise, their
     optimisers.
 
@@ -333,16 +336,16 @@ def save(run: File, learner: Learner, base: runs.Run, asked: Finetune, best: Bes
         extra |= {f"{name}.{k}": v.clone() for k, v in net.state_dict().items()}
         for i, p in enumerate(net.parameters()):
             extra |= {f"{name}-adam.{i}.{k}": v.clone() for k, v in fit.state.get(p, {}).items()}
-    runs.save(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3,
-              more={EXTRA: extra}, best=best.step or None)  # fmt: skip
+    save_checkpoint(run, learner.state, learner.objective, base.spec, base.codec, seed=asked.seed, keep=3,
+              extra={EXTRA: extra}, best=best.step or None)  # fmt: skip
 
 
 def take_up(learner: Learner, run: File, best: Best) -> None:
     """Put the newest checkpoint back into ``learner``, and what was the best so far into ``best``."""
-    runs.checkpoint_of(run)  # there is one
+    find_checkpoint(run)  # there is one
     checkpoint = max(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
-    runs.restore(checkpoint, learner.state, learner.objective)
-    stored = runs.read(checkpoint, EXTRA)
+    restore(checkpoint, learner.state, learner.objective)
+    stored = read_tensors(checkpoint, EXTRA)
     learner.draws, learner.spread = int(stored["draws"]), float(stored["spread"])
     step, best.value, worse = stored["best"].tolist()
     best.step, best.worse = int(step), int(worse)
@@ -352,4 +355,4 @@ def take_up(learner: Learner, run: File, best: Best) -> None:
             slots = {k.split(".", 2)[2]: v for k, v in stored.items() if k.startswith(f"{name}-adam.{i}.")}
             if slots:
                 fit.state[p] = slots
-    runs.rewind_log(run, learner.state.step)
+    rewind_log(run, learner.state.step)

@@ -12,7 +12,8 @@ from genkit.config import parse, to_yaml
 from genkit.core import Tokens
 from genkit.data import text
 from genkit.data.codecs import Learned
-from genkit.training import run as runs
+from genkit.training.directory import read_log
+from genkit.training.run import load_run, read_lora_base
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Info:
 
 def main(argv: list[str]) -> int:
     asked = parse(Info, argv, prog="genkit info")
-    run = runs.load(asked.run)
-    records = runs.read_log(run.directory)
+    run = load_run(asked.run)
+    records = read_log(run.directory)
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
     saved = sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))
     cond = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in run.spec.cond.items()) or "none"
@@ -42,10 +43,10 @@ def main(argv: list[str]) -> int:
         by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
-        base = runs.base_of(run.directory)
+        base = read_lora_base(run.directory)
         lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"
     if isinstance(run.codec, Learned):
-        lines["decoded"] = f"{'x'.join(map(str, run.world.shape))}, by the first stage in {run.directory / 'codec'}"
+        lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
         last = records[-1]
         told = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}

@@ -33,7 +33,7 @@ from genkit.diffusion.samplers import (
 from genkit.diffusion.samplers.likelihood import BitsPerDim
 from genkit.objectives import DDPM
 from genkit.objectives.matching.matching import Matching
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 Count = Annotated[int, Ge(1)]
@@ -81,7 +81,7 @@ class Likelihood:
 
 def main(argv: list[str]) -> int:
     asked = parse(Likelihood, argv, prog="genkit likelihood", description=Likelihood.__doc__)
-    run = runs.load(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
+    run = load_run(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
     if isinstance(run.codec, Learned):
         raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
                          "allowed: a model of the samples themselves")  # fmt: skip
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
 Found = tuple[dict[str, Any], int, str]  # numbers, how many samples, and a sentence on them
 
 
-def flowing(run: runs.Run) -> Matching:
+def flowing(run: Run) -> Matching:
     """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
     objective = run.objective
     if not (isinstance(objective, Matching) and objective.source.normal and objective.sampler):
@@ -126,7 +126,7 @@ def refuse(asked: Likelihood, names: tuple[str, ...], what: str) -> None:
             raise ValueError(f"{name}: given {getattr(asked, name)}, which is for {what}")
 
 
-def by_ode(run: runs.Run, asked: Likelihood) -> Found:
+def by_ode(run: Run, asked: Likelihood) -> Found:
     """The change of variables of dequantised pixels."""
     flowing(run)
     refuse(asked, ("variance",), "the chain; allowed with --bound vlb")
@@ -137,7 +137,7 @@ def by_ode(run: runs.Run, asked: Likelihood) -> Found:
     return {"bits_per_dim": number(bits), "log_prob_nats": mean(nats)}, len(nats), by
 
 
-def by_bound(run: runs.Run, asked: Likelihood) -> Found:
+def by_bound(run: Run, asked: Likelihood) -> Found:
     """The variational bound; the noise of its terms is drawn once for each sample."""
     objective = flowing(run)
     refuse(asked, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
@@ -163,7 +163,7 @@ def by_bound(run: runs.Run, asked: Likelihood) -> Found:
     return numbers, len(bound.total), by
 
 
-def by_draws(run: runs.Run, asked: Likelihood) -> Found:
+def by_draws(run: Run, asked: Likelihood) -> Found:
     """The ELBO and the importance-weighted bound, of which the bits per dimension are.
 
     Black and white pixels and grey levels count by their mass, other numbers by their density, pixels dequantised. The
@@ -211,7 +211,7 @@ def mean(nats: Tensor) -> dict[str, float | None]:
     return {"value": float(nats.double().mean()), "stderr": stderr}
 
 
-def log_probs(run: runs.Run, asked: Likelihood) -> Tensor:
+def log_probs(run: Run, asked: Likelihood) -> Tensor:
     """``log p`` in nats of the model's own numbers, ``[N]``, each sample with its own conditions."""
     times = uniform(asked.steps or 64)(run.denoiser.path)
     how: dict[str, Any] = {"divergence": asked.divergence, "probes": asked.probes, "solver": asked.solver}
@@ -221,7 +221,7 @@ def log_probs(run: runs.Run, asked: Likelihood) -> Tensor:
     ])  # fmt: skip
 
 
-def batches(run: runs.Run, asked: Likelihood, dequantised: bool) -> Iterator[tuple[Tensor, Cond, Seeds]]:
+def batches(run: Run, asked: Likelihood, dequantised: bool) -> Iterator[tuple[Tensor, Cond, Seeds]]:
     """Samples in the model's own numbers, their conditions and their own noise."""
     data = run.config.data.load(asked.split)
     n = min(asked.n or len(data), len(data))

@@ -21,7 +21,8 @@ from genkit.diffusion.paths import Linear
 from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives import Flow
 from genkit.objectives.matching.matching import Matching
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
 
 console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
@@ -55,7 +56,7 @@ class Reflow:
 
 def main(argv: list[str]) -> int:
     asked = parse(Reflow, argv, prog="genkit reflow", description="Make the pairs of a reflow.")
-    run = runs.load(asked.run, ema=asked.ema, device=asked.device)
+    run = load_run(asked.run, ema=asked.ema, device=asked.device)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("pairs", total=asked.n)
         x, x1, cond = draw_pairs(run, asked, lambda done: bar.update(task, completed=done))
@@ -78,14 +79,14 @@ def plain(objective: Objective) -> bool:
     return isinstance(objective, Flow) and (objective.path, objective.prediction) == (Linear(), "velocity")
 
 
-def draw_pairs(run: runs.Run, asked: Reflow, progress=lambda done: None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def draw_pairs(run: Run, asked: Reflow, progress=lambda done: None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """``x``, ``x1`` and their conditions, which are those of the training data in turn."""
     objective = run.objective
     if not isinstance(objective, Matching):
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
     if isinstance(run.codec, Learned):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
-    generate = run.generator(asked.sampler, asked.steps, asked.guidance)
+    generate = run.generator(Sampling(sampler=asked.sampler, steps=asked.steps, guidance=asked.guidance))
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data, found = run.config.data.load("train") if run.spec.cond else None, []
     for first in range(0, asked.n, asked.batch):

@@ -17,7 +17,10 @@ from genkit.config import parse
 from genkit.core import pictures
 from genkit.evaluation.report import page as report
 from genkit.objectives.autoencoders.autoencoder import Autoencoding
-from genkit.training import run as runs
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -37,10 +40,10 @@ class Report:
 
 def main(argv: list[str]) -> int:
     asked = parse(Report, argv, prog="genkit report")
-    out = File(asked.out) if asked.out else runs.find(asked.run) / "report.html"
+    out = File(asked.out) if asked.out else find_run(asked.run) / "report.html"
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"out: given {asked.out}; allowed: a file that ends in .html")
-    run = runs.find(asked.run)
+    run = find_run(asked.run)
     report.write(report.run_page(run, {"Latent space": latent_space(run)}), out)
     console.print(out, markup=False)
     if asked.open == "yes":
@@ -51,7 +54,9 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------- the latent space
 def has_code(run: File) -> bool:
     try:
-        return isinstance(config.from_dict(config.Train, config.load_yaml(run / "config.yaml")).objective, Autoencoding)
+        return isinstance(
+            config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")).objective, Autoencoding
+        )
     except ValueError:  # another version's: the page can do without
         return False
 
@@ -78,11 +83,11 @@ EXPLAINED = (
 
 
 def drawn(run: File) -> dict[str, File]:
-    step = runs.checkpoint_of(run).name
+    step = find_checkpoint(run).name
     paths = {name: run / "space" / f"{step}-{name}.png" for name in ("traversals", "map")}
     if not all(path.is_file() for path in paths.values()):
         from genkit.evaluation.report import latent_space as space
 
-        for name, image in space.views(runs.load(run)).items():
+        for name, image in space.views(load_run(run)).items():
             pictures.save(image, paths[name])
     return paths

@@ -15,14 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from genkit.cli.commands.evaluate import VECTORS, bar, draw, reference_of, together
-from genkit.config import Sampling, Sweep, parse
+from genkit.config import parse
 from genkit.config.blocks import suggest
 from genkit.core import pictures
 from genkit.evaluation import Drawn, Ranks, Ruler, cards, is_picture, ruler
 from genkit.evaluation.metrics import METRICS
+from genkit.evaluation.settings import Sweep
 from genkit.evaluation.shards import key_of
-from genkit.training import run as runs
-from genkit.training.distributed import lost_ranks, start_ranks
+from genkit.training.distributed import missing_ranks, start_ranks
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
 
 console = Console(highlight=False, soft_wrap=True)
 LARGE = {"precision": "prdc", "recall": "prdc", "density": "prdc", "coverage": "prdc", "accuracy": "accuracy",
@@ -30,11 +32,21 @@ LARGE = {"precision": "prdc", "recall": "prdc", "density": "prdc", "coverage": "
 SMALL = {k: k for k in METRICS if k not in (*LARGE, "prdc")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Sampling):
+    """One combination of a sweep."""
+
+    ema: str | None = None
+    """averaged weights, by decay; None: the slowest"""
+    step: int | None = None
+    """checkpoint; None: the newest"""
+
+
 @dataclass(frozen=True)
 class Point:
     """One combination, measured."""
 
-    sampling: Sampling
+    sampling: Candidate
     card: cards.Card
     metric: str
 
@@ -54,7 +66,7 @@ class Point:
 
 
 def main(argv: list[str]) -> int:
-    if (num := lost_ranks()) > 1:
+    if (num := missing_ranks()) > 1:
         start_ranks(num, "sweep", argv)
     asked = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
     return together(asked.device, lambda accelerator, ranks: sweep(asked, accelerator, ranks))
@@ -98,16 +110,16 @@ def sweep(asked: Sweep, accelerator: Accelerator, ranks: Ranks) -> int:
     return 0
 
 
-def combinations(asked: Sweep, device: torch.device) -> list[tuple[Sampling, Drawn]]:
+def combinations(asked: Sweep, device: torch.device) -> list[tuple[Candidate, Drawn]]:
     """Every combination once; what the run cannot do is refused here, before anything is drawn."""
-    loaded: dict[str | None, runs.Run] = {}
-    out: dict[Sampling, Drawn] = {}
+    loaded: dict[str | None, Run] = {}
+    out: dict[Candidate, Drawn] = {}
     intervals = [interval_of(text) for text in asked.interval]
     product = itertools.product(asked.ema or (None,), asked.guidance, intervals, asked.sampler or (None,), asked.steps)
     for ema, guidance, interval, sampler, steps in product:
         if ema not in loaded:
-            loaded[ema] = runs.load(asked.run, ema=ema, step=asked.step, device=device.type)
-        sampling = Sampling(
+            loaded[ema] = load_run(asked.run, ema=ema, step=asked.step, device=device.type)
+        sampling = Candidate(
             ema=ema,
             step=asked.step,
             guidance=guidance,
@@ -137,7 +149,7 @@ def interval_of(text: str) -> tuple[float, float] | None:
 
 
 def measured(
-    samples: Sequence[tuple[Sampling, Drawn]], held: Ruler, n: int, metric: str, ranks: Ranks, what: str
+    samples: Sequence[tuple[Candidate, Drawn]], held: Ruler, n: int, metric: str, ranks: Ranks, what: str
 ) -> list[Point]:
     """The combinations at ``n`` samples each: the cards that exist are read, the others made."""
     points = []
@@ -177,12 +189,12 @@ def promising(points: Sequence[Point], spare: int) -> list[Point]:
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
-def words(s: Sampling, drawn: Drawn | None = None) -> str:
+def words(s: Candidate, drawn: Drawn | None = None) -> str:
     where = "" if s.guidance_interval is None else " in {:g}-{:g}".format(*s.guidance_interval)
     return f"{s.sampler or 'usual sampler'} {s.steps} steps, guidance {s.guidance:g}{where}, ema {s.ema or 'slowest'}"
 
 
-def tell(asked: Sweep, run: runs.Run, screened: list[Point], found: list[Point], metric: str) -> None:
+def tell(asked: Sweep, run: Run, screened: list[Point], found: list[Point], metric: str) -> None:
     """The table, and the picture."""
     front = pareto(found)
     key = key_of([sorted(cards.name_of(p.card["settings"]) for p in [*screened, *found]), metric])[:8]

@@ -10,14 +10,15 @@ import safetensors.torch
 from accelerate import Accelerator
 from torch import nn
 
-from genkit import config
 from genkit.cli.commands.evaluate import VECTORS, draw
-from genkit.config import Sampling
 from genkit.config.blocks import suggest
 from genkit.core import Data
+from genkit.core.tensors import tensors
 from genkit.evaluation import FEATURES, Drawn, Ranks, Ruler, cards, data_of, is_picture, named, ruler
-from genkit.training import run as runs
 from genkit.training.loop import State
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
+from genkit.training.settings import TrainSettings
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Watch:
     """What a training run is measured by. Set up before the first step, so that a mistake is found before the work."""
 
     held: Ruler
-    cfg: config.Train
+    cfg: TrainSettings
     data: Data
 
     def __call__(self, state: State, run: File) -> cards.Card | None:
@@ -58,16 +59,16 @@ def average_of(state: State) -> tuple[dict[str, nn.Module], str]:
 
 
 def drawn(
-    cfg: config.Train, nets: dict[str, nn.Module], data: Data, run: File, step: int, name: str, held: Ruler | None
+    cfg: TrainSettings, nets: dict[str, nn.Module], data: Data, run: File, step: int, name: str, held: Ruler | None
 ) -> Drawn:
     device = next(p for net in nets.values() for p in net.parameters()).device
     weights = f"checkpoints/step-{step:07d}/{name}"
-    now = runs.Run(run, cfg, nets, data.spec, data.codec, step, weights, device)
-    digest = hashlib.sha256(safetensors.torch.save(runs.tensors(nets))).hexdigest() if held else "of no card"
+    now = Run(run, cfg, nets, data.spec, data.codec, step, weights, device)
+    digest = hashlib.sha256(safetensors.torch.save(tensors(nets))).hexdigest() if held else "of no card"
     return draw(now, Sampling(steps=cfg.eval_steps), digest)
 
 
-def watch(cfg: config.Train, state: State, data: Data, accelerator: Accelerator) -> Watch:
+def watch(cfg: TrainSettings, state: State, data: Data, accelerator: Accelerator) -> Watch:
     """What ``--eval-every`` asks for."""
     if cfg.eval_features not in FEATURES:
         near = suggest(cfg.eval_features, FEATURES)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge
 
 from genkit.data.demonstrations.windows import Demonstrations, Episode, Steps
-from genkit.data.images import Split
+from genkit.data.source import Split
 from genkit.envs.four_ways import NAMES, demonstrations, pictures_of
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.windows import Episode
-from genkit.data.images import Split
+from genkit.data.source import Split
 from genkit.envs.gym import keypoints
 
 

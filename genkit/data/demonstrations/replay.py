@@ -16,7 +16,7 @@ from annotated_types import Ge, Lt
 
 from genkit.core.files import one_line
 from genkit.data.demonstrations.windows import Demonstrations, Episode, checked
-from genkit.data.images import Split
+from genkit.data.source import Split
 
 
 class Part(NamedTuple):

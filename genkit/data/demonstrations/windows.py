@@ -8,7 +8,7 @@ episode, where its first and last step are repeated.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
 from genkit.data.codecs import Actions, MinMax, Plans, Standardize
-from genkit.data.images import InMemory, Split, check_split
+from genkit.data.images import InMemory
+from genkit.data.source import DataSource, Split, check_split
 
 Steps = Annotated[int, Ge(1)]
 FURTHEST = 5.0  # from 0, that networks see a scaled observation: a cheetah on its back was a hundred deviations away
@@ -132,7 +133,7 @@ Further = Literal["returns", "skill", "goal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demonstrations(ABC):
+class Demonstrations(DataSource):
     """Episodes of an environment, as windows. Samples are action chunks ``(A, Tp)``, conditions ``obs`` ``(To, Do)``.
 
     Or they are plans ``(Do, Tp)``, ``(A + Do, Tp)``: the states to come, as Decision Diffuser has them (Ajay et al.
@@ -161,8 +162,8 @@ class Demonstrations(ABC):
     env: str = ""
     """the environment in which a policy is tried"""
 
-    suits: ClassVar[str] = "mlp"
-    use: ClassVar[str] = "genkit rollout {run}"
+    default_backbone: ClassVar[str] = "mlp"
+    usage: ClassVar[str] = "genkit rollout {run}"
     skills: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -172,6 +173,10 @@ class Demonstrations(ABC):
                 f"act_steps: given {self.act_steps}, but {self.pred_steps} planned states have "
                 f"{self.pred_steps - self.obs_steps} steps from now on between them; take fewer, or a longer pred_steps"
             )
+
+    @property
+    def environment(self) -> str:
+        return self.env
 
     @abstractmethod
     def episodes(self, split: Split) -> Sequence[Episode]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,10 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.core import Cond, Data, Draw, Label, pictures
-from genkit.data import world
-from genkit.evaluation.sources import still
 from genkit.objectives.autoencoders.autoencoder import Autoencoding
-from genkit.training import run as runs
+from genkit.training.run import Run
 
 SAMPLES = 1000  # that are encoded
 DIRECTIONS, PLACES, REACH = 8, 9, 2.5  # of a traversal: rows, columns, and deviations to either side
@@ -59,11 +57,9 @@ class Coded(NamedTuple):
     names: tuple[str, ...]
 
 
-def coded(run: runs.Run, n: int = SAMPLES, batch: int = 64) -> Coded:
+def coded(run: Run, n: int = SAMPLES, batch: int = 64) -> Coded:
     """The test split, or where there is none the training split, evenly taken; each posterior's mean."""
-    objective, config = cast(Autoencoding, run.objective), still(world(run.config.data))
-    if "labels" in {f.name for f in fields(config)}:
-        config = replace(config, labels=True)
+    objective, config = cast(Autoencoding, run.objective), run.config.data.decoded_source().unaugmented().with_labels()
     data = held_out(config)
     codes, conds = [], []
     every = torch.arange(min(n, len(data))) * len(data) // min(n, len(data))
@@ -100,7 +96,7 @@ def walk(axes: Axes, code: Tensor) -> Tensor:
     return moved.reshape(-1, *code.shape).to(code)
 
 
-def traversal(run: runs.Run, found: Coded, axes: Axes) -> Image.Image:
+def traversal(run: Run, found: Coded, axes: Axes) -> Image.Image:
     """What each axis changes in the sample whose code is nearest to the mean of all; a row an axis."""
     objective = cast(Autoencoding, run.objective)
     typical = int((found.codes.flatten(1).double() - axes.mean).square().sum(1).argmin())
@@ -142,7 +138,7 @@ def chart(found: Coded, axes: Axes) -> Image.Image:
     return pictures.figure(draw, (7, 5))
 
 
-def views(run: runs.Run, n: int = SAMPLES) -> dict[str, Image.Image]:
+def views(run: Run, n: int = SAMPLES) -> dict[str, Image.Image]:
     """``traversals`` and ``map`` of a run with a code. ``ValueError`` where its data are not there, or all have the
     same code."""
     found = coded(run, n)

@@ -28,7 +28,7 @@ from PIL import Image
 from genkit import __version__
 from genkit.config import load_yaml
 from genkit.core.files import write_text
-from genkit.training import run as runs
+from genkit.training.directory import find_run
 
 POINTS = 500  # of a curve: about as many as the pixels that it gets
 FRAMES = 12  # grids of samples on a page, evenly over the training
@@ -596,7 +596,7 @@ def fixed(places: Sequence[float]) -> Any:
 def run_page(path: str | File, more: Mapping[str, Sequence[Markup]] | None = None) -> str:
     """The page of a run, with ``more`` sections after the samples. ``ValueError`` where there is no run; what is
     missing or damaged in it is said on the page."""
-    run = runs.find(path)
+    run = find_run(path)
     cfg, log = load_yaml(run / "config.yaml"), read_log(run / "log.jsonl")
     names = {k: name_in(cfg.get(k)) for k in ("objective", "backbone", "data")}
     lead = f"{names['objective']} on {names['data']}, network {names['backbone']}; drawn by genkit {__version__}"

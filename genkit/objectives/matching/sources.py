@@ -79,7 +79,12 @@ class Samples:
     """
 
     data: Any = field(
-        default_factory=lambda: _moons(), metadata={"table": "genkit.data:DATA", "fallback": "genkit.data:source"}
+        default_factory=lambda: _moons(),
+        metadata={
+            "table": "genkit.data:DATA",
+            "kind": "genkit.data:DataSource",
+            "fallback": "genkit.data:find_source",
+        },
     )
     """the data set that is the source, unaugmented"""
     normal: ClassVar[bool] = False

@@ -15,7 +15,8 @@ from genkit.diffusion.samplers import Seeds
 from genkit.evaluation.metrics import Estimate
 from genkit.rl.finetune.image_rewards import SampleQuality
 from genkit.rl.finetune.tasks import FunctionTask
-from genkit.training import run as runs
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
 
 PICTURE_SAMPLES = 100  # samples in the picture
 BATCH = 250  # samples drawn at a time
@@ -34,10 +35,10 @@ class SampleEvaluation:
     quality: SampleQuality | None = None
     """further metrics of images, if the data have a classifier"""
 
-    def __call__(self, run: runs.Run, picture: Path) -> dict[str, Any]:
+    def __call__(self, run: Run, picture: Path) -> dict[str, Any]:
         """Estimates ready for JSON; the first samples are drawn to the file ``picture``."""
         cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda rows: self.demos(0, rows).cond)
-        generate = run.generator("ddim", self.steps, grid=self.grid)
+        generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid))
         rewards, decoded = [], []
         for rows in torch.arange(self.n).split(BATCH):
             noise = Seeds([self.seed + int(i) for i in rows])

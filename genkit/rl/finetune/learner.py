@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from genkit.backbones import MLP
 from genkit.core import Batch, Cond, Denoiser, Objective, Spec, seed_of
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, denoiser_of
-from genkit.training.loop import State, average
+from genkit.training.loop import State, update_ema
 
 Demos = Callable[[int, int], Batch]  # (number of the draw, rows) -> demonstrations, in the model's units
 
@@ -177,7 +177,7 @@ class Learner:
         for each in optimizers:
             each.step()
         for decay, ema in self.state.emas.items():
-            average(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
+            update_ema(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
         return True
 
     def fit_critic(self, obs: Tensor, returns: Tensor, generator: torch.Generator, epochs: int, batch: int) -> float:

@@ -21,7 +21,7 @@ from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.learner import Experience, Learner
 from genkit.rl.policies.episodes import entropy_bits
 from genkit.rl.policies.policy import executed_mask
-from genkit.training.run import labels
+from genkit.training.sampling import sample_conditions
 
 Reward = Callable[[Tensor, Cond], Tensor]  # decoded samples [B, *S] (pictures in [0, 1]), conditions -> [B]
 
@@ -260,7 +260,7 @@ class FunctionTask:
         """Conditions of ``n`` samples, the same for each ``group``: classes, or those of ``demos(groups)``."""
         groups = -(-n // self.group)
         classes = not spec.cond or is_class_conditional(spec)
-        cond = labels(spec, groups, self.label) if classes else dict(demos(groups))
+        cond = sample_conditions(spec, groups, self.label) if classes else dict(demos(groups))
         if self.unconditional:
             cond["keep"] = torch.zeros(groups, dtype=torch.bool)
         return {k: v.repeat_interleave(self.group, 0)[:n] for k, v in cond.items()}

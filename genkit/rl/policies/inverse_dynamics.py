@@ -16,7 +16,7 @@ from genkit.backbones import MLP
 from genkit.core import Spec
 from genkit.core.files import whole
 from genkit.data.demonstrations.windows import Demonstrations, Episode
-from genkit.training import run as runs
+from genkit.training.run import Run
 
 FILE = "inverse.safetensors"
 
@@ -91,7 +91,7 @@ def transitions(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor, Tensor]:
     return state, following, action
 
 
-def load_inverse_dynamics(run: runs.Run, state_dim: int) -> tuple[InverseDynamics, float]:
+def load_inverse_dynamics(run: Run, state_dim: int) -> tuple[InverseDynamics, float]:
     """The run's inverse dynamics and their explained variance, from its folder; if they are not there yet, fit them to
     the run's demonstrations and save them first. ``ValueError`` if the file is damaged, or there are no demonstrations.
     """

@@ -21,7 +21,7 @@ from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import with_ends
 from genkit.rl.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
 from genkit.rl.policies.policy import Policy
-from genkit.training import run as runs
+from genkit.training.run import Run
 
 # (samples [B, *S], conditions) -> (which numbers are known, Bool [*S], and their values [B, *S])
 Conditioning = Callable[[Tensor, Cond], tuple[Tensor, Tensor]]
@@ -86,18 +86,18 @@ class Planner(Policy):
         return False
 
     @classmethod
-    def require_suitable(cls, run: runs.Run) -> None:
+    def require_suitable(cls, run: Run) -> None:
         if not isinstance(run.codec, Plans) or not isinstance(run.spec.cond.get("obs"), Vector):
             raise ValueError(f"run: {run.directory.name} draws samples of shape {run.spec.shape}, not plans given "
                              "obs; train one: genkit train --data=four-ways --data.plan states")  # fmt: skip
 
     @classmethod
-    def guides(cls, run: runs.Run) -> list[Guidance]:
+    def guides(cls, run: Run) -> list[Guidance]:
         assert isinstance(run.codec, Plans)
         return [inpaint(plan_conditioning(run.codec))]
 
     @classmethod
-    def extra_fields(cls, run: runs.Run) -> dict[str, Any]:
+    def extra_fields(cls, run: Run) -> dict[str, Any]:
         assert isinstance(run.codec, Plans)
         if run.codec.actions:
             return {}

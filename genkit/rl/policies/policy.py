@@ -22,7 +22,8 @@ from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, Further, check_horizons
 from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.diffusion.samplers import Seeds
-from genkit.training import run as runs
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import Sampling
 
 KINDS: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
     (Actions, False): "genkit.rl.policies.policy:Policy",
@@ -84,7 +85,7 @@ class Policy:
     """A generator of action chunks given the newest ``obs_steps`` observations. Receding horizon: of each chunk, the
     ``act_steps`` actions from now on are carried out."""
 
-    run: runs.Run
+    run: Run
     generate: Generator
     act_steps: int
     noise: Noise | None = field(default=None)
@@ -95,7 +96,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        run: str | Path | runs.Run,
+        run: str | Path | Run,
         *,
         steps: int = 4,
         sampler: str | None = None,
@@ -113,10 +114,10 @@ class Policy:
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
         strengthens them if the run was trained without each of them too (drop_each), else all conditions together;
-        ``options`` go to ``Run.generator``.
+        ``options`` are further fields of :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
-        run = run if isinstance(run, runs.Run) else runs.load(run, ema=ema, step=step, device=device)
+        run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
         kind: type[Policy] = cls
         if cls is Policy:
             kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
@@ -135,15 +136,16 @@ class Policy:
             guides += kind.guides(run)
         elif sampler is not None:
             options |= {"sampler": sampler}  # for the generator to refuse
-        options |= {"guidance": guidance, "guide": compose(*guides) if guides else None}
+        sampling = Sampling(**options, guidance=guidance)
+        outer = compose(*guides) if guides else None
         if act_steps is None:
             data = run.config.data
             act_steps = data.act_steps if isinstance(data, Demonstrations) else run.spec.shape[1] - obs_steps + 1
         check_horizons(obs_steps, run.spec.shape[1], act_steps)
-        return kind(run, run.generator(**options), act_steps, conditions=tensors, **kind.extra_fields(run))
+        return kind(run, run.generator(sampling, outer=outer), act_steps, conditions=tensors, **kind.extra_fields(run))
 
     @classmethod
-    def require_suitable(cls, run: runs.Run) -> None:
+    def require_suitable(cls, run: Run) -> None:
         """``ValueError`` unless the run's samples are chunks of actions given obs."""
         obs = run.spec.cond.get("obs")
         if not isinstance(run.codec, Actions) or not isinstance(obs, Vector) or len(run.spec.shape) != 2:
@@ -153,12 +155,12 @@ class Policy:
             )
 
     @classmethod
-    def guides(cls, run: runs.Run) -> list[Guidance]:
+    def guides(cls, run: Run) -> list[Guidance]:
         """Guidance that such samples always need, applied after all other."""
         return []
 
     @classmethod
-    def extra_fields(cls, run: runs.Run) -> dict[str, Any]:
+    def extra_fields(cls, run: Run) -> dict[str, Any]:
         """Values of the fields that a subclass adds."""
         return {}
 
@@ -186,7 +188,7 @@ class Policy:
     @property
     def env(self) -> str:
         """Name of the environment of the demonstrations; "" if they name none."""
-        return self.run.config.data.env if isinstance(self.run.config.data, Demonstrations) else ""
+        return self.run.config.data.environment
 
     @property
     def details(self) -> dict[str, Any]:
@@ -264,6 +266,6 @@ class VisualPolicy(Policy):
         return False
 
     @classmethod
-    def require_suitable(cls, run: runs.Run) -> None:
+    def require_suitable(cls, run: Run) -> None:
         if not isinstance(run.codec, Actions) or len(run.spec.shape) != 2:
             Policy.require_suitable(run)

@@ -27,7 +27,7 @@ from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
-from genkit.training import run as runs
+from genkit.training.run import Run
 
 Count = Annotated[int, Ge(1)]
 Q_SEED = 3 * 2**28  # the first seed of the episodes that Q is learned from: neither trained on nor measured with
@@ -160,7 +160,7 @@ class Rollouts:
 
 
 def rollout(
-    run: str | Path | runs.Run,
+    run: str | Path | Run,
     settings: RolloutSettings | None = None,
     *,
     progress: Progress = silent,
@@ -187,7 +187,7 @@ def rollout(
     return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance)
 
 
-def load_policy(run: str | Path | runs.Run, settings: RolloutSettings, **options: Any) -> Policy:
+def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any) -> Policy:
     """The policy that ``settings`` describe, without Q. ``ValueError`` if they need a Q that it cannot have."""
     policy = Policy.load(
         run,

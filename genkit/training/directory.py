@@ -1,0 +1,85 @@
+"""The run directory: a configuration, checkpoints, a log and pictures. No pickle anywhere.
+
+    runs/0007-digits-flow-unet/
+      config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
+      codec/first-stage.safetensors  (latent models only: a copy of their first stage, made once)
+      base.json  (LoRA runs only: the weights that they adapt, with their sha256; checkpoints hold the adapter alone)
+      checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
+
+Checkpoints and links are written under a temporary name, then renamed, so a directory is consistent whatever kills the
+run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genkit.core.files import write_text
+
+
+def create_run(out: str | Path, name: str) -> Path:
+    """Make the directory ``out/NNNN-name``, numbered after the largest there is, and point ``out/latest`` at it."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(\d{4,})-", p.name))]
+        run = out / f"{max(numbers, default=-1) + 1:04d}-{name}"
+        try:
+            run.mkdir()
+        except FileExistsError:  # another process was faster
+            continue
+        symlink(out / "latest", run.name)
+        return run
+
+
+def symlink(link: Path, target: str) -> None:
+    """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a directory has that name."""
+    if link.is_dir() and not link.is_symlink():
+        raise ValueError(f"{link}: is a directory, and this name is kept for a link; move it away")
+    new = link.with_name(f".{link.name}-{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def find_run(path: str | Path) -> Path:
+    """The resolved run directory at ``path``. ``ValueError`` says what is there instead."""
+    run = Path(path)
+    if (run / "config.yaml").is_file():
+        return run.resolve()
+    if not run.exists():
+        near = run.parent if run.parent.is_dir() else Path("runs")
+        runs = sorted(p.name for p in near.glob("*") if (p / "config.yaml").is_file()) if near.is_dir() else []
+        known = f"{near} holds {', '.join(runs[-5:])}" if runs else "train one first: genkit train --objective=flow"
+        raise ValueError(f"run: given {path}, which does not exist; {known}")
+    raise ValueError(f"run: given {path}, which holds no config.yaml; a run is a directory that genkit train wrote")
+
+
+def append_log(run: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to ``log.jsonl``."""
+    with open(run / "log.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of ``log.jsonl``; a last line that a kill cut off is ignored."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def rewind_log(run: Path, step: int) -> None:
+    """Drop the lines after ``step``: what a killed run did past its last checkpoint is done again."""
+    kept = [r for r in read_log(run) if r["step"] <= step]
+    write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))

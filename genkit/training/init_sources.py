@@ -1,0 +1,66 @@
+"""Where training may start from (``--init``): another run, or KIND:WHERE of a registered foreign format."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from genkit import config
+from genkit.core import Objective
+from genkit.training.directory import find_run
+
+
+class InitSource(Protocol):
+    """A module that serves ``--init KIND:WHERE``."""
+
+    def init_from(self, nets: Mapping[str, nn.Module], where: str, note: Callable[[str], None] = ...) -> dict[str, str]:
+        """Load the weights at ``where`` into ``nets`` and return ``{"run": ..., "weights": ...}``, their origin."""
+        ...
+
+    def init_defaults(self, where: str) -> dict[str, Any]:
+        """Blocks of ``config.yaml`` (objective, backbone) that fit these weights."""
+        ...
+
+    def canonical_name(self, where: str) -> str:
+        """``where`` as it is stored in a configuration: independent of the working directory."""
+        ...
+
+    def init_note(self, where: str, objective: Objective) -> str | None:
+        """A remark for the user if ``objective`` differs from the one these weights were trained by."""
+        ...
+
+
+INIT_SOURCES = {"diffusers": "genkit.integrations.weights"}  # modules of a higher room, imported when they are named
+
+
+def find_source(init: str) -> tuple[InitSource | None, str]:
+    """The source that serves ``init``, and its argument; ``(None, init)`` for a run directory."""
+    kind, colon, where = init.partition(":")
+    if colon and kind in INIT_SOURCES:
+        return cast(InitSource, importlib.import_module(INIT_SOURCES[kind])), where
+    return None, init
+
+
+def init_defaults(init: str) -> dict[str, Any]:
+    """The objective and backbone blocks that training with ``--init`` uses unless the user names others."""
+    source, where = find_source(init)
+    if source:
+        return source.init_defaults(where)
+    stored = config.load_yaml(find_run(init) / "config.yaml")
+    return {k: stored[k] for k in ("objective", "backbone") if k in stored}
+
+
+def canonical_init(init: str) -> str:
+    """``--init`` as config.yaml stores it: independent of the working directory."""
+    source, where = find_source(init)
+    return init.removesuffix(where) + source.canonical_name(where) if source else str(find_run(init))
+
+
+def init_notes(init: str, objective: Objective) -> list[str]:
+    """Remarks for the user about training these weights by another objective than their own."""
+    source, where = find_source(init)
+    note = source.init_note(where, objective) if source else None
+    return [note] if note else []

@@ -1,0 +1,185 @@
+"""How samples are drawn from a run: :class:`Sampling`, shared by ``run.sample``, evaluation, sweeps and commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from genkit.config import table
+from genkit.core import Guidance, Label, Spec
+from genkit.core.device import DeviceName
+from genkit.data import codecs, text
+from genkit.diffusion.guidance import (
+    LINEAR,
+    autoguidance,
+    by_classifier,
+    clamp,
+    classifier_free,
+    compose,
+    within,
+)
+from genkit.diffusion.samplers import GRIDS
+
+if TYPE_CHECKING:
+    from genkit.training.run import Run
+
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampler, guidance and seeds. A one-pass model (a VAE, a GAN) takes ``seed`` and ``batch`` only."""
+
+    sampler: str | None = None
+    """Name in genkit.diffusion.samplers.SAMPLERS. None: the objective's default (heun)."""
+    steps: Count = 20
+    """Number of sampler steps."""
+    guidance: float = 1.0
+    """Guidance scale, from the unconditional prediction (or --autoguide's) through the model's own. 1: no guidance."""
+    guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
+    """Guidance rule: linear, rescale (restores the standard deviation) or apg (projected and limited)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at noise levels LOW HIGH, in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
+    guidance_passes: Literal["together", "apart"] | None = None
+    """Conditional and unconditional pass as one batch, or one after the other in half the memory. None: together."""
+    autoguide: str | None = None
+    """Guide away from a weaker model instead of the unconditional one: a run, or ema:DECAY or step:N of this run."""
+    classifier: str | None = None
+    """Guide by the gradient of this classifier, a run of --objective=classifier on the same path."""
+    classifier_scale: float | None = None
+    """Weight of the classifier's gradient. None: 1, which is Bayes' rule."""
+    grid: str = "uniform"
+    """Time grid, a name in genkit.diffusion.samplers.GRIDS."""
+    clip: bool = False
+    """Clip the predicted data to [-1, 1] at every step."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Sample i has seed + i, whatever the batch size."""
+    batch: Count = 64
+    """Samples per batch."""
+
+    def refuse_for_one_pass(self, model: str) -> None:
+        """``ValueError`` for the first setting that has no effect on a ``model`` that draws in one pass."""
+        for f in fields(self):
+            if f.name in ("seed", "batch", "guidance_rule", "guidance_passes", "autoguide", "classifier_scale"):
+                continue  # refused below without guidance
+            if getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name}: has no effect on {model}, which draws in one pass; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Which weights of a run to load, and where to."""
+
+    ema: str | None = None
+    """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Checkpoint. None: the newest."""
+    device: DeviceName = "auto"
+    """Device. auto: the machine's accelerator, or the CPU if it has none."""
+
+
+def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: Run | None) -> Guidance | None:
+    """The guidance that ``sampling`` asks for, with the opened ``weak`` model and ``classifier``.
+
+    Raises ``ValueError`` for settings that contradict each other, have no effect, or do not fit the run.
+    """
+    if sampling.grid not in GRIDS:
+        raise ValueError(f"grid: given {sampling.grid!r}; allowed: {', '.join(GRIDS)}")
+    guides: list[Guidance] = []
+    if sampling.guidance != 1:
+        guides.append(add_guidance(run, sampling, weak))
+    elif idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
+        raise ValueError(f"{idle[0]}: has no effect at guidance 1; give --guidance, say 2")
+    if classifier is not None:
+        scale = 1.0 if sampling.classifier_scale is None else sampling.classifier_scale
+        guides.append(add_classifier(run, classifier, scale))
+    elif sampling.classifier_scale is not None:
+        raise ValueError(
+            f"classifier_scale: given {sampling.classifier_scale}, but no classifier; give --classifier RUN"
+        )
+    if sampling.guidance_interval is not None:
+        if not guides:
+            raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
+        guides = [within(*sampling.guidance_interval, compose(*guides))]
+    if sampling.clip:
+        if isinstance(run.codec, codecs.Learned):
+            raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
+        guides.append(clamp())
+    return compose(*guides) if guides else None
+
+
+def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
+    return {
+        "rule": sampling.guidance_rule != LINEAR,
+        "passes": sampling.guidance_passes is not None,
+        "autoguide": weak is not None,
+    }
+
+
+def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
+    scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
+    if weak is None:
+        if not run.spec.cond:
+            raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")
+        return classifier_free(scale, rule, passes or "together")
+    if passes is not None:
+        raise ValueError(f"passes: given {passes}, but autoguidance runs two networks, one after the other")
+    if (weak.directory, weak.weights) == (run.directory, run.weights):
+        raise ValueError(f"autoguide: given {weak.weights}, the model itself; take an earlier step or a faster ema")
+    require_same_samples("autoguide", run, weak)
+    return autoguidance(weak.denoiser, scale, rule)
+
+
+def add_classifier(run: Run, classifier: Run, scale: float) -> Guidance:
+    """Guidance by a classifier's gradient (Dhariwal & Nichol 2021)."""
+    if scale == 0:
+        raise ValueError("classifier_scale: given 0, at which the classifier has no effect; leave it out")
+    require_same_samples("classifier", run, classifier)
+    return by_classifier(classifier.classifier.classify(classifier.nets), scale)
+
+
+def require_same_samples(option: str, run: Run, other: Run) -> None:
+    """``ValueError`` if ``other`` models other samples than ``run``: another shape, or another codec."""
+    ours, theirs = ((r.spec.shape, codecs.to_dict(r.codec)) for r in (run, other))
+    if ours != theirs:
+        raise ValueError(
+            f"{option}: was trained on samples {theirs[0]} by {theirs[1]['name']}, this model on {ours[0]} by "
+            f"{ours[1]['name']}, or by other settings; both need the same data"
+        )
+
+
+def sample_conditions(
+    spec: Spec, n: int, label: int | None = None, prompt: str | Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Conditions of ``n`` samples: the class ``label``, the ``prompt`` or several prompts in turn, or both.
+
+    If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without
+    conditions. Any of several conditions that is left out is null.
+    """
+    classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
+    texts = text.worded(spec)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if label is not None and not classes:
+        raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
+    if missing := ", ".join(k for k in spec.cond if k not in {**classes, **texts}):
+        raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
+    for name, kind in classes.items():
+        if label is not None and not 0 <= label < kind.num:
+            raise ValueError(f"{name}: given {label}; allowed 0..{kind.num - 1}")
+    unspecified = label is None and not prompts
+    if classes and texts and unspecified:
+        raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
+    index = torch.arange(n)
+    captions = prompts or (list(text.examples(spec)) if unspecified else [])
+    cond: dict[str, Tensor] = {}
+    if captions:
+        cond = {k: v[index % len(captions)] for k, v in text.conditions(spec, captions).items()}
+    if label is not None:
+        return {**cond, **{k: torch.full((n,), label) for k in classes}}
+    return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}

@@ -1,0 +1,235 @@
+"""What a run writes while it trains: log, TensorBoard, pictures, evaluation cards and checkpoints.
+
+Only the main process writes; every rank draws its share of the pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from genkit import __version__
+from genkit.core import Batch, Codec, Spec, pictures
+from genkit.core.progress import Progress
+from genkit.diffusion.samplers import Seeds, bind
+from genkit.training.checkpoint import save_checkpoint
+from genkit.training.directory import append_log, read_log
+from genkit.training.first_stage import OfCache
+from genkit.training.loop import State, sample_rows
+from genkit.training.settings import TrainSettings
+
+GRID_SIZE = 80  # samples of the pictures made while training: eight of each of ten classes
+logger = logging.getLogger("genkit")
+Evaluate = Callable[[State, Path], Mapping[str, Any] | None]  # (state, run directory) -> a card, on the main process
+
+
+class Recorder:
+    """Scalars and pictures of a run, to ``log.jsonl`` and TensorBoard. Silent on all but the main process."""
+
+    def __init__(self, run: Path, accelerator: Accelerator):
+        self.run, self.accelerator = run, accelerator
+        self.writer: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        """Send a message for the user to the logger ``genkit``."""
+        if self.main:
+            logger.info(text)
+
+    @contextlib.contextmanager
+    def tensorboard(self, enabled: bool, step: int) -> Iterator[None]:
+        """Write TensorBoard events as well, from ``step`` on."""
+        if not (enabled and self.main):
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter  # lazy: takes a second
+
+        with SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1) as self.writer:
+            yield
+        self.writer = None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record of scalars, which has a ``step``."""
+        if not self.main:
+            return
+        append_log(self.run, record)
+        self.scalars({k: v for k, v in record.items() if k not in ("step", "samples", "seconds")}, record["step"])
+
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Scalars for TensorBoard alone."""
+        for key, value in values.items() if self.writer else ():
+            if value is not None:
+                self.writer.add_scalar(key, value, step)
+
+    def picture(self, x: Tensor, cond: Mapping[str, Tensor], step: int) -> None:
+        """Decoded samples ``[n, *S]`` as ``samples/step-N.png``."""
+        if not self.main:
+            return
+        image = pictures.picture(x, cond)
+        if self.writer:
+            self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        pictures.save(image, self.run / "samples" / f"step-{step:07d}.png")
+
+
+@dataclass
+class Session:
+    """The callbacks that the training loop runs with."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    spec: Spec
+    codec: Codec
+    cond: Mapping[str, Tensor]
+    """conditions of the ``GRID_SIZE`` samples that are drawn while training"""
+    recorder: Recorder
+    evaluator: Evaluate | None = None
+    warning: str | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.recorder.run
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of the log, and the objective's warning about it, once."""
+        self.recorder.log(record)
+        previous, self.warning = self.warning, self.settings.objective.remark(record)
+        if self.warning and not previous:
+            self.recorder.say(f"step {record['step']}: {self.warning}")
+        if (record["step"] // self.settings.log_every) % 5 == 0:
+            losses = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("/loss") and v is not None)
+            progress = f"step {record['step']}/{self.settings.steps}"
+            if self.recorder.main:
+                logger.debug(f"{progress}  {losses}  {record['samples_per_s']:.0f} samples/s")
+
+    def sample(self, state: State) -> None:
+        """Draw the same seeds and conditions each time, from the slowest average; each rank draws its share."""
+        rows = list(sample_rows(GRID_SIZE, self.accelerator))
+        nets = state.slowest_average
+        objective, device = self.settings.objective, self.accelerator.device
+        generate = objective.generator(nets, bind(objective.sampler, 20) if objective.sampler else None)
+        for net in nets.values():
+            net.eval()
+        noise = Seeds(rows, device)
+        cond = {k: v[rows].to(device) for k, v in self.cond.items()}
+        with torch.no_grad():
+            share = self.codec.decode(generate(noise(objective.noise_shape(self.spec)), cond, noise))
+        samples = self.accelerator.gather(share)[:GRID_SIZE].cpu()  # type: ignore[index]
+        for net in state.nets.values():
+            net.train()
+        self.recorder.picture(samples, self.cond, state.step)
+
+    def reconstruct(self, batch: Batch, state: State) -> None:
+        """For objectives that draw no samples: some data and their reconstructions (below, or in another colour)."""
+        nets = state.slowest_average
+        for net in nets.values():
+            net.eval()
+        encoded = self.codec.encode(batch.to(self.accelerator.device))
+        with torch.no_grad():
+            decoded = self.settings.objective.reconstruct(nets, encoded)
+        for net in state.nets.values():
+            net.train()
+        if decoded is not None:
+            kind = torch.arange(2).repeat_interleave(len(decoded))
+            originals = self.codec.decode(encoded.x) if isinstance(self.codec, OfCache) else batch.x
+            x = torch.cat([originals, self.codec.decode(decoded)]).cpu()
+            self.recorder.picture(x, {"label": kind}, state.step)
+
+    def evaluate(self, state: State) -> None:
+        """Write a card, a line of the log and scalars. A model that cannot be measured now goes on training."""
+        assert self.evaluator is not None
+        try:
+            card = self.evaluator(state, self.run)
+        except ValueError as e:
+            self.recorder.say(f"step {state.step}: not evaluated: {e}")
+            return
+        if card is None:
+            return
+        parts = {"": "value", "_low": "low", "_high": "high"}
+        record = {f"eval/{k}{end}": v[part] for k, v in card["metrics"].items() for end, part in parts.items()}
+        append_log(self.run, {"step": state.step, **{k: v for k, v in record.items() if v is not None}})
+        values = {k: v["value"] for k, v in card["metrics"].items()}
+        self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
+        self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint and the plot of the loss."""
+        if self.recorder.main:
+            settings = self.settings
+            save_checkpoint(self.run, state, settings.objective, self.spec, self.codec, seed=settings.seed,
+                            keep=settings.keep_checkpoints)  # fmt: skip
+            records = read_log(self.run)
+            if records:
+                pictures.loss_plot(records, self.run / "loss.png")
+        self.accelerator.wait_for_everyone()
+
+    def progress(self, report: Progress) -> Callable[[int, float | None], None]:
+        """What the loop calls after each step, ``(step, loss)``, passed on to ``report``."""
+
+        def update(step: int, loss: float | None) -> None:
+            report("training" if loss is None else f"loss {loss:.4f}", step, self.settings.steps)
+
+        return update
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list. The first lets the step end and saves; a second Ctrl-C ends at once.
+
+    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        previous = {}
+    try:
+        yield received
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, device and command line: what a number may depend on."""
+    from importlib.metadata import version  # lazy: only when a run begins
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = ("torch", "accelerate", "numpy", "diffusers")
+    return {
+        "genkit": __version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "packages": {p: version(p) for p in packages},
+        "device": str(accelerator.device),
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None,
+        "world_size": accelerator.num_processes,
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+    }

@@ -1,0 +1,111 @@
+"""The settings of a training run: one frozen dataclass, the same thing as a YAML file and as a command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from genkit.config import table
+from genkit.core.device import DeviceName
+
+if TYPE_CHECKING:
+    from genkit.core import Backbones, Objective
+    from genkit.data import DataSource
+
+Count = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+def by_objective(default: Any) -> Any:
+    """A field whose default the objective may change (``Objective.suits``)."""
+    return field(default=default, metadata={"follows": "objective.suits"})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Train a model."""
+
+    objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
+    """What is learned."""
+    backbone: Backbones = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+    )
+    """Network family. Without a NAME, the one that suits the data."""
+    data: DataSource = table(
+        "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
+    )
+    """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
+    steps: Count = 2000
+    """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""
+    batch: Count = 64
+    """Samples per step, over all ranks together."""
+    micro_batch: Count | None = None
+    """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at once."""
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
+    warmup: Annotated[int, Ge(0)] = by_objective(100)
+    """Steps of linear learning-rate warmup."""
+    schedule: Literal["constant", "cosine"] = by_objective("cosine")
+    """Learning rate after the warmup: constant, or half a cosine down to 0."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay (AdamW)."""
+    betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
+    """Adam's decay rates. 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
+    clip: Annotated[float, Ge(0)] = 1.0
+    """Largest gradient norm. 0: no clipping."""
+    ema: tuple[Fraction, ...] = (0.999,)
+    """EMA decay rates per step; the networks are averaged once for each."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
+    compile: bool = False
+    """Compile the networks with torch.compile: a minute at the start, then faster steps."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed. Every random number is a function of (seed, step, row) only."""
+    device: DeviceName = "auto"
+    """Device. auto: the machine's accelerator, or the CPU if it has none."""
+    threads: Count | None = None
+    """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
+    out: str = "runs"
+    """Directory in which the run directory is made."""
+    name: str | None = None
+    """Name of the run. None: data-objective-backbone."""
+    save_every: Count = 500
+    """Steps between checkpoints."""
+    sample_every: Annotated[int, Ge(0)] = 500
+    """Steps between grids of samples. 0: never."""
+    eval_every: Annotated[int, Ge(0)] = 0
+    """Steps between evaluations of the slowest average. 0: never."""
+    eval_n: Annotated[int, Ge(2)] = 1000
+    """Samples per evaluation, over all ranks together."""
+    eval_metrics: str | None = None
+    """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
+    eval_steps: Count = 20
+    """Steps of the objective's default sampler in evaluations."""
+    eval_features: str = "auto"
+    """Feature extractor of evaluations: auto, classifier, inception or raw."""
+    eval_weights: str | None = None
+    """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    log_every: Count = 50
+    """Steps between lines of the log."""
+    keep_checkpoints: Count = 3
+    """Number of newest checkpoints to keep."""
+    workers: Annotated[int, Ge(0)] = 2
+    """Data-loading processes. 0: load in this process."""
+    max_nonfinite_steps: Count = 10
+    """Stop after this many consecutive steps with a loss or gradient that is not finite."""
+    tensorboard: bool = True
+    """Write scalars and images for TensorBoard, besides log.jsonl."""
+    codec: str | None = None
+    """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
+    deviation 1: give edm --objective.sigma-data 1."""
+    codec_posterior: Literal["draw", "mean"] = "draw"
+    """Latents of a VAE: a new draw of the posterior each time, or its mean."""
+    init: str | None = None
+    """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
+    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
+    lora: Any = table("genkit.backbones.lora:LORA", "lora")
+    """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    resume: str | None = None
+    """Run directory to resume."""

@@ -1,0 +1,96 @@
+"""Every `genkit` command that a page, a configuration's head or a results file shows is one that genkit accepts."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from genkit import config
+from genkit.cli.commands.bench import BENCHES
+from genkit.cli.main import COMMANDS
+from genkit.training.settings import TrainSettings
+from tools import tables
+
+ROOT = Path(__file__).parents[2]
+
+
+class Accepted(Exception):
+    """Raised in place of the work that a command would do."""
+
+
+def from_pages():
+    """``(place, command)`` of code blocks and of code in sentences that is a whole command."""
+    for page in tables.pages():
+        if "contributing" in page.parts:  # of recipes, whose parts are registered by their own tests
+            continue
+        text = page.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"```(?:bash|text)?\n(.*?)```", text, re.DOTALL)
+        lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+        inline = re.findall(r"`((?:genkit|python -m genkit) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        yield from ((page.relative_to(ROOT), command) for line in [*lines, *inline] for command in line.split("&&"))
+
+
+def from_configs():
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        for line in file.read_text().splitlines():
+            if found := re.match(r"# *(?:command:|expect:)? *(genkit [^:;(]*)", line):
+                yield file.relative_to(ROOT), found[1].removesuffix(" gives").rstrip("., ")
+
+
+def from_results():
+    for file in sorted((ROOT / "docs/results").glob("*.json")):
+        stored = json.loads(file.read_text())
+        for key in {"train", "command", "check"} & stored.keys():
+            value = stored[key] if isinstance(stored[key], str) else " ".join(map(str, stored[key]))
+            yield from ((file.relative_to(ROOT), re.sub(r"\(.*|\[|\]", "", command)) for command in value.split(";"))
+
+
+def all_commands():
+    """Each distinct command once, with a seed for S and a number for N; what has another gap (`...`, NAME) is none."""
+    places = {}
+    for place, command in [*from_pages(), *from_configs(), *from_results()]:
+        command = re.sub(r"\b[SN]\b", "1", command.strip().removeprefix("python -m "))
+        if re.match(r"genkit \w+ ", command) and not re.search(r"\.\.\.|…|\bNAME\b|COMMAND|--help", command):
+            places.setdefault(command, place)
+    return [pytest.param(command, id=f"{place}: {command}"[:90]) for command, place in sorted(places.items())]
+
+
+def accept(name, argv):
+    """Parse ``argv`` as the command ``name`` would. ConfigError if it is refused."""
+    if name == "bench":
+        assert argv[0] in BENCHES
+        return
+    if name == "train":  # its main looks for the runs of --init and --resume first
+        config.parse(TrainSettings, argv)
+        return
+    module = import_module(COMMANDS[name][0])
+
+    def parse(*args, **kwargs):
+        config.parse(*args, **kwargs)
+        raise Accepted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "parse", parse)
+        with pytest.raises(Accepted):
+            module.main(argv)
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_commands_are_accepted(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, name, *argv = shlex.split(command)
+    assert name in COMMANDS
+    with contextlib.redirect_stdout(io.StringIO()):
+        accept(name, argv)
+
+
+def test_scripts_exist():
+    text = "".join(page.read_text() for page in [*tables.pages(), *(ROOT / "docs/results").glob("*.json")])
+    scripts = set(re.findall(r"python ((?:examples|samplers|tools|benchmarks)/\w+\.py)", text))
+    assert scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]

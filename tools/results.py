@@ -1,0 +1,410 @@
+"""What the documentation shows of docs/results/*.json: one function for each table (TABLES) and each number (VALUES).
+
+Spreads are sample standard deviations over seeds; brackets are 95 % confidence intervals as the results file has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+# ------------------------------------------------------------------------------------------------ reading, formatting
+@cache
+def load(name: str) -> Any:
+    """The results file ``name`` without its suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
+    """A Markdown table; the first column is text, the others are numbers, to the right unless told otherwise."""
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float, digits: int) -> str:
+    """``value`` with so many decimals; what rounds to zero has no sign."""
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """``mean ± standard deviation`` over seeds."""
+    return f"{number(mean(values), digits)} ± {number(stdev(values), digits)}"
+
+
+def interval(estimate: Mapping[str, Any], digits: int) -> str:
+    """``value [low, high]``, or the value alone if the file has no interval."""
+    value = number(estimate["value"], digits)
+    if estimate["low"] is None:
+        return value
+    return f"{value} [{number(estimate['low'], digits)}, {number(estimate['high'], digits)}]"
+
+
+def change(pair: Sequence[float], digits: int) -> str:
+    """``before → after``."""
+    return f"{number(pair[0], digits)} → {number(pair[1], digits)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+def digits() -> str:
+    """The default run: three flows, a DDPM, a GAN, and real training digits."""
+    flows = [load(f"digits-flow-seed{seed}") for seed in range(3)]
+    names = ("frechet", "precision", "recall")
+    rows = [["flow, Heun, 20 steps; three seeds", spread([run["accuracy"] for run in flows], 3)]]
+    rows[0] += [spread([run["samples"][name] for run in flows], 3) for name in names]
+    for label, file in (("ddpm, DDIM, 50 steps; one seed", "digits-ddpm-seed0"), ("gan; one seed", "gan-digits")):
+        run = load(file)
+        rows.append([label, number(run["accuracy"], 3), *[number(run["samples"][name], 3) for name in names]])
+    real = flows[0]["real_train"]
+    rows.append(["real training digits", "", *[number(real[name], 3) for name in names]])
+    return table(["", "class accuracy", "Fréchet distance", "precision", "recall"], rows)
+
+
+QUALITY = {  # the name in the file -> what the page calls it
+    "ddpm": "ddpm",
+    "edm": "edm",
+    "flow": "flow",
+    "flow-ot": "flow, OT coupling",
+    "vae": "vae",
+    "gan": "gan (relativistic)",
+    "latent": "latent (a first stage, then a flow)",
+    "real": "359 held-out real digits",
+}
+
+
+def quality() -> str:
+    """``genkit bench quality``: one row an objective, Fréchet distance by number of evaluations."""
+    found = [row for name in ("", "-gan", "-latent") for row in load(f"quality-digits{name}")["rows"]]
+    rows = []
+    for name, label in QUALITY.items():
+        own = {row["nfe"]: row["values"] for row in found if row["name"] == name}
+        best = own.get(20) or next(iter(own.values()))
+        distances = [interval(own[nfe]["fid"], 2) if nfe in own else "" for nfe in (1, 5, 10, 20, 50)]
+        if name == "real":
+            distances[0] = interval(best["fid"], 2)
+        # intervals at one budget only: six in a row would not fit a page
+        distances[1:4] = [text.partition(" ")[0] for text in distances[1:4]]
+        rows.append([label, *distances, number(best["accuracy"]["value"], 3), number(best["recall"]["value"], 3)])
+    return table(["", "1 evaluation", "5", "10", "20", "50", "class accuracy", "recall"], rows)
+
+
+def fid() -> str:
+    """Inception FID and KID of the cards that were kept."""
+    cards = {
+        "fashion-flow": "Fashion-MNIST, flow in pixels (1.8M parameters), Heun, 10 steps",
+        "fashion-latent-flow": "Fashion-MNIST, flow in latents, Heun, 10 steps",
+        "fashion-first-stage": "Fashion-MNIST, reconstructions of the test set by the first stage",
+        "fashion-test-against-train": "Fashion-MNIST, the test set itself",
+        "cifar10-test-against-train": "CIFAR-10, the test set itself (`legacy_tensorflow`)",
+    }
+    rows = []
+    for name, label in cards.items():
+        card = load(name)
+        metrics, settings = card["metrics"], card["settings"]
+        counts = [number(settings["n"], 0), number(settings["reference"]["n"], 0)]
+        rows.append(
+            [f"[{label}]({name}.json)", *counts, interval(metrics["fid"], 2), number(metrics["kid"]["value"], 4)]
+        )
+    return table(["samples", "n", "against", "FID", "KID"], rows)
+
+
+def lora() -> str:
+    rows = []
+    for name, seeds in load("lora-digits")["found"].items():
+        run = seeds["0"]
+        cells = [f"{run['trained_parameters']:,}" if name != "the base" else "", interval(run["accuracy"], 3)]
+        cells += [interval(run["fid"], 2), number(run["recall"]["value"], 2), str(run.get("cpu_seconds", ""))]
+        rows.append([name, *cells])
+    header = ["", "trained parameters", "class accuracy", "Fréchet distance", "recall", "training, CPU s"]
+    return table(header, rows)
+
+
+def gan_modes() -> str:
+    rows = []
+    for name, seeds in load("gan-8gaussians")["found"].items():
+        runs = list(seeds.values())
+        near = ", ".join(f"{100 * run['near']:.0f} %" for run in runs)
+        rows.append([name, ", ".join(str(run["modes"]) for run in runs), near])
+    return table(["GAN loss (one number a seed)", "modes of 8", "samples near a mode"], rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- toys
+TOYS = {  # the cell in the file -> header, published W2 and path energy (I-CFM, OT-CFM)
+    "N->8gaussians": ("N → 8 Gaussians", ("0.373 ± 0.103", "0.303 ± 0.043"), ("0.202", "0.031")),
+    "moons->8gaussians": ("moons → 8 Gaussians", ("1.557 ± 0.407", "0.601 ± 0.027"), ("2.680", "0.015")),
+    "N->moons": ("N → moons", ("0.178 ± 0.014", "0.130 ± 0.016"), ("0.891", "0.083")),
+    "N->scurve": ("N → S-curve", ("0.242 ± 0.141", "0.144 ± 0.028"), ("0.856", "0.027")),
+}
+
+
+METHODS = ("I-CFM", "OT-CFM")  # of `genkit bench toy`, in the order of TOYS
+
+
+def toy() -> str:
+    """W2 to the target, beside the figures of Tong et al. 2023, table 2."""
+    cells = load("toy")["cells"]
+    rows = []
+    for name, (label, published, _) in TOYS.items():
+        measured = [spread(cells[f"{method} {name}"]["w2"], 3) for method in METHODS]
+        rows.append([label, measured[0], published[0], measured[1], published[1], number(cells[name]["floor"][0], 3)])
+    return table(["W2", "independent", "published", "OT coupling", "published", "data against data"], rows)
+
+
+def toy_energy() -> str:
+    """Normalised path energy, beside the figures of Tong et al. 2023, table 2; 0 for optimal transport."""
+    cells = load("toy")["cells"]
+    rows = []
+    for name, (label, _, published) in TOYS.items():
+        measured = [number(mean(cells[f"{method} {name}"]["npe"]), 3) for method in METHODS]
+        rows.append([label, measured[0], published[0], measured[1], published[1]])
+    return table(["normalised path energy", "independent", "published", "OT coupling", "published"], rows)
+
+
+def prediction() -> str:
+    cells, sizes = load("prediction")["cells"], (2, 8, 16, 512)
+    rows = []
+    for name in ("x0", "velocity", "eps"):
+        runs = [cells[f"{name} {size}"]["w2"] for size in sizes]
+        rows.append([name, *[spread(run, 1 if mean(run) > 10 else 3) for run in runs]])
+    return table(["the network predicts", *[f"D = {size}" for size in sizes]], rows)
+
+
+def reflow() -> str:
+    plane, pictures = load("reflow")["cells"]["plane"]["rows"], load("reflow-digits")["cells"]["digits"]["rows"]
+    labels = {"1-RF": "first flow", "2-RF": "after one reflow", "3-RF": "after two", "3-RF distilled": "distilled"}
+    rows = []
+    for name, label in labels.items():
+        cells = []
+        for runs, places in ((plane[name], 3), (pictures[name], 2)):
+            cells += [spread(runs[kind], places) if kind in runs else "" for kind in ("one", "many")]
+        rows.append([label, *cells])
+    real = [number(mean(plane["real"]["one"]), 3), "", number(mean(pictures["real"]["one"]), 2), ""]
+    rows.append(["real data", *real])
+    header = ["", "plane, W2: one step", "25 of Heun", "digits, Fréchet distance: one step", "25 of Heun"]
+    return table(header, rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- policies
+def mean_of(runs: Sequence[Mapping[str, Any]], key: str, digits: int = 3) -> str:
+    return spread([run[key]["value"] for run in runs], digits)
+
+
+def pusht() -> str:
+    found = load("pusht")["rows"]
+    rows = []
+    for policy in ("anchored", "flow", "ddpm", "regression"):
+        runs = [row for row in found if row["policy"] == policy]
+        cells = [mean_of(runs, key) for key in ("coverage", "best_reward", "success")]
+        seconds = [run["train_cpu_seconds"] for run in runs]
+        rows.append([policy, str(runs[0]["sampler_steps"]), *cells, f"{min(seconds)} to {max(seconds)}"])
+    header = ["policy", "sampler steps", "largest coverage", "best reward", "success", "training, CPU s"]
+    return table(header, rows)
+
+
+def pusht_mirror() -> str:
+    """Seed 0 with and without mirror images of the demonstrations."""
+    with_mirror = {row["policy"]: row for row in load("pusht")["rows"] if row["seed"] == 0}
+    rows = []
+    for row in load("pusht-no-mirror")["rows"]:
+        pairs = [(row[key]["value"], with_mirror[row["policy"]][key]["value"]) for key in ("coverage", "success")]
+        rows.append([row["policy"], *[change(pair, 3) for pair in pairs]])
+    return table(["policy", "coverage, without → with", "success, without → with"], rows)
+
+
+def pusht_finetune() -> str:
+    rows = []
+    for run in load("pusht-finetune")["seeds"]:
+        pairs = [("before", 3), ("after", 3), ("coverage_before", 3), ("coverage_after", 3)]
+        rows.append([str(run["seed"]), *[interval(run[key], places) for key, places in pairs], str(run["cpu_seconds"])])
+    header = ["seed", "success before", "after", "coverage before", "after", "CPU s"]
+    return table(header, rows)
+
+
+def finetune_four_ways() -> str:
+    """The second pair of each list is over starts that were not used for choosing anything."""
+    rows = [
+        [str(run["seed"]), change(run["success"][1], 3), change(run["bits"][1], 2), str(run["cpu_seconds"])]
+        for run in load("finetune-four-ways")["seeds"]
+    ]
+    return table(["seed", "success on unseen starts", "bits of 2", "CPU s"], rows)
+
+
+def mixed() -> str:
+    found = load("mixed-four-ways")["rows"]
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in found):
+        runs = [row for row in found if row["name"] == name]
+        cells = [spread([run[key][1] for run in runs], places) for key, places in
+                 (("success", 2), ("bits", 2), ("held_out_loss", 4))]  # fmt: skip
+        rows.append([name.replace("lambda", "λ ="), *cells])
+    return table(["", "success", "bits of 2", "loss on held-out demonstrations"], rows)
+
+
+def rwr() -> str:
+    rows = [
+        [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
+        for row in load("rwr-four-ways")["rows"]
+    ]
+    return table(["", "success", "bits of 2", "loss on held-out demonstrations"], rows)
+
+
+def q_function() -> str:
+    labels = {"plain": "the policy", "best8": "best of 8", "q0.2": "Q guidance 0.2", "q0.2best8": "both"}
+    found = load("q-four-ways")["seeds"]
+    rows = []
+    for key, label in labels.items():
+        columns = list(zip(*[run[key] for run in found], strict=True))
+        texts = [
+            ", ".join(number(v, places) for v in column) for column, places in zip(columns, (3, 2, 1), strict=True)
+        ]
+        rows.append([label, *texts])
+    return table(["one number a seed", "success", "bits of 2", "CPU s for 400 episodes"], rows)
+
+
+def mujoco() -> str:
+    rows = []
+    for name in ("halfcheetah", "hopper"):
+        results = load(name)
+        before, after = ([run[key]["value"] for run in results["seeds"]] for key in ("before", "after"))
+        seconds = ", ".join(str(run["finetune_cpu_seconds"]) for run in results["seeds"])
+        label = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5"}[name]
+        rows.append([f"[{label}]({name}.json)", spread(before, 0), spread(after, 0), seconds])
+    return table(["", "return before", "after", "CPU s, one number a seed"], rows)
+
+
+def ddpo() -> str:
+    rows = []
+    for run in load("ddpo-digits")["seeds"]:
+        cells = [
+            change(run["reward"], 2),
+            number(run["rise_in_deviations"], 1),
+            number(run["kl_reference_last_walks"], 1),
+        ]
+        cells += [change(run["precision"], 2), change(run["frechet_nearest_class"], 1), number(run["cpu_seconds"], 0)]
+        rows.append([str(run["seed"]), *cells])
+    header = ["seed", 'log p("8")', "in standard deviations", "KL, nats", "precision", "Fréchet to the nearest class"]
+    return table([*header, "CPU s"], rows)
+
+
+# -------------------------------------------------------------------------------------------------- exactness and speed
+def order() -> str:
+    """Equal on all six paths; the linear path's numbers are shown."""
+    results = load("order")
+    rows = []
+    for name, orders in results["order"].items():
+        errors = results["error"][name]["linear"]
+        rows.append([f"`{name}`", number(orders["linear"], 2), *[f"{error:.1e}" for error in errors]])
+    return table(["sampler", "measured order", *[f"error, {steps} steps" for steps in results["steps"]]], rows)
+
+
+SPEED = {  # the ratio in the file -> what the page calls it
+    "(a) as shipped": "as shipped",
+    "(b) same network, heads of 64, fp32": "same network, fp32, heads of 64",
+    "(b) same network, heads of 8, fp32": "same network, fp32, heads of 8",
+    "(b) same network, heads of 64, bf16": "same network, bf16, heads of 64",
+}
+
+
+def percent(ratio: float) -> str:
+    text = f"{100 * (ratio - 1):+.1f} %"
+    return text.replace("-0.0", "0.0")
+
+
+def speed() -> str:
+    rows = []
+    for file, size, wanted in (("bench-speed-2.2M", "2.2M", list(SPEED)[:1]), ("bench-speed", "2.7M", list(SPEED))):
+        for key in wanted:
+            ratio = load(file)["ratios"][key]
+            numbers = [f"{ratio['speedup']:.2f}x", percent(ratio["params"]), percent(ratio["flops"])]
+            rows.append([f"[{SPEED[key]}, {size} parameters]({file}.json)", *numbers])
+    return table(["", "speed-up", "parameters", "FLOPs"], rows)
+
+
+def time_to_quality() -> str:
+    rows = []
+    for run in load("bench-speed")["quality"]:
+        cells = [number(run["theirs_seconds"], 0), number(run["ours_seconds"], 0), f"{run['ratio']:.2f}x"]
+        rows.append([run["row"].partition(") ")[2], *cells])
+    return table(["", "diffusers, CPU s", "genkit, CPU s", "ratio"], rows)
+
+
+def overhead() -> str:
+    rows = [
+        [name, number(run["genkit_us"], 1), number(run["diffusers_us"], 1), f"{run['ratio']:.1f}x"]
+        for name, run in load("overhead")["overhead"].items()
+    ]
+    return table(["sampler", "genkit, µs a step", "diffusers, µs a step", "ratio"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- README
+def summary() -> str:
+    """The eight rows of README.md."""
+    flows = [load(f"digits-flow-seed{seed}") for seed in range(3)]
+    accuracy = spread([run["accuracy"] for run in flows], 3)
+    distance = spread([run["samples"]["frechet"] for run in flows], 2)
+    real = number(flows[0]["real_train"]["frechet"], 2)
+    fashion, cifar10 = (load(name)["metrics"]["fid"] for name in ("fashion-flow", "cifar10-test-against-train"))
+    toys = spread(load("toy")["cells"]["OT-CFM N->moons"]["w2"], 3)
+    push = [row for row in load("pusht")["rows"] if row["policy"] == "anchored"]
+    before, after = ([run[key]["value"] for run in load("hopper")["seeds"]] for key in ("before", "after"))
+    heun = number(load("order")["order"]["heun"]["linear"], 2)
+    ratio = load("bench-speed")["ratios"]["(a) as shipped"]["speedup"]
+    digits_text = f"accuracy {accuracy}, Fréchet distance {distance} (real {real})"
+    push_text = f"coverage {mean_of(push, 'coverage')}, success {mean_of(push, 'success', 2)}"
+    rows = [
+        ("images", "digits, default run, 129 s on a CPU", digits_text),
+        ("images", "Fashion-MNIST, flow, 44 CPU minutes", f"FID {interval(fashion, 1)} of 5,000 samples"),
+        ("images", "CIFAR-10, test set against training set", f"FID {interval(cifar10, 2)} (literature: about 3.15)"),
+        ("toys", "N → moons, OT coupling", f"W2 {toys} (published {TOYS['N->moons'][1][1]})"),
+        ("policies", "PushT, anchored policy, one step", push_text),
+        ("policies", "Hopper-v5, fine-tuned by reward", f"return {spread(after, 0)} from {spread(before, 0)}"),
+        ("speed", "measured order of Heun's method", f"{heun} on six paths"),
+        ("speed", "training step against diffusers, one CPU core", f"{ratio:.2f}x, as shipped"),
+    ]  # fmt: skip
+    return table(["", "measured"], [[f"[{what}](docs/results/{page}.md)", value] for page, what, value in rows], "---")
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "digits": digits,
+    "quality": quality,
+    "fid": fid,
+    "lora": lora,
+    "gan-modes": gan_modes,
+    "toy": toy,
+    "toy-energy": toy_energy,
+    "prediction": prediction,
+    "reflow": reflow,
+    "pusht": pusht,
+    "pusht-mirror": pusht_mirror,
+    "pusht-finetune": pusht_finetune,
+    "finetune-four-ways": finetune_four_ways,
+    "mixed": mixed,
+    "rwr": rwr,
+    "q-function": q_function,
+    "mujoco": mujoco,
+    "ddpo": ddpo,
+    "order": order,
+    "speed": speed,
+    "time-to-quality": time_to_quality,
+    "overhead": overhead,
+    "summary": summary,
+}
+
+
+def likelihood_error(path: str) -> str:
+    """Mean error of the log-likelihood on the closed-form mixture, in nats."""
+    return f"{load('order')['likelihood_error_nats'][path]:.1e}"
+
+
+VALUES: Mapping[str, Callable[[], str]] = {
+    "likelihood-linear": partial(likelihood_error, "linear"),
+    "likelihood-vp": partial(likelihood_error, "vp"),
+    "likelihood-ve": partial(likelihood_error, "ve"),
+}
