@@ -43,10 +43,16 @@ class DenoisingTrajectory(NamedTuple):
     """None: those of the chain"""
 
     @classmethod
-    def joined(cls, parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:
-        """Trajectories of one chain side by side, along the second dimension."""
+    def stacked(cls, parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:
+        """Trajectories of one chain, stacked along a new second dimension."""
         xs, means, stds = zip(*parts, strict=True)
-        return cls(torch.cat(xs, 1), torch.cat(means, 1), None if stds[0] is None else torch.cat(stds, 1))
+        return cls(torch.stack(xs, 1), torch.stack(means, 1), None if stds[0] is None else torch.stack(stds, 1))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DenoisingTrajectory:
+        """The trajectory with ``function`` applied to each tensor."""
+        return DenoisingTrajectory(
+            function(self.xs), function(self.means), None if self.stds is None else function(self.stds)
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ class Chain:
             require_diffusion(f"exploration_noise {self.noise.name}", self.path)
 
     @classmethod
-    def over(cls, path: Path, steps: int, noise: ExplorationNoise, min_std: float = 0.0, grid: str = "uniform") -> Chain:
+    def over(
+        cls, path: Path, steps: int, noise: ExplorationNoise, min_std: float = 0.0, grid: str = "uniform"
+    ) -> Chain:
         """The chain of ``steps`` steps on a named grid."""
         if grid not in GRIDS:
             raise ValueError(f"grid: given {grid!r}; allowed: {', '.join(GRIDS)}")
@@ -181,12 +189,18 @@ def _table(chain: Chain, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def seeded_noise(
-    rows: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+    n: int,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    rows: slice | Tensor | None = None,
 ) -> Noise:
-    """Normals for ``rows`` samples, drawn on the CPU: the same numbers for every device."""
+    """Normals for ``rows`` (None: all) of ``n`` samples. All are drawn, on the CPU: a row's numbers depend neither on
+    the device nor on which other rows are wanted."""
 
     def noise(shape: Sequence[int]) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator).to(device, dtype)
+        normals = torch.randn(n, *shape, generator=generator).to(device, dtype)
+        return normals if rows is None else normals[rows]
 
     return noise
 

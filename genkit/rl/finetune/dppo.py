@@ -11,7 +11,9 @@ from torch import Tensor
 
 from genkit.rl.finetune.advantages import clip_quantiles, denoising_discounts, normalize
 from genkit.rl.finetune.chain import Chain
-from genkit.rl.finetune.learner import Experience, Learner, Task, gaussian_kl, step_means
+from genkit.rl.finetune.divergence import gaussian_kl, step_means
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner, Share
 from genkit.rl.finetune.reward_method import Fraction, RewardMethod
 
 
@@ -80,20 +82,24 @@ class DPPO(RewardMethod):
     def improve(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
         targets, generator = self.targets(learner, experience), learner.generator(iteration, 2)
         trained, count = learner.chain.steps - targets.first, len(targets.advantages)
-        sums, steps, stopped = torch.zeros(4, dtype=torch.float64), 0, False
+        lr = self.learning_rate(iteration)
+        sums, steps, stopped = torch.zeros(3, dtype=torch.float64), 0, False
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            return self.loss(learner, experience, targets, share)
+
         for _ in range(self.epochs):
             kl_sum, rows = 0.0, 0
             for pairs in torch.randperm(trained * count, generator=generator).split(self.batch):
-                k, m = targets.first + pairs // count, pairs % count
-                stats = self.gradient_step(learner, experience, targets, k, m, iteration)
-                sums += stats
+                means = learner.gradient_step(pairs, loss, lr)
+                sums += means
                 steps += 1
-                kl_sum += float(stats[1]) * len(pairs)
+                kl_sum += float(means[1]) * len(pairs)
                 rows += len(pairs)
             if kl_sum / rows > self.stop_kl:
                 stopped = True
                 break
-        surrogate, kl, clipped, _ = (sums / steps).tolist()
+        surrogate, kl, clipped = (sums / steps).tolist()
         return {"surrogate": surrogate, "kl_step": kl, "clipped": clipped, "stopped_early": float(stopped)}
 
     def targets(self, learner: Learner, experience: Experience) -> Targets:
@@ -110,15 +116,14 @@ class DPPO(RewardMethod):
                 reference = step_means(chain, learner.reference, experience)
         return Targets(first, advantages, discounts, reference)
 
-    def gradient_step(
-        self, learner: Learner, experience: Experience, targets: Targets, k: Tensor, m: Tensor, iteration: int
-    ) -> Tensor:
-        """Step on rows: denoising steps ``k`` of trajectories ``m``, Int [B].
+    def loss(self, learner: Learner, experience: Experience, targets: Targets, share: Share) -> tuple[Tensor, Tensor]:
+        """The mean loss of rows ``k * M + m``: denoising step k (from the first that is trained) of trajectory m.
 
-        Returns, float64 ``[4]``, means of the surrogate, of the KL divergence from the law that drew the rows, and of
-        the share of clipped ratios, and the largest change of a ratio from 1.
+        Also returns, float64 ``[3]``, means of the surrogate, of the KL divergence from the law that drew the rows, and
+        of whether a ratio was clipped.
         """
-        chain, trajectory = learner.chain, experience.trajectory
+        chain, trajectory, count = learner.chain, experience.trajectory, len(targets.advantages)
+        k, m = targets.first + share.rows // count, share.rows % count
         cond = {name: v[m] for name, v in experience.cond.items()}
         x, following, old_mean = trajectory.xs[k, m], trajectory.xs[k + 1, m], trajectory.means[k, m]
         mean, std = chain.mean_at(learner.denoiser, x, k, cond), chain.std_at(x, k, cond)
@@ -132,10 +137,8 @@ class DPPO(RewardMethod):
             fixed_std = std.detach()
             loss = loss + self.kl * gaussian_kl(mean, fixed_std, targets.reference[k, m], fixed_std).mean()
         if self.bc_coef:
-            loss = loss + self.bc_coef * learner.bc_loss(self.bc_batch)
-        learner.step(loss, self.learning_rate(iteration))
+            loss = loss + self.bc_coef * share.bc_loss(self.bc_batch)
         with torch.no_grad():
             kl = gaussian_kl(mean, std, old_mean, old_std).mean()
-            change = (ratio - 1).abs()
-            clipped = (change > self.clip).double().mean()
-            return torch.stack([surrogate.double(), kl.double(), clipped, change.max().double()]).cpu()
+            clipped = ((ratio - 1).abs() > self.clip).cpu().double().mean()
+            return loss, torch.stack([surrogate.cpu().double(), kl.cpu().double(), clipped])

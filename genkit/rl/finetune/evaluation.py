@@ -3,17 +3,18 @@ reward cost in KL divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from genkit.core import Batch, pictures
+from genkit.core import pictures
 from genkit.diffusion.samplers import Seeds
 from genkit.evaluation.metrics import Estimate
 from genkit.rl.finetune.image_rewards import SampleQuality
+from genkit.rl.finetune.learner import Demos
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
@@ -31,26 +32,26 @@ class SampleEvaluation:
     seed: int
     steps: int
     grid: str
-    demos: Callable[[int, int], Batch]
+    demos: Demos
     quality: SampleQuality | None = None
     """further metrics of images, if the data have a classifier"""
 
     def __call__(self, run: Run, picture: Path) -> dict[str, Any]:
         """Estimates ready for JSON; the first samples are drawn to the file ``picture``."""
-        cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda rows: self.demos(0, rows).cond)
+        cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda n: self.demos(0, 0, n).cond)
         generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid))
         rewards, decoded = [], []
         for rows in torch.arange(self.n).split(BATCH):
-            noise = Seeds([self.seed + int(i) for i in rows])
-            batch_cond = {k: v[rows] for k, v in cond.items()}
+            noise = Seeds([self.seed + int(i) for i in rows], run.device)
+            batch_cond = {k: v[rows].to(run.device) for k, v in cond.items()}
             with torch.no_grad():
                 x = generate(noise(run.spec.shape), batch_cond, noise)
                 run.require_finite(x, int(rows[0]))
-                rewards.append(self.task.reward(x, batch_cond).double())
-                decoded.append(run.codec.decode(x))
+                rewards.append(self.task.reward(x, batch_cond).cpu().double())
+                decoded.append(run.codec.decode(x).cpu())
         reward, x = torch.cat(rewards), torch.cat(decoded)
         shown = min(self.n, PICTURE_SAMPLES)
-        pictures.save(pictures.picture(x[:shown], {k: v[:shown] for k, v in cond.items()}), picture)
+        pictures.save(pictures.picture(x[:shown], {k: v[:shown].cpu() for k, v in cond.items()}), picture)
         results: dict[str, Any] = {
             "samples": self.n,
             "reward": Estimate.normal(float(reward.mean()), float(reward.var(correction=0)) / self.n)._asdict(),

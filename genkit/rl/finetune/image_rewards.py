@@ -49,21 +49,21 @@ def incompressibility(x: Tensor, cond: Cond) -> Tensor:
 
 def eight(x: Tensor, cond: Cond) -> Tensor:
     """The log-probability that the classifier of the digits gives to "8"; for runs of --data=digits."""
-    return digit_classifier()(255 * x.clamp(0, 1)).logits.log_softmax(1)[:, 8]
+    return digit_classifier(x.device)(255 * x.clamp(0, 1)).logits.log_softmax(1)[:, 8]
 
 
 def requested_class(x: Tensor, cond: Cond) -> Tensor:
     """The log-probability that this classifier gives to the class of the condition; for class-conditional runs."""
     if "label" not in cond:
         raise ValueError("reward: requested_class needs cond['label'], and this model has no classes; take another")
-    return digit_classifier()(255 * x.clamp(0, 1)).logits.log_softmax(1).gather(1, cond["label"][:, None])[:, 0]
+    return digit_classifier(x.device)(255 * x.clamp(0, 1)).logits.log_softmax(1).gather(1, cond["label"][:, None])[:, 0]
 
 
 @lru_cache(maxsize=1)
-def digit_classifier() -> nn.Module:
+def digit_classifier(device: torch.device) -> nn.Module:
     """The network of the classifier of the digits."""
     network = Classifier().load("cpu", Digits().load("train")).network
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
 
 
 SampleQuality = Callable[[Tensor, Tensor | None], dict[str, Estimate]]  # (uint8 images, requested classes or None)

@@ -4,60 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Cond, Denoiser, Objective, Spec, seed_of
-from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, denoiser_of
-from genkit.training.loop import State, update_ema
+from genkit.core import Batch, Denoiser, Draw, Objective, Spec, seed_of
+from genkit.rl.finetune.chain import Chain, denoiser_of
+from genkit.training.distributed import sum_gradients
+from genkit.training.loop import Diverged, SkippedSteps, State, micro_batches, optimizer_step, update_ema
 
-Demos = Callable[[int, int], Batch]  # (number of the draw, rows) -> demonstrations, in the model's units
-
-
-class Experience(NamedTuple):
-    """M trajectories of the chain, and how good they were."""
-
-    trajectory: DenoisingTrajectory
-    """``xs`` [K + 1, M, *S] and ``means`` [K, M, *S], as they were when drawn"""
-    cond: Mapping[str, Tensor]
-    """the conditions of each, [M, ...]"""
-    advantages: Tensor
-    """[M], in the units of the rewards"""
-    returns: Tensor | None
-    """[M], the critic's targets; None if there is no critic"""
-    logs: dict[str, float]
-    used: Tensor | None = None
-    """1 for the numbers of a sample that the environment got to see, else 0, [*S]; None: all"""
-    reference_means: Tensor | None = None
-    """the steps' means under the model before any reward, [K, M, *S]; None: not computed yet"""
-
-
-class Task(Protocol):
-    """A source of rewards."""
-
-    differentiable: ClassVar[bool]
-    """whether :meth:`draw` and :meth:`reward` exist"""
-
-    def collect(self, learner: Learner, iteration: int) -> Experience:
-        """Draw trajectories with the learner's weights and score them."""
-        ...
-
-    def begin(self, learner: Learner, iteration: int) -> None:
-        """Start afresh, as a function of ``iteration`` only: a resumed run and an uninterrupted one do the same."""
-        ...
-
-    def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
-        """Normals ``[n, *S]`` and conditions to start trajectories from."""
-        ...
-
-    def reward(self, x: Tensor, cond: Cond) -> Tensor:
-        """The rewards ``[B]`` of samples ``[B, *S]`` in the model's units."""
-        ...
+T = TypeVar("T")
+# (number of the batch, start, stop) -> its rows start..stop, demonstrations in the model's units
+Demos = Callable[[int, int, int], Batch]
 
 
 class Critic(nn.Module):
@@ -85,6 +49,98 @@ class Critic(nn.Module):
             self.scale.fill_(max(1e-3, float((returns**2).mean().sqrt())))
 
 
+class RowsDraw(Draw):
+    """The random numbers of rows ``start..stop`` of ``total``, from torch's global generator.
+
+    All rows are drawn and the others left out, so that the numbers of a row do not depend on how rows are shared.
+    """
+
+    def __init__(self, start: int, stop: int, total: int, device: torch.device):
+        self.start, self.stop, self.total, self.device = start, stop, total, device
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.total, *shape, device=self.device)[self.start : self.stop]
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.total, *shape, device=self.device)[self.start : self.stop]
+
+
+@dataclass
+class Demonstrations:
+    """The demonstrations of one gradient step; a batch is counted once, whoever takes a part of it."""
+
+    learner: Learner
+    number: int | None = None
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows ``start..stop`` of the batch."""
+        if self.number is None:
+            self.number = self.learner.draws
+            self.learner.draws += 1
+        return self.learner.demos(self.number, start, stop)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a gradient step that a rank computes in one forward pass: positions ``start..stop`` of ``total``."""
+
+    rows: Tensor
+    """Int [stop - start], on the learner's device"""
+    start: int
+    stop: int
+    total: int
+    learner: Learner
+    demos: Demonstrations
+    counted: bool = True
+    """False on a rank that has no rows of its own, and repeats one"""
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the step's rows."""
+        return (self.stop - self.start) / self.total
+
+    @property
+    def weight(self) -> float:
+        """The weight of this share in the step's mean."""
+        return self.fraction if self.counted else 0.0
+
+    @property
+    def draw(self) -> Draw:
+        """The random numbers of these rows, for a :class:`Batch`."""
+        return RowsDraw(self.start, self.stop, self.total, self.learner.device)
+
+    def bc_loss(self, n: int) -> Tensor:
+        """Behaviour cloning: the objective's own loss on this share of ``n`` demonstrations, a scalar whose mean over
+        the shares, by their ``weight``, is the mean over the demonstrations.
+
+        It is summed over the numbers of a sample, as a log-probability is, so that their relative weight is the same
+        for long and short chunks.
+        """
+        learner = self.learner
+        first, last = (round(n * i / self.total) for i in (self.start, self.stop))
+        if first == last:
+            return torch.zeros((), device=learner.device)
+        batch = self.demos.rows(first, last)
+        per_sample = learner.objective.loss(learner.phase, learner.state.nets, batch).per_sample
+        return per_sample.mean() * math.prod(learner.spec.shape) * ((last - first) / (n * self.fraction))
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators, of the CPU and of ``device``."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]
+
+
+def restore_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set what :func:`random_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1])
+
+
+Loss = Callable[[Share], tuple[Tensor, Tensor]]  # the mean loss of a share, and means to log, [n] or a scalar
+
+
 @dataclass
 class Learner:
     """The networks that improve, with everything they need: a frozen copy, demonstrations, a chain to sample along."""
@@ -105,12 +161,19 @@ class Learner:
     """number of batches of demonstrations drawn so far"""
     reward_std: float = 0.0
     """standard deviation of the first samples' rewards by a function, the unit of such rewards; 0: not known yet"""
+    accelerator: Accelerator | None = None
+    """the ranks that share the work; None: this process alone"""
+    micro_batch: int | None = None
+    """rows of a forward pass of a gradient step; None: all of a rank's"""
+    bf16: bool = False
+    """whether forward passes run in bfloat16"""
 
     def __post_init__(self) -> None:
         if not self.frozen:
             self.frozen = {k: copy.deepcopy(v).requires_grad_(False).eval() for k, v in self.state.nets.items()}
         for net in self.state.nets.values():
             net.eval()  # with dropout the ratio of an unchanged network would not be 1
+        self.skipped = SkippedSteps(self.device)
 
     @property
     def phase(self) -> str:
@@ -143,92 +206,132 @@ class Learner:
         return networks
 
     def generator(self, *key: int) -> torch.Generator:
-        """Random numbers for one purpose, on the CPU."""
+        """Random numbers for one purpose, on the CPU, the same on every rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, *key))
 
-    def bc_loss(self, rows: int) -> Tensor:
-        """Behaviour cloning: the objective's own loss on ``rows`` demonstrations, a scalar.
+    def draw_demos(self, n: int) -> Batch:
+        """The next ``n`` demonstrations."""
+        return Demonstrations(self).rows(0, n)
 
-        It is summed over the numbers of a sample, as a log-probability is, so that their relative weight is the same
-        for long and short chunks.
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    # ------------------------------------------------------------------------------------------------------ ranks
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.accelerator.num_processes if self.accelerator else 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return self.accelerator.process_index if self.accelerator else 0
+
+    def own(self, n: int) -> slice:
+        """This rank's share of ``n`` rows; ``n`` is a multiple of the number of ranks."""
+        return slice(n // self.world * self.rank, n // self.world * (self.rank + 1))
+
+    def gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The shares of all ranks, in order, along ``dim``."""
+        if self.accelerator is None or self.world == 1:
+            return x
+        gathered = self.accelerator.gather(x.movedim(dim, 0).contiguous())
+        assert isinstance(gathered, Tensor)
+        return gathered.movedim(0, dim)
+
+    def gather_objects(self, values: list[T]) -> list[T]:
+        """The lists of all ranks as one, in order."""
+        return gather_object(values) if self.world > 1 else values
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks."""
+        if self.accelerator is None or self.world == 1:
+            return x
+        total = self.accelerator.reduce(x, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def shares(self, rows: Tensor) -> list[Share]:
+        """This rank's part of ``rows``, in micro-batches."""
+        demos, total = Demonstrations(self), len(rows)
+        first, last = (total * r // self.world for r in (self.rank, self.rank + 1))
+        counted = last > first
+        if not counted:  # fewer rows than ranks: take part in the collective calls all the same
+            first, last = min(first, total - 1), min(first, total - 1) + 1
+        bounds = [(first + a, first + b) for a, b in micro_batches(last - first, self.micro_batch)]
+        return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
+
+    # --------------------------------------------------------------------------------------------------- learning
+    def gradient_step(self, rows: Tensor, loss: Loss, lr: float, clip: float = 1.0) -> Tensor:
+        """One step of the optimizers and the averages on the mean of ``loss`` over ``rows``, Int [B].
+
+        ``loss`` is called for each :class:`Share` of the rows. A gradient that is not finite skips the step. Returns
+        the means that the losses report, over all rows and ranks, float64 on the CPU.
         """
-        per_sample = self.objective.loss(self.phase, self.state.nets, self.draw_demos(rows)).per_sample
-        return per_sample.mean() * math.prod(self.spec.shape)
-
-    def draw_demos(self, rows: int) -> Batch:
-        """The next ``rows`` demonstrations."""
-        self.draws += 1
-        return self.demos(self.draws - 1, rows)
-
-    def step(self, loss: Tensor, lr: float, clip: float = 1.0) -> bool:
-        """One step of the optimizers and the averages; False, and no change, if the gradient is not finite."""
         optimizer = self.state.optimizers[self.phase]
-        optimizers = [optimizer] if self.noise_optimizer is None else [optimizer, self.noise_optimizer]
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
-        norms = [nn.utils.clip_grad_norm_(each, clip) for each in parameters]
-        if not all(bool(torch.isfinite(norm)) for norm in norms):
-            self.state.skipped += 1
-            return False
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for each in optimizers:
-            each.step()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        noise = self.noise_optimizer
+        noise_parameters = [p for group in noise.param_groups for p in group["params"]] if noise else []
+        for p in [*parameters, *noise_parameters]:
+            p.grad = None
+
+        def cast_loss(share: Share) -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                return loss(share)
+
+        means = self.backward(self.shares(rows), cast_loss)
+
+        # both networks step, or neither does
+        bad = None
+        if self.accelerator is not None:
+            sum_gradients([*parameters, *noise_parameters], self.accelerator)
+        if noise:
+            bad = (~torch.isfinite(nn.utils.clip_grad_norm_(noise_parameters, clip))).float()
+        _, bad = optimizer_step(optimizer, parameters, lr, clip, bad)
+        if noise and not bool(bad):
+            noise.step()
+        self.skipped.add(bad)
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
-        return True
+        return means
+
+    def backward(self, shares: Sequence[Share], loss: Loss) -> Tensor:
+        """Accumulate the gradient of ``shares``; the means that the losses report, over all ranks."""
+        states = random_states(self.device)
+        total = torch.zeros((), dtype=torch.float64)
+        for share in shares:
+            restore_random_states(self.device, states)  # every share draws the numbers of all rows, and leaves some out
+            value, means = loss(share)
+            (value * share.weight).backward()
+            total = total + means.detach().cpu().double() * share.weight
+        return total if self.world == 1 else self.sum(total.to(self.device)).cpu()
+
+    def refuse_divergence(self, limit: int) -> None:
+        """Count the skipped steps; raise :class:`Diverged` after ``limit`` of them in a row."""
+        self.state.skipped += self.skipped.take()
+        streak = int(self.skipped.streak)
+        if streak >= limit:
+            raise Diverged(f"no finite gradient for {streak} steps in a row (try a lower --method.lr)")
 
     def fit_critic(self, obs: Tensor, returns: Tensor, generator: torch.Generator, epochs: int, batch: int) -> float:
         """Regress the critic onto ``returns`` [M]; the mean squared error of the last epoch, in units of its scale."""
         assert self.critic is not None and self.critic_optimizer is not None  # noqa: PT018
-        target, total = returns / self.critic.scale, 0.0
+        critic, parameters = self.critic, list(self.critic.parameters())
+        target, total = returns / critic.scale, 0.0
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            error = (critic(obs[share.rows]) - target[share.rows]).square().mean()
+            return error, error
+
         for _ in range(epochs):
             order, total = torch.randperm(len(obs), generator=generator), 0.0
             for rows in order.split(batch):
-                loss = (self.critic(obs[rows]) - target[rows]).square().mean()
                 self.critic_optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+                error = self.backward(self.shares(rows), loss)
+                if self.accelerator is not None:
+                    sum_gradients(parameters, self.accelerator)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
                 self.critic_optimizer.step()
-                total += float(loss.detach()) * len(rows) / len(obs)
+                total += float(error) * len(rows) / len(obs)
         return total
-
-
-def compare_with_reference(learner: Learner, experience: Experience) -> tuple[Experience, dict[str, float]]:
-    """The experience with the reference model's means, and ``kl_reference``, the KL divergence from it in nats per
-    trajectory, of the weights that drew them. It is not reported if a step of the chain has no noise."""
-    reference = step_means(learner.chain, learner.reference, experience)
-    experience = experience._replace(reference_means=reference)
-    if not all(step.std > 0 for step in learner.chain.transitions):
-        return experience, {}
-    trajectory = experience.trajectory
-    kl = trajectory_kl(learner.chain, trajectory.means, reference, stds=trajectory.stds)
-    return experience, {"kl_reference": float(kl.mean())}
-
-
-@torch.no_grad()
-def step_means(chain: Chain, denoise: Denoiser, experience: Experience) -> Tensor:
-    """The means that ``denoise`` gives to the steps of these trajectories, ``[K, M, *S]``."""
-    xs, cond = experience.trajectory.xs, experience.cond
-    return torch.stack([chain.mean_std(denoise, xs[k], k, cond)[0] for k in range(chain.steps)])
-
-
-def trajectory_kl(
-    chain: Chain, means: Tensor, others: Tensor, last: int | None = None, stds: Tensor | None = None
-) -> Tensor:
-    """KL divergence in nats, ``[M]``, between two laws of the ``last`` steps (None: all) with means [K, M, *S].
-
-    Both have the same deviations, ``stds`` [K, M, *S] or the chain's, so each step contributes
-    ``|mean - other|^2 / (2 std^2)``, evaluated along the given trajectories.
-    """
-    first = chain.first_trained(last)
-    std = chain.table(means)[3].reshape(-1, *(1,) * (means.ndim - 1)) if stds is None else stds
-    return (((means - others) / std)[first:] ** 2).flatten(2).sum(2).sum(0) / 2
-
-
-def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
-    """KL divergence of ``N(mean, std^2)`` from ``N(other_mean, other_std^2)`` in nats, ``[B]`` for ``[B, *S]``."""
-    square = ((mean - other_mean) / other_std) ** 2 + (std / other_std) ** 2
-    return (0.5 * (square - 1) - (std / other_std).log()).expand_as(mean).flatten(1).sum(1)

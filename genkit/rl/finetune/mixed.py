@@ -14,7 +14,8 @@ from genkit.core import Cond, Denoiser, Noise
 from genkit.rl.finetune.advantages import normalize
 from genkit.rl.finetune.chain import Chain, seeded_noise, start_of
 from genkit.rl.finetune.dppo import clipped_surrogate
-from genkit.rl.finetune.learner import Experience, Learner, Task
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner, Share
 from genkit.rl.finetune.noise import unlearned_noises
 from genkit.rl.finetune.reward_method import RewardMethod
 
@@ -59,16 +60,20 @@ class Mixed(RewardMethod):
         drawn = torch.stack([self.drawn_log_prob(chain, experience, k) for k in range(first, chain.steps)])
         order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2))
         total, steps = 0.0, 0
-        for m in order.split(max(1, self.batch // chain.steps)):
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            m = share.rows
             cond = {name: v[m] for name, v in experience.cond.items()}
             log_prob = chain.log_prob(
                 learner.denoiser, trajectory.xs[:, m], cond, self.ft_denoising_steps, experience.used
             )
             surrogate = clipped_surrogate((log_prob - drawn[:, m]).exp(), advantages[m], self.clip)
-            bc_loss = learner.bc_loss(self.bc_batch)
+            bc_loss = share.bc_loss(self.bc_batch)
             # the mean over steps: lambda then means the same for chains of any length
-            learner.step(bc_loss - self.weight * surrogate.mean(), self.lr)
-            total += float(bc_loss.detach())
+            return bc_loss - self.weight * surrogate.mean(), bc_loss
+
+        for rows in order.split(max(1, self.batch // chain.steps)):
+            total += float(learner.gradient_step(rows, loss, self.lr))
             steps += 1
         return {"diffusion_loss": total / max(1, steps)}
 
@@ -89,14 +94,18 @@ class Mixed(RewardMethod):
         total, steps = 0.0, 0
         for i, first in enumerate(range(0, count, self.batch)):
             z, cond = task.draw(learner, iteration * 1_000_003 + i, min(self.batch, count - first))
-            noise = seeded_noise(len(z), learner.generator(iteration, 3, i), z.device, z.dtype)
-            start = start_of(learner.objective, learner.state.nets, z, cond, noise, learner.chain)
-            x = sample_differentiably(
-                learner.chain, start.denoise, start.x, start.cond, noise, self.ft_denoising_steps
-            )
-            bc_loss = learner.bc_loss(self.bc_batch)
-            learner.step(bc_loss - self.weight * task.reward(x, start.cond).mean() / reward_std, self.lr)
-            total += float(bc_loss.detach())
+
+            def loss(share: Share, i: int = i, z: Tensor = z, cond: Cond = cond) -> tuple[Tensor, Tensor]:
+                noise = seeded_noise(len(z), learner.generator(iteration, 3, i), z.device, z.dtype, share.rows)
+                own_cond = {name: v[share.rows] for name, v in cond.items()}
+                start = start_of(learner.objective, learner.state.nets, z[share.rows], own_cond, noise, learner.chain)
+                x = sample_differentiably(
+                    learner.chain, start.denoise, start.x, start.cond, noise, self.ft_denoising_steps
+                )
+                bc_loss = share.bc_loss(self.bc_batch)
+                return bc_loss - self.weight * task.reward(x, start.cond).mean() / reward_std, bc_loss
+
+            total += float(learner.gradient_step(torch.arange(len(z)), loss, self.lr))
             steps += 1
         return {"diffusion_loss": total / max(1, steps)}
 

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt, Le
 
 from genkit.rl.finetune.chain import Chain
-from genkit.rl.finetune.learner import Experience, Learner, Task
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 
@@ -69,9 +70,7 @@ class RewardMethod(ABC):
             return {}
         generator = learner.generator(iteration, 1)
         rows = self.critic_batch or self.batch
-        error = learner.fit_critic(
-            experience.cond["obs"], experience.returns, generator, self.critic_epochs, rows
-        )
+        error = learner.fit_critic(experience.cond["obs"], experience.returns, generator, self.critic_epochs, rows)
         advantages, returns = experience.advantages, experience.returns
         unexplained = advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
         return {"critic_loss": error, "explained_variance": 1 - float(unexplained)}

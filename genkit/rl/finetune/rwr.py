@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,7 +11,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from genkit.core import Batch
-from genkit.rl.finetune.learner import Experience, Learner, Task
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner, Share
 from genkit.rl.finetune.reward_method import RewardMethod
 
 
@@ -47,25 +48,29 @@ class RWR(RewardMethod):
         weights = reward_weights(standardized, self.tau, self.max_weight)
         samples = Batch(experience.trajectory.xs[-1], experience.cond, weights)
         total, steps = 0.0, 0
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            value = self.loss(learner, samples, share)
+            return value, value
+
         for epoch in range(self.epochs):
             order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2, epoch))
             for rows in order.split(self.batch):
-                loss = self.loss(learner, samples, rows)
-                learner.step(loss, self.lr)
-                total += float(loss.detach())
+                total += float(learner.gradient_step(rows, loss, self.lr))
                 steps += 1
         effective = float(weights.sum() ** 2 / (weights**2).sum() / len(weights))  # effective sample size (Kish 1965)
         return {"loss": total / max(1, steps), "effective_fraction": effective}
 
-    def loss(self, learner: Learner, samples: Batch, rows: Tensor) -> Tensor:
-        """The weighted loss on ``rows`` of the samples, and on demonstrations."""
+    def loss(self, learner: Learner, samples: Batch, share: Share) -> Tensor:
+        """The weighted loss on the rows of ``samples``, and on demonstrations."""
+        rows = share.rows
         assert samples.weight is not None
         weight, cond = samples.weight[rows], {k: v[rows] for k, v in samples.cond.items()}
-        batch = replace(samples, x=samples.x[rows], cond=cond, weight=weight)
+        batch = Batch(samples.x[rows], cond, weight, draw=share.draw)
         per_sample = learner.objective.loss(learner.phase, learner.state.nets, batch).per_sample
         loss = (per_sample * weight).mean()
         if self.demo_fraction:
-            demos = max(1, round(self.demo_fraction * len(rows)))
-            bc_loss = learner.bc_loss(demos) / math.prod(learner.spec.shape)
+            demos = max(1, round(self.demo_fraction * share.total))
+            bc_loss = share.bc_loss(demos) / math.prod(learner.spec.shape)
             loss = (1 - self.demo_fraction) * loss + self.demo_fraction * bc_loss
         return loss

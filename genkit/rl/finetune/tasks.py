@@ -18,7 +18,8 @@ from genkit.envs import Env
 from genkit.rl.finetune.advantages import gae, group_advantages
 from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise, start_of
 from genkit.rl.finetune.env_rewards import REWARDS
-from genkit.rl.finetune.learner import Experience, Learner
+from genkit.rl.finetune.experience import Experience
+from genkit.rl.finetune.learner import Learner
 from genkit.rl.policies.episodes import entropy_bits
 from genkit.rl.policies.policy import executed_mask
 from genkit.training.sampling import sample_conditions
@@ -30,6 +31,10 @@ Reward = Callable[[Tensor, Cond], Tensor]  # decoded samples [B, *S] (pictures i
 class FinishedEpisode(NamedTuple):
     """An episode that ended by itself or at the environment's time limit."""
 
+    decision: int
+    """after which decision of the iteration"""
+    row: int
+    """in which world"""
     total: float
     """return"""
     success: bool
@@ -52,7 +57,7 @@ class Decision(NamedTuple):
 @dataclass
 class EnvironmentTask:
     """N worlds, in each of which the policy makes ``num_steps`` decisions an iteration. Episodes continue from one
-    iteration to the next.
+    iteration to the next. ``env`` holds this rank's share of the worlds: as many on every rank.
 
     The first episode of row i is cut after its share of the time limit, so that the rows do not all reach their limits
     at the same time; a cut is a truncation, and is bootstrapped from.
@@ -74,18 +79,20 @@ class EnvironmentTask:
 
     def begin(self, learner: Learner, iteration: int) -> None:
         """Begin new episodes in all rows."""
-        n = self.env.num
+        n = self.env.num * learner.world
         kind = learner.spec.cond["obs"]
         assert isinstance(kind, Vector)
         self.first_iteration, self.resets = iteration, 0
         self.obs_mean, self.obs_scale = np.array(kind.shift or 0.0), np.array(kind.scale or 1.0)
-        obs = self.env.reset(self.next_seeds(learner, n))
+        own = learner.own(n)
+        obs = self.env.reset(self.next_seeds(learner, n)[own])
         self.history = [obs.copy() for _ in range(obs_steps_of(learner))]
-        self.age = np.zeros(n, int)
-        self.limit = np.ceil(self.env.max_steps * (1 + np.arange(n)) / n)
-        self.limit[-1] = np.inf  # the last row keeps the environment's own limit
-        self.total = np.zeros(n)
-        self.success = np.zeros(n, bool)
+        limit = np.ceil(self.env.max_steps * (1 + np.arange(n)) / n)
+        limit[-1] = np.inf  # the last row keeps the environment's own limit
+        self.limit = limit[own]
+        self.age = np.zeros(self.env.num, int)
+        self.total = np.zeros(self.env.num)
+        self.success = np.zeros(self.env.num, bool)
 
     def next_seeds(self, learner: Learner, n: int) -> list[int]:
         """Seeds of the next ``n`` episodes, in a range that evaluations never use."""
@@ -96,26 +103,32 @@ class EnvironmentTask:
     @torch.no_grad()
     def collect(self, learner: Learner, iteration: int) -> Experience:
         """``num_steps`` decisions in every world, scored by generalised advantages."""
-        noise = seeded_noise(self.env.num, learner.generator(iteration, 0), learner.device)
+        n, device = self.env.num * learner.world, learner.device
+        noise = seeded_noise(n, learner.generator(iteration, 0), device, rows=learner.own(n))
         decisions: list[Decision] = []
         finished: list[FinishedEpisode] = []
-        for _ in range(self.num_steps):
+        for t in range(self.num_steps):
             decisions.append(self.decide(learner, noise))
-            finished += self.restart(learner, decisions[-1].ended)
+            finished += self.restart(learner, t, decisions[-1].ended)
 
-        # stacked over decisions: [T, N], or [T N, ...] for what the networks see
-        device = learner.device
-        reward = torch.from_numpy(np.stack([d.reward for d in decisions])).to(device).float()
-        terminated = torch.from_numpy(np.stack([d.terminated for d in decisions])).to(device)
-        ended = torch.from_numpy(np.stack([d.ended for d in decisions])).to(device)
-        next_obs = torch.from_numpy(np.stack([d.next_obs for d in decisions])).float().to(device)
-        cond = {k: torch.cat([d.cond[k] for d in decisions]) for k in decisions[0].cond}
+        # of all ranks, stacked over decisions: [T, N, ...], and [T N, ...] for what the networks see
+        def stack(parts: Sequence[np.ndarray]) -> Tensor:
+            return learner.gather(torch.from_numpy(np.stack(parts)).to(device), 1)
+
+        reward = stack([d.reward.astype(np.float32) for d in decisions])
+        terminated, ended = stack([d.terminated for d in decisions]), stack([d.ended for d in decisions])
+        next_obs = stack([d.next_obs.astype(np.float32) for d in decisions])
+        names = decisions[0].cond
+        cond = {k: learner.gather(torch.stack([d.cond[k] for d in decisions]), 1).flatten(0, 1) for k in names}
+        trajectory = DenoisingTrajectory.stacked([d.trajectory for d in decisions]).map(
+            lambda x: learner.gather(x, 2).flatten(1, 2)
+        )
+        finished = learner.gather_objects(finished)
 
         advantages, returns = self.advantages(learner, cond["obs"], next_obs, reward, terminated, ended)
         modes = getattr(self.env, "modes", 0)
-        logs = {"reward": float(reward.sum()) / self.env.num, **summarize(finished, self.reports_success, modes)}
+        logs = {"reward": float(reward.sum()) / n, **summarize(sorted(finished), self.reports_success, modes)}
         used = executed_mask(learner.spec.shape, obs_steps_of(learner), self.act_steps).to(device)
-        trajectory = DenoisingTrajectory.joined([d.trajectory for d in decisions])
         return Experience(trajectory, cond, advantages.flatten(), returns.flatten(), logs, used)
 
     def decide(self, learner: Learner, noise: Callable[[Sequence[int]], Tensor]) -> Decision:
@@ -123,8 +136,9 @@ class EnvironmentTask:
         obs_steps = obs_steps_of(learner)
         obs = torch.from_numpy(np.stack(self.history, 1)).float().to(learner.device)
         z = noise(learner.spec.shape)
-        start = start_of(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
-        trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
+        with learner.autocast():
+            start = start_of(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
+            trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
         chunk = self.codec.world(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
         reward, terminated, ended = self.act(actions)
@@ -175,17 +189,19 @@ class EnvironmentTask:
         self.total += total
         return total, terminated, ended | (self.age >= self.limit)
 
-    def restart(self, learner: Learner, ended: np.ndarray) -> list[FinishedEpisode]:
+    def restart(self, learner: Learner, decision: int, ended: np.ndarray) -> list[FinishedEpisode]:
         """Begin new episodes in the rows that have ended; the results of those that were not cut."""
-        rows = np.flatnonzero(ended)
+        everywhere = np.flatnonzero(learner.gather(torch.from_numpy(ended).to(learner.device)).cpu().numpy())
+        seeds = dict(zip(everywhere.tolist(), self.next_seeds(learner, len(everywhere)), strict=True))
+        rows, first = np.flatnonzero(ended), self.env.num * learner.rank
         if not len(rows):
             return []
         finished = [
-            FinishedEpisode(self.total[i], bool(self.success[i]), int(self.mode[i]))
+            FinishedEpisode(decision, first + int(i), self.total[i], bool(self.success[i]), int(self.mode[i]))
             for i in rows
             if self.age[i] < self.limit[i]
         ]
-        obs = self.env.reset(self.next_seeds(learner, len(rows)), rows.tolist())
+        obs = self.env.reset([seeds[first + i] for i in rows.tolist()], rows.tolist())
         for past in self.history:
             past[rows] = obs[rows]
         self.age[rows] = 0
@@ -211,7 +227,7 @@ def summarize(finished: Sequence[FinishedEpisode], reports_success: bool, modes:
     """What to log of the episodes that finished in an iteration."""
     if not finished:
         return {}
-    returns, success, mode = (np.array(v) for v in zip(*finished, strict=True))
+    _, _, returns, success, mode = (np.array(v) for v in zip(*finished, strict=True))
     logs = {"episodes": float(len(finished)), "return": float(returns.mean())}
     if reports_success:
         logs["success"] = float(success.mean())
@@ -284,16 +300,21 @@ class FunctionTask:
     def collect(self, learner: Learner, iteration: int) -> Experience:
         """``samples`` trajectories, with advantages relative to their group."""
         z, cond = self.draw(learner, iteration, self.samples)
-        noise = seeded_noise(len(z), learner.generator(iteration, 4), z.device, z.dtype)
-        start = start_of(learner.objective, learner.state.nets, z, cond, noise, learner.chain)
-        trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
-        rewards = self.reward(trajectory.xs[-1], start.cond)
+        own = learner.own(self.samples)
+        noise = seeded_noise(self.samples, learner.generator(iteration, 4), z.device, z.dtype, own)
+        own_cond = {k: v[own] for k, v in cond.items()}
+        with learner.autocast():
+            start = start_of(learner.objective, learner.state.nets, z[own], own_cond, noise, learner.chain)
+            trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
+        rewards = learner.gather(self.reward(trajectory.xs[-1], start.cond))
+        trajectory = trajectory.map(lambda x: learner.gather(x, 1))
+        start_cond = {k: learner.gather(v) for k, v in start.cond.items()}
         learner.reward_std = learner.reward_std or max(1e-8, float(rewards.std(correction=0)))
         groups = torch.arange(len(z), device=z.device) // (self.group if self.group > 1 else len(z))
         # the first deviation is also the least: rewards that are all alike are not blown up
         advantages = learner.reward_std * group_advantages(rewards, groups, learner.reward_std)
         logs = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
-        return Experience(trajectory, start.cond, advantages, None, logs)
+        return Experience(trajectory, start_cond, advantages, None, logs)
 
 
 def is_class_conditional(spec: Spec) -> bool:
