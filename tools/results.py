@@ -128,7 +128,7 @@ def lora() -> str:
 
 def gan_modes() -> str:
     rows = []
-    for name, seeds in load("gan-8gaussians")["found"].items():
+    for name, seeds in load("gan-8gaussians")["results"].items():
         runs = list(seeds.values())
         near = ", ".join(f"{100 * run['near']:.0f} %" for run in runs)
         rows.append([name, ", ".join(str(run["modes"]) for run in runs), near])

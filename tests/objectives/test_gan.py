@@ -641,9 +641,9 @@ def test_a_conditional_gan_draws_the_digit_asked_for(tmp_path, condition):
     """A quarter of configs/digits_gan.yaml: an SVM sees the class asked for, and the classes have variety."""
     argv = ["--config", str(ROOT / "configs/digits_gan.yaml"), "--steps=500", f"--objective.condition={condition}"]
     assert cli.main(["train", *argv, "--device=cpu", "--tensorboard=false", f"--out={tmp_path}"]) == 0
-    run, judge = load_run(tmp_path / "latest"), example("judge_digits")
+    run, digits = load_run(tmp_path / "latest"), example("evaluate_digits")
     x, cond = run.sample(1000)
-    classifier = SVC(gamma=0.001).fit(*judge.real("train"))
+    classifier = SVC(gamma=0.001).fit(*digits.load_digits("train"))
     right = torch.from_numpy(classifier.predict(x.flatten(1).numpy() * (16 / 255))) == cond["label"]
     assert float(right.float().mean()) >= 0.95
     assert min(float(right[cond["label"] == c].float().mean()) for c in range(10)) >= 0.8
@@ -661,30 +661,30 @@ def apart(x, label):
 @pytest.mark.parametrize("name", ["non-saturating, R1 and R2", "relativistic, R1 and R2"])
 def test_a_gan_with_both_penalties_finds_all_eight_modes(name):
     """Seed 0 of examples/04_gan_modes.py."""
-    x, told = example("gan_modes").train(name, seed=0)
-    assert told["modes"] == 8
-    assert told["near"] >= 0.9
-    assert told["said"] is None
+    x, result = example("gan_modes").train(name, seed=0)
+    assert result["modes"] == 8
+    assert result["near"] >= 0.9
+    assert result["warning"] is None
     assert x.shape == (5000, 2)
 
 
 @pytest.mark.slow
 def test_without_its_penalties_the_non_saturating_game_drops_modes():
     """What the test above would see if they were lost; measured: 4 of 8."""
-    _, told = example("gan_modes").train("non-saturating, R1 and R2", seed=0, r1=0.0, r2=0.0, every=1)
-    assert told["modes"] <= 6
+    _, result = example("gan_modes").train("non-saturating, R1 and R2", seed=0, r1=0.0, r2=0.0, every=1)
+    assert result["modes"] <= 6
 
 
 def test_the_example_counts_modes():
-    modes = example("gan_modes").modes
+    count_modes = example("gan_modes").count_modes
     data = DATA["8gaussians"](n=4000, noise=0.1, labels=False).load()
     assert data.spec.cond == {}
     assert data.cond == {}
-    found = modes(data.x)
+    found = count_modes(data.x)
     assert found["modes"] == 8
     assert found["near"] == pytest.approx(
         1 - math.exp(-4.5), abs=0.006
     )  # a normal law of the plane within 3 deviations
-    half = modes(torch.cat([data.x[data.x[:, 0] > 0.5], torch.zeros(2000, 2)]))
+    half = count_modes(torch.cat([data.x[data.x[:, 0] > 0.5], torch.zeros(2000, 2)]))
     assert half["modes"] == 3
     assert half["near"] < 0.5

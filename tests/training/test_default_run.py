@@ -15,25 +15,25 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def judge(run, **how):
-    spec = importlib.util.spec_from_file_location("judge", ROOT / "examples/03_evaluate_digits.py")
+def evaluate(run, **sampling):
+    spec = importlib.util.spec_from_file_location("evaluate_digits", ROOT / "examples/03_evaluate_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.judge(load_run(run, device="cpu"), **how)
+    return module.evaluate(load_run(run, device="cpu"), **sampling)
 
 
 @pytest.mark.parametrize(
-    ("objective", "accuracy", "how"),
+    ("objective", "accuracy", "sampling"),
     [("flow", 0.98, {"sampler": "heun", "steps": 20}), ("ddpm", 0.96, {"sampler": "ddim", "steps": 50})],
 )
-def test_default_run_draws_the_digits_that_were_asked_for(tmp_path, objective, accuracy, how):
+def test_default_run_draws_the_digits_that_were_asked_for(tmp_path, objective, accuracy, sampling):
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "genkit", "train", f"--objective={objective}"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     picture = next(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("picture"))
     assert (tmp_path / picture).is_file()
-    result = judge(tmp_path / "runs/latest", **how)
+    result = evaluate(tmp_path / "runs/latest", **sampling)
     assert result["accuracy_real_held_out"] >= 0.98
     assert result["accuracy"] >= accuracy, result
     # as varied as the data: no fewer of the held-out digits are near a sample than near a training digit, but for 0.15
