@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from genkit.backbones import MLP
-from genkit.cli.commands.finetune import Finetune, acted, world
 from genkit.cli.commands.finetune import main as finetune
 from genkit.cli.commands.train import main as train
 from genkit.cli.main import main as genkit
@@ -20,14 +19,21 @@ from genkit.data.codecs import Actions, Identity
 from genkit.diffusion.paths import Linear
 from genkit.envs.four_ways import FourWays
 from genkit.objectives import DDPM, EDM, Flow
-from genkit.rl.finetune.advantages import normalised, trimmed
-from genkit.rl.finetune.chain import NOISES, SDE, Chain, Fixed, Walk
-from genkit.rl.finetune.dppo import DPPO, surrogate
-from genkit.rl.finetune.learner import Critic, Experience, Learner, divergence, with_reference
+from genkit.rl.finetune.advantages import clip_quantiles, normalize
+from genkit.rl.finetune.chain import Chain, DenoisingTrajectory
+from genkit.rl.finetune.divergence import compare_with_reference, trajectory_kl
+from genkit.rl.finetune.dppo import DPPO, clipped_surrogate
+from genkit.rl.finetune.env_rewards import ProgressReward, SingleModeReward, SuccessReward
+from genkit.rl.finetune.experience import Experience
+from genkit.rl.finetune.learner import Critic, Learner
+from genkit.rl.finetune.loop import evaluate_policy
 from genkit.rl.finetune.methods import METHODS
-from genkit.rl.finetune.mixed import Mixed, through
-from genkit.rl.finetune.rewards import Acting, OneWay, Progress, Scoring, Success
-from genkit.rl.finetune.rwr import RWR, weights_of
+from genkit.rl.finetune.mixed import Mixed, sample_differentiably
+from genkit.rl.finetune.noise import NOISES, FixedNoise, SDENoise
+from genkit.rl.finetune.rwr import RWR, reward_weights
+from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.setup import build_env
+from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask
 from genkit.rl.policies.policy import Policy
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run, read_log
@@ -39,7 +45,7 @@ PLAIN = Flow(prediction="x0", drop=0.0)
 
 
 def learner(nets, chain, spec=None, objective=PLAIN, demos=None, critic=None, optimizer=torch.optim.SGD):
-    optimizers = {"denoise": optimizer(nets["net"].parameters(), lr=0.1)}
+    optimizers = {"denoise": optimizer(nets["net"].parameters(), lr=0.1, fused=True)}
     values = None if critic is None else torch.optim.Adam(critic.parameters(), lr=1e-3)
     return Learner(objective, State(nets, {}, optimizers), chain, spec or Spec((1,)), demos, 0, critic, values)
 
@@ -53,7 +59,7 @@ def bandit():
     that means over the rows are integrals."""
     z = torch.special.ndtri((torch.arange(COUNT, dtype=F64) + 0.5) / COUNT)[:, None]
     a = THETA + STD * z
-    walk = Walk(torch.stack([torch.zeros_like(a), a]), torch.full_like(a, THETA)[None])
+    walk = DenoisingTrajectory(torch.stack([torch.zeros_like(a), a]), torch.full_like(a, THETA)[None])
     seen = Experience(walk, {}, -((a[:, 0] - AIM) ** 2), None, {})
     away = THETA - AIM
     slope = -2 * away  # of E[R] = -(theta - aim)^2 - std^2
@@ -65,10 +71,10 @@ def bandit():
 def test_policy_gradient_is_that_of_the_gaussian_bandit(name):
     seen, slope = bandit()
     usual = {"lr": 0.01, "batch": COUNT, "warmup": 0}
-    method = {"dppo": DPPO(**usual, epochs=1, clone=0.0), "mixed": Mixed(**usual)}[name]
+    method = {"dppo": DPPO(**usual, epochs=1, bc_coef=0.0), "mixed": Mixed(**usual)}[name]
     net = Constant(THETA)
-    demos = lambda number, rows: Batch(torch.full((rows, 1), THETA, dtype=F64))  # noqa: E731  cloned already: slope 0
-    method.update(learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), demos=demos), None, seen, 0)
+    demos = lambda number, start, stop: Batch(torch.full((stop - start, 1), THETA, dtype=F64))  # noqa: E731  cloned already: slope 0
+    method.update(learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), demos=demos), None, seen, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(slope, rel=2e-3)
 
 
@@ -78,8 +84,8 @@ def test_an_iteration_of_mixed_goes_no_further_than_its_clip():
     moved = []
     for clip in (0.05, 1e9):
         net = Constant(THETA)
-        own = lambda number, rows, net=net: Batch(net.theta.detach().expand(rows, 1))  # noqa: E731  no pull from them
-        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), demos=own)
+        own = lambda number, start, stop, net=net: Batch(net.theta.detach().expand(stop - start, 1))  # noqa: E731  no pull from them
+        who = learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), demos=own)
         Mixed(lr=0.2, batch=COUNT // 100, warmup=0, clip=clip).update(who, None, seen, 0)
         moved.append(float(net.theta.detach()) - THETA)
     assert 0 < moved[0] < 0.25 < 0.5 < moved[1]
@@ -90,9 +96,9 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
     """The slope of ``(theta - data)^2 - lambda E[R] / std(R)``, both parts in closed form."""
     seen, slope = bandit()
     data, net = 0.1, Constant(THETA)
-    demos = lambda number, rows: Batch(torch.full((rows, 1), data, dtype=F64))  # noqa: E731
+    demos = lambda number, start, stop: Batch(torch.full((stop - start, 1), data, dtype=F64))  # noqa: E731
     near = Flow(prediction="x0", space="x0", drop=0.0)
-    who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)), objective=near, demos=demos)
+    who = learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), objective=near, demos=demos)
     Mixed(lr=0.01, batch=COUNT, warmup=0, weight=weight).update(who, None, seen, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(weight * slope - 2 * (THETA - data), rel=2e-3)
 
@@ -100,11 +106,15 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
 def test_discount_over_denoising_steps_and_the_last_ones_alone():
     """Discounted by 0 the last step alone is credited, as it is where it alone is trained, of half as many rows."""
     moved = []
-    for more in ({"denoise_gamma": 0.0, "last": None}, {"last": 1}, {"last": 2, "denoise_gamma": 1.0}):
+    for more in (
+        {"denoise_gamma": 0.0, "ft_denoising_steps": None},
+        {"ft_denoising_steps": 1},
+        {"ft_denoising_steps": 2, "denoise_gamma": 1.0},
+    ):
         net = Constant(THETA)
-        who = learner({"net": net}, Chain.over(Linear(), 2, Fixed(STD)), demos=None)
-        seen = Scoring(lambda x, cond: -((x[:, 0] - AIM) ** 2), "near", Identity(), 512, 1).collect(who, 0)
-        DPPO(lr=0.01, batch=2048, warmup=0, epochs=1, clone=0.0, **more).update(who, None, seen, 0)
+        who = learner({"net": net}, Chain.over(Linear(), 2, FixedNoise(STD)), demos=None)
+        seen = FunctionTask(lambda x, cond: -((x[:, 0] - AIM) ** 2), "near", Identity(), 512, 1).collect(who, 0)
+        DPPO(lr=0.01, batch=2048, warmup=0, epochs=1, bc_coef=0.0, **more).update(who, None, seen, 0)
         moved.append(float(net.theta.detach() - THETA))
     assert moved[1] == pytest.approx(2 * moved[0], rel=1e-6)
     assert moved[2] != pytest.approx(moved[0], rel=0.01)
@@ -124,7 +134,7 @@ class Bent(nn.Module):
 @pytest.mark.parametrize("last", [4, 2, 1])
 def test_reward_gradient_through_the_chain_is_the_finite_difference(last):
     """Of the last steps: the walk to them is that of the weights as they are, and does not move with them."""
-    chain = Chain.over(Linear(), 4, SDE(0.5), floor=0.1)
+    chain = Chain.over(Linear(), 4, SDENoise(0.5), min_std=0.1)
     z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     drawn = torch.randn(4, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     reward = lambda x: (x.sin().sum(1) + x[:, 0] * x[:, 1]).mean()  # noqa: E731
@@ -136,7 +146,7 @@ def test_reward_gradient_through_the_chain_is_the_finite_difference(last):
     grads = []
     for save in (True, False):
         net = Bent()
-        reward(through(chain, PLAIN.denoiser(net), z, {}, noise(), last, save)).backward()
+        reward(sample_differentiably(chain, PLAIN.denoiser(net), z, {}, noise(), last, save)).backward()
         grads.append(net.w.grad)
     base, h, slopes = Bent(), 1e-5, []
     with torch.no_grad():
@@ -156,16 +166,18 @@ def test_reward_gradient_through_the_chain_is_the_finite_difference(last):
 
 def test_surrogate_by_hand():
     ratio, gain = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.05]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    assert surrogate(ratio, gain, 0.1).tolist() == pytest.approx([1.1, -1.5, 0.5, -0.9, 2.1])
+    assert clipped_surrogate(ratio, gain, 0.1).tolist() == pytest.approx([1.1, -1.5, 0.5, -0.9, 2.1])
 
 
 def test_divergence_is_the_normals():
-    chain = Chain.over(Linear(), 3, SDE(0.5), floor=0.2)
+    chain = Chain.over(Linear(), 3, SDENoise(0.5), min_std=0.2)
     a, b = torch.randn(2, 3, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    got = divergence(chain, a, b, 2)
+    got = trajectory_kl(chain, a, b, 2)
     law = torch.distributions.Normal
     want = sum(
-        torch.distributions.kl_divergence(law(a[k], chain.links[k].std), law(b[k], chain.links[k].std)).sum(1)
+        torch.distributions.kl_divergence(law(a[k], chain.transitions[k].std), law(b[k], chain.transitions[k].std)).sum(
+            1
+        )
         for k in (1, 2)
     )
     assert torch.allclose(got, want)
@@ -188,13 +200,15 @@ def test_nothing_is_clipped_before_the_first_step(objective, noise):
     nets = {"net": MLP(width=16, depth=1).denoiser(spec)}
     for p in nets["net"].parameters():
         nn.init.normal_(p, std=0.3)
-    chain = Chain.over(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), floor=0.05)
+    chain = Chain.over(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), min_std=0.05)
     who = learner(nets, chain, spec, objective)
-    seen = Scoring(lambda x, cond: x.sum(1), "sum", Identity(), 64, 1).collect(who, 0)
-    logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, clone=0.0, last=None).update(who, None, seen, 0)
+    seen = FunctionTask(lambda x, cond: x.sum(1), "sum", Identity(), 64, 1).collect(who, 0)
+    logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, bc_coef=0.0, ft_denoising_steps=None).update(
+        who, None, seen, 0
+    )
     assert logs["clipped"] == 0
     assert logs["kl_step"] < 1e-12
-    assert with_reference(who, seen)[1]["kl_reference"] < 1e-12
+    assert compare_with_reference(who, seen)[1]["kl_reference"] < 1e-12
 
 
 def test_reward_weighted_regression_ends_at_the_tilted_law():
@@ -207,7 +221,7 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
     heavier = p0.weights * (s * means[:, 0] + s**2 * var / 2).exp()
     tilted = Mixture(heavier / heavier.sum(), means + s * var, p0.covs)
     x = p0.sample(200_000)[0]
-    weight = weights_of(slope * x[:, 0], tau)
+    weight = reward_weights(slope * x[:, 0], tau)
     assert float(weight.mean()) == pytest.approx(1)
 
     class Says(nn.Module):
@@ -223,8 +237,8 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
     for name, law in (("tilted", tilted), ("p0", p0)):
         torch.manual_seed(0)
         net = Says(law)
-        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed()))
-        RWR(demos=0.0).loss(who, Batch(x, {}, weight), torch.arange(len(x)), ()).backward()
+        who = learner({"net": net}, Chain.over(Linear(), 1, FixedNoise()))
+        RWR(demo_fraction=0.0).loss(who, Batch(x, {}, weight), torch.arange(len(x)), ()).backward()
         found[name] = float(net.off.grad.norm())
     assert found["tilted"] < 0.05 * found["p0"]
 
@@ -234,13 +248,16 @@ def test_every_method_raises_a_reward(name):
     spec, aim = Spec((2,)), torch.tensor([0.8, -0.5])
     torch.manual_seed(0)
     nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
-    demos = lambda number, rows: Batch(torch.zeros(rows, 2))  # noqa: E731
-    more = {"dppo": {"clone": 0.0}, "ddpo": {"epochs": 5, "kl": 0.0}, "mixed": {"weight": 3.0}, "rwr": {"demos": 0.1}}[
-        name
-    ]
-    who = learner(nets, Chain.over(Linear(), 2, Fixed(0.3)), spec, demos=demos, optimizer=torch.optim.Adam)
-    task = Scoring(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
-    method = METHODS[name](lr=1e-2, batch=256, warmup=0, clone_batch=16, **more)
+    demos = lambda number, start, stop: Batch(torch.zeros(stop - start, 2))  # noqa: E731
+    more = {
+        "dppo": {"bc_coef": 0.0},
+        "ddpo": {"epochs": 5, "kl": 0.0},
+        "mixed": {"weight": 3.0},
+        "rwr": {"demo_fraction": 0.1},
+    }[name]
+    who = learner(nets, Chain.over(Linear(), 2, FixedNoise(0.3)), spec, demos=demos, optimizer=torch.optim.Adam)
+    task = FunctionTask(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
+    method = METHODS[name](lr=1e-2, batch=256, warmup=0, bc_batch=16, **more)
     rewards = []
     for i in range(15):
         seen = task.collect(who, i)
@@ -254,10 +271,10 @@ def test_through_follows_the_gradient_of_a_reward():
     spec = Spec((2,))
     torch.manual_seed(0)
     nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
-    who = learner(nets, Chain.over(Linear(), 2, Fixed(0.0)), spec, optimizer=torch.optim.Adam,
-                  demos=lambda number, rows: Batch(torch.zeros(rows, 2)))  # fmt: skip
-    task = Scoring(lambda x, cond: -((x - 0.5) ** 2).sum(1), "near", Identity(), 256, 1)
-    method = Mixed(gradient="through", weight=10.0, lr=1e-2, batch=64, warmup=0, clone_batch=16)
+    who = learner(nets, Chain.over(Linear(), 2, FixedNoise(0.0)), spec, optimizer=torch.optim.Adam,
+                  demos=lambda number, start, stop: Batch(torch.zeros(stop - start, 2)))  # fmt: skip
+    task = FunctionTask(lambda x, cond: -((x - 0.5) ** 2).sum(1), "near", Identity(), 256, 1)
+    method = Mixed(gradient="through", weight=10.0, lr=1e-2, batch=64, warmup=0, bc_batch=16)
     method.check(who.chain, task)
     before = task.collect(who, 0)
     for i in range(10):
@@ -305,8 +322,8 @@ def acting(env, num, decisions, lam=0.0, act_steps=2, spec=None, lost=None):
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     critic = Flat(spec)
     critic.scale.fill_(1.0)
-    who = learner(nets, Chain.over(Linear(), 1, Fixed(0.1)), spec, critic=critic)
-    task = Acting(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam, lost)
+    who = learner(nets, Chain.over(Linear(), 1, FixedNoise(0.1)), spec, critic=critic)
+    task = EnvironmentTask(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam, lost)
     task.begin(who, 0)
     return task, who
 
@@ -340,7 +357,7 @@ def test_cut_episodes_are_not_counted_but_bootstrapped():
 def test_one_way_alone_is_worth_something():
     from genkit.envs.four_ways import Expert, FourWays
 
-    env = OneWay(FourWays(8), 2)
+    env = SingleModeReward(FourWays(8), 2)
     guide = Expert(8)
     seeds = list(range(8))
     obs = env.reset(seeds)
@@ -353,7 +370,7 @@ def test_one_way_alone_is_worth_something():
     assert total.tolist() == [0, 0, 1, 0] * 2
     assert success.tolist() == [False, False, True, False] * 2
     with pytest.raises(ValueError, match=r"mode: given 4; allowed 0\.\.3"):
-        OneWay(FourWays(2), 4)
+        SingleModeReward(FourWays(2), 4)
 
 
 class Nearby:
@@ -378,7 +395,7 @@ class Nearby:
 
 
 def test_success_pays_once_and_nothing_else_does():
-    env = Success(Nearby())
+    env = SuccessReward(Nearby())
     for _ in range(2):  # and again after a reset
         env.reset([0, 1])
         paid = [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)]
@@ -386,7 +403,7 @@ def test_success_pays_once_and_nothing_else_does():
     env.reset([1], [1])  # of the other row: what the first had, it has had
     assert [env.step(np.zeros((2, 1)))[1].tolist() for _ in range(5)] == [[0, 0]] * 5
     with pytest.raises(ValueError, match="reward: this environment does not say"):
-        Success(Nearby(says=False))
+        SuccessReward(Nearby(says=False))
 
 
 class Rising(Nearby):
@@ -398,7 +415,7 @@ class Rising(Nearby):
 
 
 def test_progress_pays_for_coming_near_and_not_for_being_there():
-    env = Progress(Rising())
+    env = ProgressReward(Rising())
     for _ in range(2):
         env.reset([0, 1])
         paid = np.array([env.step(np.zeros((2, 1)))[1] for _ in range(5)])
@@ -407,20 +424,20 @@ def test_progress_pays_for_coming_near_and_not_for_being_there():
     env.reset([1], [1])
     assert np.allclose(env.step(np.zeros((2, 1)))[1], [0.2 - 0.5, 0.3])
     with pytest.raises(ValueError, match="reward: this environment does not say"):
-        Progress(Nearby(says=False))
+        ProgressReward(Nearby(says=False))
 
 
 def test_what_is_paid_is_what_was_asked_for(policy):
     run = load_run(policy, device="cpu")
     actor = Policy.load(run)
-    asked = Finetune(reward="progress", steps=2, eval_episodes=4)
-    assert type(world(asked, actor, 2)) is Progress
-    assert type(world(replace(asked, reward="success"), actor, 2)) is Success
-    assert type(world(replace(asked, reward="env"), actor, 2)) is FourWays
-    one = world(replace(asked, mode=1), actor, 2)
-    assert isinstance(one, OneWay)
-    assert type(one.env) is Progress
-    found = [acted(replace(asked, reward=name), run, run.nets, range(4)) for name in ("env", "success")]
+    asked = FinetuneSettings(reward="progress", steps=2, eval_episodes=4)
+    assert type(build_env(asked, actor, 2)) is ProgressReward
+    assert type(build_env(replace(asked, reward="success"), actor, 2)) is SuccessReward
+    assert type(build_env(replace(asked, reward="env"), actor, 2)) is FourWays
+    one = build_env(replace(asked, mode=1), actor, 2)
+    assert isinstance(one, SingleModeReward)
+    assert type(one.env) is ProgressReward
+    found = [evaluate_policy(replace(asked, reward=name), run, run.nets, range(4)) for name in ("env", "success")]
     assert [("best_reward" in f) for f in found] == [True, False]
     assert found[0]["success"] == found[1]["success"]
     assert found[1]["success"]["value"] == found[1]["return"]["value"]
@@ -439,8 +456,8 @@ def height(x, cond):
     return x[:, 1].mean(1)
 
 
-SMALL = ["--num", "8", "--decisions", "4", "--eval-episodes", "8", "--method.batch", "64", "--method.warmup", "1",
-         "--save-every", "2"]  # fmt: skip
+SMALL = ["--num-envs", "8", "--num-steps", "4", "--eval-episodes", "8", "--method.batch", "64", "--method.warmup", "1",
+         "--save-every", "2", "--no-tensorboard"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +508,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(policy, tmp_path, capsy
 
 def test_a_function_is_a_reward_too(policy, tmp_path):
     finetune([str(policy), "--reward", "test_finetune:height", "--iterations", "6", "--samples", "128",
-              "--method.lr", "2e-3", "--method.batch", "256", "--method.clone", "0",
+              "--method.lr", "2e-3", "--method.batch", "256", "--method.bc-coef", "0",
               "--out", str(tmp_path)])  # fmt: skip
     log = [r for r in read_log(find_run(tmp_path / "latest")) if "reward" in r]
     assert log[-1]["reward"] > log[0]["reward"] + log[0]["reward_std"]
@@ -509,14 +526,17 @@ def test_a_function_is_a_reward_too(policy, tmp_path):
         (["--reward", "no_such_module:f"], "reward: given no_such_module:f; there is no module no_such_module"),
         (["--reward", "test_finetune:nothing"], "the module has no such function"),
         (["--method=ppo"], "method: given 'ppo'; allowed: dppo, ddpo, mixed, rwr"),
-        (["--noise=brown"], "noise: given 'brown'; allowed: fixed, ddim, sde"),
+        (["--exploration-noise=brown"], "exploration-noise: given 'brown'; allowed: fixed, ddim, sde"),
         (["--env", "five-ways"], "five-ways"),
         (["--mode", "7"], r"mode: given 7; allowed 0\.\.3"),
-        (["--noise=ddim", "--floor", "0"], "noise: step 4 of 4 has none"),
+        (["--exploration-noise=ddim", "--min-std", "0"], "exploration_noise: step 4 of 4 has none"),
         (["--method=mixed", "--method.gradient", "through"], "an environment has no gradient; allowed: ratio"),
-        (["--method.last", "5"], "last: given 5; allowed 1 … 4"),
+        (["--method.ft-denoising-steps", "5"], "ft_denoising_steps: given 5; allowed 1 … 4"),
         (["--samples", "10", "--group", "3", "--reward", "test_finetune:height"], "group: given 3 of 10 samples"),
-        (["--lost", "8", "--reward", "test_finetune:height"], "lost: have no effect where the reward is a function"),
+        (
+            ["--terminate-out-of-range", "8", "--reward", "test_finetune:height"],
+            "terminate_out_of_range: have no effect",
+        ),
     ],
 )
 def test_bad_requests_in_one_line(policy, tmp_path, argv, message):
@@ -567,11 +587,11 @@ def test_the_judge_knows_an_eight():
 # ------------------------------------------------------------------------------------------------- what a fall does
 def test_rare_advantages_become_the_quantiles():
     a = torch.cat([torch.linspace(-1, 1, 201, dtype=F64), torch.tensor([-500.0], dtype=F64)])
-    cut = trimmed(a, 0.05)
+    cut = clip_quantiles(a, 0.05)
     low, high = np.quantile(a.numpy(), [0.05, 0.95])
     assert cut.numpy() == pytest.approx(a.numpy().clip(low, high))
-    assert float(normalised(cut).max()) > 1.4  # beside the fall, uncut: 0.08
-    assert trimmed(a, 0.0) is a
+    assert float(normalize(cut).max()) > 1.4  # beside the fall, uncut: 0.08
+    assert clip_quantiles(a, 0.0) is a
 
 
 def test_an_update_that_trims_is_that_of_trimmed_advantages():
@@ -579,12 +599,12 @@ def test_an_update_that_trims_is_that_of_trimmed_advantages():
     moved = {}
     for name, trim, advantages in (
         ("asked", 0.1, seen.advantages),
-        ("by hand", 0.0, trimmed(seen.advantages, 0.1)),
+        ("by hand", 0.0, clip_quantiles(seen.advantages, 0.1)),
         ("not", 0.0, seen.advantages),
     ):
         net = Constant(THETA)
-        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, clone=0.0, trim=trim)
-        who = learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD)))
+        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, bc_coef=0.0, clip_advantage_quantile=trim)
+        who = learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)))
         method.update(who, None, seen._replace(advantages=advantages), 0)
         moved[name] = float(net.theta.detach() - THETA)
     assert moved["asked"] == moved["by hand"]
@@ -592,15 +612,15 @@ def test_an_update_that_trims_is_that_of_trimmed_advantages():
 
 
 def test_the_learning_rate_rises_after_the_critics_warm_up():
-    method = DPPO(lr=0.8, warmup=2, ramp=3)
-    assert [method.rate(i) for i in range(2, 8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert DPPO(lr=0.8, warmup=2).rate(2) == 0.8
+    method = DPPO(lr=0.8, warmup=2, lr_ramp=3)
+    assert [method.learning_rate(i) for i in range(2, 8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert DPPO(lr=0.8, warmup=2).learning_rate(2) == 0.8
     seen, _ = bandit()
     moved = []
     for ramp in (0, 3):
         net = Constant(THETA)
-        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, clone=0.0, ramp=ramp)
-        method.update(learner({"net": net}, Chain.over(Linear(), 1, Fixed(STD))), None, seen, 0)
+        method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, bc_coef=0.0, lr_ramp=ramp)
+        method.update(learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD))), None, seen, 0)
         moved.append(float(net.theta.detach() - THETA))
     assert moved[1] == pytest.approx(moved[0] / 4)
 

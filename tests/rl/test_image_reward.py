@@ -19,12 +19,15 @@ from genkit.diffusion.samplers import Seeds, bind
 from genkit.diffusion.value_guidance import value_guidance
 from genkit.objectives import Flow
 from genkit.rl.finetune import image_rewards as image
-from genkit.rl.finetune.chain import Chain, Fixed, Learned
+from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.ddpo import DDPO
+from genkit.rl.finetune.divergence import compare_with_reference, gaussian_kl
 from genkit.rl.finetune.dppo import DPPO
-from genkit.rl.finetune.evaluation import reward_kl
-from genkit.rl.finetune.learner import Learner, apart, with_reference
-from genkit.rl.finetune.rewards import Scoring
+from genkit.rl.finetune.evaluation import plot_reward_kl
+from genkit.rl.finetune.experience import Experience
+from genkit.rl.finetune.learner import Learner
+from genkit.rl.finetune.noise import FixedNoise, LearnedNoise
+from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.q_function import Decisions, discounted_returns, learn_q, load_q, save_q
 from genkit.training.checkpoint import find_checkpoint
@@ -174,9 +177,9 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
 
 # ----------------------------------------------------------------------------------------------------- learning
 def learner(net, chain, spec=None, lr=0.1, noise=None):
-    optimizers = {"denoise": torch.optim.SGD(net.parameters(), lr=lr)}
+    optimizers = {"denoise": torch.optim.SGD(net.parameters(), lr=lr, fused=True)}
     flow = Flow(prediction="x0", drop=0.0)
-    demos = lambda number, rows: Batch(torch.zeros(rows, 1))  # noqa: E731
+    demos = lambda number, start, stop: Batch(torch.zeros(stop - start, 1))  # noqa: E731
     return Learner(
         flow, State({"net": net}, {}, optimizers), chain, spec or Spec((1,)), demos, 0, noise_optimizer=noise
     )
@@ -187,9 +190,9 @@ def test_rewards_stay_in_units_of_the_first_and_a_nat_has_its_price():
     z = torch.linspace(-2, 2, 64)[:, None]
 
     def gradient(method, rewards, spread):
-        who = learner(Constant(0.0), Chain.over(Linear(), 1, Fixed(1.0)))
-        who.spread = spread
-        task = Scoring(lambda x, cond: rewards, "given", Identity(), 64, 1)
+        who = learner(Constant(0.0), Chain.over(Linear(), 1, FixedNoise(1.0)))
+        who.reward_std = spread
+        task = FunctionTask(lambda x, cond: rewards, "given", Identity(), 64, 1)
         seen = task.collect(who, 0)
         method.update(who, task, seen, 0)
         return float(who.state.nets["net"].theta.detach())
@@ -199,17 +202,17 @@ def test_rewards_stay_in_units_of_the_first_and_a_nat_has_its_price():
     assert abs(first) > 1e-5
     assert gradient(own, 100 * z[:, 0], 0.0) == pytest.approx(first, rel=1e-5)
     assert gradient(own, 0.01 * z[:, 0], float(z.std(correction=0))) == pytest.approx(0.01 * first, rel=1e-4)
-    usual = DPPO(lr=0.01, batch=64, epochs=1, clone=0.0, warmup=0)
+    usual = DPPO(lr=0.01, batch=64, epochs=1, bc_coef=0.0, warmup=0)
     assert gradient(usual, 0.01 * z[:, 0], float(z.std(correction=0))) == pytest.approx(first, rel=1e-4)
 
 
 def test_the_price_of_a_nat_pulls_back_by_its_gradient():
     """Of ``kl (theta - theta0)^2 / (2 std^2)``, where no reward differs."""
     theta0, theta, std, price = 0.2, 0.5, 0.7, 0.3
-    who = learner(Constant(theta), Chain.over(Linear(), 1, Fixed(std)))
+    who = learner(Constant(theta), Chain.over(Linear(), 1, FixedNoise(std)))
     nn.init.constant_(who.frozen["net"].theta, theta0)
-    task = Scoring(lambda x, cond: torch.zeros(len(x)), "none", Identity(), 64, 1)
-    seen, far = with_reference(who, task.collect(who, 0))
+    task = FunctionTask(lambda x, cond: torch.zeros(len(x)), "none", Identity(), 64, 1)
+    seen, far = compare_with_reference(who, task.collect(who, 0))
     assert far["kl_reference"] == pytest.approx((theta - theta0) ** 2 / (2 * std**2), rel=1e-6)
     DDPO(lr=0.01, batch=64, kl=price).update(who, task, seen, 0)
     moved = float(who.state.nets["net"].theta.detach()) - theta
@@ -222,8 +225,10 @@ def test_divergence_of_normals_of_two_widths():
     mean, other = torch.randn(2, 4, 3, generator=g, dtype=F64)
     std, wide = torch.rand(2, 4, 3, generator=g, dtype=F64) + 0.1
     want = torch.distributions.kl_divergence(law(mean, std), law(other, wide)).sum(1)
-    assert torch.allclose(apart(mean, std, other, wide), want)
-    assert torch.allclose(apart(mean, std[:, :1], other, std[:, :1]), (((mean - other) / std[:, :1]) ** 2).sum(1) / 2)
+    assert torch.allclose(gaussian_kl(mean, std, other, wide), want)
+    assert torch.allclose(
+        gaussian_kl(mean, std[:, :1], other, std[:, :1]), (((mean - other) / std[:, :1]) ** 2).sum(1) / 2
+    )
 
 
 def test_learned_noise_follows_the_gradient_of_the_bandit():
@@ -239,17 +244,15 @@ def test_learned_noise_follows_the_gradient_of_the_bandit():
             return self.value.exp().expand_as(x)
 
     sigma, net = Log(), Constant(0.3)
-    chain = dataclasses.replace(Chain.over(Linear(), 1, Learned(std)), sigma=sigma)
+    chain = dataclasses.replace(Chain.over(Linear(), 1, LearnedNoise(std)), sigma=sigma)
     who = learner(net, chain, noise=torch.optim.SGD(sigma.parameters(), lr=0.01))
     z = torch.special.ndtri((torch.arange(count, dtype=F64) + 0.5) / count)[:, None]
-    task = Scoring(lambda x, cond: -((x[:, 0] - aim) ** 2), "near", Identity(), count, 1)
+    task = FunctionTask(lambda x, cond: -((x[:, 0] - aim) ** 2), "near", Identity(), count, 1)
     with torch.no_grad():
         walk = chain.sample(who.denoiser, torch.zeros_like(z), noise=lambda shape: z)
         rewards = task.reward(walk.xs[-1], {}).double()
-    from genkit.rl.finetune.learner import Experience
-
     seen = Experience(walk, {}, rewards - rewards.mean(), None, {})
-    DPPO(lr=0.01, batch=count, epochs=1, clone=0.0, warmup=0, clip=10.0).update(who, task, seen, 0)
+    DPPO(lr=0.01, batch=count, epochs=1, bc_coef=0.0, warmup=0, clip=10.0).update(who, task, seen, 0)
     want = -2 * std**2 / float(rewards.std(correction=0))
     assert float(sigma.value.detach()) / 0.01 == pytest.approx(want, rel=2e-3)
 
@@ -258,7 +261,7 @@ def test_learned_noise_follows_the_gradient_of_the_bandit():
 def test_conditions_that_samples_are_drawn_for():
     spec = Spec((1, 4, 4), {"label": Label(3)})
     never = lambda rows: pytest.fail("asked for data")  # noqa: E731
-    scoring = lambda **more: Scoring(image.brightness, "", Pixels(), 8, more.pop("group", 1), **more)  # noqa: E731
+    scoring = lambda **more: FunctionTask(image.brightness, "", Pixels(), 8, more.pop("group", 1), **more)  # noqa: E731
     assert scoring(group=2).conditions(spec, 8, never)["label"].tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
     assert scoring(label=2).conditions(spec, 3, never)["label"].tolist() == [2, 2, 2]
     free = scoring(unconditional=True).conditions(spec, 4, never)
@@ -272,17 +275,17 @@ def test_conditions_that_samples_are_drawn_for():
 
 def test_rewards_see_what_a_person_sees():
     """A pixel that is whiter than white is white: no reward for leaving the range."""
-    task = Scoring(image.brightness, "brightness", Pixels(), 2, 1)
+    task = FunctionTask(image.brightness, "brightness", Pixels(), 2, 1)
     x = torch.tensor([1.0, 50.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
     assert task.reward(x, {}).tolist() == [1.0, 1.0]
 
 
 def test_reward_against_divergence_is_drawn_once_both_are_known(tmp_path):
     out = tmp_path / "reward-kl.png"
-    assert reward_kl([{"step": 1, "reward": 1.0}, {"step": 2, "reward": 2.0}], out) is None
+    assert plot_reward_kl([{"step": 1, "reward": 1.0}, {"step": 2, "reward": 2.0}], out) is None
     assert not out.exists()
     records = [{"step": i, "reward": math.log1p(i), "kl_reference": float(i)} for i in range(5)]
-    assert reward_kl(records, out) == out
+    assert plot_reward_kl(records, out) == out
     assert out.stat().st_size > 1000
 
 
@@ -296,8 +299,9 @@ def digits(tmp_path_factory):
 
 
 LIGHT = ["--reward", "genkit.rl.finetune.image_rewards:brightness"]
-BRIGHT = [*LIGHT, "--method=ddpo", "--method.lr", "5e-3", "--method.batch", "40", "--method.epochs", "2", "--noise=sde",
-          "--steps", "3", "--floor", "0.1", "--samples", "120", "--ema", "0.5", "--eval-samples", "40"]  # fmt: skip
+BRIGHT = [*LIGHT, "--method=ddpo", "--method.lr", "5e-3", "--method.batch", "40", "--method.epochs", "2",
+          "--exploration-noise=sde", "--steps", "3", "--min-std", "0.1", "--samples", "120", "--ema", "0.5",
+          "--eval-samples", "40", "--no-tensorboard"]  # fmt: skip
 
 
 def test_pictures_become_brighter_and_the_run_tells_at_what_price(digits, tmp_path):
@@ -329,8 +333,8 @@ def test_it_ends_where_the_divergence_is_too_large_and_resumes_the_same(digits, 
 
 
 def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
-    usual = ["--noise=learned", "--num", "8", "--decisions", "4", "--eval-episodes", "0", "--method.batch", "64",
-             "--method.warmup", "0", "--save-every", "1"]  # fmt: skip
+    usual = ["--exploration-noise=learned", "--num-envs", "8", "--num-steps", "4", "--eval-episodes", "0",
+             "--method.batch", "64", "--method.warmup", "0", "--save-every", "1", "--no-tensorboard"]  # fmt: skip
     finetune([str(policy), *usual, "--iterations", "2", "--out", str(tmp_path / "a")])
     finetune([str(policy), *usual, "--iterations", "1", "--out", str(tmp_path / "b")])
     finetune(["--resume", str(tmp_path / "b" / "latest"), "--iterations", "2"])
@@ -348,9 +352,9 @@ def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
     ("argv", "message"),
     [
         (["--label", "10", *BRIGHT], r"label: given 10; allowed 0\.\.9"),
-        (["--method=rwr", "--noise=learned", *LIGHT], "noise: learned has no effect on rwr"),
-        (["--method=mixed", "--method.gradient", "through", "--noise=learned", *LIGHT],
-         "noise: learned learns by the likelihood ratio"),
+        (["--method=rwr", "--exploration-noise=learned", *LIGHT], "exploration_noise: learned has no effect on rwr"),
+        (["--method=mixed", "--method.gradient", "through", "--exploration-noise=learned", *LIGHT],
+         "exploration_noise: learned is trained by the likelihood ratio"),
     ],
 )  # fmt: skip
 def test_bad_requests_in_one_line(digits, tmp_path, argv, message):
