@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Path, Prediction
+from genkit.core import Cond, Prediction, ProbabilityPath
 
 F64 = torch.float64
 
@@ -62,7 +62,7 @@ class ExactDenoiser:
     """The posterior means ``E[x0 | x]`` and ``E[x1 | x]`` of a mixture on a path; a label picks a component."""
 
     mixture: Mixture
-    path: Path
+    path: ProbabilityPath
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         m, eye = self.mixture, torch.eye(self.mixture.dim, dtype=x.dtype)

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path as File
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.mixture import F64, ExactDenoiser, three
 from genkit import __version__
-from genkit.core import Path
+from genkit.core import ProbabilityPath
 from genkit.diffusion.paths import PATHS, Linear, chart, times_at
 from genkit.diffusion.samplers import SAMPLERS, uniform
 from genkit.diffusion.samplers.likelihood import log_prob
@@ -32,13 +32,13 @@ STEPS = (64, 128, 256)
 LIKELIHOOD_STEPS = 256
 
 
-def solve(sampler: str, path: Path, z: Tensor, steps: int) -> Tensor:
+def solve(sampler: str, path: ProbabilityPath, z: Tensor, steps: int) -> Tensor:
     times = times_at(path, torch.linspace(0.98, 0.02, steps + 1, dtype=F64))
     scale = chart(path, times)[1]
     return SAMPLERS[sampler].function(ExactDenoiser(three(), path), scale[0] * z, times) / scale[-1]
 
 
-def likelihood_error(path: Path, x: Tensor) -> float:
+def likelihood_error(path: ProbabilityPath, x: Tensor) -> float:
     times = uniform(LIKELIHOOD_STEPS)(path)
     found = log_prob(ExactDenoiser(three(), path), x, times=times)
     return float((found - three().log_prob(x)).abs().mean())
@@ -46,7 +46,7 @@ def likelihood_error(path: Path, x: Tensor) -> float:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="genkit bench order", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=File, help="write the numbers as JSON, with the settings")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)
     console = Console()
     z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=F64)

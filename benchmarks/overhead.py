@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +25,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from genkit import __version__
-from genkit.core import Parametrization, Path, Sampler
+from genkit.core import Parametrization, ProbabilityPath, Sampler
 from genkit.diffusion.parametrization import Epsilon, NetDenoiser, Velocity
 from genkit.diffusion.paths import VP, Linear
 from genkit.diffusion.samplers import Grid, ddim, dpmpp_2m, dpmpp_3m, heun, trailing, uniform, unipc
 
 STEPS = 20
 SIGMA = partial(heun, clock="sigma")  # the clock of Karras et al. 2022, which is also that of HeunDiscreteScheduler
-PAIRS: dict[str, tuple[Sampler, Path, Parametrization, Grid, str, dict[str, Any]]] = {  # name -> ours, theirs
+PAIRS: dict[
+    str, tuple[Sampler, ProbabilityPath, Parametrization, Grid, str, dict[str, Any]]
+] = {  # name -> ours, theirs
     "ddim": (ddim, VP(), Epsilon(), trailing(STEPS), "DDIMScheduler", {"clip_sample": False}),
     "dpmpp_2m": (dpmpp_2m, VP(), Epsilon(), trailing(STEPS), "DPMSolverMultistepScheduler", {}),
     "dpmpp_3m": (
@@ -96,7 +98,7 @@ def measure(name: str, rounds: int = 25) -> tuple[float, float]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="genkit bench overhead", description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--out", type=File, help="write the numbers as JSON, with the settings")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = {name: measure(name, args.rounds) for name in PAIRS}

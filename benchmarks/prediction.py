@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.stack import Record, Stack, mean_sd, rows, train
 from genkit.core import NO_COND
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.data.toy import SwissRoll
 from genkit.diffusion.samplers import bind
 from genkit.evaluation.metrics import wasserstein2 as w2
@@ -98,7 +98,7 @@ def measure(
     return values, flat[:test].numpy()
 
 
-def picture(points: Mapping[str, np.ndarray], path: File) -> None:
+def picture(points: Mapping[str, np.ndarray], path: Path) -> None:
     """Samples projected back: a row a prediction, a column a dimension, the data first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -114,7 +114,7 @@ def picture(points: Mapping[str, np.ndarray], path: File) -> None:
             if p is not None:
                 ax.scatter(*p.T, s=1, color="C7" if title == "data" else "C0")
     FigureCanvasAgg(fig)
-    with whole(path) as part:
+    with atomic_write(path) as part:
         fig.savefig(part, format="png")
 
 
@@ -123,8 +123,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="networks of each cell, trained side by side")
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--only", type=int, action="append", default=[], help=f"a dimension of {DIMS}; may be repeated")
-    parser.add_argument("--out", type=File, help="JSON; cells that are there are not measured again")
-    parser.add_argument("--picture", type=File, help="PNG of the samples")
+    parser.add_argument("--out", type=Path, help="JSON; cells that are there are not measured again")
+    parser.add_argument("--picture", type=Path, help="PNG of the samples")
     args = parser.parse_args(argv)
     for d in args.only:
         if d not in DIMS:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -85,7 +85,7 @@ class Quality:
     objectives: str = "ddpm,edm,flow,flow-ot"
     """Rows, with commas between: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
     backbone: Any = table(
-        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone", follows="data.default_backbone"
     )
     """The network of all rows; without a NAME, the one that suits the data."""
     data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
@@ -130,7 +130,7 @@ class Quality:
         no sampling."""
         row = row_of(name)
         cfg = parse(TrainSettings, row.flags, prog="genkit bench quality")
-        if not cfg.objective.draws:
+        if not cfg.objective.is_generative:
             raise ValueError(f"objectives: given {name}, which draws no samples")
         return self.spent(cfg, name, seed, self.steps - self.first_steps(row))
 
@@ -164,7 +164,7 @@ class Quality:
             seed=seed,
             device=self.device,
             threads=self.threads,
-            out=str(File(self.out) / "runs"),
+            out=str(Path(self.out) / "runs"),
             name=f"{name.replace(':', '-')}-seed{seed}",
             save_every=every,
             sample_every=every,
@@ -197,9 +197,9 @@ def same(a: TrainSettings, b: TrainSettings) -> bool:
     return replace(a, **rest) == b
 
 
-def training_of(cfg: TrainSettings) -> tuple[File | None, int]:
+def training_of(cfg: TrainSettings) -> tuple[Path | None, int]:
     """The newest run of just this configuration that can be gone on with, and its step."""
-    for run in sorted(File(cfg.out).glob(f"*-{cfg.name}"), reverse=True):
+    for run in sorted(Path(cfg.out).glob(f"*-{cfg.name}"), reverse=True):
         try:
             if same(config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")), cfg):
                 return run, step_of(run)
@@ -208,7 +208,7 @@ def training_of(cfg: TrainSettings) -> tuple[File | None, int]:
     return None, 0
 
 
-def step_of(run: File) -> int:
+def step_of(run: Path) -> int:
     return int(find_checkpoint(run).name.removeprefix("step-"))
 
 
@@ -229,7 +229,7 @@ class Cost:
         return Cost(self.cpu * scale, self.wall * scale, steps)
 
 
-def cost_of(run: File) -> Cost:
+def cost_of(run: Path) -> Cost:
     try:
         sessions = [Cost(**s) for s in json.loads((run / "cost.json").read_text())]
     except (OSError, ValueError, TypeError):
@@ -262,14 +262,14 @@ def launch(argv: Sequence[str]) -> int:
             raise
 
 
-def train(cfg: TrainSettings) -> File:
+def train(cfg: TrainSettings) -> Path:
     """A finished training of ``cfg``: found, gone on with, or made."""
     run, first = training_of(cfg)
     if run is not None and first >= cfg.steps:
         return run
     argv = ["--resume", str(run)]
     if run is None:
-        argv = ["--config", str(report.write(to_yaml(cfg), File(cfg.out).parent / "configs" / f"{cfg.name}.yaml"))]
+        argv = ["--config", str(report.write(to_yaml(cfg), Path(cfg.out).parent / "configs" / f"{cfg.name}.yaml"))]
     began, before = time.perf_counter(), children_seconds()
     try:
         code = launch(argv)
@@ -289,7 +289,7 @@ def train(cfg: TrainSettings) -> File:
 class Trained:
     """What came of a row's training, and of its first stage's, if it has one."""
 
-    run: File
+    run: Path
     cost: Cost
 
 
@@ -310,7 +310,7 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def note_cost(run: File, session: Cost) -> None:
+def note_cost(run: Path, session: Cost) -> None:
     path = run / "cost.json"
     sessions = json.loads(path.read_text()) if path.is_file() else []
     report.write(json.dumps([*sessions, asdict(session)]) + "\n", path)
@@ -329,8 +329,8 @@ class Result:
     ms: float
     """a sample: CPU time where there is no GPU"""
     cost: Cost
-    run: File
-    picture: File
+    run: Path
+    picture: Path
 
 
 TOLD = {k: v for k, v in config.dump(Sampling()).items() if k not in ("seed", "batch")}
@@ -369,7 +369,7 @@ class Bench:
             "picture": picture,
         }
 
-    def card(self, samples: Drawn | Given, n: int, folder: File, progress: Callable[[int], None]) -> File:
+    def card(self, samples: Drawn | Given, n: int, folder: Path, progress: Callable[[int], None]) -> Path:
         """The card of ``n`` samples by our ruler; found by its settings, or made."""
         assert self.held is not None or isinstance(samples, Drawn)
         held = self.ruler(samples) if isinstance(samples, Drawn) else self.held
@@ -387,7 +387,7 @@ class Bench:
         except ValueError:
             return None
         self.ruler(Drawn(run))
-        path = self.card(test, min(self.asked.n, test.limit), File(self.asked.out) / "real", lambda done: None)
+        path = self.card(test, min(self.asked.n, test.limit), Path(self.asked.out) / "real", lambda done: None)
         return report.card_of("real", path.read_bytes())
 
 
@@ -544,7 +544,7 @@ def write(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": f"genkit {__version__}, torch {torch.__version__}",
     }
-    notes, out = notes_of(asked, results, real, device), File(asked.out)
+    notes, out = notes_of(asked, results, real, device), Path(asked.out)
     values = lambda line: {k: v._asdict() for k, v in line.values.items()}  # noqa: E731
     record = {**told, "notes": notes, "rows": [{**asdict(x), "values": values(x)} for x in lines]}
     report.write(json.dumps(record, indent=1) + "\n", out / "results.json")
@@ -576,7 +576,7 @@ def main(argv: list[str]) -> int:
             real = real or bench.floor(run)
         write(asked, argv, results, real, device)
     shown = ("report.md", "report.html")
-    console.print((File(asked.out) / "report.md").read_text(), markup=False, soft_wrap=True)
+    console.print((Path(asked.out) / "report.md").read_text(), markup=False, soft_wrap=True)
     for name in shown:
-        console.print(File(asked.out) / name, markup=False)
+        console.print(Path(asked.out) / name, markup=False)
     return 0

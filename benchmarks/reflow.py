@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plane-steps", type=int, default=1000, help="training steps of each stage, in the plane")
     parser.add_argument("--digits-steps", type=int, default=1000, help="the same, on the digits")
     parser.add_argument("--only", choices=("plane", "digits"), help="one of the two")
-    parser.add_argument("--out", type=File, help="JSON; a part that is there is not measured again")
+    parser.add_argument("--out", type=Path, help="JSON; a part that is there is not measured again")
     args = parser.parse_args(argv)
     for name, most in (("seeds", 100), ("plane_steps", 10**7), ("digits_steps", 10**7)):
         if not 1 <= getattr(args, name) <= most:

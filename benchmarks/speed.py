@@ -23,7 +23,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -371,14 +371,14 @@ def main(argv: list[str] | None = None) -> int:
         report = {"command": ["genkit", "bench", "speed", *(sys.argv[1:] if argv is None else argv)]}
         report |= {"settings": vars(args), "backbone": asdict(cfg), "clock": kind, "device": name, "data": source}
         report |= {"rows": rows, "ratios": ratios, "quality": quality, "versions": versions(), "peak_flops": peak}
-        File(args.out).parent.mkdir(parents=True, exist_ok=True)
-        File(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"written: {args.out}")
     return 0
 
 
 def processor() -> str:
-    info = File("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit import __version__
-from genkit.core import NO_COND, Batch, Cond, Objective, Path
-from genkit.core.files import whole, write_text
+from genkit.core import NO_COND, Batch, Cond, Objective, ProbabilityPath
+from genkit.core.files import atomic_write, write_text
 from genkit.data.codecs import Identity
 from genkit.objectives.matching.couplings import Coupling
 from genkit.training.loop import fit, initial_state
@@ -61,7 +61,7 @@ class Each:
     given: ClassVar[bool] = False
     moves: ClassVar[bool] = True
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         parts = zip(batch.x.chunk(self.groups), x1.chunk(self.groups), t.chunk(self.groups), strict=True)
         ends = [self.coupling(Batch(x), s, path, u) for x, s, u in parts]
         return torch.cat([x for x, _ in ends]), torch.cat([s for _, s in ends])
@@ -114,7 +114,7 @@ class Record:
     A cell that is there is not measured again. ``ValueError`` where ``out`` holds the cells of other settings.
     """
 
-    def __init__(self, out: File | None, settings: Mapping[str, Any], command: Sequence[str]):
+    def __init__(self, out: Path | None, settings: Mapping[str, Any], command: Sequence[str]):
         self.out, self.cells, self.arrays = out, {}, {}
         self.head = {"command": ["genkit", "bench", *command], "settings": json.loads(json.dumps(settings))}
         self.head |= {"genkit": __version__, "torch": torch.__version__}
@@ -135,7 +135,7 @@ class Record:
                     self.arrays = {k: stored[k] for k in stored.files}
 
     @property
-    def points(self) -> File:
+    def points(self) -> Path:
         assert self.out is not None
         return self.out.with_suffix(".npz")
 
@@ -150,6 +150,6 @@ class Record:
         if self.out:
             packed = io.BytesIO()
             np.savez_compressed(packed, **self.arrays)  # type: ignore[arg-type]  # names are keywords
-            with whole(self.points) as part:
+            with atomic_write(self.points) as part:
                 part.write_bytes(packed.getvalue())
             write_text(self.out, json.dumps(self.head | {"cells": self.cells}, indent=1) + "\n")

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.stack import Each, Record, Stack, mean_sd, rows, train
 from genkit.core import NO_COND
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.data.toy import Points, Toy
 from genkit.diffusion.samplers import bind
 from genkit.evaluation.metrics import wasserstein2 as w2
@@ -134,7 +134,7 @@ def flow(objective: Flow, net: Stack, z: Tensor, steps: int = EULER) -> tuple[Te
     energy, way = torch.zeros(len(z)), [objective.source(z, NO_COND)]
 
     def look(i: int, x: Tensor, prediction: Any) -> None:
-        energy.add_(prediction.slope.square().sum(1) / steps)
+        energy.add_(prediction.velocity.square().sum(1) / steps)
         way.append(x)
 
     x = objective.generator({"net": net}, bind("ddim", steps, callback=look))(z, NO_COND)
@@ -171,7 +171,7 @@ def limits(column: Column, test: int) -> dict[str, Any]:
     return {"floor": [w2(other, held_out)], "cost": w2(column.source(normals(test, 1000), NO_COND), held_out) ** 2}
 
 
-def picture(ways: Mapping[str, np.ndarray], path: File) -> None:
+def picture(ways: Mapping[str, np.ndarray], path: Path) -> None:
     """The ways of some samples: a row a method, a column a pair of distributions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -190,7 +190,7 @@ def picture(ways: Mapping[str, np.ndarray], path: File) -> None:
                 ax.scatter(*way[0].T, s=4, color="C0", zorder=2)
                 ax.scatter(*way[-1].T, s=4, color="C3", zorder=3)
     FigureCanvasAgg(fig)
-    with whole(path) as part:
+    with atomic_write(path) as part:
         fig.savefig(part, format="png")
 
 
@@ -200,8 +200,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10_000, help="training steps")
     parser.add_argument("--test", type=int, default=TEST, help="samples of each W2; the time grows with the cube")
     parser.add_argument("--only", action="append", default=[], help="a method or a column; may be repeated")
-    parser.add_argument("--out", type=File, help="JSON; cells that are there are not measured again")
-    parser.add_argument("--picture", type=File, help="PNG of the ways")
+    parser.add_argument("--out", type=Path, help="JSON; cells that are there are not measured again")
+    parser.add_argument("--picture", type=Path, help="PNG of the ways")
     args = parser.parse_args(argv)
     known = [*METHODS, *COLUMNS]
     for name in args.only:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Path, Prediction
+from genkit.core import Cond, Prediction, ProbabilityPath
 from genkit.diffusion.paths import VP, Linear, chart, times_at
 from genkit.diffusion.samplers import SAMPLERS
 
@@ -25,7 +25,7 @@ SPREAD = 0.3  # of each component
 class Exact:
     """``E[x0 | x]`` of the mixture ``mean_k N(MEANS[k], SPREAD^2)``, for ``x = alpha x0 + sigma x1``."""
 
-    path: Path
+    path: ProbabilityPath
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         alpha, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
@@ -37,7 +37,7 @@ class Exact:
         return Prediction(x0, (x - alpha * x0) / sigma)
 
 
-def draw(path: Path, sampler: str, steps: int, z: Tensor) -> Tensor:
+def draw(path: ProbabilityPath, sampler: str, steps: int, z: Tensor) -> Tensor:
     times = times_at(path, torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64))
     scale = chart(path, times)[1]
     return SAMPLERS[sampler].function(Exact(path), scale[0] * z, times) / scale[-1]

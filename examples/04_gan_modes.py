@@ -93,7 +93,7 @@ def train(name: str, seed: int, **changes: Any) -> tuple[Tensor, dict[str, Any]]
         **count_modes(x, sigma),
         **{key: round(log[-1][f"discriminator/{key}"], 3) for key in ("accuracy", "diversity")},
         "gradient": [float(f"{record['generator/grad_norm']:.3g}") for record in log],
-        "warning": objective.remark(log[-1]),
+        "warning": objective.warning(log[-1]),
         "cpu_seconds": round(seconds, 1),
     }
 

@@ -1,11 +1,11 @@
-"""Families of networks with three cuts each: ``denoiser``, ``encoder``, ``decoder`` (``genkit.core.Backbones``)."""
+"""Families of networks with three cuts each: ``denoiser``, ``encoder``, ``decoder`` (``genkit.core.Backbone``)."""
 
 from genkit.backbones.diffusers import Diffusers
 from genkit.backbones.dit import DiT
 from genkit.backbones.mlp import MLP
 from genkit.backbones.unet import UNet
-from genkit.core import Backbones
+from genkit.core import Backbone
 
-BACKBONES: dict[str, type[Backbones]] = {"mlp": MLP, "unet": UNet, "dit": DiT, "diffusers": Diffusers}
+BACKBONES: dict[str, type[Backbone]] = {"mlp": MLP, "unet": UNet, "dit": DiT, "diffusers": Diffusers}
 
 __all__ = ["BACKBONES", "MLP", "DiT", "Diffusers", "UNet"]

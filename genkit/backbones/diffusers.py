@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, key
-from genkit.core import NO_COND, Backbones, Cond, Label, Spec, Tokens
+from genkit.core import NO_COND, Backbone, Cond, Label, Spec, Tokens
 
 WHOLE = 1e-3  # float32 holds 1000 t - 1 to 1e-4: an index that is nearer to a whole number than this is meant as one
 
@@ -230,7 +230,7 @@ def class_of(kind: str) -> Any:
 
 # -------------------------------------------------------------------------------------------------------- the family
 @dataclass(frozen=True)
-class Diffusers(Backbones):
+class Diffusers(Backbone):
     """One of diffusers' networks, for pictures or latents ``(C, H, W)``: unet2d, unet2d-condition or dit."""
 
     cuts: ClassVar[tuple[str, ...]] = ("denoiser",)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from genkit.backbones.blocks import CONV, Attention, crop_to, fraction, modulate, pad_to, positive, remat, zero
 from genkit.backbones.embed import Conditioner, Routed, grid_positions
-from genkit.core import NO_COND, Backbones, Cond, Spec
+from genkit.core import NO_COND, Backbone, Cond, Spec
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 @dataclass(frozen=True)
-class DiT(Backbones):
+class DiT(Backbone):
     """Diffusion transformer (Peebles & Xie 2023), for ``(C, T)`` and ``(C, H, W)``.
 
     Sizes that ``patch`` does not divide are padded with zeros inside and cropped again.

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import CONV, Attention, GroupNorm
-from genkit.core import Backbones, Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
+from genkit.core import Backbone, Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -307,7 +307,7 @@ def key(name: str) -> str:
     return "on_" + name.replace(".", "-")
 
 
-def require_routes(backbone: Backbones, spec: Spec, hint: str) -> None:
+def require_routes(backbone: Backbone, spec: Spec, hint: str) -> None:
     """``ValueError`` if ``spec`` has a condition that ``backbone`` has no route for; ``hint`` says what to try."""
     for name, kind in spec.cond.items():
         if EMBEDDERS[type(kind)].route not in backbone.routes:

@@ -11,14 +11,14 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from genkit.core.tensors import fill, misfits
+from genkit.core.tensors import load_tensors, mismatched_keys
 
 CAN = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what peft has a change for, of the layers that our networks have
 
@@ -116,16 +116,16 @@ def thaw(frozen: Frozen) -> None:
 
 @torch.no_grad()
 def merge(
-    nets: Mapping[str, nn.Module], lora: LoRA, stored: Mapping[str, Tensor], where: File, strength: float = 1.0
+    nets: Mapping[str, nn.Module], lora: LoRA, stored: Mapping[str, Tensor], where: Path, strength: float = 1.0
 ) -> None:
     """Add the change that ``stored`` holds, times ``strength``, to the weights of ``nets``, in place.
 
     ``ValueError`` where it is a change of other layers; ``nets`` are then of no use any more.
     """
     frozen = adapt(nets, lora, strength)
-    if odd := misfits(nets, stored):
+    if odd := mismatched_keys(nets, stored):
         raise ValueError(f"lora: {where} changes other layers than this model has, first at {odd[0]}")
-    fill(nets, stored, where)
+    load_tensors(nets, stored, where)
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for net in nets.values():

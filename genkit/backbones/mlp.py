@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from genkit.backbones.blocks import fraction, modulate, positive, remat, zero
 from genkit.backbones.embed import Conditioner, require_routes
-from genkit.core import NO_COND, Backbones, Cond, Spec
+from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
 @dataclass(frozen=True)
-class MLP(Backbones):
+class MLP(Backbone):
     """Residual blocks ``h + gate W2 silu(W1 adaLN(h))``: the DiT block (Peebles & Xie 2023) without its attention.
 
     Takes Label, Vector and Frames conditions.

@@ -27,11 +27,11 @@ from genkit.backbones.blocks import (
     zero,
 )
 from genkit.backbones.embed import Conditioner, Routed
-from genkit.core import NO_COND, Backbones, Cond, Spec
+from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
 @dataclass(frozen=True)
-class UNet(Backbones):
+class UNet(Backbone):
     """U-Net (Ho et al. 2020; the residual blocks of Dhariwal & Nichol 2021), for ``(C, T)`` and ``(C, H, W)``.
 
     Levels whose shorter side would fall under 4 are left out, so one default serves 8x8 (two levels) and 32x32 (three).

@@ -7,9 +7,9 @@ import importlib
 import logging
 import os
 import sys
-from pathlib import Path as File
+from pathlib import Path
 
-PACKAGE = File(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 OURS = (PACKAGE, PACKAGE.parent / "benchmarks")  # code whose ValueErrors are a user's mistakes
 
 COMMANDS = {  # name -> (module with main(argv), one line of help)
@@ -111,7 +111,7 @@ def ours(e: BaseException) -> bool:
         trace = trace.tb_next
     if trace is None:
         return False
-    file = File(trace.tb_frame.f_code.co_filename)
+    file = Path(trace.tb_frame.f_code.co_filename)
     return any(file.is_relative_to(folder) for folder in OURS)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path as File
+from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | File) -> Iterator[File]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A place beside ``path`` to write to. It takes that name when the block ends well, and is gone when it does not.
 
     The folders above are made. Each process has a place of its own; of two that write one file, the last stays.
     """
-    path = File(path)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}-{os.getpid()}.part")
     try:
@@ -24,11 +24,11 @@ def whole(path: str | File) -> Iterator[File]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: str | File, text: str) -> File:
+def write_text(path: str | Path, text: str) -> Path:
     """Write ``text`` whole or not at all; its path."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
-    return File(path)
+    return Path(path)
 
 
 def one_line(error: Exception) -> str:

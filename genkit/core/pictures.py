@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 
 SIDE = 64  # smaller images are enlarged to about this many pixels, by whole numbers
 
@@ -110,23 +110,23 @@ def picture(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
     return PICTURES[x.ndim - 1](x, cond)
 
 
-def save(image: Image.Image, path: File, **options: Any) -> File:
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
     """Write a picture so that no half of it can be left behind. ``ValueError`` for an ending that is no picture's."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: {path.suffix or 'no ending'} is not a picture's; take .png")
-    with whole(path) as part:
+    with atomic_write(path) as part:
         image.save(part, format=kind, **options)
     return path
 
 
-def save_gif(frames: Sequence[Image.Image], path: File, milliseconds: int = 60) -> File:
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> Path:
     """An endless GIF that rests on its last frame."""
     lasting = [milliseconds] * (len(frames) - 1) + [1500]
     return save(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=lasting, loop=0)
 
 
-def loss_plot(records: Sequence[Mapping[str, Any]], path: File) -> File:
+def loss_plot(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """``loss.png``: every phase's loss against the step, on a log scale where all are positive."""
 
     def draw(axes: Any) -> None:

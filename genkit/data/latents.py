@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.config.blocks import load as load_object
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.core.files import one_line, whole, write_text
+from genkit.core.files import atomic_write, one_line, write_text
 from genkit.data.codecs import Identity
 from genkit.data.source import DataSource, Split, check_split
 
@@ -116,7 +116,7 @@ def write_about(root: Path, about: Mapping[str, Any]) -> None:
 
 def write_shard(path: Path, content: Mapping[str, Tensor], made: Mapping[str, str]) -> None:
     """``made`` says what of, for :func:`is_shard`."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=as_metadata(made))
 
 

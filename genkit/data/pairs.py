@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.data import codecs
 from genkit.data.images import InMemory
 from genkit.data.source import DataSource, Split, check_split
@@ -46,7 +46,7 @@ def save_pairs(
         "made": dict(made),
     }
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
-    with whole(path) as part, open(part, "wb") as f:
+    with atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
     return path
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
-from genkit.core.files import one_line, whole
+from genkit.core.files import atomic_write, one_line
 from genkit.core.tensors import cache
 
 
@@ -106,7 +106,7 @@ def open_encoder(name: str) -> Frozen:
         import transformers as hf
     except ImportError as e:
         raise ValueError(f"encoder: {name} needs transformers; install it: pip install 'genkit[hub]'") from e
-    folder = File(name).expanduser()
+    folder = Path(name).expanduser()
     pipeline = (folder / "model_index.json").is_file()
     within = [{"subfolder": sub} if pipeline else {} for sub in ("text_encoder", "tokenizer")]
     where, safe = str(folder) if folder.is_dir() else name, {"trust_remote_code": False}
@@ -133,7 +133,7 @@ HALVES: Mapping[str, Callable[[Any], Any]] = {"clip": lambda whole: whole.text_c
 
 def place(name: str) -> str:
     """An encoder's name as a spec keeps it: the same from everywhere."""
-    folder = File(name).expanduser()
+    folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name
 
 
@@ -148,7 +148,7 @@ def encoded(encoder: Frozen, texts: Sequence[str]) -> dict[str, Tensor]:
     states, mask = encoder(texts)
     made = {"text": states, "mask": mask}
     try:
-        with whole(path) as part:
+        with atomic_write(path) as part:
             save_file(made, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e

@@ -22,14 +22,14 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from genkit.core import Cond, Denoiser, Guidance, Path, Prediction, expand
+from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import part, with_ends
 
 Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
 
 
-def moved(p: Prediction, path: Path, t: Tensor, shift: Tensor) -> Prediction:
+def moved(p: Prediction, path: ProbabilityPath, t: Tensor, shift: Tensor) -> Prediction:
     """The prediction with its data moved by ``shift``, and its noise by ``-alpha / sigma shift``: ``x`` stays."""
     ratio = expand(path.alpha(t) / path.sigma(t), shift)
     return with_ends(p, p.x0 + shift, p.x1 - ratio * shift)
@@ -155,7 +155,7 @@ class Guided:
     past: Tensor | None = None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> ProbabilityPath:
         return self.inner.path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -208,7 +208,7 @@ class Classify(Protocol):
     """``log p(y | x_t)`` ``[B]``, differentiable in x, for the label y in ``cond``, on a path."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> ProbabilityPath: ...
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
 
@@ -294,7 +294,7 @@ class Wrapped:
     function: Callable[[Tensor, Tensor, Cond], Prediction]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> ProbabilityPath:
         return self.inner.path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -311,7 +311,7 @@ def finite(name: str, scale: float) -> None:
     require(name, scale, "any finite number", math.isfinite(scale))
 
 
-def same_path(name: str, given: Path, needed: Path) -> None:
+def same_path(name: str, given: ProbabilityPath, needed: ProbabilityPath) -> None:
     """``ValueError`` where a second network knows another noise than the model's."""
     if given != needed:
         raise ValueError(f"{name}: given one trained on {given}; the model's path is {needed}; train one on that")

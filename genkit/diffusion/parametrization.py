@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from genkit.core import Cond, Parametrization, Path, Prediction, expand
+from genkit.core import Cond, Parametrization, Prediction, ProbabilityPath, expand
 from genkit.diffusion.paths import coefficients, weighted
 
 Factor = Tensor | float  # a number, or one for each row
@@ -29,9 +29,9 @@ class Affine(Prediction):
     def __init__(self, x: Tensor, out: Tensor, clean: tuple[Factor, Factor], noise: tuple[Factor, Factor]):
         self.x, self.out, self.clean, self.noise = x, out, clean, noise
 
-    def mix(self, a: float, b: float) -> Tensor:
+    def at(self, alpha: float, sigma: float) -> Tensor:
         (p, q), (r, s) = self.clean, self.noise
-        return weighted(a * p + b * r, self.x, a * q + b * s, self.out)
+        return weighted(alpha * p + sigma * r, self.x, alpha * q + sigma * s, self.out)
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -47,7 +47,7 @@ class Plain:
 
     divides_by_alpha: ClassVar[bool] = False
 
-    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, t
 
 
@@ -58,10 +58,10 @@ class Velocity(Plain):
     Well conditioned at both ends: ``x0 = (x - sigma v) / (alpha + sigma)``, ``x1 = (x + alpha v) / (alpha + sigma)``.
     """
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         return x1 - x0
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         return Affine(x, out, (1 / (a + s), -s / (a + s)), (1 / (a + s), a / (a + s)))
 
@@ -72,10 +72,10 @@ class Epsilon(Plain):
 
     divides_by_alpha: ClassVar[bool] = True
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         return x1
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         return Affine(x, out, (1 / a, -s / a), (0.0, 1.0))
 
@@ -84,10 +84,10 @@ class Epsilon(Plain):
 class Data(Plain):
     """The clean sample, ``x0`` (Salimans & Ho 2022, section 4; Li & He 2025)."""
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         return x0
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         return Affine(x, out, (0.0, 1.0), (1 / s, -a / s))
 
@@ -96,11 +96,11 @@ class Data(Plain):
 class V(Plain):
     """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), on any path."""
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         a, s = coefficients(path, t, x0)
         return a * x1 - s * x0
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         r = a**2 + s**2
         return Affine(x, out, (a / r, -s / r), (s / r, a / r))
@@ -112,10 +112,10 @@ class Score(Plain):
 
     divides_by_alpha: ClassVar[bool] = True
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         return -x1 / expand(path.sigma(t), x1)
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         return Affine(x, out, (1 / a, s**2 / a), (0.0, -s))
 
@@ -131,20 +131,22 @@ class Karras:
     sigma_data: float = 0.5
     divides_by_alpha: ClassVar[bool] = True
 
-    def _scales(self, path: Path, t: Tensor, like: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    def _scales(
+        self, path: ProbabilityPath, t: Tensor, like: Tensor
+    ) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         a, s = coefficients(path, t, like)
         norm = (s**2 + (a * self.sigma_data) ** 2) ** 0.5
         return 1 / norm, a * (self.sigma_data / norm) ** 2, s * self.sigma_data / norm  # in, skip, out
 
-    def inputs(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self._scales(path, t, x)[0] * x, (path.sigma(t) / path.alpha(t)).log() / 4
 
-    def target(self, path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         a, s = coefficients(path, t, x0)
         _, skip, out = self._scales(path, t, x0)
         return (x0 - skip * (a * x0 + s * x1)) / out
 
-    def predict(self, path: Path, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
         a, s = coefficients(path, t, x)
         inner, skip, scale = self._scales(path, t, x)
         return Affine(x, out, (skip, scale), (s * inner**2, -a * self.sigma_data * inner))
@@ -160,7 +162,7 @@ PARAMETRIZATIONS: Mapping[str, type] = {
 }
 
 
-def refuse_singular(parametrization: Parametrization, path: Path) -> None:
+def refuse_singular(parametrization: Parametrization, path: ProbabilityPath) -> None:
     """``ValueError`` where the prediction cannot determine the data at t = 1."""
     one = torch.ones(1, dtype=torch.float64)
     if parametrization.divides_by_alpha and float(path.alpha(one)) == 0:  # pyright: ignore[reportAttributeAccessIssue]
@@ -176,7 +178,7 @@ class NetDenoiser:
     """A network read through a parametrisation: a :class:`~genkit.core.Denoiser`."""
 
     net: nn.Module
-    path: Path
+    path: ProbabilityPath
     parametrization: Parametrization
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:

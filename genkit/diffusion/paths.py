@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from genkit.core import Path, expand
+from genkit.core import ProbabilityPath, expand
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class VE:
         return a
 
 
-class Curved(Path, Protocol):
+class Curved(ProbabilityPath, Protocol):
     """A path that can be shifted along its own curve."""
 
     def norm(self, a: Tensor, s: Tensor) -> Tensor: ...
@@ -233,7 +233,7 @@ class ODEOnlyPath:
     variational bounds and guidance by Bayes' rule are not. :func:`require_diffusion` refuses it.
     """
 
-    path: Path
+    path: ProbabilityPath
     model: str = field(default="this flow", compare=False)
     """what error messages call the model"""
 
@@ -244,7 +244,7 @@ class ODEOnlyPath:
         return self.path.sigma(t)
 
 
-def require_diffusion(name: str, path: Path) -> None:
+def require_diffusion(name: str, path: ProbabilityPath) -> None:
     """``ValueError`` if ``name`` needs the score and ``path`` is that of a flow which has none."""
     if isinstance(path, ODEOnlyPath):
         raise ValueError(
@@ -263,7 +263,7 @@ PATHS: Mapping[str, type] = {
 }
 
 
-def mix(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+def mix(path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     """The point of the path, ``alpha(t) x0 + sigma(t) x1``: ``[B, *S]``, as ``x0`` and ``x1`` are; t is ``[B]``."""
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
@@ -277,7 +277,7 @@ def moment(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Ten
     return made
 
 
-def coefficients(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+def coefficients(path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
     """``(alpha(t), sigma(t))`` as factors of ``like`` ``[B, *S]``.
 
     A sampler asks about one time for the whole batch, by a :func:`moment`, or a tensor that is expanded (its stride is
@@ -301,19 +301,19 @@ def weighted(p: Tensor | float, x: Tensor, q: Tensor | float, y: Tensor) -> Tens
 
 
 @lru_cache(maxsize=4096)
-def _at(path: Path, t: float) -> tuple[float, float]:
+def _at(path: ProbabilityPath, t: float) -> tuple[float, float]:
     one = torch.tensor([t], dtype=torch.float64)
     return path.alpha(one).item(), path.sigma(one).item()
 
 
-def chart(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+def chart(path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
     """``(tau, scale)``: chart time ``sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so ``u = x / scale``."""
     alpha, sigma = path.alpha(t), path.sigma(t)
     scale = alpha + sigma
     return sigma / scale, scale
 
 
-def times_at(path: Path, tau: Tensor, halvings: int = 110) -> Tensor:
+def times_at(path: ProbabilityPath, tau: Tensor, halvings: int = 110) -> Tensor:
     """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
 
     float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. The default goes to

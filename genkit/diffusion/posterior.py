@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkit.core import Path, Prediction, expand
+from genkit.core import Prediction, ProbabilityPath, expand
 
 
 class Learned(Prediction):
@@ -49,7 +49,7 @@ def as_wide(prediction: Prediction, ends: Prediction, rows: slice) -> Prediction
     return ends if w is None else Learned.of(ends, w[rows])
 
 
-def reverse_step(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reverse_step(path: ProbabilityPath, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``q(x_s | x_t, x0)``, s < t (Ho et al. 2020, eq. 6-7, between any two times): ``beta`` of the step there, the
     variance, and the factor of x0 in the mean.
     """
@@ -58,7 +58,7 @@ def reverse_step(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tens
     return beta.to(t), (beta * (sb / sa) ** 2).to(t), (beta * b / sa**2).to(t)
 
 
-def log_variance(path: Path, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
+def log_variance(path: ProbabilityPath, t: Tensor, s: Tensor, w: Tensor) -> Tensor:
     """The learned log variance of a step from t to s, between the posterior's (w = -1) and beta's (w = 1): Nichol &
     Dhariwal 2021, eq. 15, with v = (w + 1) / 2. The last step, to s = 0, has no posterior variance; there it is that of
     the step before, from 2t to t.

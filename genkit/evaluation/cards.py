@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 from genkit import __version__
@@ -49,11 +49,11 @@ def name_of(settings: Mapping[str, Any]) -> str:
     return "-".join(words) + ".json"
 
 
-def write(card: Card, path: File) -> File:
+def write(card: Card, path: Path) -> Path:
     return write_text(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
 
 
-def read(path: File) -> Card:
+def read(path: Path) -> Card:
     """``ValueError`` where it is not a card."""
     try:
         card = json.loads(path.read_text())
@@ -64,9 +64,9 @@ def read(path: File) -> Card:
     raise ValueError(f"{path}: is no card of genkit eval; needs metrics and settings")
 
 
-def newest(path: str) -> File:
+def newest(path: str) -> Path:
     """A card, or the newest of a run's."""
-    file = File(path).expanduser()
+    file = Path(path).expanduser()
     if file.is_file():
         return file
     if not file.is_dir():

@@ -6,7 +6,7 @@ import time
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def device_name(device: torch.device) -> str:
 
 def ruler(
     samples: Samples,
-    reference_: Given | File | None,
+    reference_: Given | Path | None,
     metrics: Mapping[str, Metric] | None = None,
     features: Features | None = None,
     *,
@@ -203,7 +203,7 @@ def ruler(
     for source in (s for s in (samples, stored) if isinstance(s, Given) and s.hashed is None):
         source.hashed = ranks.once(source.hash)  # which also reads every file, before the work
     made = Ruler(metrics, extractor, settings, None, {}, torch.device(device), batch, ranks)
-    if isinstance(reference_, File):
+    if isinstance(reference_, Path):
         made.against, made.about = statistics(reference_, extractor, metrics)
     elif stored is not None:
         n = min(reference_n or len(stored.data), len(stored.data))
@@ -225,7 +225,7 @@ def training(samples: Samples, reference_: Given | None) -> Data | None:
     return samples.training() if isinstance(samples, Given) else None
 
 
-def check(metrics: Mapping[str, Metric], samples: Samples, against: Given | File | None) -> None:
+def check(metrics: Mapping[str, Metric], samples: Samples, against: Given | Path | None) -> None:
     """``ValueError`` for the first metric that has no meaning for these samples."""
     for name, metric in metrics.items():
         if metric.needs == "labels" and samples.label is None:
@@ -235,11 +235,11 @@ def check(metrics: Mapping[str, Metric], samples: Samples, against: Given | File
                              "take fid, kid or prdc")  # fmt: skip
         if metric.reference and against is None:
             raise ValueError(f"{name}: needs a reference; name one with --reference, such as cifar10:train")
-        if metric.reference and metric.needs != "moments" and isinstance(against, File):
+        if metric.reference and metric.needs != "moments" and isinstance(against, Path):
             raise ValueError(f"{name}: needs the reference's samples; {against} holds only mu and sigma; take fid")
 
 
-def statistics(path: File, extractor: Extractor, metrics: Mapping[str, Metric]) -> tuple[Measured, dict[str, Any]]:
+def statistics(path: Path, extractor: Extractor, metrics: Mapping[str, Metric]) -> tuple[Measured, dict[str, Any]]:
     """A file of mu and sigma as a reference."""
     moments = Moments.load(path)
     if extractor.dim and moments.dim != extractor.dim:

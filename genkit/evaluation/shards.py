@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.evaluation.metrics import Measured, Moments
 from genkit.evaluation.metrics.features import Extractor, Seen, cache
 from genkit.evaluation.sources import Given, Rows, Samples, split_rows
@@ -85,16 +85,16 @@ class Shard:
     passes: float = 0.0
     seconds: float = 0.0
 
-    def save(self, path: File) -> None:
+    def save(self, path: Path) -> None:
         assert self.moments is not None
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {k: torch.cat(v) for k, v in self.kept.items() if v}
         counts = [self.moments.n, self.blocks, self.calls, self.passes, self.seconds]
-        with whole(path) as part, open(part, "wb") as f:
+        with atomic_write(path) as part, open(part, "wb") as f:
             np.savez(f, counts=np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
 
     @classmethod
-    def load(cls, path: File) -> Shard:
+    def load(cls, path: Path) -> Shard:
         """What :meth:`save` wrote; a new one where there is none, or one that cannot be read."""
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -129,7 +129,7 @@ def measure(
     keep: frozenset[str] = frozenset(),
     batch: int = 64,
     ranks: Ranks = Ranks(),
-    partial: File | None = None,
+    partial: Path | None = None,
     progress: Progress = quiet,
 ) -> Found:
     """The moments of the features of ``n`` samples, and of ``keep`` (features, logits, labels) the rows themselves.

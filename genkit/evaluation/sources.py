@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -135,7 +135,7 @@ def find_data(name: str, options: Named = Named()) -> Given:
     kind, settings = find_source(base)
     given = DATA[kind].applicable({k: v for k, v in vars(options).items() if v is not None})
     if kind == "npz":
-        refuse_stats(File(base).expanduser())
+        refuse_stats(Path(base).expanduser())
     config = DATA[kind](**{**given, **settings}).unaugmented()
     return Given(config.load(split), base, config, split)
 
@@ -149,12 +149,12 @@ def data_of(run: Run, split: str = "train", options: Named = Named()) -> Given:
     return Given(config.load(cast(Split, split)), name, config, split)
 
 
-def refuse_stats(path: File) -> None:
+def refuse_stats(path: Path) -> None:
     if is_stats(path):
         raise ValueError(f"{path}: holds statistics (mu, sigma), no samples; it can be a --reference only")
 
 
-def is_stats(path: File) -> bool:
+def is_stats(path: Path) -> bool:
     """Whether this is an .npz of ``mu`` and ``sigma``."""
     if path.suffix != ".npz" or not path.is_file():
         return False
@@ -184,12 +184,16 @@ class Drawn:
     conditions: Data | None = None
 
     def __post_init__(self) -> None:
-        if not self.run.objective.draws:
+        if not self.run.objective.is_generative:
             kind = type(self.run.objective).__name__
             raise ValueError(
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
                 "of a code, what it keeps: --rebuild test"
             )
+        if "sampling" not in self.how:
+            settings = dict(self.how)
+            opened = {role: settings.pop(role) for role in ("weak", "classifier") if role in settings}
+            self.how = {"sampling": Sampling(**settings), **opened}
         self.asked: list[Counted] = []
         self.classifier: Run | None = self.how.get("classifier")
         mine = self.run.data_spec
@@ -316,7 +320,7 @@ def weights_of(run: Run, sha256: str) -> dict[str, Any]:
     return {
         "run": run.directory.name,
         "step": run.step,
-        "ema": File(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
+        "ema": Path(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
         "weights": run.weights,
         "weights_sha256": sha256,
     }

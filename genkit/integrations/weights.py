@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +38,12 @@ class Folder:
     """A network on disk, with the scheduler of its pipeline where there is one."""
 
     name: str
-    part: File
+    part: Path
     settings: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
 
     @property
-    def weights(self) -> File:
+    def weights(self) -> Path:
         """The safetensors, or the index of several. ``ValueError`` where there are none."""
         found = sorted(self.part.glob("*.safetensors")) or sorted(self.part.glob("*.safetensors.index.json"))
         if not found:
@@ -56,7 +56,7 @@ class Folder:
 
 def open_folder(where: str) -> Folder:
     """The folder, or the one that the hub has. ``ValueError`` where there is none that we can use."""
-    root = File(where).expanduser()
+    root = Path(where).expanduser()
     if not root.is_dir():
         root = download(where)
     part = next((root / p for p in PARTS if (root / p / "config.json").is_file()), root)
@@ -71,7 +71,7 @@ def open_folder(where: str) -> Folder:
     return Folder(where, part.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
 
 
-def read_json(path: File) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as e:
@@ -82,7 +82,7 @@ def read_json(path: File) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)  # a command asks three times: for the network, for what fits it, for its weights
-def download(name: str) -> File:
+def download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
             f"init: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
@@ -91,7 +91,7 @@ def download(name: str) -> File:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", *(f"{p}/*.safetensors" for p in PARTS), "diffusion_pytorch_model*.safetensors"]
-        return File(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # of many kinds: no library, no network, no such repository
         why = one_line(e)[:150]
         raise ValueError(f"init: there is no folder {name}, and the hub did not give it ({why}); is there a network? "
@@ -100,7 +100,7 @@ def download(name: str) -> File:
 
 def canonical_name(where: str) -> str:
     """DIR as config.yaml keeps it: the same from everywhere. A name of the hub stays one."""
-    return str(File(where).expanduser().resolve()) if File(where).expanduser().is_dir() else where
+    return str(Path(where).expanduser().resolve()) if Path(where).expanduser().is_dir() else where
 
 
 # ----------------------------------------------------------------------------------------------- what it says of itself

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
@@ -18,8 +18,8 @@ from genkit.core import (
     Label,
     Loss,
     Objective,
-    Path,
     Phase,
+    ProbabilityPath,
     Spec,
     Vector,
     expand,
@@ -36,10 +36,10 @@ class Classifier(Objective):
     """
 
     sampler: ClassVar[str | None] = None
-    draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
+    is_generative: ClassVar[bool] = False
+    usage: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
 
-    path: Path = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path of the models it is to guide; vp for ddpm"""
     label: str = "label"
     """which condition of the data it tells from a sample"""
@@ -48,8 +48,8 @@ class Classifier(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("classify", trains=("net",)),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbones.encoder(Spec(spec.shape, {"t": Vector((1,))}), (self.kind(spec).num,))}
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbone.encoder(Spec(spec.shape, {"t": Vector((1,))}), (self.kind(spec).num,))}
 
     def kind(self, spec: Spec) -> Label:
         """The classes. ``ValueError`` where the data has none of this name."""
@@ -75,7 +75,7 @@ class Classifier(Objective):
         raise ValueError("classifier: draws nothing; it guides another model: genkit sample MODEL --classifier THIS")
 
 
-def logits(net: nn.Module, path: Path, x: Tensor, t: Tensor) -> Tensor:
+def logits(net: nn.Module, path: ProbabilityPath, x: Tensor, t: Tensor) -> Tensor:
     """Class scores ``[B, K]``. The network sees ``alpha x / (alpha^2 + sigma^2)``, the best linear guess of unit data,
     and chart time: then ``sigma^2 / alpha grad`` stays bounded up to pure noise, where alpha may be 0."""
     alpha, sigma = (expand(f(t), x) for f in (path.alpha, path.sigma))
@@ -87,7 +87,7 @@ class NetClassifier:
     """A trained classifier: a :class:`~genkit.diffusion.guidance.Classify`."""
 
     net: nn.Module
-    path: Path
+    path: ProbabilityPath
     label: str
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

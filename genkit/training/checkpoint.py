@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Codec, Objective, Spec, spec_to_dict
-from genkit.core.tensors import fill, sha256, tensors
+from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.training.directory import symlink
 from genkit.training.loop import State, phase_parameters
@@ -70,8 +70,8 @@ def save_checkpoint(
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    files = {"nets.safetensors": tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
-    files |= {f"ema-{decay}.safetensors": tensors(nets) for decay, nets in state.emas.items()}
+    files = {"nets.safetensors": to_tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
+    files |= {f"ema-{decay}.safetensors": to_tensors(nets) for decay, nets in state.emas.items()}
     files |= {name: dict(content) for name, content in (extra or {}).items()}
     for name, content in files.items():
         save_file(content, part / name)
@@ -109,9 +109,9 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 def restore(checkpoint: Path, state: State, objective: Objective) -> None:
     """Load a checkpoint into ``state``, in place: networks, averages, optimizers and step."""
     record = json.loads((checkpoint / "state.json").read_text())
-    fill(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
+    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
     for decay, nets in state.emas.items():
-        fill(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
+        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
     stored = read_tensors(checkpoint, "optim.safetensors")
     for phase in objective.phases:
         for name, p in phase_parameters(phase, state.nets):

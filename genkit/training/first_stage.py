@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import safetensors.torch
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from genkit import config
 from genkit.config import table
-from genkit.core import Backbones, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
-from genkit.core.files import whole
-from genkit.core.tensors import fill, tensors
+from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
+from genkit.core.files import atomic_write
+from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import Learned, Standardize
 from genkit.objectives.autoencoders.autoencoder import Autoencoding, Posterior, certain
@@ -64,15 +64,15 @@ class Stage(ABC):
 
     @cached_property
     def stored(self) -> bytes:
-        return safetensors.torch.save(tensors(self.nets))
+        return safetensors.torch.save(to_tensors(self.nets))
 
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.stored).hexdigest()
 
-    def write(self, folder: File) -> None:
+    def write(self, folder: Path) -> None:
         """Put a copy of the weights into ``folder``."""
-        with whole(folder / WEIGHTS) as part:
+        with atomic_write(folder / WEIGHTS) as part:
             part.write_bytes(self.stored)
 
     def to(self, device: torch.device) -> Stage:
@@ -86,14 +86,14 @@ class Networks:
     """What a first stage's networks are made of."""
 
     objective: Objective = table("genkit.objectives:OBJECTIVES", "vae", kind="genkit.core:Objective")
-    backbone: Backbones = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones")
+    backbone: Backbone = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone")
 
 
 class OfRun(Stage):
     """A finished run of ``--objective=vae``, ``ae``, ``vq`` or ``autoencoder``."""
 
     def __init__(
-        self, name: str, objective: Autoencoding, backbone: Backbones, spec: Spec, base: Codec,
+        self, name: str, objective: Autoencoding, backbone: Backbone, spec: Spec, base: Codec,
         nets: Mapping[str, nn.Module],
     ):  # fmt: skip
         self.name, self.objective, self.backbone, self.spec, self.base = name, objective, backbone, spec, base
@@ -121,7 +121,7 @@ class OfRun(Stage):
 
 
 def of_run(
-    name: str, objective: Objective, backbone: Backbones, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec
+    name: str, objective: Objective, backbone: Backbone, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec
 ) -> OfRun:
     """The first stage that a run is. ``ValueError`` where it is none."""
     if not isinstance(objective, Autoencoding):
@@ -173,7 +173,7 @@ class OfDiffusers(Stage):
     @staticmethod
     def open(where: str, shape: tuple[int, ...], device: torch.device) -> OfDiffusers:
         """The model in a local folder, or in the folder ``vae`` of a pipeline. ``ValueError`` where there is none."""
-        folder = File(where).expanduser()
+        folder = Path(where).expanduser()
         folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
         if not (folder / "config.json").is_file():
             raise ValueError(f"codec: diffusers:{where} holds no config.json; needs a local folder of save_pretrained")
@@ -212,7 +212,7 @@ Opener = Callable[[str, tuple[int, ...], torch.device], Stage]
 OPEN: dict[str, Opener] = {"diffusers": OfDiffusers.open}  # kinds of --codec KIND:WHERE, besides a run's folder
 
 
-def read_stage(about: Mapping[str, Any], folder: File, device: torch.device) -> Stage:
+def read_stage(about: Mapping[str, Any], folder: Path, device: torch.device) -> Stage:
     """The stage that :meth:`Stage.write` put into ``folder``. ``ValueError`` where it is absent or another."""
     path = folder / WEIGHTS
     if not path.is_file():
@@ -221,7 +221,7 @@ def read_stage(about: Mapping[str, Any], folder: File, device: torch.device) -> 
     if hashlib.sha256(stored).hexdigest() != about["sha256"]:
         raise ValueError(f"{path}: is damaged or another first stage's (another sha256 than recorded)")
     stage = STAGES[about["kind"]].rebuild(about)
-    fill(stage.nets, safetensors.torch.load(stored), path)
+    load_tensors(stage.nets, safetensors.torch.load(stored), path)
     return stage.to(device)
 
 
@@ -258,7 +258,7 @@ class OfCache(Latent):
         return self.drawn(Posterior(*batch.x.chunk(2, 1)), batch)
 
 
-def from_dict(stored: Mapping[str, Any], folder: File, device: torch.device) -> Codec:
+def from_dict(stored: Mapping[str, Any], folder: Path, device: torch.device) -> Codec:
     """The codec of ``codecs.to_dict``, with the weights in ``folder`` where it has some."""
     if stored.get("name") != "latent":
         return codecs.from_dict(stored)

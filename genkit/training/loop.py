@@ -203,7 +203,7 @@ class _Loop:
                 self.backward(phase, nets, step, draw)
                 self.optimize(phase, lr)
                 draw += 1
-        self.objective.settle(self.state.nets, step)
+        self.objective.after_step(self.state.nets, step)
         self.state.step += 1
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, step)

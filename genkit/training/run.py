@@ -19,7 +19,7 @@ from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, S
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
 from genkit.core.progress import Progress, silent
-from genkit.core.tensors import fill, sha256, tensors
+from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import GRIDS, Counted, Seeds, bind
@@ -145,7 +145,7 @@ class Run:
         settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
         """
         sampling = sampling or Sampling()
-        if self.objective.sampler is None and self.objective.draws:
+        if self.objective.sampler is None and self.objective.is_generative:
             sampling.refuse_for_one_pass(type(self.objective).__name__)
             given = {"weak": weak, "classifier": classifier, "callback": callback, "outer": outer, **options}
             if unused := [name for name, value in given.items() if value is not None]:
@@ -282,7 +282,7 @@ def load_run(
         own = strength if adapter is None else 1.0
         lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, own)
     else:
-        fill(nets, read_tensors(checkpoint, file), checkpoint / file)
+        load_tensors(nets, read_tensors(checkpoint, file), checkpoint / file)
     if adapter is not None:
         merge_adapter(nets, adapter, strength)
     for net in nets.values():
@@ -347,8 +347,8 @@ def init_from(
     other = load_run(init, ema=ema, step=step, device="cpu")
     # a network without parameters in the other run (a new memory, say) may stay as it is
     both = {k for k in nets if k in other.nets or any(True for _ in nets[k].parameters())}
-    stored = tensors({k: v for k, v in other.nets.items() if k in both})
-    wanted = tensors({k: v for k, v in nets.items() if k in both})
+    stored = to_tensors({k: v for k, v in other.nets.items() if k in both})
+    wanted = to_tensors({k: v for k, v in nets.items() if k in both})
     for key in sorted(wanted.keys() | stored.keys()):
         theirs, ours = (list(v[key].shape) if key in v else None for v in (stored, wanted))
         if theirs != ours:
@@ -356,7 +356,7 @@ def init_from(
                 f"init: {other.directory.name} does not fit, first at {key}: {theirs or 'absent'} there, "
                 f"{ours or 'absent'} here; needs the same --backbone and samples of the same shape and conditions"
             )
-    fill({k: nets[k] for k in both}, stored, other.directory)
+    load_tensors({k: nets[k] for k in both}, stored, other.directory)
     return {"run": str(other.directory), "weights": other.weights}
 
 

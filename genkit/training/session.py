@@ -111,7 +111,7 @@ class Session:
     def log(self, record: dict[str, Any]) -> None:
         """One line of the log, and the objective's warning about it, once."""
         self.recorder.log(record)
-        previous, self.warning = self.warning, self.settings.objective.remark(record)
+        previous, self.warning = self.warning, self.settings.objective.warning(record)
         if self.warning and not previous:
             self.recorder.say(f"step {record['step']}: {self.warning}")
         if (record["step"] // self.settings.log_every) % 5 == 0:

@@ -11,7 +11,7 @@ from genkit.config import table
 from genkit.core.device import DeviceName
 
 if TYPE_CHECKING:
-    from genkit.core import Backbones, Objective
+    from genkit.core import Backbone, Objective
     from genkit.data import DataSource
 
 Count = Annotated[int, Ge(1)]
@@ -19,8 +19,8 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 def by_objective(default: Any) -> Any:
-    """A field whose default the objective may change (``Objective.suits``)."""
-    return field(default=default, metadata={"follows": "objective.suits"})
+    """A field whose default the objective may change (``Objective.default_settings``)."""
+    return field(default=default, metadata={"follows": "objective.default_settings"})
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrainSettings:
 
     objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
-    backbone: Backbones = table(
-        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbones", follows="data.default_backbone"
+    backbone: Backbone = table(
+        "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone", follows="data.default_backbone"
     )
     """Network family. Without a NAME, the one that suits the data."""
     data: DataSource = table(

@@ -81,7 +81,7 @@ class Trainer:
         settings = self.settings
         state = initial_state(settings.objective, nets, settings)
         stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
-        if settings.objective.paired:
+        if settings.objective.needs_pairs:
             given(stream(0, 0, 0, 1))
         if self.resumed:
             restore(find_checkpoint(self.resumed), state, settings.objective)
@@ -142,7 +142,7 @@ class Trainer:
     def fit(self, session: Session, state: State, stream: Stream, progress: Progress | None) -> None:
         """Run the loop with the session's callbacks."""
         settings, accelerator = self.settings, session.accelerator
-        draw = session.sample if settings.objective.draws else partial(session.reconstruct, first_rows(stream))
+        draw = session.sample if settings.objective.is_generative else partial(session.reconstruct, first_rows(stream))
         with (
             stop_signals() as signals,
             reporting(progress, accelerator.is_main_process) as report,
@@ -209,7 +209,7 @@ class Trainer:
 def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
     """New networks. ``ValueError`` if they cannot serve the data, which may be latents."""
     try:
-        settings.objective.prepare(data.spec)
+        settings.objective.setup(data.spec)
         return settings.objective.networks(settings.backbone, data.spec)
     except ValueError as e:
         if not isinstance(data.codec, Latent):

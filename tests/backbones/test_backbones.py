@@ -1,4 +1,4 @@
-"""Backbones: every family x cut x shape x conditions, and the promises that objectives and samplers rely on.
+"""Backbone: every family x cut x shape x conditions, and the promises that objectives and samplers rely on.
 
 The contract in ``tests/support/backbones.py`` is derived from ``BACKBONES`` and what each family declares.
 """

@@ -16,11 +16,12 @@ from genkit.backbones.diffusers import UNet2D
 from genkit.backbones.lora import LoRA, adapt, merge
 from genkit.cli import main as cli
 from genkit.core import Label, Spec
-from genkit.core.tensors import sha256, tensors
+from genkit.core.tensors import sha256, to_tensors
 from genkit.diffusion.samplers import Seeds
 from genkit.training.directory import symlink
 from genkit.training.loop import copy_for_ema
 from genkit.training.run import load_run
+from genkit.training.sampling import Sampling
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_the_change_is_that_of_the_paper():
     x, how = torch.randn(7, 5), LoRA(rank=2, alpha=6.0, layers=r"\.0$")
     nets = {"net": copy.deepcopy(layer)}
     adapt(nets, how)
-    stored = tensors(changed(nets))
+    stored = to_tensors(changed(nets))
     assert set(stored) == {"net.0.lora_A.default.weight", "net.0.lora_B.default.weight"}
     a, b = (stored[f"net.0.lora_{k}.default.weight"] for k in "AB")
     wanted = layer[1](layer[0](x) + 3.0 * x @ a.T @ b.T)
@@ -98,7 +99,7 @@ def test_what_is_merged_is_a_network_as_before(family):
     whole, how = copy.deepcopy(nets), LoRA(rank=2, layers=".")
     names = [k for k, _ in nets["net"].named_parameters()]
     adapt(nets, how)
-    merge(whole, how, tensors(changed(nets)), Path("there"))
+    merge(whole, how, to_tensors(changed(nets)), Path("there"))
     assert [k for k, _ in whole["net"].named_parameters()] == names
     assert torch.allclose(asked(whole), asked(nets), atol=2e-5)
 
@@ -155,7 +156,7 @@ def drawn(run, **how):
     """Of two seeds, before they are pixels: those of a network that is hardly trained are black and white."""
     loaded, noise = load_run(run, **how), Seeds(range(2))
     with torch.no_grad():
-        return loaded.generator(steps=3)(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
+        return loaded.generator(Sampling(steps=3))(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
 
 
 def weights(run, **how):

@@ -166,7 +166,7 @@ def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeyp
     run = load_run("runs/latest")
     assert isinstance(run.objective, Distil)
     assert run.config.init == str(before)
-    assert run.sample(3)[0].shape == (3, 2)
+    assert run.sample(3).x.shape == (3, 2)
 
 
 def test_what_does_not_speak_of_velocities_is_not_gone_on_from(tmp_path, monkeypatch, capsys):

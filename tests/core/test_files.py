@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
     path = tmp_path / "deep" / "a.json"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
         assert not path.exists()
         assert part.parent == path.parent  # of one file system: renaming is all or nothing
@@ -27,10 +27,10 @@ def test_what_fails_half_way_leaves_the_old_one(tmp_path):
         part.write_text("ha")
         raise RuntimeError
 
-    with pytest.raises(RuntimeError), whole(path) as part:
+    with pytest.raises(RuntimeError), atomic_write(path) as part:
         fail(part)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(KeyboardInterrupt), whole(path):
+    with pytest.raises(KeyboardInterrupt), atomic_write(path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"

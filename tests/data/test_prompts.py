@@ -76,7 +76,7 @@ def test_words_change_what_is_drawn(worded):
     run = load_run(worded)
     for p in run.nets["net"].parameters():
         p.add_(0.1 * torch.randn_like(p))
-    a, b = (run.sample(2, prompt=p, steps=2, guidance=3.0)[0] for p in ("seven", "two"))
+    a, b = (run.sample(2, prompt=p, steps=2, guidance=3.0).x for p in ("seven", "two"))
     assert (a.int() - b.int()).abs().max() > 1
 
 

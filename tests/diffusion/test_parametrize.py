@@ -42,10 +42,10 @@ def test_what_a_solver_makes_of_both_ends_is_their_sum(path, parametrization, ro
     x, out = torch.randn(2, rows, 4, dtype=F64)
     got = parametrization.predict(path, x, t, out)
     ends = Prediction(*got)
-    assert torch.allclose(got.mix(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
-    assert torch.allclose(ends.mix(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
+    assert torch.allclose(got.at(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
+    assert torch.allclose(ends.at(0.7, -1.3), 0.7 * got.x0 - 1.3 * got.x1, atol=1e-9)
     for p in (got, ends):
-        assert torch.allclose(p.slope, got.x1 - got.x0, atol=1e-9)
+        assert torch.allclose(p.velocity, got.x1 - got.x0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [Epsilon, Score, Karras])

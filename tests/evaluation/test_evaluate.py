@@ -22,11 +22,15 @@ from genkit.backbones import MLP
 from genkit.cli import main as cli
 from genkit.cli.commands.watch import watch
 from genkit.core import Loss, Objective, Phase
+from genkit.core.tensors import sha256
 from genkit.data import DATA
 from genkit.evaluation import Drawn, Ranks, cards, find_data, measure
 from genkit.evaluation.metrics.features import Classifier, Raw, RawExtractor
 from genkit.evaluation.sources import Given, split_rows
+from genkit.training.directory import read_log
 from genkit.training.loop import initial_state
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 TRAIN = ["--tensorboard=false", "--device=cpu", "--sample-every=0", "--warmup=0", "--batch=16", "--lr=1e-3"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}

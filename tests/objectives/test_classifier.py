@@ -341,10 +341,11 @@ def test_mistakes_are_one_line(capsys, trained, run, argv, says, tmp_path):
 
 def test_a_run_hands_every_setting_on(trained):
     run, weak = load_run(trained["flow"]), open_reference(load_run(trained["flow"]), "step:2")
-    bare, (linear, apart, apg, limited, auto, auto_apg) = run.sample(4, steps=4)[0], (
-        run.sample(4, steps=4, guidance=3.0, **how)[0]
-        for how in ({}, {"passes": "apart"}, {"rule": APG()}, {"interval": (0.2, 0.8)}, {"weak": weak},
-                    {"weak": weak, "rule": APG()})
+    bare, (linear, apart, apg, limited, auto, auto_apg) = run.sample(4, steps=4).x, (
+        run.sample(4, steps=4, guidance=3.0, **how).x
+        for how in ({}, {"guidance_passes": "apart"}, {"guidance_rule": APG()}, {"guidance_interval": (0.2, 0.8)},
+                    {"weak": weak},
+                    {"weak": weak, "guidance_rule": APG()})
     )  # fmt: skip
     assert torch.allclose(linear, apart, atol=1e-5)
     different = [bare, linear, apg, limited, auto, auto_apg]

@@ -248,7 +248,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_batchs_gradients_however_it_is_
         for a, b in cuts:
             objective.loss("reconstruct", nets, batch_of(x[a:b], a, step=3))
         assert float(balance.weight) == 0
-        objective.settle(nets, 3)
+        objective.after_step(nets, 3)
         assert float(balance.weight) == pytest.approx(expected, rel=1e-3)
         assert not bool(balance.rec.any() | balance.gan.any())
     got = objective.loss("reconstruct", nets, batch_of(x, step=4))
@@ -294,7 +294,7 @@ def test_the_codebooks_latents_are_entries():
     for net in nets.values():
         net.train()
     objective.loss("reconstruct", nets, batch_of(torch.randn(5, 1, 8, 8)))
-    objective.settle(nets, 0)
+    objective.after_step(nets, 0)
     assert not nets["codebook"].codes.equal(before)
 
 
@@ -356,7 +356,7 @@ def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discrimin
     shutil.rmtree(whole)
     run = load_run(tmp_path / "latest")
     assert set(run.codec.stage.nets) == {"encoder", "decoder"}
-    assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+    assert run.sample(2, steps=2).x.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["ae", "vq", "autoencoder"])
@@ -371,7 +371,7 @@ def test_the_command_that_training_ends_with_works(tmp_path, capsys, name):
     if argv[0] == "train":
         run = load_run(tmp_path / "latest")
         assert set(run.spec.cond) == {"label"}
-        assert run.sample(2, steps=2)[0].shape == (2, 1, 8, 8)
+        assert run.sample(2, steps=2).x.shape == (2, 1, 8, 8)
 
 
 def test_a_first_stage_is_told_no_class():

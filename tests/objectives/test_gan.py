@@ -35,7 +35,7 @@ from genkit.objectives.adversarial.games import (
     Spectral,
     Wasserstein,
     bound,
-    settle,
+    power_iteration,
     slopes,
 )
 from genkit.objectives.adversarial.gan import FEATURES, Projection, diversity
@@ -219,7 +219,14 @@ def test_the_critic_of_wgan_gp_measures_the_distance():
 def small(objective, steps=2, accelerator=None, micro_batch=None, spec=None):
     """A few steps in float64 on points with classes; the state."""
     spec = spec or Spec((2,), {"label": Label(3)})
-    how = {"steps": max(1, steps), "batch": 32, "micro": micro, "log_every": 1, "ema": [0.9], "precision": "fp32"}
+    how = {
+        "steps": max(1, steps),
+        "batch": 32,
+        "micro_batch": micro_batch,
+        "log_every": 1,
+        "ema": [0.9],
+        "precision": "fp32",
+    }
     cfg = config.from_dict(TrainSettings, {"objective": "gan", **how})
     torch.manual_seed(0)
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), spec).items()}
@@ -402,13 +409,13 @@ def test_a_bounded_weight_is_that_of_torch_above_one_and_itself_below(layer):
         layer.weight.mul_(3 / top)
     peer = copy.deepcopy(layer)
     bound(layer)
-    settle(layer, 200)
+    power_iteration(layer, 200)
     assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=1e-4)
     parametrizations.spectral_norm(peer, n_power_iterations=200)
     assert torch.allclose(layer.weight, peer.weight, atol=1e-4)
     with torch.no_grad():
         layer.parametrizations.weight.original.mul_(0.1)
-    settle(layer, 50)
+    power_iteration(layer, 50)
     assert torch.allclose(layer.weight, layer.parametrizations.weight.original)
 
 
@@ -424,7 +431,7 @@ def test_the_power_iteration_moves_between_steps_only_and_finds_its_way_from_zer
         layer.parametrizations.weight.original.copy_(5 * torch.eye(6) + torch.randn(6, 6))
     for _ in range(100):
         layer.train()(torch.ones(1, 6))
-        settle(layer, 1)
+        power_iteration(layer, 1)
     assert not torch.equal(before, keep.u)
     assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-3)
 
@@ -436,7 +443,7 @@ def test_spectral_norm_bounds_every_weight_of_the_discriminator_between_steps():
         for p in nets["discriminator"].parameters():
             p.copy_(2 * torch.randn_like(p))  # an optimiser's step, and a large one
     for step in range(300):
-        objective.settle(nets, step)
+        objective.after_step(nets, step)
     norms = [float(torch.linalg.matrix_norm(m.weight.detach(), 2)) for m in nets["discriminator"].modules()
              if isinstance(m, nn.Linear | nn.Embedding)]  # fmt: skip
     assert len(norms) > 5
@@ -515,7 +522,7 @@ def test_diversity_is_a_ratio_of_distances_within_classes():
 
 def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
     record = {"step": 1000, "discriminator/diversity": 0.9, "discriminator/accuracy": 0.6}
-    say = GAN().remark
+    say = GAN().warning
     assert say(record) is None
     for change, start_of_line in (
         ({"discriminator/diversity": 0.05}, "mode collapse"),
@@ -527,7 +534,7 @@ def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
         assert "\n" not in line
         assert say({**record, **change, "step": 100}) is None
     assert say({**record, "discriminator/diversity": None}) is None
-    assert GAN(game=Wasserstein()).remark({**record, "discriminator/accuracy": 0.999}) is None
+    assert GAN(game=Wasserstein()).warning({**record, "discriminator/accuracy": 0.999}) is None
 
 
 # ----------------------------------------------------------------------------------------------- command, misuse
@@ -550,9 +557,9 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
 
     z = Seeds(range(3, 9), run.device)((64,))
     assert torch.allclose(x, run.nets["generator"](z, cond))
-    raw = load_run(trained, ema="none").sample(6, seed=3)[0]
+    raw = load_run(trained, ema="none").sample(6, seed=3).x
     assert not torch.allclose(x, raw)
-    assert torch.allclose(run.sample(2, seed=5)[0], x[2:4], atol=1e-6) == bool(
+    assert torch.allclose(run.sample(2, seed=5).x, x[2:4], atol=1e-6) == bool(
         (cond["label"][2:4] == torch.arange(2)).all()
     )
     assert (trained / "samples" / "step-0000004.png").exists()
@@ -560,10 +567,10 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
 
 def test_an_objective_suggests_settings_which_a_person_overrides():
     cfg = config.from_dict(TrainSettings, {"objective": "gan"})
-    assert cfg.betas == GAN.suits["betas"] != TrainSettings().betas
+    assert cfg.betas == GAN.default_settings["betas"] != TrainSettings().betas
     assert config.from_dict(TrainSettings, {"objective": "gan", "betas": [0.5, 0.9]}).betas == (0.5, 0.9)
     assert config.from_dict(TrainSettings, {"objective": "flow"}).betas == TrainSettings().betas
-    assert config.parse(TrainSettings, ["--objective=gan"]).warmup == GAN.suits["warmup"]
+    assert config.parse(TrainSettings, ["--objective=gan"]).warmup == GAN.default_settings["warmup"]
     assert config.parse(TrainSettings, ["--objective=gan", "--warmup=7"]).warmup == 7
     assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 

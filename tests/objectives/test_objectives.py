@@ -394,7 +394,7 @@ def remembering(objective, losses):
     history = History()
     middle = (torch.arange(History.BINS, dtype=F64) + 0.5) / History.BINS
     history.note(middle.repeat(20), losses(middle).repeat(20))
-    history.settle()
+    history.after_step()
     return history
 
 
@@ -434,14 +434,14 @@ def test_times_are_drawn_by_the_root_mean_square_of_each_part():
     assert float(history.weight(t).mean()) == pytest.approx(1, abs=0.01)
     young = History()
     young.note(t[:500], loss(t[:500]))
-    young.settle()
+    young.after_step()
     assert torch.allclose(young.shares(), torch.full_like(young.shares(), 1 / History.BINS))
     history.note(torch.tensor([0.1, 0.2]).double(), torch.tensor([float("nan"), 1.0]).double())
-    history.settle()
+    history.after_step()
     assert bool(history.shares().isfinite().all())
     for _ in range(30):  # the old is forgotten
         history.note(torch.full((10,), 0.105, dtype=F64), torch.full((10,), 7.0, dtype=F64))
-        history.settle()
+        history.after_step()
     assert float(history.mean[10]) == pytest.approx(49, rel=1e-3)
 
 
@@ -453,7 +453,7 @@ def test_a_memory_does_not_depend_on_how_the_batch_is_cut():
         for step in range(60):
             for a, b in pieces:
                 objective.loss("denoise", nets, Batch(x[a:b], draw=Draw((step,), a, b)))
-            objective.settle(nets, step)
+            objective.after_step(nets, step)
     assert float(whole["history"].seen.min()) >= History.MEMORY
     assert torch.allclose(whole["history"].shares(), cut["history"].shares(), rtol=1e-5)
     assert float(whole["history"].shares().std()) > 0

@@ -106,7 +106,7 @@ def train(objective, backbones, data, spec, steps, size=256, lr=1e-2, cond=None,
         nn.utils.clip_grad_norm_(parameters, clip)
         opt.step()
         schedule.step()
-        objective.settle(nets, step)
+        objective.after_step(nets, step)
     return nets
 
 
@@ -261,12 +261,12 @@ def test_collapse_is_seen_and_said():
         logs = objective.loss("vae", {"encoder": Net(scale), "decoder": decoder}, batch_of(torch.randn(3000, 2))).logs
         assert float(logs["active_units"]) == units
         record = {"step": 600, "vae/kl": float(logs["kl"]), "vae/active_units": float(logs["active_units"])}
-        said = objective.remark(record)
+        said = objective.warning(record)
         assert (said is not None) == (units == 0)
-        assert objective.remark({**record, "step": 100}) is None
+        assert objective.warning({**record, "step": 100}) is None
     objective = replace(objective, anneal=1000)
-    assert objective.remark({"step": 600, "vae/kl": 0.0, "vae/active_units": 0.0}) is None
-    assert "collapse" in objective.remark({"step": 1600, "vae/kl": 0.0, "vae/active_units": 0.0})
+    assert objective.warning({"step": 600, "vae/kl": 0.0, "vae/active_units": 0.0}) is None
+    assert "collapse" in objective.warning({"step": 1600, "vae/kl": 0.0, "vae/active_units": 0.0})
 
 
 def test_a_heavy_kl_term_collapses_a_real_training():
@@ -297,7 +297,7 @@ def test_latents_are_vectors_or_maps_on_every_family(name, backbone, latent):
     q = objective.encode(nets, batch.x, cond)
     assert q.mean.shape == (4, *latent) == (4, *objective.noise_shape(spec))
     assert objective.decode(nets, q.mean, cond).shape == (4, 1, 8, 8)
-    if objective.draws:
+    if objective.is_generative:
         assert objective.generator(nets)(torch.randn(4, *latent), cond).shape == (4, 1, 8, 8)
 
 
@@ -410,7 +410,7 @@ def test_the_codebook_follows_running_means():
         for a, b in ((0, 13), (13, 14), (14, 40)):
             books[1].gather(z[a:b], entry[a:b], luck[a:b])
         for book in books:
-            book.settle(0.9, 0.0)
+            book.after_step(0.9, 0.0)
         hot = nn.functional.one_hot(entry, 6).float()
         count, total = 0.9 * count + 0.1 * hot.sum(0), 0.9 * total + 0.1 * hot.T @ z
         codes = total / count[:, None]
@@ -430,7 +430,7 @@ def test_dead_entries_come_alive_and_find_all_clusters():
             z = centres[torch.randint(16, (128,))] + 0.1 * torch.randn(128, 2)
             found = book(z)
             book.gather(z, found.entry, 1 - Draw((step,), 0, 128).uniform())
-            book.settle(0.9, revive)
+            book.after_step(0.9, revive)
         used[revive] = float(perplexity(book(centres).entry.bincount(minlength=16).float()))
     assert used[0.0] < 3
     assert used[0.05] > 11
@@ -443,7 +443,7 @@ def test_what_is_not_finite_does_not_enter_the_codebook():
     z[3], luck[3] = math.nan, 1.0
     book.codes[1:] = 100.0  # dead, so that the luckiest vectors stand in
     book.gather(z, torch.zeros(10, dtype=torch.long), luck)
-    book.settle(0.5, 0.1)
+    book.after_step(0.5, 0.1)
     assert float(book.sums[0].sum() / book.counts[0]) == pytest.approx(float(z.nansum() / 9), rel=1e-5)
     assert all(bool((z == code).all(1).any()) for code in book.codes[1:])
 
@@ -451,8 +451,8 @@ def test_what_is_not_finite_does_not_enter_the_codebook():
 def test_perplexity():
     assert float(perplexity(torch.tensor([5.0, 5, 5, 5]))) == pytest.approx(4)
     assert float(perplexity(torch.tensor([7.0, 0, 0]))) == pytest.approx(1)
-    assert VQ().remark({"step": 600, "vq/perplexity": 1.2}) is not None
-    assert VQ().remark({"step": 600, "vq/perplexity": 40.0}) is None
+    assert VQ().warning({"step": 600, "vq/perplexity": 1.2}) is not None
+    assert VQ().warning({"step": 600, "vq/perplexity": 40.0}) is None
 
 
 def test_evaluation_leaves_the_codebook_alone():
@@ -477,7 +477,7 @@ def three_steps(rows):
     for step in range(3):
         z, luck = torch.randn(80, 2), 1 - Draw((step,), 0, 80).uniform()
         book.gather(z[rows], book(z[rows]).entry, luck[rows])
-        book.settle(0.9, 0.2)
+        book.after_step(0.9, 0.2)
     return book.codes
 
 

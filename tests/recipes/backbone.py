@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from genkit.backbones.blocks import CONV, GroupNorm, ResBlock, zero
 from genkit.backbones.embed import Conditioner, require_routes
-from genkit.core import NO_COND, Backbones, Cond, Spec
+from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
 @dataclass(frozen=True)
-class ResNet(Backbones):
+class ResNet(Backbone):
     """Residual blocks at full size (He et al. 2016), modulated by time and conditions."""
 
     cuts: ClassVar[tuple[str, ...]] = ("denoiser",)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
@@ -45,8 +45,8 @@ class MeanFlow(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("match", trains=("net",)),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbones.denoiser(Spec(spec.shape, {**spec.cond, "span": Vector((1,))}))}
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbone.denoiser(Spec(spec.shape, {**spec.cond, "span": Vector((1,))}))}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         times = batch.uniform(2)

@@ -24,8 +24,8 @@ def midpoint(
     for i, (a, b, middle) in enumerate(zip(grid, grid[1:], middles, strict=False)):
         prediction = ask(denoise, x, a, cond)
         u = x / a.scale
-        half_way = u + (middle.tau - a.tau) * prediction.slope
-        slope = ask(denoise, middle.scale * half_way, middle, cond).slope
+        half_way = u + (middle.tau - a.tau) * prediction.velocity
+        slope = ask(denoise, middle.scale * half_way, middle, cond).velocity
         x = b.scale * (u + (b.tau - a.tau) * slope)
         if callback:
             callback(i, x, prediction)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from genkit.cli.commands.sample import Sample
 from genkit.cli.main import main
-from genkit.config import Sample, parse
+from genkit.config import parse
 from genkit.diffusion.guidance import RULES
 from tests.recipes.guidance_rule import CFGZeroStar
 from tests.support import guidance as contract

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from genkit.cli.main import main
-from genkit.config import Train, from_dict, load_yaml, to_yaml
+from genkit.config import from_dict, load_yaml, to_yaml
 from genkit.core import Batch, Draw
 from genkit.objectives import OBJECTIVES
-from genkit.training import run as runs
+from genkit.training.directory import symlink
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 from tests.recipes.objective import MeanFlow
 from tests.support import objectives as contract
 from tests.support.recipes import TINY, page_shows
@@ -43,7 +45,7 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut():
 def test_resume_is_bit_identical(tmp_path):
     whole = train(tmp_path / "a", "--steps=8")
     half = train(tmp_path / "b", "--steps=8", "--save-every=4")
-    runs.point(half / "latest", "checkpoints/step-0000004")
+    symlink(half / "latest", "checkpoints/step-0000004")
     os.rename(half / "checkpoints" / "step-0000008", half / "gone")
     assert main(["train", "--resume", str(half)]) == 0
     a, b = weights(whole), weights(half)
@@ -52,7 +54,7 @@ def test_resume_is_bit_identical(tmp_path):
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    whole, cut = weights(train(tmp_path / "a")), weights(train(tmp_path / "b", "--micro=3"))
+    whole, cut = weights(train(tmp_path / "a")), weights(train(tmp_path / "b", "--micro-batch=3"))
     assert all(torch.allclose(whole[k], cut[k], atol=1e-5) for k in whole if k.startswith("net"))
 
 
@@ -68,16 +70,16 @@ def test_it_draws_and_refuses_samplers(tmp_path, capsys):
 
 
 def test_its_settings_survive_yaml(tmp_path):
-    config = Train(objective=MeanFlow(same=0.5))
+    config = TrainSettings(objective=MeanFlow(same=0.5))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert from_dict(Train, load_yaml(tmp_path / "config.yaml")) == config
+    assert from_dict(TrainSettings, load_yaml(tmp_path / "config.yaml")) == config
 
 
 def test_from_outside_the_package(tmp_path, monkeypatch):
     monkeypatch.delitem(OBJECTIVES, "mean-flow")
     args = [*TINY, "--objective=tests.recipes.objective:MeanFlow", "--objective.same=0.5", f"--out={tmp_path}"]
     assert main(["train", *args]) == 0
-    assert runs.load(tmp_path / "latest").objective == MeanFlow(same=0.5)
+    assert load_run(tmp_path / "latest").objective == MeanFlow(same=0.5)
 
 
 def test_the_exact_average_velocity_is_stationary_and_draws_exact_samples():

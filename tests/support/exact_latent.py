@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from genkit.core import NO_COND, Backbones, Spec
+from genkit.core import NO_COND, Backbone, Spec
 from genkit.objectives.autoencoders.likelihoods import Emission
 
 F64 = torch.float64
@@ -73,7 +73,7 @@ def principal(cov: Tensor, latent: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Linear(Backbones):
+class Linear(Backbone):
     """One layer for each cut."""
 
     def denoiser(self, spec: Spec):

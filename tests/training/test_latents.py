@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genkit.cli import main as cli
-from genkit.core import NO_COND, Backbones, Batch, Draw, Spec
+from genkit.core import NO_COND, Backbone, Batch, Draw, Spec
 from genkit.data import DATA, Stream
 from genkit.data.codecs import Identity, Pixels, Standardize
 from genkit.data.latents import Latents
@@ -26,6 +26,7 @@ from genkit.training import first_stage as latents
 from genkit.training.directory import read_log
 from genkit.training.first_stage import Latent, OfCache, OfRun, Statistics, statistics
 from genkit.training.run import load_run, open_first_stage
+from genkit.training.sampling import Sampling
 from tests.support.exact import ExactDenoiser, Mixture
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ class Matrix(nn.Module):
 
 
 @dataclass(frozen=True)
-class Projection(Backbones):
+class Projection(Backbone):
     """``z = x W`` and ``x = z W^T``, with orthonormal columns of W ``[D, K]``."""
 
     seed: int = 0
@@ -201,13 +202,13 @@ def stage_of(run):
 
 def test_a_run_of_latents_says_what_it_decodes_to_and_draws_pictures(trained):
     run = load_run(trained["flow"])
-    assert (run.spec.shape, run.world.shape) == ((3, 2, 2), (1, 8, 8))
+    assert (run.spec.shape, run.data_spec.shape) == ((3, 2, 2), (1, 8, 8))
     x, cond = run.sample(6, steps=3)
     assert (x.dtype, x.shape) == (torch.uint8, (6, 1, 8, 8))
     assert cond["label"].tolist() == [0, 1, 2, 3, 4, 5]
     noise = Seeds(range(6), CPU)
     with torch.no_grad():
-        z = run.generator(steps=3)(noise((3, 2, 2)), cond, noise)
+        z = run.generator(Sampling(steps=3))(noise((3, 2, 2)), cond, noise)
         q = stage_of(trained["vae"])
         back = q.decode(torch.tensor(run.codec.scaling.std)[:, None, None] * z
                         + torch.tensor(run.codec.scaling.mean)[:, None, None])  # fmt: skip
@@ -229,7 +230,7 @@ def test_the_run_keeps_a_copy_of_its_first_stage_and_finds_it_damaged(trained, t
     shutil.copytree(trained["flow"], moved, symlinks=True)
     away = trained["vae"].rename(tmp_path / "vae")
     try:
-        assert load_run(moved).sample(3, steps=2)[0].equal(load_run(trained["flow"]).sample(3, steps=2)[0])
+        assert load_run(moved).sample(3, steps=2).x.equal(load_run(trained["flow"]).sample(3, steps=2).x)
         resumed = ["train", "--resume", str(moved), "--steps=6"]
         assert cli.main(resumed) == 0
     finally:
@@ -255,7 +256,7 @@ def test_a_fresh_process_draws_without_the_first_stage(trained, tmp_path):
         subprocess.run([sys.executable, "-m", "genkit", *argv], check=True)
     finally:
         away.rename(trained["vae"])
-    x = load_run(trained["flow"]).sample(3, steps=2)[0]
+    x = load_run(trained["flow"]).sample(3, steps=2).x
     with np.load(tmp_path / "x.npz") as stored:
         assert np.array_equal(stored["arr_0"], x.permute(0, 2, 3, 1).numpy())
 
@@ -334,8 +335,8 @@ def test_training_on_a_cache_is_training_on_the_samples(trained, cache, tmp_path
     run = load_run(tmp_path / "latest")
     losses = lambda d: [r["denoise/loss"] for r in read_log(d)]  # noqa: E731
     assert losses(run.directory) == pytest.approx(losses(trained["flow"]), rel=1e-4)
-    assert run.world.shape == (1, 8, 8)
-    one, other = run.sample(4, steps=2)[0].int(), load_run(trained["flow"]).sample(4, steps=2)[0].int()
+    assert run.data_spec.shape == (1, 8, 8)
+    one, other = run.sample(4, steps=2).x.int(), load_run(trained["flow"]).sample(4, steps=2).x.int()
     assert int((one - other).abs().max()) <= 2
 
 
@@ -536,7 +537,7 @@ def test_an_autoencoder_of_diffusers_is_a_codec(kind, tmp_path, capsys):
     shutil.rmtree(tmp_path / "saved")  # the run has its own copy
     run = load_run(tmp_path / "runs" / "latest")
     assert run.codec.stage.sha256 == stage.sha256
-    assert run.sample(3, steps=2)[0].shape == (3, 1, 8, 8)
+    assert run.sample(3, steps=2).x.shape == (3, 1, 8, 8)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
 from genkit.config import parse, table
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.envs import Expert, expert, make
 from genkit.envs.ars import Linear, Search, search
 
@@ -92,13 +92,13 @@ class Demo:
 
 def main(argv: list[str]) -> int:
     asked = parse(Demo, argv, prog="genkit demo", description="Record an expert's episodes.")
-    out = File(asked.out or f"{asked.env.replace('/', '-')}.npz")
+    out = Path(asked.out or f"{asked.env.replace('/', '-')}.npz")
     if out.suffix != ".npz":
         raise ValueError(f"out: given {out}; a replay buffer is an .npz")
     guide, tried, obs, actions, returns, more = record(asked)
     ends = np.cumsum([len(a) for a in actions])
     arrays: Any = {name: np.concatenate(v) for name, v in {"obs": obs, "action": actions, **more}.items()}
-    with whole(out) as part, open(part, "wb") as f:
+    with atomic_write(out) as part, open(part, "wb") as f:
         np.savez(f, episode_ends=ends, **arrays)
     told = f"{out}  {len(ends)} episodes of {tried} tried, {ends[-1]} steps, return {np.mean(returns):.1f}"
     console.print(f"{told} ({min(returns):.1f} to {max(returns):.1f})", markup=False)

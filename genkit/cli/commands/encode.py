@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -68,14 +68,14 @@ def main(argv: list[str]) -> int:
     if foreign and (isinstance(asked.data, Same) or not asked.out):
         raise ValueError(f"encode: {asked.run} is no run, and has no data or folder of its own; give --data and --out")
     source = load_run(asked.run, device="cpu").config.data if isinstance(asked.data, Same) else asked.data
-    out = File(asked.out) if asked.out else find_run(asked.run) / "latents"
+    out = Path(asked.out) if asked.out else find_run(asked.run) / "latents"
     n, made = encode(source, out, asked, pick_device(asked.device))
     console.print(f"{n} samples of {asked.split}, {made} files written  {out}", markup=False)
     console.print(f"next  genkit train --objective=flow --backbone=dit --data=latents --data.root {out}", markup=False)
     return 0
 
 
-def encode(source: Any, out: File, asked: Encode, device: torch.device) -> tuple[int, int]:
+def encode(source: Any, out: Path, asked: Encode, device: torch.device) -> tuple[int, int]:
     """Make the shards that are missing; how many samples there are, and how many files were made now."""
     data, kinds = source.load(asked.split), {"table": "genkit.data:DATA"}
     if isinstance(data, InLatents):

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ def evaluate(asked: Evaluate, accelerator: Accelerator, ranks: Ranks) -> int:
     if not ranks.main:
         return 0
     if asked.save_stats:
-        File(asked.save_stats).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        found.measured.moments.save(File(asked.save_stats).expanduser())
+        Path(asked.save_stats).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        found.measured.moments.save(Path(asked.save_stats).expanduser())
     out = destination(asked, samples, card)
     if out:
         cards.write(card, out)
@@ -120,14 +120,14 @@ def evaluate(asked: Evaluate, accelerator: Accelerator, ranks: Ranks) -> int:
 
 # ------------------------------------------------------------------------------------------------ what is measured
 def is_run(name: str) -> bool:
-    return (File(name).expanduser() / "config.yaml").is_file()
+    return (Path(name).expanduser() / "config.yaml").is_file()
 
 
 def opened(asked: Evaluate, device: torch.device) -> Samples:
     """A run to draw from, or samples that exist."""
     name = asked.what[0]
     if is_run(name):
-        run = load_run(File(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
+        run = load_run(Path(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
         if run.config.threads:
             torch.set_num_threads(run.config.threads)
         if not asked.rebuild:
@@ -161,7 +161,7 @@ def draw(run: Run, asked: Sampling, sha256: str | None = None) -> Drawn:
     return Drawn(run, how, asked.seed, sha256 or weights_sha256(run), {k: tree[k] for k in HOW})
 
 
-def reference_of(name: str, samples: Samples, options: Named) -> Given | File | None:
+def reference_of(name: str, samples: Samples, options: Named) -> Given | Path | None:
     """What is measured against: for a run its own training split, if nothing is said."""
     if isinstance(samples, OF_RUN) and (not name or name in SPLITS):
         return data_of(samples.run, name or "train", options)
@@ -169,14 +169,14 @@ def reference_of(name: str, samples: Samples, options: Named) -> Given | File | 
         return None
     if name in SPLITS:
         raise ValueError(f"reference: given {name}, a split of a run's data, but {samples.name} is not a run")
-    if is_stats(File(name).expanduser()):
-        return File(name).expanduser()
+    if is_stats(Path(name).expanduser()):
+        return Path(name).expanduser()
     return find_data(name, options)
 
 
-def destination(asked: Evaluate, samples: Samples, card: cards.Card) -> File | None:
+def destination(asked: Evaluate, samples: Samples, card: cards.Card) -> Path | None:
     if asked.out:
-        return File(asked.out).expanduser()
+        return Path(asked.out).expanduser()
     if not isinstance(samples, OF_RUN):
         return None
     return samples.run.directory / "eval" / cards.name_of(card["settings"])

@@ -8,7 +8,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ class Format(ABC):
     """One way to write a run into an empty folder."""
 
     @abstractmethod
-    def write(self, run: Run, out: File) -> list[str]:
+    def write(self, run: Run, out: Path) -> list[str]:
         """Fill the folder; the lines that tell a person what to do with it."""
 
 
@@ -45,7 +45,7 @@ class Format(ABC):
 class WholeRun(Format):
     """A run with one checkpoint, of the exported weights alone; a LoRA is merged into its base's."""
 
-    def write(self, run: Run, out: File) -> list[str]:
+    def write(self, run: Run, out: Path) -> list[str]:
         cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
         state = initial_state(cfg.objective, run.nets, cfg)
         state.step = run.step
@@ -71,7 +71,7 @@ class ToDiffusers(Format):
     label: Annotated[int, Ge(0)] | None = None
     """Of a network with classes: this class alone, in a network without; None: all of them."""
 
-    def write(self, run: Run, out: File) -> list[str]:
+    def write(self, run: Run, out: Path) -> list[str]:
         denoiser, family = network(run), run.config.backbone
         assert isinstance(family, Diffusers)
         kind = SCHEDULES.get(type(run.objective))
@@ -230,7 +230,7 @@ class Export:
 
 def main(argv: list[str]) -> int:
     asked = parse(Export, argv, prog="genkit export", description="Write a run as others can use it.")
-    out = File(asked.out).expanduser()
+    out = Path(asked.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: given {out}, which is there already; name a new folder")
     run = load_run(

@@ -17,7 +17,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from genkit.config import parse
-from genkit.core import Batch, Bounded, Bounds, Cond, Draw
+from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.data.codecs import Identity, Learned, Pixels
 from genkit.diffusion.samplers import (
     Bound,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
-    means = asked.bound or run.objective.evidence
+    means = asked.bound or run.objective.likelihood_method
     if means is None:
         raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
     result, n, by = MEANS[means](run, asked)
@@ -169,18 +169,18 @@ def by_draws(run: Run, asked: Likelihood) -> Found:
     Black and white pixels and grey levels count by their mass, other numbers by their density, pixels dequantised. The
     draws of a sample depend on its row alone.
     """
-    if run.objective.evidence != "iwae":
+    if run.objective.likelihood_method != "iwae":
         raise ValueError(f"bound: given iwae, but {type(run.objective).__name__} has no latent; allowed: ode, vlb")
     refuse(asked, ("variance", "steps"), "a path to noise, and a VAE has none")
     refuse(asked, ("divergence", "probes", "solver"), "the ODE, and a VAE has none")
-    objective, samples = cast(Bounded, run.objective), asked.draws or 64
+    objective, samples = cast(HasELBO, run.objective), asked.draws or 64
     found, done = [], 0
-    for x, cond, _ in batches(run, asked, dequantised=not objective.mass):
+    for x, cond, _ in batches(run, asked, dequantised=not objective.is_discrete):
         rows, done = (done, done + len(x)), done + len(x)
         draw = Draw((asked.seed, LATENT), *rows, run.device)
         found.append([v.cpu() for v in objective.bounds(run.nets, Batch(x, cond, draw=draw), samples)])
-    bounds = Bounds(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    scale = 1.0 if objective.mass else SCALES[type(run.codec)]
+    bounds = ELBO(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    scale = 1.0 if objective.is_discrete else SCALES[type(run.codec)]
     numbers = {
         "neg_elbo_nats": mean(-bounds.elbo),
         "iwae_nats": mean(bounds.iwae),

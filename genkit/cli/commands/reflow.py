@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         x, x1, cond = draw_pairs(run, asked, lambda done: bar.update(task, completed=done))
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
-    out = File(asked.out) if asked.out else run.directory / f"pairs-step{run.step}.npz"
+    out = Path(asked.out) if asked.out else run.directory / f"pairs-step{run.step}.npz"
     made = {**asdict(asked), "run": str(run.directory), "weights": run.weights}
     save_pairs(out, x, x1, cond, run.spec, run.codec, made)
     console.print(f"{asked.n} pairs  {out}", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -40,7 +40,7 @@ class Report:
 
 def main(argv: list[str]) -> int:
     asked = parse(Report, argv, prog="genkit report")
-    out = File(asked.out) if asked.out else find_run(asked.run) / "report.html"
+    out = Path(asked.out) if asked.out else find_run(asked.run) / "report.html"
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"out: given {asked.out}; allowed: a file that ends in .html")
     run = find_run(asked.run)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- the latent space
-def has_code(run: File) -> bool:
+def has_code(run: Path) -> bool:
     try:
         return isinstance(
             config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")).objective, Autoencoding
@@ -61,7 +61,7 @@ def has_code(run: File) -> bool:
         return False
 
 
-def latent_space(run: File) -> Sequence[Markup]:
+def latent_space(run: Path) -> Sequence[Markup]:
     """Of a run with a code: pictures of the newest checkpoint's, which stay in ``space``; a line where there are
     none."""
     if not has_code(run):
@@ -82,7 +82,7 @@ EXPLAINED = (
 )
 
 
-def drawn(run: File) -> dict[str, File]:
+def drawn(run: Path) -> dict[str, Path]:
     step = find_checkpoint(run).name
     paths = {name: run / "space" / f"{step}-{name}.png" for name in ("traversals", "map")}
     if not all(path.is_file() for path in paths.values()):

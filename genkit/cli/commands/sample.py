@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from genkit import __version__, config
 from genkit.config import parse
 from genkit.core import pictures, seed_of
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.core.progress import reporting
 from genkit.data import text
 from genkit.training.run import Run, Samples, load_run
@@ -142,7 +142,7 @@ def write_npz(samples: Samples, out: Path) -> list[Path]:
     x = samples.x
     array = x.permute(0, 2, 3, 1).numpy() if x.ndim == 4 else x.numpy()
     arrays = [array, samples.cond["label"].numpy()] if "label" in samples.cond else [array]
-    with whole(out) as part, open(part, "wb") as f:
+    with atomic_write(out) as part, open(part, "wb") as f:
         np.savez(f, *arrays)
     return [out]
 

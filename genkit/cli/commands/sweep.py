@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def settings(p: Point) -> dict[str, Any]:
     return {k: p.card["settings"][k] for k in names}
 
 
-def draw_points(screened: list[Point], found: list[Point], front: list[Point], metric: str, path: File) -> File:
+def draw_points(screened: list[Point], found: list[Point], front: list[Point], metric: str, path: Path) -> Path:
     """Quality against passes: faint, what was only screened; the line, the Pareto list."""
 
     def draw(axes: Any) -> None:

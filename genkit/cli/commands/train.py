@@ -68,9 +68,9 @@ def conclude(run: Run, done: bool) -> None:
     say(f"trained {run.step} steps" + (f", {skipped} skipped" if skipped else ""))
     for path in [*sorted((run.directory / "samples").glob("step-*.png"))[-1:], run.directory / "loss.png"]:
         say(f"picture  {path}")
-    if records and (warning := run.objective.remark(records[-1])):
+    if records and (warning := run.objective.warning(records[-1])):
         say(f"note     {warning}")
     label = " --label 1" if "label" in run.spec.cond else ""
     label += f' --prompt "{captions[0]}"' if (captions := examples(run.spec)) else ""
-    usage = run.config.data.usage or run.objective.use  # policies are tried, not looked at
+    usage = run.config.data.usage or run.objective.usage  # policies are tried, not looked at
     say("next     " + usage.format(run=run.directory, label=label))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 
 import safetensors.torch
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ from torch import nn
 from genkit.cli.commands.evaluate import VECTORS, draw
 from genkit.config.blocks import suggest
 from genkit.core import Data
-from genkit.core.tensors import tensors
+from genkit.core.tensors import to_tensors
 from genkit.evaluation import FEATURES, Drawn, Ranks, Ruler, cards, data_of, is_picture, named, ruler
 from genkit.training.loop import State
 from genkit.training.run import Run
@@ -29,7 +29,7 @@ class Watch:
     cfg: TrainSettings
     data: Data
 
-    def __call__(self, state: State, run: File) -> cards.Card | None:
+    def __call__(self, state: State, run: Path) -> cards.Card | None:
         """The card of this state, written below ``run``, on the main rank. All ranks draw; only that one computes.
 
         ``ValueError``, on all ranks where the samples are at fault.
@@ -59,12 +59,12 @@ def average_of(state: State) -> tuple[dict[str, nn.Module], str]:
 
 
 def drawn(
-    cfg: TrainSettings, nets: dict[str, nn.Module], data: Data, run: File, step: int, name: str, held: Ruler | None
+    cfg: TrainSettings, nets: dict[str, nn.Module], data: Data, run: Path, step: int, name: str, held: Ruler | None
 ) -> Drawn:
     device = next(p for net in nets.values() for p in net.parameters()).device
     weights = f"checkpoints/step-{step:07d}/{name}"
     now = Run(run, cfg, nets, data.spec, data.codec, step, weights, device)
-    digest = hashlib.sha256(safetensors.torch.save(tensors(nets))).hexdigest() if held else "of no card"
+    digest = hashlib.sha256(safetensors.torch.save(to_tensors(nets))).hexdigest() if held else "of no card"
     return draw(now, Sampling(steps=cfg.eval_steps), digest)
 
 
@@ -74,7 +74,7 @@ def watch(cfg: TrainSettings, state: State, data: Data, accelerator: Accelerator
         near = suggest(cfg.eval_features, FEATURES)
         raise ValueError(f"eval_features: given {cfg.eval_features!r}; allowed: {', '.join(FEATURES)}{near}")
     nets, name = average_of(state)
-    samples = drawn(cfg, nets, data, File(), state.step, name, None)
+    samples = drawn(cfg, nets, data, Path(), state.step, name, None)
     with accelerator.main_process_first():
         against = data_of(samples.run)
     held = ruler(

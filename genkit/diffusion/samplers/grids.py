@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from genkit.core import Path
+from genkit.core import ProbabilityPath
 from genkit.diffusion.paths import chart, times_at
 
-Grid = Callable[[Path], Tensor]
+Grid = Callable[[ProbabilityPath], Tensor]
 
 
 def _positive(num_steps: int) -> int:
@@ -28,7 +28,7 @@ def uniform(num_steps: int) -> Grid:
     """``num_steps`` equal steps of chart time from the path's noisy end to 0."""
     _positive(num_steps)
 
-    def grid(path: Path) -> Tensor:
+    def grid(path: ProbabilityPath) -> Tensor:
         end = chart(path, torch.ones(1, dtype=torch.float64))[0]
         return times_at(path, torch.linspace(1, 0, num_steps + 1, dtype=torch.float64) * end)
 
@@ -50,7 +50,7 @@ def _levels(num_steps: int, low: float, high: float, between: Callable[[int, flo
     if not 0 < low < high:
         raise ValueError(f"low, high: given {low}, {high}; allowed 0 < low < high")
 
-    def grid(path: Path) -> Tensor:
+    def grid(path: ProbabilityPath) -> Tensor:
         one = torch.ones(1, dtype=torch.float64)
         alpha, sigma = float(path.alpha(one)), float(path.sigma(one))
         top = min(high, sigma / alpha) if alpha > 0 else high

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit.core import NO_COND, Cond, Denoiser, Path, Prediction
+from genkit.core import NO_COND, Cond, Denoiser, Prediction, ProbabilityPath
 from genkit.diffusion.samplers.registry import SAMPLERS, ode_samplers
 from genkit.diffusion.samplers.steps import Callback, ask, nodes, require
 
@@ -16,7 +16,7 @@ from genkit.diffusion.samplers.steps import Callback, ask, nodes, require
 class Mirror:
     """A path seen from its other end, noise for data: ``tau' = 1 - tau``, at ``t' = 1 - t / 2``, so never at 0."""
 
-    inner: Path
+    inner: ProbabilityPath
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.inner.sigma((2 - 2 * t).clamp(max=1))

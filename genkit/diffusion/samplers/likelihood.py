@@ -81,7 +81,7 @@ def _rates(denoise: Denoiser, cond: Cond, directions: Tensor | None) -> Rates:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             prediction = ask(denoise, node.scale * u, node, cond)
-            v = prediction.slope
+            v = prediction.velocity
             return v.detach(), _divergence(v, u, directions)
 
     return rates

@@ -66,7 +66,7 @@ def heun_step(
         if clock == "sigma" and a.alpha > 0:
             x = torch.add(x, q.x1 - p.x1, alpha=b.alpha * (b.level - a.level) / 2)
         else:
-            x = torch.add(x, q.slope - p.slope, alpha=b.scale * (b.tau - a.tau) / 2)
+            x = torch.add(x, q.velocity - p.velocity, alpha=b.scale * (b.tau - a.tau) / 2)
     return x, p
 
 
@@ -110,11 +110,11 @@ def rk4(
     between = iter(nodes_at(denoise.path, taus))
 
     def slope(u: Tensor, n: Node) -> Tensor:
-        return ask(denoise, n.scale * u, n, cond).slope
+        return ask(denoise, n.scale * u, n, cond).velocity
 
     for i, (a, b) in enumerate(pairwise(grid)):
         prediction = ask(denoise, x, a, cond)
-        h, u, k1 = b.tau - a.tau, x / a.scale, prediction.slope
+        h, u, k1 = b.tau - a.tau, x / a.scale, prediction.velocity
         m = next(between)
         if b.t > 0:
             k2 = slope(u + h / 2 * k1, m)
@@ -186,7 +186,7 @@ class _Field:
         node = nodes_at(self.denoise.path, [float(tau)])[0] if within else low if float(tau) <= low.tau else high
         self.x = node.scale * u
         self.prediction = ask(self.denoise, self.x, node, self.cond)
-        return self.prediction.slope
+        return self.prediction.velocity
 
     def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:
         self.done(self.x)

@@ -49,7 +49,7 @@ def ancestral(
         if variance == "learned" and w is None:
             raise ValueError(NONE_LEARNED)
         var = posterior_variance(a[1:], b[1:])
-        x = prediction.mix(b.alpha, math.sqrt(max(0.0, b.sigma**2 - var)))
+        x = prediction.at(b.alpha, math.sqrt(max(0.0, b.sigma**2 - var)))
         if b.sigma > 0 and w is not None:
             t, s = (torch.full((len(x),), n.t, dtype=torch.float64, device=x.device) for n in (a, b))
             x = x + (log_variance(denoise.path, t, s, w) / 2).exp().to(x) * noise(x.shape[1:])

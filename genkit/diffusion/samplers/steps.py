@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Denoiser, Noise, Path, Prediction
+from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath
 from genkit.diffusion.paths import moment, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
@@ -43,7 +43,7 @@ class Node(NamedTuple):
         return math.inf if self.alpha > 0 else -math.inf
 
 
-def nodes(path: Path, times: Tensor) -> Sequence[Node]:
+def nodes(path: ProbabilityPath, times: Tensor) -> Sequence[Node]:
     """The grid's coefficients in float64. ``ValueError`` unless times fall strictly from at most 1 to at least 0."""
     t = times.flatten().tolist()
     if times.ndim != 1 or len(t) < 2 or any(not a > b for a, b in pairwise(t)) or t[0] > 1 or t[-1] < 0:
@@ -52,13 +52,13 @@ def nodes(path: Path, times: Tensor) -> Sequence[Node]:
     return _nodes(path, tuple(t))
 
 
-def nodes_at(path: Path, taus: Sequence[float]) -> Sequence[Node]:
+def nodes_at(path: ProbabilityPath, taus: Sequence[float]) -> Sequence[Node]:
     """The nodes at these chart times, in any order."""
     return _nodes(path, tuple(times_at(path, torch.tensor(taus, dtype=torch.float64)).tolist()))
 
 
 @lru_cache(maxsize=64)  # every batch of a run has the same grid
-def _nodes(path: Path, times: tuple[float, ...]) -> tuple[Node, ...]:
+def _nodes(path: ProbabilityPath, times: tuple[float, ...]) -> tuple[Node, ...]:
     t = torch.tensor(times, dtype=torch.float64)
     return tuple(Node(*v) for v in zip(times, path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True))
 
@@ -71,7 +71,7 @@ def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
 
 def land(node: Node, p: Prediction) -> Tensor:
     """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
-    return p.mix(node.alpha, node.sigma)
+    return p.at(node.alpha, node.sigma)
 
 
 def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Counted:
         self.inner, self.calls, self.rows = inner, 0, 0
 
     @property
-    def path(self) -> Path:
+    def path(self) -> ProbabilityPath:
         return self.inner.path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:

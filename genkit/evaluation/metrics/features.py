@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,13 +29,13 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.core.tensors import cache, sha256
 from genkit.evaluation.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
 
 Device = torch.device | str
 CHUNK = 100  # pictures at a time: activations of about 1 GiB
-CLEAN_FID = File("." if platform.system() == "Windows" else "/tmp") / NAME  # the place is cleanfid.features' choice
+CLEAN_FID = Path("." if platform.system() == "Windows" else "/tmp") / NAME  # the place is cleanfid.features' choice
 
 
 class Seen(NamedTuple):
@@ -177,13 +177,13 @@ class InceptionExtractor:
         return Seen(*self.network(resized / self.way.scale - 1))
 
 
-def find_weights(given: str | None) -> File:
+def find_weights(given: str | None) -> Path:
     """``given``, else where clean-fid keeps the file, else genkit's cache, else downloaded there by clean-fid."""
-    places = [File(given)] if given is not None else [p for p in (CLEAN_FID, cache() / NAME) if p.is_file()]
+    places = [Path(given)] if given is not None else [p for p in (CLEAN_FID, cache() / NAME) if p.is_file()]
     return places[0] if places else download()
 
 
-def download() -> File:
+def download() -> Path:
     """The weights, fetched by clean-fid into genkit's cache. ``ValueError`` where that fails; nothing half-written."""
     import socket
     from http.client import HTTPException
@@ -324,7 +324,7 @@ def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
     return round(float((found == y).double().mean()), 4)
 
 
-def restored(network: nn.Module, file: File) -> bool:
+def restored(network: nn.Module, file: Path) -> bool:
     """Whether ``network`` now has the weights of ``file``; a damaged one is as good as none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -336,12 +336,12 @@ def restored(network: nn.Module, file: File) -> bool:
     return True
 
 
-def keep(network: nn.Module, file: File) -> None:
+def keep(network: nn.Module, file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        with whole(file) as part:
+        with atomic_write(file) as part:
             save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e

@@ -8,14 +8,14 @@ is symmetric: Cholesky and a symmetric eigenvalue problem, in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.linalg import LinAlgError, eigh
 from torch import Tensor
 
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.evaluation.metrics.estimate import LEVEL, Estimate, rows
 
 FEW = 10_000
@@ -104,16 +104,16 @@ class Moments:
         between = torch.outer(step, step) * (self.n * other.n / n)
         return Moments(n, self.mean + step * (other.n / n), self.scatter + other.scatter.to(self.scatter) + between)
 
-    def save(self, path: str | File) -> None:
+    def save(self, path: str | Path) -> None:
         """Write an npz of ``mu``, ``sigma`` (the names of pytorch-fid and EDM) and, where known, ``n``."""
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
         if self.n is not None:
             arrays["n"] = np.asarray(self.n)
-        with whole(path) as part, open(part, "wb") as f:
+        with atomic_write(path) as part, open(part, "wb") as f:
             np.savez(f, allow_pickle=False, **arrays)
 
     @classmethod
-    def load(cls, path: str | File) -> Moments:
+    def load(cls, path: str | Path) -> Moments:
         """Read such an npz. ``ValueError`` where it is not one."""
         found: dict[str, np.ndarray] = {}
         try:

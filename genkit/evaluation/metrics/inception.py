@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path as File
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ EPS = 1e-3  # of its batch norms
 Weights = Mapping[str, Tensor]
 
 
-def read_weights(file: str | File) -> dict[str, Tensor]:
+def read_weights(file: str | Path) -> dict[str, Tensor]:
     """The tensors of ``file``: TorchScript, or safetensors with the same names. ``ValueError`` if it is neither."""
-    file = File(file)
+    file = Path(file)
     if not file.is_file():
         raise ValueError(f"weights: given {file}, which is not a file; needs {NAME}")
     try:

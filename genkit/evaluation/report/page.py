@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jinja2 import DictLoader, Environment, StrictUndefined
@@ -83,7 +83,7 @@ def records_of(lines: Sequence[bytes]) -> tuple[list[Any], bool]:
         return found, False
 
 
-def read_log(path: File, points: int = POINTS) -> Log:
+def read_log(path: Path, points: int = POINTS) -> Log:
     """The log, thinned to at most ``points`` points as it is read: a million lines need no more memory than these."""
     curves: dict[str, list[Point]] = {}
     missing: dict[str, int] = {}
@@ -177,7 +177,7 @@ def card_of(name: str, text: str | bytes) -> Card:
     return Card(name, values, flat(settings) if isinstance(settings, dict) else {})
 
 
-def read_cards(folder: File) -> tuple[list[Card], list[str]]:
+def read_cards(folder: Path) -> tuple[list[Card], list[str]]:
     """The cards of a folder, by checkpoint and number of evaluations; and a line for each file that is none."""
     cards, skipped = [], []
     for path in sorted(folder.glob("*.json")):
@@ -196,7 +196,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def embed(image: Image.Image | File, caption: str) -> Picture:
+def embed(image: Image.Image | Path, caption: str) -> Picture:
     """A picture as a data URI; a file's own bytes. ``ValueError`` where a file is damaged or no picture."""
     if isinstance(image, Image.Image):
         out = io.BytesIO()
@@ -214,7 +214,7 @@ def embed(image: Image.Image | File, caption: str) -> Picture:
     return Picture("data:image/png;base64," + base64.b64encode(data).decode(), width, height, caption)
 
 
-def embed_all(paths: Iterable[tuple[File, str]]) -> tuple[list[Picture], list[str]]:
+def embed_all(paths: Iterable[tuple[Path, str]]) -> tuple[list[Picture], list[str]]:
     """The pictures that can be read, and a line for each that cannot."""
     pictures, skipped = [], []
     for path, caption in paths:
@@ -593,7 +593,7 @@ def fixed(places: Sequence[float]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- the page of a run
-def run_page(path: str | File, more: Mapping[str, Sequence[Markup]] | None = None) -> str:
+def run_page(path: str | Path, more: Mapping[str, Sequence[Markup]] | None = None) -> str:
     """The page of a run, with ``more`` sections after the samples. ``ValueError`` where there is no run; what is
     missing or damaged in it is said on the page."""
     run = find_run(path)
@@ -651,7 +651,7 @@ def training_parts(log: Log) -> list[Markup]:
     return [render("plots", plots=plots), note("Log: " + "; ".join(said) + ".")]
 
 
-def training_samples(run: File) -> list[Markup]:
+def training_samples(run: Path) -> list[Markup]:
     every = sorted((run / "samples").glob("step-*.png"))
     shown = spread(every, FRAMES)
     pictures, damaged = embed_all((p, step_name(p)) for p in shown)
@@ -661,12 +661,12 @@ def training_samples(run: File) -> list[Markup]:
     return parts + ([note("Left out: " + "; ".join(damaged) + ".")] if damaged else [])
 
 
-def step_name(path: File) -> str:
+def step_name(path: Path) -> str:
     digits = path.stem.removeprefix("step-")
     return f"step {int(digits)}" if digits.isdecimal() else path.stem
 
 
-def further_samples(run: File) -> list[Markup]:
+def further_samples(run: Path) -> list[Markup]:
     """Pictures that ``genkit sample`` put beside those of the training, newest last, with how they were drawn."""
     every = [p for p in (run / "samples").glob("*.png") if not p.name.startswith("step-")]
     shown = sorted(every, key=lambda p: (p.stat().st_mtime, p.name))[-OTHERS:]
@@ -677,7 +677,7 @@ def further_samples(run: File) -> list[Markup]:
     return parts + ([note("Left out: " + "; ".join(damaged) + ".")] if damaged else [])
 
 
-def drawn_how(path: File) -> list[str]:
+def drawn_how(path: Path) -> list[str]:
     try:
         settings = json.loads(path.read_bytes())
         return [f"{k} {text_of(settings[k])}" for k in ("sampler", "nfe", "guidance", "seed") if k in settings]
@@ -751,7 +751,7 @@ def nfe_plots(
     return [render("plots", plots=plots)] if plots else []
 
 
-def environment_parts(path: File) -> list[Markup]:
+def environment_parts(path: Path) -> list[Markup]:
     try:
         env = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -765,6 +765,6 @@ def environment_parts(path: File) -> list[Markup]:
     return [listing(shown)]
 
 
-def write(text: str, path: File) -> File:
+def write(text: str, path: Path) -> Path:
     """Write a page, or its Markdown, so that no half of it can be left behind."""
     return write_text(path, text)

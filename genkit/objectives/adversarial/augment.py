@@ -36,7 +36,7 @@ def places(x: Tensor) -> list[Tensor]:
     ]
 
 
-def whole(u: Tensor, low: int, high: int) -> Tensor:
+def atomic_write(u: Tensor, low: int, high: int) -> Tensor:
     """Integers ``low..high`` from uniform numbers."""
     return (u * (high - low + 1)).long().clamp(max=high - low) + low
 
@@ -47,7 +47,7 @@ def translation(x: Tensor, uniform: Uniform) -> Tensor:
     for axis, place in enumerate(places(x), 2):
         n = x.shape[axis]
         reach = max(1, round(n / 8))
-        source = place - whole(uniform(*one), -reach, reach)
+        source = place - atomic_write(uniform(*one), -reach, reach)
         moved = x.gather(axis, source.clamp(0, n - 1).expand_as(x))
         x = torch.where((source >= 0) & (source < n), moved, 0.0)
     return x
@@ -58,7 +58,7 @@ def cutout(x: Tensor, uniform: Uniform) -> Tensor:
     one, inside = (1,) * (x.ndim - 1), torch.ones((), dtype=torch.bool, device=x.device)
     for axis, place in enumerate(places(x), 2):
         n = x.shape[axis]
-        first = whole(uniform(*one), 0, n - 1) - n // 4
+        first = atomic_write(uniform(*one), 0, n - 1) - n // 4
         inside = inside & (place >= first) & (place < first + max(1, n // 2))
     return torch.where(inside, 0.0, x)
 

@@ -189,8 +189,8 @@ class Spectral(nn.Module):
     """``W / max(1, sigma(W))``, sigma the largest singular value (Miyato et al. 2018, eq. 8 and 12).
 
     Weights under 1 stay as they are (Gouk et al. 2021, eq. 9), since residual blocks start at 0. The power iteration
-    moves in :meth:`settle`, once a step, and not in the forward pass as in ``torch.nn.utils``: so the answer does not
-    depend on how a batch is cut.
+    moves in :meth:`after_step`, once a step, and not in the forward pass as in ``torch.nn.utils``: so the answer does
+    not depend on how a batch is cut.
     """
 
     u: Tensor
@@ -201,7 +201,7 @@ class Spectral(nn.Module):
         flat = weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(flat.shape[0]), dim=0))
         self.register_buffer("v", torch.zeros(flat.shape[1]))
-        self.settle(weight, 20)
+        self.iterate(weight, 20)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -209,7 +209,7 @@ class Spectral(nn.Module):
             return weight / sigma.clamp(min=1)
 
     @torch.no_grad()
-    def settle(self, weight: Tensor, times: int) -> None:
+    def iterate(self, weight: Tensor, times: int) -> None:
         """``v = W^T u / |W^T u|``, ``u = W v / |W v|``; a weight of zeros leaves u, from which it starts again."""
         flat = weight.detach().flatten(1)
         for _ in range(times):
@@ -225,9 +225,9 @@ def bound(net: nn.Module) -> None:
             parametrize.register_parametrization(layer, "weight", Spectral(layer.weight))
 
 
-def settle(net: nn.Module, times: int) -> None:
+def power_iteration(net: nn.Module, times: int) -> None:
     """Steps of the power iteration of all bounded weights of ``net``."""
     for layer in net.modules():
         if parametrize.is_parametrized(layer, "weight"):
             kept: nn.Module = layer.parametrizations["weight"]  # type: ignore[index]
-            kept[0].settle(kept.original, times)  # type: ignore[index]
+            kept[0].iterate(kept.original, times)  # type: ignore[index]

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genkit.core import (
     NO_COND,
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
@@ -29,7 +29,7 @@ from genkit.core import (
     expand,
 )
 from genkit.objectives.adversarial.augment import AUGMENTS, AugmentName
-from genkit.objectives.adversarial.games import PENALTIES, Game, Relativistic, bound, settle, slopes
+from genkit.objectives.adversarial.games import PENALTIES, Game, Relativistic, bound, power_iteration, slopes
 from genkit.objectives.autoencoders.autoencoder import Latent
 
 FEATURES = (
@@ -48,7 +48,7 @@ class GAN(Objective):
     """
 
     sampler: ClassVar[str | None] = None
-    suits: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "warmup": 0}
+    default_settings: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "warmup": 0}
 
     game: Game = field(default_factory=Relativistic, metadata={"table": "genkit.objectives.adversarial.games:GAMES"})
     """relativistic (R3GAN), non-saturating, wasserstein, hinge or minimax, with their penalties"""
@@ -75,15 +75,15 @@ class GAN(Objective):
             Phase("generator", trains=("generator",)),
         )
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.augment and len(spec.shape) < 2:
             raise ValueError(f"augment: given {', '.join(self.augment)}, but samples are vectors; leave it out")
-        discriminator = self.judge_of(backbones, spec)
+        discriminator = self.judge_of(backbone, spec)
         if self.spectral:
             bound(discriminator)
-        return {"generator": backbones.decoder(spec, self.latent), "discriminator": discriminator}
+        return {"generator": backbone.decoder(spec, self.latent), "discriminator": discriminator}
 
-    def judge_of(self, backbones: Backbones, spec: Spec) -> nn.Module:
+    def judge_of(self, backbone: Backbone, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, 1]``."""
         if self.condition != "auto" and not spec.cond:
             raise ValueError(f"condition: given {self.condition}, but this data has no labels; leave it out")
@@ -91,8 +91,8 @@ class GAN(Objective):
         if self.condition == "projection" and others:
             raise ValueError(f"condition: given projection, but {others[0]} is no label or vector; take embedding")
         if self.condition == "embedding" or others or not spec.cond:
-            return backbones.encoder(spec, (1,))
-        return Projection(backbones.encoder(Spec(spec.shape), (FEATURES,)), spec)
+            return backbone.encoder(spec, (1,))
+        return Projection(backbone.encoder(Spec(spec.shape), (FEATURES,)), spec)
 
     def noise_shape(self, spec: Spec) -> tuple[int, ...]:
         return self.latent
@@ -142,11 +142,11 @@ class GAN(Objective):
         cond = {name: torch.cat([v] * len(groups)) for name, v in batch.cond.items()}
         return nets["discriminator"](torch.cat(list(groups)), cond).float().flatten().split(len(batch))
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.spectral:
-            settle(nets["discriminator"], self.game.critic_steps)
+            power_iteration(nets["discriminator"], self.game.critic_steps)
 
-    def remark(self, record: Mapping[str, Any]) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         spread, right = record["discriminator/diversity"], record["discriminator/accuracy"]
         if record["step"] < SETTLED or spread is None or right is None:
             return None

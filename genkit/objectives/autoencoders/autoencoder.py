@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genkit.core import (
     NO_COND,
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
@@ -101,8 +101,8 @@ class Autoencoder(Autoencoding):
     """Reconstruction through a small code: plain; denoising (Vincent et al. 2008) with ``noise`` or ``mask``; sparse
     with ``sparse`` or ``top``. The loss is a mean over the numbers of a sample. It has no law to draw samples from."""
 
-    draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit report {run}"
+    is_generative: ClassVar[bool] = False
+    usage: ClassVar[str] = "genkit report {run}"
 
     latent: Latent = (16,)
     """the code: D for a vector, or C h w for a map that fits the backbone"""
@@ -133,8 +133,8 @@ class Autoencoder(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("reconstruct", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"encoder": backbones.encoder(spec, self.latent), "decoder": backbones.decoder(spec, self.latent)}
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"encoder": backbone.encoder(spec, self.latent), "decoder": backbone.decoder(spec, self.latent)}
 
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
         z = nets["encoder"](x, cond).to(x)

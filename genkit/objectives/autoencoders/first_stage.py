@@ -12,7 +12,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from genkit.core import NO_COND, Backbones, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
+from genkit.core import NO_COND, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.adversarial.games import Hinge
 from genkit.objectives.autoencoders.autoencoder import ERRORS, Autoencoding, ErrorName, Latent, Posterior, certain
 from genkit.objectives.autoencoders.perceptual import Edges
@@ -53,7 +53,7 @@ class Code(ABC):
     def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         return z
 
-    def settle(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  (a posterior has nothing to settle)
+    def after_step(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  (a posterior has nothing to settle)
         """What moves without a gradient."""
 
 
@@ -119,8 +119,8 @@ class Entries(Code):
         logs = {"commitment": away.mean(), "perplexity": perplexity(use)}
         return Coded(straight_through(answer, found.code), self.commit * away, logs)
 
-    def settle(self, nets: Mapping[str, nn.Module]) -> None:
-        cast(Codebook, nets["codebook"]).settle(self.decay, self.revive)
+    def after_step(self, nets: Mapping[str, nn.Module]) -> None:
+        cast(Codebook, nets["codebook"]).after_step(self.decay, self.revive)
 
 
 CODES: Mapping[str, type[Code]] = {"kl": KL, "vq": Entries}
@@ -166,7 +166,7 @@ class Balance(nn.Module):
             kept += torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].to(kept)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_step(self) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.rec)
             dist.all_reduce(self.gan)
@@ -192,8 +192,8 @@ class FirstStage(Autoencoding):
     ``error``, ``perceptual`` (0: the same), the code's own terms and, with an adversary, its ``weight``.
     """
 
-    draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit train --objective=flow --codec {run}"
+    is_generative: ClassVar[bool] = False
+    usage: ClassVar[str] = "genkit train --objective=flow --codec {run}"
 
     latent: Latent = (4, 4, 4)
     """C h w, a size that fits the backbone; or D for a vector"""
@@ -227,12 +227,12 @@ class FirstStage(Autoencoding):
         first = Phase("reconstruct", trains=("encoder", "decoder"))
         return (first, Phase("discriminator", trains=("discriminator",))) if self.adversary else (first,)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if len(spec.shape) != 3 and (self.perceptual or self.adversary):
             raise ValueError(f"perceptual and adversary are for pictures; samples are {spec.shape}: take 0 for both")
         spec = self.told(spec)
-        decoder = backbones.decoder(spec, self.latent)
-        nets = {"encoder": backbones.encoder(spec, self.code.answers(self.latent)), "decoder": decoder}
+        decoder = backbone.decoder(spec, self.latent)
+        nets = {"encoder": backbone.encoder(spec, self.code.answers(self.latent)), "decoder": decoder}
         nets |= self.code.memory(self.latent)
         if len(spec.shape) == 3 and self.perceptual != 0:
             nets["looks"] = self.looks.network(spec.shape[0])
@@ -240,7 +240,7 @@ class FirstStage(Autoencoding):
             nets |= {"discriminator": Patches(spec.shape), "balance": Balance(last_layer(decoder))}
         return nets
 
-    def prepare(self, spec: Spec) -> None:
+    def setup(self, spec: Spec) -> None:
         if len(spec.shape) == 3 and self.perceptual != 0:
             self.looks.prepare()
 
@@ -296,12 +296,12 @@ class FirstStage(Autoencoding):
     def begun(self, step: int | None) -> bool:
         return step is None or step >= self.start
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
-        self.code.settle(nets)
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
+        self.code.after_step(nets)
         if self.adversary:
-            cast(Balance, nets["balance"]).settle()
+            cast(Balance, nets["balance"]).after_step()
 
-    def remark(self, record: Mapping[str, Any]) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         used = record.get("reconstruct/perplexity")
         if record["step"] < 500 or used is None or used >= 2:
             return None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from genkit.core import NO_COND, Backbones, Batch, Cond, Spec
+from genkit.core import NO_COND, Backbone, Batch, Cond, Spec
 
 LEVEL = 1 / 255  # half the distance of two neighbouring grey levels in [-1, 1]
 FLOOR = math.log(LEVEL)  # no learned scale is smaller: a density of pixels would grow without end
@@ -29,10 +29,10 @@ class Emission(NamedTuple):
 class Emitter(nn.Module):
     """A backbone's decoder with a scale: fixed, one learned number, or a second half of the decoder's channels."""
 
-    def __init__(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...], scale: ScaleName, start: float):
+    def __init__(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...], scale: ScaleName, start: float):
         super().__init__()
         channels = spec.shape[0] * (2 if scale == "each" else 1)
-        self.decoder = backbones.decoder(Spec((channels, *spec.shape[1:]), spec.cond), latent)
+        self.decoder = backbone.decoder(Spec((channels, *spec.shape[1:]), spec.cond), latent)
         self.scale, self.start = scale, start
         self.log_scale = nn.Parameter(torch.tensor(math.log(start))) if scale == "shared" else None
 
@@ -52,13 +52,13 @@ ScaleName = Literal["fixed", "shared", "each"]
 class Likelihood(ABC):
     """A conditional law of a sample. Configuration alone; its learned scale, if any, lives in the :class:`Emitter`."""
 
-    mass: ClassVar[bool] = False
+    is_discrete: ClassVar[bool] = False
     """whether :meth:`log_prob` is of the pixels themselves, not a density of continuous numbers"""
     pixels: ClassVar[bool] = False
     """whether the samples have to be pictures, in [-1, 1]"""
 
     @abstractmethod
-    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         """The decoder ``(z, cond) -> Emission``. ``ValueError`` where this law does not suit the samples."""
 
     @abstractmethod
@@ -95,8 +95,8 @@ class Gaussian(Likelihood):
     def __post_init__(self) -> None:
         refuse_std("std", self.std)
 
-    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
-        return Emitter(backbones, spec, latent, self.scale, self.std)
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+        return Emitter(backbone, spec, latent, self.scale, self.std)
 
     def log_prob(self, said: Emission, x: Tensor) -> Tensor:
         away = (x - said.at) * (-said.log_scale).exp()
@@ -110,16 +110,16 @@ class Bernoulli(Likelihood):
     Grey pixels are made black or white first, for encoder and decoder: their cross-entropy would be no likelihood.
     """
 
-    mass: ClassVar[bool] = True
+    is_discrete: ClassVar[bool] = True
     pixels: ClassVar[bool] = True
 
     binarise: Literal["dynamic", "threshold"] = "dynamic"
     """dynamic: white with the grey value as probability, drawn anew each time (Salakhutdinov & Murray 2008; Burda et
     al. 2016); threshold: white from 1/2"""
 
-    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         self.require(spec)
-        return Emitter(backbones, spec, latent, "fixed", 1.0)
+        return Emitter(backbone, spec, latent, "fixed", 1.0)
 
     def prepare(self, batch: Batch) -> Tensor:
         p = (batch.x + 1) / 2
@@ -137,7 +137,7 @@ class Bernoulli(Likelihood):
 class DiscretisedLogistic(Likelihood):
     """The mass that a logistic law puts on each of 256 grey levels (Kingma et al. 2016, eq. 10 and appendix C.2)."""
 
-    mass: ClassVar[bool] = True
+    is_discrete: ClassVar[bool] = True
     pixels: ClassVar[bool] = True
 
     std: Annotated[float, Gt(0)] = 0.2
@@ -148,9 +148,9 @@ class DiscretisedLogistic(Likelihood):
     def __post_init__(self) -> None:
         refuse_std("std", self.std)
 
-    def emitter(self, backbones: Backbones, spec: Spec, latent: tuple[int, ...]) -> Emitter:
+    def emitter(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> Emitter:
         self.require(spec)
-        return Emitter(backbones, spec, latent, self.scale, self.std)
+        return Emitter(backbone, spec, latent, self.scale, self.std)
 
     def log_prob(self, said: Emission, x: Tensor) -> Tensor:
         """``log (sigmoid(b) - sigmoid(a))``, a and b the edges of the level; the first and the last reach to infinity.

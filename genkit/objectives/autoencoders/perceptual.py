@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path as File
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -146,10 +146,10 @@ class VGG(Looks):
     def prepare(self) -> None:
         loaded(self, torch.device("cpu"))
 
-    def find(self) -> File:
+    def find(self) -> Path:
         """The file of the weights. ``ValueError`` says where to get it."""
-        kept = (File(torch.hub.get_dir()) / "checkpoints" / self.file, cache() / self.file)
-        places = [File(self.weights)] if self.weights is not None else kept
+        kept = (Path(torch.hub.get_dir()) / "checkpoints" / self.file, cache() / self.file)
+        places = [Path(self.weights)] if self.weights is not None else kept
         for place in places:
             if place.is_file():
                 return place
@@ -196,7 +196,7 @@ def layers_of(how: VGG, device: torch.device) -> nn.Sequential:
 loaded = cast(Callable[[VGG, torch.device], nn.Sequential], torch.compiler.disable(layers_of))  # it reads a file
 
 
-def read(where: File, how: VGG) -> Mapping[str, Tensor]:
+def read(where: Path, how: VGG) -> Mapping[str, Tensor]:
     """The tensors of a file of safetensors, or of torch's with nothing else in it: code in it is not run."""
     try:
         if where.suffix == ".safetensors":

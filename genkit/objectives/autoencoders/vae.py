@@ -12,10 +12,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from genkit.core import (
+    ELBO,
     NO_COND,
-    Backbones,
+    Backbone,
     Batch,
-    Bounds,
     Cond,
     Denoiser,
     Generator,
@@ -40,7 +40,7 @@ class VAE(Autoencoding):
     without free bits, ``kl`` and ``reconstruction``, its two parts, and ``active_units``.
     """
 
-    evidence: ClassVar[str | None] = "iwae"
+    likelihood_method: ClassVar[str | None] = "iwae"
 
     latent: Latent = (16,)
     """z: D for a vector, or C h w for a map that fits the backbone"""
@@ -65,11 +65,11 @@ class VAE(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("vae", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         moments = (2 * self.latent[0], *self.latent[1:])
         return {
-            "encoder": backbones.encoder(spec, moments),
-            "decoder": self.likelihood.emitter(backbones, spec, self.latent),
+            "encoder": backbone.encoder(spec, moments),
+            "decoder": self.likelihood.emitter(backbone, spec, self.latent),
         }
 
     def seen(self, batch: Batch) -> Tensor:
@@ -97,7 +97,7 @@ class VAE(Autoencoding):
         """The share of beta that counts at a step."""
         return 1.0 if step is None or not self.anneal else min(1.0, step / self.anneal)
 
-    def remark(self, record: Mapping[str, Any]) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         if record["step"] < self.anneal + SETTLED or record["vae/kl"] > 1 or record["vae/active_units"] >= 1:
             return None
         return (
@@ -106,7 +106,7 @@ class VAE(Autoencoding):
         )
 
     @torch.no_grad()
-    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> Bounds:
+    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> ELBO:
         """The ELBO, and the importance-weighted bound of Burda et al. (2016, eq. 8), from the same ``samples`` draws.
 
         Both are means over draws of ``w = p(x | z) p(z) / q(z | x)``: of log w, and the log of that of w.
@@ -123,11 +123,11 @@ class VAE(Autoencoding):
             ratio = 0.5 * (normal.square() - z.square() + repeat(q.log_var)).flatten(1).sum(1)  # log p(z) / q(z | x)
             log_w.append((self.likelihood.log_prob(said, repeat(x)) + ratio).double().unflatten(0, (-1, k)))
         every = torch.cat(log_w, 1)
-        return Bounds(every.mean(1), every.logsumexp(1) - math.log(samples))
+        return ELBO(every.mean(1), every.logsumexp(1) - math.log(samples))
 
     @property
-    def mass(self) -> bool:
-        return self.likelihood.mass
+    def is_discrete(self) -> bool:
+        return self.likelihood.is_discrete
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

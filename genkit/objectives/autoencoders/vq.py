@@ -11,7 +11,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from genkit.core import NO_COND, Backbones, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
+from genkit.core import NO_COND, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.autoencoders.autoencoder import ERRORS, Autoencoding, ErrorName, Latent, Posterior, certain
 
 
@@ -26,7 +26,7 @@ class Codebook(nn.Module):
     """``K`` vectors of ``C`` numbers, which follow the mean of the vectors that are nearest to them.
 
     The running means are those of van den Oord et al. (2017, appendix A.1). A batch is only gathered, and
-    :meth:`settle` moves the codebook, once a step: the answer is that of one rank with one batch.
+    :meth:`after_step` moves the codebook, once a step: the answer is that of one rank with one batch.
     """
 
     codes: Tensor
@@ -73,7 +73,7 @@ class Codebook(nn.Module):
         self.spare.copy_(spare[best.indices])
 
     @torch.no_grad()
-    def settle(self, decay: float, revive: float) -> None:
+    def after_step(self, decay: float, revive: float) -> None:
         """One step of the running means, over all ranks; then entries that are hardly used become spare vectors."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.new_counts)
@@ -114,8 +114,8 @@ class VQ(Autoencoding):
     The decoder's gradient reaches the encoder as if the code were the encoder's own answer (straight through).
     """
 
-    draws: ClassVar[bool] = False
-    use: ClassVar[str] = "genkit report {run}"
+    is_generative: ClassVar[bool] = False
+    usage: ClassVar[str] = "genkit report {run}"
 
     latent: Latent = (8, 4, 4)
     """C h w: h x w entries of C numbers, a size that fits the backbone; or D: a single entry"""
@@ -139,10 +139,10 @@ class VQ(Autoencoding):
     def phases(self) -> Sequence[Phase]:
         return (Phase("vq", trains=("encoder", "decoder")),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         return {
-            "encoder": backbones.encoder(spec, self.latent),
-            "decoder": backbones.decoder(spec, self.latent),
+            "encoder": backbone.encoder(spec, self.latent),
+            "decoder": backbone.decoder(spec, self.latent),
             "codebook": Codebook(self.codes, self.latent[0]),
         }
 
@@ -172,10 +172,10 @@ class VQ(Autoencoding):
         logs = {"error": error.mean(), "commitment": away.mean(), "perplexity": perplexity(use)}
         return Loss(error + self.commit * away, {**logs, "codes_used": (use > 0).sum().float()})
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
-        cast(Codebook, nets["codebook"]).settle(self.decay, self.revive)
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
+        cast(Codebook, nets["codebook"]).after_step(self.decay, self.revive)
 
-    def remark(self, record: Mapping[str, Any]) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         if record["step"] < 500 or record["vq/perplexity"] >= 2:
             return None
         return (

@@ -11,7 +11,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec, keeps
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec, keep_target
 from genkit.objectives.matching.flow import Flow
 from genkit.objectives.matching.matching import Matching, PredictionName
 
@@ -32,7 +32,7 @@ class Bank(nn.Module):
 
     def forward(self, cond: Cond, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, K]``, and the anchors."""
-        known = {k: v for k, v in cond.items() if k in (*self.seen, "keep") or keeps(k) in self.seen}
+        known = {k: v for k, v in cond.items() if k in (*self.seen, "keep") or keep_target(k) in self.seen}
         return self.head(like.new_zeros(len(like), 1), known).float(), self.centers
 
 
@@ -68,11 +68,11 @@ class AnchoredFlow(Flow):
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net", "bank")),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         kind = spec.cond.get(self.anchor)
         if not isinstance(kind, Label) or not kind.centers:
             raise ValueError(f"anchored: the data have no classes {self.anchor!r} with centres; give --data.anchors 32")
-        return {**super().networks(backbones, spec), "bank": Bank(kind, spec, self.anchor)}
+        return {**super().networks(backbone, spec), "bank": Bank(kind, spec, self.anchor)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         if self.anchor not in batch.cond:

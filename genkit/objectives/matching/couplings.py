@@ -20,7 +20,7 @@ from annotated_types import Gt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from genkit.core import Batch, Cond, Path, expand
+from genkit.core import Batch, Cond, ProbabilityPath, expand
 from genkit.diffusion.paths import chart
 
 
@@ -32,7 +32,7 @@ class Coupling(Protocol):
     given: ClassVar[bool]
     """whether the data have to bring the sources"""
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Independent:
     moves: ClassVar[bool] = False
     given: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, x1
 
 
@@ -58,7 +58,7 @@ class OptimalTransport:
     moves: ClassVar[bool] = True
     given: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         cost = torch.nan_to_num(squared_distances(batch.x, x1))
         apart = other_class(batch.cond, cost)
         _, order = linear_sum_assignment((cost + apart * (1 + len(cost) * cost.max())).cpu().numpy())
@@ -81,7 +81,7 @@ class Bridge:
     moves: ClassVar[bool] = True
     given: ClassVar[bool] = False
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         plan = entropic_plan(squared_distances(batch.x, x1), 2 * self.sigma**2)
         shares = plan.cumsum(1)
         u = batch.uniform()[:, None].to(shares) * shares[:, -1:]
@@ -100,7 +100,7 @@ class Given:
     moves: ClassVar[bool] = False
     given: ClassVar[bool] = True
 
-    def __call__(self, batch: Batch, x1: Tensor, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, given(batch)
 
 

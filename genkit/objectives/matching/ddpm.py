@@ -12,14 +12,14 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Cond,
     Denoiser,
     Loss,
     Parametrization,
-    Path,
     Prediction,
+    ProbabilityPath,
     Spec,
     expand,
     mean_flat,
@@ -81,7 +81,7 @@ class DDPM(Matching):
             raise ValueError(f"bound_weight: given {self.bound_weight}, but without learn_variance there is no bound")
 
     @property
-    def along(self) -> Path:
+    def along(self) -> ProbabilityPath:
         return VP(self.betas, self.timesteps, self.beta_min, self.beta_max, self.zero_snr)
 
     @property
@@ -107,10 +107,10 @@ class DDPM(Matching):
         return DRAWN.get(self.times, rounded_up)(self, batch)
 
     # ---- learned variance: the network's output has twice the channels, the second half being w in [-1, 1] or so
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if not self.learn_variance:
-            return super().networks(backbones, spec)
-        nets = super().networks(backbones, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))
+            return super().networks(backbone, spec)
+        nets = super().networks(backbone, Spec((2 * spec.shape[0], *spec.shape[1:]), spec.cond))
         return nets | {"net": Twofold(nets["net"])}
 
     def denoiser(self, net: nn.Module) -> Denoiser:
@@ -160,7 +160,7 @@ class LearnedDenoiser:
     """The denoiser of the first half of the channels; the second is the width of its predictions."""
 
     net: nn.Module
-    path: Path
+    path: ProbabilityPath
     parametrization: Parametrization
 
     def both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:

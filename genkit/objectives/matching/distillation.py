@@ -16,7 +16,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Parametrization, Path, Spec
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Parametrization, ProbabilityPath, Spec
 from genkit.diffusion.parametrization import Velocity
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import given
@@ -43,11 +43,11 @@ class Distil(Matching):
         return False
 
     @property
-    def paired(self) -> bool:
+    def needs_pairs(self) -> bool:
         return True
 
     @property
-    def along(self) -> Path:
+    def along(self) -> ProbabilityPath:
         return Linear()
 
     @property
@@ -64,9 +64,9 @@ class Distil(Matching):
     def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, given(batch)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
-        return super().networks(backbones, spec)
+        return super().networks(backbone, spec)
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

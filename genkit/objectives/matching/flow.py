@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Noise, Parametrization, Path, Spec
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Parametrization, ProbabilityPath, Spec
 from genkit.diffusion.parametrization import PARAMETRIZATIONS, NetDenoiser, refuse_singular
 from genkit.diffusion.paths import Linear, ODEOnlyPath
 from genkit.objectives.matching.couplings import COUPLINGS, Coupling, Independent
@@ -23,7 +23,7 @@ from genkit.objectives.matching.weights import Constant, Space, Weight, refuse_w
 class Flow(Matching):
     """Flow matching (Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 23): regress ``x1 - x0`` along straight lines."""
 
-    path: Path = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
     """what the network puts out"""
@@ -64,11 +64,11 @@ class Flow(Matching):
         return self.source.normal and self.coupling.independent
 
     @property
-    def paired(self) -> bool:
+    def needs_pairs(self) -> bool:
         return self.coupling.given
 
     @property
-    def along(self) -> Path:
+    def along(self) -> ProbabilityPath:
         return self.path
 
     @property
@@ -101,9 +101,9 @@ class Flow(Matching):
         """What error messages call this flow."""
         return f"a flow with source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)
-        return super().networks(backbones, spec)
+        return super().networks(backbone, spec)
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import (
-    Backbones,
+    Backbone,
     Batch,
     Denoiser,
     Generator,
     Loss,
     Objective,
     Parametrization,
-    Path,
     Phase,
     Prediction,
+    ProbabilityPath,
     Spec,
     expand,
     mean_flat,
@@ -34,7 +34,7 @@ PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
 SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
     "x0": lambda p: p.x0,
     "eps": lambda p: p.x1,
-    "velocity": lambda p: p.slope,
+    "velocity": lambda p: p.velocity,
 }
 MAX_GAIN = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
 
@@ -58,14 +58,14 @@ class Matching(Objective):
     """
 
     sampler: ClassVar[str | None] = "heun"
-    evidence: ClassVar[str | None] = "ode"
+    likelihood_method: ClassVar[str | None] = "ode"
     drop: float
     drop_each: float = 0.0
     source: Source = Normal()
 
     @property
     @abstractmethod
-    def along(self) -> Path: ...
+    def along(self) -> ProbabilityPath: ...
 
     @property
     @abstractmethod
@@ -107,8 +107,8 @@ class Matching(Objective):
         """Loss-aware times as the objective wants them."""
         return t
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbones.denoiser(spec), **({"history": History()} if self.loss_aware else {})}
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbone.denoiser(spec), **({"history": History()} if self.loss_aware else {})}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         at = self.place(batch, nets)
@@ -133,9 +133,9 @@ class Matching(Objective):
             return torch.ones_like(at.t)
         return cast(History, nets["history"]).weight(at.drawn)
 
-    def settle(self, nets: Mapping[str, nn.Module], step: int) -> None:
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.loss_aware:
-            cast(History, nets["history"]).settle()
+            cast(History, nets["history"]).after_step()
 
     def answer(self, net: nn.Module, at: Place, batch: Batch) -> Tensor:
         """What the network says of it, some conditions dropped."""

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbones, Batch, Cond, Denoiser, Generator, Loss, Noise, Objective, Phase, Spec, mean_flat
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Loss, Noise, Objective, Phase, Spec, mean_flat
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Regression(Objective):
     def phases(self) -> Sequence[Phase]:
         return (Phase("regress", trains=("net",)),)
 
-    def networks(self, backbones: Backbones, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbones.denoiser(spec)}
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbone.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         said = answer(nets["net"], batch.x, batch.drop(self.drop, self.drop_each))

@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from genkit.core import Batch, Path
+from genkit.core import Batch, ProbabilityPath
 from genkit.diffusion.paths import times_at
 
 TimesName = Literal["uniform", "logit-normal", "log-normal", "beta", "loss-aware"]
-Times = Callable[[Batch, Path, float, float], Tensor]
+Times = Callable[[Batch, ProbabilityPath, float, float], Tensor]
 SMALLEST = 1e-5  # in float32, sigma and alpha / sigma can still be told from 0 and infinity there, on every path
 
 
-def uniform(batch: Batch, path: Path, mean: float, std: float) -> Tensor:
+def uniform(batch: Batch, path: ProbabilityPath, mean: float, std: float) -> Tensor:
     return 1 - batch.uniform()  # (0, 1]
 
 
-def logit_normal(batch: Batch, path: Path, mean: float, std: float) -> Tensor:
+def logit_normal(batch: Batch, path: ProbabilityPath, mean: float, std: float) -> Tensor:
     """``logit t ~ N(mean, std^2)`` (Esser et al. 2024, eq. 19): more of the middle."""
     return torch.sigmoid(mean + std * batch.normal(1)[:, 0]).clamp(min=SMALLEST)
 
 
-def log_normal(batch: Batch, path: Path, mean: float, std: float) -> Tensor:
+def log_normal(batch: Batch, path: ProbabilityPath, mean: float, std: float) -> Tensor:
     """``log(sigma / alpha) ~ N(mean, std^2)`` (Karras et al. 2022, table 1: -1.2 and 1.2), whatever the path.
 
     On the linear path this is the logit-normal. What lies past the path's own end is drawn at t = 1.
@@ -40,7 +40,7 @@ def log_normal(batch: Batch, path: Path, mean: float, std: float) -> Tensor:
     return times_at(path, tau, halvings=50).to(batch.x).clamp(min=SMALLEST)
 
 
-def beta(batch: Batch, path: Path, mean: float, std: float) -> Tensor:
+def beta(batch: Batch, path: ProbabilityPath, mean: float, std: float) -> Tensor:
     """``t ~ Beta(1.5, 1)``, density ``1.5 sqrt(t)``: more of the noise, for actions (Black et al. 2024, appendix B)."""
     return (1 - batch.uniform()) ** (1 / 1.5)
 
@@ -104,7 +104,7 @@ class History(nn.Module):
         self.counts.index_add_(0, i, ok.double())
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_step(self) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.counts)
@@ -119,7 +119,7 @@ class History(nn.Module):
 PLACED = ("logit-normal", "log-normal")  # those that t_mean and t_std belong to
 
 
-def refuse_times(times: str, path: Path, mean: float, std: float) -> None:
+def refuse_times(times: str, path: ProbabilityPath, mean: float, std: float) -> None:
     """``ValueError`` where mean and std would have no effect, or draw mostly what the path does not have."""
     if times not in PLACED and (mean, std) != (0.0, 1.0):
         raise ValueError(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, Path, expand
+from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, expand
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
 from genkit.diffusion.samplers.steps import Node, ask, fresh, land, nodes, require
@@ -64,7 +64,7 @@ class Chain:
     multiplies the std of each step, down to ``min_std`` at least.
     """
 
-    path: Path
+    path: ProbabilityPath
     times: tuple[float, ...]
     noise: ExplorationNoise = field(default_factory=FixedNoise)
     min_std: float = 0.0
@@ -77,7 +77,7 @@ class Chain:
 
     @classmethod
     def over(
-        cls, path: Path, steps: int, noise: ExplorationNoise, min_std: float = 0.0, grid: str = "uniform"
+        cls, path: ProbabilityPath, steps: int, noise: ExplorationNoise, min_std: float = 0.0, grid: str = "uniform"
     ) -> Chain:
         """The chain of ``steps`` steps on a named grid."""
         if grid not in GRIDS:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import Spec
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.data.demonstrations.windows import Demonstrations, Episode
 from genkit.training.run import Run
 
@@ -114,5 +114,5 @@ def load_inverse_dynamics(run: Run, state_dim: int) -> tuple[InverseDynamics, fl
 def save_inverse_dynamics(path: Path, net: InverseDynamics, explained_variance: float) -> None:
     """Write the network and what must be known to load it."""
     about = {"actions": net.get_buffer("action_mean").numel(), "explained_variance": explained_variance}
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, {"about": json.dumps(about)})

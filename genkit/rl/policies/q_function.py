@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import Cond, Noise, Spec
-from genkit.core.files import whole
+from genkit.core.files import atomic_write
 from genkit.envs import Env
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
@@ -152,7 +152,7 @@ def learn_q(
 
 def save_q(run: Path, q: QFunction, about: dict[str, Any]) -> Path:
     """Write Q into the run's folder, with a record of what it was learned from; the file."""
-    with whole(run / FILE) as part:
+    with atomic_write(run / FILE) as part:
         save_file({k: v.contiguous() for k, v in q.state_dict().items()}, part, {"about": json.dumps(about)})
     return run / FILE
 

@@ -1,0 +1,196 @@
+"""Conditions, and the layout of a sample.
+
+A condition is a named tensor in ``cond``. One that is absent is null: the network uses a learned embedding instead.
+Some names are reserved. ``cond["mask"]``, Bool ``[B, L]``, marks the tokens that exist. ``cond["keep"]``, Bool ``[B]``,
+marks the *samples* that see their conditions at all (False: null), and ``cond["keep.NAME"]``, Bool ``[B]``, those that
+see the condition NAME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Cond = Mapping[str, Tensor]
+NO_COND: Cond = {}
+RESERVED = ("keep", "mask")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class index: ``cond[name]`` is Int ``[B]`` in [0, num).
+
+    ``centers`` holds one sample per class, flattened one after the other in the model's own numbers, if a class stands
+    for a sample (the anchor near which an action chunk lies).
+    """
+
+    num: int
+    names: tuple[str, ...] = ()
+    centers: tuple[float, ...] = ()
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.shape != (batch,) or value.dtype.is_floating_point:
+            raise ValueError(f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] integers")
+        if batch and (int(value.min()) < 0 or int(value.max()) >= self.num):
+            raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..{self.num - 1}")
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Numbers without an image's layout (an observation, an embedding): ``cond[name]`` is Float ``[B, *shape]``.
+
+    They are given in the data's own units. Networks see ``(value - shift) / scale``, clamped to ``[-limit, limit]``
+    (None: not clamped); ``shift`` and ``scale`` have one number per entry of the last axis, () meaning unchanged. They
+    are stored here so that they travel with the model.
+    """
+
+    shape: tuple[int, ...]
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    limit: float | None = None
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.shape != (batch, *self.shape):
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs {(batch, *self.shape)}")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of the sample's own size, concatenated to it: ``cond[name]`` is Float ``[B, channels, *size]``."""
+
+    channels: int
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.ndim < 3 or value.shape[:2] != (batch, self.channels):
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs ({batch}, {self.channels}, ...)")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence for cross-attention: ``cond[name]`` Float ``[B, L, dim]``, with ``cond["mask"]`` Bool ``[B, L]``.
+
+    If a frozen text ``encoder`` computes them (:mod:`genkit.data.text`), its name, the ``sha256`` of its weights, the
+    number of tokens it takes (``length``) and some captions of the data (``examples``) are stored here.
+    """
+
+    dim: int
+    encoder: str = ""
+    sha256: str = ""
+    length: int = 0
+    examples: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.ndim != 3 or value.shape[0] != batch or value.shape[2] != self.dim:
+            raise ValueError(f"cond[{name!r}]: given shape {tuple(value.shape)}; needs ({batch}, length, {self.dim})")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text, read byte by byte: ``cond[name]`` Int ``[B, L]``, L up to ``length``, of UTF-8 bytes plus 1, padded with 0.
+
+    No byte of UTF-8 is above 244, so uint8 holds them. A row of zeros, the empty text, is null. ``examples`` are some
+    captions of the data.
+    """
+
+    length: int
+    examples: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.ndim != 2 or len(value) != batch or value.dtype.is_floating_point or value.dtype == torch.bool:
+            given = f"{tuple(value.shape)} of {value.dtype}"
+            raise ValueError(
+                f"cond[{name!r}]: given {given}; needs [{batch}, length] integers (genkit.data.text.to_bytes)"
+            )
+        if value.shape[1] > self.length:
+            raise ValueError(f"cond[{name!r}]: given {value.shape[1]} bytes of text; this model reads {self.length}")
+        if value.numel() and (int(value.min()) < 0 or int(value.max()) > 256):
+            raise ValueError(f"{name}: given {int(value.min())}..{int(value.max())}; allowed 0..256, a byte plus 1")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Recent camera images, the newest last: ``cond[name]`` is uint8 ``[B, *shape]``, shape = (To, C, H, W).
+
+    Their size is independent of the sample's; an encoder that is trained with the model embeds them.
+    """
+
+    shape: tuple[int, ...]
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.shape != (batch, *self.shape) or value.dtype != torch.uint8:
+            given = f"{tuple(value.shape)} of {value.dtype}"
+            raise ValueError(f"cond[{name!r}]: given {given}; needs {(batch, *self.shape)} of torch.uint8")
+
+
+Condition = Label | Vector | Image | Tokens | Text | Frames
+KINDS: Mapping[str, type] = {
+    "label": Label,
+    "vector": Vector,
+    "image": Image,
+    "tokens": Tokens,
+    "text": Text,
+    "frames": Frames,
+}
+
+
+def keep_target(name: str) -> str | None:
+    """The condition that ``cond[name]`` masks if ``name`` is ``keep.NAME``, else None."""
+    return name[5:] if name.startswith("keep.") else None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Layout of one sample: ``shape`` is ``(D,)``, ``(C, T)`` or ``(C, H, W)``; ``cond`` its conditions by name.
+
+    Data define it; backbones build networks for it.
+    """
+
+    shape: tuple[int, ...]
+    cond: Mapping[str, Condition] = field(default_factory=dict)
+
+    def check(self, cond: Cond, batch: int) -> None:
+        """Raise ``ValueError`` if ``cond`` does not fit: an unknown name, a wrong shape, a label out of range."""
+        for name, value in cond.items():
+            if name == "keep" or keep_target(name) in self.cond:
+                _require_bool(name, value, (batch,))
+            elif name == "mask":
+                tokens = [k for k, kind in self.cond.items() if isinstance(kind, Tokens) and k in cond]
+                if not tokens:
+                    raise ValueError("cond['mask'] is given, but there are no tokens that it could mask")
+                _require_bool(name, value, tuple(cond[tokens[0]].shape[:2]))
+            elif name not in self.cond:
+                raise ValueError(f"condition {name!r} is unknown here; allowed: {', '.join(self.cond) or 'none'}")
+            else:
+                self.cond[name].check(name, value, batch)
+
+
+def _require_bool(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.shape != shape or value.dtype != torch.bool:
+        given = f"{tuple(value.shape)} of {value.dtype}"
+        raise ValueError(f"cond[{name!r}]: given {given}; needs {list(shape)} bool")
+
+
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    """A spec as JSON values; :func:`spec_from_dict` is the inverse."""
+    names = {kind: name for name, kind in KINDS.items()}
+    return {"shape": list(spec.shape), "cond": {k: {"kind": names[type(v)], **asdict(v)} for k, v in spec.cond.items()}}
+
+
+def spec_from_dict(d: Mapping[str, Any]) -> Spec:
+    """The spec that :func:`spec_to_dict` described."""
+
+    def condition(v: Mapping[str, Any]) -> Any:
+        values = {k: tuple(x) if isinstance(x, list) else x for k, x in v.items() if k != "kind"}
+        return KINDS[v["kind"]](**values)
+
+    return Spec(tuple(d["shape"]), {k: condition(v) for k, v in d["cond"].items()})

@@ -1,0 +1,233 @@
+"""Protocols: what paths, networks, denoisers, objectives, codecs and data have to offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from genkit.core.batch import Batch, Draw
+from genkit.core.conditions import Cond, Spec
+
+
+class Prediction:
+    """A denoiser's estimate of both endpoints, ``[B, *S]`` each, of the path ``x = alpha(t) x0 + sigma(t) x1``."""
+
+    x0: Tensor
+    x1: Tensor
+
+    def __init__(self, x0: Tensor, x1: Tensor):
+        self.x0, self.x1 = x0, x1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x0, self.x1))
+
+    def at(self, alpha: float, sigma: float) -> Tensor:
+        """``alpha x0 + sigma x1``: the point of the path at another time, given its coefficients."""
+        return torch.add(alpha * self.x0, self.x1, alpha=sigma)
+
+    @property
+    def velocity(self) -> Tensor:
+        """``x1 - x0``, the velocity in the chart."""
+        return self.at(-1.0, 1.0)
+
+
+class Loss(NamedTuple):
+    """``per_sample`` ``[B]`` is minimised (its weighted mean); ``logs`` are scalars for the log."""
+
+    per_sample: Tensor
+    logs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer step: the networks it trains, its repeats per training step, and every how many steps it runs."""
+
+    name: str
+    trains: tuple[str, ...]
+    repeats: int = 1
+    every: int = 1
+
+
+class ProbabilityPath(Protocol):
+    """A noise schedule: the coefficients in ``x = alpha(t) x0 + sigma(t) x1``, functions of time ``[B] -> [B]``."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+
+class Parametrization(Protocol):
+    """The meaning of a network's input, output and regression target."""
+
+    def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input: ``(x_in [B, *S], time label [B])``."""
+        ...
+
+    def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """The regression target ``[B, *S]``."""
+        ...
+
+    def predict(self, path: ProbabilityPath, x: Tensor, t: Tensor, out: Tensor) -> Prediction:
+        """Both endpoints, from the network's output ``out`` ``[B, *S]``."""
+        ...
+
+
+class Denoiser(Protocol):
+    """``(x, t, cond)`` to :class:`Prediction`, on a path; samplers and guidance know nothing more of a model."""
+
+    @property
+    def path(self) -> ProbabilityPath: ...
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction: ...
+
+
+Noise = Callable[[Sequence[int]], Tensor]  # shape of one sample -> [B, *shape]: new normals from each sample's own seed
+Guidance = Callable[[Denoiser], Denoiser]
+Sampler = Callable[..., Tensor]  # (denoise, x, times, cond, *, noise, callback) -> x
+
+
+class Generator(Protocol):
+    """``(z, cond) -> x``: a sampler bound to a denoiser, a GAN's generator, or a VAE's decoder.
+
+    ``noise`` supplies the further random numbers of stochastic samplers; one-pass models ignore it.
+    """
+
+    def __call__(self, z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor: ...
+
+
+class Backbone(ABC):
+    """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
+
+    Class attributes declare what the family can do, and tests hold it to that. Two fields are optional, and have the
+    same meaning in every family: ``dropout``, a probability in [0, 1), acts in training only and is 0 by default;
+    ``checkpoint`` recomputes activations in the backward pass and is off by default.
+
+    A method raises ``ValueError`` if the family cannot serve the spec (a U-Net asked for vectors, say).
+    """
+
+    cuts: ClassVar[tuple[str, ...]] = ("denoiser", "encoder", "decoder")
+    """The networks that it makes."""
+    routes: ClassVar[tuple[str, ...]] = ("global", "channels", "tokens")
+    """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
+    "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
+    axes: ClassVar[tuple[int, ...]] = (1, 2)
+    """The numbers of axes after the first that samples may have: 0 for vectors, 1 for signals, 2 for images."""
+
+    @abstractmethod
+    def denoiser(self, spec: Spec) -> nn.Module:
+        """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
+
+    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
+        """A network ``(x [B, *S], cond) -> [B, *out]``, out = (D,) or (C, h, w)."""
+        raise self._missing("encoder")
+
+    def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
+        """A network ``(z [B, *inp], cond) -> [B, *S]``."""
+        raise self._missing("decoder")
+
+    def _missing(self, cut: str) -> ValueError:
+        name = type(self).__name__
+        return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")
+
+
+class Objective(ABC):
+    """What is learned, and how samples are drawn: a frozen dataclass of configuration, without weights."""
+
+    sampler: ClassVar[str | None]
+    """name of the default sampler; None for a one-pass model, which needs none"""
+    is_generative: ClassVar[bool] = True
+    """whether it draws samples; a classifier, which guides other models, does not"""
+    likelihood_method: ClassVar[str | None] = None
+    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: not at all"""
+    usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
+    """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    default_settings: ClassVar[Mapping[str, Any]] = {}
+    """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
+
+    @property
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]:
+        """The optimizer steps that make up a training step, in order."""
+
+    @abstractmethod
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        """New networks by name. ``ValueError`` if they cannot serve the spec."""
+
+    def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
+        """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
+
+    @abstractmethod
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        """The loss of one phase. Random numbers come from ``batch`` only."""
+
+    @abstractmethod
+    def generator(
+        self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
+    ) -> Generator:
+        """The generator of these networks. ``ValueError`` if ``sampling`` is missing, or would have no effect."""
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data provide."""
+        return False
+
+    def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
+        """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without a code."""
+        return None
+
+    def noise_shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of one ``z`` that the generator starts from: a sample's own, or that of a latent."""
+        return spec.shape
+
+    def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:  # noqa: B027  # most need nothing
+        """Called on every rank after the optimizers' step ``step``, before the averages are updated.
+
+        Update here what changes without a gradient, such as the running means of a codebook. The loss only accumulates
+        into buffers, so that the result does not depend on how a batch is cut into micro-batches and ranks.
+        """
+
+    def warning(self, record: Mapping[str, Any]) -> str | None:
+        """A one-line warning about a line of the log, such as a collapsed posterior; None if all is well."""
+        return None
+
+
+class ELBO(NamedTuple):
+    """Lower bounds of ``log p(x)`` (given the conditions) in nats per sample, float64 ``[B]``."""
+
+    elbo: Tensor
+    iwae: Tensor
+
+
+class HasELBO(Protocol):
+    """An objective with a latent variable, whose likelihood is bounded by sampling it."""
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the bounds are of probabilities of pixels rather than of a density."""
+        ...
+
+    def bounds(self, nets: Mapping[str, nn.Module], batch: Batch, samples: int) -> ELBO:
+        """The bounds with ``samples`` latents per sample."""
+        ...
+
+
+class Codec(Protocol):
+    """Converts between the data's samples (uint8 pixels, actions in metres) and the model's numbers, of order one."""
+
+    def encode(self, batch: Batch) -> Batch: ...
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+class Data(Protocol):
+    """Loaded samples, addressed by index."""
+
+    spec: Spec
+    codec: Codec
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The samples at ``indices`` ``[B]`` as the codec takes them (uint8 images), augmented by ``draw``."""
+        ...
