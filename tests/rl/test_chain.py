@@ -1,7 +1,6 @@
 """Chains against closed forms: linear-Gaussian denoisers, deterministic limits, moments; advantages by hand."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 from genkit.core import Spec
 from genkit.diffusion.paths import VP, Linear, ODEOnlyPath
 from genkit.diffusion.samplers import ddim, sde, uniform
-from genkit.rl.finetune.advantages import denoising_discounts, gae, group_advantages, normalize
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.noise import NOISES, DDIMNoise, FixedNoise, LearnedNoise, SDENoise
 from tests.support.exact import F64, ExactDenoiser, Mixture, three
@@ -143,7 +141,7 @@ def moved(steps, min_std=0.03, std=0.2):
     net = noise.network(Spec((2,)), steps).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return dataclasses.replace(Chain.over(Linear(), steps, noise, floor), sigma=net.requires_grad_(False))
+    return dataclasses.replace(Chain.over(Linear(), steps, noise, min_std), sigma=net.requires_grad_(False))
 
 
 def test_learned_noise_begins_as_fixed_noise():
@@ -211,59 +209,3 @@ def test_diffusion_noise_is_refused_where_there_is_no_score():
     with pytest.raises(ValueError, match="no diffusion"):
         Chain.over(ODEOnlyPath(Linear()), 4, SDENoise())
     Chain.over(ODEOnlyPath(Linear()), 4, FixedNoise())
-
-
-# ------------------------------------------------------------------------------------------------- advantages
-def t(*rows):
-    return torch.tensor(rows, dtype=F64)
-
-
-def test_gae_by_hand():
-    """Three worlds of three decisions; gamma 0.5, lambda 0.5. Deltas written out, then summed by hand."""
-    rewards = t([1, 1, 1], [2, 2, 2], [4, 4, 4])
-    values = t([1, 1, 1], [2, 2, 2], [3, 3, 3])
-    after = t([2, 8, 8], [3, 3, 3], [4, 4, 4])
-    ended = t([0, 1, 1], [0, 0, 0], [0, 0, 0]).bool()
-    terminated = t([0, 1, 0], [0, 0, 0], [0, 0, 0]).bool()
-    got = gae(rewards, values, after, terminated, ended, 0.5, 0.5)
-    # deltas: third 4 + 2 - 3 = 3; second 2 + 1.5 - 2 = 1.5; first 1 + 1 - 1 = 1, or 0 terminated, or 1 + 4 - 1 cut
-    second = 1.5 + 0.25 * 3
-    assert torch.equal(got[2], t(3, 3, 3))
-    assert torch.equal(got[1], t(second, second, second))
-    assert torch.equal(got[0], t(1 + 0.25 * second, 0, 4))
-
-
-def test_nothing_leaks_across_a_reset():
-    g = torch.Generator().manual_seed(0)
-    r, v, w = (torch.randn(6, 3, generator=g, dtype=F64) for _ in range(3))
-    ended = torch.zeros(6, 3, dtype=torch.bool)
-    ended[2] = True
-    other = r.clone()
-    other[3:] += 100
-    for terminated in (ended, torch.zeros_like(ended)):
-        a, b = (gae(x, v, w, terminated, ended, 0.9, 0.9) for x in (r, other))
-        assert torch.equal(a[:3], b[:3])
-        assert not torch.equal(a[3:], b[3:])
-
-
-def test_lambda_one_is_the_discounted_sum():
-    g = torch.Generator().manual_seed(0)
-    r, v = (torch.randn(5, 2, generator=g, dtype=F64) for _ in range(2))
-    none = torch.zeros(5, 2, dtype=torch.bool)
-    last = torch.randn(1, 2, generator=g, dtype=F64)
-    got = gae(r, v, torch.cat([v[1:], last]), none, none, 0.9, 1.0)
-    powers = 0.9 ** torch.arange(5, dtype=F64)[:, None]
-    assert torch.allclose(got[0], (powers * r).sum(0) + 0.9**5 * last[0] - v[0])
-
-
-def test_denoising_steps_are_discounted_from_the_last():
-    assert torch.equal(denoising_discounts(3, 0.5), t(0.25, 0.5, 1))
-
-
-def test_normalised_and_groups():
-    x = t(1, 2, 3, 6)
-    assert math.isclose(float(normalize(x).mean()), 0, abs_tol=1e-15)
-    assert math.isclose(float(normalize(x).std(correction=0)), 1)
-    assert torch.equal(normalize(t(2, 2)), t(0, 0))
-    got = group_advantages(t(1, 10, 3, 10, 5), torch.tensor([0, 1, 0, 1, 0]))
-    assert torch.allclose(got, t(-1, 0, 0, 0, 1) * 1.5**0.5)

@@ -265,8 +265,8 @@ class FineTuning:
             plot_reward_kl(read_log(self.directory), self.directory / "reward-kl.png")
         file = self.directory / "before.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
-        values = {f.name: getattr(run, f.name) for f in fields(Run)}
-        return FinetunedRun(**(values | {"directory": self.directory}), before=before, after=after)
+        values: dict[str, Any] = {f.name: getattr(run, f.name) for f in fields(Run)}
+        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after)
 
 
 def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
