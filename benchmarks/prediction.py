@@ -78,7 +78,7 @@ def measure(
     """W2 in the plane and the mean square off it, of each seed; and the first one's samples in the plane."""
     up = plane(dim)
     spiral = SwissRoll(noise=0.0)
-    objective = Flow(path=Held(), prediction=prediction, space="velocity")
+    objective = Flow(path=Held(), prediction=prediction, loss_space="velocity")
     torch.manual_seed(0)
     net = Stack(seeds, dim, width, 4, F.relu)
     begin = time.process_time()

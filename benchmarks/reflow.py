@@ -35,8 +35,8 @@ from genkit.data.toy import EightGaussians
 from genkit.diffusion.samplers import bind
 from genkit.evaluation.metrics import Moments, frechet_distance
 from genkit.evaluation.metrics import wasserstein2 as w2
-from genkit.objectives.matching.couplings import Given
-from genkit.objectives.matching.distillation import Distil
+from genkit.objectives.matching.couplings import GivenPairs
+from genkit.objectives.matching.distillation import Distillation
 from genkit.objectives.matching.flow import Flow
 
 HEUN, ROUNDS = 25, 3
@@ -61,9 +61,9 @@ def ladder(
             "one": judge(objective.generator({"net": net}, bind("ddim", 1))),
             "many": judge(many),
         }
-        objective, sample = Flow(coupling=Given()), pairs(many)
-    train(Distil(), net, sample, **how)
-    found[f"{rounds}-RF distilled"] = {"one": judge(Distil().generator({"net": net}))}
+        objective, sample = Flow(coupling=GivenPairs()), pairs(many)
+    train(Distillation(), net, sample, **how)
+    found[f"{rounds}-RF distilled"] = {"one": judge(Distillation().generator({"net": net}))}
     return found
 
 

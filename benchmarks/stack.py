@@ -58,8 +58,8 @@ class Each:
     coupling: Coupling
     groups: int
     independent: ClassVar[bool] = False
-    given: ClassVar[bool] = False
-    moves: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = False
+    permutes: ClassVar[bool] = True
 
     def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         parts = zip(batch.x.chunk(self.groups), x1.chunk(self.groups), t.chunk(self.groups), strict=True)

@@ -41,7 +41,7 @@ from genkit.diffusion.samplers import bind
 from genkit.evaluation.metrics import wasserstein2 as w2
 from genkit.objectives.matching.couplings import Coupling, Independent, OptimalTransport
 from genkit.objectives.matching.flow import Flow
-from genkit.objectives.matching.sources import Normal, Samples, Source
+from genkit.objectives.matching.sources import DatasetSource, Normal, Source
 
 BATCH, LR, EULER, TEST = 128, 4e-3, 100, 2048
 
@@ -106,7 +106,7 @@ COLUMNS: Mapping[str, Column] = {
     ),
     "moons->8gaussians": Column(
         Ring(radius=12.0, noise=1.5),
-        Samples(HalfMoons(size=9.67, noise=0.967, move=(-3.63, -3.63), seed=1)),
+        DatasetSource(HalfMoons(size=9.67, noise=0.967, move=(-3.63, -3.63), seed=1)),
         {"I-CFM": (1.557, 0.407, 2.680, None), "OT-CFM": (0.601, 0.027, 0.015, 0.010)},
     ),
     "N->moons": Column(

@@ -1,4 +1,4 @@
-"""Flow matching on two moons, with genkit's parts and a training loop of one's own.
+"""Flow matching on two moons, with genkit's parts and a training loop of your own.
 
     python examples/02_flow_in_40_lines.py [--steps 2000] [--out moons.png]
 
@@ -12,7 +12,7 @@ import torch
 
 from genkit.backbones import MLP
 from genkit.core import Batch, pictures
-from genkit.data import DATA
+from genkit.data.toy import Moons
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.samplers import bind, uniform
 from genkit.objectives import Flow
@@ -23,7 +23,7 @@ parser.add_argument("--out", type=Path, default=Path("moons.png"))
 args = parser.parse_args()
 
 torch.manual_seed(0)
-data = DATA["moons"]().load("train")
+data = Moons().load("train")
 flow = Flow()
 nets = flow.networks(MLP(width=128), data.spec)
 optimizer = torch.optim.AdamW(nets["net"].parameters(), lr=1e-3, fused=True)

@@ -13,7 +13,7 @@ and the training digits are cut to as many as there are held-out digits, ten tim
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from genkit.data import DATA
 from genkit.training.run import Run, load_run
 
 
-def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_digits(split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
     """Pixels ``[N, 64]`` in 0..16, as scikit-learn has them, and classes ``[N]``."""
     data = DATA["digits"]().load(split)
     batch = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data)))
@@ -55,12 +55,9 @@ def compare(x: np.ndarray, y: np.ndarray, classifier: SVC, size: int = 359) -> d
         distance = frechet_distance(classifier.decision_function(subset), classifier.decision_function(y))
         rows.append((distance, coverage(y, subset), coverage(subset, y)))
     values = np.array(rows)
-    result = {
-        name: round(float(mean), 4)
-        for name, mean in zip(("frechet", "precision", "recall"), values.mean(0), strict=True)
-    }
-    result["frechet_sd"] = round(float(values[:, 0].std()), 4)
-    return result
+    means = [round(float(mean), 4) for mean in values.mean(0)]
+    spread = round(float(values[:, 0].std()), 4)
+    return {"frechet": means[0], "precision": means[1], "recall": means[2], "frechet_sd": spread}
 
 
 def evaluate(run: Run, n: int = 1000, seed: int = 0, **sampling: Any) -> dict[str, Any]:

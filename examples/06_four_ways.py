@@ -15,11 +15,11 @@ from PIL import Image
 
 from genkit.cli.main import main as genkit
 from genkit.core import pictures
-from genkit.envs.four_ways import FourWays, demonstrations
+from genkit.envs.four_ways import FourWays, expert_episodes
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
 
-CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
+CLEAN = ["--objective.prediction=x0", "--objective.loss-space=x0", "--objective.cond-dropout=0"]
 POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
     "regression": (["--objective=regression"], 1),
     "ddpm": (["--objective=ddpm", *CLEAN], 16),
@@ -37,7 +37,7 @@ parser.add_argument("--out", type=Path, default=Path("four_ways.png"))
 args = parser.parse_args()
 
 world = FourWays(min(200, args.episodes))
-panels = [world.draw([obs for obs, *_ in demonstrations(80, args.seed)], title="80 of the demonstrations")]
+panels = [world.draw([obs for obs, *_ in expert_episodes(80, args.seed)], title="80 of the demonstrations")]
 rows = []
 for name in args.only:
     how, steps = POLICIES[name]

@@ -22,7 +22,7 @@ from genkit.envs import make
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
 
-CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
+CLEAN = ["--objective.prediction=x0", "--objective.loss-space=x0", "--objective.cond-dropout=0"]
 POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
     "regression": (["--objective=regression"], 1),
     "ddpm": (["--objective=ddpm", *CLEAN], 10),

@@ -57,7 +57,7 @@ def command(*argv: str) -> float:
 
 def strip(run: Run, steps: int) -> np.ndarray:
     """Eight moments of the first four seconds of an episode, side by side."""
-    step = cast(Gym, make(args.env, 1)).worlds[0].unwrapped.dt  # seconds
+    step = cast(Gym, make(args.env, 1)).envs[0].unwrapped.dt  # seconds
     world = make(args.env, 1, max_episode_steps=round(4 / step), camera_name="track")
     done = run_episodes(Policy.load(run, steps=steps), world, [100_000], film=1)
     moments = [f.resize((160, 160)) for f in done.frames[0][:: max(1, len(done.frames[0]) // 8)][:8]]

@@ -26,8 +26,8 @@ PLANS = {  # what is measured -> name -> settings of genkit finetune
     "rwr": {"naive": [*RWR, "--method.demo-fraction=0", "--method.max-weight=1e9"], "stabilised": RWR},
     "mixed": {f"lambda {v:g}": [*MIXED, f"--method.weight={v}"] for v in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)},
 }
-LEARNT = ["--data=four-ways", "--objective=flow", "--objective.prediction=x0", "--objective.space=x0",
-          "--objective.drop=0", "--backbone.width=128", "--backbone.depth=2", "--lr=1e-3", "--batch=256",
+LEARNT = ["--data=four-ways", "--objective=flow", "--objective.prediction=x0", "--objective.loss-space=x0",
+          "--objective.cond-dropout=0", "--backbone.width=128", "--backbone.depth=2", "--lr=1e-3", "--batch=256",
           "--sample-every=0", "--device=cpu", "--precision=fp32", "--tensorboard=false"]  # fmt: skip
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -53,7 +53,7 @@ def command(*argv: str) -> float:
 def held_out(run: Run, rows: int = 4000) -> float:
     """The objective's loss on demonstrations that nothing was trained on, a mean over the numbers of a chunk."""
     data = run.config.data.load("test")
-    batch = data.codec.encode(data.batch(torch.arange(rows) % len(data.x), Draw((0,), 0, rows)))
+    batch = data.codec.encode(data.batch(torch.arange(rows) % len(data), Draw((0,), 0, rows)))
     torch.manual_seed(0)
     return float(run.objective.loss(run.objective.phases[0].name, run.nets, batch).per_sample.mean())
 

@@ -58,7 +58,7 @@ RUNS = [  # the directory that a `train` line makes is runs/NNNN-NAME, numbered 
 REFUSED = [
     "trian",
     "train --objective=flwo",
-    "train --objective.t-std 2 --objective=ddpm",
+    "train --objective.time-distribution.std 2 --objective=ddpm",
     "train --backbone=mlp --data=digits --backbone.depht 2",
     "train --steps -1",
     "train --batch x",
@@ -68,7 +68,7 @@ REFUSED = [
     "train --config missing.yaml",
     "train --resume runs/missing",
     "train --init runs/missing",
-    "train --objective=distil",
+    "train --objective=distillation",
     "train --steps",
     "sample runs/missing",
     "sample runs/0000-flow --label 12",

@@ -1,7 +1,7 @@
 """The command line in two passes: the NAMEs choose the classes, then tyro reads the flags that those classes have.
 
 Precedence, low to high: dataclass defaults < YAML (``--config FILE``) < a NAME (``--objective flow``: always resets its
-block to that class's defaults) < dotted flags (``--objective.t-std 2``). Order on the command line does not matter,
+block to that class's defaults) < dotted flags (``--objective.std 2``). Order on the command line does not matter,
 except that the last of two equal flags holds.
 
 tyro knows the grammar (which flags there are, how many values each takes, what they look like, ``--help``); the values

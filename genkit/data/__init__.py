@@ -8,9 +8,10 @@ from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
 from genkit.data.demonstrations.four_ways import FourWays
 from genkit.data.demonstrations.push_t import Pusht
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.folders import Folder, Npz, Zip
-from genkit.data.images import InMemory, OnDisk
+from genkit.data.images import OnDisk
+from genkit.data.in_memory import InMemory
 from genkit.data.latents import InLatents, Latents
+from genkit.data.local_files import Folder, Npz, Zip
 from genkit.data.pairs import Pairs
 from genkit.data.source import DataSource
 from genkit.data.standard_images import Cifar10, Digits, FashionMnist, Mnist

@@ -1,8 +1,8 @@
-"""Captions: wordings over the names of classes, or texts that lie beside the pictures.
+"""Captions: templates that are filled with class names, or texts that lie beside the images.
 
-A picture ``a.png`` has its caption in ``a.txt``; or one file at the top of the folder, or zip, has them all:
-``captions.jsonl`` or ``metadata.jsonl``, with a line ``{"file_name": "a.png", "text": "a handwritten seven"}`` for
-each, or ``metadata.csv`` with columns ``file_name`` and ``text``, as Hugging Face's imagefolder has it.
+The caption of an image ``a.png`` is the content of ``a.txt``. Or one file at the top of the folder or zip holds all
+captions: ``captions.jsonl`` or ``metadata.jsonl`` with one line ``{"file_name": "a.png", "text": "a handwritten
+seven"}`` an image, or ``metadata.csv`` with the columns ``file_name`` and ``text``, as in Hugging Face's imagefolder.
 """
 
 from __future__ import annotations
@@ -21,184 +21,199 @@ from torch import Tensor
 from genkit.core import Batch, Condition, Draw, Label, Text, Tokens
 from genkit.data import text
 
-FILES = "files"  # the word of --data.captions for captions beside the pictures
-SHOWN = 10  # captions that a model keeps as examples
+FILES = "files"  # value of --data.captions that means captions beside the images
+NUM_EXAMPLES = 10  # captions that a model keeps as examples
 
 
-class Said(NamedTuple):
-    """A caption, and where it stands."""
+class Caption(NamedTuple):
+    """A caption and where it was read."""
 
     text: str
-    where: str
+    location: str
 
 
-Texts = Callable[[], Sequence[Said]]
+CaptionReader = Callable[[], Sequence[Caption]]
 
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """What can be said of each sample: ``rows`` Int ``[N, W]`` of ``table``, whose tensors have a row a caption."""
+    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, whose tensors have one row a caption."""
 
     rows: Tensor
     table: Mapping[str, Tensor]
 
     def add(self, batch: Batch, indices: Tensor, draw: Draw) -> Batch:
-        """``batch`` with a caption of each sample, one of the W by ``draw``."""
+        """``batch`` with one caption for each sample, chosen among its W by ``draw``."""
         rows = self.rows.index_select(0, indices)
         num = rows.shape[1]
-        pick = (draw.uniform(1) * num).long().clamp(max=num - 1) if num > 1 else torch.zeros(len(rows), 1).long()
-        chosen = rows.gather(1, pick)[:, 0]
+        column = (draw.uniform(1) * num).long().clamp(max=num - 1) if num > 1 else torch.zeros(len(rows), 1).long()
+        chosen = rows.gather(1, column)[:, 0]
         return replace(batch, cond={**batch.cond, **{k: v.index_select(0, chosen) for k, v in self.table.items()}})
 
 
-def captioned(
-    asked: tuple[str, ...],
+def load_captions(
+    captions: tuple[str, ...],
     cond: Mapping[str, Tensor],
     kinds: Mapping[str, Condition],
-    words: tuple[str, ...],
+    class_words: tuple[str, ...],
     length: int,
     encoder: str | None,
-    texts: Texts | None,
+    read_files: CaptionReader | None,
 ) -> tuple[Captions, Condition] | None:
-    """The captions of ``--data.captions``, and their kind of condition; None where none are asked for."""
-    if not asked:
+    """Return the captions of ``--data.captions`` and their kind of condition, or None without ``captions``.
+
+    Templates use ``class_words``, or the names of the classes in ``kinds``. Without ``encoder`` captions are bytes, at
+    most ``length`` each; with one they are its states. ``read_files`` reads the captions beside the images.
+    """
+    if not captions:
         if encoder is not None:
             raise ValueError(f"encoder: given {encoder}, but no captions to encode; give --data.captions")
         return None
-    if FILES in asked and len(asked) > 1:
-        raise ValueError(f"captions: given {FILES} and wordings; choose one of them")
-    if asked == (FILES,):
-        found, rows = of_files(texts)
-        shown = [said.text for said in found if said.text]
-        shown = shown[:: max(1, len(shown) // SHOWN)][:SHOWN]
+    if FILES in captions and len(captions) > 1:
+        raise ValueError(f"captions: given {FILES} and templates; choose one of them")
+    if captions == (FILES,):
+        unique, rows = captions_from_files(read_files)
+        examples = [caption.text for caption in unique if caption.text]
+        examples = examples[:: max(1, len(examples) // NUM_EXAMPLES)][:NUM_EXAMPLES]
     else:
-        found, rows = of_wordings(asked, cond, kinds, words)
-        shown = [found[c * len(asked) + c % len(asked)].text for c in range(min(len(found) // len(asked), SHOWN))]
-    unique = [said.text for said in found]
+        unique, rows = captions_from_templates(captions, cond, kinds, class_words)
+        # one template for each class, in turn
+        num, classes = len(captions), min(len(unique) // len(captions), NUM_EXAMPLES)
+        examples = [unique[c * num + c % num].text for c in range(classes)]
+    texts = [caption.text for caption in unique]
     if encoder is None:
-        for said in found:
-            if (size := len(said.text.encode())) > length:
-                raise ValueError(f"{said.where}: this caption has {size} bytes; --data.text-length is {length}")
-        return Captions(rows, {"text": text.to_bytes(unique, length)}), Text(length, tuple(shown))
+        for caption in unique:
+            if (size := len(caption.text.encode())) > length:
+                raise ValueError(f"{caption.location}: this caption has {size} bytes; --data.text-length is {length}")
+        return Captions(rows, {"text": text.to_bytes(texts, length)}), Text(length, tuple(examples))
     frozen = text.open_encoder(encoder)
-    kind = Tokens(frozen.dim, text.place(encoder), frozen.sha256, frozen.length, tuple(shown))
-    return Captions(rows, text.encoded(frozen, unique)), kind
+    kind = Tokens(frozen.dim, text.canonical_name(encoder), frozen.sha256, frozen.length, tuple(examples))
+    return Captions(rows, text.encode_cached(frozen, texts)), kind
 
 
-def of_wordings(
-    wordings: tuple[str, ...], cond: Mapping[str, Tensor], kinds: Mapping[str, Condition], words: tuple[str, ...]
-) -> tuple[list[Said], Tensor]:
-    """Every wording of every class, and which belong to each sample."""
-    for wording in wordings:
-        if "{label}" not in wording:
-            allowed = f"wordings that hold {{label}}, or the word {FILES}"
-            raise ValueError(f"captions: given {wording!r}; allowed: {allowed}, for captions beside the pictures")
+def captions_from_templates(
+    templates: tuple[str, ...],
+    cond: Mapping[str, Tensor],
+    kinds: Mapping[str, Condition],
+    class_words: tuple[str, ...],
+) -> tuple[list[Caption], Tensor]:
+    """Every template filled with every class, and the rows Int ``[N, W]`` of each sample's class."""
+    for template in templates:
+        if "{label}" not in template:
+            allowed = f"templates that contain {{label}}, or {FILES} for captions beside the images"
+            raise ValueError(f"captions: given {template!r}; allowed: {allowed}")
     name, kind = next(((k, v) for k, v in kinds.items() if isinstance(v, Label)), (None, None))
     if name is None or kind is None:
-        raise ValueError(f"captions: given {wordings[0]!r}, but these data have no classes; try {FILES}")
-    named = words or kind.names or tuple(map(str, range(kind.num)))
-    found = [Said(w.replace("{label}", c), f"captions: {w!r} of {c!r}") for c in named for w in wordings]
-    return found, cond[name][:, None] * len(wordings) + torch.arange(len(wordings))
+        raise ValueError(f"captions: given {templates[0]!r}, but these data have no classes; try {FILES}")
+    words = class_words or kind.names or tuple(map(str, range(kind.num)))
+    every = [Caption(t.replace("{label}", word), f"captions: {t!r} of {word!r}") for word in words for t in templates]
+    return every, cond[name][:, None] * len(templates) + torch.arange(len(templates))
 
 
-def of_files(texts: Texts | None) -> tuple[list[Said], Tensor]:
-    """The captions without repetitions, and which is that of each sample."""
-    if texts is None:
-        raise ValueError(f'captions: given {FILES}, but these data are no files; give a wording: "a {{label}}"')
-    every = texts()
-    unique = list({said.text: said for said in reversed(every)}.values())[::-1]
-    place = {said.text: i for i, said in enumerate(unique)}
-    return unique, torch.tensor([[place[said.text]] for said in every])
+def captions_from_files(read_files: CaptionReader | None) -> tuple[list[Caption], Tensor]:
+    """The distinct captions, and the row Int ``[N, 1]`` of each sample's caption."""
+    if read_files is None:
+        raise ValueError(f'captions: given {FILES}, but these data are not files; give a template: "a {{label}}"')
+    every = read_files()
+    unique = list({caption.text: caption for caption in reversed(every)}.values())[::-1]
+    row_of = {caption.text: i for i, caption in enumerate(unique)}
+    return unique, torch.tensor([[row_of[caption.text]] for caption in every])
 
 
-# --------------------------------------------------------------------------------------------- beside the pictures
-def beside(pictures: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str) -> list[Said]:
-    """The caption of each picture. ``ValueError`` names the file where one is missing, double, or of no picture.
+# --------------------------------------------------------------------------------------------- beside the images
+def read_captions(
+    images: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str
+) -> list[Caption]:
+    """Return the caption of each image. ``ValueError`` names a file whose caption is missing, double or of no image.
 
-    ``pictures`` and ``others`` are the names below ``root``, ``read`` gives the bytes of one of the latter.
+    ``images`` and ``others`` are file names below ``root``; ``read`` returns the content of one of ``others``.
     """
     tables = [name for name in TABLES if name in others]
     if len(tables) > 1:
         raise ValueError(f"{root}/{tables[0]}: lies beside {tables[1]}; keep one of them")
-    listed = in_table(tables[0], read, root) if tables else in_texts(pictures, others, read, root)
-    known = set(pictures)
-    for name, said in listed.items():
+    captions = read_table(tables[0], read, root) if tables else read_texts(images, others, read, root)
+    known = set(images)
+    for name, caption in captions.items():
         if name not in known:
-            raise ValueError(f"{said.where}: captions {name}, and there is no such picture in {root}")
-    for name in pictures:
-        if name not in listed:
-            stands = f"in {tables[0]}" if tables else f"beside it, {PurePosixPath(name).stem}.txt"
-            raise ValueError(f"{root}/{name}: has no caption {stands}")
-    return [listed[name] for name in pictures]
+            raise ValueError(f"{caption.location}: captions {name}, but there is no such image in {root}")
+    for name in images:
+        if name not in captions:
+            expected = f"in {tables[0]}" if tables else f"beside it, in {PurePosixPath(name).stem}.txt"
+            raise ValueError(f"{root}/{name}: has no caption {expected}")
+    return [captions[name] for name in images]
 
 
-def in_texts(
-    pictures: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str
-) -> dict[str, Said]:
-    """``NAME.txt`` beside ``NAME.png``."""
-    of: dict[str, str] = {}
-    for name in pictures:
+def read_texts(
+    images: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str
+) -> dict[str, Caption]:
+    """The captions in ``NAME.txt`` beside ``NAME.png``, by image."""
+    image_of: dict[str, str] = {}
+    for name in images:
         stem = str(PurePosixPath(name).with_suffix(""))
-        if stem in of:
-            raise ValueError(f"{root}/{stem}.txt: would caption both {of[stem]} and {name}")
-        of[stem] = name
-    out = {}
+        if stem in image_of:
+            raise ValueError(f"{root}/{stem}.txt: would caption both {image_of[stem]} and {name}")
+        image_of[stem] = name
+    captions = {}
     for name in others:
         path = PurePosixPath(name)
         if path.suffix.lower() == ".txt":
-            stem, where = str(path.with_suffix("")), f"{root}/{name}"
-            out[of.get(stem, f"{stem}.*")] = Said(clean(utf8(read(name), where)), where)
-    return out
+            stem, location = str(path.with_suffix("")), f"{root}/{name}"
+            content = decode_utf8(read(name), location)
+            captions[image_of.get(stem, f"{stem}.*")] = Caption(collapse_space(content), location)
+    return captions
 
 
-def in_table(table: str, read: Callable[[str], bytes], root: str) -> dict[str, Said]:
-    """A file of names and captions."""
-    out: dict[str, Said] = {}
-    for line, name, said in TABLES[table](utf8(read(table), f"{root}/{table}"), f"{root}/{table}"):
-        where = f"{root}/{table}:{line}"
-        if not isinstance(name, str) or not isinstance(said, str):
-            raise ValueError(f"{where}: needs file_name and text, both words")
+def read_table(table: str, read: Callable[[str], bytes], root: str) -> dict[str, Caption]:
+    """The captions of a file of names and captions, by image."""
+    captions: dict[str, Caption] = {}
+    for line, name, content in TABLES[table](decode_utf8(read(table), f"{root}/{table}"), f"{root}/{table}"):
+        location = f"{root}/{table}:{line}"
+        if not isinstance(name, str) or not isinstance(content, str):
+            raise ValueError(f"{location}: needs file_name and text, both strings")
         name = str(PurePosixPath(name.replace("\\", "/")))
-        if name in out:
-            raise ValueError(f"{where}: captions {name} a second time, after {out[name].where}")
-        out[name] = Said(clean(said), where)
-    return out
+        if name in captions:
+            raise ValueError(f"{location}: captions {name} a second time, after {captions[name].location}")
+        captions[name] = Caption(collapse_space(content), location)
+    return captions
 
 
-def of_jsonl(content: str, where: str) -> list[tuple[int, object, object]]:
-    out = []
+def parse_jsonl(content: str, location: str) -> list[tuple[int, object, object]]:
+    """``(line, file name, caption)`` of each line."""
+    rows = []
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             try:
                 item = json.loads(line)
-                out.append((number, item["file_name"], item["text"]))
+                rows.append((number, item["file_name"], item["text"]))
             except (ValueError, KeyError, TypeError) as e:
                 needs = '{"file_name": "a.png", "text": "..."}'
-                raise ValueError(f"{where}:{number}: needs {needs}: {' '.join(str(e).split())}") from e
-    return out
+                raise ValueError(f"{location}:{number}: needs {needs}: {' '.join(str(e).split())}") from e
+    return rows
 
 
-def of_csv(content: str, where: str) -> list[tuple[int, object, object]]:
+def parse_csv(content: str, location: str) -> list[tuple[int, object, object]]:
+    """``(line, file name, caption)`` of each row."""
     rows = csv.DictReader(io.StringIO(content, newline=""))
     if missing := {"file_name", "text"} - set(rows.fieldnames or ()):
-        raise ValueError(f"{where}: has no column {min(missing)}; needs file_name and text")
+        raise ValueError(f"{location}: has no column {min(missing)}; needs file_name and text")
     return [(rows.line_num, row["file_name"], row["text"]) for row in rows]
 
 
 TABLES: Mapping[str, Callable[[str, str], list[tuple[int, object, object]]]] = {
-    "captions.jsonl": of_jsonl,
-    "metadata.jsonl": of_jsonl,
-    "metadata.csv": of_csv,
+    "captions.jsonl": parse_jsonl,
+    "metadata.jsonl": parse_jsonl,
+    "metadata.csv": parse_csv,
 }
 
 
-def utf8(blob: bytes, where: str) -> str:
+def decode_utf8(content: bytes, location: str) -> str:
+    """``content`` as text. Raise ``ValueError`` if it is not UTF-8."""
     try:
-        return blob.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{where}: is not UTF-8, at byte {e.start}") from e
+        raise ValueError(f"{location}: is not UTF-8, at byte {e.start}") from e
 
 
-def clean(said: str) -> str:
-    """One line, without space around."""
-    return " ".join(said.split())
+def collapse_space(caption: str) -> str:
+    """``caption`` in one line, without space around it or doubled within."""
+    return " ".join(caption.split())

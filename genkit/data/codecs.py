@@ -1,6 +1,6 @@
-"""Codecs: between the world's samples (uint8 pixels, actions in metres) and the model's (numbers of order one).
+"""Codecs: between samples as they are stored (uint8 pixels, actions in metres) and the model's numbers of order one.
 
-A codec is a small frozen dataclass of numbers, so that it can be stored beside the weights as JSON:
+A codec is a small frozen dataclass of numbers, stored as JSON beside the weights:
 ``from_dict(json.loads(json.dumps(to_dict(codec)))) == codec``.
 """
 
@@ -19,7 +19,7 @@ from genkit.core import Batch, Codec
 
 @dataclass(frozen=True)
 class Pixels:
-    """uint8 in 0..255 outside, float in [-1, 1] inside. ``decode(encode(x)) == x`` for all 256 values."""
+    """uint8 in 0..255 as stored, float in [-1, 1] for the model. ``decode(encode(x)) == x`` for all 256 values."""
 
     def encode(self, batch: Batch) -> Batch:
         return replace(batch, x=batch.x.to(torch.float32) / 127.5 - 1)
@@ -30,7 +30,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Identity:
-    """Numbers that are of order one already."""
+    """For numbers that are of order one already."""
 
     def encode(self, batch: Batch) -> Batch:
         return batch
@@ -41,7 +41,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Affine(ABC):
-    """``(x - shift) / scale``, one number for each of the C dimensions of ``[B, C]`` or ``[B, C, ...]``.
+    """``(x - shift) / scale``, with one number for each of the C dimensions of ``[B, C]`` or ``[B, C, ...]``.
 
     A dimension that is constant in the data (scale 0) is only shifted, and always decodes to its constant.
     """
@@ -50,7 +50,7 @@ class Affine(ABC):
     def shift_scale(self) -> tuple[Tensor, Tensor]:
         """Two float64 tensors ``[C]``."""
 
-    def _numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self.shift_scale()
         if x.ndim < 2 or x.shape[1] != len(shift):
             raise ValueError(f"this codec has {len(shift)} dimensions; given shape {tuple(x.shape)}")
@@ -58,17 +58,17 @@ class Affine(ABC):
         return shift.to(x).reshape(shape), scale.to(x).reshape(shape)
 
     def encode(self, batch: Batch) -> Batch:
-        shift, scale = self._numbers(batch.x)
+        shift, scale = self._broadcast(batch.x)
         return replace(batch, x=(batch.x - shift) / torch.where(scale > 0, scale, 1))
 
     def decode(self, x: Tensor) -> Tensor:
-        shift, scale = self._numbers(x)
+        shift, scale = self._broadcast(x)
         return x * scale + shift
 
 
 @dataclass(frozen=True)
 class MinMax(Affine):
-    """``low``..``high`` of each dimension becomes -1..1 (the usual scaling of actions)."""
+    """Maps ``low``..``high`` of each dimension to -1..1 (the usual scaling of actions)."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -86,7 +86,7 @@ class MinMax(Affine):
 
 @dataclass(frozen=True)
 class Standardize(Affine):
-    """Each dimension gets mean 0 and standard deviation 1."""
+    """Gives each dimension mean 0 and standard deviation 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -95,7 +95,7 @@ class Standardize(Affine):
     def fit(cls, x: Tensor) -> Standardize:
         """The codec of the data ``[N, C, ...]``."""
         x = _per_dimension(x)
-        constant = x.amin(1) == x.amax(1)  # to be found exactly: rounding gives it a tiny spread
+        constant = x.amin(1) == x.amax(1)  # exactly: rounding would give it a tiny deviation
         std = torch.where(constant, 0, x.std(1, correction=0))
         mean = torch.where(constant, x[:, 0], x.mean(1))
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
@@ -106,11 +106,11 @@ class Standardize(Affine):
 
 @dataclass(frozen=True)
 class Actions(Affine):
-    """Chunks of actions ``[B, A, T]``, scaled by a range or by mean and deviation.
+    """Action chunks ``[B, A, T]``, scaled by a range, or by mean and standard deviation.
 
-    ``reference`` are the columns of the newest observation that the actions are counted from, one for each of the A
-    dimensions (a target position, as seen from the hand); () where they are absolute. ``decode`` gives the actions as
-    they are counted, :meth:`world` adds what they are counted from.
+    ``reference`` are the columns of the newest observation that the A dimensions are relative to (a target position,
+    relative to the hand); () if actions are absolute. ``decode`` gives relative actions, :meth:`to_absolute` adds the
+    reference.
     """
 
     shift: tuple[float, ...]
@@ -120,15 +120,15 @@ class Actions(Affine):
     def shift_scale(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
 
-    def world(self, x: Tensor, obs: Tensor) -> Tensor:
-        """Actions ``[B, A, T]`` that the environment takes, of samples ``x`` and observations ``[B, To, Do]``."""
+    def to_absolute(self, x: Tensor, obs: Tensor) -> Tensor:
+        """Decode samples ``[B, A, T]``, given observations ``[B, To, Do]``, to actions that an environment takes."""
         out = self.decode(x)
         return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
 
 
 @dataclass(frozen=True)
 class Plans(Affine):
-    """Plans ``[B, A + Do, T]``, scaled row by row: actions (there may be none), and below them the Do ``states``."""
+    """Plans ``[B, A + Do, T]``, scaled row by row: A rows of actions (A may be 0), then the Do rows of states."""
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
@@ -137,25 +137,24 @@ class Plans(Affine):
 
     @property
     def actions(self) -> int:
-        """A."""
+        """A, the number of action rows."""
         return len(self.shift) - int(self.states[0])
 
     def shift_scale(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.shift, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
 
-    def seen(self, states: Tensor) -> Tensor:
-        """States ``[B, Do, ...]`` of the world as the rows of a sample have them."""
+    def encode_states(self, states: Tensor) -> Tensor:
+        """States ``[B, Do, ...]``, scaled as the state rows of a sample are."""
         shift, scale = (v[self.actions :].to(states) for v in self.shift_scale())
         shape = (1, -1, *(1,) * (states.ndim - 2))
         return (states - shift.reshape(shape)) / torch.where(scale > 0, scale, 1).reshape(shape)
 
 
-class Learned(ABC):
-    """A codec with weights, which are stored beside what :meth:`to_dict` says of it
-    (:mod:`genkit.training.first_stage`)."""
+class LearnedCodec(ABC):
+    """A codec with weights, which are stored beside the JSON of :meth:`to_dict` (``genkit.training.first_stage``)."""
 
     shape: tuple[int, ...]
-    """of one of the world's samples"""
+    """shape of a decoded sample"""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Batch: ...
@@ -168,9 +167,9 @@ class Learned(ABC):
         """``{"name": ..., "sha256": of the weights, ...}``, ready for JSON."""
 
 
-def world_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What the model's samples of this ``shape`` are when they are decoded."""
-    return codec.shape if isinstance(codec, Learned) else shape
+def decoded_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a decoded sample, if the model's samples have ``shape``."""
+    return codec.shape if isinstance(codec, LearnedCodec) else shape
 
 
 def _per_dimension(x: Tensor) -> Tensor:
@@ -192,7 +191,7 @@ CODECS: dict[str, type] = {
 
 def to_dict(codec: Codec) -> dict[str, Any]:
     """``{"name": ..., **fields}``, ready for JSON. ``ValueError`` for a codec that is not in ``CODECS``."""
-    if isinstance(codec, Learned):
+    if isinstance(codec, LearnedCodec):
         return codec.to_dict()
     for name, kind in CODECS.items():
         if type(codec) is kind:
@@ -201,7 +200,7 @@ def to_dict(codec: Codec) -> dict[str, Any]:
 
 
 def from_dict(stored: Mapping[str, Any]) -> Codec:
-    """The codec of ``to_dict``. ``ValueError`` for an unknown name, and for fields that are missing or too many."""
+    """The codec of :func:`to_dict`. ``ValueError`` for an unknown name, and for missing or unknown fields."""
     values = dict(stored)
     name = values.pop("name", None)
     if name not in CODECS:

@@ -1,10 +1,10 @@
-"""Latents that `genkit encode` has cached: the moments of every sample's posterior, in shards without pickles.
+"""Latents that ``genkit encode`` has cached: the moments of each sample's posterior, in shards without pickles.
 
-    DIR/latents.json                       what encoded what; a split is named there when it is complete
-    DIR/train-00000-of-00007.safetensors   mean, log_var (unless all are certain) [rows, views, C, ...], cond.NAME
-    DIR/codec/first-stage.safetensors      the weights, so that the folder needs nothing else
+    DIR/latents.json                       the first stage, the data, and each split that is complete
+    DIR/train-00000-of-00007.safetensors   mean, log_var (unless all are deterministic) [rows, views, C, ...], cond.NAME
+    DIR/codec/first-stage.safetensors      the weights, so that the folder is self-contained
 
-A sample has two views where the data are mirrored at random: training then takes either, as it would of the pictures.
+A sample has two views if the data are mirrored at random: training then draws either, as it would with the images.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from genkit.core.files import atomic_write, one_line, write_text
 from genkit.data.codecs import Identity
 from genkit.data.source import DataSource, Split, check_split
 
-ABOUT = "latents.json"
+INDEX = "latents.json"
 
 
 @dataclass(eq=False)
 class InLatents:
     """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
 
-    What encoded them, and turns draws of them into samples, is in ``about`` and ``root``; the codec here does nothing.
+    ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the
+    ``codec`` does nothing. ``statistics`` are those of the latents' channels.
     """
 
     moments: Tensor
     cond: Mapping[str, Tensor]
     spec: Spec
     root: Path
-    about: Mapping[str, Any]
+    index: Mapping[str, Any]
     statistics: Mapping[str, Any]
     codec: Codec = Identity()  # noqa: RUF009  (frozen)
 
@@ -49,6 +50,7 @@ class InLatents:
         return len(self.moments)
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The moments ``[B, 2 C, ...]`` at ``indices`` ``[B]``, of a random view."""
         cond = {k: v.index_select(0, indices) for k, v in self.cond.items()}
         chosen = self.moments.index_select(0, indices)
         if chosen.shape[1] == 1:
@@ -59,7 +61,7 @@ class InLatents:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(DataSource):
-    """Latents that `genkit encode RUN` has cached."""
+    """Latents that ``genkit encode RUN`` has cached."""
 
     default_backbone: ClassVar[str] = "dit"
 
@@ -69,78 +71,80 @@ class Latents(DataSource):
     def load(self, split: Split = "train") -> InLatents:
         check_split(split)
         root = Path(self.root).expanduser()
-        about = read_about(root)
-        if split not in about["splits"]:
+        index = read_index(root)
+        if split not in index["splits"]:
             raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode RUN --split {split}")
-        found = about["splits"][split]
-        parts = [read_shard(root / name, digest) for name, digest in found["shards"].items()]
-        mean = torch.cat([p["mean"] for p in parts])
-        spread = "log_var" in parts[0]
-        log_var = torch.cat([p["log_var"] for p in parts]) if spread else torch.full_like(mean, -torch.inf)
-        cond = {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k.startswith("cond.")}
-        spec = spec_from_dict(found["spec"])
-        return InLatents(torch.cat([mean, log_var], 2), {k[5:]: v for k, v in cond.items()}, spec, root, about,
-                         found["statistics"])  # fmt: skip
+        record = index["splits"][split]
+        shards = [read_shard(root / name, sha256) for name, sha256 in record["shards"].items()]
+        mean = torch.cat([shard["mean"] for shard in shards])
+        has_variance = "log_var" in shards[0]
+        log_var = torch.cat([s["log_var"] for s in shards]) if has_variance else torch.full_like(mean, -torch.inf)
+        cond = {
+            key.removeprefix("cond."): torch.cat([shard[key] for shard in shards])
+            for key in shards[0]
+            if key.startswith("cond.")
+        }
+        spec = spec_from_dict(record["spec"])
+        return InLatents(torch.cat([mean, log_var], 2), cond, spec, root, index, record["statistics"])
 
     def decoded_source(self) -> DataSource:
         """The data that were encoded. ``ValueError`` if they are of a class that is not in ``DATA``."""
         registry = load_object("genkit.data:DATA")  # by name: the registry imports this module
-        block = dict(read_about(Path(self.root).expanduser())["data"])
-        name = block.pop("name")
+        settings = dict(read_index(Path(self.root).expanduser())["data"])
+        name = settings.pop("name")
         if name not in registry:
-            raise ValueError(
-                f"{self.root}: was encoded from {name}, which is not in DATA; name what to measure against"
-            )
-        known: type[DataSource] = registry[name]
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
-        return known(**known.applicable(settings))
+            raise ValueError(f"{self.root}: was encoded from {name}, which is not in DATA; name a reference yourself")
+        kind: type[DataSource] = registry[name]
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return kind(**kind.applicable(settings))
 
 
-def read_about(root: Path) -> dict[str, Any]:
-    """``latents.json``. ``ValueError`` where the folder is no cache."""
-    path = root / ABOUT
+def read_index(root: Path) -> dict[str, Any]:
+    """The content of ``latents.json``. ``ValueError`` if the folder is not a cache of latents."""
+    path = root / INDEX
     if not path.is_file():
-        raise ValueError(f"{root}: holds no {ABOUT}; make a cache of latents with: genkit encode RUN --out {root}")
+        raise ValueError(f"{root}: holds no {INDEX}; make a cache of latents with: genkit encode RUN --out {root}")
     try:
-        about = json.loads(path.read_text())
+        index = json.loads(path.read_text())
     except ValueError as e:
-        raise ValueError(f"{path}: is no JSON: {one_line(e)}") from e
-    if not isinstance(about, dict) or not {"stage", "data", "splits"} <= set(about):
+        raise ValueError(f"{path}: is not JSON: {one_line(e)}") from e
+    if not isinstance(index, dict) or not {"stage", "data", "splits"} <= set(index):
         raise ValueError(f"{path}: is not what genkit encode writes; it needs stage, data and splits")
-    return about
+    return index
 
 
-def write_about(root: Path, about: Mapping[str, Any]) -> None:
-    write_text(root / ABOUT, json.dumps(about, indent=1))
+def write_index(root: Path, index: Mapping[str, Any]) -> None:
+    """Write ``latents.json``."""
+    write_text(root / INDEX, json.dumps(index, indent=1))
 
 
-def write_shard(path: Path, content: Mapping[str, Tensor], made: Mapping[str, str]) -> None:
-    """``made`` says what of, for :func:`is_shard`."""
+def write_shard(path: Path, content: Mapping[str, Tensor], origin: Mapping[str, str]) -> None:
+    """Write a shard; ``origin`` says what it was made of, for :func:`is_shard`."""
     with atomic_write(path) as part:
-        save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=as_metadata(made))
+        save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=shard_metadata(origin))
 
 
-def as_metadata(made: Mapping[str, str]) -> dict[str, str]:
-    """One entry: safetensors writes several in any order, and equal shards shall be equal files."""
-    return {"made": json.dumps(made, sort_keys=True)}
+def shard_metadata(origin: Mapping[str, str]) -> dict[str, str]:
+    """``origin`` as one entry: safetensors writes several in any order, and equal shards must be equal files."""
+    return {"made": json.dumps(origin, sort_keys=True)}
 
 
-def is_shard(path: Path, made: Mapping[str, str]) -> bool:
-    """Whether this shard is there already, and made of the same."""
+def is_shard(path: Path, origin: Mapping[str, str]) -> bool:
+    """Whether this shard exists and was made of ``origin``."""
     if not path.is_file():
         return False
     try:
         with safe_open(path, "pt") as f:
-            return f.metadata() == as_metadata(made)
+            return f.metadata() == shard_metadata(origin)
     except (SafetensorError, OSError):
         return False
 
 
-def read_shard(path: Path, digest: str | None = None) -> dict[str, Tensor]:
-    """``ValueError`` where it is absent or damaged."""
+def read_shard(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a shard. ``ValueError`` if it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; run the same genkit encode again, it makes what is missing")
-    stored = path.read_bytes()
-    if digest is not None and hashlib.sha256(stored).hexdigest() != digest:
+        raise ValueError(f"{path}: there is no such file; run the same genkit encode again to make it")
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: is damaged (another sha256 than recorded); remove it and run genkit encode again")
-    return load(stored)
+    return load(content)

@@ -1,4 +1,4 @@
-"""Pairs (source, sample) that a model has made, the data of reflow and distillation: an ``.npz`` without pickles."""
+"""Pairs (source, sample) of a model, the data of reflow and distillation: an ``.npz`` without pickles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.data import codecs
-from genkit.data.images import InMemory
+from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
 
 @dataclass(eq=False)
 class InPairs:
-    """Samples in memory, each with its source ``x1``, in the model's own numbers."""
+    """Samples in memory, each with its source ``x1`` ``[N, *S]`` in the model's numbers."""
 
     samples: InMemory
     x1: Tensor
@@ -33,18 +33,18 @@ class InPairs:
         return len(self.x1)
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The samples at ``indices`` ``[B]`` with their sources."""
         return replace(self.samples.batch(indices, draw), x1=self.x1.index_select(0, indices))
 
 
 def save_pairs(
     path: Path, x: Tensor, x1: Tensor, cond: Mapping[str, Tensor], spec: Spec, codec: Codec, made: Mapping[str, Any]
 ) -> Path:
-    """Write pairs in the model's own numbers, with all that training on them has to know; ``made`` says how."""
-    about = {
-        **spec_to_dict(spec),
-        "codec": codecs.to_dict(codec),
-        "made": dict(made),
-    }
+    """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's numbers, with all that training needs.
+
+    ``made`` records how they were made.
+    """
+    about = {**spec_to_dict(spec), "codec": codecs.to_dict(codec), "made": dict(made)}
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
     with atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def save_pairs(
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(DataSource):
-    """Pairs made by `genkit reflow RUN`, for ``--objective.coupling=given``."""
+    """Pairs that ``genkit reflow RUN`` made, for ``--objective.coupling=given``."""
 
     root: str
     """the .npz file"""
@@ -72,18 +72,21 @@ class Pairs(DataSource):
         codec = codecs.from_dict(about["codec"])
         spec = spec_from_dict(about)
         if x.shape != x1.shape:
-            raise ValueError(f"{path}: holds x {list(x.shape)} and x1 {list(x1.shape)}, which are no pairs")
-        return InPairs(InMemory(outside(x, codec), cond, spec, codec), x1)
+            raise ValueError(f"{path}: holds x {list(x.shape)} and x1 {list(x1.shape)}, which are not pairs")
+        return InPairs(InMemory(decode_exactly(x, codec), cond, spec, codec), x1)
 
 
-def outside(x: Tensor, codec: Codec) -> Tensor:
-    """What ``codec.encode`` turns into ``x``, unrounded: ``encode`` is affine, so it is known from its answers to 0, 1.
+def decode_exactly(x: Tensor, codec: Codec) -> Tensor:
+    """Samples that ``codec.encode`` maps to ``x``, unrounded: ``encode`` is affine, so its values at 0 and 1 suffice.
 
-    (``decode`` would round pictures to 256 levels, and cut off what a model draws beyond them.)
+    ``codec.decode`` would round images to 256 levels, and clip what a model draws beyond them.
     """
-    encode = lambda v: codec.encode(Batch(v)).x  # noqa: E731
+
+    def encode(v: Tensor) -> Tensor:
+        return codec.encode(Batch(v)).x
+
     low = encode(torch.zeros_like(x[:1]))
-    world = (x - low) / (encode(torch.ones_like(x[:1])) - low)
-    if not torch.allclose(encode(world[:64]), x[:64], atol=1e-4):
+    decoded = (x - low) / (encode(torch.ones_like(x[:1])) - low)
+    if not torch.allclose(encode(decoded[:64]), x[:64], atol=1e-4):
         raise ValueError(f"pairs of a model with the codec {type(codec).__name__}, which is not affine, cannot be used")
-    return world
+    return decoded

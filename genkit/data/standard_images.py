@@ -1,7 +1,9 @@
-"""Standard data sets of images, the same for everybody: digits, MNIST, Fashion-MNIST and CIFAR-10."""
+"""Standard data sets of images: digits, MNIST, Fashion-MNIST and CIFAR-10."""
 
 from __future__ import annotations
 
+import shutil
+import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,94 +14,94 @@ from torch import Tensor
 
 from genkit.core import Data, Label
 from genkit.core.files import one_line
-from genkit.data.folders import Zip
-from genkit.data.images import ImageSource, InMemory
+from genkit.data.images import ImageSource
+from genkit.data.in_memory import InMemory
+from genkit.data.local_files import Zip
 from genkit.data.source import Split, check_split
 
-DIGITS = tuple("0123456789")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = tuple("0123456789")
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TIMEOUT = 30  # seconds that a download waits for an answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(ImageSource):
-    """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is held out."""
+    """1,797 handwritten digits, 8x8 grey, that come with scikit-learn. A fifth of each class is the test split."""
 
-    words = WORDS
+    class_words = DIGIT_WORDS
 
     def load(self, split: Split = "train") -> InMemory:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # lazy: speed
 
         check_split(split)
         digits: Any = load_digits()
         held_out = np.zeros(len(digits.target), dtype=bool)
-        shuffle = np.random.RandomState(0)  # numpy promises its numbers for ever; the split must never change
+        shuffle = np.random.RandomState(0)  # numpy guarantees its numbers; the split must never change
         for c in range(10):
             of_class = shuffle.permutation(np.flatnonzero(digits.target == c))
             held_out[of_class[: round(len(of_class) / 5)]] = True
         rows = np.flatnonzero(held_out == (split == "test"))
         pixels = torch.from_numpy(np.round(digits.images[rows] * 255 / 16).astype(np.uint8))
         labels = torch.from_numpy(digits.target[rows]).long()
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGIT_NAMES)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Torchvision(ImageSource):
-    """A classic that torchvision knows how to read, and downloads to ``root`` where it is absent."""
+    """What the data sets that torchvision reads, and downloads if they are missing, have in common."""
 
     root: str = "data"
+    """the folder that holds the data set's own folder"""
 
     def read(self, name: str, files: str, split: Split) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Pixels ``[N, H, W]`` or ``[N, H, W, C]``, classes ``[N]`` and the names of ``torchvision.datasets.<name>``.
+        """Pixels ``[N, H, W]`` or ``[N, H, W, C]``, classes ``[N]`` and class names of ``torchvision.datasets.<name>``.
 
-        ``files`` says where they are expected. ``ValueError`` in one line where they are neither there nor to be had.
+        ``files`` describes the files below ``root``. ``ValueError`` if they are damaged, or missing and not available.
         """
-        from torchvision import datasets
+        from torchvision import datasets  # lazy: speed
 
         check_split(split)
         root, kind = Path(self.root).expanduser(), getattr(datasets, name)
         try:
-            found = kind(root, train=split == "train")
-        except Exception as e:  # damaged files trip it up in many ways, absent ones in one
+            data = kind(root, train=split == "train")
+        except Exception as e:  # damaged files fail in many ways, missing ones in one
             if "Dataset not found" not in str(e):
                 raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
-            found = download(kind, root, split, files)
-        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
-        if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(found.classes):
+            data = download(kind, root, split, files)
+        pixels, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
+        if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(data.classes):
             raise ValueError(
-                f"{name}: {root / files} holds {len(pixels)} pictures and {len(labels)} labels; "
-                f"needs as many, in 0..{len(found.classes) - 1}"
+                f"{name}: {root / files} holds {len(pixels)} images and {len(labels)} labels; "
+                f"needs equally many, with labels in 0..{len(data.classes) - 1}"
             )
-        return pixels, labels, tuple(found.classes)
+        return pixels, labels, tuple(data.classes)
 
 
 def download(kind: Any, root: Path, split: Split, files: str) -> Any:
-    """torchvision's data set ``kind``, fetched to ``root``. ``ValueError`` where that fails; no waiting for ever."""
-    import shutil
-    import socket
-
-    patience, fresh = socket.getdefaulttimeout(), not root.exists()
-    socket.setdefaulttimeout(30)
+    """Download torchvision's data set ``kind`` to ``root``. ``ValueError`` if that fails or the server is silent."""
+    timeout, is_new = socket.getdefaulttimeout(), not root.exists()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         return kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as e:
         hint = f"put {files} there, or name the folder above with --data.root"
-        where = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
-        if fresh and not any(p.is_file() for p in root.rglob("*")):
+        problem = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
+        if is_new and not any(p.is_file() for p in root.rglob("*")):
             shutil.rmtree(root, ignore_errors=True)  # the empty folders that torchvision made
-        raise ValueError(f"{where} ({one_line(e)}); {hint}") from e
+        raise ValueError(f"{problem} ({one_line(e)}); {hint}") from e
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mnist(Torchvision):
     """70,000 handwritten digits, 28x28 grey (LeCun et al. 1998)."""
 
-    words = WORDS
+    class_words = DIGIT_WORDS
 
     def load(self, split: Split = "train") -> InMemory:
         pixels, labels, _ = self.read("MNIST", "MNIST/raw/*-ubyte", split)
-        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGITS)})
+        return self.from_array(pixels, {"label": labels}, {"label": Label(10, DIGIT_NAMES)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +118,18 @@ class Cifar10(Torchvision):
     """60,000 photographs, 32x32 colour, of ten classes (Krizhevsky 2009).
 
     Read from torchvision's ``root/cifar-10-batches-py`` (pickles, which torchvision opens only if their MD5 is the
-    published one) or from ``root/cifar10/{train,test}.zip``, which StyleGAN and EDM made popular.
+    published one) or from ``root/cifar10/{train,test}.zip``, the layout of StyleGAN and EDM.
     """
 
     flip: bool = True
+    """mirror half of the images of a batch left to right"""
 
     NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def load(self, split: Split = "train") -> Data:
         zips = Path(self.root).expanduser() / "cifar10"
         if (zips / "train.zip").exists() and not (zips.parent / "cifar-10-batches-py").exists():
-            same = {f.name: getattr(self, f.name) for f in fields(ImageSource)}
-            return Zip(**{**same, "root": str(zips)}).load(split, names=self.NAMES)
+            settings = {f.name: getattr(self, f.name) for f in fields(ImageSource)}
+            return Zip(**{**settings, "root": str(zips)}).load(split, class_names=self.NAMES)
         pixels, labels, names = self.read("CIFAR10", "cifar-10-batches-py, or cifar10/{train,test}.zip,", split)
         return self.from_array(pixels, {"label": labels}, {"label": Label(10, names)})

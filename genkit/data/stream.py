@@ -1,7 +1,7 @@
-"""The order in which training sees its samples, as a pure function of (step, draw, rows).
+"""The order in which training sees its samples, a pure function of (step, draw, rows).
 
-Nothing is remembered from one call to the next that could change an answer, so a resumed run, another number of ranks
-and another size of micro-batch all see the same numbers.
+No call depends on earlier ones, so a resumed run, another number of ranks and another size of micro-batch all see the
+same numbers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from genkit.data.images import OnDisk
 
 Rows = tuple[int, int, int]  # draw, start, stop
 
-AUGMENT = 1  # the last number of the key of the augmentation's draws: they never shift the loss's
+AUGMENTATION = 1  # last number of the key of the augmentation's draws, so that they do not shift the loss's
 
 
 class Stream:
-    """Batches without end: ``stream(step, draw, start, stop)`` are rows ``start..stop`` of one global batch.
+    """Batches without end: ``stream(step, draw, start, stop)`` returns rows ``start..stop`` of one global batch.
 
     Each ``draw`` (phases that repeat within a step count them up) is an endless stream of its own: row r of step s is
-    its element ``s * batch_size + r``, and every ``len(data)`` elements are one epoch, in an order of its own. Samples
-    leave as the codec takes them (uint8 pictures), on ``device``. ``workers`` threads read ahead from the disk; data
-    in memory have no use for them.
+    its element ``s * batch_size + r``, and every ``len(data)`` elements are one epoch in its own order. Samples are on
+    ``device``, not yet encoded (uint8 images). ``workers`` threads read ahead from the disk; data in memory do not need
+    them.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Stream:
         return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(self.seed, draw, epoch)))
 
     def indices(self, step: int, draw: int, start: int, stop: int) -> Tensor:
-        """Which samples these rows are, ``[stop - start]``."""
+        """The samples in these rows, ``[stop - start]``."""
         n, first, last = len(self.data), step * self.batch_size + start, step * self.batch_size + stop
         epochs = range(first // n, (last - 1) // n + 1)
         return torch.cat([self.order(draw, e)[max(first - e * n, 0) : min(last - e * n, n)] for e in epochs])
 
     def __call__(self, step: int, draw: int, start: int, stop: int) -> Batch:
         assert step >= 0 and 0 <= start < stop <= self.batch_size, (step, start, stop, self.batch_size)  # noqa: PT018
-        augment = Draw((self.seed, step, draw, AUGMENT), start, stop)
+        augment = Draw((self.seed, step, draw, AUGMENTATION), start, stop)
         if self.ahead is None:
             batch = self.data.batch(self.indices(step, draw, start, stop), augment)
         else:
@@ -65,14 +65,14 @@ class Stream:
 
 
 class ReadAhead:
-    """Decodes in threads what the next steps will ask for, as far as the last ones tell.
+    """Threads that decode the samples of the next steps, as predicted from the last ones.
 
-    Rows that were asked for at steps s and s + k are expected at s + 2k and s + 3k. A wrong guess costs time, never
-    another answer: what was not foreseen is read when it is asked for, and what was and is not wanted is dropped.
+    Rows that were requested at steps s and s + k are expected at s + 2k and s + 3k. A wrong prediction costs time but
+    never changes a batch: what was not predicted is read on request, and what is not wanted is dropped.
     """
 
     DEPTH = 2  # steps
-    CHUNK = 16  # pictures a task: one batch keeps all threads busy
+    CHUNK = 16  # images a task, so that one batch keeps all threads busy
 
     def __init__(self, data: OnDisk, indices: Callable[..., Tensor], workers: int) -> None:
         self.data, self.indices = data, indices
@@ -81,17 +81,19 @@ class ReadAhead:
         self.last: dict[Rows, int] = {}
 
     def submit(self, step: int, rows: Rows) -> list[Future[Tensor]]:
+        """Start to decode these rows of ``step``."""
         chunks = self.indices(step, *rows).split(self.CHUNK)
         return [self.pool.submit(self.data.read, chunk.tolist()) for chunk in chunks]
 
     def batch(self, step: int, rows: Rows, augment: Draw) -> Batch:
+        """These rows of ``step``; decoding of the predicted steps starts."""
         tasks = self.tasks.setdefault(rows, {})
         stride = step - self.last.get(rows, step - 1)
-        foreseen = [step + k * stride for k in range(self.DEPTH + 1)] if stride > 0 else [step]
-        for s in tasks.keys() - set(foreseen):
+        predicted = [step + k * stride for k in range(self.DEPTH + 1)] if stride > 0 else [step]
+        for s in tasks.keys() - set(predicted):
             for task in tasks.pop(s):
                 task.cancel()
-        for s in foreseen:
+        for s in predicted:
             if s not in tasks:
                 tasks[s] = self.submit(s, rows)
         self.last[rows] = step

@@ -1,4 +1,4 @@
-"""Points in the plane, drawn from shapes that a person can judge by eye.
+"""Toy data: points in the plane, drawn from shapes that can be judged by eye.
 
 Every shape is centred and scaled to a mean variance of one over its two dimensions, by constants of the shape and not
 of the sample, so that all splits and sizes share one space. ``noise`` is added after the scaling, in those units.
@@ -17,27 +17,35 @@ from annotated_types import Ge
 
 from genkit.core import Label, Spec, seed_of
 from genkit.data.codecs import Identity
-from genkit.data.images import InMemory
+from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
-Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [n] where the shape has any
+Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [n] if the shape has any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toy(DataSource):
+    """What the toy shapes have in common; each has the class attributes below and draws points in :meth:`shape`."""
+
     n: Annotated[int, Ge(1)] = 50_000
+    """points of a split"""
     noise: Annotated[float, Ge(0)] = 0.05
+    """standard deviation of the normal noise"""
     seed: int = 0
-    labels: bool = True  # False: leave out the classes, where there are any
+    """seed of the points; both splits differ"""
+    labels: bool = True
+    """condition on the class of each point, if the shape has classes"""
 
     default_backbone: ClassVar[str] = "mlp"
     classes: ClassVar[int] = 0
-    mean: ClassVar[tuple[float, float]] = (0.0, 0.0)  # of the shape itself
-    scale: ClassVar[float] = 1.0  # the root of its mean variance
+    mean: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    """mean of the bare shape"""
+    scale: ClassVar[float] = 1.0
+    """square root of the mean variance of the bare shape"""
 
     @abstractmethod
     def shape(self, rng: np.random.Generator) -> Points:
-        """``n`` points of the bare shape."""
+        """Draw ``n`` points of the bare shape."""
 
     def load(self, split: Split = "train") -> InMemory:
         check_split(split)
@@ -53,14 +61,14 @@ class Toy(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Moons(Toy):
-    """Two half circles that reach into each other; the class says which."""
+    """Two interleaving half circles, one for each class."""
 
     classes = 2
     mean = (0.5, 0.25)
     scale = 0.70503  # variances 3/4 and 1/2 - (2/pi)^2 + (2/pi - 1/4)^2
 
     def shape(self, rng: np.random.Generator) -> Points:
-        from sklearn.datasets import make_moons
+        from sklearn.datasets import make_moons  # lazy: speed
 
         points, labels = make_moons(self.n, random_state=int(rng.integers(2**32)))
         return np.asarray(points), np.asarray(labels)
@@ -68,9 +76,10 @@ class Moons(Toy):
 
 @dataclass(frozen=True, kw_only=True)
 class RotatedMoons(Toy):
-    """Two moons, turned counter-clockwise by ``angle`` degrees: the same data set seen from another domain."""
+    """Two moons rotated by ``angle``: the same data in another domain."""
 
     angle: float = 45.0
+    """degrees, counter-clockwise"""
 
     classes = Moons.classes
     mean = Moons.mean
@@ -84,9 +93,10 @@ class RotatedMoons(Toy):
 
 @dataclass(frozen=True, kw_only=True)
 class EightGaussians(Toy):
-    """Eight normals of deviation ``noise`` on a circle of radius sqrt(2), counted from the positive x-axis."""
+    """Eight normals on a circle of radius sqrt(2), numbered counter-clockwise from the positive x-axis."""
 
     noise: Annotated[float, Ge(0)] = 0.1
+    """standard deviation of each normal"""
     classes = 8
 
     def shape(self, rng: np.random.Generator) -> Points:
@@ -96,9 +106,10 @@ class EightGaussians(Toy):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkerboard(Toy):
-    """The eight black squares of a 4x4 board."""
+    """The eight black squares of a 4x4 board, without noise so that the edges stay sharp."""
 
-    noise: Annotated[float, Ge(0)] = 0.0  # the edges are the point
+    noise: Annotated[float, Ge(0)] = 0.0
+    """standard deviation of the normal noise"""
     scale = 2 / sqrt(3)  # the variance of a uniform on [-2, 2] is 4/3
 
     def shape(self, rng: np.random.Generator) -> Points:
@@ -109,23 +120,23 @@ class Checkerboard(Toy):
 
 @dataclass(frozen=True, kw_only=True)
 class SwissRoll(Toy):
-    """The roll seen from its end: one arm, turning one and a half times, uniform in the angle."""
+    """The Swiss roll in cross-section: a spiral of one and a half turns, uniform in the angle."""
 
     mean = (2.0, 0.2122)
     scale = 6.7891
 
     def shape(self, rng: np.random.Generator) -> Points:
-        from sklearn.datasets import make_swiss_roll
+        from sklearn.datasets import make_swiss_roll  # lazy: speed
 
         return make_swiss_roll(self.n, random_state=int(rng.integers(2**32)))[0][:, [0, 2]], None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spirals(Toy):
-    """Two arms, each the other turned by half a turn, uniform in area; the class says which."""
+    """Two spiral arms, half a turn apart and uniform in area, one for each class."""
 
     classes = 2
-    scale = 1 / 2  # of the radius, which is the root of a uniform: E[r^2] / 2 = 1/4
+    scale = 1 / 2  # of the radius, which is the square root of a uniform: E[r^2] / 2 = 1/4
 
     def shape(self, rng: np.random.Generator) -> Points:
         labels = rng.integers(2, size=self.n)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.paths import require_diffusion
-from genkit.diffusion.posterior import part, with_ends
+from genkit.diffusion.posterior import replace_endpoints, take
 
 Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
 
@@ -32,7 +32,7 @@ Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t,
 def moved(p: Prediction, path: ProbabilityPath, t: Tensor, shift: Tensor) -> Prediction:
     """The prediction with its data moved by ``shift``, and its noise by ``-alpha / sigma shift``: ``x`` stays."""
     ratio = expand(path.alpha(t) / path.sigma(t), shift)
-    return with_ends(p, p.x0 + shift, p.x1 - ratio * shift)
+    return replace_endpoints(p, p.x0 + shift, p.x1 - ratio * shift)
 
 
 def compose(*guidances: Guidance) -> Guidance:
@@ -120,7 +120,7 @@ def together(denoise: Denoiser) -> Pair:
         n, seen = len(x), keep(x, cond)
         twice = {k: torch.cat([v, v]) for k, v in cond.items()} | {"keep": torch.cat([seen, torch.zeros_like(seen)])}
         p = denoise(torch.cat([x, x]), torch.cat([t, t]), twice)
-        return part(p, slice(n)), part(p, slice(n, None))
+        return take(p, slice(n)), take(p, slice(n, None))
 
     return both
 
@@ -274,7 +274,9 @@ def clamp(low: float = -1.0, high: float = 1.0) -> Guidance:
         def clamped(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)
             x0 = p.x0.clamp(low, high)
-            return with_ends(p, x0, (x - expand(denoise.path.alpha(t), x) * x0) / expand(denoise.path.sigma(t), x))
+            return replace_endpoints(
+                p, x0, (x - expand(denoise.path.alpha(t), x) * x0) / expand(denoise.path.sigma(t), x)
+            )
 
         return Wrapped(denoise, clamped)
 

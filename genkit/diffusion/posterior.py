@@ -2,7 +2,7 @@
 
 ``q(x_s | x_t, x0)`` is normal (Ho et al. 2020, eq. 6-7). A model's step has its mean, with the predicted data for x0,
 and one of three variances: the posterior's ("small", right for a deterministic x0), ``beta`` ("large", right for normal
-data), or one in between that the network has learned (Nichol & Dhariwal 2021, eq. 15), which a :class:`Learned`
+data), or one in between that the network has learned (Nichol & Dhariwal 2021, eq. 15), which a :class:`LearnedVariance`
 prediction brings along.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from genkit.core import Prediction, ProbabilityPath, expand
 
 
-class Learned(Prediction):
+class LearnedVariance(Prediction):
     """A prediction that also says how wide the reverse step is: ``w`` ``[B, *S]``, for :func:`log_variance`.
 
     Guidance moves the ends and leaves the width as it is (as the code of Dhariwal & Nichol 2021 does).
@@ -23,30 +23,30 @@ class Learned(Prediction):
     w: Tensor
 
     @classmethod
-    def of(cls, ends: Prediction, w: Tensor) -> Learned:
+    def of(cls, ends: Prediction, w: Tensor) -> LearnedVariance:
         made = cls(*ends)
         made.w = w
         return made
 
 
-def width(prediction: Prediction) -> Tensor | None:
+def learned_variance(prediction: Prediction) -> Tensor | None:
     """The ``w`` of a prediction, None where none was learned."""
-    return prediction.w if isinstance(prediction, Learned) else None
+    return prediction.w if isinstance(prediction, LearnedVariance) else None
 
 
-def with_ends(prediction: Prediction, x0: Tensor, x1: Tensor) -> Prediction:
+def replace_endpoints(prediction: Prediction, x0: Tensor, x1: Tensor) -> Prediction:
     """Other ends, of the same width."""
-    return as_wide(prediction, Prediction(x0, x1), slice(None))
+    return _with_variance_of(prediction, Prediction(x0, x1), slice(None))
 
 
-def part(prediction: Prediction, rows: slice) -> Prediction:
+def take(prediction: Prediction, rows: slice) -> Prediction:
     """Some of the samples."""
-    return as_wide(prediction, Prediction(prediction.x0[rows], prediction.x1[rows]), rows)
+    return _with_variance_of(prediction, Prediction(prediction.x0[rows], prediction.x1[rows]), rows)
 
 
-def as_wide(prediction: Prediction, ends: Prediction, rows: slice) -> Prediction:
-    w = width(prediction)
-    return ends if w is None else Learned.of(ends, w[rows])
+def _with_variance_of(prediction: Prediction, ends: Prediction, rows: slice) -> Prediction:
+    w = learned_variance(prediction)
+    return ends if w is None else LearnedVariance.of(ends, w[rows])
 
 
 def reverse_step(path: ProbabilityPath, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

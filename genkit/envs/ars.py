@@ -1,12 +1,12 @@
-"""Experts that are found: linear policies by augmented random search (Mania, Guy & Recht 2018, ARS V2-t)."""
+"""Experts by search: linear policies of augmented random search (Mania, Guy & Recht 2018, ARS V2-t)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -15,42 +15,43 @@ from genkit.core.files import one_line, write_text
 from genkit.envs import Env
 from genkit.envs.gym import Gym
 
-TARGETS = {
-    "HalfCheetah-v5": 2000.0,
-    "Hopper-v5": 1300.0,
-}  # mean returns; seeds 2 and 1 find them in half a CPU minute
-SURVIVAL = {"Hopper-v5": 1.0, "Walker2d-v5": 1.0, "Ant-v5": 1.0, "Humanoid-v5": 5.0}  # part of each step's reward
+TARGETS = {"HalfCheetah-v5": 2000.0, "Hopper-v5": 1300.0}  # mean returns; seeds 2 and 1 reach them in half a CPU minute
+SURVIVAL_BONUS = {"Hopper-v5": 1.0, "Walker2d-v5": 1.0, "Ant-v5": 1.0, "Humanoid-v5": 5.0}  # part of each reward
+ARRAYS = ("weight", "mean", "std", "low", "high")
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Acts by ``weight @ (obs - mean) / std``, -1 … 1 becoming ``low`` … ``high``; any number of worlds at once."""
+class LinearPolicy:
+    """Acts by ``weight @ (obs - mean) / std``, with -1 … 1 mapped to ``low`` … ``high``; for any number of rows."""
 
     weight: np.ndarray
-    """[A, Do], or one for each world, [N, A, Do]"""
+    """[A, Do], or one for each row, [N, A, Do]"""
     mean: np.ndarray
     """[Do], of the observations that the search met"""
     std: np.ndarray
+    """[Do]"""
     low: np.ndarray
-    """[A], the least that an action may be"""
+    """[A], smallest action"""
     high: np.ndarray
-    found: str = ""
-    """how, for a person"""
+    """[A], largest action"""
+    origin: str = ""
+    """how it was found, for people"""
 
     def reset(self, seeds: Sequence[int]) -> None: ...
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """``[N, Do]`` to ``[N, A]``."""
-        told = np.einsum("...ad,...d->...a", self.weight, (obs - self.mean) / self.std).clip(-1, 1)
-        return (self.high + self.low) / 2 + (self.high - self.low) / 2 * told
+        """Actions ``[N, A]`` for observations ``[N, Do]``."""
+        scaled = np.einsum("...ad,...d->...a", self.weight, (obs - self.mean) / self.std).clip(-1, 1)
+        return (self.high + self.low) / 2 + (self.high - self.low) / 2 * scaled
 
     def save(self, path: Path) -> None:
-        record = {"found": self.found, **{name: getattr(self, name).tolist() for name in ARRAYS}}
+        """Write the policy as JSON."""
+        record = {"origin": self.origin, **{name: getattr(self, name).tolist() for name in ARRAYS}}
         write_text(path, json.dumps(record) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Linear:
-        """What :meth:`save` wrote. ``ValueError`` where it is missing or damaged."""
+    def load(cls, path: str | Path) -> LinearPolicy:
+        """Read what :meth:`save` wrote. ``ValueError`` if it is missing or damaged."""
         path = Path(path)
         try:
             record = json.loads(path.read_text())
@@ -59,113 +60,128 @@ class Linear:
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = one_line(e)
             raise ValueError(
-                f"expert: {path} is no linear policy ({reason}); genkit demo --expert ars finds one"
+                f"expert: {path} is not a linear policy ({reason}); genkit demo --expert ars finds one"
             ) from e
         shapes = [v.shape for v in arrays]
         if shapes != [(a, do), (do,), (do,), (a,), (a,)] or not all(np.isfinite(v).all() for v in arrays):
             raise ValueError(f"expert: {path} is damaged: {', '.join(ARRAYS)} have shapes {shapes}, or are not finite")
-        return cls(*arrays, found=str(record.get("found", "")))
-
-
-ARRAYS = ("weight", "mean", "std", "low", "high")
+        return cls(*arrays, origin=str(record.get("origin", "")))
 
 
 @dataclass(frozen=True)
-class Search:
-    """Settings of the search; those of the paper's tables are near."""
+class SearchSettings:
+    """Settings of the search; the defaults are close to the paper's tables."""
 
     target: Annotated[float, Gt(0)] | None = None
-    """Mean return at which it ends; None: what genkit knows to be in reach."""
+    """mean return at which the search ends; None: one that genkit knows to be in reach"""
     rounds: Annotated[int, Ge(1)] = 300
-    """After which it gives up."""
+    """rounds after which it gives up"""
     directions: Annotated[int, Ge(1)] = 8
-    """Directions of a round, each of which is tried forwards and backwards."""
-    best: Annotated[int, Ge(1)] = 4
-    """Directions of these that are followed."""
-    lr: Annotated[float, Gt(0)] = 0.02
-    """Length of the step, in deviations of the returns."""
-    spread: Annotated[float, Gt(0)] = 0.03
-    """Deviation of a trial's weights."""
-    survival: Annotated[float, Ge(0)] | None = None
-    """Taken from each step's reward while searching: who is paid for standing learns to stand still (section 4.1 of the
-    paper). None: what the environment is known to pay, for all steps but that of a fall."""
+    """random directions of a round, each tried in both senses"""
+    top_directions: Annotated[int, Ge(1)] = 4
+    """the best of these directions, which the update uses"""
+    step_size: Annotated[float, Gt(0)] = 0.02
+    """length of the update, in standard deviations of the returns"""
+    noise: Annotated[float, Gt(0)] = 0.03
+    """standard deviation of the weights that are tried"""
+    survival_bonus: Annotated[float, Ge(0)] | None = None
+    """subtracted from each step's reward during the search, because a policy that is paid for standing learns to stand
+    still (section 4.1 of the paper); None: what the environment is known to pay in each step but that of a fall"""
     seed: Annotated[int, Ge(0)] = 0
-    """Every random number depends on it."""
+    """seed of directions and episodes"""
 
-    def aim(self, name: str) -> float:
-        if self.target is None and name not in TARGETS:
-            raise ValueError(f"expert.target: not given, and none is known for {name}; say which mean return is enough")
-        return TARGETS[name] if self.target is None else self.target
+    def target_for(self, env: str) -> float:
+        """The mean return to reach. ``ValueError`` if none is given or known."""
+        if self.target is None and env not in TARGETS:
+            raise ValueError(f"expert.target: not given, and none is known for {env}; say which mean return is enough")
+        return TARGETS[env] if self.target is None else self.target
 
 
-def search(name: str, how: Search, watch: Callable[[int, float], None] = lambda done, mean: None) -> Linear:
-    """A linear policy for an environment of gymnasium. ``watch(round, mean return)`` sees each round.
+class SearchCallback(Protocol):
+    """Called after each round with the number of finished rounds and their last mean return."""
 
-    Observations are standardised by those met so far. Whenever the trials of a round are the best so far, the policy
-    in their middle acts in as many episodes; the first to come to the target ends the search: an expert as good as was
-    asked for, not the best there is. ``ValueError`` where none does.
+    def __call__(self, done: int, mean_return: float) -> None: ...
+
+
+def ignore(done: int, mean_return: float) -> None:
+    """A ``SearchCallback`` that does nothing."""
+
+
+def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore) -> LinearPolicy:
+    """Find a linear policy for an environment of gymnasium. ``ValueError`` if none reaches the target.
+
+    Observations are standardised by those met so far. Whenever the mean return of a round is the best so far, the
+    policy in its centre acts in as many episodes; the first that reaches the target ends the search: an expert that is
+    good enough, not the best there is.
     """
-    aim = how.aim(name)
-    env = Gym(2 * how.directions, name)
-    low, high = (np.asarray(v, float) for v in (env.action_space.low, env.action_space.high))
+    target = settings.target_for(env)
+    envs = Gym(2 * settings.directions, env)
+    low, high = (np.asarray(v, float) for v in (envs.action_space.low, envs.action_space.high))
     if not np.isfinite([low, high]).all():
-        raise ValueError(f"expert: the actions of {name} have no bounds; a search needs them")
-    survival = SURVIVAL.get(name, 0.0) if how.survival is None else how.survival
-    g, met = np.random.default_rng(how.seed), Met(env.obs_dim)
-    weight, most, top = np.zeros((env.action_dim, env.obs_dim)), -np.inf, -np.inf
-    for i in range(how.rounds):
-        delta = g.standard_normal((how.directions, *weight.shape))
-        mean, std = met.mean.copy(), met.std
-        tried = weight + how.spread * np.concatenate([delta, -delta])
-        seeds = [how.seed * 1_000_003 + i] * env.num
-        returns = trial(env, Linear(tried, mean, std, low, high), seeds, met, survival)
-        now = float(returns.mean())
-        watch(i + 1, now)
-        if now > most:
-            most, middle = now, Linear(weight, mean, std, low, high)
-            own = float(trial(env, middle, range(env.num)).mean())
-            top = max(top, own)
-            if own >= aim:
-                return replace(middle, found=f"ARS on {name}, seed {how.seed}, round {i + 1}: {own:.0f}")
-        forth, back = returns[: how.directions], returns[how.directions :]
-        chosen = np.argsort(-np.maximum(forth, back))[: how.best]
-        scale = max(1e-6, float(np.concatenate([forth[chosen], back[chosen]]).std()))
-        weight = weight + how.lr / (how.best * scale) * np.tensordot(forth[chosen] - back[chosen], delta[chosen], 1)
+        raise ValueError(f"expert: the actions of {env} have no bounds; a search needs them")
+    bonus = SURVIVAL_BONUS.get(env, 0.0) if settings.survival_bonus is None else settings.survival_bonus
+    rng, stats = np.random.default_rng(settings.seed), RunningStats(envs.obs_dim)
+    weight = np.zeros((envs.action_dim, envs.obs_dim))
+    best_mean, best_own = -np.inf, -np.inf
+    for i in range(settings.rounds):
+        delta = rng.standard_normal((settings.directions, *weight.shape))
+        mean, std = stats.mean.copy(), stats.std
+        tried = weight + settings.noise * np.concatenate([delta, -delta])
+        seeds = [settings.seed * 1_000_003 + i] * envs.num
+        returns = episode_returns(envs, LinearPolicy(tried, mean, std, low, high), seeds, stats, bonus)
+        round_mean = float(returns.mean())
+        callback(i + 1, round_mean)
+        # only the centre of a record round is worth the episodes of an evaluation
+        if round_mean > best_mean:
+            best_mean, centre = round_mean, LinearPolicy(weight, mean, std, low, high)
+            own = float(episode_returns(envs, centre, range(envs.num)).mean())
+            best_own = max(best_own, own)
+            if own >= target:
+                return replace(centre, origin=f"ARS on {env}, seed {settings.seed}, round {i + 1}: {own:.0f}")
+        # the update of the paper's Algorithm 2, from the top directions
+        plus, minus = returns[: settings.directions], returns[settings.directions :]
+        top = np.argsort(-np.maximum(plus, minus))[: settings.top_directions]
+        scale = max(1e-6, float(np.concatenate([plus[top], minus[top]]).std()))
+        step = settings.step_size / (settings.top_directions * scale)
+        weight = weight + step * np.tensordot(plus[top] - minus[top], delta[top], 1)
     raise ValueError(
-        f"expert: the search reached a mean return of {top:.0f} on {name} in {how.rounds} rounds, not {aim:g}; try a "
-        "lower --expert.target, more --expert.rounds or another --expert.seed"
+        f"expert: the search reached a mean return of {best_own:.0f} on {env} in {settings.rounds} rounds, not "
+        f"{target:g}; try a lower --expert.target, more --expert.rounds or another --expert.seed"
     )
 
 
-def trial(env: Env, policy: Linear, seeds: Sequence[int], met: Met | None = None, survival: float = 0.0) -> np.ndarray:
-    """Returns ``[N]`` of an episode in each world, less ``survival`` for each step of it; ``met`` sees all observations
-    that were acted on."""
+def episode_returns(
+    env: Env, policy: LinearPolicy, seeds: Sequence[int], stats: RunningStats | None = None, bonus: float = 0.0
+) -> np.ndarray:
+    """Returns ``[N]`` of one episode in each row, less ``bonus`` for each step. ``stats`` collects the observations
+    that the policy acted on."""
     obs = env.reset(seeds)
     alive, returns = np.ones(env.num, bool), np.zeros(env.num)
     while alive.any():
-        if met is not None:
-            met.add(obs[alive])
+        if stats is not None:
+            stats.add(obs[alive])
         obs, reward, terminated, truncated, _ = env.step(policy.act(obs))
-        returns += reward - survival * alive
+        returns += reward - bonus * alive
         alive &= ~(terminated | truncated)
     return returns
 
 
-class Met:
-    """Mean and deviation of all observations so far (Chan, Golub & LeVeque 1983)."""
+class RunningStats:
+    """Mean and standard deviation of all observations so far (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self, dim: int):
         self.count, self.mean, self.square = 0, np.zeros(dim), np.zeros(dim)
 
     @property
     def std(self) -> np.ndarray:
-        """1 where nothing has varied."""
+        """Standard deviation ``[Do]``; 1 for what has not varied."""
         std = np.sqrt(self.square / max(1, self.count))
         return np.where(std > 1e-7, std, 1.0)
 
     def add(self, obs: np.ndarray) -> None:
-        count, here = self.count + len(obs), obs.mean(0)
-        away = here - self.mean
-        self.square += ((obs - here) ** 2).sum(0) + away**2 * self.count * len(obs) / count
-        self.mean = self.mean + away * len(obs) / count
+        """Add observations ``[N, Do]``."""
+        count, mean = self.count + len(obs), obs.mean(0)
+        shift = mean - self.mean
+        self.square += ((obs - mean) ** 2).sum(0) + shift**2 * self.count * len(obs) / count
+        self.mean = self.mean + shift * len(obs) / count
         self.count = count

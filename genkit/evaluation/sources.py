@@ -19,7 +19,7 @@ from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
-from genkit.diffusion.samplers import Counted, Seeds
+from genkit.diffusion.samplers import CountingDenoiser, Seeds
 from genkit.training.run import Run, with_classes
 from genkit.training.sampling import Sampling, sample_conditions
 
@@ -194,7 +194,7 @@ class Drawn:
             settings = dict(self.how)
             opened = {role: settings.pop(role) for role in ("weak", "classifier") if role in settings}
             self.how = {"sampling": Sampling(**settings), **opened}
-        self.asked: list[Counted] = []
+        self.asked: list[CountingDenoiser] = []
         self.classifier: Run | None = self.how.get("classifier")
         mine = self.run.data_spec
         self.spec_asked = self.run.spec if self.classifier is None else with_classes(mine, self.classifier)
@@ -215,7 +215,7 @@ class Drawn:
         return self.run.objective.sampler is None
 
     def _count(self, denoise: Denoiser) -> Denoiser:
-        self.asked.append(Counted(denoise))
+        self.asked.append(CountingDenoiser(denoise))
         return self.asked[-1]
 
     @property

@@ -139,8 +139,8 @@ def objective_of(folder: Folder) -> dict[str, Any] | None:
     ends = {"beta_min": s.get("beta_start", 1e-4), "beta_max": s.get("beta_end", 0.02)}
     block |= {} if block["betas"] == "cosine" else ends
     made = DDPM(**{k: v for k, v in block.items() if k != "name"})
-    assert isinstance(made.along, VP)
-    return block if same_table(made.along, s) else None
+    assert isinstance(made.path, VP)
+    return block if same_table(made.path, s) else None
 
 
 def same_table(path: VP, scheduler: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
 from genkit.objectives.matching.anchored import AnchoredFlow
 from genkit.objectives.matching.ddpm import DDPM
-from genkit.objectives.matching.distillation import Distil
+from genkit.objectives.matching.distillation import Distillation
 from genkit.objectives.matching.edm import EDM
 from genkit.objectives.matching.flow import Flow
 from genkit.objectives.matching.regression import Regression
@@ -23,7 +23,7 @@ OBJECTIVES: Mapping[str, type] = {
     "edm": EDM,
     "anchored": AnchoredFlow,
     "regression": Regression,
-    "distil": Distil,
+    "distillation": Distillation,
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
@@ -33,7 +33,7 @@ OBJECTIVES: Mapping[str, type] = {
 }
 
 __all__ = [
-    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distil",
+    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
     "FirstStage", "Flow",
     "Regression",
 ]  # fmt: skip

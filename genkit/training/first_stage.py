@@ -28,7 +28,7 @@ from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spe
 from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
-from genkit.data.codecs import Learned, Standardize
+from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import Autoencoding, Posterior, certain
 
 WEIGHTS = "first-stage.safetensors"
@@ -130,7 +130,7 @@ def of_run(
     if told := objective.told(spec).cond:
         known = ", ".join(told)
         raise ValueError(f"codec: given {name}, which decodes only with {known}; train it with --data.labels=false")
-    if isinstance(codec, Learned):
+    if isinstance(codec, LearnedCodec):
         raise ValueError(f"codec: given {name}, which is itself a model of latents; take a run on the samples")
     return OfRun(name, objective, backbone, spec, codec, nets)
 
@@ -226,7 +226,7 @@ def read_stage(about: Mapping[str, Any], folder: Path, device: torch.device) -> 
 
 
 # ---------------------------------------------------------------------------------------------------- the codec
-class Latent(Learned):
+class Latent(LearnedCodec):
     """A first stage, and latents of mean 0 and deviation 1 in every channel."""
 
     def __init__(self, stage: Stage, mean: tuple[float, ...], std: tuple[float, ...], posterior: How = "draw"):

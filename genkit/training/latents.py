@@ -40,8 +40,8 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
         stage = codec.stage
     else:
         stage, codec = open_stage(settings, data, device), None
-    if cached and stage.sha256 != cached.about["stage"]["sha256"]:
-        theirs, ours = cached.about["stage"]["sha256"][:12], stage.sha256[:12]
+    if cached and stage.sha256 != cached.index["stage"]["sha256"]:
+        theirs, ours = cached.index["stage"]["sha256"][:12], stage.sha256[:12]
         raise ValueError(f"codec: the latents in {cached.root} are of other weights (sha256 {theirs}) than "
                          f"{stage.name} ({ours}); leave --codec out, or encode again")  # fmt: skip
     spec = replace(data.spec, shape=tuple(stage.latent))
@@ -64,5 +64,5 @@ def open_stage(settings: TrainSettings, data: Data, device: torch.device) -> Sta
     if not isinstance(data, InLatents):
         assert settings.codec is not None
         return open_first_stage(settings.codec, data.spec.shape, device)
-    kept = first_stage.read_stage(data.about["stage"], data.root / "codec", device)
+    kept = first_stage.read_stage(data.index["stage"], data.root / "codec", device)
     return kept if settings.codec is None else open_first_stage(settings.codec, kept.shape, device)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from genkit.core import Batch, Codec, Objective, Phase, seed_of
+from genkit.core import Batch, Codec, Loss, Objective, Phase, seed_of
 from genkit.training.settings import TrainSettings
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
@@ -133,8 +133,16 @@ def fit(
     while state.step < settings.steps:
         step = state.step
         lr = learning_rate(settings, step)
-        loop.train_step(step, lr)
-        loop.refuse_divergence(step)
+        for phase, nets, draw in loop.updates(step):
+            for piece in loop.pieces:
+                # ranks exchange gradients once, with the last micro-batch
+                with loop.accumulating(phase, piece):
+                    batch = loop.rows(step, draw, piece)
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=loop.bf16):
+                        loss = objective.loss(phase.name, nets, batch)
+                    loop.backward(phase, batch, loss)
+            loop.optimize(phase, lr)
+        loop.finish(step)
         if loop.is_due(settings.log_every):
             log(loop.record(lr))
         progress(state.step, loop.recent_loss())
@@ -183,13 +191,8 @@ class _Loop:
         for net in state.nets.values():
             net.train()
 
-    def rows(self, step: int, draw: int, piece: tuple[int, int]) -> Batch:
-        """This rank's rows ``piece`` of a batch, encoded."""
-        first = self.accelerator.process_index * self.local
-        return self.codec.encode(self.stream(step, draw, first + piece[0], first + piece[1]).to(self.device))
-
-    def train_step(self, step: int, lr: float) -> None:
-        """All phases of one step, then what follows them, then the averages."""
+    def updates(self, step: int) -> Iterator[tuple[Phase, dict[str, nn.Module], int]]:
+        """The optimizer updates of one step: ``(phase, networks, number of the batch)``."""
         seed = seed_of(self.settings.seed, self.accelerator.process_index, step)
         torch.manual_seed(seed)  # for what is not drawn by row: dropout
         draw = 0
@@ -200,31 +203,30 @@ class _Loop:
             for name, net in self.state.nets.items():
                 net.requires_grad_(name in phase.trains)
             for _ in range(phase.repeats):
-                self.backward(phase, nets, step, draw)
-                self.optimize(phase, lr)
+                yield phase, nets, draw
                 draw += 1
-        self.objective.after_step(self.state.nets, step)
-        self.state.step += 1
-        for decay, ema in self.state.emas.items():
-            update_ema(ema, self.state.nets, decay, step)
 
-    def backward(self, phase: Phase, nets: Mapping[str, nn.Module], step: int, draw: int) -> None:
-        """Accumulate the gradient of one batch, a micro-batch at a time."""
-        for piece in self.pieces:
-            with ExitStack() as stack:
-                # ranks exchange gradients once, with the last micro-batch
-                if piece is not self.pieces[-1]:
-                    for name in phase.trains:
-                        stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
-                batch = self.rows(step, draw, piece)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss = self.objective.loss(phase.name, nets, batch)
-                weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
-                self.accelerator.backward(weighted.sum() / self.local)
-            share = len(batch) / self.local
-            self.meter.add(f"{phase.name}/loss", weighted.detach().sum() / self.local, share)
-            for key, value in loss.logs.items():
-                self.meter.add(f"{phase.name}/{key}", value.detach() * share, share)
+    def rows(self, step: int, draw: int, piece: tuple[int, int]) -> Batch:
+        """This rank's rows ``piece`` of a batch, encoded."""
+        first = self.accelerator.process_index * self.local
+        return self.codec.encode(self.stream(step, draw, first + piece[0], first + piece[1]).to(self.device))
+
+    def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
+        """A context that keeps gradients on this rank, for all micro-batches but the last."""
+        stack = ExitStack()
+        if piece is not self.pieces[-1]:
+            for name in phase.trains:
+                stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
+        return stack
+
+    def backward(self, phase: Phase, batch: Batch, loss: Loss) -> None:
+        """Add the gradient of a micro-batch's share of the mean loss."""
+        weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
+        self.accelerator.backward(weighted.sum() / self.local)
+        share = len(batch) / self.local
+        self.meter.add(f"{phase.name}/loss", weighted.detach().sum() / self.local, share)
+        for key, value in loss.logs.items():
+            self.meter.add(f"{phase.name}/{key}", value.detach() * share, share)
 
     def optimize(self, phase: Phase, lr: float) -> None:
         """Clip, and step the phase's optimizer unless the gradient is not finite."""
@@ -233,21 +235,23 @@ class _Loop:
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
         self.skipped.add(bad)
 
-    def is_due(self, every: int) -> bool:
-        """Whether the step just made is a multiple of ``every``, or the last."""
-        return self.state.step % every == 0 or self.state.step == self.settings.steps
-
-    def refuse_divergence(self, step: int) -> None:
-        """Raise :class:`Diverged` after too many non-finite steps in a row.
-
-        Off the CPU the count is read only when a log line synchronises the device anyway.
-        """
+    def finish(self, step: int) -> None:
+        """What follows the optimizers: updates without a gradient, the averages, the check for divergence."""
+        self.objective.after_step(self.state.nets, step)
+        self.state.step += 1
+        for decay, ema in self.state.emas.items():
+            update_ema(ema, self.state.nets, decay, step)
+        # off the CPU the count is read only when a log line synchronises the device anyway
         if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
             layer = first_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
+
+    def is_due(self, every: int) -> bool:
+        """Whether the step just made is a multiple of ``every``, or the last."""
+        return self.state.step % every == 0 or self.state.step == self.settings.steps
 
     def record(self, lr: float) -> dict[str, Any]:
         """A line of the log: means since the last one."""

@@ -4,75 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from genkit import config
 from genkit.backbones import lora
-from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, pictures, spec_from_dict
+from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
-from genkit.core.progress import Progress, silent
+from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
-from genkit.diffusion.samplers import GRIDS, Counted, Seeds, bind
+from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import Classifier
 from genkit.training import first_stage
 from genkit.training.checkpoint import find_checkpoint, read_tensors
 from genkit.training.directory import find_run
 from genkit.training.init_sources import find_source
+from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import Sampling, build_guidance, sample_conditions
 from genkit.training.settings import TrainSettings
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Drawn samples. Unpacks into ``(x, cond)``."""
-
-    x: Tensor
-    """``[n, *S]``, decoded: uint8 for images, the data's own units otherwise"""
-    cond: Mapping[str, Tensor]
-    """the condition of each, ``[n, ...]``"""
-    evaluations: int = 1
-    """evaluations of the denoiser for each sample; 1 for a one-pass model"""
-    network_rows: float = 1.0
-    """rows that went through the network for each sample: guidance by a second pass doubles it"""
-    frames: Sequence[Tensor] = field(default=(), repr=False)
-    """decoded predictions after each step, ``[n, *S]``, if a trajectory was asked for"""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.x, self.cond))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The samples as PIL images. ``ValueError`` if they are not images."""
-        if self.x.ndim != 4:
-            raise ValueError(f"images: these samples have shape {tuple(self.x.shape[1:])}; take .x or .grid()")
-        return [pictures.pil(image) for image in self.x.permute(0, 2, 3, 1).numpy()]
-
-    def grid(self) -> Image.Image:
-        """All samples as one picture: a grid of images, a scatter plot of points, a sheet of curves."""
-        return pictures.picture(self.x, self.cond)
-
-    def animation(self, path: str | Path) -> Path:
-        """Write the trajectory as a GIF. ``ValueError`` if none was recorded."""
-        if not self.frames:
-            raise ValueError("animation: no trajectory was recorded; draw with run.sample(..., trajectory=True)")
-        return pictures.save_gif([pictures.picture(x, self.cond) for x in self.frames], Path(path))
-
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
-        return self.grid()._repr_png_()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -97,7 +54,7 @@ class Run:
     @property
     def data_spec(self) -> Spec:
         """Layout of a decoded sample; its shape differs from ``spec``, the model's, for a model of latents."""
-        return replace(self.spec, shape=codecs.world_shape(self.codec, self.spec.shape))
+        return replace(self.spec, shape=codecs.decoded_shape(self.codec, self.spec.shape))
 
     @property
     def classifier(self) -> Classifier:
@@ -193,32 +150,26 @@ class Run:
         conditions = dict(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
         spec.check(conditions, n)
         frames: list[list[Tensor]] = []
-        counters: list[Counted] = []
 
         def record(step: int, x: Tensor, prediction: Any) -> None:
             frames[-1].append(self.codec.decode(x.float()).cpu())
 
-        def count(denoise: Denoiser) -> Denoiser:
-            counters.append(Counted(denoise))
-            return counters[-1]
-
-        generate = self.generator(sampling, weak=weak, classifier=classifier, inner=count, outer=outer,
+        generate = self.generator(sampling, weak=weak, classifier=classifier, outer=outer,
                                   callback=record if trajectory else None, **(options or {}))  # fmt: skip
-        decoded, shape, report = [], self.objective.noise_shape(self.spec), progress or silent
-        for first in range(0, n, sampling.batch):
-            rows = slice(first, min(first + sampling.batch, n))
-            noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
-            batch_cond = {k: v[rows].to(self.device) for k, v in conditions.items()}
-            frames.append([])
-            with torch.no_grad():
-                x = generate(noise(shape), batch_cond, noise)
-                self.require_finite(x, rows.start)
-                decoded.append(self.codec.decode(x).cpu())
-            report("sampling", rows.stop, n)
+        shape, x, calls = self.objective.noise_shape(self.spec), [], []
+        with reporting(progress) as report, torch.no_grad(), count_calls(self.nets) as count:
+            for first in range(0, n, sampling.batch):
+                rows = slice(first, min(first + sampling.batch, n))
+                noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
+                batch_cond = {k: v[rows].to(self.device) for k, v in conditions.items()}
+                frames.append([])
+                z = generate(noise(shape), batch_cond, noise)
+                self.require_finite(z, rows.start)
+                x.append(self.codec.decode(z).cpu())
+                calls.append(count.calls)
+                report("sampling", rows.stop, n)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
-        evaluations = counters[0].calls if counters else 1  # a one-pass model has no denoiser to evaluate
-        rows_each = sum(c.rows for c in counters) / n if counters else 1.0
-        return Samples(torch.cat(decoded), conditions, evaluations, rows_each, steps)
+        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, steps)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.
@@ -228,7 +179,7 @@ class Run:
         batch = self.codec.encode(batch.to(self.device))
         with torch.no_grad():
             decoded = self.objective.reconstruct(self.nets, batch)
-            if decoded is None and not isinstance(self.codec, codecs.Learned):
+            if decoded is None and not isinstance(self.codec, codecs.LearnedCodec):
                 kind = type(self.objective).__name__
                 raise ValueError(f"reconstruct: given a run of {kind} on the samples themselves, which has no code")
             return self.codec.decode(batch.x if decoded is None else decoded)
@@ -289,6 +240,24 @@ def load_run(
         net.to(target).eval().requires_grad_(False)
     codec = first_stage.from_dict(record["codec"], run / "codec", target)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), target)
+
+
+load = load_run  # its name in the public API, genkit.load
+
+
+def sample(
+    run: str | Path | Run,
+    n: int = 16,
+    sampling: Sampling | None = None,
+    *,
+    ema: str | float | None = None,
+    step: int | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> Samples:
+    """Draw ``n`` samples from a run, or from the directory of one; ``options`` are those of :meth:`Run.sample`."""
+    opened = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
+    return opened.sample(n, sampling, **options)
 
 
 def weights_file(cfg: TrainSettings, ema: str | None) -> str:

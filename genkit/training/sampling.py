@@ -107,7 +107,7 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
             raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
         guides = [within(*sampling.guidance_interval, compose(*guides))]
     if sampling.clip:
-        if isinstance(run.codec, codecs.Learned):
+        if isinstance(run.codec, codecs.LearnedCodec):
             raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
         guides.append(clamp())
     return compose(*guides) if guides else None
@@ -163,7 +163,7 @@ def sample_conditions(
     conditions. Any of several conditions that is left out is null.
     """
     classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
-    texts = text.worded(spec)
+    texts = text.text_conditions(spec)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if label is not None and not classes:
         raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
@@ -176,10 +176,10 @@ def sample_conditions(
     if classes and texts and unspecified:
         raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
     index = torch.arange(n)
-    captions = prompts or (list(text.examples(spec)) if unspecified else [])
+    captions = prompts or (list(text.caption_examples(spec)) if unspecified else [])
     cond: dict[str, Tensor] = {}
     if captions:
-        cond = {k: v[index % len(captions)] for k, v in text.conditions(spec, captions).items()}
+        cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
     if label is not None:
         return {**cond, **{k: torch.full((n,), label) for k in classes}}
     return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.config.blocks import load as load_object
-from genkit.core import Batch, Codec, Data, Spec
+from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
-from genkit.objectives.matching.couplings import given
+from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import find_checkpoint, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
@@ -31,7 +30,7 @@ from genkit.training.latents import encode_data
 from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import sample_conditions
-from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, logger, stop_signals
+from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
 from genkit.training.settings import TrainSettings
 
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
@@ -59,151 +58,164 @@ def train(
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
     settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
-    return Trainer(settings, find_run(resume) if resume is not None else None).run(progress)
+    job = prepare(settings, find_run(resume) if resume is not None else None)
+    session, settings, accelerator = job.session, job.settings, job.accelerator
+    if job.state.step >= settings.steps:
+        return job.trained_run()
+    with (
+        stop_signals() as signals,
+        reporting(progress, accelerator.is_main_process) as report,
+        session.recorder.tensorboard(settings.tensorboard, job.state.step),
+    ):
+        try:
+            fit(
+                settings.objective,
+                job.state,
+                job.stream,
+                job.data.codec,
+                settings,
+                accelerator,
+                log=session.log,
+                sample=session.sample if settings.objective.is_generative else job.draw_reconstructions,
+                evaluate=session.evaluate,
+                save=session.save,
+                progress=session.progress(report),
+                stop=lambda: bool(signals),
+            )
+        except Diverged as e:
+            raise ValueError(f"{e}; the last good checkpoint stays in {session.run}") from e
+    return job.trained_run()
 
 
 @dataclass
-class Trainer:
-    """One training run, from data to checkpoints."""
+class Job:
+    """A training run that is ready to start."""
 
     settings: TrainSettings
-    resumed: Path | None = None
+    """with all that depends on the machine or the data resolved"""
+    accelerator: Accelerator
+    data: Data
+    stream: Stream
+    state: State
+    session: Session
 
-    def run(self, progress: Progress | None) -> Run:
-        """Set up, train, and return the model."""
-        accelerator = join_ranks(pick_device(self.settings.device))
-        with accelerator.main_process_first():
-            dataset = self.settings.data.load("train")
-        data = encode_data(self.settings, dataset, accelerator, self.resumed)
-        self.resolve(accelerator, data)
-        notes: list[str] = []
-        nets, origin = self.networks(accelerator, data, notes)
-        settings = self.settings
-        state = initial_state(settings.objective, nets, settings)
-        stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
-        if settings.objective.needs_pairs:
-            given(stream(0, 0, 0, 1))
-        if self.resumed:
-            restore(find_checkpoint(self.resumed), state, settings.objective)
-            if state.step >= settings.steps:
-                logger.info(f"already at step {state.step}; to go further: --resume {self.resumed} --steps N")
-                return self.trained(self.resumed, state, data, accelerator)
-        evaluator = self.evaluator(state, data, accelerator)
-        directory = self.open_directory(accelerator, state, origin, data.codec)
-        recorder = Recorder(directory, accelerator)
-        cond = grid_conditions(data.spec, stream)
-        session = Session(settings, accelerator, data.spec, data.codec, cond, recorder, evaluator)
-        for note in notes:
-            recorder.say(f"note     {note}")
-        recorder.say(self.summary(directory, nets, data, accelerator))
-        self.fit(session, state, stream, progress)
-        return self.trained(directory, state, data, accelerator)
+    def draw_reconstructions(self, state: State) -> None:
+        """The pictures of an objective that draws no samples."""
+        rows = self.stream(0, 0, 0, min(RECONSTRUCTIONS, self.stream.batch_size))
+        self.session.reconstruct(rows, state)
 
-    def resolve(self, accelerator: Accelerator, data: Data) -> None:
-        """Decide what the settings leave open, once: a resumed run must stay as it was."""
-        settings = self.settings
-        rows = local_batch_size(settings.batch, accelerator.num_processes)
-        threads = settings.threads or pick_threads(rows * math.prod(data.spec.shape))
-        precision = pick_precision(settings.precision, accelerator.device, data.spec)
-        if settings.lora.active and not settings.init:
-            raise ValueError("lora: changes weights that are there already; say whose: --init RUN")
-        codec, init = settings.codec, settings.init
-        if codec and not self.resumed:
-            codec = canonical_first_stage(codec)
-        if init and not self.resumed:
-            init = canonical_init(init)
-        self.settings = replace(
-            settings, precision=precision, threads=threads, codec=codec, init=init, resume=None
-        )  # fmt: skip
-        torch.set_num_threads(threads)
-
-    def networks(
-        self, accelerator: Accelerator, data: Data, notes: list[str]
-    ) -> tuple[dict[str, nn.Module], dict[str, str] | None]:
-        """The networks on their device, with the weights of ``--init``, whose origin is returned too."""
-        settings, origin = self.settings, None
-        torch.manual_seed(settings.seed)
-        nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
-        if settings.init and not self.resumed:
-            origin = init_from(nets, settings.init, notes.append)
-            notes += init_notes(settings.init, settings.objective)
-        elif settings.lora.active and self.resumed:
-            load_lora_base(nets, self.resumed)
-        if settings.lora.active:
-            lora.adapt(nets, settings.lora)
-        return nets, origin
-
-    def evaluator(self, state: State, data: Data, accelerator: Accelerator) -> Evaluate | None:
-        """The evaluation that ``--eval-every`` asks for."""
-        if not self.settings.eval_every:
-            return None
-        return load_object(EVALUATOR)(self.settings, state, data, accelerator)
-
-    def fit(self, session: Session, state: State, stream: Stream, progress: Progress | None) -> None:
-        """Run the loop with the session's callbacks."""
-        settings, accelerator = self.settings, session.accelerator
-        draw = session.sample if settings.objective.is_generative else partial(session.reconstruct, first_rows(stream))
-        with (
-            stop_signals() as signals,
-            reporting(progress, accelerator.is_main_process) as report,
-            session.recorder.tensorboard(settings.tensorboard, state.step),
-        ):
-            try:
-                fit(
-                    settings.objective,
-                    state,
-                    stream,
-                    session.codec,
-                    settings,
-                    accelerator,
-                    log=session.log,
-                    sample=draw,
-                    evaluate=session.evaluate,
-                    save=session.save,
-                    progress=session.progress(report),
-                    stop=lambda: bool(signals),
-                )
-            except Diverged as e:
-                raise ValueError(f"{e}; the last good checkpoint stays in {session.run}") from e
-
-    def open_directory(
-        self, accelerator: Accelerator, state: State, origin: dict[str, str] | None, codec: Codec
-    ) -> Path:
-        """The run directory, which the main process makes or reopens; every rank learns its name."""
-        settings, run = self.settings, self.resumed
-        if accelerator.is_main_process:
-            if run is None:
-                blocks = config.dump(settings)
-                run = create_run(settings.out, settings.name or "-".join(slug(blocks[k]["name"]) for k in NAME_PARTS))
-                (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": origin}, indent=1))
-                if isinstance(codec, Latent):
-                    codec.stage.write(run / "codec")
-                if settings.lora.active and origin:
-                    write_lora_base(run, origin)
-            else:
-                rewind_log(run, state.step)
-                symlink(run.parent / "latest", run.name)
-            (run / "config.yaml").write_text(config.to_yaml(settings))
-        shared = broadcast_object_list([run])[0]
-        assert shared is not None
-        return shared
-
-    def summary(self, run: Path, nets: dict[str, nn.Module], data: Data, accelerator: Accelerator) -> str:
-        """One line: directory, size of the model and data, device."""
-        count = sum(p.numel() for net in nets.values() for p in net.parameters())
-        shape = "x".join(map(str, data.spec.shape))
-        ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
-        size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
-        return f"{run}  {size}, {accelerator.device}, {self.settings.precision}{ranks}"
-
-    def trained(self, directory: Path, state: State, data: Data, accelerator: Accelerator) -> Run:
+    def trained_run(self) -> Run:
         """The model as it is used: its slowest average, in evaluation mode."""
-        nets = state.slowest_average
+        state, nets = self.state, self.state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)
         file = f"ema-{max(state.emas)}.safetensors" if state.emas else "nets.safetensors"
         weights = f"checkpoints/step-{state.step:07d}/{file}"
-        return Run(directory, self.settings, nets, data.spec, data.codec, state.step, weights, accelerator.device)
+        return Run(self.session.run, self.settings, nets, self.data.spec, self.data.codec, state.step, weights,
+                   self.accelerator.device)  # fmt: skip
+
+
+def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
+    """Everything up to the first step: ranks, data, networks, state, run directory. Mistakes are found here."""
+    accelerator = join_ranks(pick_device(settings.device))
+    with accelerator.main_process_first():
+        dataset = settings.data.load("train")
+    data = encode_data(settings, dataset, accelerator, resumed)
+    settings = resolve(settings, accelerator, data, resumed)
+    notes: list[str] = []
+    nets, origin = initial_networks(settings, accelerator, data, resumed, notes)
+    state = initial_state(settings.objective, nets, settings)
+    stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
+    if settings.objective.needs_pairs:
+        paired_source(stream(0, 0, 0, 1))
+    if resumed:
+        restore(find_checkpoint(resumed), state, settings.objective)
+    finished = resumed is not None and state.step >= settings.steps
+    evaluator = None
+    if settings.eval_every and not finished:
+        evaluator = load_object(EVALUATOR)(settings, state, data, accelerator)
+    directory = resumed if finished else open_directory(settings, accelerator, state, resumed, origin, data.codec)
+    assert directory is not None
+    cond = grid_conditions(data.spec, stream)
+    session = Session(settings, accelerator, data.spec, data.codec, cond, Recorder(directory, accelerator), evaluator)
+    for note in notes:
+        session.recorder.say(f"note     {note}")
+    if finished:
+        session.recorder.say(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
+    else:
+        session.recorder.say(summary(settings, directory, nets, data, accelerator))
+    return Job(settings, accelerator, data, stream, state, session)
+
+
+def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
+    """Decide what the settings leave open, once: a resumed run must stay as it was. Sets the number of threads."""
+    rows = local_batch_size(settings.batch, accelerator.num_processes)
+    threads = settings.threads or pick_threads(rows * math.prod(data.spec.shape))
+    precision = pick_precision(settings.precision, accelerator.device, data.spec)
+    if settings.lora.active and not settings.init:
+        raise ValueError("lora: changes weights that are there already; say whose: --init RUN")
+    torch.set_num_threads(threads)
+    settings = replace(settings, precision=precision, threads=threads, resume=None)
+    if resumed:
+        return settings
+    codec = canonical_first_stage(settings.codec) if settings.codec else None
+    return replace(settings, codec=codec, init=canonical_init(settings.init) if settings.init else None)
+
+
+def initial_networks(
+    settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None, notes: list[str]
+) -> tuple[dict[str, nn.Module], dict[str, str] | None]:
+    """The networks on their device, with the weights of ``--init``, whose origin is returned too."""
+    origin = None
+    torch.manual_seed(settings.seed)
+    nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
+    if settings.init and not resumed:
+        origin = init_from(nets, settings.init, notes.append)
+        notes += init_notes(settings.init, settings.objective)
+    elif settings.lora.active and resumed:
+        load_lora_base(nets, resumed)
+    if settings.lora.active:
+        lora.adapt(nets, settings.lora)
+    return nets, origin
+
+
+def open_directory(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    state: State,
+    resumed: Path | None,
+    origin: dict[str, str] | None,
+    codec: Codec,
+) -> Path:
+    """The run directory, which the main process makes or reopens; every rank learns its name."""
+    run = resumed
+    if accelerator.is_main_process:
+        if run is None:
+            blocks = config.dump(settings)
+            run = create_run(settings.out, settings.name or "-".join(slug(blocks[k]["name"]) for k in NAME_PARTS))
+            (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": origin}, indent=1))
+            if isinstance(codec, Latent):
+                codec.stage.write(run / "codec")
+            if settings.lora.active and origin:
+                write_lora_base(run, origin)
+        else:
+            rewind_log(run, state.step)
+            symlink(run.parent / "latest", run.name)
+        (run / "config.yaml").write_text(config.to_yaml(settings))
+    shared = broadcast_object_list([run])[0]
+    assert shared is not None
+    return shared
+
+
+def summary(
+    settings: TrainSettings, run: Path, nets: dict[str, nn.Module], data: Data, accelerator: Accelerator
+) -> str:
+    """One line: directory, size of the model and data, device."""
+    count = sum(p.numel() for net in nets.values() for p in net.parameters())
+    shape = "x".join(map(str, data.spec.shape))
+    ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
+    size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
+    return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
 
 
 def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
@@ -228,11 +240,6 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
 def pick_threads(numbers: int) -> int:
     """CPU threads for a batch of this many numbers; sums depend on it in the last bits."""
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
-
-
-def first_rows(stream: Stream) -> Batch:
-    """Some samples to reconstruct."""
-    return stream(0, 0, 0, min(RECONSTRUCTIONS, stream.batch_size))
 
 
 def grid_conditions(spec: Spec, stream: Stream) -> dict[str, Tensor]:

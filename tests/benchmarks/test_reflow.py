@@ -16,11 +16,11 @@ from genkit.cli.commands.train import main as train_command
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
 from genkit.data.codecs import MinMax, Pixels
-from genkit.data.pairs import Pairs, outside, save_pairs
+from genkit.data.pairs import Pairs, decode_exactly, save_pairs
 from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
-from genkit.objectives.matching.couplings import Given
-from genkit.objectives.matching.distillation import Distil
+from genkit.objectives.matching.couplings import GivenPairs
+from genkit.objectives.matching.distillation import Distillation
 from genkit.training.run import load_run
 
 
@@ -55,7 +55,7 @@ def test_reflow_straightens_and_distillation_needs_one_step():
     """Liu et al. 2023, section 2.2, on 8 Gaussians: the way is straighter, and one Euler step lands closer."""
     data = DATA["8gaussians"](n=25_600).load("train").x
     rows = lambda x, i: x[torch.arange(256 * i, 256 * (i + 1)) % len(x)]  # noqa: E731
-    flow, again = Flow(), Flow(coupling=Given())
+    flow, again = Flow(), Flow(coupling=GivenPairs())
     first = train(flow, lambda i: Batch(rows(data, i)), 400)
     x1 = Seeds(range(12_800))((2,))
     x = flow.generator(first, bind("heun", 20))(x1, {})
@@ -67,7 +67,7 @@ def test_reflow_straightens_and_distillation_needs_one_step():
     assert off(step(again, second)) < 0.5 * off(step(flow, first))
     x2, ends, euler = (again.generator(second, s)(v, {}) for s, v in (
         (bind("heun", 20), x1), (bind("heun", 20), z), (bind("ddim", 1), z)))  # fmt: skip
-    distil = Distil()
+    distil = Distillation()
     last = train(distil, lambda i: Batch(rows(x2, i), x1=rows(x1, i)), 250, nets=second)  # goes on, as in the paper
     miss = lambda x: float((x - ends).square().sum(1).mean())  # noqa: E731
     assert miss(distil.generator(last)(z, {}).detach()) < 0.5 * miss(euler)
@@ -76,13 +76,13 @@ def test_reflow_straightens_and_distillation_needs_one_step():
 def test_distillation_is_one_euler_step_and_takes_no_sampler():
     nets = {"net": lambda x, t, c: x * 0.25 + t[:, None]}
     z = torch.randn(5, 2)
-    assert torch.allclose(Distil().generator(nets)(z, {}), z - (0.25 * z + 1), atol=1e-6)
+    assert torch.allclose(Distillation().generator(nets)(z, {}), z - (0.25 * z + 1), atol=1e-6)
     with pytest.raises(ValueError, match="one step of its own"):
-        Distil().generator(nets, bind("heun", 4))
+        Distillation().generator(nets, bind("heun", 4))
     with pytest.raises(ValueError, match="no pairs"):
-        Distil().loss("denoise", nets, Batch(torch.randn(4, 2)))
+        Distillation().loss("denoise", nets, Batch(torch.randn(4, 2)))
     x0, x1 = torch.randn(2, 6, 2)
-    loss = Distil().loss("denoise", {"net": lambda x, t, c: x * t[:, None]}, Batch(x0, x1=x1)).per_sample
+    loss = Distillation().loss("denoise", {"net": lambda x, t, c: x * t[:, None]}, Batch(x0, x1=x1)).per_sample
     assert torch.allclose(loss, (x0**2).mean(1), atol=1e-6)  # (x1 - (x1 - x0))^2 at x = x1, t = 1
 
 
@@ -114,7 +114,7 @@ def test_bad_files_of_pairs_are_refused(tmp_path):
         encode = staticmethod(lambda batch: replace(batch, x=batch.x**3))
 
     with pytest.raises(ValueError, match="not affine"):
-        outside(torch.randn(4, 2) * 2, Cube())
+        decode_exactly(torch.randn(4, 2) * 2, Cube())
 
 
 SMALL = ["--backbone=mlp", "--backbone.width=16", "--batch=16", "--steps=4", "--sample-every=0", "--no-tensorboard"]
@@ -132,7 +132,7 @@ def test_the_command_makes_pairs_of_a_run(tmp_path, monkeypatch, capsys):
     assert p.spec.cond["label"] == Label(2)
     again = ["--data=pairs", "--data.root=p.npz", "--device=cpu", *SMALL]
     assert train_command([*again, "--objective.coupling=given"]) == 0
-    assert train_command([*again, "--objective=distil"]) == 0
+    assert train_command([*again, "--objective=distillation"]) == 0
     with pytest.raises(ValueError, match="this one adds noise"):
         reflow(["runs/0000-moons-flow-mlp", "--n=4", "--sampler=ancestral"])
     capsys.readouterr()
@@ -158,13 +158,13 @@ def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeyp
         before = Path("runs/latest").resolve()
         assert train_command([*printed["straighten"], "--lr=1e-12", "--steps=1"]) == 0
         run = load_run("runs/latest")
-        assert run.config.objective.coupling == Given()
+        assert run.config.objective.coupling == GivenPairs()
         assert run.config.init == str(before)
         old, new = (next(r.nets["net"].parameters()) for r in (load_run(before), run))
         assert torch.allclose(old, new, atol=1e-6)
     assert train_command([*printed["one step"], "--steps=1"]) == 0
     run = load_run("runs/latest")
-    assert isinstance(run.objective, Distil)
+    assert isinstance(run.objective, Distillation)
     assert run.config.init == str(before)
     assert run.sample(3).x.shape == (3, 2)
 

@@ -129,19 +129,19 @@ def ruin(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", r"b.png: has no caption beside it, b.txt"),
-        ("of nothing", r"README.txt: captions README.\*, and there is no such picture in "),
+        ("missing", r"b.png: has no caption beside it, in b.txt"),
+        ("of nothing", r"README.txt: captions README.\*, but there is no such image in "),
         ("latin", r"b.txt: is not UTF-8, at byte 2"),
         ("double", r"a.txt: would caption both a.bmp and a.png"),
         ("long", r"b.txt: this caption has 257 bytes; --data.text-length is 256"),
         ("two tables", r"captions.jsonl: lies beside metadata.csv; keep one"),
         ("no json", r"captions.jsonl:2: needs \{\"file_name\": "),
-        ("no words", r"captions.jsonl:1: needs file_name and text, both words"),
+        ("no words", r"captions.jsonl:1: needs file_name and text, both strings"),
         ("twice", r"captions.jsonl:2: captions a.png a second time, after .*captions.jsonl:1"),
-        ("absent", r"captions.jsonl:1: captions z.png, and there is no such picture"),
+        ("absent", r"captions.jsonl:1: captions z.png, but there is no such image"),
         ("not all", r"b.png: has no caption in captions.jsonl"),
         ("no column", r"metadata.csv: has no column text; needs file_name and text"),
-        ("short", r"metadata.csv:2: needs file_name and text, both words"),
+        ("short", r"metadata.csv:2: needs file_name and text, both strings"),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -161,10 +161,10 @@ def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind
     [
         (
             {"captions": ("a {lab}",)},
-            r"given 'a \{lab\}'; allowed: wordings that hold \{label\}, or the word files",
+            r"given 'a \{lab\}'; allowed: templates that contain \{label\}, or files",
         ),
-        ({"captions": ("files",)}, "given files, but these data are no files"),
-        ({"captions": ("files", "a {label}")}, "given files and wordings"),
+        ({"captions": ("files",)}, "given files, but these data are not files"),
+        ({"captions": ("files", "a {label}")}, "given files and templates"),
         ({"captions": ("a {label}",), "text_length": 5}, r"'a \{label\}' of 'zero': this caption has 6 bytes"),
         ({"encoder": "x/y"}, "given x/y, but no captions to encode"),
     ],

@@ -11,7 +11,7 @@ from PIL import Image
 
 from genkit.core import Label, Spec
 from genkit.data import DATA
-from genkit.data.images import pixels_of
+from genkit.data.images import to_pixels
 from tests.support.data import chw, make_zip, picture, refuses
 
 
@@ -67,7 +67,7 @@ def test_modes_become_eight_bits_grey_or_colour(mode, pixels, expected, tmp_path
     assert given.mode == mode
     given.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as stored:
-        assert pixels_of(stored).tolist() == expected
+        assert to_pixels(stored).tolist() == expected
     data = DATA["folder"](root=str(tmp_path)).load()
     assert data.x[0].tolist() == expected
     for channels in (1, 3):
@@ -82,17 +82,17 @@ def test_floats_are_refused(tmp_path):
 
 def test_a_crop_is_centred_keeps_the_aspect_and_is_antialiased():
     wide = picture(0, 4, 9)
-    assert np.array_equal(pixels_of(Image.fromarray(wide), 4), wide[:, 2:6].transpose(2, 0, 1))
-    assert np.array_equal(pixels_of(Image.fromarray(wide), (4, 9)), wide.transpose(2, 0, 1))
+    assert np.array_equal(to_pixels(Image.fromarray(wide), 4), wide[:, 2:6].transpose(2, 0, 1))
+    assert np.array_equal(to_pixels(Image.fromarray(wide), (4, 9)), wide.transpose(2, 0, 1))
     tall = picture(0, 12, 4)
-    assert np.array_equal(pixels_of(Image.fromarray(tall), 4), tall[4:8].transpose(2, 0, 1))
+    assert np.array_equal(to_pixels(Image.fromarray(tall), 4), tall[4:8].transpose(2, 0, 1))
     fine = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255
-    small = pixels_of(Image.fromarray(fine), 16)
+    small = to_pixels(Image.fromarray(fine), 16)
     assert small.shape == (1, 16, 16)
     assert abs(small.astype(int) - 127).max() <= 12  # nearest or bilinear without antialiasing gives 0 and 255
     halves = np.repeat(np.array([[0, 100, 100, 100, 100, 0]], np.uint8), 4, axis=0)
-    assert (pixels_of(Image.fromarray(halves), 2) == 100).all()  # the 4x4 in the middle
-    assert pixels_of(Image.fromarray(wide), (8, 16)).shape == (3, 8, 16)
+    assert (to_pixels(Image.fromarray(halves), 2) == 100).all()  # the 4x4 in the middle
+    assert to_pixels(Image.fromarray(wide), (8, 16)).shape == (3, 8, 16)
 
 
 def test_the_camera_s_orientation_is_honoured(tmp_path):
@@ -139,7 +139,7 @@ def test_mnist_in_the_layout_of_torchvision(name, folder, tmp_path):
     with refuses(folder, tmp_path, "cannot be read"):
         DATA[name](root=str(tmp_path)).load()
     write_idx(images, pixels[:5])
-    with refuses(folder, "5 pictures and 6 labels"):
+    with refuses(folder, "5 images and 6 labels"):
         DATA[name](root=str(tmp_path)).load()
 
 

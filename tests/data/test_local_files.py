@@ -85,7 +85,7 @@ def test_a_folder_s_faults_are_named(memory, tmp_path):
 
     with refuses(tmp_path / "nowhere", "--data.root"):
         DATA["folder"](root=str(tmp_path / "nowhere")).load()
-    with refuses(tmp_path, "no pictures"):
+    with refuses(tmp_path, "no images"):
         load()
     save(tmp_path / "a.png", picture(0, 4, 6))
     with refuses(tmp_path / "a.png", "is not a folder"):
@@ -148,7 +148,7 @@ def test_a_zip_s_faults_are_named(tmp_path):
     with refuses(path, "zip"):
         load()
     make_zip(path, {}, [])
-    with refuses(path, "no pictures"):
+    with refuses(path, "no images"):
         load()
     both = {"a.png": picture(0), "b.png": picture(1)}
     faults = [

@@ -14,8 +14,8 @@ from genkit.cli.main import main as cli
 from genkit.core import Draw, Frames, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.demonstrations.windows import Seen
-from genkit.envs.four_ways import OBSTACLES, FourWays, pictures_of
+from genkit.data.demonstrations.windows import WithFrames
+from genkit.envs.four_ways import OBSTACLES, FourWays, draw_views
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy, VisualPolicy
 from tests.support.refusals import refuses
@@ -29,8 +29,8 @@ def test_a_picture_shows_where_one_is():
     """The weighed middle of what is not white is the place, far finer than a pixel."""
     places = np.array([[0.0, 0.6], [0.03, 0.6], [1.4, -0.7], [1.4, -0.68]])
     size = (48, 64)
-    empty = pictures_of(np.array([[50.0, 50.0]]), size)[0].astype(float)
-    seen = pictures_of(places, size)
+    empty = draw_views(np.array([[50.0, 50.0]]), size)[0].astype(float)
+    seen = draw_views(places, size)
     assert seen.shape == (4, 3, *size)
     assert seen.dtype == np.uint8
     share = ((empty - seen) / (empty - np.array(RED)[:, None, None] + 1e-9))[:, 1].clip(0, 1)
@@ -42,16 +42,16 @@ def test_a_picture_shows_where_one_is():
     assert (empty[:, 24, at] < 130).all()
     world = FourWays(2)
     world.reset([3, 4])
-    assert np.array_equal(world.pixels(size), pictures_of(world.place, size))
+    assert np.array_equal(world.pixels(size), draw_views(world.position, size))
 
 
 # ------------------------------------------------------------------------------------------------------------ data
 def test_pictures_are_kept_once_and_given_in_windows():
     data = DATA["four-ways"](n=3, pixels=16, obs_steps=3).load()
     placed = DATA["four-ways"](n=3, obs_steps=3).load()
-    assert isinstance(data, Seen)
-    assert data.pictures is not None
-    assert len(data.pictures) == sum(len(e.actions) for e in DATA["four-ways"](n=3).episodes("train"))
+    assert isinstance(data, WithFrames)
+    assert data.frames is not None
+    assert len(data.frames) == sum(len(e.actions) for e in DATA["four-ways"](n=3).episodes("train"))
     assert torch.equal(data.x, placed.x)
     assert dict(data.spec.cond) == {"frames": Frames((3, 3, 16, 16))}  # the place is not told
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(data.spec)))) == data.spec
@@ -59,10 +59,10 @@ def test_pictures_are_kept_once_and_given_in_windows():
     batch = data.batch(rows, Draw((0,), 0, 3))
     data.spec.check(batch.cond, 3)
     for shown, obs in zip(batch.cond["frames"], placed.cond["obs"][rows], strict=True):
-        assert np.array_equal(shown.numpy(), pictures_of(obs.double().numpy(), (16, 16)))
+        assert np.array_equal(shown.numpy(), draw_views(obs.double().numpy(), (16, 16)))
     assert torch.equal(batch.cond["frames"][0, 0], batch.cond["frames"][0, 2])  # before the start
     refuses(lambda: DATA["four-ways"](pixels=4).load(), "pixels: given 4", "8 or more")
-    refuses(lambda: DATA["four-ways"](pixels=16, plan="states").load(), "plan, goal", "pictures alone")
+    refuses(lambda: DATA["four-ways"](pixels=16, plan="states").load(), "plan, goal", "only images")
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_what_are_no_pictures_is_refused(buffer):
     refuses(with_(frames=("top",)), "no array 'top'", "img")
     refuses(with_(observed=()), "given neither")
     small = np.zeros((30, 6, 6, 3), np.uint8)
-    refuses(with_(frames=("img", "wrist"), change={"img": small}), "wrist holds pictures of 12x10, img of 6x6")
+    refuses(with_(frames=("img", "wrist"), change={"img": small}), "wrist holds images of 12x10, img of 6x6")
     refuses(with_(frames=("img",), change={"img": small[:20]}), "img has 20 steps of 30", "episode 1")
 
 
@@ -142,7 +142,7 @@ def test_an_encoder_finds_a_place_again():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     places = np.stack([rng.uniform(0, 2.8, 1024), rng.uniform(-0.7, 0.7, 1024)], 1)
-    frames = torch.from_numpy(pictures_of(places, (32, 32)))[:, None]
+    frames = torch.from_numpy(draw_views(places, (32, 32)))[:, None]
     target = torch.from_numpy(places).float() / torch.tensor([1.4, 0.7]) - torch.tensor([1.0, 0.0])
     net, keep = FramesEmbed(Frames((1, 3, 32, 32)), 32), torch.ones(1024, dtype=torch.bool)
     head = nn.Linear(32, 2)
@@ -212,7 +212,7 @@ def test_a_rollout_shows_the_newest_pictures(run):
         for i, path in enumerate(done.paths):
             steps = [max(0, 3 * d - 1), 3 * d]
             if steps[1] < len(path):
-                assert np.array_equal(frames[i], pictures_of(path[steps], (16, 16)))
+                assert np.array_equal(frames[i], draw_views(path[steps], (16, 16)))
     one, many = (run_episodes(Policy.load(run, steps=1), FourWays(n), range(4)) for n in (2, 4))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one.paths, many.paths, strict=True))
 
@@ -246,7 +246,7 @@ def test_recorded_pictures_are_learned_from(tmp_path, capsys):
     assert cli(["demo", "four-ways", "--episodes=4", "--pixels=16", f"--out={out}"]) == 0
     assert "--data.frames img" in capsys.readouterr().out
     with np.load(out) as stored:
-        assert np.array_equal(stored["img"], pictures_of(stored["obs"], (16, 16)).transpose(0, 2, 3, 1))
+        assert np.array_equal(stored["img"], draw_views(stored["obs"], (16, 16)).transpose(0, 2, 3, 1))
         ends = stored["episode_ends"]
         assert np.flatnonzero(stored["reward"]).tolist() == (ends - 1).tolist()
         assert stored["mode"][ends - 1].tolist() == [0, 1, 2, 3]

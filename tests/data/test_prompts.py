@@ -45,7 +45,7 @@ def worded(tmp_path_factory):
 def both(tmp_path_factory):
     """The same with classes beside the words, each dropped alone."""
     out = tmp_path_factory.mktemp("both")
-    more = ["--data.labels=true", "--objective.drop-each=0.2", "--sample-every=0"]
+    more = ["--data.labels=true", "--objective.cond-dropout-each=0.2", "--sample-every=0"]
     return trained(out, "--data.captions", *WORDINGS, *more)
 
 
@@ -101,11 +101,11 @@ def test_genkit_sample_takes_prompts(worded, tmp_path, capsys):
 def test_prompts_that_cannot_be_read_are_refused_in_one_line(worded, tmp_path, capsys):
     error = failing(capsys, "sample", str(worded), "--prompt", "x" * 41)
     assert "given 41 bytes" in error
-    assert "this model reads 40" in error
+    assert "this model reads at most 40" in error
     assert len(error.strip().splitlines()) == 1
     assert "this model has no classes; leave --label out" in failing(capsys, "sample", str(worded), "--label=3")
     with pytest.raises(
-        ValueError, match=r"given 'seven', but this model reads no words; its conditions: label \(label\)"
+        ValueError, match=r"given 'seven', but this model reads no text; its conditions: label \(label\)"
     ):
         sample_conditions(Spec((1, 8, 8), {"label": Label(10)}), 4, prompt="seven")
     with pytest.raises(ValueError, match="its conditions: none"):
@@ -127,7 +127,7 @@ def test_classes_and_words_together_or_one_of_them():
 
 def test_a_run_with_classes_and_words(both, capsys):
     run = load_run(both)
-    assert run.objective.drop_each == 0.2
+    assert run.objective.cond_dropout_each == 0.2
     for how in ({"label": 3}, {"prompt": "three"}, {"label": 3, "prompt": "three"}):
         x, cond = run.sample(2, steps=1, guidance=2.0, **how)
         assert x.shape == (2, 1, 8, 8)
@@ -280,11 +280,11 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
     shutil.rmtree(where)
     text.open_encoder.cache_clear()
     error = failing(capsys, "sample", str(run), "--prompt", "seven")
-    assert f"reads words by {where}, sha256 {record['sha256'][:12]}" in error
+    assert f"reads text by {where}, sha256 {record['sha256'][:12]}" in error
     assert "cannot be opened" in error
     assert len(error.strip().splitlines()) == 1
     shutil.copytree(root / "whole", where)
-    assert "put the former back" in failing(capsys, "sample", str(run), "--prompt", "seven")
+    assert "restore the former" in failing(capsys, "sample", str(run), "--prompt", "seven")
     text.open_encoder.cache_clear()
 
 
@@ -304,7 +304,7 @@ def test_no_pickle_and_no_foreign_code_is_opened(encoders, tmp_path):
     with pytest.raises(ValueError, match="foreign cannot be opened"):
         text.open_encoder(str(foreign))
     for absent in ("nobody/nothing", str(tmp_path / "nowhere")):
-        with pytest.raises(ValueError, match=r"neither a folder, nor to be had from the hub"):
+        with pytest.raises(ValueError, match=r"neither a folder nor available from the hub"):
             text.open_encoder(absent)
 
 

@@ -12,7 +12,7 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw
 from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.demonstrations.windows import Episode, steps_of
+from genkit.data.demonstrations.windows import Episode, window_steps
 from tests.support.refusals import refuses
 
 LENGTHS = (12, 20, 9)  # ragged
@@ -101,11 +101,11 @@ def test_lerobot_gives_the_same_windows_as_a_replay_buffer(tmp_path, truth, vers
     parts = ("observation.state[1:3]", "next.reward")
     some = LeRobot(root=data.root, observed=parts, relative_to=parts[0]).load()
     assert some.cond["obs"].shape[2] == 3
-    steps, _ = steps_of([Episode(r[:, None], a) for _, a, r in recorded()], 2, 16, 8)
+    steps, _ = window_steps([Episode(r[:, None], a) for _, a, r in recorded()], 2, 16, 8)
     rewards = np.concatenate([r for _, _, r in recorded()])[steps[:, :2]]
     assert torch.equal(some.cond["obs"][..., 2], torch.from_numpy(rewards))
     x = some.codec.encode(Batch(some.x)).x
-    assert torch.allclose(some.codec.world(x, some.cond["obs"]), truth().load().x, atol=1e-5)  # type: ignore[attr-defined]
+    assert torch.allclose(some.codec.to_absolute(x, some.cond["obs"]), truth().load().x, atol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_damaged_lerobot_datasets_are_refused_with_the_episodes_number(tmp_path):
@@ -160,7 +160,7 @@ def test_what_is_no_lerobot_dataset_says_what_is_asked_for(tmp_path, monkeypatch
     (tmp_path / "bare").mkdir()
     refuses(lambda: LeRobot(root=str(tmp_path / "bare")).load(), "info.json", "missing or damaged")
     refuses(lambda: LeRobot(root=str(tmp_path / "absent")).load(), "no such folder", "--data.root")
-    refuses(lambda: LeRobot(root="somebody/nothing").load(), "cannot be had from the hub", "--data.root")
+    refuses(lambda: LeRobot(root="somebody/nothing").load(), "cannot be downloaded from the hub", "--data.root")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refuses(wants("action"), "needs pyarrow", "pip install 'genkit[data]'")
 
@@ -220,7 +220,7 @@ def test_entries_of_dictionaries_are_seen_in_the_order_asked_for(shelf, truth):
     whole = truth().load()
     assert torch.equal(turned.cond["obs"], whole.cond["obs"][..., [1, 2, 0]])
     x = turned.codec.encode(Batch(turned.x)).x
-    assert torch.allclose(turned.codec.world(x, turned.cond["obs"]), whole.x, atol=1e-5)  # type: ignore[attr-defined]
+    assert torch.allclose(turned.codec.to_absolute(x, turned.cond["obs"]), whole.x, atol=1e-5)  # type: ignore[attr-defined]
     refuses(lambda: Minari(root=root, observed=("speed",)).load(), "no array 'speed'", "place, rest.speed")
     refuses(lambda: Minari(root=root, relative_to="speed").load(), "relative_to: given 'speed'", "place, rest.speed")
 
@@ -282,7 +282,7 @@ def test_what_minari_does_not_have_says_what_is_asked_for(shelf, tmp_path, monke
     turns = minari_set("test/turns-v0", steps, action_space=spaces.Discrete(3))
     refuses(lambda: Minari(root=str(turns)).load(), "Discrete(3)", "needs boxes")
     (tmp_path / "bare").mkdir()
-    refuses(lambda: Minari(root=str(tmp_path / "bare")).load(), "is no dataset that Minari")
+    refuses(lambda: Minari(root=str(tmp_path / "bare")).load(), "is not a dataset that Minari")
 
     def offline(name):
         raise OSError("no network")

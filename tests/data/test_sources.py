@@ -77,7 +77,7 @@ def test_long_work_shows_a_bar_and_gives_the_same(tmp_path, monkeypatch, capfd):
         save(tmp_path / f"{i}.png", picture(i))
     quiet = DATA["folder"](root=str(tmp_path)).load()
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr("genkit.data.images.LONG", 3)
+    monkeypatch.setattr("genkit.data.images.PROGRESS_FROM", 3)
     monkeypatch.setattr("genkit.data.images.CHUNK", 2)
     load = lambda: (DATA["folder"](root=str(tmp_path)).load(), DATA["digits"](size=4).load("test"))  # noqa: E731
     assert torch.equal(load()[0].x, quiet.x)

@@ -43,7 +43,7 @@ def test_bytes_say_what_was_said(said):
 
 
 def test_a_text_that_is_too_long_is_refused_with_both_lengths():
-    with pytest.raises(ValueError, match=r"given 8 bytes \('größer'\); this model reads 7 at most"):
+    with pytest.raises(ValueError, match=r"given 8 bytes \('größer'\); this model reads at most 7"):
         text.to_bytes(["größer"], 7)
     assert text.to_bytes(["größer"], 8).shape == (1, 8)
 
@@ -189,12 +189,12 @@ def test_the_objectives_drop_each(name):
     seen = {}
     net = {"net": lambda x, t, c: seen.update(c) or x}
     cond = {"label": torch.zeros(64, dtype=torch.long), "obs": torch.zeros(64, 3)}
-    objective = OBJECTIVES[name](drop=0.2, drop_each=0.4)
+    objective = OBJECTIVES[name](cond_dropout=0.2, cond_dropout_each=0.4)
     objective.loss(objective.phases[0].name, net, Batch(torch.randn(64, 1, 4, 4), cond, draw=Draw((0,), 0, 64)))
     assert {"keep", "keep.label", "keep.obs"} <= set(seen)
     assert not torch.equal(seen["keep.label"], seen["keep.obs"])
     seen.clear()
-    objective = OBJECTIVES[name](drop=0.2)
+    objective = OBJECTIVES[name](cond_dropout=0.2)
     objective.loss(objective.phases[0].name, net, Batch(torch.randn(64, 1, 4, 4), cond, draw=Draw((0,), 0, 64)))
     assert set(seen) == {"label", "obs", "keep"}
 

@@ -20,7 +20,7 @@ from genkit.diffusion.guidance import (
     within,
 )
 from genkit.diffusion.paths import PATHS, VP, Linear, mix, times_at
-from genkit.diffusion.samplers import Counted, bind
+from genkit.diffusion.samplers import CountingDenoiser, bind
 from tests.support import guidance as contract
 from tests.support.exact import F64, ExactDenoiser, three
 from tests.support.guidance import tensors
@@ -86,7 +86,7 @@ def test_one_pass_of_twice_the_batch_or_two_passes_and_samples_that_keep_nothing
     keep = torch.tensor([True, False, True, False])
     got = {}
     for passes, calls in (("together", 1), ("apart", 2)):
-        counted = Counted(exact)
+        counted = CountingDenoiser(exact)
         got[passes] = classifier_free(2.0, passes=passes)(counted)(x, t, {**cond, "keep": keep})
         assert (counted.calls, counted.rows) == (calls, 8)
     assert torch.allclose(got["together"].x0, got["apart"].x0, atol=1e-12)
@@ -97,7 +97,7 @@ def test_one_pass_of_twice_the_batch_or_two_passes_and_samples_that_keep_nothing
 
 
 def test_scale_zero_is_the_null_pass_alone():
-    counted = Counted(ExactDenoiser(MIXTURE, VP()))
+    counted = CountingDenoiser(ExactDenoiser(MIXTURE, VP()))
     x, t, cond = state(4)
     got = classifier_free(0.0)(counted)(x, t, cond)
     assert torch.equal(got.x0, counted.inner(x, t, {}).x0)
@@ -229,7 +229,7 @@ def test_an_interval_saves_evaluations():
     z, cond = tensors(4, 2), {"label": torch.zeros(4, dtype=torch.long)}
     rows = []
     for guidance in (classifier_free(3.0), within(0.21, 0.59, classifier_free(3.0)), None):
-        counted = Counted(ExactDenoiser(MIXTURE, Linear()))
+        counted = CountingDenoiser(ExactDenoiser(MIXTURE, Linear()))
         bind("ddim", 20, guidance)(counted)(z, cond)
         assert counted.calls == 20
         rows.append(counted.rows / 4)

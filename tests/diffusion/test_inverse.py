@@ -7,9 +7,9 @@ from genkit.core import Prediction
 from genkit.diffusion.guidance import by_classifier, classifier_free, compose, moved, within
 from genkit.diffusion.inverse_problems import Average, Blur, Dense, Mask, Measurement, dps, measure, pigdm, sdedit
 from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
-from genkit.diffusion.samplers import SAMPLERS, Counted, Seeds, bind, uniform, variational_bound
+from genkit.diffusion.samplers import SAMPLERS, CountingDenoiser, Seeds, bind, uniform, variational_bound
 from genkit.objectives import Flow
-from genkit.objectives.matching.couplings import Given, OptimalTransport
+from genkit.objectives.matching.couplings import GivenPairs, OptimalTransport
 from genkit.objectives.matching.sources import Anchored
 from tests.support.exact import F64, ExactDenoiser, Mixture
 
@@ -280,7 +280,7 @@ def test_zero_step_and_zero_residual_leave_the_denoiser():
 def test_one_call_and_other_guidance_beside_it(solver):
     prior = gaussian()
     x, t = state(VP(), prior)
-    counted = Counted(ExactDenoiser(prior, VP()))
+    counted = CountingDenoiser(ExactDenoiser(prior, VP()))
     solver(seen(5))(counted)(x, t, {})
     assert (counted.calls, counted.rows) == (1, 5)
     cond = {"label": torch.zeros(5, dtype=torch.long)}
@@ -376,7 +376,9 @@ def test_mistakes_are_refused_in_one_line(message):
     assert "allowed" in str(caught.value)
 
 
-@pytest.mark.parametrize("flow", [Flow(coupling=OptimalTransport()), Flow(source=Anchored()), Flow(coupling=Given())])
+@pytest.mark.parametrize(
+    "flow", [Flow(coupling=OptimalTransport()), Flow(source=Anchored()), Flow(coupling=GivenPairs())]
+)
 def test_flows_that_are_no_diffusions_are_refused(flow):
     """Their ODE is right, but nothing that rests on a score is; also behind other guidance. A usual flow is taken."""
     other, usual = ({"net": lambda x, t, c: 0 * x}, flow), ({"net": lambda x, t, c: 0 * x}, Flow())

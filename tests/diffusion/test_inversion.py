@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genkit.diffusion.paths import VE, VP, Linear
-from genkit.diffusion.samplers import Counted, heun, invert, nodes, ode_samplers, rk4, uniform
+from genkit.diffusion.samplers import CountingDenoiser, heun, invert, nodes, ode_samplers, rk4, uniform
 from tests.support import samplers as contract
 from tests.support.exact import F64, ExactDenoiser
 from tests.support.samplers import MIXTURE, Quick, normals
@@ -39,7 +39,7 @@ def test_inversion_of_a_part_of_the_path_and_of_labels():
 
 
 def test_inversion_costs_what_it_says():
-    denoise = Counted(Quick(MIXTURE, Linear()))
+    denoise = CountingDenoiser(Quick(MIXTURE, Linear()))
     invert(denoise, normals(2), uniform(8)(Linear()), sampler="heun", refine=3)
     assert denoise.calls == 3 + 2 * 7
     alone = invert(denoise, normals(2), torch.tensor([0.25, 0.0]), refine=0)

@@ -11,9 +11,9 @@ from genkit.cli.commands.likelihood import main as likelihood
 from genkit.cli.commands.train import main as train_command
 from genkit.core import Prediction
 from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear
-from genkit.diffusion.posterior import Learned
+from genkit.diffusion.posterior import LearnedVariance
 from genkit.diffusion.samplers import (
-    Counted,
+    CountingDenoiser,
     Seeds,
     bits_per_dim,
     dequantise,
@@ -89,7 +89,7 @@ def test_adaptive():
     x, _ = MIXTURE.sample(30, seed=1)
     errors, calls = [], []
     for tolerance in (1e-3, 1e-6):
-        denoise = Counted(ExactDenoiser(MIXTURE, Linear()))
+        denoise = CountingDenoiser(ExactDenoiser(MIXTURE, Linear()))
         got = log_prob(denoise, x, times=uniform(256)(Linear()), solver="dopri5", rtol=tolerance, atol=tolerance)
         errors.append(float((got - MIXTURE.log_prob(x)).abs().max()))
         calls.append(denoise.calls)
@@ -186,7 +186,7 @@ def test_cost_and_no_traces(divergence):
             v = net(x)
             return Prediction(x - t[:, None] * v, x + (1 - t[:, None]) * v)
 
-    denoise = Counted(Net())
+    denoise = CountingDenoiser(Net())
     with torch.no_grad():
         got = log_prob(denoise, torch.randn(3, 2, dtype=F64), times=uniform(10)(Linear()), divergence=divergence)
     assert denoise.calls == 19
@@ -362,7 +362,7 @@ def test_the_steps_of_the_bound_are_those_of_diffusers(variance):
         def __call__(self, x, t, cond):
             eps, w = guess(x, t[0])
             a, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
-            return Learned.of(Prediction((x - sigma * eps) / a, eps), w)
+            return LearnedVariance.of(Prediction((x - sigma * eps) / a, eps), w)
 
     got = variational_bound(Net(), x0, times=trailing(20)(VP()), variance=variance, noise=drawn(5))
     noise, normal = drawn(5), torch.distributions.Normal

@@ -15,7 +15,7 @@ from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.paths import VE, VP, Linear
 from genkit.diffusion.samplers import (
     SAMPLERS,
-    Counted,
+    CountingDenoiser,
     Seeds,
     bind,
     ddim,
@@ -119,7 +119,7 @@ def test_order_of_the_options(name, options, order):
 def test_dopri5_error_follows_its_tolerance():
     z, truth, calls, last = normals(64), solution(), [], 1.0
     for tolerance in (1e-3, 1e-5, 1e-7):
-        denoise = Counted(Quick(MIXTURE, Linear()))
+        denoise = CountingDenoiser(Quick(MIXTURE, Linear()))
         x = dopri5(denoise, z, torch.tensor([0.98, 0.02]).double(), rtol=tolerance, atol=tolerance)
         error = float((x - truth).norm(dim=1).mean())
         assert error < min(3 * tolerance, last / 20)

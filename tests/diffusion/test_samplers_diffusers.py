@@ -6,7 +6,7 @@ import torch
 from genkit.core import Prediction
 from genkit.diffusion.parametrization import Karras, NetDenoiser
 from genkit.diffusion.paths import VE, VP, Linear
-from genkit.diffusion.posterior import Learned
+from genkit.diffusion.posterior import LearnedVariance
 from genkit.diffusion.samplers import (
     ancestral,
     bind,
@@ -291,7 +291,7 @@ class FromBoth:
     path = VP()
 
     def __call__(self, x, t, cond):
-        return Learned.of(FromEpsilon()(x, t, cond), torch.sin(3 * x + t[0]))
+        return LearnedVariance.of(FromEpsilon()(x, t, cond), torch.sin(3 * x + t[0]))
 
 
 @pytest.mark.parametrize("steps", [5, 20])

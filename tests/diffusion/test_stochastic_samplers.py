@@ -8,10 +8,10 @@ import torch
 from genkit.core import Prediction
 from genkit.diffusion.guidance import clamp, classifier_free
 from genkit.diffusion.paths import VE, VP, Linear, mix, times_at
-from genkit.diffusion.posterior import Learned, width
+from genkit.diffusion.posterior import LearnedVariance, learned_variance
 from genkit.diffusion.samplers import (
     SAMPLERS,
-    Counted,
+    CountingDenoiser,
     Seeds,
     ancestral,
     churn,
@@ -203,11 +203,13 @@ def test_the_width_of_a_step_survives_guidance_and_counting():
 
         def __call__(self, x, t, cond):
             seen = cond["keep"] if "keep" in cond else torch.ones(len(x), dtype=torch.bool)
-            return Learned.of(ExactDenoiser(MIXTURE, VP())(x, t, cond), torch.where(seen, 1.0, -1.0)[:, None] + 0 * x)
+            return LearnedVariance.of(
+                ExactDenoiser(MIXTURE, VP())(x, t, cond), torch.where(seen, 1.0, -1.0)[:, None] + 0 * x
+            )
 
     for guide in (classifier_free(2.0), classifier_free(2.0, passes="apart"), clamp(-9, 9)):
-        got = guide(Counted(Labelled()))(z, torch.full((4,), 0.5, dtype=F64), cond)
-        assert torch.equal(width(got), torch.ones_like(z))
+        got = guide(CountingDenoiser(Labelled()))(z, torch.full((4,), 0.5, dtype=F64), cond)
+        assert torch.equal(learned_variance(got), torch.ones_like(z))
         assert torch.allclose(VP().alpha(torch.tensor(0.5)) * got.x0 + VP().sigma(torch.tensor(0.5)) * got.x1, z)
     learned, large = (ancestral(classifier_free(2.0)(Labelled()), z, times, cond, variance=v,
                                 noise=Seeds(range(4), dtype=F64)) for v in ("learned", "large"))  # fmt: skip

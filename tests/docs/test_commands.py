@@ -94,3 +94,22 @@ def test_scripts_exist():
     scripts = set(re.findall(r"python ((?:examples|samplers|tools|benchmarks)/\w+\.py)", text))
     assert scripts
     assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+def test_options_in_sentences_exist():
+    """The last part of each `--block.option` is a field or an argument somewhere."""
+    sources = [
+        file
+        for folder in ("genkit", "benchmarks", "examples", "samplers", "tools")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+    code = "".join(file.read_text() for file in sources)
+    known = set(re.findall(r"^ +(\w+)(?:: |=|, )", code, re.MULTILINE)) | set(re.findall(r'"--([\w-]+)"', code))
+    known |= {"help", "version", "config", "resume", "num_processes", "nproc-per-node"}
+    unknown = set()
+    for page in tables.pages():
+        for option in re.findall(r"`--([a-z][\w.-]*)", page.read_text()):
+            name = option.rpartition(".")[2]
+            if not {name, name.replace("-", "_")} & known:
+                unknown.add(f"{page.name}: --{option}")
+    assert not unknown

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genkit.cli.main import main as genkit
-from genkit.envs import expert, make
+from genkit.envs import make, make_expert
 from genkit.envs.maze import next_cells
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
@@ -55,7 +55,7 @@ def test_the_next_cell_is_on_a_shortest_way():
 @pytest.mark.parametrize("name", ["PointMaze_UMaze-v3", "PointMaze_Large-v3"])
 def test_the_expert_comes_to_every_goal(name):
     pytest.importorskip("gymnasium_robotics")
-    env, guide = make(name, 10), expert(name, "scripted", 10)
+    env, guide = make(name, 10), make_expert(name, "scripted", 10)
     assert (env.obs_dim, env.action_dim) == (8, 2)
     obs = env.reset(range(10))
     begun = np.linalg.norm(obs[:, :2] - obs[:, 2:4], axis=1)
@@ -76,8 +76,8 @@ def test_a_policy_learns_the_way_from_few_demonstrations(tmp_path, monkeypatch):
     assert genkit(["demo", "PointMaze_UMaze-v3", "--episodes=60"]) == 0
     how = [
         "--objective.prediction=x0",
-        "--objective.space=x0",
-        "--objective.drop=0",
+        "--objective.loss-space=x0",
+        "--objective.cond-dropout=0",
         "--device=cpu",
         "--precision=fp32",
     ]

@@ -21,7 +21,7 @@ from genkit.core import Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
 from genkit.diffusion.paths import Linear as Straight
 from genkit.envs import ars
-from genkit.envs.ars import SURVIVAL, Linear, Met, Search, search, trial
+from genkit.envs.ars import SURVIVAL_BONUS, LinearPolicy, RunningStats, SearchSettings, episode_returns, search
 from genkit.objectives import Flow
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.checkpoint import BestCheckpoint
@@ -48,7 +48,7 @@ def refused(capsys, *argv):
 # ------------------------------------------------------------------------------------------------- the search
 def test_mean_and_deviation_of_all_that_was_met():
     x = np.random.default_rng(0).normal((3.0, -1.0, 2.0), (0.1, 5.0, 0.0), (70, 3))
-    met = Met(3)
+    met = RunningStats(3)
     for part in np.split(x, (1, 4, 50)):
         met.add(part)
     assert np.allclose(met.mean, x.mean(0))
@@ -56,17 +56,17 @@ def test_mean_and_deviation_of_all_that_was_met():
 
 
 def test_a_linear_expert_scales_bounds_and_is_what_was_saved(tmp_path):
-    expert = Linear(
+    expert = LinearPolicy(
         np.array([[2.0, 0.0]]), np.array([1.0, 9.0]), np.array([4.0, 1.0]), np.array([-1.0]), np.array([5.0])
     )
     assert expert.act(np.array([[2.0, 0.0], [100.0, 0.0], [-100.0, 0.0]])).tolist() == [[2 + 3 * 0.5], [5.0], [-1.0]]
     expert.save(tmp_path / "e.json")
-    again = Linear.load(tmp_path / "e.json")
+    again = LinearPolicy.load(tmp_path / "e.json")
     assert again.act(np.array([[2.0, 0.0]])).tolist() == [[3.5]]
     for text in ("{", "[]", '{"weight": 3}', '{"weight": [[1, 2]], "mean": [0], "std": [1], "low": [0], "high": [1]}'):
         (tmp_path / "e.json").write_text(text)
         with pytest.raises(ValueError, match=r"expert: .*e\.json is") as e:
-            Linear.load(tmp_path / "e.json")
+            LinearPolicy.load(tmp_path / "e.json")
         assert "\n" not in str(e.value)
 
 
@@ -77,14 +77,14 @@ def pole(tmp_path_factory):
     out = tmp_path_factory.mktemp("pole") / "demos.npz"
     here = os.getcwd()
     os.chdir(out.parent)
-    how = ["--expert.target=300", "--expert.rounds=40", "--expert.spread=0.1", "--expert.lr=0.1"]
+    how = ["--expert.target=300", "--expert.rounds=40", "--expert.noise=0.1", "--expert.step-size=0.1"]
     assert genkit(["demo", "InvertedPendulum-v5", "--expert=ars", *how, "--episodes=3", f"--out={out}"]) == 0
     os.chdir(here)
     return out
 
 
 def test_the_search_balances_a_pole_and_its_expert_is_recorded(pole, capsys):
-    found = Linear.load(pole.with_suffix(".expert.json"))
+    found = LinearPolicy.load(pole.with_suffix(".expert.json"))
     assert found.weight.shape == (1, 4)
     assert found.high.tolist() == [3.0]
     with np.load(pole) as stored:
@@ -94,7 +94,7 @@ def test_the_search_balances_a_pole_and_its_expert_is_recorded(pole, capsys):
     assert np.allclose(found.act(obs), action)
     assert not (pole.parent / "MUJOCO_LOG.TXT").exists()
     again = pole.with_name("again.npz")
-    expert = ["--expert=found", f"--expert.path={pole.with_suffix('.expert.json')}"]
+    expert = ["--expert=saved", f"--expert.path={pole.with_suffix('.expert.json')}"]
     assert genkit(["demo", "InvertedPendulum-v5", *expert, "--episodes=3", f"--out={again}"]) == 0
     with np.load(again) as stored:
         assert np.array_equal(stored["obs"], obs)
@@ -121,16 +121,16 @@ class Ledge:
 def test_a_search_may_leave_the_pay_for_standing_out(monkeypatch):
     """Who jumps at once is paid 1.1, of which 1 for standing; who stands, 21 or so. Without that pay: 0.1, or 0."""
     for action, with_it, without in ((1.0, 1.1, 0.1), (0.5, 21.0, 1.0)):
-        policy = Linear(np.zeros((1, 1)), np.zeros(1), np.ones(1), np.full(1, action), np.full(1, action))
-        assert np.allclose(trial(Ledge(), policy, range(16)), with_it)
-        assert np.allclose(trial(Ledge(), policy, range(16), None, 1.0), without)
+        policy = LinearPolicy(np.zeros((1, 1)), np.zeros(1), np.ones(1), np.full(1, action), np.full(1, action))
+        assert np.allclose(episode_returns(Ledge(), policy, range(16)), with_it)
+        assert np.allclose(episode_returns(Ledge(), policy, range(16), None, 1.0), without)
     monkeypatch.setattr(ars, "Gym", lambda num, name: Ledge())
     asked = []
     known = lambda env, policy, seeds, met=None, survival=0.0: asked.append(survival) or np.arange(16.0)  # noqa: E731
-    monkeypatch.setattr(ars, "trial", known)
+    monkeypatch.setattr(ars, "episode_returns", known)
     for name, given in (("Hopper-v5", None), ("Hopper-v5", 0.5), ("Other-v0", None)):
         with contextlib.suppress(ValueError):
-            search(name, Search(target=1e3, rounds=1, survival=given))
+            search(name, SearchSettings(target=1e3, rounds=1, survival_bonus=given))
     assert asked[::2] == [1.0, 0.5, 0.0]  # every other is the whole return of the policy in the middle
     assert set(asked[1::2]) == {0.0}
 
@@ -139,7 +139,7 @@ def test_what_is_known_to_be_paid_for_standing_is():
     pytest.importorskip("mujoco")
     import gymnasium
 
-    for name, pay in SURVIVAL.items():
+    for name, pay in SURVIVAL_BONUS.items():
         env = gymnasium.make(name)
         env.reset(seed=0)
         assert env.step(np.zeros(env.action_space.shape))[4]["reward_survive"] == pay, name
@@ -147,9 +147,9 @@ def test_what_is_known_to_be_paid_for_standing_is():
 
 def test_experts_that_know_nothing_are_refused(tmp_path, capsys):
     pytest.importorskip("mujoco")
-    Linear(np.zeros((1, 4)), np.zeros(4), np.ones(4), -np.ones(1), np.ones(1)).save(tmp_path / "e.json")
+    LinearPolicy(np.zeros((1, 4)), np.zeros(4), np.ones(4), -np.ones(1), np.ones(1)).save(tmp_path / "e.json")
     out = f"--out={tmp_path}/d.npz"
-    expert = ["--expert=found", f"--expert.path={tmp_path}/e.json"]
+    expert = ["--expert=saved", f"--expert.path={tmp_path}/e.json"]
     said = refused(capsys, "demo", "InvertedPendulum-v5", *expert, "--episodes=2", out)
     assert "did not succeed once in 8 episodes of InvertedPendulum-v5" in said
     assert "of 1000 steps" in said
@@ -161,8 +161,8 @@ def test_experts_that_know_nothing_are_refused(tmp_path, capsys):
 
 def test_search_is_of_its_seed(tmp_path):
     pytest.importorskip("mujoco")
-    how = {"target": 40.0, "directions": 2, "best": 1, "rounds": 30, "spread": 0.3, "lr": 0.1}
-    one, same, other = (search("InvertedPendulum-v5", Search(**how, seed=s)) for s in (0, 0, 1))
+    how = {"target": 40.0, "directions": 2, "top_directions": 1, "rounds": 30, "noise": 0.3, "step_size": 0.1}
+    one, same, other = (search("InvertedPendulum-v5", SearchSettings(**how, seed=s)) for s in (0, 0, 1))
     assert np.array_equal(one.weight, same.weight)
     assert not np.array_equal(one.weight, other.weight)
 
@@ -192,7 +192,7 @@ def test_an_unknown_id_is_refused(capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------- fine-tuning
 def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, capsys):
     train(["--data=replay", f"--data.root={pole}", "--data.env=InvertedPendulum-v5", "--data.obs-steps=1",
-           "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.space=x0",
+           "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.loss-space=x0",
            "--backbone.width=32", "--backbone.depth=1", "--steps=60", "--batch=128", "--lr=3e-3", "--sample-every=0",
            "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0", f"--out={tmp_path}"])  # fmt: skip
     argv = [str(tmp_path / "latest"), "--steps=2", "--num-envs=8", "--num-steps=32", "--iterations=2",

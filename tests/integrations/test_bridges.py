@@ -195,7 +195,7 @@ def test_a_pipelines_scheduler_is_the_objective(tmp_path, scheduler, same):
     diffusers.DDPMPipeline(unet(), theirs).save_pretrained(tmp_path / "p")
     found = pretrained.suggested(str(tmp_path / "p"))
     block = {k: v for k, v in found["objective"].items() if k != "name"}
-    path = DDPM(**block).along
+    path = DDPM(**block).path
     assert isinstance(path, VP)
     t = torch.arange(1, path.timesteps + 1, dtype=torch.float64) / path.timesteps
     assert torch.allclose(path.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)

@@ -16,14 +16,14 @@ from genkit.diffusion.samplers import SAMPLERS, Seeds, bind, ode_samplers, unifo
 from genkit.objectives import Flow
 from genkit.objectives.matching.couplings import (
     COUPLINGS,
-    Bridge,
-    Given,
+    GivenPairs,
     Independent,
     OptimalTransport,
+    SchrodingerBridge,
     entropic_plan,
     squared_distances,
 )
-from genkit.objectives.matching.sources import SOURCES, Anchored, Normal, Samples
+from genkit.objectives.matching.sources import SOURCES, Anchored, DatasetSource, Normal
 from genkit.training.settings import TrainSettings
 from tests.support.exact import F64, Mixture, three
 
@@ -66,7 +66,7 @@ def test_the_bridge_is_that_of_torchcfm():
     x = theirs.compute_mu_t(noise, data, 1 - t) + theirs.compute_sigma_t(1 - t)[:, None] * e
     u = theirs.compute_conditional_flow(noise, data, 1 - t, x)
     fixed = Frozen(torch.zeros(50, dtype=F64), e)
-    still = Bridge(sigma)
+    still = SchrodingerBridge(sigma)
     apart = 1e3 * torch.arange(50, dtype=F64)[:, None]  # so far apart that everyone's partner is their own
     x0, x1 = still(Batch(data + apart, draw=fixed), noise + apart, Linear(), t)
     assert torch.allclose(mix(Linear(), x0, x1, t) - apart, x, atol=1e-6)
@@ -149,9 +149,9 @@ def test_partners_of_the_bridge_follow_the_entropic_plan():
     seen = torch.zeros(5, 5)
     many = 4000
     for i in range(many // 5):
-        ends = Bridge(0.5)(Batch(data, draw=Draw((i,), 0, 5)), noise, Linear(), torch.full((5,), 1 - 1e-4, dtype=F64))[
-            1
-        ]
+        ends = SchrodingerBridge(0.5)(
+            Batch(data, draw=Draw((i,), 0, 5)), noise, Linear(), torch.full((5,), 1 - 1e-4, dtype=F64)
+        )[1]
         near = torch.cdist(ends, noise).argmin(1)  # the bridge adds 0.0025 there
         seen[range(5), near] += 1
     plan = entropic_plan(squared_distances(data, noise), 0.5) * 5
@@ -166,7 +166,8 @@ def test_the_bridge_has_the_variance_of_a_brownian_bridge():
         t = torch.full((n,), time, dtype=F64)
         a, s = float(path.alpha(t[0])), float(path.sigma(t[0]))
         few = [
-            Bridge(sigma)(Batch(x0[:100], draw=Draw((7, i), 0, 100)), x1[:100], path, t[:100]) for i in range(n // 100)
+            SchrodingerBridge(sigma)(Batch(x0[:100], draw=Draw((7, i), 0, 100)), x1[:100], path, t[:100])
+            for i in range(n // 100)
         ]
         x = torch.cat([mix(path, p, q, t[:100]) for p, q in few]) / (a + s)
         tau = s / (a + s)
@@ -174,7 +175,7 @@ def test_the_bridge_has_the_variance_of_a_brownian_bridge():
         assert torch.allclose(x.var(0), torch.tensor(sigma**2 * tau * (1 - tau), dtype=F64), rtol=0.04)
 
 
-@pytest.mark.parametrize("coupling", [Independent(), OptimalTransport(), Bridge()], ids=str)
+@pytest.mark.parametrize("coupling", [Independent(), OptimalTransport(), SchrodingerBridge()], ids=str)
 def test_the_loss_of_every_coupling_is_finite_and_conditions_stay(coupling):
     seen = []
     net = {"net": lambda x, t, c: seen.append(c["label"]) or torch.zeros_like(x)}
@@ -188,11 +189,11 @@ def test_given_pairs_are_used_as_they_are():
     seen = []
     net = {"net": lambda x, t, c: seen.append((x, t)) or torch.zeros_like(x)}
     x0, x1 = torch.randn(2, 32, 2)
-    loss = Flow(coupling=Given()).loss("denoise", net, batch(x0, x1=x1)).per_sample
+    loss = Flow(coupling=GivenPairs()).loss("denoise", net, batch(x0, x1=x1)).per_sample
     assert torch.allclose(loss, ((x1 - x0) ** 2).mean(1))
     assert torch.allclose(seen[0][0], mix(Linear(), x0, x1, seen[0][1]))
     with pytest.raises(ValueError, match="no pairs"):
-        Flow(coupling=Given()).loss("denoise", net, batch(x0))
+        Flow(coupling=GivenPairs()).loss("denoise", net, batch(x0))
 
 
 def test_pairs_travel_with_the_batch():
@@ -217,7 +218,7 @@ def test_every_source_serves_training_and_sampling_alike():
 
 def test_a_data_set_as_source_is_drawn_evenly_and_by_seed():
     moons = DATA["moons"](n=1000)
-    source, data = Samples(moons), moons.load("train")
+    source, data = DatasetSource(moons), moons.load("train")
     noise = Seeds(range(4000))((2,))
     x1 = source(noise, {})
     which = torch.cdist(x1, data.x).argmin(1)
@@ -234,7 +235,7 @@ def test_pictures_as_source_come_encoded_and_unmirrored():
     digits = DATA["digits"]()
     data = digits.load("train")
     z = torch.randn(5, *data.spec.shape)
-    x1 = Samples(digits)(z, {})
+    x1 = DatasetSource(digits)(z, {})
     assert x1.shape == z.shape
     assert -1 <= float(x1.min()) < float(x1.max()) <= 1
     number = int(torch.special.ndtr(z[0].flatten()[0].double()) * len(data))
@@ -254,7 +255,7 @@ class Mirrored:
 def test_a_source_is_not_augmented():
     """Else sample i would depend on the row that it is drawn in."""
     z = torch.randn(1, 1, 2, 3).expand(40, 1, 2, 3)
-    x1 = Samples(Mirrored())(z, {})
+    x1 = DatasetSource(Mirrored())(z, {})
     assert torch.equal(x1, x1[:1].expand_as(x1))
     assert bool((x1.diff(dim=-1) > 0).all())
 
@@ -274,7 +275,7 @@ class Zero(nn.Module):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("flow", [Flow(coupling=OptimalTransport()), Flow(source=Samples())], ids=["ot", "data"])
+@pytest.mark.parametrize("flow", [Flow(coupling=OptimalTransport()), Flow(source=DatasetSource())], ids=["ot", "data"])
 def test_samplers_that_add_noise_are_refused_where_the_sde_is_wrong(flow, sampler):
     generate = flow.generator({"net": Zero()}, bind(sampler, uniform(4)))
     if sampler in ode_samplers():
@@ -285,11 +286,11 @@ def test_samplers_that_add_noise_are_refused_where_the_sde_is_wrong(flow, sample
     Flow().generator({"net": Zero()}, bind(sampler, uniform(4)))(torch.randn(3, 2), {})
 
 
-@pytest.mark.parametrize("coupling", [OptimalTransport(), Bridge()])
+@pytest.mark.parametrize("coupling", [OptimalTransport(), SchrodingerBridge()])
 def test_a_source_that_belongs_to_its_condition_is_not_given_to_another(coupling):
     with pytest.raises(ValueError, match="belongs to its condition; allowed: independent, given"):
         Flow(source=Anchored(), coupling=coupling)
-    replace(Flow(source=Anchored()), coupling=Given())
+    replace(Flow(source=Anchored()), coupling=GivenPairs())
 
 
 def test_every_coupling_and_source_is_a_configuration():
@@ -346,7 +347,7 @@ def test_data_to_data_arrives():
     eye = torch.eye(2, dtype=F64)[None] * 0.02
     target = Mixture(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=F64), eye.expand(2, 2, 2))
     x = target.sample(8192)[0].float()
-    flow = Flow(source=Samples(DATA["moons"](n=4000)), coupling=OptimalTransport())
+    flow = Flow(source=DatasetSource(DATA["moons"](n=4000)), coupling=OptimalTransport())
     nets = train(flow, lambda i: Batch(x[torch.arange(256 * i, 256 * (i + 1)) % len(x)]), 300)
     out = flow.generator(nets, bind("heun", 20))(torch.randn(1000, 2), {})
     assert torch.allclose(out.mean(0), x.mean(0), atol=0.2)

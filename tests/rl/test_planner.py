@@ -13,10 +13,10 @@ from genkit.core import Batch, Label, Prediction, Vector
 from genkit.data import DATA
 from genkit.data.codecs import Plans, from_dict, to_dict
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.demonstrations.windows import Episode, discounted
+from genkit.data.demonstrations.windows import Episode, discounted_return
 from genkit.diffusion.paths import PATHS
 from genkit.diffusion.samplers import SAMPLERS, Seeds, bind
-from genkit.envs.four_ways import FASTEST, NAMES, OBSTACLES, FourWays
+from genkit.envs.four_ways import MAX_STEP, MODE_NAMES, OBSTACLES, FourWays
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.inverse_dynamics import FILE, fit_inverse_dynamics
 from genkit.rl.policies.planner import Planner, inpaint
@@ -70,7 +70,7 @@ def test_where_it_is_known_the_last_state_is_what_the_last_action_led_to():
 
 
 def test_returns_are_those_of_the_episode_and_skills_those_of_now(buffer):
-    assert discounted(np.array([1.0, 2.0, 4.0]), 0.5) == 3
+    assert discounted_return(np.array([1.0, 2.0, 4.0]), 0.5) == 3
     how = {"obs_steps": 1, "pred_steps": 2, "act_steps": 1, "reward": "reward", "skill": "kind", "discount": 0.5}
     data = Replay(root=buffer(), conditions=("returns", "skill", "goal"), **how).load()
     assert data.cond["returns"][:, 0].tolist() == [0.125] * 3 + [0.25] * 2  # chunks need no window at the last step
@@ -95,7 +95,7 @@ def test_the_codec_of_plans_scales_states_as_samples_do():
     assert from_dict(json.loads(json.dumps(to_dict(codec)))) == codec
     x = codec.encode(Batch(data.x)).x
     assert torch.allclose(codec.decode(x), data.x, atol=1e-6)
-    seen = codec.seen(data.cond["obs"].transpose(1, 2))
+    seen = codec.encode_states(data.cond["obs"].transpose(1, 2))
     assert torch.allclose(seen, x[:, 2:, :2], atol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_inverse_dynamics_find_what_was_done():
     for _ in range(20):
         actions = rng.normal(size=(30, 2))
         states = 5 + np.concatenate([np.zeros((1, 2)), (actions @ mix.T).cumsum(0)])
-        episodes.append(Episode(states[:-1], actions, last=states[-1]))
+        episodes.append(Episode(states[:-1], actions, last_obs=states[-1]))
     net, explains = fit_inverse_dynamics(episodes, steps=150)
     assert explains > 0.98
     state = torch.full((4, 2), 5.0)
@@ -195,7 +195,7 @@ def runs(tmp_path_factory):
             "--data.conditions",
             "skill",
             "goal",
-            "--objective.drop-each=0.2",
+            "--objective.cond-dropout-each=0.2",
             f"--out={out}",
         ]
         assert cli(["train", *QUICK, *SMALL, "--data.obs-steps=2", *more]) == 0
@@ -269,8 +269,8 @@ def test_what_a_run_is_told_is_checked(runs, tmp_path, capsys):
     refuses(lambda: condition_tensors(run.spec, {"skill": [4]}), "skill: given 4..4; allowed 0..3")
     refuses(lambda: condition_tensors(run.spec, {"goal": [1.0]}), "goal", "needs (1, 2)")
     refuses(lambda: Policy.load(runs["states"], act_steps=15), "act_steps: given 15", "have 14 steps")
-    always = replace(run, config=replace(run.config, objective=replace(run.objective, drop_each=0.0)))  # type: ignore[arg-type]
-    refuses(lambda: Policy.load(always), "skill is missing", "--objective.drop-each 0.2")
+    always = replace(run, config=replace(run.config, objective=replace(run.objective, cond_dropout_each=0.0)))  # type: ignore[arg-type]
+    refuses(lambda: Policy.load(always), "skill is missing", "--objective.cond-dropout-each 0.2")
     assert isinstance(Policy.load(always, conditions={"skill": [1], "goal": [1.0, 0.3]}), Planner)
 
     def refused(*argv):
@@ -312,12 +312,12 @@ def test_plans_are_drawn_from_where_one_was(runs):
 
 
 def test_chunks_of_actions_are_told_of_skills_as_well(tmp_path):
-    more = ["--data.conditions", "skill", "returns", f"--out={tmp_path}", "--objective.drop-each=0.2"]
+    more = ["--data.conditions", "skill", "returns", f"--out={tmp_path}", "--objective.cond-dropout-each=0.2"]
     assert cli(["train", *QUICK, *SMALL, *more]) == 0
     policy = Policy.load(tmp_path / "latest", conditions={"skill": [1]}, guidance=2.0, steps=2)
     assert type(policy) is Policy
     spec = policy.run.spec
-    assert spec.cond["skill"] == Label(4, NAMES)
+    assert spec.cond["skill"] == Label(4, MODE_NAMES)
     noise = Seeds([0], policy.run.device)
     drawn = [Policy.load(policy.run, conditions={"skill": [k]}, steps=2).generate for k in (1, 1, 2)]
     z, obs = noise(spec.shape), torch.zeros(1, 1, 2)
@@ -345,4 +345,6 @@ def test_planned_states_take_all_ways_or_the_one_that_is_asked_for(tmp_path):
     assert isinstance(planner, Planner)
     planner.reset(range(100))
     _, states = planner.plan(torch.zeros(100, 1, 2))
-    assert float(states.diff(dim=2).norm(dim=1).max()) < 1.5 * FASTEST  # no jump, not even from the state that is fixed
+    assert (
+        float(states.diff(dim=2).norm(dim=1).max()) < 1.5 * MAX_STEP
+    )  # no jump, not even from the state that is fixed

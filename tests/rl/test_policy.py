@@ -16,11 +16,11 @@ from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw, Label, Spec, Vector, pictures, spec_from_dict, spec_to_dict
 from genkit.data import DATA
 from genkit.data.codecs import Actions
-from genkit.data.demonstrations.push_t import Pusht, mirrored
+from genkit.data.demonstrations.push_t import Pusht, mirror_state
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.demonstrations.windows import Episode, check_horizons, starts, steps_of
+from genkit.data.demonstrations.windows import Episode, check_horizons, window_starts, window_steps
 from genkit.diffusion.samplers import Seeds, bind
-from genkit.envs import expert, make
+from genkit.envs import make, make_expert
 from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
 from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
@@ -29,7 +29,7 @@ from genkit.rl.policies.plots import SAMPLES, plot_actions
 from genkit.rl.policies.policy import Policy
 from tests.support.refusals import refuses
 
-CLEAN = ["--objective.prediction=x0", "--objective.space=x0", "--objective.drop=0"]
+CLEAN = ["--objective.prediction=x0", "--objective.loss-space=x0", "--objective.cond-dropout=0"]
 ROOT = Path(__file__).parents[2]
 QUICK = ["--device=cpu", "--tensorboard=false", "--sample-every=0", "--log-every=50", "--data=four-ways"]
 
@@ -51,7 +51,7 @@ def test_the_expert_succeeds_on_all_four_ways_alike():
 def test_the_world_ends_as_it_should():
     world = FourWays(3, max_steps=30)
     world.reset([0, 1, 2])
-    world.place[:] = [[0, 0], [0, 0], [2.5, 0]]
+    world.position[:] = [[0, 0], [0, 0], [2.5, 0]]
     moves = np.array([[0.1, 0.0], [0.0, 0.0], [0.1, 0.0]])
     log = [world.step(moves) for _ in range(40)]
     reward, terminated, truncated = (np.stack([r[i] for r in log]) for i in (1, 2, 3))
@@ -62,17 +62,17 @@ def test_the_world_ends_as_it_should():
     assert not terminated[:, 1].any()
     assert terminated[:, 2].nonzero()[0].tolist() == reward[:, 2].nonzero()[0].tolist()
     assert reward[:, 2].sum() == 1
-    assert world.place[0, 0] < OBSTACLES[0][0]  # who has ended stands still
+    assert world.position[0, 0] < OBSTACLES[0][0]  # who has ended stands still
     world.reset([5], [1])
     assert world.ended.tolist() == [True, False, True]
     both = FourWays(1, max_steps=6)
     both.reset([0])
-    both.place[:] = 0
+    both.position[:] = 0
     last = [both.step(moves[:1]) for _ in range(6)][-1]
     assert (last[2].tolist(), last[3].tolist()) == ([True], [False])  # a hit at the time limit is a hit
     fast = FourWays(1)
     fast.reset([0])
-    fast.place[:] = 0
+    fast.position[:] = 0
     assert np.allclose(fast.step(np.array([[3.0, 4.0]]))[0], [[0.09, 0.12]])  # no step is longer than FASTEST
     refuses(lambda: fast.step(np.array([[np.nan, 0]])), "row 0", "finite")
 
@@ -97,13 +97,13 @@ def test_windows_are_those_of_diffusion_policy():
     """Two episodes of 5 and 3 steps, To = 2, Tp = 4, Ta = 2, by hand: first and last step are repeated."""
     count = np.arange(8.0)[:, None]
     episodes = [Episode(count[:5], 10 * count[:5]), Episode(count[5:], 10 * count[5:])]
-    steps, states = steps_of(episodes, 2, 4, 2)
+    steps, states = window_steps(episodes, 2, 4, 2)
     byhand = [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [5, 5, 6, 7], [5, 6, 7, 7]]
     assert steps.tolist() == byhand
     assert states.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [6, 6, 7, 8], [6, 7, 8, 9]]
-    assert starts(2, 1, 16, 8).tolist() == [0]  # too short for one: it gives one all the same
+    assert window_starts(2, 1, 16, 8).tolist() == [0]  # too short for one: it gives one all the same
     # sampler.py of diffusion_policy: range(-pad_before, length - sequence_length + pad_after + 1)
-    assert starts(161, 2, 16, 8).tolist() == list(range(-1, 161 - 16 + 7 + 1))
+    assert window_starts(161, 2, 16, 8).tolist() == list(range(-1, 161 - 16 + 7 + 1))
 
 
 def test_horizons_have_to_nest():
@@ -174,7 +174,7 @@ def test_relative_actions_come_back_absolute(buffer):
     assert isinstance(relative.codec, Actions)
     assert relative.codec.reference == (1.0, 2.0)
     x = relative.codec.encode(Batch(relative.x)).x
-    assert torch.allclose(relative.codec.world(x, relative.cond["obs"]), absolute.x, atol=1e-5)
+    assert torch.allclose(relative.codec.to_absolute(x, relative.cond["obs"]), absolute.x, atol=1e-5)
     assert not torch.allclose(relative.codec.decode(x), absolute.x, atol=0.1)
     refuses(lambda: Replay(root="x", relative_to="state"), "relative_to: given 'state'", "obs")
 
@@ -300,7 +300,7 @@ def test_regression_learns_the_mean_and_takes_no_sampler():
 def test_an_anchored_flow_draws_both_modes_in_one_step_as_often_as_they_are():
     """x = ±1 with P(1 | obs) = 0.9 or 0.2: one step from the right anchor suffices, and the head knows the shares."""
     torch.manual_seed(0)
-    objective = AnchoredFlow(drop=0.0)
+    objective = AnchoredFlow(cond_dropout=0.0)
     spec = Spec((1,), {"obs": Vector((1,)), "anchor": Label(2, centers=(-0.8, 0.8))})
     nets = objective.networks(MLP(width=32, depth=1), spec)
     optimizer = torch.optim.Adam([p for net in nets.values() for p in net.parameters()], lr=1e-2)
@@ -327,7 +327,7 @@ def test_an_anchored_flow_draws_both_modes_in_one_step_as_often_as_they_are():
 def test_anchored_starts_lie_about_the_centre_that_is_given():
     objective, n = AnchoredFlow(std=0.3), 20_000
     batch = Batch(torch.zeros(n, 2), draw=Draw((0,), 0, n), x1=torch.tensor([[1.0, -2.0]]).expand(n, -1))
-    _, x1 = objective.ends(batch, torch.ones(n))
+    _, x1 = objective.endpoints(batch, torch.ones(n))
     assert torch.allclose(x1.mean(0), torch.tensor([1.0, -2.0]), atol=0.01)
     assert torch.allclose(x1.std(0), torch.tensor(0.3), atol=0.01)
     seen = {}
@@ -445,10 +445,12 @@ def test_recorded_demonstrations_are_learned_from(tmp_path, capsys):
 
 def test_an_expert_that_never_succeeds_is_refused(monkeypatch):
     monkeypatch.setattr(Expert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
-    from genkit.cli.commands.demo import Demo, record
+    from genkit.envs.recording import DemoSettings, record_demonstrations
 
-    refuses(lambda: record(Demo("four-ways", episodes=4)), "did not succeed once in 16 episodes")
-    refuses(lambda: expert("four-ways", "person", 3), "allowed: scripted")
+    refuses(
+        lambda: record_demonstrations(DemoSettings(env="four-ways", episodes=4)), "did not succeed once in 16 episodes"
+    )
+    refuses(lambda: make_expert("four-ways", "person", 3), "allowed: scripted")
 
 
 # ------------------------------------------------------------------------------------------------------- gymnasium
@@ -536,15 +538,15 @@ def pushes(path, episodes=5, steps=20):
 def test_a_mirror_turns_one_t_into_another():
     """The mirror image of a T is a T: point by point, on the other side. The goal is its own mirror image."""
     state = np.random.default_rng(0).uniform(0, 6, (10, 5)) * [80, 80, 80, 80, 1]
-    there = mirrored(state)
+    there = mirror_state(state)
     other = OUTLINE * [-1, 1]
     order = [int(np.flatnonzero((v == OUTLINE).all(1))[0]) for v in other]
     for one, two in zip(state, there, strict=True):
         assert np.allclose(512 - outline(one[2:])[:, ::-1], outline(two[2:])[order])
         assert np.allclose(two[:2], [512 - one[1], 512 - one[0]])
-    assert np.allclose(mirrored(there), state)
+    assert np.allclose(mirror_state(there), state)
     goal = np.array([[0, 512, 256, 256, np.pi / 4]])
-    assert np.allclose(mirrored(goal), goal)
+    assert np.allclose(mirror_state(goal), goal)
 
 
 def test_pusht_trains_on_what_is_seen_in_a_mirror_and_tests_on_what_was_recorded(tmp_path):
@@ -558,7 +560,7 @@ def test_pusht_trains_on_what_is_seen_in_a_mirror_and_tests_on_what_was_recorded
         assert np.allclose(c.actions, 512 - a.actions[:, ::-1])
         assert np.allclose(c.obs[:, 18:], 512 - a.obs[:, [19, 18]])
         middle = lambda e: e.obs[:, :18].reshape(-1, 9, 2)  # noqa: E731
-        back = mirrored(arrays["state"])[:, 2:]
+        back = mirror_state(arrays["state"])[:, 2:]
         assert all((np.abs(keypoints(back) - k).max((1, 2)) < 1e-3).any() for k in middle(c))
     assert [len(d.episodes("test")) for d in (plain, twice)] == [2, 2]
     held = plain.episodes("test")[0].obs
@@ -591,7 +593,7 @@ def test_the_world_of_pusht_is_the_same_in_the_mirror():
     env.reset([0, 0])
     state = np.array([[300.0, 420.0, 250.0, 300.0, 2.0]])
     env.set_state(0, state[0])  # type: ignore[attr-defined]
-    env.set_state(1, mirrored(state)[0])  # type: ignore[attr-defined]
+    env.set_state(1, mirror_state(state)[0])  # type: ignore[attr-defined]
     for i in range(80):  # from below against the T, and round it
         where = np.array([256 + 120 * np.cos(i / 8), 300 + 120 * np.sin(i / 8)])
         obs, reward, *_ = env.step(np.stack([where, 512 - where[::-1]]))

@@ -58,7 +58,7 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
     experience, slope = bandit()
     data, net = 0.1, Constant(THETA)
     demos = constant_demos(data, dtype=F64)
-    near = Flow(prediction="x0", space="x0", drop=0.0)
+    near = Flow(prediction="x0", loss_space="x0", cond_dropout=0.0)
     learner = make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), objective=near, demos=demos)
     Mixed(lr=0.01, batch=COUNT, warmup=0, weight=weight).update(learner, None, experience, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(weight * slope - 2 * (THETA - data), rel=2e-3)
@@ -141,7 +141,7 @@ def _doubles():
 
 @pytest.mark.usefixtures("_doubles")
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("objective", [PLAIN, Flow(drop=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"])
+@pytest.mark.parametrize("objective", [PLAIN, Flow(cond_dropout=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"])
 def test_nothing_is_clipped_before_the_first_step(objective, noise):
     """The ratios of unchanged weights are 1, whatever the noise and the objective, rows at steps of their own."""
     spec = Spec((3,))

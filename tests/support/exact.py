@@ -5,7 +5,7 @@ from torch import nn
 
 from benchmarks.mixture import F64, ExactDenoiser, Mixture, three
 from genkit.core import Prediction
-from genkit.diffusion.posterior import Learned, log_variance, reverse_step
+from genkit.diffusion.posterior import LearnedVariance, log_variance, reverse_step
 
 __all__ = ["F64", "Bell", "ExactDenoiser", "Mixture", "three"]
 
@@ -24,7 +24,7 @@ class Bell:
         _, posterior, pull = (v[:, None] for v in reverse_step(self.path, t, s))
         true = (posterior + pull**2 * self.std**2 * sa**2 / total).log()
         low, high = (log_variance(self.path, t, s, v * torch.ones_like(x)) for v in (-1, 1))
-        return Learned.of(ends, 2 * (true.expand_as(x) - low) / (high - low) - 1)
+        return LearnedVariance.of(ends, 2 * (true.expand_as(x) - low) / (high - low) - 1)
 
 
 class Constant(nn.Module):

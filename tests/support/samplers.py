@@ -14,7 +14,7 @@ import torch
 from genkit.core import Prediction
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.paths import PATHS, VP, Linear, chart, times_at
-from genkit.diffusion.samplers import GRIDS, SAMPLERS, Counted, Seeds, bind, invert, logsnr, nodes, uniform
+from genkit.diffusion.samplers import GRIDS, SAMPLERS, CountingDenoiser, Seeds, bind, invert, logsnr, nodes, uniform
 from tests.support.exact import F64, ExactDenoiser, three
 
 MIXTURE = three()
@@ -134,7 +134,7 @@ def check_moments(name, path):
 
 def check_evaluations(name):
     """The registry's number, and under guidance twice the rows in as many calls."""
-    denoise = Counted(Quick(MIXTURE, Linear()))
+    denoise = CountingDenoiser(Quick(MIXTURE, Linear()))
     bind(name, uniform(7))(denoise)(normals(3), {})
     assert denoise.rows == 3 * denoise.calls
     if is_adaptive(name):
@@ -142,7 +142,7 @@ def check_evaluations(name):
         return
     expected = SAMPLERS[name].evaluations(7)
     assert denoise.calls == expected
-    guided = Counted(ExactDenoiser(MIXTURE, Linear()))
+    guided = CountingDenoiser(ExactDenoiser(MIXTURE, Linear()))
     bind(name, uniform(7), classifier_free(2.0))(guided)(normals(3), {"label": torch.zeros(3, dtype=torch.long)})
     assert (guided.calls, guided.rows) == (expected, 6 * expected)
 

@@ -80,7 +80,7 @@ def some_pairs(tmp_path):
 def test_resume_is_bit_identical(tmp_path, objective):
     paired = ["--data=pairs", f"--data.root={some_pairs(tmp_path)}", "--backbone=mlp"]
     anchored = ["--data=four-ways", "--data.n=8", "--data.anchors=4"]
-    data = paired if OBJECTIVES[objective]().paired else anchored if objective == "anchored" else []
+    data = paired if OBJECTIVES[objective]().needs_pairs else anchored if objective == "anchored" else []
     args = [f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", *data]
     whole = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
@@ -541,14 +541,14 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, c
 
 
 def test_pairs_are_needed_before_a_run_is_made(tmp_path):
-    for how in ("--objective=distil", "--objective.coupling=given"):
+    for how in ("--objective=distillation", "--objective.coupling=given"):
         with pytest.raises(ValueError, match="hold no pairs"):
             in_process(tmp_path / "b", how)
     assert not (tmp_path / "b").exists()
 
 
 # ------------------------------------------------------------------------------------------- loss-aware times
-AWARE = ["--objective.times=loss-aware", "--batch=128", "--steps=30"]
+AWARE = ["--objective.time-distribution=loss-aware", "--batch=128", "--steps=30"]
 
 
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):

@@ -23,7 +23,7 @@ from genkit.core.device import pick_device
 from genkit.core.tensors import sha256
 from genkit.data import DATA as SOURCES
 from genkit.data import InLatents
-from genkit.data.latents import ABOUT, is_shard, read_about, read_shard, write_about, write_shard
+from genkit.data.latents import INDEX, is_shard, read_index, read_shard, write_index, write_shard
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training import first_stage as latents
 from genkit.training.directory import find_run
@@ -83,15 +83,15 @@ def encode(source: Any, out: Path, asked: Encode, device: torch.device) -> tuple
     stage = open_first_stage(asked.run, data.spec.shape, device)
     about: dict[str, Any] = {"stage": {**stage.about(), "sha256": stage.sha256}, "data": {
         "name": name_of(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
-    if (out / ABOUT).is_file():
-        found = read_about(out)
+    if (out / INDEX).is_file():
+        found = read_index(out)
         for what, given in json.loads(json.dumps(about)).items():
             if what != "splits" and {**found[what], "run": None} != {**given, "run": None}:
                 raise ValueError(f"{out}: holds latents of another {what}; name another folder with --out")
         about = found
     else:
         stage.write(out / "codec")
-        write_about(out, about)
+        write_index(out, about)
     views = 1 + int(source.random_flip)
     starts, made, shards = range(0, len(data), asked.shard), 0, {}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -110,7 +110,7 @@ def encode(source: Any, out: Path, asked: Encode, device: torch.device) -> tuple
     about["splits"][asked.split] = {
         "n": len(data), "views": views, "spec": spec_to_dict(spec), "shards": shards, "statistics": measured.to_dict(),
     }  # fmt: skip
-    write_about(out, about)
+    write_index(out, about)
     return len(data), made
 
 

@@ -21,7 +21,7 @@ from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, Model, clas
 from genkit.backbones.lora import LoRA
 from genkit.config import parse, table, to_yaml
 from genkit.core import Objective
-from genkit.data.codecs import Learned
+from genkit.data.codecs import LearnedCodec
 from genkit.diffusion.paths import Linear
 from genkit.integrations.weights import BETAS, PREDICTIONS, retold
 from genkit.objectives import DDPM, Flow
@@ -50,7 +50,7 @@ class WholeRun(Format):
         state = initial_state(cfg.objective, run.nets, cfg)
         state.step = run.step
         save_checkpoint(out, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1)
-        if isinstance(run.codec, Learned):
+        if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", out / "codec")
         (out / "config.yaml").write_text(to_yaml(cfg))
         return ["genkit sample {out}", "python -c \"from genkit import runs; run = load_run('{out}')\""]
@@ -84,10 +84,10 @@ class ToDiffusers(Format):
             net, classes = one_class(denoiser, family.model, self.label), None
         if schedule.later:
             net.load_state_dict(net.state_dict() | retold(net, schedule.later))
-        plain = not (classes or isinstance(run.codec, Learned) or family.learned_sigma)
+        plain = not (classes or isinstance(run.codec, LearnedCodec) or family.learned_sigma)
         drawn = plain and family.model.alone
         part = "transformer" if family.model.kind.startswith("DiT") else "unet"
-        if family.model.alone and not isinstance(run.codec, Learned):
+        if family.model.alone and not isinstance(run.codec, LearnedCodec):
             class_of(schedule.pipeline)(unet=net, scheduler=schedule.scheduler).save_pretrained(out)
         else:
             net.save_pretrained(out / part)  # type: ignore[operator]  # of diffusers, not of nn.Module
@@ -95,7 +95,7 @@ class ToDiffusers(Format):
         told = schedule.told(part, drawn, classes)
         latent = ["What it draws are latents, normalised; genkit decodes them (run.codec.decode)."]
         words = ["It has a learned null and, of texts, an encoder that diffusers has no place for: they are left out."]
-        told += latent * isinstance(run.codec, Learned) + words * (denoiser.sequences is not None)
+        told += latent * isinstance(run.codec, LearnedCodec) + words * (denoiser.sequences is not None)
         (out / "README.md").write_text(card(run, told))
         return told
 
@@ -186,7 +186,7 @@ def ddpm_schedule(objective: Objective, family: Diffusers) -> Schedule:
 def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
     assert isinstance(objective, Flow)
     fits = {"path": isinstance(objective.path, Linear), "prediction": objective.prediction == "velocity",
-            "source": objective.source.normal}  # fmt: skip
+            "source": objective.source.is_normal}  # fmt: skip
     if odd := [k for k, v in fits.items() if not v]:
         allowed = {"path": "linear", "prediction": "velocity", "source": "normal"}[odd[0]]
         raise refused(f"diffusers' flow matching has another {odd[0]} than this run; allowed: {allowed}")

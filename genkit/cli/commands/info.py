@@ -11,7 +11,7 @@ from rich.console import Console
 from genkit.config import parse, to_yaml
 from genkit.core import Tokens
 from genkit.data import text
-from genkit.data.codecs import Learned
+from genkit.data.codecs import LearnedCodec
 from genkit.training.directory import read_log
 from genkit.training.run import load_run, read_lora_base
 
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
-    for name, kind in text.worded(run.spec).items():
+    for name, kind in text.text_conditions(run.spec).items():
         by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
         base = read_lora_base(run.directory)
         lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
         last = records[-1]

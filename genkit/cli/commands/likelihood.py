@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from genkit.config import parse
 from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
-from genkit.data.codecs import Identity, Learned, Pixels
+from genkit.data.codecs import Identity, LearnedCodec, Pixels
 from genkit.diffusion.samplers import (
     Bound,
     Grid,
@@ -82,7 +82,7 @@ class Likelihood:
 def main(argv: list[str]) -> int:
     asked = parse(Likelihood, argv, prog="genkit likelihood", description=Likelihood.__doc__)
     run = load_run(asked.run, ema=asked.ema, step=asked.step, device=asked.device)
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
                          "allowed: a model of the samples themselves")  # fmt: skip
     if type(run.codec) not in SCALES:
@@ -113,7 +113,7 @@ Found = tuple[dict[str, Any], int, str]  # numbers, how many samples, and a sent
 def flowing(run: Run) -> Matching:
     """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
     objective = run.objective
-    if not (isinstance(objective, Matching) and objective.source.normal and objective.sampler):
+    if not (isinstance(objective, Matching) and objective.source.is_normal and objective.sampler):
         raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
     return objective
 
@@ -142,7 +142,7 @@ def by_bound(run: Run, asked: Likelihood) -> Found:
     objective = flowing(run)
     refuse(asked, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
     refuse(asked, ("draws",), "a VAE; allowed with --bound iwae")
-    if not objective.diffuses:
+    if not objective.is_diffusion:
         raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
     times, kept = chain(objective, asked.steps)(run.denoiser.path), []
     pixels = isinstance(run.codec, Pixels)

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from genkit.config import parse
 from genkit.core import Draw, Objective
-from genkit.data.codecs import Learned
+from genkit.data.codecs import LearnedCodec
 from genkit.data.pairs import save_pairs
 from genkit.diffusion.paths import Linear
 from genkit.diffusion.samplers import Seeds, refuse_noise
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     goes_on = f" --init {run.directory}" if isinstance(run.objective, Flow) else ""
     straight = "--objective.coupling=given" if goes_on else "--objective=flow --objective.coupling=given"
     console.print(f"straighten  {same} {straight}{goes_on}", markup=False)
-    console.print(f"one step    {same} --objective=distil{goes_on if plain(run.objective) else ''}", markup=False)
+    console.print(f"one step    {same} --objective=distillation{goes_on if plain(run.objective) else ''}", markup=False)
     return 0
 
 
@@ -84,7 +84,7 @@ def draw_pairs(run: Run, asked: Reflow, progress=lambda done: None) -> tuple[Ten
     objective = run.objective
     if not isinstance(objective, Matching):
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
-    if isinstance(run.codec, Learned):
+    if isinstance(run.codec, LearnedCodec):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
     generate = run.generator(Sampling(sampler=asked.sampler, steps=asked.steps, guidance=asked.guidance))
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")

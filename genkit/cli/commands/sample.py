@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
                              trajectory=command.trajectory, progress=progress)  # fmt: skip
     for path in FORMATS[command.format](samples, out):
         console.print(path, markup=False)
-    captions = command.prompt or (text.examples(run.spec) if command.label is None else ())
+    captions = command.prompt or (text.caption_examples(run.spec) if command.label is None else ())
     if command.format == "png" and captions:
         write_captions(captions, n, out)
     if command.trajectory:

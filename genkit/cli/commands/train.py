@@ -7,7 +7,7 @@ from rich.console import Console
 from genkit import config
 from genkit.config import parse
 from genkit.config.command import peek
-from genkit.data.text import examples
+from genkit.data.text import caption_examples
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 from genkit.training.init_sources import init_defaults
@@ -71,6 +71,6 @@ def conclude(run: Run, done: bool) -> None:
     if records and (warning := run.objective.warning(records[-1])):
         say(f"note     {warning}")
     label = " --label 1" if "label" in run.spec.cond else ""
-    label += f' --prompt "{captions[0]}"' if (captions := examples(run.spec)) else ""
+    label += f' --prompt "{captions[0]}"' if (captions := caption_examples(run.spec)) else ""
     usage = run.config.data.usage or run.objective.usage  # policies are tried, not looked at
     say("next     " + usage.format(run=run.directory, label=label))

@@ -10,32 +10,36 @@ from annotated_types import Ge
 
 from genkit.data.demonstrations.windows import Demonstrations, Episode, Steps
 from genkit.data.source import Split
-from genkit.envs.four_ways import NAMES, demonstrations, pictures_of
+from genkit.envs.four_ways import MODE_NAMES, draw_views, expert_episodes
+
+MIN_PIXELS = 8  # side of the smallest image that shows anything
 
 
 @dataclass(frozen=True, kw_only=True)
 class FourWays(Demonstrations):
-    """The built-in task of four ways past two obstacles: its expert's demonstrations, made on the fly."""
+    """The built-in task of four ways past two obstacles: its expert's demonstrations, computed when they are loaded."""
 
     n: Annotated[int, Ge(1)] = 200
-    """episodes; the four ways come in turn"""
+    """episodes; the four ways take turns"""
     seed: Annotated[int, Ge(0)] = 0
+    """seed of the episodes; both splits differ"""
     obs_steps: Steps = 1
-    """the place is all there is to know"""
+    """observed steps; one position is a complete state"""
     pixels: Annotated[int, Ge(0)] = 0
-    """side of square pictures of the world, which are seen in place of the place; 0: none"""
+    """side of square images of the world that are observed in place of the position; 0: none"""
     env: str = "four-ways"
+    """the environment in which a policy is evaluated"""
 
-    skills: ClassVar[tuple[str, ...]] = NAMES
+    skills: ClassVar[tuple[str, ...]] = MODE_NAMES
 
     def episodes(self, split: Split) -> Sequence[Episode]:
-        found = [Episode(*e) for e in demonstrations(self.n, 2 * self.seed + ("train", "test").index(split))]
+        seed = 2 * self.seed + ("train", "test").index(split)
+        episodes = [Episode(*e) for e in expert_episodes(self.n, seed)]
         if not self.pixels:
-            return found
-        if self.pixels < LEAST:
-            raise ValueError(f"pixels: given {self.pixels}; needs {LEAST} or more to see anything, or 0 for the place")
+            return episodes
+        if self.pixels < MIN_PIXELS:
+            raise ValueError(
+                f"pixels: given {self.pixels}; needs {MIN_PIXELS} or more to see anything, or 0 for the position"
+            )
         size = (self.pixels, self.pixels)
-        return [e._replace(frames=pictures_of(e.obs, size), obs=e.obs[:, :0], last=None) for e in found]
-
-
-LEAST = 8  # pixels of a side
+        return [e._replace(frames=draw_views(e.obs, size), obs=e.obs[:, :0], last_obs=None) for e in episodes]

@@ -21,7 +21,7 @@ from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, u
 from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
 from genkit.diffusion.samplers.registry import COMMON_ARGUMENTS, SAMPLERS, SamplerInfo, ode_samplers, refuse_noise
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
-from genkit.diffusion.samplers.steps import Callback, Counted, Seeds, nodes
+from genkit.diffusion.samplers.steps import Callback, CountingDenoiser, Seeds, nodes
 from genkit.diffusion.samplers.vlb import Bound, variational_bound
 
 
@@ -73,7 +73,7 @@ __all__ = [
     "SAMPLERS",
     "Bound",
     "Callback",
-    "Counted",
+    "CountingDenoiser",
     "Grid",
     "SamplerInfo",
     "Seeds",

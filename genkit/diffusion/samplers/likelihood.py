@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
 from genkit.diffusion.samplers.ode import worst_of_batch
-from genkit.diffusion.samplers.steps import Node, ask, fresh, nodes, nodes_at, require
+from genkit.diffusion.samplers.steps import Node, default_noise, evaluate, nodes, nodes_at, require
 
 Divergence = Literal["exact", "hutchinson"]
 Rates = Callable[[Tensor, Node], tuple[Tensor, Tensor]]  # (u, node) -> (v [B, *S], div v [B])
@@ -55,7 +55,7 @@ def log_prob(
     grid = nodes(denoise.path, times)[::-1]
     if grid[0].t != 0 or grid[-1].t != 1:
         raise ValueError(f"times: given {grid[-1].t:.3g} … {grid[0].t:.3g}; a likelihood needs the whole path, 1 … 0")
-    directions = _directions(x, noise or fresh(x), probes) if divergence == "hutchinson" else None
+    directions = _directions(x, noise or default_noise(x), probes) if divergence == "hutchinson" else None
     rates = _rates(denoise, cond, directions)
     u, change = x.detach(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for a, b in pairwise(grid if solver == "heun" else grid[:2]):
@@ -80,7 +80,7 @@ def _rates(denoise: Denoiser, cond: Cond, directions: Tensor | None) -> Rates:
             return -u, torch.full((len(u),), -float(u[0].numel()), dtype=u.dtype, device=u.device)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            prediction = ask(denoise, node.scale * u, node, cond)
+            prediction = evaluate(denoise, node.scale * u, node, cond)
             v = prediction.velocity
             return v.detach(), _divergence(v, u, directions)
 
@@ -130,7 +130,7 @@ def dequantise(pixels: Tensor, noise: Noise | None = None) -> Tensor:
     """
     if pixels.dtype != torch.uint8:
         raise ValueError(f"pixels: given {pixels.dtype}; allowed torch.uint8")
-    z = (noise or fresh(pixels.float()))(pixels.shape[1:])
+    z = (noise or default_noise(pixels.float()))(pixels.shape[1:])
     return ((pixels.to(z) + torch.special.ndtr(z) - 0.5) / PIXEL - 1).to(torch.promote_types(z.dtype, torch.float32))
 
 

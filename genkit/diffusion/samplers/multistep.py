@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
-from genkit.diffusion.samplers.steps import Callback, Node, ask, fresh, nodes, require
+from genkit.diffusion.samplers.steps import Callback, Node, default_noise, evaluate, nodes, require
 
 Past = Sequence[tuple[float, Tensor]]  # (lambda, predicted data), newest first
 
@@ -82,10 +82,10 @@ def _dpmpp(
     curvature: float = 1.0,
 ) -> Tensor:
     """``x_b = sigma_b/sigma_a e^(-eta h) x_a + alpha_b I + sigma_b sqrt(1 - e^(-2 eta h)) z``, with I of _integral."""
-    noise, grid, past = noise or fresh(x), nodes(denoise.path, times), []
+    noise, grid, past = noise or default_noise(x), nodes(denoise.path, times), []
     before_last = len(grid) - 3 if grid[-1].sigma == 0 and len(grid) <= 15 else -1
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = ask(denoise, x, a, cond)
+        prediction = evaluate(denoise, x, a, cond)
         past = [(a.half_log_snr, prediction.x0), *(p for p in past if math.isfinite(p[0]))][:order]
         if b.sigma > 0:
             h = b.half_log_snr - a.half_log_snr
@@ -139,7 +139,7 @@ def unipc(
     require("variant", variant, "bh1, bh2", variant in ("bh1", "bh2"))
     grid, past, begun = nodes(denoise.path, times), [], x
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = ask(denoise, x, a, cond)
+        prediction = evaluate(denoise, x, a, cond)
         if i:
             x = _unified(begun, grid[i - 1], a, past, prediction.x0, variant)
         past = [(a.half_log_snr, prediction.x0), *past][:order]

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
-from genkit.diffusion.samplers.steps import Callback, Node, ask, fresh, land, nodes, nodes_at, require
+from genkit.diffusion.samplers.steps import (
+    Callback,
+    Node,
+    default_noise,
+    evaluate,
+    interpolate,
+    nodes,
+    nodes_at,
+    require,
+)
 
 Clock = Literal["tau", "sigma"]
 
@@ -39,11 +48,11 @@ def ddim(
     ``eta = 0`` is deterministic: Euler's method of rectified flow in the chart. ``eta = 1`` is ancestral sampling.
     """
     require("eta", eta, "0 … 1", 0 <= eta <= 1)
-    noise = noise or fresh(x)
+    noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = ask(denoise, x, a, cond)
+        prediction = evaluate(denoise, x, a, cond)
         var = eta**2 * posterior_variance(a[1:], b[1:]) if eta else 0.0
-        x = land(b._replace(sigma=math.sqrt(max(0.0, b.sigma**2 - var))) if var else b, prediction)
+        x = interpolate(b._replace(sigma=math.sqrt(max(0.0, b.sigma**2 - var))) if var else b, prediction)
         if var:
             x = x + math.sqrt(var) * noise(x.shape[1:])
         if callback:
@@ -59,10 +68,10 @@ def heun_step(
     "tau": on ``du/dtau = x1 - x0``, u = x / (alpha + sigma). "sigma": on ``dy/dlevel = x1``, y = x / alpha, as Karras
     et al. 2022 (eq. 4, algorithm 1); where the level is infinite (alpha = 0) that step is taken in tau.
     """
-    p = ask(denoise, x, a, cond)
-    x = land(b, p)  # Euler's method, whatever the clock
+    p = evaluate(denoise, x, a, cond)
+    x = interpolate(b, p)  # Euler's method, whatever the clock
     if b.t > 0:
-        q = ask(denoise, x, b, cond)
+        q = evaluate(denoise, x, b, cond)
         if clock == "sigma" and a.alpha > 0:
             x = torch.add(x, q.x1 - p.x1, alpha=b.alpha * (b.level - a.level) / 2)
         else:
@@ -110,10 +119,10 @@ def rk4(
     between = iter(nodes_at(denoise.path, taus))
 
     def slope(u: Tensor, n: Node) -> Tensor:
-        return ask(denoise, n.scale * u, n, cond).velocity
+        return evaluate(denoise, n.scale * u, n, cond).velocity
 
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = ask(denoise, x, a, cond)
+        prediction = evaluate(denoise, x, a, cond)
         h, u, k1 = b.tau - a.tau, x / a.scale, prediction.velocity
         m = next(between)
         if b.t > 0:
@@ -185,7 +194,7 @@ class _Field:
         within = low.tau < float(tau) < high.tau
         node = nodes_at(self.denoise.path, [float(tau)])[0] if within else low if float(tau) <= low.tau else high
         self.x = node.scale * u
-        self.prediction = ask(self.denoise, self.x, node, self.cond)
+        self.prediction = evaluate(self.denoise, self.x, node, self.cond)
         return self.prediction.velocity
 
     def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
-from genkit.diffusion.posterior import log_variance, width
+from genkit.diffusion.posterior import learned_variance, log_variance
 from genkit.diffusion.samplers.grids import karras_levels
 from genkit.diffusion.samplers.ode import Clock, heun, heun_step, posterior_variance
-from genkit.diffusion.samplers.steps import Callback, Node, ask, fresh, lift, nodes, nodes_at, require
+from genkit.diffusion.samplers.steps import Callback, Node, default_noise, evaluate, nodes, nodes_at, renoise, require
 
 NONE_LEARNED = (
     "variance: given 'learned', but this model has learned none; allowed small, large; or train with "
@@ -42,10 +42,10 @@ def ancestral(
     would be the whole of sigma_t^2.
     """
     require("variance", variance, "small, large, learned", variance in (None, "small", "large", "learned"))
-    noise = noise or fresh(x)
+    noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = ask(denoise, x, a, cond)
-        w = width(prediction) if variance in (None, "learned") else None
+        prediction = evaluate(denoise, x, a, cond)
+        w = learned_variance(prediction) if variance in (None, "learned") else None
         if variance == "learned" and w is None:
             raise ValueError(NONE_LEARNED)
         var = posterior_variance(a[1:], b[1:])
@@ -80,9 +80,9 @@ def sde(
     x0. At 50 uniform steps the samples' covariance was 6 times closer than in the clock of the VE SDE (measured).
     """
     require("eta", eta, "0 or more", eta >= 0)
-    noise = noise or fresh(x)
+    noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = ask(denoise, x, a, cond)
+        prediction = evaluate(denoise, x, a, cond)
         x = b.alpha * prediction.x0
         if b.sigma > 0 and (a.alpha > 0 or not eta):
             k = eta * (a.tau - b.tau) / (1 - a.tau) if eta else 0.0  # g^2 h / (2 tau)
@@ -120,13 +120,13 @@ def churn(
     require("s_tmin, s_tmax", (s_tmin, s_tmax), "0 <= s_tmin <= s_tmax", 0 <= s_tmin <= s_tmax)
     require("s_noise", s_noise, "above 0", s_noise > 0)
     require("clock", clock, "tau, sigma", clock in ("tau", "sigma"))
-    noise, grid = noise or fresh(x), nodes(denoise.path, times)
+    noise, grid = noise or default_noise(x), nodes(denoise.path, times)
     gamma = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
     levels = [n.level * (1 + gamma) for n in grid[:-1]]
     raised = nodes_at(denoise.path, [s / (1 + s) if math.isfinite(s) else 1.0 for s in levels])
     for i, (a, b) in enumerate(pairwise(grid)):
         if s_tmin <= a.level <= s_tmax and raised[i].t > a.t and gamma > 0:
-            x, a = lift(x, a, raised[i], s_noise * noise(x.shape[1:])), raised[i]
+            x, a = renoise(x, a, raised[i], s_noise * noise(x.shape[1:])), raised[i]
         x, prediction = heun_step(denoise, x, a, b, cond, clock)
         if callback:
             callback(i, x, prediction)
@@ -160,7 +160,7 @@ def restart(
     ends = grid[-1].level, grid[0].level
     require("low, high", (low, high), f"within the grid's levels, {ends[0]:.3g} … {ends[1]:.3g}",
             ends[0] < low and high <= ends[1])  # fmt: skip
-    noise = noise or fresh(x)
+    noise = noise or default_noise(x)
     again = [*nodes_at(denoise.path, [s / (1 + s) for s in karras_levels(steps + 1, low, high)])]
     count = itertools.count()
 
@@ -174,5 +174,5 @@ def restart(
 
     x = down(x, [n for n in grid if n.t > again[-1].t] + again[-1:])
     for _ in range(repeats):
-        x = down(lift(x, again[-1], again[0], s_noise * noise(x.shape[1:])), again)
+        x = down(renoise(x, again[-1], again[0], s_noise * noise(x.shape[1:])), again)
     return down(x, again[-1:] + [n for n in grid if n.t < again[-1].t])

@@ -63,18 +63,18 @@ def _nodes(path: ProbabilityPath, times: tuple[float, ...]) -> tuple[Node, ...]:
     return tuple(Node(*v) for v in zip(times, path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True))
 
 
-def ask(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
+def evaluate(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
     return denoise(x, moment(node.t, len(x), x.dtype, x.device), cond)
 
 
-def land(node: Node, p: Prediction) -> Tensor:
+def interpolate(node: Node, p: Prediction) -> Tensor:
     """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
     return p.at(node.alpha, node.sigma)
 
 
-def lift(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
+def renoise(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
     """Noise ``x`` from one node to a noisier one, ``q(x_high | x_low)`` (Ho et al. 2020, eq. 2, between any two)."""
     r = high.alpha / low.alpha
     return r * x + math.sqrt(max(0.0, high.sigma**2 - (r * low.sigma) ** 2)) * z
@@ -86,7 +86,7 @@ def require(name: str, value: object, allowed: str, holds: bool) -> None:
         raise ValueError(f"{name}: given {value!r}; allowed {allowed}")
 
 
-def fresh(x: Tensor) -> Noise:
+def default_noise(x: Tensor) -> Noise:
     """Noise from torch's global generator, for a person at a prompt. :class:`Seeds` is what programs want."""
     return lambda shape: torch.randn(len(x), *shape, dtype=x.dtype, device=x.device)
 
@@ -107,7 +107,7 @@ class Seeds:
         return torch.stack(drawn).to(self.device)
 
 
-class Counted:
+class CountingDenoiser:
     """A denoiser that counts how often it is asked: ``calls`` (NFE) and ``rows``, the samples in all of them.
 
     Wrap the network's denoiser *before* guidance: classifier-free guidance then shows twice the rows in as many calls.

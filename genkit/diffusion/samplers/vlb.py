@@ -17,9 +17,9 @@ from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, expand
 from genkit.diffusion.paths import require_diffusion
-from genkit.diffusion.posterior import log_variance, reverse_step, width
+from genkit.diffusion.posterior import learned_variance, log_variance, reverse_step
 from genkit.diffusion.samplers.sde import NONE_LEARNED
-from genkit.diffusion.samplers.steps import ask, fresh, nodes, require
+from genkit.diffusion.samplers.steps import default_noise, evaluate, nodes, require
 
 Variance = Literal["small", "large", "learned"]
 WIDTHS = {"small": -1.0, "large": 1.0}
@@ -65,11 +65,11 @@ def variational_bound(
     grid = nodes(denoise.path, times)
     if grid[0].t != 1 or grid[-1].t != 0:
         raise ValueError(f"times: given {grid[0].t:.3g} … {grid[-1].t:.3g}; a bound needs the whole path, 1 … 0")
-    noise, terms = noise or fresh(x0), []
+    noise, terms = noise or default_noise(x0), []
     for a, b in pairwise(grid):
         x = a.alpha * x0 + a.sigma * noise(x0.shape[1:])
-        prediction = ask(denoise, x, a, cond)
-        w = width(prediction) if variance in (None, "learned") else None
+        prediction = evaluate(denoise, x, a, cond)
+        w = learned_variance(prediction) if variance in (None, "learned") else None
         if variance == "learned" and w is None:
             raise ValueError(NONE_LEARNED)
         t, s = (torch.full((len(x),), n.t, dtype=torch.float64, device=x.device) for n in (a, b))

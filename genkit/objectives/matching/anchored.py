@@ -18,50 +18,51 @@ from genkit.objectives.matching.matching import Matching, PredictionName
 HEAD = MLP(width=128, depth=2)
 
 
-class Bank(nn.Module):
-    """The anchors ``[K, *S]``, and a head that says how likely each is under the conditions."""
+class AnchorBank(nn.Module):
+    """The anchors ``[K, *S]``, and a head that predicts the probability of each from the conditions."""
 
     centers: Tensor
 
     def __init__(self, kind: Label, spec: Spec, name: str):
         super().__init__()
         self.register_buffer("centers", torch.tensor(kind.centers).reshape(kind.num, *spec.shape))
-        self.seen = [k for k in spec.cond if k != name]
-        asked = Spec((kind.num,), {k: spec.cond[k] for k in self.seen})
-        self.head = HEAD.decoder(asked, (1,))
+        self.cond_names = [k for k in spec.cond if k != name]
+        head_spec = Spec((kind.num,), {k: spec.cond[k] for k in self.cond_names})
+        self.head = HEAD.decoder(head_spec, (1,))
 
     def forward(self, cond: Cond, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, K]``, and the anchors."""
-        known = {k: v for k, v in cond.items() if k in (*self.seen, "keep") or keep_target(k) in self.seen}
-        return self.head(like.new_zeros(len(like), 1), known).float(), self.centers
+        names = (*self.cond_names, "keep")
+        others = {k: v for k, v in cond.items() if k in names or keep_target(k) in self.cond_names}
+        return self.head(like.new_zeros(len(like), 1), others).float(), self.centers
 
 
 @dataclass(frozen=True)
 class AnchoredFlow(Flow):
-    """A flow from ``N(anchor, std^2)``, whose anchor is one of a bank: k-means centres of the data (``data.anchors``).
+    """A flow from ``N(anchor, std^2)``, where the anchor is one of the k-means centres of the data (``data.anchors``).
 
-    In training each sample starts from the centre nearest to it. A head, trained beside by cross-entropy, learns how
-    likely each centre is under the conditions, and a sample's own seed draws from it: so one or two steps suffice where
-    a normal source needs 8 to 16, the choice between modes being made before the first.
+    In training each sample starts from the centre nearest to it. A head, trained beside by cross-entropy, learns the
+    probability of each centre under the conditions, and a sample's own seed draws from it. As the choice between modes
+    is made before the first step, one or two steps are enough where a normal source needs 8 to 16.
     """
 
     prediction: PredictionName = "x0"
-    """what the network puts out"""
+    """what the network predicts"""
     std: Annotated[float, Gt(0)] = 0.3
-    """the standard deviation about an anchor, in the model's numbers"""
+    """standard deviation about an anchor, in the model's numbers"""
     anchor: str = "anchor"
-    """the condition that says which centre is nearest"""
+    """the condition that holds the index of the nearest centre"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.source.normal or not self.coupling.independent:
+        if not self.source.is_normal or not self.coupling.independent:
             raise ValueError("anchored: brings its own source; allowed: source normal and coupling independent")
 
     @property
-    def diffuses(self) -> bool:
+    def is_diffusion(self) -> bool:
         return False
 
-    def described(self) -> str:
+    def describe(self) -> str:
         return "an anchored flow"
 
     @property
@@ -72,25 +73,25 @@ class AnchoredFlow(Flow):
         kind = spec.cond.get(self.anchor)
         if not isinstance(kind, Label) or not kind.centers:
             raise ValueError(f"anchored: the data have no classes {self.anchor!r} with centres; give --data.anchors 32")
-        return {**super().networks(backbone, spec), "bank": Bank(kind, spec, self.anchor)}
+        return {**super().networks(backbone, spec), "bank": AnchorBank(kind, spec, self.anchor)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         if self.anchor not in batch.cond:
             raise ValueError(f"anchored: the batch has no condition {self.anchor!r}")
-        which = batch.cond[self.anchor]
+        nearest = batch.cond[self.anchor]
         logits, centers = nets["bank"](batch.cond, batch.x)
-        flow = super().loss(phase, nets, replace(batch, x1=centers[which])).per_sample
-        choice = nn.functional.cross_entropy(logits, which, reduction="none")
+        flow = super().loss(phase, nets, replace(batch, x1=centers[nearest])).per_sample
+        choice = nn.functional.cross_entropy(logits, nearest, reduction="none")
         return Loss(flow + choice, {"flow": flow.detach().mean(), "choice": choice.detach().mean()})
 
-    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        assert batch.x1 is not None, "the centres stand there, see loss"
+    def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        assert batch.x1 is not None, "loss puts the centres there"
         return batch.x, batch.x1 + self.std * batch.normal()
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        """Draws an anchor by the head, unless the conditions name one."""
+        """A generator that draws an anchor by the head, unless the conditions name one."""
         generate = Matching.generator(self, nets, sampling)
 
         def from_anchor(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
@@ -98,9 +99,9 @@ class AnchoredFlow(Flow):
                 logits, centers = nets["bank"](cond, z)
             if self.anchor not in cond:
                 normal = noise((1,))[:, 0] if noise else torch.randn(len(z), device=z.device)
-                shares = logits.double().softmax(1).cumsum(1)
-                which = torch.searchsorted(shares, torch.special.ndtr(normal.double())[:, None])[:, 0]
-                cond = {**cond, self.anchor: which.clamp(max=len(centers) - 1)}
+                cumulative = logits.double().softmax(1).cumsum(1)
+                index = torch.searchsorted(cumulative, torch.special.ndtr(normal.double())[:, None])[:, 0]
+                cond = {**cond, self.anchor: index.clamp(max=len(centers) - 1)}
             return generate(centers[cond[self.anchor]] + self.std * z, cond, noise)
 
         return from_anchor

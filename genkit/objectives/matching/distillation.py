@@ -1,9 +1,9 @@
 """Reflow and distillation (Liu et al. 2023): train on the pairs (source, sample) that a model itself makes.
 
 ``flow`` with ``--objective.coupling=given`` on such pairs is reflow (section 2.2): the new ODE has the same marginals
-and a straighter way. Pairs of the reflowed model reflow it once more; ``distil`` ends it with a model of one step.
-`genkit reflow RUN` makes the pairs, the data source ``pairs`` reads them, and ``--init RUN`` goes on from the model
-that made them, as the paper does.
+and straighter trajectories. Pairs of the reflowed model reflow it once more, and ``distillation`` ends with a one-step
+model. ``genkit reflow RUN`` makes the pairs, the data source ``pairs`` reads them, and ``--init RUN`` starts from the
+model that made them, as the paper does.
 """
 
 from __future__ import annotations
@@ -16,53 +16,42 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Parametrization, ProbabilityPath, Spec
-from genkit.diffusion.parametrization import Velocity
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Spec
 from genkit.diffusion.paths import Linear
-from genkit.objectives.matching.couplings import given
+from genkit.objectives.matching.couplings import paired_source
 from genkit.objectives.matching.matching import Matching
 from genkit.objectives.matching.sources import Normal, Source
-from genkit.objectives.matching.weights import Space
 
 
 @dataclass(frozen=True)
-class Distil(Matching):
-    """One Euler step from the source to the sample: the velocity at t = 1 alone is learned (section 2.2).
+class Distillation(Matching):
+    """One Euler step from the source to the sample: only the velocity at t = 1 is learned (section 2.2).
 
-    It needs data with pairs, of a model that is reflowed already: then ``x1 - x0`` is nearly a function of x1.
+    It needs data with pairs of a model that is reflowed already: then ``x1 - x0`` is nearly a function of x1.
     """
 
     source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
-    """where the pairs start, as the model's that made them"""
-    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """probability that a sample is trained without its conditions; there is no guidance here that would want it"""
+    """where the pairs start, as in the model that made them"""
+    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability of training a sample without its conditions; there is no guidance here that would need it"""
     sampler: ClassVar[str | None] = None
 
+    path = Linear()
+    loss_space = "velocity"
+
     @property
-    def diffuses(self) -> bool:
+    def is_diffusion(self) -> bool:
         return False
 
     @property
     def needs_pairs(self) -> bool:
         return True
 
-    @property
-    def along(self) -> ProbabilityPath:
-        return Linear()
-
-    @property
-    def parametrization(self) -> Parametrization:
-        return Velocity()
-
-    @property
-    def loss_space(self) -> Space:
-        return "velocity"
-
-    def draw_times(self, batch: Batch) -> Tensor:
+    def sample_times(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.uniform())
 
-    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        return batch.x, given(batch)
+    def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        return batch.x, paired_source(batch)
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Parametrization, ProbabilityPath, Spec
-from genkit.diffusion.parametrization import PARAMETRIZATIONS, NetDenoiser, refuse_singular
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, ProbabilityPath, Spec
+from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import Linear, ODEOnlyPath
 from genkit.objectives.matching.couplings import COUPLINGS, Coupling, Independent
 from genkit.objectives.matching.matching import Matching, PredictionName
 from genkit.objectives.matching.sources import SOURCES, Normal, Source
-from genkit.objectives.matching.times import LOSS_AWARE, TIMES, TimesName, refuse_times
-from genkit.objectives.matching.weights import Constant, Space, Weight, refuse_weight
+from genkit.objectives.matching.times import TimeDistribution, Uniform
+from genkit.objectives.matching.weights import Constant, LossSpace, LossWeight, refuse_loss_weight
 
 
 @dataclass(frozen=True)
@@ -26,78 +26,55 @@ class Flow(Matching):
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
-    """what the network puts out"""
-    space: Space = "velocity"
-    """where the squared error is taken (Li & He 2025, table 1)"""
-    weight: Weight = field(default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:WEIGHTS"})
-    """how much each time counts"""
-    times: TimesName = "uniform"
-    """how times are drawn; logit-normal (Esser et al. 2024, eq. 19) spends more on the middle, beta on the noise;
-    loss-aware where losses are large (Nichol & Dhariwal 2021, section 3.3), weighted back"""
-    t_mean: float = 0.0
-    """location of logit-normal times, or of log(sigma / alpha) for log-normal ones; above 0 biases to noise"""
-    t_std: Annotated[float, Gt(0)] = 1.0
-    """scale of the same"""
+    """what the network predicts"""
+    loss_space: LossSpace = "velocity"
+    """the quantity whose squared error is minimised (Li & He 2025, table 1)"""
+    loss_weight: LossWeight = field(
+        default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
+    )
+    """how much each time counts: constant, min-snr, p2 or edm"""
+    time_distribution: TimeDistribution = field(
+        default_factory=Uniform, metadata={"table": "genkit.objectives.matching.times:TIME_DISTRIBUTIONS"}
+    )
+    """how training times are drawn: uniform, logit-normal (more of the middle), log-normal (of the noise level), beta
+    (more noise) or loss-aware (where losses are large)"""
     coupling: Coupling = field(
         default_factory=Independent, metadata={"table": "genkit.objectives.matching.couplings:COUPLINGS"}
     )
     """which source goes with which sample: independent, ot, sb, or given with the data"""
     source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
     """where the flow starts: normal, anchored at a condition, or another data set"""
-    drop: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """probability that a sample is trained without its conditions, for classifier-free guidance"""
-    drop_each: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """probability that it is trained without one condition, for each of several, so that any of them may be left out"""
+    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """probability of training a sample without its conditions, for classifier-free guidance"""
+    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
 
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
-        refuse_times(self.times, self.path, self.t_mean, self.t_std)
-        refuse_weight(self.weight, self.space)
-        if self.source.conditional and self.coupling.moves:
+        self.time_distribution.check(self.path)
+        refuse_loss_weight(self.loss_weight, self.loss_space)
+        if self.source.is_conditional and self.coupling.permutes:
             raise ValueError(
                 f"coupling: given {name_of(COUPLINGS, self.coupling)}, which gives a sample the source of another, but "
                 f"the source {name_of(SOURCES, self.source)} belongs to its condition; allowed: independent, given"
             )
 
     @property
-    def diffuses(self) -> bool:
-        return self.source.normal and self.coupling.independent
+    def is_diffusion(self) -> bool:
+        return self.source.is_normal and self.coupling.independent
 
     @property
     def needs_pairs(self) -> bool:
-        return self.coupling.given
+        return self.coupling.needs_pairs
 
-    @property
-    def along(self) -> ProbabilityPath:
-        return self.path
-
-    @property
-    def parametrization(self) -> Parametrization:
-        return PARAMETRIZATIONS[self.prediction]()
-
-    @property
-    def loss_space(self) -> Space:
-        return self.space
-
-    @property
-    def loss_weight(self) -> Weight:
-        return self.weight
-
-    @property
-    def loss_aware(self) -> bool:
-        return self.times == LOSS_AWARE
-
-    def draw_times(self, batch: Batch) -> Tensor:
-        return TIMES[self.times](batch, self.path, self.t_mean, self.t_std)
-
-    def ends(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+    def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.coupling(batch, self.source(batch.normal(), batch.cond), self.path, t)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
-        path = self.path if self.diffuses else ODEOnlyPath(self.path, self.described())
+        path = self.path if self.is_diffusion else ODEOnlyPath(self.path, self.describe())
         return NetDenoiser(net, path, self.parametrization)
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """What error messages call this flow."""
         return f"a flow with source {name_of(SOURCES, self.source)} and coupling {name_of(COUPLINGS, self.coupling)}"
 
@@ -108,9 +85,9 @@ class Flow(Matching):
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        """Starts from the source of ``z``."""
+        """A generator whose samples start from the source of ``z``."""
         generate = super().generator(nets, sampling)
-        if self.diffuses:
+        if self.is_diffusion:
             return generate
 
         def from_source(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
@@ -120,4 +97,5 @@ class Flow(Matching):
 
 
 def name_of(registry: Mapping[str, type], value: object) -> str:
+    """The registered name of an object's class, or else the class's own name."""
     return next((k for k, v in registry.items() if type(value) is v), type(value).__name__)

@@ -1,4 +1,4 @@
-"""Plain regression: what a network says at once, without noise. The baseline that a generative policy has to beat."""
+"""Plain regression: one prediction without noise, the baseline that a generative policy has to beat."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Loss, Noise,
 class Regression(Objective):
     """The mean of the samples given their conditions, by least squares (behaviour cloning: Pomerleau 1989).
 
-    One pass, the same network as that of a denoiser, which sees no sample and no time. Where the data go left or right,
-    the answer is straight on.
+    One pass of a denoiser's network, which sees no sample and no time. If the data go left or right, the mean goes
+    straight on.
     """
 
-    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """probability that a sample is trained without its conditions"""
-    drop_each: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """probability that it is trained without one condition, for each of several"""
+    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability of training a sample without its conditions"""
+    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability of dropping each condition independently"""
 
     sampler: ClassVar[str | None] = None
 
@@ -36,8 +36,8 @@ class Regression(Objective):
         return {"net": backbone.denoiser(spec)}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        said = answer(nets["net"], batch.x, batch.drop(self.drop, self.drop_each))
-        return Loss(mean_flat((said - batch.x) ** 2), {})
+        mean = predict_mean(nets["net"], batch.x, batch.drop(self.cond_dropout, self.cond_dropout_each))
+        return Loss(mean_flat((mean - batch.x) ** 2), {})
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
@@ -47,11 +47,11 @@ class Regression(Objective):
 
         def generate(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
             with torch.no_grad():
-                return answer(nets["net"], z, cond)
+                return predict_mean(nets["net"], z, cond)
 
         return generate
 
 
-def answer(net: nn.Module, like: Tensor, cond: Cond) -> Tensor:
-    """What the network says where there is nothing but the conditions to see, ``[B, *S]``."""
+def predict_mean(net: nn.Module, like: Tensor, cond: Cond) -> Tensor:
+    """The network's prediction from the conditions alone, ``[B, *S]``, in the shape of ``like``."""
     return net(torch.zeros_like(like), like.new_zeros(len(like)), cond).float()

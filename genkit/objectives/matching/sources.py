@@ -1,7 +1,7 @@
-"""Where a flow starts: functions ``(z, cond) -> x1`` of standard normals, the same for training and for sampling.
+"""Sources of a flow: functions ``(z, cond) -> x1`` of standard normals, the same in training and in sampling.
 
-So a generator takes ``z`` whatever the source, and sample i has its own seed. Only the standard normal is a source of
-diffusion: from the others the ODE is right, and the SDE is not.
+So a generator takes ``z`` whatever the source, and sample i has its own seed. Only the standard normal makes the flow a
+diffusion: from other sources the ODE is right, and the SDE is not.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from genkit.core import Cond, Data, Draw, Image, Spec, Vector
 
 
 class Source(Protocol):
-    normal: ClassVar[bool]
+    """Where a flow starts."""
+
+    is_normal: ClassVar[bool]
     """whether it is the standard normal"""
-    conditional: ClassVar[bool]
+    is_conditional: ClassVar[bool]
     """whether x1 depends on the condition"""
 
     def check(self, spec: Spec) -> None:
-        """``ValueError`` where it cannot be the source of such samples."""
+        """``ValueError`` if it cannot be the source of such samples."""
         ...
 
-    def __call__(self, z: Tensor, cond: Cond) -> Tensor: ...
+    def __call__(self, z: Tensor, cond: Cond) -> Tensor:
+        """The sources ``[B, *S]`` of standard normals ``z`` ``[B, *S]``."""
+        ...
 
 
 @dataclass(frozen=True)
 class Normal:
     """The standard normal."""
 
-    normal: ClassVar[bool] = True
-    conditional: ClassVar[bool] = False
+    is_normal: ClassVar[bool] = True
+    is_conditional: ClassVar[bool] = False
 
     def check(self, spec: Spec) -> None:
         pass
@@ -52,9 +56,9 @@ class Anchored:
     anchor: str = "anchor"
     """the name of the condition that is mu"""
     std: Annotated[float, Gt(0)] = 1.0
-    """the standard deviation about it"""
-    normal: ClassVar[bool] = False
-    conditional: ClassVar[bool] = True
+    """standard deviation about mu"""
+    is_normal: ClassVar[bool] = False
+    is_conditional: ClassVar[bool] = True
 
     def check(self, spec: Spec) -> None:
         fitting = [name for name, kind in spec.cond.items() if kind in (Vector(spec.shape), Image(spec.shape[0]))]
@@ -73,22 +77,19 @@ class Anchored:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Another data set: a flow from data to data, without pairs. Of N samples, z stands for number ``N Phi(z_1)``,
-    Phi the normal distribution function and z_1 its first number.
+class DatasetSource:
+    """Another data set: a flow from data to data, without pairs.
+
+    Of its N samples, z stands for number ``N Phi(z_1)``, with Phi the normal distribution function and z_1 the first
+    number of z.
     """
 
     data: Any = field(
-        default_factory=lambda: _moons(),
-        metadata={
-            "table": "genkit.data:DATA",
-            "kind": "genkit.data:DataSource",
-            "fallback": "genkit.data:find_source",
-        },
+        default_factory=lambda: _moons(), metadata={"table": "genkit.data:DATA", "fallback": "genkit.data:find_source"}
     )
-    """the data set that is the source, unaugmented"""
-    normal: ClassVar[bool] = False
-    conditional: ClassVar[bool] = False
+    """the data set that is the source, without augmentation"""
+    is_normal: ClassVar[bool] = False
+    is_conditional: ClassVar[bool] = False
 
     def check(self, spec: Spec) -> None:
         shape = _load(self.data).spec.shape
@@ -99,11 +100,11 @@ class Samples:
         data = _load(self.data)
         u = torch.special.ndtr(z.flatten(1)[:, 0].double())
         numbers = (u * len(data)).long().clamp(max=len(data) - 1).cpu()
-        return data.codec.encode(data.batch(numbers, Still((0,), 0, len(z)))).x.to(z)
+        return data.codec.encode(data.batch(numbers, NoAugmentation((0,), 0, len(z)))).x.to(z)
 
 
-class Still(Draw):
-    """Random numbers for which no augmentation does anything: no picture is mirrored."""
+class NoAugmentation(Draw):
+    """Random numbers with which no augmentation changes anything: no picture is mirrored."""
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.ones(self.stop - self.start, *shape)
@@ -115,9 +116,9 @@ def _load(data: Any) -> Data:
 
 
 def _moons() -> Any:
-    from genkit.data.toy import Moons
+    from genkit.data.toy import Moons  # lazy: only for this default
 
     return Moons()
 
 
-SOURCES: Mapping[str, type] = {"normal": Normal, "anchored": Anchored, "data": Samples}
+SOURCES: Mapping[str, type[Source]] = {"normal": Normal, "anchored": Anchored, "data": DatasetSource}

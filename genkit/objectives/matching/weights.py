@@ -1,6 +1,6 @@
-"""How much each time counts: functions ``(alpha, sigma) -> weight`` of the squared error in a space of their own.
+"""Loss weights: functions ``(alpha, sigma) -> weight`` of the squared error, each in the space it is stated for.
 
-Each paper states its weight for the error of one quantity, so it is refused together with a loss in another space.
+Each paper states its weight for the error of one quantity. A weight is refused if the loss is taken in another space.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-Space = Literal["x0", "eps", "velocity"]
+LossSpace = Literal["x0", "eps", "velocity"]
 
 
-class Weight(Protocol):
-    space: ClassVar[Space | None]
-    """whose squared error it multiplies; None: any"""
+class LossWeight(Protocol):
+    """How much each time counts."""
 
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+    space: ClassVar[LossSpace | None]
+    """the quantity whose squared error it multiplies; None: any"""
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The weight at ``(alpha, sigma)``, in their shape."""
+        ...
 
 
 @dataclass(frozen=True)
 class Constant:
     """All times alike, in the space of the loss: ``L_simple`` (Ho et al. 2020, eq. 14) for eps."""
 
-    space: ClassVar[Space | None] = None
+    space: ClassVar[LossSpace | None] = None
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return torch.ones_like(alpha)
@@ -38,8 +42,8 @@ class MinSNR:
     """``min(SNR, gamma)`` on the error of x0 (Hang et al. 2023, section 3.4), SNR = alpha^2 / sigma^2."""
 
     gamma: Annotated[float, Gt(0)] = 5.0
-    """where the weight stops growing; 5 is the paper's choice"""
-    space: ClassVar[Space | None] = "x0"
+    """SNR at which the weight stops growing; 5 is the paper's choice"""
+    space: ClassVar[LossSpace | None] = "x0"
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (alpha / sigma).square().clamp(max=self.gamma)
@@ -47,39 +51,40 @@ class MinSNR:
 
 @dataclass(frozen=True)
 class P2:
-    """``1 / (k + SNR)^gamma`` on the error of eps (Choi et al. 2022): less where there is almost no noise."""
+    """``1 / (k + SNR)^gamma`` on the error of eps (Choi et al. 2022): less weight at low noise."""
 
     gamma: Annotated[float, Ge(0)] = 1.0
-    """how much less; the paper uses 0.5 and 1"""
+    """exponent; the paper uses 0.5 and 1"""
     k: Annotated[float, Gt(0)] = 1.0
     """keeps the weight finite in pure noise"""
-    space: ClassVar[Space | None] = "eps"
+    space: ClassVar[LossSpace | None] = "eps"
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (self.k + (alpha / sigma).square()) ** -self.gamma
 
 
 @dataclass(frozen=True)
-class Lambda:
-    """EDM's ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the error of x0 (Karras et al. 2022, table 1), where
-    sigma is the noise level, here ``sigma / alpha``. An output of Karras' preconditioning then counts 1 at all times.
+class EDMWeight:
+    """EDM's ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the error of x0 (Karras et al. 2022, table 1).
+
+    Sigma is the noise level, here ``sigma / alpha``. An output of Karras' preconditioning then counts 1 at all times.
     """
 
     sigma_data: Annotated[float, Gt(0)] = 0.5
-    """the standard deviation of the data"""
-    space: ClassVar[Space | None] = "x0"
+    """standard deviation of the data"""
+    space: ClassVar[LossSpace | None] = "x0"
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (sigma**2 + (alpha * self.sigma_data) ** 2) / (sigma * self.sigma_data) ** 2
 
 
-WEIGHTS: Mapping[str, type] = {"constant": Constant, "min-snr": MinSNR, "p2": P2, "edm": Lambda}
+LOSS_WEIGHTS: Mapping[str, type[LossWeight]] = {"constant": Constant, "min-snr": MinSNR, "p2": P2, "edm": EDMWeight}
 
 
-def refuse_weight(weight: Weight, space: Space) -> None:
-    """``ValueError`` where the loss is taken in another space than the one for which the weight is stated."""
+def refuse_loss_weight(weight: LossWeight, space: LossSpace) -> None:
+    """``ValueError`` if the loss is taken in another space than the one that the weight is stated for."""
     if weight.space not in (None, space):
-        name = next((k for k, v in WEIGHTS.items() if type(weight) is v), type(weight).__name__)
+        name = next((k for k, v in LOSS_WEIGHTS.items() if type(weight) is v), type(weight).__name__)
         raise ValueError(
-            f"space: given {space}, but {name} weights the error of {weight.space}; allowed: {weight.space}"
+            f"loss_space: given {space}, but {name} weights the error of {weight.space}; allowed: {weight.space}"
         )

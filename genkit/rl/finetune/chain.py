@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, expand
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
-from genkit.diffusion.samplers.steps import Node, ask, fresh, land, nodes, require
+from genkit.diffusion.samplers.steps import Node, default_noise, evaluate, interpolate, nodes, require
 from genkit.rl.finetune.noise import ExplorationNoise, FixedNoise, Sigma
 
 
@@ -98,7 +98,7 @@ class Chain:
         """Mean ``[B, *S]`` and standard deviation of step k from ``x``; the latter is ``[B, *S]`` if it is learned."""
         step = self.transitions[k]
         end = Node(0.0, step.alpha, step.kept)
-        mean = land(end, ask(denoise, x, step.node, cond))
+        mean = interpolate(end, evaluate(denoise, x, step.node, cond))
         if self.sigma is None:
             return mean, step.std
         return mean, self.std_at(x, torch.full((len(x),), k, device=x.device), cond)
@@ -122,7 +122,7 @@ class Chain:
         self, denoise: Denoiser, x: Tensor, cond: Cond = NO_COND, noise: Noise | None = None
     ) -> DenoisingTrajectory:
         """Sample from ``x`` ``[B, *S]``, points at ``times[0]``. Gradients flow unless the caller disables them."""
-        noise, xs, means, stds = noise or fresh(x), [x], [], []
+        noise, xs, means, stds = noise or default_noise(x), [x], [], []
         for k in range(self.steps):
             mean, std = self.mean_std(denoise, xs[-1], k, cond)
             means.append(mean)

@@ -139,7 +139,7 @@ class EnvironmentTask:
         with learner.autocast():
             start = start_of(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
             trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
-        chunk = self.codec.world(trajectory.xs[-1], obs)
+        chunk = self.codec.to_absolute(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
         reward, terminated, ended = self.act(actions)
         del self.history[:-obs_steps]

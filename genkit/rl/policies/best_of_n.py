@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Generator, Noise
-from genkit.diffusion.samplers.steps import fresh
+from genkit.diffusion.samplers.steps import default_noise
 from genkit.diffusion.value_guidance import Value
 
 
@@ -21,7 +21,7 @@ def best_of(generate: Generator, value: Value, n: int) -> Generator:
         raise ValueError(f"best_of: given {n}; needs 1 or more")
 
     def best(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
-        draw, rows = noise or fresh(z), len(z)
+        draw, rows = noise or default_noise(z), len(z)
 
         def repeated(shape: Sequence[int]) -> Tensor:
             return torch.cat([draw(shape) for _ in range(n)])

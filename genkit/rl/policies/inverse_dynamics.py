@@ -83,7 +83,7 @@ def transitions(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor, Tensor]:
     """States ``[N, Do]``, the next states ``[N, Do]`` and the actions ``[N, A]`` between them."""
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for episode in episodes:
-        states = episode.obs if episode.last is None else np.concatenate([episode.obs, episode.last[None]])
+        states = episode.obs if episode.last_obs is None else np.concatenate([episode.obs, episode.last_obs[None]])
         parts.append((states[:-1], states[1:], episode.actions[: len(states) - 1]))
     state, following, action = (torch.from_numpy(np.concatenate(v)).float() for v in zip(*parts, strict=True))
     if len(action) < 20:

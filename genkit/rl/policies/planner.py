@@ -18,7 +18,7 @@ from genkit.core import Cond, Denoiser, Guidance, Prediction, Vector, expand
 from genkit.data.codecs import Plans
 from genkit.diffusion.guidance import Wrapped
 from genkit.diffusion.paths import require_diffusion
-from genkit.diffusion.posterior import with_ends
+from genkit.diffusion.posterior import replace_endpoints
 from genkit.rl.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
 from genkit.rl.policies.policy import Policy
 from genkit.training.run import Run
@@ -43,7 +43,7 @@ def inpaint(conditioning: Conditioning) -> Guidance:
             p = denoise(x, t, cond)
             mask, value = conditioning(p.x0, cond)
             noise = (x - expand(path.alpha(t), x) * value) / expand(path.sigma(t), x)
-            return with_ends(p, torch.where(mask, value, p.x0), torch.where(mask, noise, p.x1))
+            return replace_endpoints(p, torch.where(mask, value, p.x0), torch.where(mask, noise, p.x1))
 
         return Wrapped(denoise, guided)
 
@@ -57,10 +57,10 @@ def plan_conditioning(codec: Plans) -> Conditioning:
         obs, a = cond["obs"], codec.actions
         mask, value = torch.zeros(x.shape[1:], dtype=torch.bool, device=x.device), torch.zeros_like(x)
         mask[a:, : obs.shape[1]] = True
-        value[:, a:, : obs.shape[1]] = codec.seen(obs.transpose(1, 2)).to(x)
+        value[:, a:, : obs.shape[1]] = codec.encode_states(obs.transpose(1, 2)).to(x)
         if "goal" in cond:
             mask[a:, -1] = True
-            value[:, a:, -1] = codec.seen(cond["goal"]).to(x)
+            value[:, a:, -1] = codec.encode_states(cond["goal"]).to(x)
         return mask, value
 
     return known

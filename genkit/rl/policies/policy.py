@@ -19,7 +19,7 @@ from torch import Tensor
 from genkit.config.blocks import load as load_object
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
-from genkit.data.demonstrations.windows import Demonstrations, Further, check_horizons
+from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
 from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
 from genkit.diffusion.samplers import Seeds
 from genkit.training.run import Run, load_run
@@ -54,8 +54,8 @@ def condition_tensors(spec: Spec, values: Mapping[str, Sequence[float]]) -> dict
     tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         kind = spec.cond.get(name)
-        if name not in get_args(Further) or kind is None:
-            allowed = ", ".join(k for k in get_args(Further) if k in spec.cond) or "none, as trained"
+        if name not in get_args(ExtraCondition) or kind is None:
+            allowed = ", ".join(k for k in get_args(ExtraCondition) if k in spec.cond) or "none, as trained"
             raise ValueError(f"conditions: {name!r} is not a condition of this run; allowed: {allowed}")
         integer = isinstance(kind, Label)
         if integer and (len(value) != 1 or value[0] != int(value[0])):
@@ -113,7 +113,7 @@ class Policy:
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
-        strengthens them if the run was trained without each of them too (drop_each), else all conditions together;
+        strengthens them if the run was trained without each of them too (cond_dropout_each), else all together;
         ``options`` are further fields of :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
@@ -123,11 +123,11 @@ class Policy:
             kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
         kind.require_suitable(run)
         obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
-        droppable = getattr(run.objective, "drop_each", 0.0) > 0
-        missing = [k for k in get_args(Further) if k in run.spec.cond and k not in tensors and not droppable]
+        droppable = getattr(run.objective, "cond_dropout_each", 0.0) > 0
+        missing = [k for k in get_args(ExtraCondition) if k in run.spec.cond and k not in tensors and not droppable]
         if missing:
             raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
-                             "it, or train one that can do without: --objective.drop-each 0.2")  # fmt: skip
+                             "it, or train one that can do without: --objective.cond-dropout-each 0.2")  # fmt: skip
         guides = [guide] if guide else []
         if run.objective.sampler is not None:
             options |= {"sampler": sampler or "ddim", "steps": steps}
@@ -239,7 +239,7 @@ class Policy:
     def chunk(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
         """Whole chunks ``[N, A, Tp]`` in the environment's units, past steps included, for ``[N, To, Do]``."""
         assert isinstance(self.run.codec, Actions)
-        return self.run.codec.world(self.sample(obs, frames), obs.to(self.run.device))
+        return self.run.codec.to_absolute(self.sample(obs, frames), obs.to(self.run.device))
 
     def sample(self, obs: Tensor, frames: Tensor | None = None) -> Tensor:
         """Samples ``[N, *S]`` in the model's units."""

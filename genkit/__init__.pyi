@@ -1,0 +1,85 @@
+from .backbones import MLP, DiT, UNet
+from .core import (
+    Backbone,
+    Batch,
+    Codec,
+    Data,
+    Denoiser,
+    Frames,
+    Generator,
+    Guidance,
+    Image,
+    Label,
+    Loss,
+    Objective,
+    Parametrization,
+    Phase,
+    Prediction,
+    ProbabilityPath,
+    Spec,
+    Text,
+    Tokens,
+    Vector,
+)
+from .diffusion.guidance import classifier_free
+from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
+from .diffusion.samplers import SAMPLERS, bind, uniform
+from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
+from .training.run import Run, load, sample
+from .training.samples import Samples
+from .training.sampling import Sampling
+from .training.settings import TrainSettings
+from .training.train import train
+
+__version__: str
+__all__ = [
+    "DDPM",
+    "EDM",
+    "GAN",
+    "MLP",
+    "PATHS",
+    "SAMPLERS",
+    "VAE",
+    "VE",
+    "VP",
+    "VQ",
+    "AnchoredFlow",
+    "Autoencoder",
+    "Backbone",
+    "Batch",
+    "Classifier",
+    "Codec",
+    "Cosine",
+    "Data",
+    "Denoiser",
+    "DiT",
+    "Flow",
+    "Frames",
+    "Generator",
+    "Guidance",
+    "Image",
+    "Label",
+    "Linear",
+    "Loss",
+    "Objective",
+    "Parametrization",
+    "Phase",
+    "Prediction",
+    "ProbabilityPath",
+    "Regression",
+    "Run",
+    "Samples",
+    "Sampling",
+    "Spec",
+    "Text",
+    "Tokens",
+    "TrainSettings",
+    "UNet",
+    "Vector",
+    "bind",
+    "classifier_free",
+    "load",
+    "sample",
+    "train",
+    "uniform",
+]  # fmt: skip

@@ -1,0 +1,82 @@
+"""Drawn samples, and a count of the work that they took."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from genkit.core import pictures
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Drawn samples. Unpacks into ``(x, cond)``."""
+
+    x: Tensor
+    """``[n, *S]``, decoded: uint8 for images, the data's own units otherwise"""
+    cond: Mapping[str, Tensor]
+    """the condition of each, ``[n, ...]``"""
+    evaluations: int = 1
+    """forward passes of the networks for each sample"""
+    network_rows: float = 1.0
+    """rows that went through the network for each sample: guidance by a second pass doubles it"""
+    frames: Sequence[Tensor] = field(default=(), repr=False)
+    """decoded predictions after each step, ``[n, *S]``, if a trajectory was asked for"""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.x, self.cond))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The samples as PIL images. ``ValueError`` if they are not images."""
+        if self.x.ndim != 4:
+            raise ValueError(f"images: these samples have shape {tuple(self.x.shape[1:])}; take .x or .grid()")
+        return [pictures.pil(image) for image in self.x.permute(0, 2, 3, 1).numpy()]
+
+    def grid(self) -> Image.Image:
+        """All samples as one picture: a grid of images, a scatter plot of points, a sheet of curves."""
+        return pictures.picture(self.x, self.cond)
+
+    def animation(self, path: str | Path) -> Path:
+        """Write the trajectory as a GIF. ``ValueError`` if none was recorded."""
+        if not self.frames:
+            raise ValueError("animation: no trajectory was recorded; draw with run.sample(..., trajectory=True)")
+        return pictures.save_gif([pictures.picture(x, self.cond) for x in self.frames], Path(path))
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.grid()._repr_png_()  # type: ignore[attr-defined]
+
+
+@dataclass
+class CallCount:
+    """Forward passes of some networks, and the rows that went through them."""
+
+    calls: int = 0
+    rows: int = 0
+
+
+@contextlib.contextmanager
+def count_calls(nets: Mapping[str, nn.Module]) -> Iterator[CallCount]:
+    """Count the forward passes of ``nets`` while the context lasts."""
+    count = CallCount()
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        count.calls += 1
+        count.rows += len(args[0])
+
+    handles = [net.register_forward_hook(hook) for net in nets.values()]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
