@@ -141,7 +141,9 @@ def _doubles():
 
 @pytest.mark.usefixtures("_doubles")
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("objective", [PLAIN, Flow(cond_dropout=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"])
+@pytest.mark.parametrize(
+    "objective", [PLAIN, Flow(cond_dropout=0.0), DDPM(), EDM()], ids=["x0", "velocity", "ddpm", "edm"]
+)
 def test_nothing_is_clipped_before_the_first_step(objective, noise):
     """The ratios of unchanged weights are 1, whatever the noise and the objective, rows at steps of their own."""
     spec = Spec((3,))
