@@ -52,7 +52,7 @@ RUNS = [  # the directory that a `train` line makes is runs/NNNN-NAME, numbered 
     "report runs/0003-vae",
     "encode runs/0005-stage --out latents",
     "reflow runs/0002-edm --n 32 --steps 2",
-    "sweep runs/0002-edm --steps 2 4 --n 40 --confirm 50",
+    "sweep runs/0002-edm --steps 2 4 --n 40 --confirm-n 50",
 ]  # fmt: skip
 
 REFUSED = [

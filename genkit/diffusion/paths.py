@@ -268,25 +268,35 @@ def mix(path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
 
+class SharedTime(Tensor):
+    """One time for all rows of a batch, ``[B]``, that also knows it as a Python number, ``value``.
+
+    :func:`coefficients` needs the number, and reading it back from a tensor takes as long as a kernel on a small sample
+    and makes a GPU wait. Every operation on it returns a plain tensor, so no other time can carry this one's number.
+    """
+
+    value: float
+    # as in nn.Parameter: operations cost nothing extra and return plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+
 @lru_cache(maxsize=256)
-def moment(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``t`` for every row, ``[rows]``, as a solver asks. It remembers its number, for :func:`coefficients`: to read one
-    back takes as long as a kernel on a small sample, and on a GPU it would be to wait."""
-    made = torch.tensor([t], dtype=dtype, device=device).expand(rows)
-    setattr(made, "number", t)  # noqa: B010  (the type checker knows no such attribute)
-    return made
+def shared_time(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> SharedTime:
+    """``t`` for each of ``rows`` samples, as samplers ask for it."""
+    time = torch.tensor([t], dtype=dtype, device=device).expand(rows).as_subclass(SharedTime)
+    time.value = t
+    return time
 
 
 def coefficients(path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
     """``(alpha(t), sigma(t))`` as factors of ``like`` ``[B, *S]``.
 
-    A sampler asks about one time for the whole batch, by a :func:`moment`, or a tensor that is expanded (its stride is
-    0). These are then two numbers, which are remembered: a path's functions cost more than a solver's step. For times
-    that differ, and on a GPU for those that do not know their number, they are tensors ``[B, 1, ..., 1]``.
+    For one time of the whole batch, a :class:`SharedTime` or on the CPU an expanded tensor (its stride is 0), they are
+    two numbers, which are cached: a path's functions cost more than a solver's step. For other times they are tensors
+    ``[B, 1, ..., 1]``.
     """
-    number: float | None = getattr(t, "number", None)
-    if number is not None:
-        return _at(path, number)
+    if isinstance(t, SharedTime):
+        return _at(path, t.value)
     if t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0) and not t.requires_grad:
         return _at(path, t[0].item())
     return expand(path.alpha(t), like), expand(path.sigma(t), like)

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.overhead import measure
 from genkit.core import expand
-from genkit.diffusion.paths import PATHS, coefficients, moment, weighted
+from genkit.diffusion.paths import PATHS, SharedTime, coefficients, shared_time, weighted
 
 # measured: 6 to 7, 4, 3.5, 4.8 and 2.3
 LEAST = {"ddim": 4.0, "dpmpp_2m": 3.0, "heun": 3.0, "heun, flow": 3.5, "euler, flow": 1.5}
@@ -44,13 +44,15 @@ def test_one_time_for_the_batch_is_the_same_as_many(name):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_moment_is_its_time_and_knows_it(name):
+def test_a_shared_time_knows_its_number(name):
     """What the network sees is rounded to its own dtype; the coefficients are of the time itself."""
     path, x = PATHS[name](), torch.randn(3, 2, 4)
-    t = moment(0.3, 3, x.dtype, x.device)
+    t = shared_time(0.3, 3, x.dtype, x.device)
     assert t.dtype == torch.float32
     torch.testing.assert_close(t, torch.full((3,), 0.3))
     exact = torch.tensor([0.3], dtype=torch.float64)
     assert coefficients(path, t, x) == (float(path.alpha(exact)), float(path.sigma(exact)))
-    other = coefficients(path, t / 2, x)  # another time does not carry this one's number
+    for other in (t / 2, t[:2], torch.cat([t, t]), t.clone(), t.double()):  # no other time carries this one's number
+        assert not isinstance(other, SharedTime)
+    other = coefficients(path, t / 2, x)
     torch.testing.assert_close(torch.as_tensor(other[1]).flatten()[0].double(), path.sigma(exact / 2)[0])

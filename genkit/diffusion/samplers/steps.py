@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath
-from genkit.diffusion.paths import moment, times_at
+from genkit.diffusion.paths import shared_time, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
 
@@ -66,7 +66,7 @@ def _nodes(path: ProbabilityPath, times: tuple[float, ...]) -> tuple[Node, ...]:
 def evaluate(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
     """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
     assert node.t > 0, "a sampler asked a denoiser about t = 0"
-    return denoise(x, moment(node.t, len(x), x.dtype, x.device), cond)
+    return denoise(x, shared_time(node.t, len(x), x.dtype, x.device), cond)
 
 
 def interpolate(node: Node, p: Prediction) -> Tensor:

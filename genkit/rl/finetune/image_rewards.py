@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genkit.core import Cond, Data, Draw
 from genkit.data.standard_images import Digits
 from genkit.evaluation.metrics import Estimate, Moments, frechet_from_features, prdc
-from genkit.evaluation.metrics.estimate import share
+from genkit.evaluation.metrics.estimate import proportion
 from genkit.evaluation.metrics.features import Classifier
 
 
@@ -94,7 +94,7 @@ def sample_quality(data: Data) -> SampleQuality:
             "recall": pr["recall"],
         }
         if requested is not None:
-            metrics["accuracy"] = share(int((logits.argmax(1) == requested).sum()), len(x))
+            metrics["accuracy"] = proportion(int((logits.argmax(1) == requested).sum()), len(x))
         return metrics
 
     return quality

@@ -20,7 +20,7 @@ from genkit.core import seed_of
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
 from genkit.core.progress import Progress, reporting
-from genkit.evaluation.evaluator import suits
+from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
 from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
@@ -160,7 +160,7 @@ class FineTuning:
     def image_quality(self) -> SampleQuality | None:
         """Metrics of image quality, on the main process, if samples are evaluated and their data has a classifier."""
         wanted = isinstance(self.task, FunctionTask) and self.settings.eval_samples and self.recorder.main
-        if not wanted or suits(self.base.spec) != "classifier":
+        if not wanted or default_features(self.base.spec) != "classifier":
             return None
         return sample_quality(self.base.config.data.load("train"))
 
