@@ -38,12 +38,12 @@ def test_every_noise_has_a_quiet_limit_here():
 @of_all_noises
 def test_without_noise_it_is_the_deterministic_sampler_to_the_last_bit(name, path):
     denoise, times, z = ExactDenoiser(three(), path), uniform(7)(path), normals(5, 2)
-    chain = Chain.over(path, 7, QUIET[name])
+    chain = Chain.on_grid(path, 7, QUIET[name])
     walk = chain.sample(denoise, z)
     assert torch.equal(walk.xs[-1], ddim(denoise, z, times))
     assert torch.equal(walk.xs[1:], walk.means)
     tiny = dataclasses.replace(QUIET[name], **{dataclasses.fields(QUIET[name])[0].name: 1e-12})
-    near = Chain.over(path, 7, tiny).sample(denoise, z, noise=lambda shape: normals(5, *shape))
+    near = Chain.on_grid(path, 7, tiny).sample(denoise, z, noise=lambda shape: normals(5, *shape))
     assert torch.allclose(near.xs[-1], walk.xs[-1], atol=1e-4)
 
 
@@ -52,7 +52,7 @@ def test_noisy_chains_are_the_noisy_samplers(path):
     denoise, times, z = ExactDenoiser(three(), path), uniform(6)(path), normals(5, 2)
     for noise, sampler, eta in ((DDIMNoise(0.6), ddim, 0.6), (SDENoise(0.4), sde, 0.4)):
         g, h = (torch.Generator().manual_seed(1) for _ in range(2))
-        mine = Chain.over(path, 6, noise).sample(
+        mine = Chain.on_grid(path, 6, noise).sample(
             denoise, z, noise=lambda s, g=g: torch.randn(5, *s, generator=g, dtype=F64)
         )
         theirs = sampler(denoise, z, times, eta=eta, noise=lambda s, h=h: torch.randn(5, *s, generator=h, dtype=F64))
@@ -66,7 +66,7 @@ def test_log_probability_is_that_of_the_joint_normal(name, path):
     for each of two numbers that know nothing of each other."""
     steps, floor = 5, 0.05
     pair = Mixture(torch.ones(1, dtype=F64), torch.full((1, 2), MEAN, dtype=F64), VAR * torch.eye(2, dtype=F64)[None])
-    chain, denoise = Chain.over(path, steps, NOISES[name](), floor), ExactDenoiser(pair, path)
+    chain, denoise = Chain.on_grid(path, steps, NOISES[name](), floor), ExactDenoiser(pair, path)
     walk = chain.sample(denoise, normals(4, 2), noise=lambda shape: normals(4, *shape, seed=3))
     # E[x0 | x] of a normal by conditioning, written out: mean + a var (x - a mean) / (a^2 var + s^2)
     grow, shift, std = [], [], []
@@ -93,7 +93,7 @@ def test_log_probability_is_that_of_the_joint_normal(name, path):
 
 def test_numbers_that_nobody_sees_are_left_out_of_the_last_step():
     """Of two numbers the second is not used: at the last step the density is that of the first alone."""
-    chain = Chain.over(Linear(), 3, FixedNoise(0.2))
+    chain = Chain.on_grid(Linear(), 3, FixedNoise(0.2))
     xs, means = normals(4, 5, 2), normals(3, 5, 2, seed=1)
     for k in range(3):
         at = torch.full((5,), k)
@@ -108,7 +108,7 @@ def test_marginals_are_kept(noise, path):
     """The law of a normal's chain, step by step in closed form: mean and variance end at the data's, to first order."""
     denoise, off = ExactDenoiser(BELL, path), []
     for steps in (50, 100):
-        chain = Chain.over(path, steps, noise)
+        chain = Chain.on_grid(path, steps, noise)
         a, s = chain.transitions[0].node.alpha, chain.transitions[0].node.sigma
         mean, var = a * MEAN, a * a * VAR + s * s
         for k, link in enumerate(chain.transitions):
@@ -123,7 +123,7 @@ def test_marginals_are_kept(noise, path):
 @of_all_noises
 def test_ratio_is_one_before_the_first_update(name, path):
     """By every way to a log-probability: step by step, the stored means, and rows at steps of their own."""
-    chain, denoise = Chain.over(path, 6, NOISES[name](), min_std=0.03), ExactDenoiser(three(), path)
+    chain, denoise = Chain.on_grid(path, 6, NOISES[name](), min_std=0.03), ExactDenoiser(three(), path)
     walk = chain.sample(denoise, normals(5, 2), noise=lambda shape: normals(5, *shape, seed=2))
     k = torch.arange(6).repeat_interleave(5)
     x, after = walk.xs[:-1].flatten(0, 1), walk.xs[1:].flatten(0, 1)
@@ -141,13 +141,13 @@ def moved(steps, min_std=0.03, std=0.2):
     net = noise.network(Spec((2,)), steps).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return dataclasses.replace(Chain.over(Linear(), steps, noise, min_std), sigma=net.requires_grad_(False))
+    return dataclasses.replace(Chain.on_grid(Linear(), steps, noise, min_std), sigma=net.requires_grad_(False))
 
 
 def test_learned_noise_begins_as_fixed_noise():
     net = LearnedNoise(0.2).network(Spec((2,)), 6).double()
-    chain, denoise, z = Chain.over(Linear(), 6, LearnedNoise(0.2)), ExactDenoiser(three(), Linear()), normals(5, 2)
-    fixed = Chain.over(Linear(), 6, FixedNoise(0.2)).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
+    chain, denoise, z = Chain.on_grid(Linear(), 6, LearnedNoise(0.2)), ExactDenoiser(three(), Linear()), normals(5, 2)
+    fixed = Chain.on_grid(Linear(), 6, FixedNoise(0.2)).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
     learned = dataclasses.replace(chain, sigma=net).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
     assert torch.equal(learned.xs, fixed.xs)
     assert fixed.stds is None
@@ -189,7 +189,7 @@ def test_learned_noise_that_is_none_is_the_deterministic_sampler():
 
 
 def test_floor_widens_the_steps_that_are_narrower():
-    free, held = (Chain.over(Linear(), 5, DDIMNoise(), floor) for floor in (0.0, 0.2))
+    free, held = (Chain.on_grid(Linear(), 5, DDIMNoise(), floor) for floor in (0.0, 0.2))
     assert [k.std for k in held.transitions] == [max(k.std, 0.2) for k in free.transitions]
     assert [k.kept for k in held.transitions] == [k.kept for k in free.transitions]
     assert free.transitions[-1].std == 0
@@ -200,12 +200,12 @@ def test_floor_widens_the_steps_that_are_narrower():
 
 
 def test_the_floor_holds_for_learned_noise_too():
-    chain = dataclasses.replace(Chain.over(Linear(), 2, FixedNoise(0.15), min_std=0.1), sigma=lambda x, k, cond: x)
+    chain = dataclasses.replace(Chain.on_grid(Linear(), 2, FixedNoise(0.15), min_std=0.1), sigma=lambda x, k, cond: x)
     x = torch.tensor([[0.01], [2.0]], dtype=F64)  # a hundredth of 0.15, twice as much
     torch.testing.assert_close(chain.std_at(x, torch.tensor([0, 1])), torch.tensor([[0.1], [0.3]], dtype=F64))
 
 
 def test_diffusion_noise_is_refused_where_there_is_no_score():
     with pytest.raises(ValueError, match="no diffusion"):
-        Chain.over(ODEOnlyPath(Linear()), 4, SDENoise())
-    Chain.over(ODEOnlyPath(Linear()), 4, FixedNoise())
+        Chain.on_grid(ODEOnlyPath(Linear()), 4, SDENoise())
+    Chain.on_grid(ODEOnlyPath(Linear()), 4, FixedNoise())
