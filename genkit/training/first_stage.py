@@ -29,7 +29,7 @@ from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
-from genkit.objectives.autoencoders.autoencoder import Autoencoding, Posterior, certain
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior, point_posterior
 
 WEIGHTS = "first-stage.safetensors"
 How = Literal["draw", "mean"]
@@ -93,19 +93,19 @@ class OfRun(Stage):
     """A finished run of ``--objective=vae``, ``ae``, ``vq`` or ``autoencoder``."""
 
     def __init__(
-        self, name: str, objective: Autoencoding, backbone: Backbone, spec: Spec, base: Codec,
+        self, name: str, objective: EncoderDecoder, backbone: Backbone, spec: Spec, base: Codec,
         nets: Mapping[str, nn.Module],
     ):  # fmt: skip
         self.name, self.objective, self.backbone, self.spec, self.base = name, objective, backbone, spec, base
         self.shape, self.latent = spec.shape, objective.latent
-        self.nets = {k: nets[k] for k in objective.parts}
+        self.nets = {k: nets[k] for k in objective.codec_networks}
 
     def posterior(self, batch: Batch) -> Posterior:
         seen = self.base.encode(replace(batch, cond={}))
-        return self.objective.encode(self.nets, self.objective.seen(seen))
+        return self.objective.encode(self.nets, self.objective.encoder_input(seen))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.base.decode(self.objective.decode(self.nets, self.objective.nearest(self.nets, z)))
+        return self.base.decode(self.objective.decode(self.nets, self.objective.quantize(self.nets, z)))
 
     def about(self) -> dict[str, Any]:
         made = config.dump(Networks(self.objective, self.backbone))
@@ -115,7 +115,7 @@ class OfRun(Stage):
     @staticmethod
     def rebuild(about: Mapping[str, Any]) -> OfRun:
         made = config.from_dict(Networks, {k: about[k] for k in ("objective", "backbone")})
-        objective, spec = cast(Autoencoding, made.objective), spec_from_dict(about["spec"])
+        objective, spec = cast(EncoderDecoder, made.objective), spec_from_dict(about["spec"])
         nets = objective.networks(made.backbone, spec)
         return OfRun(about["run"], objective, made.backbone, spec, codecs.from_dict(about["codec"]), nets)
 
@@ -124,10 +124,10 @@ def of_run(
     name: str, objective: Objective, backbone: Backbone, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec
 ) -> OfRun:
     """The first stage that a run is. ``ValueError`` where it is none."""
-    if not isinstance(objective, Autoencoding):
+    if not isinstance(objective, EncoderDecoder):
         kind = type(objective).__name__
         raise ValueError(f"codec: given {name}, a run of {kind}, which has no encoder; train one: --objective=vae")
-    if told := objective.told(spec).cond:
+    if told := objective.codec_spec(spec).cond:
         known = ", ".join(told)
         raise ValueError(f"codec: given {name}, which decodes only with {known}; train it with --data.labels=false")
     if isinstance(codec, LearnedCodec):
@@ -194,8 +194,8 @@ class OfDiffusers(Stage):
 
 SPREAD: Mapping[str, Callable[[Any], Posterior]] = {  # what diffusers' encoders answer
     "AutoencoderKL": lambda out: Posterior(out.latent_dist.mean, out.latent_dist.logvar),
-    "AutoencoderTiny": lambda out: certain(out.latents),
-    "VQModel": lambda out: certain(out.latents),
+    "AutoencoderTiny": lambda out: point_posterior(out.latents),
+    "VQModel": lambda out: point_posterior(out.latents),
 }
 
 
@@ -239,7 +239,7 @@ class Latent(LearnedCodec):
             return self.drawn(self.stage.posterior(batch), batch)
 
     def drawn(self, q: Posterior, batch: Batch) -> Batch:
-        z = q.draw(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
+        z = q.sample(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
         return self.scaling.encode(replace(batch, x=z))
 
     def decode(self, x: Tensor) -> Tensor:

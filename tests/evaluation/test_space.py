@@ -110,7 +110,7 @@ def test_a_traversal_shows_the_decoded_walk_under_the_samples_own_class(name):
     k = len(axes.deviation)
     near = int((found.codes.flatten(1) - axes.mean).square().sum(1).argmin())
     told = {"label": found.label[near].expand(k * space.PLACES)}
-    z = run.objective.nearest(run.nets, space.walk(axes, found.codes[near]))
+    z = run.objective.quantize(run.nets, space.walk(axes, found.codes[near]))
     with torch.no_grad():
         x = run.codec.decode(run.objective.decode(run.nets, z, told))
     tiles = picture[2:, 2:].reshape(k, 66, -1)[:, :64].reshape(k, 64, space.PLACES, 66)[..., :64]

@@ -179,7 +179,16 @@ def trained(tmp_path_factory):
     made = {}
     for name, args in {
         "vae": ["--objective=vae", "--objective.latent", "3", "2", "2", "--objective.beta=0.1", "--steps=30", *SAME],
-        "vq": ["--objective=vq", "--objective.latent", "3", "2", "2", "--objective.codes=9", "--steps=3", *SAME],
+        "vq": [
+            "--objective=vq",
+            "--objective.latent",
+            "3",
+            "2",
+            "2",
+            "--objective.codebook-size=9",
+            "--steps=3",
+            *SAME,
+        ],
         "conditional": ["--objective=ae", "--objective.latent=4", "--steps=1", *TINY],
         "flow": ["--objective=flow", f"--codec={out}/vae", "--steps=4", *TINY],
     }.items():

@@ -16,7 +16,7 @@ from genkit import config
 from genkit.config import parse
 from genkit.core import pictures
 from genkit.evaluation.report import page as report
-from genkit.objectives.autoencoders.autoencoder import Autoencoding
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run
 from genkit.training.run import load_run
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def has_code(run: Path) -> bool:
     try:
         return isinstance(
-            config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")).objective, Autoencoding
+            config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml")).objective, EncoderDecoder
         )
     except ValueError:  # another version's: the page can do without
         return False

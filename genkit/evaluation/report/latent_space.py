@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.core import Cond, Data, Draw, Label, pictures
-from genkit.objectives.autoencoders.autoencoder import Autoencoding
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.run import Run
 
 SAMPLES = 1000  # that are encoded
@@ -59,7 +59,10 @@ class Coded(NamedTuple):
 
 def coded(run: Run, n: int = SAMPLES, batch: int = 64) -> Coded:
     """The test split, or where there is none the training split, evenly taken; each posterior's mean."""
-    objective, config = cast(Autoencoding, run.objective), run.config.data.decoded_source().unaugmented().with_labels()
+    objective, config = (
+        cast(EncoderDecoder, run.objective),
+        run.config.data.decoded_source().unaugmented().with_labels(),
+    )
     data = held_out(config)
     codes, conds = [], []
     every = torch.arange(min(n, len(data))) * len(data) // min(n, len(data))
@@ -71,7 +74,7 @@ def coded(run: Run, n: int = SAMPLES, batch: int = 64) -> Coded:
         seen = run.codec.encode(replace(drawn.to(run.device), draw=draw))
         seen = replace(seen, cond={k: v.to(run.device) for k, v in told.items()})
         with torch.no_grad():
-            codes.append(objective.encode(run.nets, objective.seen(seen), seen.cond).mean.float().cpu())
+            codes.append(objective.encode(run.nets, objective.encoder_input(seen), seen.cond).mean.float().cpu())
         conds.append(drawn.cond)
     cond = {k: torch.cat([c[k] for c in conds]) for k in conds[0]}
     kind = data.spec.cond.get("label")
@@ -98,12 +101,12 @@ def walk(axes: Axes, code: Tensor) -> Tensor:
 
 def traversal(run: Run, found: Coded, axes: Axes) -> Image.Image:
     """What each axis changes in the sample whose code is nearest to the mean of all; a row an axis."""
-    objective = cast(Autoencoding, run.objective)
+    objective = cast(EncoderDecoder, run.objective)
     typical = int((found.codes.flatten(1).double() - axes.mean).square().sum(1).argmin())
     z = walk(axes, found.codes[typical]).to(run.device)
     told = {k: v[typical : typical + 1].expand(len(z), *v.shape[1:]).to(run.device) for k, v in found.cond.items()}
     with torch.no_grad():
-        x = run.codec.decode(objective.decode(run.nets, objective.nearest(run.nets, z), told)).cpu()
+        x = run.codec.decode(objective.decode(run.nets, objective.quantize(run.nets, z), told)).cpu()
     return SHEETS[x.ndim - 1](x, {"label": torch.arange(len(axes.deviation)).repeat_interleave(PLACES)})
 
 
