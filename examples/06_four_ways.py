@@ -2,65 +2,88 @@
 
     python examples/06_four_ways.py [--seed 0] [--episodes 400] [--only flow anchored] [--out four_ways.png]
 
-Trains a policy of each on 200 demonstrations (under a minute of CPU time each), lets it act from unseen starts, prints
-success and how evenly the four ways are taken (2 bits: alike), and draws the ways as four bundles.
+Trains a policy with each objective on 200 demonstrations (under a minute of CPU time each), lets it act from unseen
+starts, prints success and how evenly the four ways are taken (2 bits: equally often), and draws the trajectories.
 """
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from genkit.cli.main import main as genkit
+from genkit import train
 from genkit.core import pictures
 from genkit.envs.four_ways import FourWays, expert_episodes
-from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import rollout
 
-CLEAN = ["--objective.prediction=x0", "--objective.loss-space=x0", "--objective.cond-dropout=0"]
-POLICIES = {  # name -> (settings of genkit train, steps of the sampler)
-    "regression": (["--objective=regression"], 1),
-    "ddpm": (["--objective=ddpm", *CLEAN], 16),
-    "flow": (["--objective=flow", *CLEAN], 16),
-    "anchored": (["--objective=anchored", "--data.anchors=32", *CLEAN[1:]], 1),
+MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
+POLICIES: Mapping[str, tuple[Mapping[str, Any], int]] = {  # settings of training, sampler steps
+    "regression": ({"objective": "regression"}, 1),
+    "ddpm": ({"objective": {"name": "ddpm", "prediction": "x0", **MATCHING}}, 16),
+    "flow": ({"objective": {"name": "flow", "prediction": "x0", **MATCHING}}, 16),
+    "anchored": ({"objective": {"name": "anchored", **MATCHING}, "data": {"name": "four-ways", "anchors": 32}}, 1),
 }
 
-parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--steps", type=int, default=2500)
-parser.add_argument("--episodes", type=int, default=400)
-parser.add_argument("--only", nargs="+", choices=POLICIES, default=list(POLICIES))
-parser.add_argument("--runs", default="runs")
-parser.add_argument("--out", type=Path, default=Path("four_ways.png"))
-args = parser.parse_args()
 
-world = FourWays(min(200, args.episodes))
-panels = [world.draw([obs for obs, *_ in expert_episodes(80, args.seed)], title="80 of the demonstrations")]
-rows = []
-for name in args.only:
-    how, steps = POLICIES[name]
-    common = ["--data=four-ways", "--backbone.width=128", f"--steps={args.steps}", "--batch=256", "--sample-every=0"]
-    out = ["--device=cpu", "--tensorboard=false", f"--out={args.runs}", f"--name=four-ways-{name}"]
-    began = time.process_time()
-    if genkit(["train", *how, *common, *out, f"--seed={args.seed}"]):
-        raise SystemExit(2)
-    took = time.process_time() - began
-    policy = Policy.load(Path(args.runs) / "latest", steps=steps)
-    done = run_episodes(policy, world, range(100_000, 100_000 + args.episodes))
-    good = done.info["success"].astype(bool)
-    rows.append((name, steps, float(good.mean()), done.mode_entropy_bits or 0.0, took))
-    shown = slice(0, 80)
-    colours = [f"C{m}" if ok else "0.6" for m, ok in zip(done.info["mode"][shown], good[shown], strict=True)]
-    title = f"{name}, {steps} step{'s' * (steps > 1)}: success {good.mean():.2f}, {rows[-1][3]:.2f} bits"
-    panels.append(world.draw(done.paths[shown], colours, title))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=2500, help="of training")
+    parser.add_argument("--episodes", type=int, default=400)
+    parser.add_argument("--only", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--runs", default="runs", help="the folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("four_ways.png"))
+    args = parser.parse_args()
 
-print("\n| policy | sampling steps | success | bits of 2 | training, CPU s |\n|---|---|---|---|---|")
-for name, steps, success, bits, took in rows:
-    print(f"| {name} | {steps} | {success:.3f} | {bits:.2f} | {took:.0f} |")
-wide = 2 if len(panels) > 1 else 1
-blank = Image.new("RGB", panels[0].size, "white")
-panels += [blank] * (-len(panels) % wide)
-tiles = [np.concatenate([np.asarray(p) for p in panels[i : i + wide]], 1) for i in range(0, len(panels), wide)]
-print(pictures.save(Image.fromarray(np.concatenate(tiles)), args.out))
+    world = FourWays(1)
+    panels = [world.draw([obs for obs, *_ in expert_episodes(80, args.seed)], title="80 of the demonstrations")]
+    rows = []
+    for name in args.only:
+        objective, sampler_steps = POLICIES[name]
+        start = time.process_time()
+        run = train(
+            **{"data": "four-ways", **objective},
+            backbone={"width": 128},
+            steps=args.steps,
+            batch=256,
+            seed=args.seed,
+            sample_every=0,
+            tensorboard=False,
+            device="cpu",
+            out=args.runs,
+            name=f"four-ways-{name}",
+        )
+        seconds = time.process_time() - start
+        rollouts = rollout(run, steps=sampler_steps, episodes=args.episodes, num_envs=min(200, args.episodes))
+        episodes = rollouts.episodes
+        success = episodes.info["success"].astype(bool)
+        bits = episodes.mode_entropy_bits or 0.0
+        rows.append(f"| {name} | {sampler_steps} | {success.mean():.3f} | {bits:.2f} | {seconds:.0f} |")
+
+        # the first 80 episodes, coloured by the way they took; failures are grey
+        ways = zip(episodes.info["mode"][:80], success[:80], strict=True)
+        colours = [f"C{int(way)}" if successful else "0.6" for way, successful in ways]
+        plural = "s" if sampler_steps > 1 else ""
+        title = f"{name}, {sampler_steps} step{plural}: success {success.mean():.2f}, {bits:.2f} bits"
+        panels.append(world.draw(episodes.paths[:80], colours, title))
+
+    print("\n| policy | sampler steps | success | bits of 2 | training, CPU s |\n|---|---|---|---|---|")
+    print("\n".join(rows))
+    print(pictures.save(tile(panels), args.out))
+
+
+def tile(panels: list[Image.Image]) -> Image.Image:
+    """The panels in rows of two, on white."""
+    width, height = panels[0].size
+    columns = min(2, len(panels))
+    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * width, i // columns * height))
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

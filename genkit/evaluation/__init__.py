@@ -1,50 +1,57 @@
-"""Evaluation: samples of a run or of a folder, measured against a reference, and the card that says all about it."""
+"""Evaluation: samples of a run or stored samples, measured against a reference, as a card with all its settings."""
 
 from __future__ import annotations
 
-from genkit.evaluation import cards
-from genkit.evaluation.cards import Card, compare, newest
-from genkit.evaluation.evaluator import FEATURES, Ruler, is_picture, named, ruler
-from genkit.evaluation.metrics import Settings
-from genkit.evaluation.shards import Found, Ranks, measure, reference
+from genkit.evaluation.cards import Card, compare, find_card
+from genkit.evaluation.evaluations import EvaluationSettings, evaluate
+from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
+from genkit.evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
+from genkit.evaluation.measurement import Measurement, measure
+from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings
+from genkit.evaluation.ranks import Ranks
 from genkit.evaluation.sources import (
-    OPTIONS,
-    Drawn,
-    Given,
-    Named,
-    Rebuilt,
-    data_of,
-    find_data,
-    how_of,
-    is_stats,
-    weights_sha256,
+    DataOptions,
+    DatasetSamples,
+    ModelSamples,
+    Reconstructions,
+    SampleSource,
+    open_data,
+    open_run_data,
 )
+from genkit.evaluation.sweeps import SweepResult, SweepSettings, sweep
 
-SETTINGS = {"usual": Settings}
+DATA_OPTIONS = {"default": DataOptions}
+METRIC_SETTINGS = {"default": MetricSettings}
 
 __all__ = [
+    "DATA_OPTIONS",
     "FEATURES",
-    "OPTIONS",
-    "SETTINGS",
+    "METRICS",
+    "METRIC_SETTINGS",
     "Card",
-    "Drawn",
-    "Found",
-    "Given",
-    "Named",
+    "DataOptions",
+    "DatasetSamples",
+    "Estimate",
+    "EvaluationSettings",
+    "Evaluator",
+    "LikelihoodResult",
+    "LikelihoodSettings",
+    "Measurement",
+    "Metric",
+    "MetricSettings",
+    "ModelSamples",
     "Ranks",
-    "Rebuilt",
-    "Ruler",
-    "cards",
+    "Reconstructions",
+    "SampleSource",
+    "SweepResult",
+    "SweepSettings",
     "compare",
-    "data_of",
-    "find_data",
-    "how_of",
-    "is_picture",
-    "is_stats",
+    "evaluate",
+    "find_card",
+    "find_metrics",
+    "likelihood",
     "measure",
-    "named",
-    "newest",
-    "reference",
-    "ruler",
-    "weights_sha256",
+    "open_data",
+    "open_run_data",
+    "sweep",
 ]

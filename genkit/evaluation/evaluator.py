@@ -1,11 +1,11 @@
-"""The ruler: a feature extractor, a reference and metrics, set up once and then held against any set of samples."""
+"""The evaluator: a feature extractor, a reference and metrics, set up once and applied to any set of samples."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +14,74 @@ import torch
 from genkit import config
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
+from genkit.core.progress import Progress, silent
 from genkit.core.tensors import sha256
 from genkit.evaluation import cards
-from genkit.evaluation.metrics import METRICS, Estimate, Measured, Metric, Moments, Settings, bias_warning
-from genkit.evaluation.metrics.features import FEATURES as ALL
+from genkit.evaluation.measurement import Measurement, measure, measure_reference, require_logits
+from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
+from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
 from genkit.evaluation.metrics.features import Extractor, Features, cache
-from genkit.evaluation.shards import Found, Progress, Ranks, measure, quiet, reference, require_logits
-from genkit.evaluation.sources import Drawn, Given, Rebuilt, Samples, class_of, data_of, how_of, split_rows
+from genkit.evaluation.ranks import SINGLE, Ranks
+from genkit.evaluation.sources import (
+    DatasetSamples,
+    ModelSamples,
+    Reconstructions,
+    SampleSource,
+    class_condition,
+    open_run_data,
+    source_settings,
+    split_into_blocks,
+)
 
-SMALL = range(8, 33)  # pixels a side of the pictures for which a classifier of their own says more than Inception
-KEEPS = {"moments": (), "features": ("features",), "samples": ("features",), "logits": ("logits",),
-         "labels": ("logits", "labels")}  # fmt: skip
+SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
+Reference = DatasetSamples | Path
+"""Stored samples, or an npz of statistics (mu, sigma)."""
 
 
+# ------------------------------------------------------------------------------------------------ choosing features
 @dataclass(frozen=True)
 class Auto(Features, ABC):
-    """What suits the samples: a classifier for small grey labelled pictures, inception for others, raw for vectors."""
+    """What suits the samples: a classifier for small grey labelled images, inception for others, raw for vectors."""
 
     def load(self, device: torch.device | str, data: Data | None = None) -> Extractor:
+        """The extractor that suits ``data``."""
         if data is None:
-            raise ValueError("features: auto needs data to suit; name others")
-        return ALL[suits(data.spec)]().load(device, data)
+            raise ValueError("features: auto needs data to choose by; name inception, classifier or raw")
+        return EXTRACTORS[default_features(data.spec)]().load(device, data)
 
 
-FEATURES: dict[str, type[Features]] = {"auto": Auto, **ALL}
+FEATURES: dict[str, type[Features]] = {"auto": Auto, **EXTRACTORS}
 
 
-def is_picture(spec: Spec) -> bool:
+def is_image(spec: Spec) -> bool:
+    """Whether samples have the shape of images, ``[C, H, W]``."""
     return len(spec.shape) == 3
 
 
-def suits(spec: Spec) -> str:
-    """The name of the features that suit samples of this kind."""
-    if not is_picture(spec):
+def default_features(spec: Spec) -> str:
+    """The name of the features that suit samples of this shape and conditions."""
+    if not is_image(spec):
         return "raw"
     channels, height, width = spec.shape
-    small = channels == 1 and height in SMALL and width in SMALL and class_of(spec) is not None
-    return "classifier" if small and "classifier" in ALL else "inception"
+    small = channels == 1 and height in SMALL and width in SMALL and class_condition(spec) is not None
+    return "classifier" if small else "inception"
 
 
-def usual(spec: Spec, features: str, labelled: bool) -> str:
-    """The metrics that suit samples of this kind."""
-    if not is_picture(spec):
+def default_metrics(spec: Spec, features: str, labelled: bool) -> str:
+    """The names of the metrics that suit samples of this shape, separated by commas."""
+    if not is_image(spec):
         return "w2,sliced_w2,mmd"
     return "fid,kid,prdc,accuracy" if features == "classifier" and labelled else "fid,kid,prdc"
 
 
-def choose(features: Features, mode: str | None, weights: str | None, spec: Spec) -> Features:
-    """The features that were asked for, with the short flags put in. ``ValueError`` where these have no effect."""
-    given = {k: v for k, v in {"mode": mode, "weights": weights}.items() if v is not None}
+def choose_features(features: Features, resize: str | None, weights: str | None, spec: Spec) -> Features:
+    """The features that suit the samples if ``features`` is auto, with the settings ``resize`` and ``weights``.
+
+    ``ValueError`` if one of these is given and has no effect.
+    """
+    given = {name: value for name, value in {"resize": resize, "weights": weights}.items() if value is not None}
     if type(features) is Auto:
-        features = ALL["inception" if given and is_picture(spec) else suits(spec)]()
+        features = EXTRACTORS["inception" if given and is_image(spec) else default_features(spec)]()
     known = {f.name for f in fields(features)}  # type: ignore[arg-type]  # every one is a dataclass
     for name, value in given.items():
         if name not in known:
@@ -72,178 +89,205 @@ def choose(features: Features, mode: str | None, weights: str | None, spec: Spec
             raise ValueError(
                 f"{name}: given {value}, which has no effect on {kind} features; take --features inception"
             )
-    changed = config.dump(features) | given
-    return config.from_dict(type(features), changed)
+    return config.from_dict(type(features), config.dump(features) | given)
 
 
-def named(names: str) -> dict[str, Metric]:
-    """``"fid,kid"`` as metrics. ``ValueError`` for one that is unknown."""
-    found = {}
-    for name in filter(None, (w.strip() for w in names.split(","))):
+def find_metrics(names: str) -> dict[str, Metric]:
+    """The metrics of ``"fid,kid"``, by name. ``ValueError`` if one is unknown, or none is named."""
+    metrics = {}
+    for name in filter(None, (word.strip() for word in names.split(","))):
         if name not in METRICS:
             raise ValueError(f"metrics: given {name!r}; allowed: {', '.join(METRICS)}{suggest(name, METRICS)}")
-        found[name] = METRICS[name]
-    if not found:
+        metrics[name] = METRICS[name]
+    if not metrics:
         raise ValueError(f"metrics: given none; allowed: {', '.join(METRICS)}")
-    return found
+    return metrics
 
 
+# ------------------------------------------------------------------------------------------------ the evaluator
 @dataclass
-class Ruler:
-    """What samples are measured by. :func:`ruler` sets one up."""
+class Evaluator:
+    """What samples are measured with. :meth:`create` sets one up."""
 
     metrics: Mapping[str, Metric]
     extractor: Extractor
-    settings: Settings
-    against: Measured | None
-    about: Mapping[str, Any]
-    """the reference, for the card"""
+    settings: MetricSettings
     device: torch.device
     batch: int = 64
-    ranks: Ranks = field(default_factory=Ranks)
-    also: frozenset[str] = frozenset()
-    """what is kept though no metric needs it: features give the FID its interval"""
+    ranks: Ranks = SINGLE
+    reference: SampleStatistics | None = None
+    reference_settings: Mapping[str, Any] = field(default_factory=dict)
+    """the reference, for the card"""
+    keep: frozenset[str] = frozenset()
+    """tensors to keep even if no metric needs them: the features give the FID its interval"""
 
-    @property
-    def keep(self) -> frozenset[str]:
-        return self.also | frozenset(k for m in self.metrics.values() for k in KEEPS[m.needs])
+    @classmethod
+    def create(
+        cls,
+        samples: SampleSource,
+        reference: Reference | None,
+        metrics: Mapping[str, Metric] | None = None,
+        features: Features | None = None,
+        *,
+        resize: str | None = None,
+        weights: str | None = None,
+        settings: MetricSettings | None = None,
+        reference_n: int | None = None,
+        batch: int = 64,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = SINGLE,
+        progress: Progress = silent,
+    ) -> Evaluator:
+        """An evaluator for ``samples`` and others of their kind, against ``reference``.
 
-    def look(self, samples: Samples, n: int, progress: Progress = quiet) -> Found:
-        """Measure ``n`` samples, on all ranks together. A kill costs half a minute of work."""
+        Metrics and features that are not given are chosen by the kind of the samples. All ranks call this together.
+        ``ValueError``, before any sample is drawn, if a metric has no meaning for these samples.
+        """
+        dataset = reference if isinstance(reference, DatasetSamples) else None
+        spec = dataset.spec if dataset is not None and samples.label is None else samples.spec
+        chosen = choose_features(features or Auto(), resize, weights, spec)
+        kind = next((name for name, known in EXTRACTORS.items() if known is type(chosen)), type(chosen).__name__)
+        if metrics is None:
+            metrics = find_metrics(default_metrics(samples.spec, kind, samples.label is not None))
+        check_metrics(metrics, samples, reference)
+        if dataset is not None and dataset.spec.shape != samples.spec.shape and kind != "inception":
+            raise ValueError(f"reference: {dataset.name} has samples {list(dataset.spec.shape)}, {samples.name} "
+                             f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
+        data = None if kind == "inception" else training_data(samples, dataset)
+        extractor = load_extractor(chosen, device, data, ranks)
+        if dataset is not None and any("logits" in metric.required_tensors for metric in metrics.values()):
+            require_logits(extractor(dataset.rows(0, 1, 1).x), extractor)
+        # hashing reads every file, so that a damaged one is found before the work
+        for stored in (samples, dataset):
+            if isinstance(stored, DatasetSamples) and stored.content_hash is None:
+                stored.content_hash = ranks.once(stored.hash)
+        evaluator = cls(metrics, extractor, settings or MetricSettings(), torch.device(device), batch, ranks)
+        evaluator.set_reference(reference, reference_n, progress)
+        return evaluator
+
+    def set_reference(self, reference: Reference | None, n: int | None, progress: Progress = silent) -> None:
+        """Measure ``n`` samples of the reference (None: all), or read its statistics, if some metric needs it."""
+        if isinstance(reference, Path):
+            self.reference, self.reference_settings = load_statistics(reference, self.extractor)
+        elif reference is not None and any(metric.reference for metric in self.metrics.values()):
+            n = min(n or reference.limit, reference.limit)
+            needs_samples = any(metric.needs_reference_samples for metric in self.metrics.values())
+            self.reference = measure_reference(
+                reference,
+                self.extractor,
+                n,
+                keep=frozenset({"features"} if needs_samples else ()),
+                batch=self.batch,
+                ranks=self.ranks,
+                progress=progress,
+            )
+            self.reference_settings = {**reference.identity(), "n": n}
+
+    def measure(self, samples: SampleSource, n: int, progress: Progress = silent) -> Measurement:
+        """Measure ``n`` samples, on all ranks together. A killed process loses about half a minute of work."""
         if n < 2:
             raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
-        how: dict[str, Any] = {"keep": self.keep, "batch": self.batch, "ranks": self.ranks, "progress": progress}
-        return measure(samples, self.extractor, n, partial=cache() / "partial", **how)
+        return measure(
+            samples,
+            self.extractor,
+            n,
+            keep=self.keep.union(*(metric.required_tensors for metric in self.metrics.values())),
+            batch=self.batch,
+            ranks=self.ranks,
+            partial=cache() / "partial",
+            progress=progress,
+        )
 
-    def compute(self, found: Found) -> dict[str, Estimate]:
-        """All metrics."""
-        mine = placed(found.measured, self.device)
-        against = placed(self.against, self.device) if self.against else None
-        out: dict[str, Estimate] = {}
-        for metric in self.metrics.values():
-            out |= metric.compute(mine, against if metric.reference else None, self.settings)
-        return out
-
-    def plan(self, samples: Samples, n: int) -> dict[str, Any]:
+    def card_settings(self, samples: SampleSource, n: int) -> dict[str, Any]:
         """The settings of a card that are known before the work."""
         return {
-            **how_of(samples),
+            **source_settings(samples),
             "n": n,
             "batch": self.batch,
-            "effective_batch": len(split_rows(n, self.batch)[0]),
+            "effective_batch": len(split_into_blocks(n, self.batch)[0]),
             "metrics": list(self.metrics),
             "metric_settings": asdict(self.settings),
             "features": dict(self.extractor.settings),
-            "reference": dict(self.about),
+            "reference": dict(self.reference_settings),
         }
 
-    def card(self, samples: Samples, n: int, found: Found) -> cards.Card:
-        """The card of what was found."""
-        began = time.perf_counter()
-        estimates = cards.numbers(self.compute(found))
-        note = bias_warning(n) if "fid" in self.metrics else None
+    def card_path(self, samples: SampleSource, n: int) -> Path | None:
+        """Where the card of a run's samples is stored: in the run's ``eval`` folder. None for other samples."""
+        if not isinstance(samples, ModelSamples | Reconstructions):
+            return None
+        return samples.run.directory / "eval" / cards.file_name(self.card_settings(samples, n))
+
+    def make_card(self, samples: SampleSource, n: int, measurement: Measurement) -> cards.Card:
+        """Compute the metrics of a measurement. ``ValueError`` if one of them is not finite."""
+        start = time.perf_counter()
+        generated = measurement.statistics.to(self.device)
+        reference = self.reference.to(self.device) if self.reference else None
+        estimates: dict[str, Estimate] = {}
+        for metric in self.metrics.values():
+            estimates |= metric.compute(generated, reference if metric.reference else None, self.settings)
+        estimates = cards.require_finite(estimates)
+        notes = [metric.warn(n) for metric in self.metrics.values() if metric.warn]
         observed = {
-            **({"nfe": found.nfe, "passes": found.passes} if isinstance(samples, Drawn) else {}),
-            "seconds": round(found.seconds, 2),
-            "metric_seconds": round(time.perf_counter() - began, 2),
+            "seconds": round(measurement.seconds, 2),
+            "metric_seconds": round(time.perf_counter() - start, 2),
             "device": device_name(self.device),
             "ranks": self.ranks.world,
             "versions": cards.versions(),
-            "notes": [note] if note else [],
+            "notes": [note for note in notes if note],
         }
-        return {"metrics": estimates, "settings": {**self.plan(samples, n), **observed}}
+        if isinstance(samples, ModelSamples):
+            observed = {"nfe": measurement.nfe, "passes": measurement.passes, **observed}
+        settings = {**self.card_settings(samples, n), **observed}
+        return cards.Card(estimates, settings, self.card_path(samples, n))
 
 
-def placed(m: Measured, device: torch.device) -> Measured:
-    move = lambda v: v if v is None else v.to(device)  # noqa: E731
-    return replace(m, moments=m.moments.to(device), features=move(m.features), logits=move(m.logits),
-                   labels=move(m.labels))  # fmt: skip
+def load_extractor(features: Features, device: torch.device | str, data: Data | None, ranks: Ranks) -> Extractor:
+    """The extractor on every rank. One that trains itself does so on one rank; the others find it in the cache."""
+    if ranks.world > 1:
+        ranks.once(train_extractor, features, device, data)
+    return features.load(device, data)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def train_extractor(features: Features, device: torch.device | str, data: Data | None) -> None:
+    """Load an extractor for its effect on the cache."""
+    features.load(device, data)
 
 
-def ruler(
-    samples: Samples,
-    reference_: Given | Path | None,
-    metrics: Mapping[str, Metric] | None = None,
-    features: Features | None = None,
-    *,
-    mode: str | None = None,
-    weights: str | None = None,
-    settings: Settings = Settings(),  # noqa: B008  (frozen)
-    reference_n: int | None = None,
-    batch: int = 64,
-    device: torch.device | str = "cpu",
-    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
-    progress: Progress = quiet,
-) -> Ruler:
-    """The ruler for samples of this kind against a reference: data, or a file of statistics (mu, sigma).
-
-    What is not named is chosen by the kind of the samples. ``ValueError``, before any sample is drawn, where a metric
-    has no meaning for them.
-    """
-    stored = reference_ if isinstance(reference_, Given) else None
-    spec = stored.spec if stored is not None and samples.label is None else samples.spec
-    wanted = choose(features or Auto(), mode, weights, spec)
-    kind = next((k for k, v in ALL.items() if v is type(wanted)), type(wanted).__name__)
-    if metrics is None:
-        metrics = named(usual(samples.spec, kind, samples.label is not None))
-    check(metrics, samples, reference_)
-    if stored is not None and stored.spec.shape != samples.spec.shape and (kind != "inception"):
-        raise ValueError(f"reference: {stored.name} holds samples {list(stored.spec.shape)}, {samples.name} "
-                         f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
-    learns = None if kind == "inception" else training(samples, stored)
-    if ranks.world > 1:  # one that trains itself shall do so once, and the others find it in the cache
-        ranks.once(lambda: bool(wanted.load(device, learns)))
-    extractor = wanted.load(device, learns)
-    if stored is not None and any("logits" in KEEPS[m.needs] for m in metrics.values()):
-        require_logits(extractor(stored.rows(0, 1, 1).x), extractor)
-    for source in (s for s in (samples, stored) if isinstance(s, Given) and s.hashed is None):
-        source.hashed = ranks.once(source.hash)  # which also reads every file, before the work
-    made = Ruler(metrics, extractor, settings, None, {}, torch.device(device), batch, ranks)
-    if isinstance(reference_, Path):
-        made.against, made.about = statistics(reference_, extractor, metrics)
-    elif stored is not None:
-        n = min(reference_n or len(stored.data), len(stored.data))
-        keep = frozenset({"features"} if any(m.reference and m.needs != "moments" for m in metrics.values()) else ())
-        if any(m.reference for m in metrics.values()):
-            how: dict[str, Any] = {"keep": keep, "batch": batch, "ranks": ranks, "progress": progress}
-            made.against, made.about = reference(stored, extractor, n, **how), {**stored.identity(), "n": n}
-    return made
+def training_data(samples: SampleSource, reference: DatasetSamples | None) -> Data | None:
+    """The training split for features that learn: the reference's if it has classes, else the samples' own."""
+    if reference is not None and class_condition(reference.spec) is not None:
+        return reference.training_split()
+    if isinstance(samples, ModelSamples):
+        return open_run_data(samples.run).data
+    if isinstance(samples, Reconstructions):
+        return samples.dataset.training_split()
+    return samples.training_split() if isinstance(samples, DatasetSamples) else None
 
 
-def training(samples: Samples, reference_: Given | None) -> Data | None:
-    """The training split for features that learn: the reference's where it has classes, else the samples' own."""
-    if reference_ is not None and class_of(reference_.spec) is not None:
-        return reference_.training()
-    if isinstance(samples, Drawn):
-        return data_of(samples.run).data
-    if isinstance(samples, Rebuilt):
-        return samples.given.training()
-    return samples.training() if isinstance(samples, Given) else None
-
-
-def check(metrics: Mapping[str, Metric], samples: Samples, against: Given | Path | None) -> None:
+def check_metrics(metrics: Mapping[str, Metric], samples: SampleSource, reference: Reference | None) -> None:
     """``ValueError`` for the first metric that has no meaning for these samples."""
     for name, metric in metrics.items():
         if metric.needs == "labels" and samples.label is None:
-            raise ValueError(f"{name}: needs samples that were asked for by class; {samples.name} has no classes")
-        if metric.needs == "samples" and is_picture(samples.spec):
-            raise ValueError(f"{name}: is for vectors; {samples.name} gives pictures {list(samples.spec.shape)}; "
+            raise ValueError(f"{name}: needs class-conditional samples; {samples.name} has no classes")
+        if metric.needs == "samples" and is_image(samples.spec):
+            raise ValueError(f"{name}: is for vectors; {samples.name} has images {list(samples.spec.shape)}; "
                              "take fid, kid or prdc")  # fmt: skip
-        if metric.reference and against is None:
+        if metric.reference and reference is None:
             raise ValueError(f"{name}: needs a reference; name one with --reference, such as cifar10:train")
-        if metric.reference and metric.needs != "moments" and isinstance(against, Path):
-            raise ValueError(f"{name}: needs the reference's samples; {against} holds only mu and sigma; take fid")
+        if metric.needs_reference_samples and isinstance(reference, Path):
+            raise ValueError(f"{name}: needs the reference's samples; {reference} has only mu and sigma; take fid")
 
 
-def statistics(path: Path, extractor: Extractor, metrics: Mapping[str, Metric]) -> tuple[Measured, dict[str, Any]]:
-    """A file of mu and sigma as a reference."""
+def load_statistics(path: Path, extractor: Extractor) -> tuple[SampleStatistics, dict[str, Any]]:
+    """An npz of mu and sigma as a reference, and its settings for the card."""
     moments = Moments.load(path)
     if extractor.dim and moments.dim != extractor.dim:
         name = extractor.settings.get("name", "these")
-        have = f"{name} features have {extractor.dim}"
-        raise ValueError(f"reference: {path} holds statistics of {moments.dim} numbers; {have}")
-    return Measured(moments), {"stats": str(path), "sha256": sha256(path), "n": moments.n}
+        raise ValueError(f"reference: {path} has statistics of {moments.dim} features; {name} features have "
+                         f"{extractor.dim}")  # fmt: skip
+    return SampleStatistics(moments), {"stats": str(path), "sha256": sha256(path), "n": moments.n}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,10 +1,9 @@
-"""What can be measured: a run, drawn by seed, or what its code keeps of data; a folder, zip, npz or named data set, by
-row; or stored statistics."""
+"""What can be measured: samples of a run, reconstructions by its code, a folder, a zip, an npz, a named data set."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -13,174 +12,197 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.config import dump
-from genkit.core import Data, Denoiser, Draw, Label, Spec, spec_to_dict
+from genkit import config
+from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
 from genkit.diffusion.samplers import CountingDenoiser, Seeds
-from genkit.training.run import Run, with_classes
+from genkit.training.run import Run, average_name, with_classes
 from genkit.training.sampling import Sampling, sample_conditions
 
 SPLITS = ("train", "test")
+HASH_ROWS = 512  # samples hashed at a time
 
 
-class Rows(NamedTuple):
-    """Some decoded samples, the classes they were asked to have, and what it took to draw them."""
+class SampleRows(NamedTuple):
+    """Some decoded samples, their classes, and what it took to draw them."""
 
     x: Tensor
+    """``[B, *S]``"""
     labels: Tensor | None = None
-    calls: float = 0.0  # evaluations of the denoiser (NFE), summed over the samples
-    passes: float = 0.0  # samples that went through the network: guidance asks it for two in one call
+    """``[B]``, the classes that the samples were conditioned on, or have"""
+    evaluations: float = 0.0
+    """evaluations of the denoiser (NFE), summed over the samples"""
+    passes: float = 0.0
+    """rows that went through the network: guidance evaluates two rows for each sample"""
 
 
-class Samples(Protocol):
-    """A source of samples, addressed by row. ``identity`` is what its rows hang on, ready for JSON."""
+class SampleSource(Protocol):
+    """Samples that are addressed by row. The contract of everything that can be measured."""
 
     @property
-    def spec(self) -> Spec: ...
+    def spec(self) -> Spec:
+        """Shape and conditions of the decoded samples."""
+        ...
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What messages call the samples."""
+        ...
+
     @property
     def limit(self) -> int | None:
-        """How many there are; None: as many as one likes."""
+        """The number of samples; None if it is unlimited."""
         ...
 
     @property
     def label(self) -> str | None:
-        """The condition that is a class, if any."""
+        """The name of the condition that is a class, if there is one."""
         ...
 
-    def identity(self) -> dict[str, Any]: ...
-    def rows(self, first: int, last: int, n: int) -> Rows:
-        """Samples ``first..last`` of the ``n`` that are measured."""
+    def identity(self) -> dict[str, Any]:
+        """Everything that the rows depend on, ready for JSON."""
+        ...
+
+    def rows(self, first: int, last: int, n: int) -> SampleRows:
+        """Samples ``first..last`` of the ``n`` that are measured. ``ValueError`` if one of them is not finite."""
         ...
 
 
-def class_of(spec: Spec) -> str | None:
-    return next((k for k, kind in spec.cond.items() if isinstance(kind, Label)), None)
+def class_condition(spec: Spec) -> str | None:
+    """The name of the first condition that is a class, if there is one."""
+    return next((name for name, kind in spec.cond.items() if isinstance(kind, Label)), None)
+
+
+def split_into_blocks(n: int, batch: int, least: int = 16) -> Sequence[range]:
+    """Fixed blocks of the rows 0..n. They depend on ``n`` and ``batch`` only, so any number of ranks draws the same.
+
+    Few samples are cut into ``least`` blocks, so that no rank is left without one.
+    """
+    size = max(1, min(batch, -(-n // least)))
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 # ------------------------------------------------------------------------------------------------ stored samples
 @dataclass(frozen=True)
-class Named:
-    """Where named data sets lie, and how pictures are read."""
+class DataOptions:
+    """Where named data sets are stored, and how images are read."""
 
     root: str | None = None
-    """The folder that cifar10, mnist ... lie in; None: data."""
+    """The folder of cifar10, mnist ...; None: data."""
     size: Size = None
-    """None: as found. Otherwise the largest centred crop of this shape, resized to it (H, or H W)."""
+    """Resize the largest centred crop of this shape (H, or H W) to it; None: keep the size."""
     channels: Channels = None
-    """None: as found."""
-
-
-OPTIONS = {"named": Named}
+    """Convert to this number of channels; None: keep them."""
 
 
 @dataclass(eq=False)
-class Given:
-    """Samples that exist. Fewer than all are taken evenly from all, so that a folder sorted by class stays balanced."""
+class DatasetSamples:
+    """Samples that are stored. If fewer than all are measured, they are spread evenly, which keeps classes balanced."""
 
     data: Data
     name: str
     config: DataSource
-    """of the source, whose training split may be asked for"""
+    """which can load the other split"""
     split: str = "train"
-    hashed: str | None = None
+    content_hash: str | None = None
 
     @property
     def spec(self) -> Spec:
+        """Shape and conditions of the samples."""
         return self.data.spec
 
     @property
     def limit(self) -> int:
+        """The number of samples."""
         return len(self.data)
 
     @property
     def label(self) -> str | None:
-        return class_of(self.data.spec)
+        """The name of the condition that is a class."""
+        return class_condition(self.data.spec)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": self.name, "split": self.split, "sha256": self.hashed or self.hash()}
+        """Name, split and content hash."""
+        return {"data": self.name, "split": self.split, "sha256": self.content_hash or self.hash()}
 
-    def training(self) -> Data:
-        """The training split of these samples, for a classifier to learn from."""
+    def training_split(self) -> Data:
+        """The training split of the same source, from which a classifier may learn."""
         return self.data if self.split == "train" else self.config.load("train")
 
-    def hash(self, progress: Callable[[int], None] = lambda done: None) -> str:
-        """sha256 of all samples and their classes. Reads every file, so a damaged one is found before the work."""
+    def hash(self) -> str:
+        """The sha256 of all samples and classes. It reads every file, so damaged ones are found before the work."""
         digest = hashlib.sha256(str((tuple(self.spec.shape), len(self.data))).encode())
-        for first in range(0, len(self.data), 512):
-            batch = self._batch(torch.arange(first, min(first + 512, len(self.data))))
+        for first in range(0, len(self.data), HASH_ROWS):
+            batch = self._batch(torch.arange(first, min(first + HASH_ROWS, len(self.data))))
             digest.update(batch.x.contiguous().numpy().tobytes())
             if self.label:
                 digest.update(batch.cond[self.label].contiguous().numpy().tobytes())
-            progress(min(first + 512, len(self.data)))
-        self.hashed = digest.hexdigest()
-        return self.hashed
+        self.content_hash = digest.hexdigest()
+        return self.content_hash
 
-    def _batch(self, indices: Tensor):
+    def _batch(self, indices: Tensor) -> Batch:
         return self.data.batch(indices, Draw((0,), 0, len(indices)))
 
-    def rows(self, first: int, last: int, n: int) -> Rows:
+    def rows(self, first: int, last: int, n: int) -> SampleRows:
+        """Rows ``first..last`` of ``n`` that are spread evenly over all samples."""
         batch = self._batch(torch.arange(first, last) * len(self.data) // n)
-        return Rows(batch.x, batch.cond[self.label] if self.label else None)
+        return SampleRows(batch.x, batch.cond[self.label] if self.label else None)
 
 
-def find_data(name: str, options: Named = Named()) -> Given:
-    """``cifar10:test``, or the path of a folder, .zip or .npz, also with ``:train`` or ``:test`` behind it."""
+def open_data(name: str, options: DataOptions = DataOptions()) -> DatasetSamples:
+    """Stored samples by name: ``cifar10:test``, or the path of a folder, .zip or .npz, also with ``:train``/``:test``.
+
+    ``ValueError`` if there is no such source.
+    """
     base, _, split = name.rpartition(":")
-    base, split = (base, split) if split in SPLITS and base else (name, "train")
+    if not base or split not in SPLITS:
+        base, split = name, "train"
     kind, settings = find_source(base)
-    given = DATA[kind].applicable({k: v for k, v in vars(options).items() if v is not None})
-    if kind == "npz":
-        refuse_stats(Path(base).expanduser())
-    config = DATA[kind](**{**given, **settings}).unaugmented()
-    return Given(config.load(split), base, config, split)
+    given = DATA[kind].applicable({key: value for key, value in vars(options).items() if value is not None})
+    if kind == "npz" and is_statistics_file(path := Path(base).expanduser()):
+        raise ValueError(f"{path}: has statistics (mu, sigma) and no samples; it can only be a --reference")
+    source = DATA[kind](**{**given, **settings}).unaugmented()
+    return DatasetSamples(source.load(cast(Split, split)), base, source, split)
 
 
-def data_of(run: Run, split: str = "train", options: Named = Named()) -> Given:
-    """The data that a run was trained on, without augmentation, wherever ``options`` say that they lie now."""
-    config = run.config.data.decoded_source().unaugmented().with_default_conditions()
+def open_run_data(run: Run, split: str = "train", options: DataOptions = DataOptions()) -> DatasetSamples:
+    """The data that a run was trained on, without augmentation, with the conditions that they have by default.
+
+    ``options.root`` says where they are stored now.
+    """
+    source = run.config.data.decoded_source().unaugmented().with_default_conditions()
     if options.root is not None:
-        config = config.with_fields(root=options.root)
-    name = next((k for k, v in DATA.items() if v is type(config)), type(config).__name__)
-    return Given(config.load(cast(Split, split)), name, config, split)
+        source = source.with_fields(root=options.root)
+    name = next((name for name, kind in DATA.items() if kind is type(source)), type(source).__name__)
+    return DatasetSamples(source.load(cast(Split, split)), name, source, split)
 
 
-def refuse_stats(path: Path) -> None:
-    if is_stats(path):
-        raise ValueError(f"{path}: holds statistics (mu, sigma), no samples; it can be a --reference only")
-
-
-def is_stats(path: Path) -> bool:
-    """Whether this is an .npz of ``mu`` and ``sigma``."""
+def is_statistics_file(path: Path) -> bool:
+    """Whether this is an .npz with ``mu`` and ``sigma``."""
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {"mu", "sigma"} <= set(stored.files)
-    except Exception:  # not a zip, a pickle, truncated: whoever reads it as samples says so in one line
+    except Exception:  # not a zip, a pickle, truncated: whoever reads it as samples raises a one-line error
         return False
 
 
-# ------------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------------ samples of a run
 @dataclass(eq=False)
-class Drawn:
-    """Samples of a model: row i has seed ``seed + i``, and the classes in turn.
+class ModelSamples:
+    """Samples of a model. Row i has seed ``sampling.seed + i``; classes come in turn.
 
-    A model that needs more than a class takes the conditions of its training data in turn. ``how`` goes to
-    :meth:`genkit.training.run.Run.generator`.
+    A model with more conditions than a class takes those of its training data in turn.
     """
 
     run: Run
-    how: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
     weights_sha256: str = ""
-    """of the file, or of what the file would be"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """``how`` as a card tells it"""
+    """of the weights' file, or of what the file would be"""
     conditions: Data | None = None
 
     def __post_init__(self) -> None:
@@ -188,163 +210,167 @@ class Drawn:
             kind = type(self.run.objective).__name__
             raise ValueError(
                 f"run: given one of {kind}, which draws no samples; evaluate a generative model; "
-                "of a code, what it keeps: --rebuild test"
+                "of an autoencoder, its reconstructions: --reconstruct test"
             )
-        if "sampling" not in self.how:
-            settings = dict(self.how)
-            opened = {role: settings.pop(role) for role in ("weak", "classifier") if role in settings}
-            self.how = {"sampling": Sampling(**settings), **opened}
-        self.asked: list[CountingDenoiser] = []
-        self.classifier: Run | None = self.how.get("classifier")
-        mine = self.run.data_spec
-        self.spec_asked = self.run.spec if self.classifier is None else with_classes(mine, self.classifier)
-        self.generate = self.run.generator(**self.how, inner=None if self.one_pass else self._count)
-        if any(not isinstance(kind, Label) for kind in self.spec_asked.cond.values()) and self.conditions is None:
+        self.counters: list[CountingDenoiser] = []
+        self.other_models = self.run.open_references(self.sampling)
+        weak, classifier = self.other_models.get("weak"), self.other_models.get("classifier")
+        counter = None if self.one_pass else self._count
+        self.generate = self.run.generator(self.sampling, weak=weak, classifier=classifier, inner=counter)
+        self.model_spec = self.run.spec if classifier is None else with_classes(self.run.data_spec, classifier)
+        conditions = self.model_spec.cond
+        if any(not isinstance(kind, Label) for kind in conditions.values()) and self.conditions is None:
             source = self.run.config.data.unaugmented()
             self.conditions = (source.with_labels() if source.captions_from_labels else source).load("train")
-        seen = {} if self.conditions is None else self.conditions.spec.cond
-        known = self.spec_asked.cond
-        self.classes = {k: kind for k, kind in seen.items() if isinstance(kind, Label) and k not in known}
+        # classes that the data have and the model is not conditioned on: its captions may tell them
+        in_data = {} if self.conditions is None else self.conditions.spec.cond
+        self.extra_classes = {k: kind for k, kind in in_data.items() if isinstance(kind, Label) and k not in conditions}
 
-    @property
-    def limit(self) -> None:
-        return None
+    def _count(self, denoise: Denoiser) -> Denoiser:
+        self.counters.append(CountingDenoiser(denoise))
+        return self.counters[-1]
 
     @property
     def one_pass(self) -> bool:
+        """Whether the model draws in one pass, without a sampler."""
         return self.run.objective.sampler is None
 
-    def _count(self, denoise: Denoiser) -> Denoiser:
-        self.asked.append(CountingDenoiser(denoise))
-        return self.asked[-1]
+    @property
+    def limit(self) -> None:
+        """A model draws any number of samples."""
+        return None
 
     @property
     def spec(self) -> Spec:
-        return replace(self.run.data_spec, cond={**self.run.data_spec.cond, **self.classes})
+        """Shape and conditions of the decoded samples."""
+        return replace(self.run.data_spec, cond={**self.run.data_spec.cond, **self.extra_classes})
 
     @property
     def name(self) -> str:
+        """The run's directory."""
         return str(self.run.directory)
 
     @property
     def label(self) -> str | None:
-        return class_of(self.spec_asked) or next(iter(self.classes), None)
+        """The name of the condition that is a class."""
+        return class_condition(self.model_spec) or next(iter(self.extra_classes), None)
 
     def identity(self) -> dict[str, Any]:
-        how = {k: told(v) for k, v in self.how.items()}
-        codec = codecs.to_dict(self.run.codec)
-        return {"weights_sha256": self.weights_sha256, "seed": self.seed, "how": how, "codec": codec,
-                "spec": spec_to_dict(self.run.spec), "objective": repr(self.run.objective),
-                "backbone": repr(self.run.config.backbone)}  # fmt: skip
+        """Weights, sampling, codec, objective and backbone."""
+        return {
+            "weights_sha256": self.weights_sha256,
+            "sampling": sampling_settings(self),
+            "codec": codecs.to_dict(self.run.codec),
+            "spec": spec_to_dict(self.run.spec),
+            "objective": repr(self.run.objective),
+            "backbone": repr(self.run.config.backbone),
+        }
 
     def cond(self, rows: range) -> dict[str, Tensor]:
+        """The conditions of some rows, on the CPU."""
         if self.conditions is None:
-            return {k: v[rows.start :] for k, v in sample_conditions(self.spec_asked, rows.stop).items()}
+            return {name: v[rows.start :] for name, v in sample_conditions(self.model_spec, rows.stop).items()}
         batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), rows.start, rows.stop))
         return dict(self.conditions.codec.encode(batch).cond)
 
-    def rows(self, first: int, last: int, n: int) -> Rows:
-        """``ValueError`` where a sample is not finite."""
+    def rows(self, first: int, last: int, n: int) -> SampleRows:
+        """Draw rows ``first..last``. ``ValueError`` if a sample is not finite."""
         run, rows = self.run, range(first, last)
-        noise = Seeds([self.seed + i for i in rows], run.device)
+        noise = Seeds([self.sampling.seed + i for i in rows], run.device)
         cond = self.cond(rows)
-        self.asked.clear()
-        given = {k: v.to(run.device) for k, v in cond.items() if k not in self.classes}
+        self.counters.clear()
+        model_cond = {name: v.to(run.device) for name, v in cond.items() if name not in self.extra_classes}
         with torch.no_grad():
-            x = self.generate(noise(run.objective.noise_shape(run.spec)), given, noise)
+            x = self.generate(noise(run.objective.noise_shape(run.spec)), model_cond, noise)
             run.require_finite(x, first)
             x = run.codec.decode(x)
-        calls = sum(a.calls for a in self.asked) if self.asked else 1
-        passes = sum(a.rows for a in self.asked) if self.asked else len(rows)
-        return Rows(x, cond[self.label].cpu() if self.label else None, float(calls * len(rows)), float(passes))
+        calls = sum(counter.calls for counter in self.counters) if self.counters else 1
+        passes = sum(counter.rows for counter in self.counters) if self.counters else len(rows)
+        labels = cond[self.label].cpu() if self.label else None
+        return SampleRows(x, labels, float(calls * len(rows)), float(passes))
 
 
 @dataclass(eq=False)
-class Rebuilt:
-    """Samples of a run's data after the way through its code and back: what a model of its latents could do at best."""
+class Reconstructions:
+    """A run's data after encoding and decoding: the best that a model of its latents could achieve."""
 
     run: Run
-    given: Given
+    dataset: DatasetSamples
     weights_sha256: str = ""
 
     @property
     def spec(self) -> Spec:
-        return self.given.spec
+        """Shape and conditions of the samples."""
+        return self.dataset.spec
 
     @property
     def name(self) -> str:
+        """What messages call the samples."""
         return f"{self.run.directory}'s reconstructions"
 
     @property
     def limit(self) -> int:
-        return self.given.limit
+        """The number of samples."""
+        return self.dataset.limit
 
     @property
     def label(self) -> str | None:
-        return self.given.label
+        """The name of the condition that is a class."""
+        return self.dataset.label
 
     def identity(self) -> dict[str, Any]:
-        run = self.run
-        return {"rebuilt": self.given.identity(), "weights_sha256": self.weights_sha256,
-                "codec": codecs.to_dict(run.codec), "objective": repr(run.objective),
-                "backbone": repr(run.config.backbone)}  # fmt: skip
+        """Data, weights, codec, objective and backbone."""
+        return {
+            "reconstructed": self.dataset.identity(),
+            "weights_sha256": self.weights_sha256,
+            "codec": codecs.to_dict(self.run.codec),
+            "objective": repr(self.run.objective),
+            "backbone": repr(self.run.config.backbone),
+        }
 
-    def rows(self, first: int, last: int, n: int) -> Rows:
-        """``ValueError`` where the run has no code."""
+    def rows(self, first: int, last: int, n: int) -> SampleRows:
+        """Reconstruct rows ``first..last`` of ``n``. ``ValueError`` if the run has no code."""
         indices = torch.arange(first, last) * self.limit // n
-        batch = self.given.data.batch(indices, Draw((0,), first, last))
+        batch = self.dataset.data.batch(indices, Draw((0,), first, last))
         draw = Draw((0, 1), first, last, self.run.device)
-        label = batch.cond[self.label].cpu() if self.label else None
-        return Rows(self.run.reconstruct(replace(batch.to(self.run.device), draw=draw)), label)
+        labels = batch.cond[self.label].cpu() if self.label else None
+        return SampleRows(self.run.reconstruct(replace(batch.to(self.run.device), draw=draw)), labels)
 
 
-def how_of(samples: Samples) -> dict[str, Any]:
-    """How samples came about, for their card: of a run its weights and settings, of data their hash."""
-    if isinstance(samples, Rebuilt):
-        return {**weights_of(samples.run, samples.weights_sha256), "rebuilt": samples.given.identity()}
-    if not isinstance(samples, Drawn):
+# ------------------------------------------------------------------------------------------------ settings for cards
+def source_settings(samples: SampleSource) -> dict[str, Any]:
+    """How samples were made, for their card: a run's weights and sampling, or a data set's hash."""
+    if isinstance(samples, Reconstructions):
+        return {**weights_settings(samples.run, samples.weights_sha256), "reconstructed": samples.dataset.identity()}
+    if not isinstance(samples, ModelSamples):
         return {"samples": samples.identity()}
-    run = samples.run
-    others = {"autoguide": samples.how.get("weak"), "classifier": samples.how.get("classifier")}
-    return {
-        **weights_of(run, samples.weights_sha256),
-        **samples.settings,
-        **{k: told(v) for k, v in others.items()},
-        "sampler": samples.how["sampling"].sampler or run.objective.sampler,
-        "seed": samples.seed,
-    }
+    return {**weights_settings(samples.run, samples.weights_sha256), **sampling_settings(samples)}
 
 
-def weights_of(run: Run, sha256: str) -> dict[str, Any]:
-    """Which weights a card is of."""
+def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
+    """Which weights a card is about."""
     return {
         "run": run.directory.name,
         "step": run.step,
-        "ema": Path(run.weights).stem.removeprefix("ema-").replace("nets", "none"),
+        "ema": average_name(run.weights),
         "weights": run.weights,
-        "weights_sha256": sha256,
+        "weights_sha256": weights_sha256,
     }
 
 
-def told(value: Any) -> Any:
-    """A setting of sampling as JSON holds it; of a second model, its weights."""
-    if isinstance(value, Sampling):
-        return dump(value)
-    if isinstance(value, Run):
-        return {"run": value.directory.name, "weights_sha256": weights_sha256(value)}
-    return list(value) if isinstance(value, tuple) else value if isinstance(value, (int, str, float, bool)) else (
-        None if value is None else repr(value))  # fmt: skip
+def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
+    """How a model's samples are drawn: all settings but the batch size, with other models as their weights' hashes."""
+    settings = config.dump(samples.sampling)
+    del settings["batch"]
+    names = {"autoguide": "weak", "classifier": "classifier"}
+    for name, role in names.items():
+        other = samples.other_models.get(role)
+        if other is not None:
+            settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
+    settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
+    return settings
 
 
-def weights_sha256(run: Run) -> str:
-    """Of the file that the networks came from."""
+def hash_weights(run: Run) -> str:
+    """The sha256 of the file that a run's networks were loaded from."""
     return sha256(run.directory / run.weights)
-
-
-def split_rows(n: int, batch: int, least: int = 16) -> Sequence[range]:
-    """Fixed blocks of the rows 0..n: they hang on n and ``batch`` alone, so that any number of ranks draws the same.
-
-    Few samples are cut into ``least`` blocks, so that no rank is left without one.
-    """
-    size = max(1, min(batch, -(-n // least)))
-    return [range(i, min(i + size, n)) for i in range(0, n, size)]

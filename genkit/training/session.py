@@ -28,13 +28,13 @@ from genkit.core.progress import Progress
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.directory import append_log, read_log
-from genkit.training.first_stage import OfCache
+from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.settings import TrainSettings
 
 GRID_SIZE = 80  # samples of the pictures made while training: eight of each of ten classes
 logger = logging.getLogger("genkit")
-Evaluate = Callable[[State, Path], Mapping[str, Any] | None]  # (state, run directory) -> a card, on the main process
+Evaluate = Callable[[State, Path], Any]  # (state, run directory) -> a Card on the main process, None on the others
 
 
 class Recorder:
@@ -149,7 +149,7 @@ class Session:
             net.train()
         if decoded is not None:
             kind = torch.arange(2).repeat_interleave(len(decoded))
-            originals = self.codec.decode(encoded.x) if isinstance(self.codec, OfCache) else batch.x
+            originals = self.codec.decode(encoded.x) if isinstance(self.codec, CachedLatentCodec) else batch.x
             x = torch.cat([originals, self.codec.decode(decoded)]).cpu()
             self.recorder.picture(x, {"label": kind}, state.step)
 
@@ -164,9 +164,9 @@ class Session:
         if card is None:
             return
         parts = {"": "value", "_low": "low", "_high": "high"}
-        record = {f"eval/{k}{end}": v[part] for k, v in card["metrics"].items() for end, part in parts.items()}
+        record = {f"eval/{k}{end}": getattr(e, part) for k, e in card.metrics.items() for end, part in parts.items()}
         append_log(self.run, {"step": state.step, **{k: v for k, v in record.items() if v is not None}})
-        values = {k: v["value"] for k, v in card["metrics"].items()}
+        values = {k: e.value for k, e in card.metrics.items()}
         self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
         self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 

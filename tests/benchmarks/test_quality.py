@@ -11,18 +11,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks.quality import measuring, page, training
+from benchmarks.quality.settings import ROWS, Quality, latent_shape
 from genkit import config
 from genkit.cli import main as cli
-from genkit.evaluation import Ruler
-from genkit.evaluation.report import page as report
-from genkit.training.checkpoint import read_tensors
+from genkit.evaluation import Estimate, Evaluator
+from genkit.evaluation.report.html import format_number
+from genkit.evaluation.report.records import read_cards
+from genkit.training.checkpoint import find_checkpoint, read_tensors
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from tests.evaluation.test_report import alone
 
-RULER = ["--features=classifier", "--features.steps=60"]
-TINY = ["--steps=4", "--n=32", "--nfe=3,2", "--backbone.width=8", "--batch=8", "--device=cpu", "--lr=1e-3", *RULER]
+FEATURES = ["--features=classifier", "--features.steps=60"]
+TINY = ["--steps=4", "--n=32", "--nfe=3,2", "--backbone.width=8", "--batch=8", "--device=cpu", "--lr=1e-3", *FEATURES]
 
 
 def in_process(argv):
@@ -47,7 +49,7 @@ def bench(cached, tmp_path_factory):
     """Two rows: a flow, and a VAE, which has but one pass."""
     out = tmp_path_factory.mktemp("quality") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "launch", in_process)
+        patch.setattr(training, "launch", in_process)
         assert cli.main(["bench", "quality", "--objectives=flow,vae", *TINY, f"--out={out}"]) == 0
     return out
 
@@ -56,12 +58,12 @@ def bench(cached, tmp_path_factory):
 def trained(bench, tmp_path):
     """A copy of the flow's run, alone, and its configuration."""
     shutil.copytree(bench / "runs", tmp_path / "runs", symlinks=True)
-    asked = config.parse(quality.Quality, [*TINY, f"--out={tmp_path}"])
-    return next((tmp_path / "runs").glob("*-flow-seed0")), asked.training("flow", 0)
+    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    return next((tmp_path / "runs").glob("*-flow-seed0")), asked.train_config("flow", 0)
 
 
 def cards_of(bench, row):
-    cards, skipped = report.read_cards(next((bench / "runs").glob(f"*-{row}-seed0")) / "eval")
+    cards, skipped = read_cards(next((bench / "runs").glob(f"*-{row}-seed0")) / "eval")
     assert not skipped
     return cards
 
@@ -84,7 +86,7 @@ def test_the_table_says_what_the_cards_say(bench):
         for key, name in (("fid", "fid ↓"), ("accuracy", "accuracy ↑"), ("precision", "precision ↑")):
             value = card.metrics[key]
             assert (
-                line[name] == f"{report.number(value.value)} [{report.number(value.low)}, {report.number(value.high)}]"
+                line[name] == f"{format_number(value.value)} [{format_number(value.low)}, {format_number(value.high)}]"
             )
     record = json.loads((bench / "results.json").read_text())
     found = next(x["values"] for x in record["rows"] if (x["name"], x["nfe"]) == ("flow", 3))
@@ -107,7 +109,7 @@ def test_genkit_eval_gives_the_same_card(bench, capsys):
     run, card = next((bench / "runs").glob("*-flow-seed0")), cards_of(bench, "flow")[1]
     path = run / "eval" / f"{card.name}.json"
     before = json.loads(path.read_text())
-    argv = [str(run), "--sampler=dpmpp_2m", "--steps=3", "--n=32", "--device=cpu", *RULER]
+    argv = [str(run), "--sampler=dpmpp_2m", "--steps=3", "--n=32", "--device=cpu", *FEATURES]
     assert cli.main(["eval", *argv]) == 0
     assert str(path) in capsys.readouterr().out
     after = json.loads(path.read_text())
@@ -138,9 +140,9 @@ def test_a_model_of_one_pass(bench):
 
 def test_nothing_is_done_twice(bench, monkeypatch):
     before = {name: (bench / name).read_text() for name in ("report.md", "results.json")}
-    monkeypatch.setattr(quality, "launch", never)
-    monkeypatch.setattr(Ruler, "look", never)
-    monkeypatch.setattr(quality, "milliseconds", never)
+    monkeypatch.setattr(training, "launch", never)
+    monkeypatch.setattr(Evaluator, "measure", never)
+    monkeypatch.setattr(measuring, "time_sampling", never)
     assert cli.main(["bench", "quality", "--objectives=flow,vae", *TINY, f"--out={bench}"]) == 0
     assert {name: (bench / name).read_text() for name in before} == before
 
@@ -161,12 +163,12 @@ def test_a_killed_training_goes_on(trained, monkeypatch):
         time.sleep(0.01)
         return in_process(argv)
 
-    monkeypatch.setattr(quality, "launch", launch)
-    assert quality.train(cfg) == run
+    monkeypatch.setattr(training, "launch", launch)
+    assert training.train(cfg) == run
     assert asked == [["--resume", str(run)]]
     again = read_tensors(end, "nets.safetensors")
     assert all(torch.equal(again[k], v) for k, v in whole.items())
-    cost = quality.cost_of(run)
+    cost = training.read_cost(run)
     assert cost.steps == 4
     assert 12 < cost.wall < 60
 
@@ -174,59 +176,59 @@ def test_a_killed_training_goes_on(trained, monkeypatch):
 @pytest.mark.parametrize("change", [{"lr": 2e-3}, {"steps": 8}, {"seed": 1}, {"batch": 16}])
 def test_another_configuration_is_another_run(trained, change):
     run, cfg = trained
-    assert quality.training_of(cfg) == (run, 4)
-    assert quality.training_of(replace(cfg, **change)) == (None, 0)
+    assert training.find_run(cfg) == (run, 4)
+    assert training.find_run(replace(cfg, **change)) == (None, 0)
 
 
 def test_what_a_training_settles_is_no_other_run(trained):
     """The precision is resolved in the run's config.yaml, and the folder may have been named from elsewhere."""
     run, cfg = trained
-    assert quality.training_of(replace(cfg, precision="fp32", threads=2, workers=0)) == (run, 4)
+    assert training.find_run(replace(cfg, precision="fp32", threads=2, workers=0)) == (run, 4)
 
 
 def test_a_run_without_a_checkpoint_is_left_alone(trained):
     run, cfg = trained
     shutil.rmtree(run / "checkpoints")
-    assert quality.training_of(cfg) == (None, 0)
+    assert training.find_run(cfg) == (None, 0)
     (run / "config.yaml").write_text("objective: {name: flow")
-    assert quality.training_of(cfg) == (None, 0)
+    assert training.find_run(cfg) == (None, 0)
 
 
 def test_a_training_that_fails_or_is_stopped(trained, monkeypatch):
     _, cfg = trained
     cfg = replace(cfg, seed=5)
-    monkeypatch.setattr(quality, "launch", lambda argv: 2)
+    monkeypatch.setattr(training, "launch", lambda argv: 2)
     with pytest.raises(ValueError, match="ended with code 2"):
-        quality.train(cfg)
-    monkeypatch.setattr(quality, "launch", lambda argv: 130)
+        training.train(cfg)
+    monkeypatch.setattr(training, "launch", lambda argv: 130)
     with pytest.raises(KeyboardInterrupt):
-        quality.train(cfg)
+        training.train(cfg)
 
 
 def test_the_cost_of_a_training(bench, trained):
     """It is noted with the run; here, without a process of its own, no CPU time is another's."""
-    cost = quality.cost_of(trained[0])
+    cost = training.read_cost(trained[0])
     assert cost.steps == 4
     assert 0 < cost.wall < 600
-    assert rows(bench)["flow", "2"]["training, CPU s"] == report.number(cost.cpu)
+    assert rows(bench)["flow", "2"]["training, CPU s"] == format_number(cost.cpu)
 
 
 def test_a_cost_that_was_lost_is_made_up_for():
-    assert quality.Cost(10, 12, 50).of(200) == quality.Cost(40, 48, 200)
-    assert quality.Cost(0, 0, 0).of(200).cpu == 0
+    assert training.Cost(10, 12, 50).scaled_to(200) == training.Cost(40, 48, 200)
+    assert training.Cost(0, 0, 0).scaled_to(200).cpu == 0
 
 
 def test_seeds_together():
     """The mean, from the least to the largest; one alone keeps its own interval."""
-    one = report.Value(3.0, 2.5, 3.5)
-    assert quality.over_seeds([one]) == one
-    assert quality.over_seeds([one, report.Value(6.0, 5.9, 6.1), report.Value(0.0)]) == report.Value(3.0, 0.0, 6.0)
+    one = Estimate(3.0, 2.5, 3.5)
+    assert page.average_seeds([one]) == one
+    assert page.average_seeds([one, Estimate(6.0, 5.9, 6.1), Estimate(0.0)]) == Estimate(3.0, 0.0, 6.0)
 
 
-@pytest.mark.parametrize("name", quality.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_every_row_trains_the_same_budget(name):
-    asked = config.parse(quality.Quality, ["--steps=40", "--backbone.width=24", "--data.size=10"])
-    every = [cfg for cfg in (asked.first_training(name, 3), asked.training(name, 3)) if cfg]
+    asked = config.parse(Quality, ["--steps=40", "--backbone.width=24", "--data.size=10"])
+    every = [cfg for cfg in (asked.first_stage_config(name, 3), asked.train_config(name, 3)) if cfg]
     assert sum(cfg.steps for cfg in every) == 40
     for cfg in every:
         assert (cfg.backbone.width, cfg.data.size, cfg.seed) == (24, 10, 3)
@@ -235,20 +237,20 @@ def test_every_row_trains_the_same_budget(name):
 
 def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     """The flow learns latents of the first stage; the cost is of both; and nothing is done twice."""
-    monkeypatch.setattr(quality, "launch", in_process)
+    monkeypatch.setattr(training, "launch", in_process)
     argv = ["bench", "quality", "--objectives=latent", *TINY, f"--out={tmp_path}"]
     assert cli.main(argv) == 0
     stage, flow = (next((tmp_path / "runs").glob(f"*-{name}-seed0")) for name in ("latent-stage", "latent"))
     assert config.load_yaml(flow / "config.yaml")["codec"] == str(stage.resolve())
     assert (load_run(stage).step, load_run(flow).step) == (2, 2)
     assert load_run(flow).spec.shape == (2, 4, 4)
-    both = [quality.cost_of(run) for run in (stage, flow)]
+    both = [training.read_cost(run) for run in (stage, flow)]
     assert sum(c.steps for c in both) == 4
-    asked = config.parse(quality.Quality, [*TINY, f"--out={tmp_path}"])
-    assert quality.train_row(asked, "latent", 0) == quality.Trained(flow, both[0] + both[1])
+    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    assert training.train_row(asked, "latent", 0) == training.TrainedRow(flow, both[0] + both[1])
     assert "2 of the steps train a first stage of 2x4x4" in (tmp_path / "report.md").read_text()
-    monkeypatch.setattr(quality, "launch", never)
-    monkeypatch.setattr(Ruler, "look", never)
+    monkeypatch.setattr(training, "launch", never)
+    monkeypatch.setattr(Evaluator, "measure", never)
     assert cli.main(argv) == 0
 
 
@@ -257,12 +259,12 @@ def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     [((1, 8, 8), (2, 4, 4)), ((1, 28, 28), (4, 7, 7)), ((3, 32, 32), (4, 8, 8)), ((1, 10, 12), (2, 5, 6))],
 )
 def test_latents_are_smaller_than_samples(shape, latent):
-    assert quality.latent_of(shape) == latent
+    assert latent_shape(shape) == latent
 
 
 def test_rows_differ_in_their_objective_alone():
-    asked = config.parse(quality.Quality, [])
-    a, b = asked.training("flow", 0), asked.training("flow-ot", 0)
+    asked = config.parse(Quality, [])
+    a, b = asked.train_config("flow", 0), asked.train_config("flow-ot", 0)
     assert type(a.objective.coupling).__name__ != type(b.objective.coupling).__name__
     assert replace(b, objective=replace(b.objective, coupling=a.objective.coupling), name=a.name) == a
 
@@ -273,7 +275,7 @@ def test_rows_differ_in_their_objective_alone():
         (["--objectives=flow,nothing"], "nothing"),
         (["--objectives=,"], "given none"),
         (["--objectives=classifier"], "draws no samples"),
-        (["--objectives=flow,latent", "--data=moons"], "whose first stage is for pictures"),
+        (["--objectives=flow,latent", "--data=moons"], "whose first stage is for images"),
         (["--objectives=latent", "--steps=1"], "need 2 or more"),
         (["--nfe=0"], "given '0'"),
         (["--nfe=5,-1"], "whole numbers"),
@@ -283,7 +285,7 @@ def test_rows_differ_in_their_objective_alone():
     ],
 )
 def test_mistakes_are_found_before_any_training(argv, said, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(quality, "launch", never)
+    monkeypatch.setattr(training, "launch", never)
     assert cli.main(["bench", "quality", *TINY, f"--out={tmp_path}", *argv]) == 2
     err = capsys.readouterr().err
     assert said in err
@@ -293,8 +295,8 @@ def test_mistakes_are_found_before_any_training(argv, said, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_a_process_of_its_own(tmp_path):
-    asked = config.parse(quality.Quality, [*TINY, f"--out={tmp_path}"])
-    cost = quality.cost_of(quality.train(asked.training("flow", 0)))
+    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    cost = training.read_cost(training.train(asked.train_config("flow", 0)))
     assert cost.steps == 4
     assert 0.5 < cost.cpu < 120
 
@@ -317,9 +319,9 @@ def test_sigterm_saves_the_training(tmp_path):
         process.terminate()
         assert process.wait(60) == 130
     run = next(tmp_path.glob("runs/0000-*"))
-    step = quality.step_of(run)
+    step = int(find_checkpoint(run).name.removeprefix("step-"))
     assert 0 < step < 100_000
-    assert quality.cost_of(run).steps == step
+    assert training.read_cost(run).steps == step
     assert not re.search(
         str(tmp_path), subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
     )

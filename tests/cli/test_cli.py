@@ -158,7 +158,7 @@ def test_unknown_command(capsys):
     [
         (["train", "--objective=flwo"], "did you mean flow?"),
         (["train", "--objective=flow", "--steps=0"], "steps"),
-        (["train", "--objective=flow", "--objective.t-sdt=1"], "did you mean"),
+        (["train", "--objective=flow", "--objective.predictin=v"], "did you mean"),
         (["train", "--objective=flow", "--objective.prediction=eps"], "alpha(1) = 0"),
         (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
         (["train", "--resume=nowhere"], "does not exist"),

@@ -146,10 +146,11 @@ def test_info_and_the_pictures_of_training_show_prompts(worded, capsys):
 
 
 def test_eval_draws_prompts_of_the_data_and_knows_their_class(worded, tmp_path):
-    from genkit.evaluation.sources import Drawn, data_of
+    from genkit.evaluation import ModelSamples, open_run_data
+    from genkit.training.sampling import Sampling
 
     run = load_run(worded)
-    drawn = Drawn(run, {"steps": 1}, seed=3)
+    drawn = ModelSamples(run, Sampling(steps=1, seed=3))
     assert drawn.label == "label"
     rows = range(5, 45)
     cond = drawn.cond(rows)
@@ -157,7 +158,7 @@ def test_eval_draws_prompts_of_the_data_and_knows_their_class(worded, tmp_path):
     assert words == cond["label"].tolist()
     assert drawn.rows(5, 9, 40).labels.tolist() == words[:4]
     assert torch.equal(drawn.cond(range(20, 30))["text"], cond["text"][15:25])  # whatever the blocks
-    reference = data_of(run)
+    reference = open_run_data(run)
     assert list(reference.spec.cond) == ["label"]
 
 

@@ -36,18 +36,18 @@ from genkit.data import DATA, InMemory
 from genkit.data.codecs import Pixels
 from genkit.evaluation.metrics import FEATURES, Moments, features, frechet_distance
 from genkit.evaluation.metrics.features import (
-    WAYS,
+    RESIZE_MODES,
     Classifier,
+    Extraction,
     Features,
     Inception,
     Raw,
-    Seen,
     find_weights,
-    like_tensorflow,
+    resize_like_tensorflow,
 )
 from genkit.evaluation.metrics.inception import NAME, Conv, InceptionV3, read_weights
 
-MODES = list(WAYS)
+MODES = list(RESIZE_MODES)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache() / NAME)
                   if p and Path(p).is_file()), None)  # fmt: skip
 published = pytest.mark.skipif(not PUBLISHED, reason=f"no {NAME}: name it with GENKIT_INCEPTION")
@@ -214,14 +214,14 @@ def test_resizing_is_clean_fids(mode, tmp_path):
     folder = Path(as_folder(x, tmp_path / "x"))
     with warnings.catch_warnings():
         theirs = list(ResizeDataset(sorted(folder.glob("*.png")), mode))
-    assert torch.equal(WAYS[mode].resizer()(x), torch.stack(theirs))
+    assert torch.equal(RESIZE_MODES[mode].resizer()(x), torch.stack(theirs))
 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 5), (299, 299), (400, 31)])
 def test_tensorflows_resizing_by_its_formula(h, w):
     """Pixel j takes ``j n / 299`` between its two neighbours, the last of which is repeated."""
     x = pictures(1, h=h, w=w)
-    got, v = like_tensorflow(x)[0], x[0].double()
+    got, v = resize_like_tensorflow(x)[0], x[0].double()
     for i, j in [(0, 0), (298, 298), (150, 7), (7, 150), (297, 1), (200, 298)]:
         (y, dy), (z, dz) = (divmod(k * n / 299, 1) for k, n in ((i, h), (j, w)))
         y, z = int(y), int(z)
@@ -231,7 +231,7 @@ def test_tensorflows_resizing_by_its_formula(h, w):
 
 def test_nobodys_warnings_are_silenced():
     before = list(warnings.filters)
-    WAYS["legacy_pytorch"].resizer()
+    RESIZE_MODES["legacy_pytorch"].resizer()
     assert warnings.filters == before
 
 
@@ -264,7 +264,7 @@ def test_settings_say_it_all(random_weights, tmp_path):
     assert torch.equal(exact(x[:, :1]).features, exact(x[:, :1].repeat(1, 3, 1, 1)).features)
     assert exact(x).logits is None
     for wrong in (torch.zeros(1, 4, 8, 8, dtype=torch.uint8), x.float(), torch.zeros(3, 2), x[:0]):
-        with pytest.raises(ValueError, match=r"inception: given .* needs pictures, uint8 \[B, 1 or 3, H, W\]"):
+        with pytest.raises(ValueError, match=r"inception: given .* needs images, uint8 \[B, 1 or 3, H, W\]"):
             exact(wrong)
 
 
@@ -288,7 +288,7 @@ def test_weights_that_will_not_do(random_weights, tmp_path):
         InceptionV3(random_weights | {"layers.conv_1.mean": torch.zeros(3)})
     with one_line("do not fit together"):
         InceptionV3(random_weights | {"layers.conv_1.weight": torch.zeros(32, 31, 3, 3)})
-    with one_line("mode: given 'best'; allowed: clean, legacy_tensorflow, legacy_pytorch"):
+    with one_line("resize: given 'best'; allowed: clean, legacy_tensorflow, legacy_pytorch"):
         Inception("best").load("cpu")  # pyright: ignore[reportArgumentType]
 
 
@@ -345,7 +345,7 @@ def test_fast_is_three_times_as_fast():
         return min(times[1:])
 
     with torch.no_grad():
-        slow = seconds(lambda: theirs.layers((like_tensorflow(x) - 128) / 128))
+        slow = seconds(lambda: theirs.layers((resize_like_tensorflow(x) - 128) / 128))
     assert slow / seconds(lambda: see(x)) > 3
 
 
@@ -431,7 +431,7 @@ def test_the_classifier_takes_pictures_of_any_shape(shape):
     data = InMemory(x, {"label": label}, Spec(shape, {"label": Label(2)}), Pixels())
     see = Classifier(30).load("cpu", data)
     assert bool((see(x).logits.argmax(1) == label).all())
-    with one_line("classifier: given .* needs uint8 pictures"):
+    with one_line("classifier: given .* needs uint8 images"):
         see(x[..., :-1])
 
 
@@ -493,7 +493,7 @@ class Mean(Features):
     scale: float = 1.0
 
     def load(self, device, data=None):
-        return lambda x: Seen(self.scale * x.float().mean((1, 2, 3))[:, None], None)
+        return lambda x: Extraction(self.scale * x.float().mean((1, 2, 3))[:, None], None)
 
 
 @dataclass(frozen=True)
@@ -504,12 +504,12 @@ class Job:
 
 
 def test_the_table():
-    job = parse(Job, ["--features", "inception", "--features.mode", "legacy_pytorch", "--features.fast"], "genkit x")
+    job = parse(Job, ["--features", "inception", "--features.resize", "legacy_pytorch", "--features.fast"], "genkit x")
     assert job.features == Inception("legacy_pytorch", fast=True)
     for name in FEATURES:
         job = from_dict(Job, {"features": name})
         assert from_dict(Job, yaml.safe_load(to_yaml(job))) == job
     mine = parse(Job, ["--features", f"{__name__}:Mean", "--features.scale", "2"], "genkit x").features
     assert mine.load("cpu")(torch.full((1, 1, 2, 2), 3)).features.item() == 6
-    with pytest.raises(ConfigError, match="mode"):
-        parse(Job, ["--features.mode", "cleann"], "genkit x")
+    with pytest.raises(ConfigError, match="resize"):
+        parse(Job, ["--features.resize", "cleann"], "genkit x")

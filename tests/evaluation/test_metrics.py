@@ -13,14 +13,15 @@ from genkit.evaluation import metrics
 from genkit.evaluation.metrics import (
     METRICS,
     Estimate,
-    Measured,
+    MetricSettings,
     Moments,
-    Settings,
+    SampleStatistics,
     frechet_distance,
     frechet_from_features,
     frechet_infinity,
 )
-from genkit.evaluation.metrics.frechet import linearised
+from genkit.evaluation.metrics.frechet import distance_and_influence
+from tests.support import metrics as contract
 
 F64 = torch.float64
 
@@ -84,7 +85,7 @@ def test_files(tmp_path):
     assert frechet_distance(m, other) == pytest.approx(0, abs=1e-12)
     other.save(tmp_path / "again.npz")
     assert Moments.load(tmp_path / "again.npz").n is None
-    with pytest.raises(ValueError, match="does not tell its number"):
+    with pytest.raises(ValueError, match="does not store its number"):
         other.add(normal(5, 4))
 
 
@@ -168,7 +169,7 @@ def test_influence_is_the_derivative(n, dim):
         cov = (x - mean).T * w @ (x - mean) * n / (n - 1)
         return frechet_distance(reference, Moments(n, mean, (n - 1) * cov))
 
-    influence = linearised(x, reference)[1]
+    influence = distance_and_influence(x, reference)[1]
     influence = influence - influence.mean()
     numeric = [(weighted(i, h) - weighted(i, -h)) / (2 * h) * n for i in range(4)]
     assert influence[:4].tolist() == pytest.approx(numeric, rel=1e-5)
@@ -231,7 +232,7 @@ def test_bootstrap_of_a_mean():
     assert e.value == pytest.approx(float(x.mean()))
     assert (e.high - e.low) / 2 == pytest.approx(1.96 * float(x.std()) / 20, rel=0.1)
     reference = gaussian(torch.zeros(8), torch.eye(8))
-    biased = metrics.bootstrap(lambda v: linearised(v, reference)[0], normal(60, 8), num=50)
+    biased = metrics.bootstrap(lambda v: distance_and_influence(v, reference)[0], normal(60, 8), num=50)
     assert biased.low < biased.value < biased.high
     two = metrics.bootstrap(lambda a, b: float(a.mean() - b.mean()), x, normal(100, 1, seed=1), num=1000)
     assert (two.high - two.low) / 2 == pytest.approx(1.96 * math.sqrt(1 / 400 + 1 / 100), rel=0.15)
@@ -391,56 +392,27 @@ def test_unequal_sets_without_pot(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ registry
-def measured(n=60, dim=4, seed=0, shift=0.0):
-    x = (shift + normal(n, dim, seed=seed)).float()
-    return Measured(Moments.of(x), x, 3 * x, x.argmax(1))
-
-
 @pytest.mark.parametrize("name", METRICS)
-def test_registry(name):
-    """Each metric: finite values, each within its interval, which moves with the level; and says what is missing."""
-    metric, generated, real = METRICS[name], measured(), measured(50, seed=1, shift=0.7)
-    found = metric.compute(generated, real if metric.reference else None, Settings())
-    narrow = metric.compute(generated, real if metric.reference else None, Settings(level=0.5))
-    assert set(found) == ({"precision", "recall", "density", "coverage"} if name == "prdc" else {name})
-    for key, e in found.items():
-        assert math.isfinite(e.value)
-        assert (e.low is None) == (e.high is None)
-        if e.low is not None:
-            assert e.low <= e.value <= e.high
-            assert narrow[key].high - narrow[key].low < e.high - e.low
-    if metric.needs != "moments":
-        with pytest.raises(ValueError, match="were not kept"):
-            metric.compute(Measured(generated.moments), real, Settings())
-    if metric.reference:
-        with pytest.raises(ValueError, match="reference"):
-            metric.compute(generated, None, Settings())
+def test_each_metric_keeps_its_contract(name):
+    contract.check_all(name)
+
+
+def test_no_two_metrics_give_a_number_of_the_same_name():
+    names = [value for metric in METRICS.values() for value in metric.values]
+    assert len(names) == len(set(names))
+    assert metrics.find_metric("recall") == "prdc"
+    assert metrics.find_metric("beauty") is None
+    assert metrics.metric_direction("beauty") is None
 
 
 def test_fid_of_moments_alone_has_no_interval():
-    generated, real = measured(), measured(50, seed=1, shift=0.7)
-    alone = METRICS["fid"].compute(Measured(generated.moments), Measured(real.moments), Settings())["fid"]
-    kept = METRICS["fid"].compute(generated, Measured(real.moments), Settings())["fid"]
+    generated = contract.make_statistics()
+    reference = SampleStatistics(contract.make_statistics(50, seed=1, shift=0.7).moments)
+    alone = METRICS["fid"].compute(SampleStatistics(generated.moments), reference, MetricSettings())["fid"]
+    with_features = METRICS["fid"].compute(generated, reference, MetricSettings())["fid"]
     assert alone.low is None
-    assert kept.low < kept.value < kept.high
-    assert alone.value == pytest.approx(kept.value, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["fid", "kid", "prdc", "fid_inf", "w2", "sliced_w2", "mmd"])
-def test_features_of_two_networks_are_refused(name):
-    with pytest.raises(ValueError, match="take the same"):
-        METRICS[name].compute(measured(dim=4), measured(dim=5), Settings())
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_the_first_bad_row_is_named(name):
-    generated, real = measured(), measured(seed=1)
-    generated.features[17, 2] = torch.nan
-    generated.features[40] = torch.inf
-    generated.logits[17, 2] = torch.nan
-    generated.logits[40] = torch.inf
-    with pytest.raises(ValueError, match="row 17 is not finite, as are 2 of 60 rows"):
-        METRICS[name].compute(generated, real, Settings())
+    assert with_features.low < with_features.value < with_features.high
+    assert alone.value == pytest.approx(with_features.value, rel=1e-9)
 
 
 def test_bad_input():

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 from genkit.cli import main as cli
-from genkit.evaluation.report import page as report
+from genkit.core.files import write_text
+from genkit.evaluation.report.html import format_number
+from genkit.evaluation.report.page import TRAINING_GRIDS, render_run
+from genkit.evaluation.report.records import Point, read_log
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 CARD = {
@@ -147,10 +150,10 @@ def test_a_real_run(trained, tmp_path, capsys):
     first = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
     last = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
     assert "4 of 4" in page.text
-    assert f"last denoise/loss {report.number(last['denoise/loss'])}" in page.text
+    assert f"last denoise/loss {format_number(last['denoise/loss'])}" in page.text
     assert [i["alt"] for i in page.all("img")] == ["Grid of samples: step 2", "Grid of samples: step 4"]
     loss = next(s["aria-label"] for s in page.all("svg") if s["aria-label"].startswith("loss"))
-    ends = report.number(first["denoise/loss"]), report.number(last["denoise/loss"])
+    ends = format_number(first["denoise/loss"]), format_number(last["denoise/loss"])
     assert "denoise/loss from {} at step 1 to {} at step 4".format(*ends) in loss
     assert "width: 8" in page.text
     assert json.loads((trained / "env.json").read_text())["packages"]["torch"] in page.text
@@ -164,7 +167,7 @@ def test_the_page_lies_in_the_run_without_out(run, capsys):
 
 def test_the_same_files_give_the_same_page(logged):
     """But for the numbers that keep the ids of figures apart."""
-    pages = [re.sub(r"\bf\d+-", "f-", report.run_page(logged)) for _ in range(2)]
+    pages = [re.sub(r"\bf\d+-", "f-", render_run(logged)) for _ in range(2)]
     assert pages[0] == pages[1]
 
 
@@ -183,7 +186,7 @@ def test_mistakes(run, capsys):
 
 # ------------------------------------------------------------------------------------------------------- cards
 def test_numbers_of_the_cards(run):
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert [(a["value"], text) for a, text in zip(page.all("data"), page.values, strict=True)] == [
         ("12.345678", "12.35"),
         ("0.98765", "0.9877"),
@@ -202,7 +205,7 @@ def test_quality_against_evaluations(run):
         settings = CARD["settings"] | {"sampler": sampler, "nfe": nfe}
         card = {"metrics": {"fid": {"value": fid}}, "settings": settings}
         (run / "eval" / f"{sampler}-{nfe}.json").write_text(json.dumps(card))
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     label = next(s["aria-label"] for s in page.all("svg") if s["aria-label"].startswith("fid against"))
     assert "sampler ddim: 50.50 at 5, 4.750 at 50; sampler heun: 12.35 at 19, 3.250 at 39" in label
     heads = [t for t in page.texts if t in ("sampler", "nfe", "n", "steps", "step")]
@@ -218,31 +221,31 @@ def test_quality_against_evaluations(run):
         ("[1, 2", "is not JSON"),
         ("[1, 2]", "has no metrics"),
         ('{"fid": 3}', "has no metrics"),
-        ('{"metrics": {"fid": 3}, "settings": {}}', "holds no number for fid"),
-        ('{"metrics": {"fid": {"value": NaN}}}', "holds no number for fid"),
-        ('{"metrics": {"fid": {"value": "low"}}}', "holds no number for fid"),
+        ('{"metrics": {"fid": 3}, "settings": {}}', "has no number for fid"),
+        ('{"metrics": {"fid": {"value": NaN}}}', "has no number for fid"),
+        ('{"metrics": {"fid": {"value": "low"}}}', "has no number for fid"),
         ("[" * 100_000, "is not JSON"),
         ("\x00\xff", "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_card_is_skipped_and_said(run, text, said):
     (run / "eval" / "strange.json").write_text(text, encoding="latin-1")
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert f"strange.json: {said}" in page.text
     assert "12.35" in page.text
 
 
 def test_a_card_without_settings(run):
     (run / "eval" / "0000200-heun10.json").write_text('{"metrics": {"fid": {"value": 1.5}}}')
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert page.values == ["1.500"]
 
 
 # -------------------------------------------------------------------------------------------------- other runs
 def test_a_run_with_nothing_but_its_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text("objective: flow\n")
-    page = alone(report.run_page(tmp_path))
-    assert "The log holds no line yet." in page.text
+    page = alone(render_run(tmp_path))
+    assert "The log has no lines yet." in page.text
     assert "env.json is missing" in page.text
     assert "Quality" not in page.text
     assert "Samples" not in page.text
@@ -252,7 +255,7 @@ def test_a_classifier_has_no_samples(run):
     """Its accuracy is in the log, under a name that the page need not know."""
     shutil.rmtree(run / "samples")
     write_log(run, lines(20, **{"classify/accuracy": 0.5, "classify/loss": 0.25}))
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert not page.all("img")
     assert "Samples" not in page.text
     labels = [s["aria-label"] for s in page.all("svg")]
@@ -265,18 +268,18 @@ def test_many_grids_are_thinned_and_damaged_ones_left_out(run):
         picture(run / "samples" / f"step-{step:07d}.png", step)
     last = run / "samples" / "step-0000200.png"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])  # cut off
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     names = [f["data-name"] for f in page.all("figure") if "data-name" in f]
-    assert len(names) == report.FRAMES - 1  # the last one is damaged
+    assert len(names) == TRAINING_GRIDS - 1  # the last one is damaged
     assert names[0] == "step 1"
     assert "12 of 42 grids" in page.text
-    assert "step-0000200.png: is damaged, or no PNG" in page.text
+    assert "step-0000200.png: is damaged, or not a PNG" in page.text
 
 
 def test_samples_of_genkit_sample(run):
     picture(run / "samples" / "sample-step200-heun10-seed3-n4.png")
     (run / "samples" / "sample-step200-heun10-seed3-n4.json").write_text('{"sampler": "heun", "nfe": 19, "seed": 3}')
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert "sample-step200-heun10-seed3-n4 · sampler heun · nfe 19 · seed 3" in page.text
 
 
@@ -293,7 +296,7 @@ def test_whatever_comes_from_files_is_escaped(run, tmp_path):
     (run / "eval" / "not a <card>.json").write_text("{}")
     picture(run / "samples" / 'a"><script>.png')
     (run / "samples" / 'a"><script>.json').write_text(json.dumps({"sampler": bad}))
-    page = alone(report.run_page(run))
+    page = alone(render_run(run))
     assert '<b>bold<b> & "q"' in page.texts
     assert page.text.count("alert(1)") > 6
     assert all(i["src"].startswith("data:") for i in page.all("img"))
@@ -302,9 +305,9 @@ def test_whatever_comes_from_files_is_escaped(run, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- logs
 def test_log_exactly(logged):
-    log = report.read_log(logged / "log.jsonl")
-    assert (log.lines, log.each, log.damaged, log.seconds) == (20, 1, False, 10.0)
-    assert log.curves["denoise/loss"] == [report.Point(10 * i, 1 / i, 1 / i, 1 / i) for i in range(1, 21)]
+    log = read_log(logged / "log.jsonl")
+    assert (log.num_lines, log.lines_per_point, log.damaged, log.seconds) == (20, 1, False, 10.0)
+    assert log.curves["denoise/loss"] == [Point(10 * i, 1 / i, 1 / i, 1 / i) for i in range(1, 21)]
 
 
 def test_thinned_log_keeps_mean_and_range(run):
@@ -312,34 +315,34 @@ def test_thinned_log_keeps_mean_and_range(run):
     records = lines(1000)
     records[500]["denoise/loss"] = 77.0
     write_log(run, records)
-    log = report.read_log(run / "log.jsonl", points=300)
+    log = read_log(run / "log.jsonl", points=300)
     points = log.curves["denoise/loss"]
-    assert log.each == 4
+    assert log.lines_per_point == 4
     assert len(points) == 250
     for k, p in enumerate(points):
         v = [r["denoise/loss"] for r in records[4 * k : 4 * k + 4]]
         assert p == (10 * (4 * k + 4), pytest.approx(sum(v) / 4), min(v), max(v))
     assert max(p.high for p in points) == 77.0
-    assert "1000 lines, 2 to a point" in alone(report.run_page(run)).text
+    assert "1000 lines, 2 per point" in alone(render_run(run)).text
 
 
 @pytest.mark.parametrize("end", ['{"step": 210, "denoise/lo', '{"step": 210, "denoise/loss": 3}, {', "\x00\x00", "]"])
 def test_a_cut_off_last_line(logged, end):
     with open(logged / "log.jsonl", "a") as f:
         f.write(end)
-    log = report.read_log(logged / "log.jsonl")
+    log = read_log(logged / "log.jsonl")
     assert log.damaged
-    assert (log.lines, log.last["step"]) == (20, 200)
+    assert (log.num_lines, log.last["step"]) == (20, 200)
 
 
 def test_a_cut_off_line_of_a_thinned_log(run):
     write_log(run, lines(1003))
     with open(run / "log.jsonl", "a") as f:
         f.write('{"step": 1')
-    log = report.read_log(run / "log.jsonl", points=100)
-    assert (log.lines, log.damaged, log.last["step"]) == (1003, True, 10030)
+    log = read_log(run / "log.jsonl", points=100)
+    assert (log.num_lines, log.damaged, log.last["step"]) == (1003, True, 10030)
     assert log.curves["lr"][-1].step == 10030
-    assert "one line cannot be read" in alone(report.run_page(run)).text
+    assert "one line cannot be read" in alone(render_run(run)).text
 
 
 def test_numbers_that_are_not_finite(run):
@@ -347,17 +350,17 @@ def test_numbers_that_are_not_finite(run):
     records = lines(20)
     records[3]["denoise/loss"], records[4]["denoise/loss"], records[5]["denoise/loss"] = None, math.nan, math.inf
     write_log(run, records)
-    log = report.read_log(run / "log.jsonl")
+    log = read_log(run / "log.jsonl")
     assert len(log.curves["denoise/loss"]) == 17
-    assert "denoise/loss: 3 not finite" in alone(report.run_page(run)).text
+    assert "denoise/loss: 3 not finite" in alone(render_run(run)).text
 
 
 def test_a_loss_below_zero_and_one_line_only(run):
     """A likelihood can be negative: no logarithm of it then."""
     write_log(run, [lines(1)[0] | {"denoise/loss": -3.0}])
-    alone(report.run_page(run))
+    alone(render_run(run))
     write_log(run, [])
-    assert "no line yet" in report.run_page(run)
+    assert "no lines yet" in render_run(run)
 
 
 def test_seconds_over_sessions(run):
@@ -366,7 +369,7 @@ def test_seconds_over_sessions(run):
     for r in records[12:]:
         r["seconds"] -= 6.0
     write_log(run, records)
-    assert report.read_log(run / "log.jsonl").seconds == pytest.approx(6.0 + 4.0)
+    assert read_log(run / "log.jsonl").seconds == pytest.approx(6.0 + 4.0)
 
 
 @pytest.mark.slow
@@ -378,14 +381,14 @@ def test_a_million_lines(run):
     with open(run / "log.jsonl", "w") as f:
         f.writelines(line.replace('"step": 70', f'"step": {i}') for i in range(100_000))
     tracemalloc.start()
-    report.read_log(run / "log.jsonl")
+    read_log(run / "log.jsonl")
     assert tracemalloc.get_traced_memory()[1] < 8e6  # the file has 16 MB, its objects 100 MB
     tracemalloc.stop()
     with open(run / "log.jsonl", "w") as f:
         f.writelines(line.replace('"step": 70', f'"step": {i}') for i in range(1_000_000))
-    html = report.run_page(run)
+    html = render_run(run)
     assert len(html) < 200_000
-    assert "1000000 lines, 2000 to a point" in html
+    assert "1000000 lines, 2000 per point" in html
 
 
 # ------------------------------------------------------------------------------------------------------- numbers
@@ -395,7 +398,7 @@ def test_a_million_lines(run):
      (9.87e-6, "9.870e-06"), (-0.5, "-0.5000"), (99999.6, "100000"), (None, "–")],
 )  # fmt: skip
 def test_number(value, text):
-    assert report.number(value) == text
+    assert format_number(value) == text
 
 
 # ------------------------------------------------------------------------------------------------------- browser
@@ -405,7 +408,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser(run, tmp_path):
     """The script runs: one grid is shown, the slider stands at the newest; nothing is refused by the page's policy."""
-    path = report.write(report.run_page(run), tmp_path / "page.html")
+    path = write_text(tmp_path / "page.html", render_run(run))
     flags = [
         "--headless=new",
         "--no-sandbox",

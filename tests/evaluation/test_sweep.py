@@ -1,115 +1,120 @@
-"""`genkit sweep`: what is on the Pareto list, what is confirmed, what a second call still has to do."""
+"""`sweep` and `genkit sweep`: the Pareto front, what is confirmed, and what a second call still has to do."""
 
 import json
-import os
+from pathlib import Path
 
 import pytest
 
 from genkit.cli import main as cli
-from genkit.cli.commands.sweep import Point, interval_of, pareto, promising
-from genkit.evaluation import Drawn, cards
-from genkit.training.sampling import Sampling
+from genkit.evaluation import Card, Estimate, ModelSamples, sweep
+from genkit.evaluation.sweeps import SweepPoint, choose_points, pareto_front, parse_interval
+from tests.support.evaluation import refusal, train
 
-ARGS = ["--n=24", "--confirm=40", "--spare=1", "--steps", "2", "3", "4", "--sampler", "ddim", "heun", "--guidance", "1",
-        "2", "--interval", "all", "0.2-0.8", "--json"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    before = os.environ.get("GENKIT_CACHE")
-    os.environ["GENKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("GENKIT_CACHE") if before is None else os.environ.update(GENKIT_CACHE=before)
+ARGS = ["--n=24", "--confirm-n=40", "--num-confirm-extra=1", "--steps", "2", "3", "4", "--sampler", "ddim", "heun",
+        "--guidance", "1", "2", "--interval", "all", "0.2-0.8", "--json"]  # fmt: skip
 
 
 @pytest.fixture
 def moons(tmp_path):
-    argv = ["--data=moons", "--data.n=300", "--backbone.width=16", "--steps=10", "--batch=16", "--tensorboard=false",
-            "--device=cpu", "--sample-every=0", "--warmup=0", "--ema", "0.5", "0.9", f"--out={tmp_path}"]  # fmt: skip
-    assert cli.main(["train", *argv]) == 0
-    return (tmp_path / "latest").resolve()
+    args = ["--data=moons", "--data.n=300", "--backbone.width=16", "--steps=10", "--ema", "0.5", "0.9"]
+    return train(tmp_path, *args)
 
 
-def sweep(capsys, run, *argv):
+def sweep_json(capsys, run, *argv):
     capsys.readouterr()
     assert cli.main(["sweep", str(run), *ARGS, *argv]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def point(passes, value, metric="fid"):
-    card = {"metrics": {metric: {"value": value}}, "settings": {"passes": passes}}
-    return Point(Sampling(steps=int(10 * passes), guidance=value), card, metric)
+def make_point(passes, value, metric="fid"):
+    return SweepPoint(None, Card({metric: Estimate(value)}, {"passes": passes}), metric)
 
 
-def test_the_pareto_list_is_what_nothing_beats():
-    points = [point(*p) for p in [(9, 3.0), (5, 4.0), (5, 5.0), (2, 9.0), (12, 3.0), (20, 1.0), (7, 4.5)]]
-    assert [(p.passes, p.value) for p in pareto(points)] == [(2, 9.0), (5, 4.0), (9, 3.0), (20, 1.0)]
-    assert [(p.passes, p.value) for p in promising(points, 1)[4:]] == [(12, 3.0)]
-    recall = [point(p, v, "recall") for p, v in [(1, 0.2), (2, 0.5), (3, 0.4)]]
-    assert [p.value for p in pareto(recall)] == [0.2, 0.5], "of recall the larger is the better"
+def test_nothing_beats_the_pareto_front():
+    points = [make_point(*p) for p in [(9, 3.0), (5, 4.0), (5, 5.0), (2, 9.0), (12, 3.0), (20, 1.0), (7, 4.5)]]
+    assert [(p.passes, p.value) for p in pareto_front(points)] == [(2, 9.0), (5, 4.0), (9, 3.0), (20, 1.0)]
+    assert [(p.passes, p.value) for p in choose_points(points, 1)[4:]] == [(12, 3.0)]
+    recall = [make_point(passes, value, "recall") for passes, value in [(1, 0.2), (2, 0.5), (3, 0.4)]]
+    assert [p.value for p in pareto_front(recall)] == [0.2, 0.5], "higher recall is better"
 
 
-def test_a_sweep_screens_confirms_and_is_taken_up_by_its_cards(moons, capsys, monkeypatch):
-    told = sweep(capsys, moons)
-    made = {p: cards.read(p) for p in moons.glob("eval/*.json")}
-    screened = [c for c in made.values() if c["settings"]["n"] == 24]
-    confirmed = [c for c in made.values() if c["settings"]["n"] == 40]
-    assert len(screened) == 2 * 3 * 3, "guidance 1 knows no interval: 2 samplers, 3 numbers of steps, 3 ways to guide"
-    assert len(confirmed) == len(told["points"]) < len(screened)
-    nfe = {(c["settings"]["sampler"], c["settings"]["steps"]): c["settings"]["nfe"] for c in screened}
+def test_a_sweep_screens_confirms_and_resumes_from_its_cards(moons, capsys, monkeypatch):
+    result = sweep_json(capsys, moons)
+    made = {path: Card.load(path) for path in moons.glob("eval/*.json")}
+    screened = [card for card in made.values() if card.settings["n"] == 24]
+    confirmed = [card for card in made.values() if card.settings["n"] == 40]
+    assert len(screened) == 2 * 3 * 3, "guidance 1 has no interval: 2 samplers, 3 numbers of steps, 3 kinds of guidance"
+    assert len(confirmed) == len(result["points"]) < len(screened)
+    nfe = {(card.settings["sampler"], card.settings["steps"]): card.nfe for card in screened}
     assert nfe == {("ddim", k): k for k in (2, 3, 4)} | {("heun", k): 2 * k - 1 for k in (2, 3, 4)}
-    beaten = lambda p: any(  # noqa: E731
-        q["passes"] <= p["passes"] and q["w2"] <= p["w2"] and q is not p for q in told["points"]
-    )
-    assert [p["pareto"] for p in told["points"]] == [not beaten(p) for p in told["points"]]
-    assert all(p["passes"] > p["nfe"] for p in told["points"] if p["guidance"] != 1)
-    assert (moons / "eval").joinpath(os.path.basename(told["picture"])).stat().st_size > 1000
-    some = max(confirmed, key=lambda c: c["settings"]["passes"])
-    s = some["settings"]
+    for p in result["points"]:
+        others = [q for q in result["points"] if q is not p]
+        assert p["pareto"] is not any(q["passes"] <= p["passes"] and q["w2"] <= p["w2"] for q in others)
+    assert all(p["passes"] > p["nfe"] for p in result["points"] if p["guidance"] != 1)
+    assert (moons / "eval" / Path(result["picture"]).name).stat().st_size > 1000
+
+    # a card of the sweep is the card of genkit eval with the same settings
+    card = max(confirmed, key=lambda card: card.settings["passes"])
+    s = card.settings
     same = ["--n=40", "--metrics=w2", *(f"--{k}={s[k]}" for k in ("sampler", "steps", "guidance"))]
     if s["guidance_interval"]:
         same += ["--guidance-interval", *map(str, s["guidance_interval"])]
     assert cli.main(["eval", str(moons), *same, f"--out={moons}/one.json"]) == 0
-    assert cards.read(moons / "one.json")["metrics"] == some["metrics"]
+    assert Card.load(moons / "one.json").metrics == card.metrics
 
-    monkeypatch.setattr(Drawn, "rows", lambda *_: pytest.fail("drawn again"))
-    assert sweep(capsys, moons) == told
+    # a second call draws nothing, and only what is missing after a card is gone
+    monkeypatch.setattr(ModelSamples, "rows", lambda *_: pytest.fail("drawn again"))
+    assert sweep_json(capsys, moons) == result
     monkeypatch.undo()
-    gone = sorted(moons.glob("eval/*.json"))[3]
-    gone.unlink()
-    drawn, rows = [], Drawn.rows
-    monkeypatch.setattr(Drawn, "rows", lambda self, *a: drawn.append(a[1] - a[0]) or rows(self, *a))
-    assert sweep(capsys, moons) == told
-    assert sum(drawn) == made[gone]["settings"]["n"], "one card was missing, and one is made"
+    missing = sorted(moons.glob("eval/*.json"))[3]
+    missing.unlink()
+    drawn, rows = [], ModelSamples.rows
+    monkeypatch.setattr(ModelSamples, "rows", lambda self, *a: drawn.append(a[1] - a[0]) or rows(self, *a))
+    assert sweep_json(capsys, moons) == result
+    assert sum(drawn) == made[missing].settings["n"], "one card was missing, and one is made"
 
 
-def test_a_sweep_over_averages_says_which(moons, capsys):
-    argv = ["sweep", str(moons), "--n=20", "--confirm=20", "--steps", "2", "--ema", "0.5", "0.9", "none"]
+def test_a_sweep_over_averages(moons, capsys):
+    argv = ["sweep", str(moons), "--n=20", "--confirm-n=20", "--steps", "2", "--ema", "0.5", "0.9", "none"]
     assert cli.main([*argv, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {p["ema"] for p in told["points"]} == {"0.5", "0.9", "none"}
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {p["ema"] for p in result["points"]} == {"0.5", "0.9", "none"}
     assert cli.main(argv) == 0
     assert "Pareto" in capsys.readouterr().out
 
 
-def test_a_combination_that_diverges_is_left_out_and_said(moons, capsys, monkeypatch):
-    rows = Drawn.rows
+def test_sweep_from_python_prints_nothing(moons, capsys):
+    capsys.readouterr()
+    calls = []
+    result = sweep(moons, n=20, confirm_n=20, steps=(2, 3), device="cpu", progress=lambda *call: calls.append(call))
+    assert capsys.readouterr() == ("", "")
+    assert calls[-1] == ("screening", 40, 40)
+    assert (result.metric, result.n, len(result.points)) == ("w2", 20, 2)
+    assert not result.plot_path.exists()
+    assert result.save_plot() == result.plot_path
 
-    def poisoned(self, *a):
-        if self.settings["steps"] == 3:
+
+def test_a_combination_that_diverges_is_left_out_with_a_message(moons, capsys, monkeypatch):
+    rows = ModelSamples.rows
+
+    def diverge_at_three_steps(self, *a):
+        if self.sampling.steps == 3:
             raise ValueError("sample 0 is not finite")
         return rows(self, *a)
 
-    monkeypatch.setattr(Drawn, "rows", poisoned)
-    assert cli.main(["sweep", str(moons), "--n=20", "--confirm=20", "--steps", "2", "3"]) == 0
-    assert "left out: usual sampler 3 steps" in capsys.readouterr().out
-    monkeypatch.setattr(Drawn, "rows", lambda *_: (_ for _ in ()).throw(ValueError("sample 0 is not finite")))
-    assert cli.main(["sweep", str(moons), "--n=22", "--confirm=22", "--steps", "2", "3"]) == 2
-    assert "none of 2 combinations" in capsys.readouterr().err
+    def diverge(self, *a):
+        raise ValueError("sample 0 is not finite")
+
+    monkeypatch.setattr(ModelSamples, "rows", diverge_at_three_steps)
+    assert cli.main(["sweep", str(moons), "--n=20", "--confirm-n=20", "--steps", "2", "3"]) == 0
+    assert "left out: default sampler 3 steps" in capsys.readouterr().out
+    monkeypatch.setattr(ModelSamples, "rows", diverge)
+    line = refusal(capsys, "sweep", moons, "--n=22", "--confirm-n=22", "--steps", "2", "3")
+    assert "none of 2 combinations" in line
 
 
 def test_mistakes_are_one_line(moons, capsys):
-    says = {
+    messages = {
         "interval: given '1-2-3'": ["--guidance", "2", "--interval", "1-2-3"],
         "metric: given 'fod'": ["--metric=fod"],
         "did you mean fid?": ["--metric=fod"],
@@ -117,15 +122,11 @@ def test_mistakes_are_one_line(moons, capsys):
         "ema: given 0.7": ["--ema", "0.7"],
         "is unknown": ["--reference=nowhere"],
     }
-    for words, argv in says.items():
-        capsys.readouterr()
-        assert cli.main(["sweep", str(moons), "--n=20", *argv]) == 2, argv
-        err = capsys.readouterr().err
-        assert words in err
-        assert err.count("\n") == 1
+    for words, argv in messages.items():
+        assert words in refusal(capsys, "sweep", moons, "--n=20", *argv)
     assert not list(moons.glob("eval/*"))
 
 
-def test_intervals_are_read():
-    assert interval_of("all") is None
-    assert interval_of("0.2-0.75") == (0.2, 0.75)
+def test_intervals_are_parsed():
+    assert parse_interval("all") is None
+    assert parse_interval("0.2-0.75") == (0.2, 0.75)

@@ -17,10 +17,10 @@ from torch.distributions import Normal, kl_divergence
 
 from genkit.backbones import MLP, DiT, UNet
 from genkit.cli import main as cli
-from genkit.cli.commands.likelihood import LATENT as LATENT_KEY
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
 from genkit.diffusion.samplers import Seeds, dequantise
+from genkit.evaluation.likelihoods import LATENT_KEY
 from genkit.objectives import OBJECTIVES, VAE, VQ, Autoencoder
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.objectives.autoencoders.likelihoods import (

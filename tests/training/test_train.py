@@ -558,7 +558,7 @@ def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     os.rename(cut / "checkpoints/step-0000030", cut / "gone")
     in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
     assert same(whole, cut) == []
-    shares = load_run(whole).nets["history"].shares()
+    shares = load_run(whole).nets["history"].probabilities()
     assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
     begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}", "--objective=flow")  # without a memory
     again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")

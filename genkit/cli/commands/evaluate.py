@@ -1,248 +1,88 @@
-"""`genkit eval`: samples of a run, or of a folder, measured against a reference; the card that says all about it."""
+"""`genkit eval`: measure samples of a run, a folder, an npz or a data set, and save the card; or compare two cards."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
-from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from tyro.conf import Positional
 
-from genkit import config
-from genkit.config import narrow, parse
-from genkit.core.device import pick_device
-from genkit.evaluation import (
-    Drawn,
-    Given,
-    Named,
-    Ranks,
-    Rebuilt,
-    cards,
-    data_of,
-    find_data,
-    is_picture,
-    is_stats,
-    named,
-    ruler,
-    weights_sha256,
-)
-from genkit.evaluation.settings import Evaluate
-from genkit.evaluation.sources import SPLITS, Samples
-from genkit.training.distributed import join_ranks, missing_ranks, start_ranks
-from genkit.training.run import Run, load_run
-from genkit.training.sampling import LoadOptions, Sampling
+from genkit.config import parse
+from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
+from genkit.evaluation.cards import version_differences
+from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
-console = Console(highlight=False, soft_wrap=True, stderr=True)
-HOW = [f.name for f in fields(Sampling) if f.name not in ("seed", "batch")]
-EVERYWHERE = ("batch", "device")  # settings of sampling that measuring stored samples has a use for too
-OF_RUN = (Drawn, Rebuilt)
-PICTURES, VECTORS = 10_000, 2_000  # samples of a run, if nothing is said
-
-
-def main(argv: list[str]) -> int:
-    if (num := missing_ranks()) > 1:
-        start_ranks(num, "eval", argv)
-    asked = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
-    if asked.compare:
-        return compare(asked)
-    return together(asked.device, lambda accelerator, ranks: evaluate(asked, accelerator, ranks))
-
-
-def together(device: str, work: Callable[[Accelerator, Ranks], int]) -> int:
-    """``work`` on every rank; the exit code. What they all refuse, the main one says."""
-    accelerator = join_ranks(pick_device(device))
-    ranks = Ranks.of(accelerator)
-    try:
-        return work(accelerator, ranks)
-    except (ValueError, OSError):
-        if ranks.main:
-            raise
-        return 2
-
-
-def evaluate(asked: Evaluate, accelerator: Accelerator, ranks: Ranks) -> int:
-    if not 1 <= len(asked.what) <= 2 or (len(asked.what) == 2 and asked.reference):
-        raise ValueError(f"eval: given {' '.join(asked.what) or 'nothing'}; needs RUN, or A B, or A --reference B")
-    if asked.save_stats and not asked.save_stats.endswith(".npz"):
-        raise ValueError(f"save_stats: given {asked.save_stats}; needs a name that ends in .npz")
-    metrics = named(asked.metrics) if asked.metrics is not None else None
-    with accelerator.main_process_first():
-        samples = opened(asked, accelerator.device)
-        against = reference_of(asked.reference or "".join(asked.what[1:]), samples, asked.data)
-    if metrics is None and against is None and asked.save_stats:
-        metrics = {}
-    n = asked.n or samples.limit or (PICTURES if is_picture(samples.spec) else VECTORS)
-    if samples.limit is not None and n > samples.limit:
-        raise ValueError(f"n: given {n}, but {samples.name} holds {samples.limit} samples; take --n {samples.limit}")
-    with bar("reference", ranks) as progress:
-        held = ruler(
-            samples,
-            against,
-            metrics,
-            asked.features,
-            mode=asked.mode,
-            weights=asked.weights,
-            settings=asked.settings,
-            reference_n=asked.reference_n or (None if is_picture(samples.spec) else max(n, VECTORS)),
-            batch=asked.batch,
-            device=accelerator.device,
-            ranks=ranks,
-            progress=progress,
-        )
-    with bar("samples", ranks, n) as progress:
-        found = held.look(samples, n, progress)
-    card = ranks.once(lambda: held.card(samples, n, found))
-    if not ranks.main:
-        return 0
-    if asked.save_stats:
-        Path(asked.save_stats).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        found.measured.moments.save(Path(asked.save_stats).expanduser())
-    out = destination(asked, samples, card)
-    if out:
-        cards.write(card, out)
-    if asked.json:
-        print(json.dumps(card, allow_nan=False))
-        return 0
-    show(card)
-    for path in (asked.save_stats, out):
-        if path:
-            print(path)
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------ what is measured
-def is_run(name: str) -> bool:
-    return (Path(name).expanduser() / "config.yaml").is_file()
-
-
-def opened(asked: Evaluate, device: torch.device) -> Samples:
-    """A run to draw from, or samples that exist."""
-    name = asked.what[0]
-    if is_run(name):
-        run = load_run(Path(name).expanduser(), ema=asked.ema, step=asked.step, device=device.type)
-        if run.config.threads:
-            torch.set_num_threads(run.config.threads)
-        if not asked.rebuild:
-            return draw(run, asked)
-        unchanged(asked, (*EVERYWHERE, "ema", "step"), "reconstructions")
-        return Rebuilt(run, data_of(run, asked.rebuild, asked.data), weights_sha256(run))
-    unchanged(asked, EVERYWHERE, f"samples that exist; {name} is not a run")
-    if asked.rebuild:
-        raise ValueError(f"rebuild: needs a run with a code; {name} is not a run")
-    try:
-        return find_data(name, asked.data)
-    except ValueError as e:
-        raise ValueError(f"{e}, or a run that genkit train wrote" if "is unknown" in str(e) else str(e)) from e
-
-
-USUAL = config.dump(Evaluate())
-
-
-def unchanged(asked: Evaluate, but: Sequence[str], what: str) -> None:
-    """``ValueError`` for a setting of sampling that has no effect on ``what``."""
-    for f in [*fields(Sampling), *fields(LoadOptions)]:
-        if f.name not in but and config.dump(asked)[f.name] != USUAL[f.name]:
-            raise ValueError(f"{f.name}: has no effect on {what}")
-
-
-def draw(run: Run, asked: Sampling, sha256: str | None = None) -> Drawn:
-    """Samples of a run, as asked; ``sha256`` of its weights where these are not in a file."""
-    tree = config.dump(asked)
-    sampling = narrow(asked, Sampling)
-    how = {"sampling": sampling, **run.open_references(sampling)}
-    return Drawn(run, how, asked.seed, sha256 or weights_sha256(run), {k: tree[k] for k in HOW})
-
-
-def reference_of(name: str, samples: Samples, options: Named) -> Given | Path | None:
-    """What is measured against: for a run its own training split, if nothing is said."""
-    if isinstance(samples, OF_RUN) and (not name or name in SPLITS):
-        return data_of(samples.run, name or "train", options)
-    if not name:
-        return None
-    if name in SPLITS:
-        raise ValueError(f"reference: given {name}, a split of a run's data, but {samples.name} is not a run")
-    if is_stats(Path(name).expanduser()):
-        return Path(name).expanduser()
-    return find_data(name, options)
-
-
-def destination(asked: Evaluate, samples: Samples, card: cards.Card) -> Path | None:
-    if asked.out:
-        return Path(asked.out).expanduser()
-    if not isinstance(samples, OF_RUN):
-        return None
-    return samples.run.directory / "eval" / cards.name_of(card["settings"])
-
-
-# --------------------------------------------------------------------------------------------------- what is shown
-@contextlib.contextmanager
-def bar(what: str, ranks: Ranks, total: int | None = None) -> Iterator[Any]:
-    """A progress bar of the main rank, on standard error, where that is a terminal."""
-    with Progress(console=console, disable=not (ranks.main and sys.stderr.isatty()), transient=True) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda done: shown.update(task, completed=done)
-
-
-def show(card: cards.Card) -> None:
-    s = card["settings"]
-    width = max(map(len, card["metrics"]), default=0)
-    for name, value in card["metrics"].items():
-        print(f"{name:<{width}}  {cards.text(cards.estimate(value))}")
-    drawn = f"{s['sampler']} {s['steps']} steps, NFE {s['nfe']:g}, guidance {s['guidance']:g}, ema {s['ema']}; " if (
-        s.get("sampler")) else ""  # fmt: skip
-    drawn += f"reconstructions of {name_of(s['rebuilt'])}; " if "rebuilt" in s else ""
-    against = s["reference"]
-    about = f" against {against.get('n')} of {name_of(against)}" if against else ""
-    print(f"{drawn}{s['n']} samples{about}; features {words(s['features'])}; {s['seconds']} s")
-    for note in s["notes"]:
-        print(f"note: {note}")
-
-
-def name_of(reference: Mapping[str, Any]) -> str:
-    return reference.get("stats") or f"{reference['data']}:{reference['split']}"
-
-
-def words(features: Mapping[str, Any]) -> str:
-    return " ".join(str(features[k]) for k in ("name", "mode") if k in features)
+OVERLAP = {True: "overlap", False: "disjoint", None: "unknown"}
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One line of a comparison, for JSON."""
+class Evaluate(EvaluationSettings):
+    """Measure samples against a reference: of a run, of a folder, zip or npz, or of a data set such as cifar10:test."""
 
-    metric: str
-    a: Mapping[str, float | None]
-    b: Mapping[str, float | None]
-    overlap: bool | None
+    source: Positional[tuple[str, ...]] = ()
+    """RUN, or A B: the samples, and the reference; with --compare two cards or runs."""
+    compare: bool = False
+    """Show two cards side by side that differ only in the weights."""
+    out: str | None = None
+    """The card's file; None: in the run's eval folder; the card of stored samples is only printed."""
+    json: bool = False
+    """Print only JSON."""
 
 
-def compare(asked: Evaluate) -> int:
-    """Two cards side by side."""
-    if len(asked.what) != 2:
-        raise ValueError(f"compare: given {len(asked.what)} cards or runs; needs two: genkit eval --compare A B")
-    paths = [cards.newest(name) for name in asked.what]
-    a, b = (cards.read(p) for p in paths)
-    lines = cards.compare(a, b)
-    if asked.json:
-        rows = [vars(Shown(x.metric, x.a._asdict(), x.b._asdict(), x.overlap)) for x in lines]
+def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
+    if (num := missing_ranks()) > 1:
+        start_ranks(num, "eval", argv)
+    command = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
+    if command.compare:
+        return compare_cards(command)
+    source, *reference = command.source or ("",)
+    if not source or len(reference) > 1 or (reference and command.reference):
+        raise ValueError(f"eval: given {' '.join(command.source) or 'nothing'}; needs RUN, or A B, or A --reference B")
+    if reference:
+        command = replace(command, reference=reference[0])
+    try:
+        card = evaluate(source, command)
+    except (ValueError, OSError):
+        if is_main_process():
+            raise
+        return 2
+    if is_main_process():
+        save_and_print(card, command)
+    return 0
+
+
+def save_and_print(card: Card, command: Evaluate) -> None:
+    """Save the card, and print it with the paths of what was written."""
+    path = card.save(command.out) if command.out or card.path else None
+    if command.json:
+        print(json.dumps(card.to_dict(), allow_nan=False))
+        return
+    print(card.summary())
+    for written in (command.save_stats, path):
+        if written:
+            print(written)
+
+
+def compare_cards(command: Evaluate) -> int:
+    """Print two cards side by side."""
+    if len(command.source) != 2:
+        raise ValueError(f"compare: given {len(command.source)} cards or runs; needs two: genkit eval --compare A B")
+    paths = [find_card(name) for name in command.source]
+    a, b = (Card.load(path) for path in paths)
+    comparisons = compare(a, b)
+    if command.json:
+        rows = [comparison.to_dict() for comparison in comparisons]
         print(json.dumps({"a": str(paths[0]), "b": str(paths[1]), "metrics": rows}))
         return 0
     table = Table("metric", "A", "B", "B - A", "intervals")
-    says = {True: "overlap", False: "apart", None: "not known"}
-    for line in lines:
-        table.add_row(line.metric, cards.text(line.a), cards.text(line.b), f"{line.b.value - line.a.value:+.4g}",
-                      says[line.overlap])  # fmt: skip
+    for c in comparisons:
+        table.add_row(c.metric, str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
     for letter, path in zip("AB", paths, strict=True):
         print(f"{letter}  {path}")
     Console(highlight=False).print(table)
-    for note in cards.remarks(a, b):
-        print(f"note: {note}")
+    for difference in version_differences(a, b):
+        print(f"note: {difference}")
     return 0

@@ -1,9 +1,9 @@
-"""Inception-v3 as the FID uses it: the network of 2015-12-05, whose features every published FID is made of.
+"""Inception-v3 as the FID uses it: the network of 2015-12-05, on whose features every published FID is based.
 
-The graph is TensorFlow's (Szegedy et al. 2016, with the oddities that Heusel et al. 2017 made a standard: average
-pooling that leaves the padding out of its count, and a maximum instead of an average in the last block). The weights
-come from ``inception-2015-12-05.pt``, a TorchScript file that NVlabs published and clean-fid downloads; only its
-tensors are read, its code is not called. Batch norm is folded into the convolutions, which halves the time.
+The graph is TensorFlow's (Szegedy et al. 2016, with the deviations that Heusel et al. 2017 made a standard: average
+pooling that does not count the padding, and a maximum instead of an average in the last block). The weights come from
+``inception-2015-12-05.pt``, a TorchScript file that NVlabs published and clean-fid downloads; only its tensors are
+read, its code is not run. Batch norm is folded into the convolutions, which halves the time.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genkit.core.files import one_line
 
 NAME = "inception-2015-12-05.pt"
 DIM = 2048
-SIZE = 299  # pixels a side that the network sees
-EPS = 1e-3  # of its batch norms
+SIZE = 299  # input pixels per side
+EPS = 1e-3  # of the batch norms
 Weights = Mapping[str, Tensor]
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of ``file``: TorchScript, or safetensors with the same names. ``ValueError`` if it is neither."""
+    """The tensors in ``file``: TorchScript, or safetensors with the same names. ``ValueError`` if it is neither."""
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"weights: given {file}, which is not a file; needs {NAME}")
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -46,7 +45,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------ the network
 class Conv(nn.Conv2d):
-    """Convolution, batch norm without a gain, ReLU; the norm is folded into the convolution."""
+    """Convolution, batch norm without gain, ReLU; the norm is folded into the convolution."""
 
     def __init__(self, p: Weights, name: str, stride: int = 1, padding: int | tuple[int, int] = 0):
         try:
@@ -62,31 +61,35 @@ class Conv(nn.Conv2d):
         self.bias = nn.Parameter((beta - mean * scale).float(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to non-negative ``[B, C', H', W']``."""
         return F.relu_(super().forward(input))
 
 
-class Average(nn.Module):
-    """3x3, the padding not counted."""
+class AveragePool(nn.Module):
+    """3x3 average pooling of stride 1 that does not count the padding."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same shape."""
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 class Branches(nn.Module):
-    """The same input through several branches, concatenated."""
+    """Several branches on the same input, concatenated along the channels."""
 
     def __init__(self, *branches: nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, sum of the branches' channels, H', W']``."""
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-ACROSS, DOWN = (0, 3), (3, 0)  # paddings of 1x7 and 7x1
+ROW, COLUMN = (0, 3), (3, 0)  # paddings of 1x7 and 7x1 convolutions
 
 
 def mixed_35(p: Weights, n: str) -> nn.Module:
+    """A block at 35x35 pixels (Szegedy et al. 2016, figure 5); ``n`` is its name in the weights ``p``."""
     return Branches(
         Conv(p, f"{n}.conv"),
         nn.Sequential(Conv(p, f"{n}.tower.conv"), Conv(p, f"{n}.tower.conv_1", padding=2)),
@@ -95,11 +98,12 @@ def mixed_35(p: Weights, n: str) -> nn.Module:
             Conv(p, f"{n}.tower_1.conv_1", padding=1),
             Conv(p, f"{n}.tower_1.conv_2", padding=1),
         ),
-        nn.Sequential(Average(), Conv(p, f"{n}.tower_2.conv")),
+        nn.Sequential(AveragePool(), Conv(p, f"{n}.tower_2.conv")),
     )
 
 
-def to_17(p: Weights, n: str) -> nn.Module:
+def reduce_to_17(p: Weights, n: str) -> nn.Module:
+    """The block that reduces 35x35 to 17x17 pixels (figure 10)."""
     return Branches(
         Conv(p, f"{n}.conv", 2),
         nn.Sequential(
@@ -110,31 +114,33 @@ def to_17(p: Weights, n: str) -> nn.Module:
 
 
 def mixed_17(p: Weights, n: str) -> nn.Module:
+    """A block at 17x17 pixels (figure 6, n = 7)."""
     return Branches(
         Conv(p, f"{n}.conv"),
         nn.Sequential(
             Conv(p, f"{n}.tower.conv"),
-            Conv(p, f"{n}.tower.conv_1", padding=ACROSS),
-            Conv(p, f"{n}.tower.conv_2", padding=DOWN),
+            Conv(p, f"{n}.tower.conv_1", padding=ROW),
+            Conv(p, f"{n}.tower.conv_2", padding=COLUMN),
         ),
         nn.Sequential(
             Conv(p, f"{n}.tower_1.conv"),
-            Conv(p, f"{n}.tower_1.conv_1", padding=DOWN),
-            Conv(p, f"{n}.tower_1.conv_2", padding=ACROSS),
-            Conv(p, f"{n}.tower_1.conv_3", padding=DOWN),
-            Conv(p, f"{n}.tower_1.conv_4", padding=ACROSS),
+            Conv(p, f"{n}.tower_1.conv_1", padding=COLUMN),
+            Conv(p, f"{n}.tower_1.conv_2", padding=ROW),
+            Conv(p, f"{n}.tower_1.conv_3", padding=COLUMN),
+            Conv(p, f"{n}.tower_1.conv_4", padding=ROW),
         ),
-        nn.Sequential(Average(), Conv(p, f"{n}.tower_2.conv")),
+        nn.Sequential(AveragePool(), Conv(p, f"{n}.tower_2.conv")),
     )
 
 
-def to_8(p: Weights, n: str) -> nn.Module:
+def reduce_to_8(p: Weights, n: str) -> nn.Module:
+    """The block that reduces 17x17 to 8x8 pixels."""
     return Branches(
         nn.Sequential(Conv(p, f"{n}.tower.conv"), Conv(p, f"{n}.tower.conv_1", 2)),
         nn.Sequential(
             Conv(p, f"{n}.tower_1.conv"),
-            Conv(p, f"{n}.tower_1.conv_1", padding=ACROSS),
-            Conv(p, f"{n}.tower_1.conv_2", padding=DOWN),
+            Conv(p, f"{n}.tower_1.conv_1", padding=ROW),
+            Conv(p, f"{n}.tower_1.conv_2", padding=COLUMN),
             Conv(p, f"{n}.tower_1.conv_3", 2),
         ),
         nn.MaxPool2d(3, 2),
@@ -142,6 +148,8 @@ def to_8(p: Weights, n: str) -> nn.Module:
 
 
 def mixed_8(p: Weights, n: str, pool: nn.Module) -> nn.Module:
+    """A block at 8x8 pixels (figure 7), with its pooling."""
+
     def fork(tower: str) -> nn.Module:
         return Branches(
             Conv(p, f"{n}.{tower}_mixed_conv", padding=(0, 1)), Conv(p, f"{n}.{tower}_mixed_conv_1", padding=(1, 0))
@@ -158,9 +166,9 @@ def mixed_8(p: Weights, n: str, pool: nn.Module) -> nn.Module:
 class InceptionV3(nn.Module):
     """``x [B, 3, 299, 299]`` in [-1, 1] to features ``[B, 2048]`` (pool3) and logits ``[B, 1008]``, both float32.
 
-    Logits only where ``weights`` hold ``output.weight`` (NVlabs' file does); without its bias, as Salimans et al. 2016
-    computed the inception score. ``dtype`` is that of the convolutions. ``ValueError`` where tensors are missing or do
-    not fit together.
+    There are logits only if ``weights`` have ``output.weight`` (NVlabs' file does); they omit its bias, as Salimans et
+    al. 2016 did for the inception score. ``dtype`` is that of the convolutions. ``ValueError`` if tensors are missing
+    or do not fit together.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype = torch.float32):
@@ -175,10 +183,10 @@ class InceptionV3(nn.Module):
             Conv(p, "conv_4"),
             nn.MaxPool2d(3, 2),
             *(mixed_35(p, f"mixed{i}") for i in ("", "_1", "_2")),
-            to_17(p, "mixed_3"),
+            reduce_to_17(p, "mixed_3"),
             *(mixed_17(p, f"mixed_{i}") for i in (4, 5, 6, 7)),
-            to_8(p, "mixed_8"),
-            mixed_8(p, "mixed_9", Average()),
+            reduce_to_8(p, "mixed_8"),
+            mixed_8(p, "mixed_9", AveragePool()),
             mixed_8(p, "mixed_10", nn.MaxPool2d(3, 1, 1)),
         )
         self.layers.to(dtype=dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -186,16 +194,17 @@ class InceptionV3(nn.Module):
         self.output = None if output is None else nn.Parameter(output.float(), requires_grad=False)
         self.dtype = dtype
         try:
-            seen, _ = self(torch.zeros(1, 3, 75, 75))  # the smallest picture that reaches the last block
+            features, _ = self(torch.zeros(1, 3, 75, 75))  # the smallest input that reaches the last block
         except RuntimeError as e:
             raise ValueError(f"weights: their shapes do not fit together ({e}); needs those of {NAME}") from e
-        self.dim = seen.shape[1]
+        self.dim = features.shape[1]
         self.eval()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features ``[B, D]`` and logits ``[B, 1008]``, or None for the logits."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is to mean fp32
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 must mean fp32
             maps = self.layers(x)
         features = maps.float().mean((2, 3))
         return features, None if self.output is None else features @ self.output.T

@@ -13,7 +13,7 @@ import torch
 
 from genkit.core.progress import Progress, silent
 from genkit.envs import Env
-from genkit.evaluation.metrics.estimate import Estimate, bootstrap, share
+from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 
 class Actor(Protocol):
@@ -68,7 +68,7 @@ class Episodes:
         """Estimates with 95 % intervals, ready for JSON: Wilson's for a share, the bootstrap's for a mean."""
         out: dict[str, Any] = {"episodes": len(self)}
         if "success" in self.info:
-            out["success"] = share(int(self.info["success"].sum()), len(self))._asdict()
+            out["success"] = proportion(int(self.info["success"].sum()), len(self))._asdict()
         out["return"] = mean_estimate(self.returns)._asdict()
         out["best_reward"] = mean_estimate(self.best)._asdict()
         if "coverage" in self.info:

@@ -14,8 +14,9 @@ from genkit import config
 from genkit.cli import main as cli
 from genkit.core import Batch
 from genkit.data import DATA
-from genkit.evaluation.report import latent_space as space
-from genkit.evaluation.report import page as report
+from genkit.evaluation.report import latent_space
+from genkit.evaluation.report.html import render_note
+from genkit.evaluation.report.page import render_run
 from genkit.training.run import Run
 from genkit.training.settings import TrainSettings
 
@@ -47,35 +48,40 @@ def untrained(objective, labels=False, data="digits"):
 # ------------------------------------------------------------------------------------------------------------- axes
 def test_the_axes_are_those_of_scikit_learn():
     codes = codes_of()
-    axes, peer = space.principal(codes.reshape(200, 3, 2), 4), PCA(4).fit(codes.double().numpy())
+    axes, peer = latent_space.principal_axes(codes.reshape(200, 3, 2), 4), PCA(4).fit(codes.double().numpy())
     assert np.allclose(axes.mean.numpy(), peer.mean_, atol=1e-6)
     assert np.allclose(np.abs((axes.directions.numpy() * peer.components_).sum(1)), 1, atol=1e-6)
     assert np.allclose(axes.deviation.numpy() ** 2 * 200 / 199, peer.explained_variance_, rtol=1e-6)
     assert np.allclose(axes.share.numpy(), peer.explained_variance_ratio_, rtol=1e-6)
-    mirrored = space.principal(6 - codes.flip(0), 4)  # the same cloud, seen from behind, has the same axes
+    mirrored = latent_space.principal_axes(6 - codes.flip(0), 4)  # the same cloud, seen from behind, has the same axes
     assert torch.allclose(mirrored.directions, axes.directions, atol=1e-5)
 
 
 def test_codes_on_a_line_have_one_axis_and_equal_codes_are_said():
     line = torch.linspace(0, 1, 9)[:, None] * torch.tensor([3.0, 4.0])
-    axes = space.principal(line, 8)
+    axes = latent_space.principal_axes(line, 8)
     assert axes.directions.tolist() == [pytest.approx([0.6, 0.8])]
     with pytest.raises(ValueError, match="has collapsed"):
-        space.principal(torch.full((9, 4), 2.5), 8)
+        latent_space.principal_axes(torch.full((9, 4), 2.5), 8)
 
 
 def test_a_walk_goes_along_its_own_axis_alone():
     codes = codes_of()
-    axes = space.principal(codes, 3)
-    z = space.walk(axes, codes[7].reshape(2, 3))
-    assert z.shape == (3 * space.PLACES, 2, 3)
-    scores = axes.scores(z).reshape(3, space.PLACES, 3)
+    axes = latent_space.principal_axes(codes, 3)
+    z = latent_space.traverse_axes(axes, codes[7].reshape(2, 3))
+    assert z.shape == (3 * latent_space.TRAVERSAL_STEPS, 2, 3)
+    scores = axes.scores(z).reshape(3, latent_space.TRAVERSAL_STEPS, 3)
     for i in range(3):
-        wanted = torch.linspace(-space.REACH, space.REACH, space.PLACES).double() * axes.deviation[i]
+        wanted = (
+            torch.linspace(
+                -latent_space.TRAVERSAL_REACH, latent_space.TRAVERSAL_REACH, latent_space.TRAVERSAL_STEPS
+            ).double()
+            * axes.deviation[i]
+        )
         assert torch.allclose(scores[i, :, i], wanted, atol=1e-5)
         others = [k for k in range(3) if k != i]
         assert torch.allclose(
-            scores[i][:, others], axes.scores(codes[7:8])[:, others].expand(space.PLACES, 2), atol=1e-5
+            scores[i][:, others], axes.scores(codes[7:8])[:, others].expand(latent_space.TRAVERSAL_STEPS, 2), atol=1e-5
         )
     rest = lambda v: v - axes.scores(v) @ axes.directions - axes.mean  # noqa: E731  (what no axis reaches)
     assert torch.allclose(rest(z.flatten(1).double()), rest(codes[7:8].double()), atol=1e-5)
@@ -85,7 +91,7 @@ def test_a_walk_goes_along_its_own_axis_alone():
 @pytest.mark.parametrize("name", CODES)
 def test_the_codes_are_the_encoders_and_classes_are_known_beside_them(name):
     run = untrained(CODES[name])
-    found = space.coded(run, 36, batch=10)
+    found = latent_space.encode_dataset(run, 36, batch=10)
     data = DATA["digits"]().load("test")
     rows = torch.arange(36) * len(data) // 36
     x = Batch(data.x[rows].float() / 127.5 - 1)
@@ -98,29 +104,32 @@ def test_the_codes_are_the_encoders_and_classes_are_known_beside_them(name):
 
 def test_without_held_out_samples_those_of_training_are_taken():
     run = untrained({"name": "ae", "latent": [2]}, data="moons")
-    assert len(space.coded(run, 30).codes) == 30
+    assert len(latent_space.encode_dataset(run, 30).codes) == 30
 
 
 @pytest.mark.parametrize("name", CODES)
 def test_a_traversal_shows_the_decoded_walk_under_the_samples_own_class(name):
     run = untrained(CODES[name], labels=True)
-    found = space.coded(run, 40)
-    axes = space.principal(found.codes, 3)
-    picture = np.asarray(space.traversal(run, found, axes))
+    found = latent_space.encode_dataset(run, 40)
+    axes = latent_space.principal_axes(found.codes, 3)
+    picture = np.asarray(latent_space.draw_traversals(run, found, axes))
     k = len(axes.deviation)
     near = int((found.codes.flatten(1) - axes.mean).square().sum(1).argmin())
-    told = {"label": found.label[near].expand(k * space.PLACES)}
-    z = run.objective.quantize(run.nets, space.walk(axes, found.codes[near]))
+    told = {"label": found.label[near].expand(k * latent_space.TRAVERSAL_STEPS)}
+    z = run.objective.quantize(run.nets, latent_space.traverse_axes(axes, found.codes[near]))
     with torch.no_grad():
         x = run.codec.decode(run.objective.decode(run.nets, z, told))
-    tiles = picture[2:, 2:].reshape(k, 66, -1)[:, :64].reshape(k, 64, space.PLACES, 66)[..., :64]
+    tiles = picture[2:, 2:].reshape(k, 66, -1)[:, :64].reshape(k, 64, latent_space.TRAVERSAL_STEPS, 66)[..., :64]
     shown = tiles[:, ::8, :, ::8].transpose(0, 2, 1, 3).reshape(-1, 8, 8)
     assert np.array_equal(shown, x[:, 0].numpy())
     assert len(np.unique(shown.reshape(len(shown), -1), axis=0)) > 1  # it does move
 
 
 def test_points_are_walked_too():
-    assert set(space.views(untrained({"name": "ae", "latent": [1]}, data="moons"), 50)) == {"traversals", "map"}
+    assert set(latent_space.latent_figures(untrained({"name": "ae", "latent": [1]}, data="moons"), 50)) == {
+        "traversals",
+        "map",
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -145,7 +154,7 @@ def test_the_page_shows_the_latent_space_and_draws_it_once(trained, tmp_path, mo
     assert [p.name for p in paths] == ["step-0000002-map.png", "step-0000002-traversals.png"]
     with Image.open(paths[1]) as image:
         assert image.size == (9 * 66 + 2, 3 * 66 + 2)
-    monkeypatch.setattr(space, "views", lambda run: pytest.fail("drawn again"))
+    monkeypatch.setattr(latent_space, "latent_figures", lambda run: pytest.fail("drawn again"))
     assert cli.main(["report", str(trained), f"--out={out}"]) == 0
     assert alts(out) == ["Latent space: traversals", "Latent space: map"]
 
@@ -154,7 +163,7 @@ def test_a_space_that_cannot_be_drawn_is_a_line_on_the_page(trained, tmp_path, m
     def refuse(run):
         raise ValueError("mnist: no such files")
 
-    monkeypatch.setattr(space, "views", refuse)
+    monkeypatch.setattr(latent_space, "latent_figures", refuse)
     moved = tmp_path / "run"
     shutil.copytree(trained, moved, symlinks=True, ignore=shutil.ignore_patterns("space"))
     assert cli.main(["report", str(moved)]) == 0
@@ -166,4 +175,4 @@ def test_a_run_without_a_code_has_no_such_section(tmp_path):
     (tmp_path / "config.yaml").write_text("objective: flow\n")
     assert cli.main(["report", str(tmp_path)]) == 0
     assert "Latent space" not in (tmp_path / "report.html").read_text()
-    assert "Latent space" in report.run_page(tmp_path, {"Latent space": [report.note("here")]})
+    assert "Latent space" in render_run(tmp_path, {"Latent space": [render_note("here")]})

@@ -1,0 +1,196 @@
+"""One evaluation: samples of a run, a folder, an npz or a data set, measured against a reference.
+
+card = evaluate("runs/latest", metrics="fid,kid", n=1000)
+card.metrics["fid"].value
+card.save()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge
+
+from genkit import config
+from genkit.config import narrow, table
+from genkit.core import Spec
+from genkit.core.device import pick_device
+from genkit.core.progress import Progress, reporting
+from genkit.evaluation.cards import Card
+from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
+from genkit.evaluation.ranks import Ranks, use_threads
+from genkit.evaluation.sources import (
+    SPLITS,
+    DataOptions,
+    ModelSamples,
+    Reconstructions,
+    SampleSource,
+    hash_weights,
+    is_statistics_file,
+    open_data,
+    open_run_data,
+)
+from genkit.training.distributed import join_ranks
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions, Sampling
+
+DEFAULT_IMAGES, DEFAULT_VECTORS = 10_000, 2_000  # samples of a run if no number is given
+MIN_REFERENCE_VECTORS = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Sampling, LoadOptions):
+    """How samples are drawn, and what they are measured with and against."""
+
+    reconstruct: Literal["train", "test"] | None = None
+    """Measure the run's reconstructions of this split (of a VAE, a first stage, a codec) instead of its samples."""
+    metrics: str | None = None
+    """Names separated by commas: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
+    n: Annotated[int, Ge(2)] | None = None
+    """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
+    reference: str | None = None
+    """train or test of the run's own data, any data source, or an .npz of mu and sigma; None: train."""
+    reference_n: Annotated[int, Ge(2)] | None = None
+    """Number of reference samples; None: all images; as many vectors as are measured, but at least 2000."""
+    features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
+    """Feature space of distances. auto: classifier for small grey images, inception for others, raw for vectors."""
+    resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
+    """Short for --features.resize: how images are resized for Inception."""
+    weights: str | None = None
+    """Short for --features.weights: the file of Inception's weights."""
+    metric_settings: Any = table("genkit.evaluation:METRIC_SETTINGS", "default")
+    """Settings of the metrics."""
+    data: Any = table("genkit.evaluation:DATA_OPTIONS", "default")
+    """Where named data sets are stored, and how images are read."""
+    save_stats: str | None = None
+    """Write mu and sigma of the samples' features to this .npz, to be used as a reference later."""
+
+
+def evaluate(
+    source: str | Path | Run | SampleSource,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Card:
+    """Measure samples against a reference and return the card; nothing is printed, and the card is not saved.
+
+    ``source`` is a run or its directory, the path or name of stored samples (``cifar10:test``), or a
+    :class:`~genkit.evaluation.sources.SampleSource`. Settings are a dataclass, keywords that change it, or both:
+    ``evaluate("runs/latest", metrics="fid", n=100)``. ``progress`` defaults to bars in a terminal or a notebook. Under
+    a launcher all ranks call this together, and each gets the card. ``ValueError`` for wrong settings, and if a sample
+    or a metric is not finite.
+    """
+    settings = settings or EvaluationSettings()
+    if changes:
+        settings = config.override(settings, **changes)
+    accelerator = join_ranks(pick_device(settings.device))
+    ranks = Ranks.of(accelerator)
+    if settings.save_stats and not settings.save_stats.endswith(".npz"):
+        raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz")
+    metrics = None if settings.metrics is None else find_metrics(settings.metrics)
+    with accelerator.main_process_first():
+        samples = open_samples(source, settings, accelerator.device)
+        reference = open_reference(settings.reference, samples, settings.data)
+    if metrics is None and reference is None and settings.save_stats:
+        metrics = {}
+    n = settings.n or samples.limit or default_n(samples.spec)
+    if samples.limit is not None and n > samples.limit:
+        raise ValueError(f"n: given {n}, but {samples.name} has {samples.limit} samples; take --n {samples.limit}")
+    with reporting(progress, ranks.is_main) as report, use_threads(run_threads(samples)):
+        evaluator = Evaluator.create(
+            samples,
+            reference,
+            metrics,
+            settings.features,
+            resize=settings.resize,
+            weights=settings.weights,
+            settings=settings.metric_settings,
+            reference_n=settings.reference_n or default_reference_n(samples.spec, n),
+            batch=settings.batch,
+            device=accelerator.device,
+            ranks=ranks,
+            progress=report,
+        )
+        measurement = evaluator.measure(samples, n, report)
+        card = ranks.once(evaluator.make_card, samples, n, measurement)
+    if settings.save_stats and ranks.is_main:
+        path = Path(settings.save_stats).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measurement.statistics.moments.save(path)
+    return card
+
+
+def default_n(spec: Spec) -> int:
+    """The number of samples that are drawn from a run if none is given."""
+    return DEFAULT_IMAGES if is_image(spec) else DEFAULT_VECTORS
+
+
+def default_reference_n(spec: Spec, n: int) -> int | None:
+    """The number of reference samples for ``n`` samples if none is given; None: all."""
+    return None if is_image(spec) else max(n, MIN_REFERENCE_VECTORS)
+
+
+def run_threads(samples: SampleSource) -> int | None:
+    """The CPU threads that the samples' run was trained with; None for stored samples."""
+    return samples.run.config.threads if isinstance(samples, ModelSamples | Reconstructions) else None
+
+
+# -------------------------------------------------------------------------------------------- opening what is named
+def is_run(name: str | Path) -> bool:
+    """Whether this is the directory of a run."""
+    return (Path(name).expanduser() / "config.yaml").is_file()
+
+
+def open_samples(
+    source: str | Path | Run | SampleSource, settings: EvaluationSettings, device: torch.device
+) -> SampleSource:
+    """The samples that ``source`` names. ``ValueError`` if a setting has no effect on them."""
+    if isinstance(source, Run):
+        return open_run_samples(source, settings)
+    if not isinstance(source, str | Path):
+        return source
+    name = str(source)
+    if is_run(name):
+        run = load_run(Path(name).expanduser(), ema=settings.ema, step=settings.step, device=device.type)
+        return open_run_samples(run, settings)
+    require_defaults(settings, Sampling, f"stored samples; {name} is not a run")
+    require_defaults(settings, LoadOptions, f"stored samples; {name} is not a run")
+    if settings.reconstruct:
+        raise ValueError(f"reconstruct: needs a run with a code; {name} is not a run")
+    try:
+        return open_data(name, settings.data)
+    except ValueError as e:
+        raise ValueError(f"{e}, or a run that genkit train wrote" if "is unknown" in str(e) else str(e)) from e
+
+
+def open_run_samples(run: Run, settings: EvaluationSettings) -> SampleSource:
+    """Samples of a run, or its reconstructions."""
+    if not settings.reconstruct:
+        return ModelSamples(run, narrow(settings, Sampling), hash_weights(run))
+    require_defaults(settings, Sampling, "reconstructions")
+    return Reconstructions(run, open_run_data(run, settings.reconstruct, settings.data), hash_weights(run))
+
+
+def require_defaults(settings: EvaluationSettings, base: type, samples: str) -> None:
+    """``ValueError`` for the first setting of ``base`` that was changed, though it has no effect on ``samples``."""
+    given, defaults = config.dump(settings), config.dump(EvaluationSettings())
+    for f in fields(base):
+        if f.name not in ("batch", "device") and given[f.name] != defaults[f.name]:
+            raise ValueError(f"{f.name}: has no effect on {samples}")
+
+
+def open_reference(name: str | None, samples: SampleSource, options: DataOptions) -> Reference | None:
+    """The reference that ``name`` names; without a name the training split of a run's own data, else None."""
+    of_run = isinstance(samples, ModelSamples | Reconstructions)
+    if of_run and (not name or name in SPLITS):
+        return open_run_data(samples.run, name or "train", options)
+    if not name:
+        return None
+    if name in SPLITS:
+        raise ValueError(f"reference: given {name}, a split of a run's data, but {samples.name} is not a run")
+    path = Path(name).expanduser()
+    return path if is_statistics_file(path) else open_data(name, options)

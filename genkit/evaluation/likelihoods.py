@@ -1,0 +1,287 @@
+"""The likelihood of held-out samples under a run, in bits per dimension: an upper bound on their code length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from genkit import config
+from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
+from genkit.core.progress import Progress, reporting
+from genkit.data.codecs import Identity, LearnedCodec, Pixels
+from genkit.diffusion.samplers import (
+    Bound,
+    Grid,
+    Seeds,
+    bits_per_dim,
+    dequantise,
+    log_prob,
+    trailing,
+    uniform,
+    variational_bound,
+)
+from genkit.diffusion.samplers.likelihood import BitsPerDim
+from genkit.evaluation.ranks import use_threads
+from genkit.objectives import DDPM
+from genkit.objectives.matching.matching import Matching
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions
+
+Count = Annotated[int, Ge(1)]
+Estimator = Literal["ode", "vlb", "iwae"]
+SCALES = {Pixels: 127.5, Identity: 1.0}  # from model numbers to the unit in which a density is quoted
+LATENT_KEY = 2  # last number of the random key of latent draws
+DEFAULT_HEUN_STEPS, DEFAULT_CHAIN_STEPS, DEFAULT_DRAWS = 64, 1000, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodSettings(LoadOptions):
+    """How the likelihood of held-out samples is estimated."""
+
+    n: Count | None = None
+    """Number of samples of the split; None: all."""
+    split: Literal["train", "test"] = "test"
+    """Which samples."""
+    bound: Estimator | None = None
+    """ode: change of variables along the probability-flow ODE; vlb: the variational bound of the ancestral chain; iwae:
+    importance-weighted draws of a VAE's latent (and its ELBO). None: iwae for a VAE, ode for the others."""
+    draws: Count | None = None
+    """Draws of the latent for each sample, with --bound iwae; None: 64. More draws give a tighter bound."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Variance of the chain's steps, with --bound vlb; None: learned if the model has it, else small."""
+    divergence: Literal["hutchinson", "exact"] = "hutchinson"
+    """exact costs a backward pass for each dimension; hutchinson one for each probe, and is unbiased."""
+    probes: Count = 1
+    """Random directions of hutchinson."""
+    solver: Literal["heun", "dopri5"] = "heun"
+    """Fixed steps, or adaptive ones."""
+    steps: Count | None = None
+    """Steps of heun (None: 64), or of the chain (None: all timesteps of a DDPM, 1000 for others)."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of dequantisation and probes; sample i has seed + i."""
+    batch: Count = 128
+    """Samples at a time."""
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """A mean over samples and its standard error (None if unknown)."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class LikelihoodResult:
+    """The likelihood of held-out samples."""
+
+    bits_per_dim: MeanEstimate
+    details: Mapping[str, Any]
+    """further numbers of the estimator: nats per sample, the terms of a bound; ready for JSON"""
+    n: int
+    """number of samples"""
+    description: str
+    """one line on the numbers"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """all settings, ready for JSON"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        return {**self.details, "bits_per_dim": asdict(self.bits_per_dim), "settings": dict(self.settings)}
+
+    def summary(self) -> str:
+        """The result in two lines."""
+        stderr = math.nan if self.bits_per_dim.stderr is None else self.bits_per_dim.stderr
+        number = f"{self.bits_per_dim.value:.4f} ± {stderr:.4f} bits per dimension"
+        about = f"{self.settings.get('split')}, {self.n} samples"
+        return f"{number} ({about})\n{self.description}, {self.settings.get('weights')}"
+
+    __repr__ = summary
+
+
+def likelihood(
+    run: str | Path | Run,
+    settings: LikelihoodSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> LikelihoodResult:
+    """Estimate the likelihood of held-out samples under a run, or its directory; nothing is printed.
+
+    Settings are a dataclass, keywords that change it, or both: ``likelihood("runs/latest", n=100, bound="vlb")``.
+    ``progress`` defaults to a bar in a terminal or a notebook. ``ValueError`` for models of latents and models without
+    a likelihood, for settings that have no effect, and if the result is not finite.
+    """
+    settings = settings or LikelihoodSettings()
+    if changes:
+        settings = config.override(settings, **changes)
+    if not isinstance(run, Run):
+        run = load_run(run, ema=settings.ema, step=settings.step, device=settings.device)
+    if isinstance(run.codec, LearnedCodec):
+        raise ValueError("likelihood: a model of latents has a density of latents, and none of samples; "
+                         "allowed: a model of the samples themselves")  # fmt: skip
+    if type(run.codec) not in SCALES:
+        allowed = ", ".join(kind.__name__ for kind in SCALES)
+        raise ValueError(f"likelihood: given a run whose codec is {type(run.codec).__name__}; allowed: {allowed}")
+    bound = settings.bound or run.objective.likelihood_method
+    if bound is None:
+        raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
+    with reporting(progress) as report, use_threads(run.config.threads):
+        result = ESTIMATORS[bound](run, settings, report)
+    if not math.isfinite(result.bits_per_dim.value):
+        raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
+    stored = {"bound": bound, "n": result.n, "run": run.directory.name, "weights": run.weights}
+    return LikelihoodResult(
+        result.bits_per_dim, result.details, result.n, result.description, {**asdict(settings), **stored}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- estimators
+def estimate_by_ode(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+    """The change of variables along the probability-flow ODE, of dequantised pixels."""
+    require_path_to_noise(run)
+    require_defaults(settings, ("variance",), "the chain; allowed with --bound vlb")
+    require_defaults(settings, ("draws",), "a VAE; allowed with --bound iwae")
+    nats = log_probs(run, settings, progress)
+    bits = bits_per_dim(nats, math.prod(run.spec.shape), SCALES[type(run.codec)])
+    description = f"{float(nats.mean()):.3f} nats per sample; {settings.divergence} divergence"
+    details = {"log_prob_nats": asdict(mean_of(nats))}
+    return LikelihoodResult(without_nan(bits), details, len(nats), description)
+
+
+def log_probs(run: Run, settings: LikelihoodSettings, progress: Progress) -> Tensor:
+    """``log p`` in nats of the model's own numbers, ``[N]``, each sample with its own conditions."""
+    times = uniform(settings.steps or DEFAULT_HEUN_STEPS)(run.denoiser.path)
+    options: dict[str, Any] = {
+        "divergence": settings.divergence,
+        "probes": settings.probes,
+        "solver": settings.solver,
+    }
+    parts = []
+    for x, cond, noise in read_batches(run, settings, progress, dequantised=True):
+        parts.append(log_prob(run.denoiser, x, cond, times=times, noise=noise, **options).cpu())
+    return torch.cat(parts)
+
+
+def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+    """The variational bound of the ancestral chain; the noise of its terms is drawn once for each sample."""
+    objective = require_path_to_noise(run)
+    require_defaults(settings, ("divergence", "probes", "solver"), "the ODE; allowed with --bound ode")
+    require_defaults(settings, ("draws",), "a VAE; allowed with --bound iwae")
+    if not objective.is_diffusion:
+        raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
+    times, parts = chain_grid(objective, settings.steps)(run.denoiser.path), []
+    pixels = isinstance(run.codec, Pixels)
+    for x, cond, noise in read_batches(run, settings, progress, dequantised=False):
+        with torch.no_grad():
+            bound = variational_bound(
+                run.denoiser, x, cond, times=times, variance=settings.variance, pixels=pixels, noise=noise
+            )
+        parts.append([part.double().cpu() for part in bound])
+    bound = Bound(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    dims = math.prod(run.spec.shape)
+
+    def in_bits(nats: Tensor) -> MeanEstimate:
+        return without_nan(bits_per_dim(-nats, dims, scale=1.0))
+
+    steps = []
+    for t, s, nats in zip(times.tolist(), times[1:].tolist(), bound.steps.T, strict=False):  # without the last step
+        steps.append({"t": t, "s": s, **asdict(in_bits(nats))})
+    terms = {"prior": asdict(in_bits(bound.prior)), "steps": steps, "data": asdict(in_bits(bound.data))}
+    details = {"log_prob_nats": asdict(mean_of(-bound.total)), "terms": terms}
+    description = f"{-float(bound.total.mean()):.3f} nats per sample; bound of {len(times) - 1} steps"
+    return LikelihoodResult(in_bits(bound.total), details, len(bound.total), description)
+
+
+def estimate_by_iwae(run: Run, settings: LikelihoodSettings, progress: Progress) -> LikelihoodResult:
+    """The ELBO and the importance-weighted bound, of which the bits per dimension are.
+
+    Black and white pixels and grey levels count by their probability mass, other numbers by their density, with pixels
+    dequantised. The draws of a sample depend on its row only.
+    """
+    if run.objective.likelihood_method != "iwae":
+        raise ValueError(f"bound: given iwae, but {type(run.objective).__name__} has no latent; allowed: ode, vlb")
+    require_defaults(settings, ("variance", "steps"), "a path to noise, and a VAE has none")
+    require_defaults(settings, ("divergence", "probes", "solver"), "the ODE, and a VAE has none")
+    objective, draws = cast(HasELBO, run.objective), settings.draws or DEFAULT_DRAWS
+    parts, first = [], 0
+    for x, cond, _ in read_batches(run, settings, progress, dequantised=not objective.is_discrete):
+        draw = Draw((settings.seed, LATENT_KEY), first, first + len(x), run.device)
+        first += len(x)
+        parts.append([part.cpu() for part in objective.bounds(run.nets, Batch(x, cond, draw=draw), draws)])
+    bounds = ELBO(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    scale = 1.0 if objective.is_discrete else SCALES[type(run.codec)]
+    bits = bits_per_dim(bounds.iwae, math.prod(run.spec.shape), scale)
+    details = {
+        "neg_elbo_nats": asdict(mean_of(-bounds.elbo)),
+        "iwae_nats": asdict(mean_of(bounds.iwae)),
+        "draws": draws,
+    }
+    elbo, iwae = (float(v.mean()) for v in bounds)
+    description = f"-ELBO {-elbo:.3f} nats; log p >= {iwae:.3f} nats by {draws} draws"
+    return LikelihoodResult(without_nan(bits), details, len(bounds.elbo), description)
+
+
+ESTIMATORS: Mapping[str, Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
+    "ode": estimate_by_ode,
+    "vlb": estimate_by_vlb,
+    "iwae": estimate_by_iwae,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+def require_path_to_noise(run: Run) -> Matching:
+    """The objective of a model with a path to normal noise. ``ValueError`` for the others."""
+    objective = run.objective
+    if not (isinstance(objective, Matching) and objective.source.is_normal and objective.sampler):
+        raise ValueError("likelihood: needs a model whose path ends in standard normal noise; this run's does not")
+    return objective
+
+
+def require_defaults(settings: LikelihoodSettings, names: tuple[str, ...], where_used: str) -> None:
+    """``ValueError`` for a setting in ``names`` that was changed, though it has an effect only for ``where_used``."""
+    defaults = LikelihoodSettings()
+    for name in names:
+        if getattr(settings, name) != getattr(defaults, name):
+            raise ValueError(f"{name}: given {getattr(settings, name)}, which is for {where_used}")
+
+
+def chain_grid(objective: Matching, steps: int | None) -> Grid:
+    """The steps of a DDPM's own timesteps, or uniform steps in chart time."""
+    if isinstance(objective, DDPM):
+        return trailing(steps or objective.timesteps, objective.timesteps)
+    return uniform(steps or DEFAULT_CHAIN_STEPS)
+
+
+def without_nan(bits: BitsPerDim) -> MeanEstimate:
+    """Bits per dimension, with None for an unknown standard error."""
+    return MeanEstimate(bits.value, None if math.isnan(bits.stderr) else bits.stderr)
+
+
+def mean_of(nats: Tensor) -> MeanEstimate:
+    """The mean of ``[N]`` numbers and its standard error."""
+    stderr = float(nats.double().std() / math.sqrt(len(nats))) if len(nats) > 1 else None
+    return MeanEstimate(float(nats.double().mean()), stderr)
+
+
+def read_batches(
+    run: Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
+) -> Iterator[tuple[Tensor, Cond, Seeds]]:
+    """Samples in the model's own numbers, their conditions, and a noise source with each sample's own seed."""
+    data = run.config.data.load(settings.split)
+    n = min(settings.n or len(data), len(data))
+    for first in range(0, n, settings.batch):
+        last = min(first + settings.batch, n)
+        noise = Seeds([settings.seed + i for i in range(first, last)], run.device)
+        batch = data.batch(torch.arange(first, last), Draw((settings.seed,), first, last)).to(run.device)
+        has_pixels = batch.x.dtype == torch.uint8
+        x = dequantise(batch.x, noise) if has_pixels and dequantised else run.codec.encode(batch).x
+        yield x, batch.cond, noise
+        progress("likelihood", last, n)

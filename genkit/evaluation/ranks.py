@@ -1,0 +1,61 @@
+"""Processes and threads: how the ranks of an evaluation share values and errors, and how many threads each uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Process number ``rank`` of ``world`` processes that evaluate together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Ranks:
+        """This process among those of ``accelerator``."""
+        return cls(accelerator.process_index, accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every rank, in their order, on every rank."""
+        return gather_object([value]) if self.world > 1 else [value]
+
+    def once(self, work: Callable[..., Any], *args: Any) -> Any:
+        """``work(*args)``, done by the main rank, on every rank. Its ``ValueError`` or ``OSError`` is raised on all."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work(*args)
+            except (ValueError, OSError) as e:
+                error = str(e)
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise ValueError(error)
+        return result
+
+
+SINGLE = Ranks()
+
+
+@contextmanager
+def use_threads(num: int | None) -> Iterator[None]:
+    """Use ``num`` CPU threads in a block (None: no change). Sums in the last digits depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
