@@ -25,7 +25,7 @@ SMALL = {"name": "mlp", "width": 16, "depth": 1}
 CODES = {
     "vae": {"name": "vae", "latent": [5]},
     "ae": {"name": "ae", "latent": [2, 2, 2]},
-    "vq": {"name": "vq", "latent": [3, 2, 2], "codes": 7},
+    "vq": {"name": "vq", "latent": [3, 2, 2], "codebook_size": 7},
     "autoencoder": {"name": "autoencoder", "latent": [3, 2, 2]},
 }
 
