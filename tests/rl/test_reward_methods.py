@@ -200,17 +200,17 @@ def test_every_method_raises_a_reward(name):
     torch.manual_seed(0)
     nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
     demos = constant_demos(0.0, 2)
-    more = {
+    settings = {  # of those that hold on to the model as it was
         "dppo": {"bc_coef": 0.0},
         "ddpo": {"epochs": 5, "kl": 0.0},
         "mixed": {"weight": 3.0},
         "rwr": {"demo_fraction": 0.1},
-    }[name]
+    }.get(name, {})
     learner = make_learner(
         nets, Chain.over(Linear(), 2, FixedNoise(0.3)), spec, demos=demos, optimizer=torch.optim.Adam
     )
     task = FunctionTask(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
-    method = METHODS[name](lr=1e-2, batch=256, warmup=0, bc_batch=16, **more)
+    method = METHODS[name](lr=1e-2, batch=256, warmup=0, bc_batch=16, **settings)
     rewards = []
     for i in range(15):
         experience = task.collect(learner, i)
