@@ -15,7 +15,7 @@ Value = Callable[[Tensor, Cond], Tensor]  # (samples in the model's units [B, *S
 
 
 def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1) -> Guidance:
-    """Guidance toward ``p(x) exp(scale Q(x))``: the predicted data becomes the solution of ``x = x0 + scale V grad Q(x)``.
+    """Guidance toward ``p(x) exp(scale Q(x))``: the predicted data x solves ``x = x0 + scale V grad Q(x)``.
 
     ``V = var sigma^2 / (sigma^2 + alpha^2 var)`` is the variance of x0 given x_t for data of variance ``var`` around
     one centre (Song et al. 2023, section 3.2, for var = 1), and x is then the mean of ``p(x0 | x_t) exp(scale Q)``,

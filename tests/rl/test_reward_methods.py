@@ -40,7 +40,7 @@ def test_policy_gradient_is_that_of_the_gaussian_bandit(name):
 
 
 def test_an_iteration_of_mixed_goes_no_further_than_its_clip():
-    """A hundred steps on the same walks. Without a clip they go all the way to the best mean, which is AIM."""
+    """A hundred steps on the same trajectories. Without a clip they go all the way to the best mean, which is AIM."""
     experience, _ = bandit()
     moved = []
     for clip in (0.05, 1e9):
@@ -175,7 +175,7 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
     weight = reward_weights(slope * x[:, 0], tau)
     assert float(weight.mean()) == pytest.approx(1)
 
-    class Says(nn.Module):
+    class Shifted(nn.Module):
         def __init__(self, law):
             super().__init__()
             self.law, self.off = law, nn.Parameter(torch.zeros(3, dtype=F64))
@@ -184,14 +184,14 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
             features = torch.stack([torch.ones_like(x), x, x.sin()])
             return ExactDenoiser(self.law, Linear())(x, t, {}).x0 + (self.off[:, None, None] * features).sum(0)
 
-    found = {}
+    norms = {}
     for name, law in (("tilted", tilted), ("p0", p0)):
         torch.manual_seed(0)
-        net = Says(law)
+        net = Shifted(law)
         learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise()))
         RWR(demo_fraction=0.0).loss(learner, Batch(x, {}, weight), learner.shares(torch.arange(len(x)))[0]).backward()
-        found[name] = float(net.off.grad.norm())
-    assert found["tilted"] < 0.05 * found["p0"]
+        norms[name] = float(net.off.grad.norm())
+    assert norms["tilted"] < 0.05 * norms["p0"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -239,7 +239,7 @@ def test_an_update_that_trims_is_that_of_trimmed_advantages():
     experience, _ = bandit()
     moved = {}
     for name, trim, advantages in (
-        ("asked", 0.1, experience.advantages),
+        ("clipped", 0.1, experience.advantages),
         ("by hand", 0.0, clip_quantiles(experience.advantages, 0.1)),
         ("not", 0.0, experience.advantages),
     ):
@@ -248,8 +248,8 @@ def test_an_update_that_trims_is_that_of_trimmed_advantages():
         learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD)))
         method.update(learner, None, experience._replace(advantages=advantages), 0)
         moved[name] = float(net.theta.detach() - THETA)
-    assert moved["asked"] == moved["by hand"]
-    assert abs(moved["asked"] - moved["not"]) > 1e-4
+    assert moved["clipped"] == moved["by hand"]
+    assert abs(moved["clipped"] - moved["not"]) > 1e-4
 
 
 def test_the_learning_rate_rises_after_the_critics_warm_up():
