@@ -24,7 +24,16 @@ from .core import (
 from .diffusion.guidance import classifier_free
 from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
 from .diffusion.samplers import SAMPLERS, bind, uniform
+from .evaluation.cards import Card
+from .evaluation.evaluations import EvaluationSettings, evaluate
+from .evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
+from .evaluation.report.page import write_report
+from .evaluation.sweeps import SweepResult, SweepSettings, sweep
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
+from .rl.finetune.loop import FinetunedRun, finetune
+from .rl.finetune.settings import FinetuneSettings
+from .rl.policies.policy import Policy
+from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.run import Run, load, sample
 from .training.samples import Samples
 from .training.sampling import Sampling
@@ -47,30 +56,41 @@ __all__ = [
     "Autoencoder",
     "Backbone",
     "Batch",
+    "Card",
     "Classifier",
     "Codec",
     "Cosine",
     "Data",
     "Denoiser",
     "DiT",
+    "EvaluationSettings",
+    "FinetuneSettings",
+    "FinetunedRun",
     "Flow",
     "Frames",
     "Generator",
     "Guidance",
     "Image",
     "Label",
+    "LikelihoodResult",
+    "LikelihoodSettings",
     "Linear",
     "Loss",
     "Objective",
     "Parametrization",
     "Phase",
+    "Policy",
     "Prediction",
     "ProbabilityPath",
     "Regression",
+    "RolloutSettings",
+    "Rollouts",
     "Run",
     "Samples",
     "Sampling",
     "Spec",
+    "SweepResult",
+    "SweepSettings",
     "Text",
     "Tokens",
     "TrainSettings",
@@ -78,8 +98,14 @@ __all__ = [
     "Vector",
     "bind",
     "classifier_free",
+    "evaluate",
+    "finetune",
+    "likelihood",
     "load",
+    "rollout",
     "sample",
+    "sweep",
     "train",
     "uniform",
+    "write_report",
 ]  # fmt: skip
