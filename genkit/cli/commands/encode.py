@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from genkit import config
 from genkit.config import parse, table
-from genkit.config.blocks import name_of
+from genkit.config.blocks import find_name
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.core.device import pick_device
 from genkit.core.tensors import sha256
@@ -82,7 +82,7 @@ def encode(source: Any, out: Path, asked: Encode, device: torch.device) -> tuple
         raise ValueError(f"data: {out} would be latents of latents; name the samples themselves")
     stage = open_first_stage(asked.run, data.spec.shape, device)
     about: dict[str, Any] = {"stage": {**stage.about(), "sha256": stage.sha256}, "data": {
-        "name": name_of(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
+        "name": find_name(kinds, type(source)), **config.dump(source)}, "splits": {}}  # fmt: skip
     if (out / INDEX).is_file():
         found = read_index(out)
         for what, given in json.loads(json.dumps(about)).items():

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from genkit.backbones.lora import LoRA
 from genkit.config import parse, table, to_yaml
-from genkit.config.command import peek
+from genkit.config.command import peek_option
 from genkit.core import Batch, seed_of
 from genkit.core.files import write_text
 from genkit.data import Stream
@@ -116,7 +116,7 @@ class Finetune:
 
 
 def main(argv: list[str]) -> int:
-    resumed = peek(argv, "resume")
+    resumed = peek_option(argv, "resume")
     if resumed:
         found = find_run(resumed) / "finetune.yaml"
         if not found.is_file():

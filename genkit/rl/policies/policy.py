@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
