@@ -340,10 +340,10 @@ def test_cut_episodes_are_not_counted_but_bootstrapped():
 
 
 def test_one_way_alone_is_worth_something():
-    from genkit.envs.four_ways import Expert, FourWays
+    from genkit.envs.four_ways import FourWays, FourWaysExpert
 
     env = OneWay(FourWays(8), 2)
-    guide = Expert(8)
+    guide = FourWaysExpert(8)
     seeds = list(range(8))
     obs = env.reset(seeds)
     guide.reset(seeds)

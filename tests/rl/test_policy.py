@@ -21,7 +21,7 @@ from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.windows import Episode, check_horizons, window_starts, window_steps
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import make, make_expert
-from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, Expert, FourWays, distance
+from genkit.envs.four_ways import GOAL, OBSTACLES, RADIUS, FourWays, FourWaysExpert, distance
 from genkit.envs.gym import keypoints
 from genkit.objectives import AnchoredFlow, Regression
 from genkit.rl.policies.episodes import Episodes, entropy_bits, run_episodes
@@ -36,7 +36,7 @@ QUICK = ["--device=cpu", "--tensorboard=false", "--sample-every=0", "--log-every
 
 # ---------------------------------------------------------------------------------------------------- the world
 def test_the_expert_succeeds_on_all_four_ways_alike():
-    world, guide = FourWays(200), Expert(200)
+    world, guide = FourWays(200), FourWaysExpert(200)
     obs = world.reset(range(200))
     guide.reset(range(200))
     won = np.zeros(200)
@@ -44,7 +44,7 @@ def test_the_expert_succeeds_on_all_four_ways_alike():
         obs, reward, _, _, info = world.step(guide.act(obs))
         won += reward
     assert (won == 1).all()  # once, and nothing after the end
-    assert (info["mode"] == guide.ways).all()
+    assert (info["mode"] == guide.modes).all()
     assert np.bincount(info["mode"]).tolist() == [50] * 4
 
 
@@ -444,7 +444,7 @@ def test_recorded_demonstrations_are_learned_from(tmp_path, capsys):
 
 
 def test_an_expert_that_never_succeeds_is_refused(monkeypatch):
-    monkeypatch.setattr(Expert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
+    monkeypatch.setattr(FourWaysExpert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
     from genkit.envs.recording import DemoSettings, record_demonstrations
 
     refuses(
