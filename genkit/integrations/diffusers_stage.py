@@ -14,7 +14,7 @@ from genkit.backbones.diffusers import class_of
 from genkit.core import Batch
 from genkit.core.files import one_line
 from genkit.data.codecs import Pixels
-from genkit.objectives.autoencoders.autoencoder import Posterior, certain
+from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
 from genkit.training.first_stage import ForeignStage
 
 
@@ -23,15 +23,15 @@ def kl_posterior(out: Any) -> Posterior:
     return Posterior(out.latent_dist.mean, out.latent_dist.logvar)
 
 
-def point_posterior(out: Any) -> Posterior:
+def deterministic_posterior(out: Any) -> Posterior:
     """The posterior in the output of a deterministic encoder."""
-    return certain(out.latents)
+    return point_posterior(out.latents)
 
 
 POSTERIORS: Mapping[str, Callable[[Any], Posterior]] = {
     "AutoencoderKL": kl_posterior,
-    "AutoencoderTiny": point_posterior,
-    "VQModel": point_posterior,
+    "AutoencoderTiny": deterministic_posterior,
+    "VQModel": deterministic_posterior,
 }
 
 

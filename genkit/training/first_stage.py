@@ -29,7 +29,7 @@ from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
-from genkit.objectives.autoencoders.autoencoder import Autoencoding, Posterior
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
 
 WEIGHTS = "first-stage.safetensors"
 PosteriorUse = Literal["draw", "mean"]
@@ -107,7 +107,7 @@ class RunStage(FirstStage):
     def __init__(
         self,
         name: str,
-        objective: Autoencoding,
+        objective: EncoderDecoder,
         backbone: Backbone,
         spec: Spec,
         base: Codec,
@@ -115,14 +115,14 @@ class RunStage(FirstStage):
     ):
         self.name, self.objective, self.backbone, self.spec, self.base = name, objective, backbone, spec, base
         self.shape, self.latent = spec.shape, objective.latent
-        self.nets = {k: nets[k] for k in objective.parts}
+        self.nets = {k: nets[k] for k in objective.codec_networks}
 
     def posterior(self, batch: Batch) -> Posterior:
         encoded = self.base.encode(replace(batch, cond={}))
-        return self.objective.encode(self.nets, self.objective.seen(encoded))
+        return self.objective.encode(self.nets, self.objective.encoder_input(encoded))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.base.decode(self.objective.decode(self.nets, self.objective.nearest(self.nets, z)))
+        return self.base.decode(self.objective.decode(self.nets, self.objective.quantize(self.nets, z)))
 
     def to_dict(self) -> dict[str, Any]:
         networks = config.dump(Networks(self.objective, self.backbone))
@@ -132,7 +132,7 @@ class RunStage(FirstStage):
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> RunStage:
         networks = config.from_dict(Networks, {k: stored[k] for k in ("objective", "backbone")})
-        objective, spec = cast(Autoencoding, networks.objective), spec_from_dict(stored["spec"])
+        objective, spec = cast(EncoderDecoder, networks.objective), spec_from_dict(stored["spec"])
         nets = objective.networks(networks.backbone, spec)
         return RunStage(stored["run"], objective, networks.backbone, spec, codecs.from_dict(stored["codec"]), nets)
 
@@ -141,10 +141,10 @@ def run_stage(
     name: str, objective: Objective, backbone: Backbone, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec
 ) -> RunStage:
     """The first stage of a run. ``ValueError`` if it has no encoder, needs conditions, or is itself a latent model."""
-    if not isinstance(objective, Autoencoding):
+    if not isinstance(objective, EncoderDecoder):
         kind = type(objective).__name__
         raise ValueError(f"codec: given {name}, a run of {kind}, which has no encoder; train one: --objective=vae")
-    if conditions := objective.told(spec).cond:
+    if conditions := objective.codec_spec(spec).cond:
         names = ", ".join(conditions)
         raise ValueError(f"codec: given {name}, which decodes only with {names}; train it with --data.labels=false")
     if isinstance(codec, LearnedCodec):
@@ -204,7 +204,7 @@ class LatentCodec(LearnedCodec):
 
     def scaled(self, q: Posterior, batch: Batch) -> Batch:
         """``batch`` with the scaled latents of posterior ``q``."""
-        z = q.draw(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
+        z = q.sample(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
         return self.scaling.encode(replace(batch, x=z))
 
     def decode(self, x: Tensor) -> Tensor:

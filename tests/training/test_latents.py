@@ -180,7 +180,16 @@ def trained(tmp_path_factory):
     made = {}
     for name, args in {
         "vae": ["--objective=vae", "--objective.latent", "3", "2", "2", "--objective.beta=0.1", "--steps=30", *SAME],
-        "vq": ["--objective=vq", "--objective.latent", "3", "2", "2", "--objective.codes=9", "--steps=3", *SAME],
+        "vq": [
+            "--objective=vq",
+            "--objective.latent",
+            "3",
+            "2",
+            "2",
+            "--objective.codebook-size=9",
+            "--steps=3",
+            *SAME,
+        ],
         "conditional": ["--objective=ae", "--objective.latent=4", "--steps=1", *TINY],
         "flow": ["--objective=flow", f"--codec={out}/vae", "--steps=4", *TINY],
     }.items():
@@ -406,7 +415,7 @@ def test_a_run_rebuilds_samples_through_its_code_and_a_model_of_latents_through_
         assert run.reconstruct(Batch(x)).equal(stage.decode(stage.posterior(Batch(x)).mean))
     run = load_run(trained["flow"])
     draw = lambda: Draw((3,), 0, 9)  # noqa: E731
-    z = stage_of(trained["vae"]).posterior(Batch(x)).draw(draw().normal(3, 2, 2))
+    z = stage_of(trained["vae"]).posterior(Batch(x)).sample(draw().normal(3, 2, 2))
     assert run.reconstruct(Batch(x, draw=draw())).equal(stage_of(trained["vae"]).decode(z))
 
 
@@ -422,7 +431,7 @@ def test_evaluation_measures_reconstructions_by_row(trained, capsys):
     root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0)).sum()
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov[0] + cov[1]) - 2 * root
     assert card["metrics"]["fid"]["value"] == pytest.approx(wanted, rel=1e-3)
-    assert card["settings"]["rebuilt"]["split"] == "test"
+    assert card["settings"]["reconstructed"]["split"] == "test"
     assert "nfe" not in card["settings"]
     assert [p for p in (trained["vq"] / "eval").iterdir() if json.loads(p.read_text()) == card]
     assert cli.main([*argv[:-1], "--reconstruct=train"]) == 0  # another split, another card

@@ -133,12 +133,8 @@ def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeyp
     assert train_command(["--data=moons", "--device=cpu", *SMALL]) == 0
     for generation in (1, 2):
         capsys.readouterr()
-        assert (
-            reflow_command(
-                [f"runs/{Path('runs/latest').resolve().name}", "--n=16", "--steps=3", f"--out=p{generation}.npz"]
-            )
-            == 0
-        )
+        newest = f"runs/{Path('runs/latest').resolve().name}"
+        assert reflow_command([newest, "--n=16", "--steps=3", f"--out=p{generation}.npz"]) == 0
         printed = printed_commands(capsys.readouterr().out)
         before = Path("runs/latest").resolve()
         assert train_command([*printed["straighten"], "--lr=1e-12", "--steps=1"]) == 0
