@@ -55,8 +55,8 @@ ENVS: Mapping[str, str] = {  # name -> "module:Class", called with the number of
     "pusht": "genkit.envs.gym:PushT",
 }
 EXPERTS: Mapping[str, Mapping[str, str]] = {  # start of an environment's name -> name of the expert -> "module:Class"
-    "four-ways": {"scripted": "genkit.envs.four_ways:Expert"},
-    "PointMaze_": {"scripted": "genkit.envs.maze:Expert"},
+    "four-ways": {"scripted": "genkit.envs.four_ways:FourWaysExpert"},
+    "PointMaze_": {"scripted": "genkit.envs.maze:MazeExpert"},
 }  # called with the number of copies and the environment's name
 EXPERT_ENVS = [f"{name}..." if name.endswith("_") else name for name in EXPERTS]  # for messages
 
@@ -76,9 +76,9 @@ def make(name: str, num: int, **options: Any) -> Env:
 
 def make_expert(env: str, name: str, num: int) -> Expert:
     """The expert ``name`` for ``num`` copies of an environment. ``ValueError`` if there is none."""
-    known = next((experts for start, experts in EXPERTS.items() if env.startswith(start)), {})
-    if name not in known:
-        allowed = ", ".join(known)
+    experts = next((names for start, names in EXPERTS.items() if env.startswith(start)), {})
+    if name not in experts:
+        allowed = ", ".join(experts)
         allowed = allowed or f"none for {env!r}; there are experts for {', '.join(EXPERT_ENVS)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {allowed}")
-    return load_object(known[name])(num, env)
+    return load_object(experts[name])(num, env)

@@ -149,9 +149,9 @@ def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str,
         write_index(folder, index)
         return index
     stored = read_index(folder)
-    for what, given in json.loads(json.dumps(index)).items():
-        if what != "splits" and {**stored[what], "run": None} != {**given, "run": None}:
-            raise ValueError(f"{folder}: holds latents of another {what}; name another folder with --out")
+    for part, given in json.loads(json.dumps(index)).items():
+        if part != "splits" and {**stored[part], "run": None} != {**given, "run": None}:
+            raise ValueError(f"{folder}: holds latents of another {part}; name another folder with --out")
     return stored
 
 
