@@ -217,7 +217,7 @@ def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     objective = Flow(prediction="x0")
     state = State(nets, {}, {"denoise": torch.optim.SGD(nets["net"].parameters(), lr=0.1)})
-    who = Learner(objective, state, Chain.over(Straight(), 1, FixedNoise(0.1)), spec, None, 0, critic, fit)
+    who = Learner(objective, state, Chain.on_grid(Straight(), 1, FixedNoise(0.1)), spec, None, 0, critic, fit)
     returns = torch.tensor([0.0, 2.0] * 4)
     for advantages, explained in ((torch.zeros(8), 1.0), (returns, 0.0), (returns / 2, 0.75)):
         seen = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})

@@ -83,6 +83,6 @@ def test_its_gradient_is_the_policy_gradient():
     """Of a Gaussian bandit, in closed form."""
     experience, slope = bandit()
     net = Constant(THETA)
-    learner = make_learner(net, Chain.over(Linear(), 1, FixedNoise(STD)))
+    learner = make_learner(net, Chain.on_grid(Linear(), 1, FixedNoise(STD)))
     Reinforce(lr=0.01).update(learner, None, experience, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(slope, rel=2e-3)

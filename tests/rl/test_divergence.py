@@ -10,7 +10,7 @@ from tests.support.exact import F64
 
 
 def test_divergence_is_the_normals():
-    chain = Chain.over(Linear(), 3, SDENoise(0.5), min_std=0.2)
+    chain = Chain.on_grid(Linear(), 3, SDENoise(0.5), min_std=0.2)
     a, b = torch.randn(2, 3, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     got = trajectory_kl(chain, a, b, 2)
     law = torch.distributions.Normal

@@ -54,7 +54,7 @@ def make_task(env, num, decisions, lam=0.0, act_steps=2, spec=None, limit=None):
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     critic = Flat(spec)
     critic.scale.fill_(1.0)
-    learner = make_learner(nets, Chain.over(Linear(), 1, FixedNoise(0.1)), spec, critic=critic)
+    learner = make_learner(nets, Chain.on_grid(Linear(), 1, FixedNoise(0.1)), spec, critic=critic)
     task = EnvironmentTask(env, Actions((0.0,), (1.0,)), act_steps, decisions, 0.5, lam, limit)
     task.begin(learner, 0)
     return task, learner

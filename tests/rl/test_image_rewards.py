@@ -42,16 +42,16 @@ def test_the_classifier_recognizes_an_eight():
 
 def test_conditions_that_samples_are_drawn_for():
     spec = Spec((1, 4, 4), {"label": Label(3)})
-    never = lambda rows: pytest.fail("asked for data")  # noqa: E731
+    never = lambda rows: pytest.fail("needs no data")  # noqa: E731
     scoring = lambda **more: FunctionTask(image.brightness, "", Pixels(), 8, more.pop("group", 1), **more)  # noqa: E731
     assert scoring(group=2).conditions(spec, 8, never)["label"].tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
     assert scoring(label=2).conditions(spec, 3, never)["label"].tolist() == [2, 2, 2]
     free = scoring(unconditional=True).conditions(spec, 4, never)
     assert not free["keep"].any()
     spec.check(free, 4)
-    seen = Spec((2,), {"obs": Vector((1, 1))})
+    policy = Spec((2,), {"obs": Vector((1, 1))})
     data = {"obs": torch.arange(4.0).reshape(4, 1, 1)}
-    got = scoring(group=2).conditions(seen, 8, lambda rows: {k: v[:rows] for k, v in data.items()})
+    got = scoring(group=2).conditions(policy, 8, lambda rows: {k: v[:rows] for k, v in data.items()})
     assert got["obs"].flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

@@ -34,19 +34,19 @@ def test_policy_gradient_is_that_of_the_gaussian_bandit(name):
     net = Constant(THETA)
     demos = constant_demos(THETA, dtype=F64)  # already what the network says: no gradient
     method.update(
-        make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), demos=demos), None, experience, 0
+        make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD)), demos=demos), None, experience, 0
     )
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(slope, rel=2e-3)
 
 
 def test_an_iteration_of_mixed_goes_no_further_than_its_clip():
-    """A hundred steps on the same walks. Without a clip they go all the way to the best mean, which is AIM."""
+    """A hundred steps on the same trajectories. Without a clip they go all the way to the best mean, which is AIM."""
     experience, _ = bandit()
     moved = []
     for clip in (0.05, 1e9):
         net = Constant(THETA)
         own = lambda number, start, stop, net=net: Batch(net.theta.detach().expand(stop - start, 1))  # noqa: E731  no pull from them
-        learner = make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), demos=own)
+        learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD)), demos=own)
         Mixed(lr=0.2, batch=COUNT // 100, warmup=0, clip=clip).update(learner, None, experience, 0)
         moved.append(float(net.theta.detach()) - THETA)
     assert 0 < moved[0] < 0.25 < 0.5 < moved[1]
@@ -59,7 +59,7 @@ def test_lambda_weighs_the_reward_against_the_demonstrations(weight):
     data, net = 0.1, Constant(THETA)
     demos = constant_demos(data, dtype=F64)
     near = Flow(prediction="x0", loss_space="x0", cond_dropout=0.0)
-    learner = make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)), objective=near, demos=demos)
+    learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD)), objective=near, demos=demos)
     Mixed(lr=0.01, batch=COUNT, warmup=0, weight=weight).update(learner, None, experience, 0)
     assert float(net.theta.detach() - THETA) / 0.01 == pytest.approx(weight * slope - 2 * (THETA - data), rel=2e-3)
 
@@ -73,7 +73,7 @@ def test_discount_over_denoising_steps_and_the_last_ones_alone():
         {"ft_denoising_steps": 2, "denoise_gamma": 1.0},
     ):
         net = Constant(THETA)
-        learner = make_learner({"net": net}, Chain.over(Linear(), 2, FixedNoise(STD)), demos=None)
+        learner = make_learner({"net": net}, Chain.on_grid(Linear(), 2, FixedNoise(STD)), demos=None)
         experience = FunctionTask(lambda x, cond: -((x[:, 0] - AIM) ** 2), "near", Identity(), 512, 1).collect(
             learner, 0
         )
@@ -97,7 +97,7 @@ class Bent(nn.Module):
 @pytest.mark.parametrize("last", [4, 2, 1])
 def test_reward_gradient_through_the_chain_is_the_finite_difference(last):
     """Of the last steps: the trajectory to them is that of the weights as they are, and does not move with them."""
-    chain = Chain.over(Linear(), 4, SDENoise(0.5), min_std=0.1)
+    chain = Chain.on_grid(Linear(), 4, SDENoise(0.5), min_std=0.1)
     z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     drawn = torch.randn(4, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     reward = lambda x: (x.sin().sum(1) + x[:, 0] * x[:, 1]).mean()  # noqa: E731
@@ -151,7 +151,7 @@ def test_nothing_is_clipped_before_the_first_step(objective, noise):
     nets = {"net": MLP(width=16, depth=1).denoiser(spec)}
     for p in nets["net"].parameters():
         nn.init.normal_(p, std=0.3)
-    chain = Chain.over(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), min_std=0.05)
+    chain = Chain.on_grid(objective.denoiser(nets["net"]).path, 5, NOISES[noise](), min_std=0.05)
     learner = make_learner(nets, chain, spec, objective)
     experience = FunctionTask(lambda x, cond: x.sum(1), "sum", Identity(), 64, 1).collect(learner, 0)
     logs = DPPO(lr=1e-20, epochs=1, batch=50, clip=1e-6, bc_coef=0.0, ft_denoising_steps=None).update(
@@ -175,7 +175,7 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
     weight = reward_weights(slope * x[:, 0], tau)
     assert float(weight.mean()) == pytest.approx(1)
 
-    class Says(nn.Module):
+    class Shifted(nn.Module):
         def __init__(self, law):
             super().__init__()
             self.law, self.off = law, nn.Parameter(torch.zeros(3, dtype=F64))
@@ -184,14 +184,14 @@ def test_reward_weighted_regression_ends_at_the_tilted_law():
             features = torch.stack([torch.ones_like(x), x, x.sin()])
             return ExactDenoiser(self.law, Linear())(x, t, {}).x0 + (self.off[:, None, None] * features).sum(0)
 
-    found = {}
+    norms = {}
     for name, law in (("tilted", tilted), ("p0", p0)):
         torch.manual_seed(0)
-        net = Says(law)
-        learner = make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise()))
+        net = Shifted(law)
+        learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise()))
         RWR(demo_fraction=0.0).loss(learner, Batch(x, {}, weight), learner.shares(torch.arange(len(x)))[0]).backward()
-        found[name] = float(net.off.grad.norm())
-    assert found["tilted"] < 0.05 * found["p0"]
+        norms[name] = float(net.off.grad.norm())
+    assert norms["tilted"] < 0.05 * norms["p0"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -207,7 +207,7 @@ def test_every_method_raises_a_reward(name):
         "rwr": {"demo_fraction": 0.1},
     }.get(name, {})
     learner = make_learner(
-        nets, Chain.over(Linear(), 2, FixedNoise(0.3)), spec, demos=demos, optimizer=torch.optim.Adam
+        nets, Chain.on_grid(Linear(), 2, FixedNoise(0.3)), spec, demos=demos, optimizer=torch.optim.Adam
     )
     task = FunctionTask(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
     method = METHODS[name](lr=1e-2, batch=256, warmup=0, bc_batch=16, **settings)
@@ -224,7 +224,7 @@ def test_through_follows_the_gradient_of_a_reward():
     spec = Spec((2,))
     torch.manual_seed(0)
     nets = {"net": MLP(width=32, depth=1).denoiser(spec)}
-    learner = make_learner(nets, Chain.over(Linear(), 2, FixedNoise(0.0)), spec, optimizer=torch.optim.Adam,
+    learner = make_learner(nets, Chain.on_grid(Linear(), 2, FixedNoise(0.0)), spec, optimizer=torch.optim.Adam,
                   demos=constant_demos(0.0, 2))  # fmt: skip
     task = FunctionTask(lambda x, cond: -((x - 0.5) ** 2).sum(1), "near", Identity(), 256, 1)
     method = Mixed(gradient="through", weight=10.0, lr=1e-2, batch=64, warmup=0, bc_batch=16)
@@ -239,17 +239,17 @@ def test_an_update_that_trims_is_that_of_trimmed_advantages():
     experience, _ = bandit()
     moved = {}
     for name, trim, advantages in (
-        ("asked", 0.1, experience.advantages),
+        ("clipped", 0.1, experience.advantages),
         ("by hand", 0.0, clip_quantiles(experience.advantages, 0.1)),
         ("not", 0.0, experience.advantages),
     ):
         net = Constant(THETA)
         method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, bc_coef=0.0, clip_advantage_quantile=trim)
-        learner = make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD)))
+        learner = make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD)))
         method.update(learner, None, experience._replace(advantages=advantages), 0)
         moved[name] = float(net.theta.detach() - THETA)
-    assert moved["asked"] == moved["by hand"]
-    assert abs(moved["asked"] - moved["not"]) > 1e-4
+    assert moved["clipped"] == moved["by hand"]
+    assert abs(moved["clipped"] - moved["not"]) > 1e-4
 
 
 def test_the_learning_rate_rises_after_the_critics_warm_up():
@@ -261,7 +261,7 @@ def test_the_learning_rate_rises_after_the_critics_warm_up():
     for ramp in (0, 3):
         net = Constant(THETA)
         method = DPPO(lr=0.01, batch=COUNT, warmup=0, epochs=1, bc_coef=0.0, lr_ramp=ramp)
-        method.update(make_learner({"net": net}, Chain.over(Linear(), 1, FixedNoise(STD))), None, experience, 0)
+        method.update(make_learner({"net": net}, Chain.on_grid(Linear(), 1, FixedNoise(STD))), None, experience, 0)
         moved.append(float(net.theta.detach() - THETA))
     assert moved[1] == pytest.approx(moved[0] / 4)
 
@@ -271,7 +271,7 @@ def test_rewards_stay_in_units_of_the_first_and_a_nat_has_its_price():
     z = torch.linspace(-2, 2, 64)[:, None]
 
     def gradient(method, rewards, spread):
-        learner = make_learner(Constant(0.0), Chain.over(Linear(), 1, FixedNoise(1.0)))
+        learner = make_learner(Constant(0.0), Chain.on_grid(Linear(), 1, FixedNoise(1.0)))
         learner.reward_std = spread
         task = FunctionTask(lambda x, cond: rewards, "given", Identity(), 64, 1)
         experience = task.collect(learner, 0)
@@ -290,7 +290,7 @@ def test_rewards_stay_in_units_of_the_first_and_a_nat_has_its_price():
 def test_the_price_of_a_nat_pulls_back_by_its_gradient():
     """Of ``kl (theta - theta0)^2 / (2 std^2)``, where no reward differs."""
     theta0, theta, std, price = 0.2, 0.5, 0.7, 0.3
-    learner = make_learner(Constant(theta), Chain.over(Linear(), 1, FixedNoise(std)))
+    learner = make_learner(Constant(theta), Chain.on_grid(Linear(), 1, FixedNoise(std)))
     nn.init.constant_(learner.frozen["net"].theta, theta0)
     task = FunctionTask(lambda x, cond: torch.zeros(len(x)), "none", Identity(), 64, 1)
     experience, far = compare_with_reference(learner, task.collect(learner, 0))
@@ -313,7 +313,7 @@ def test_learned_noise_follows_the_gradient_of_the_bandit():
             return self.value.exp().expand_as(x)
 
     sigma, net = Log(), Constant(0.3)
-    chain = dataclasses.replace(Chain.over(Linear(), 1, LearnedNoise(std)), sigma=sigma)
+    chain = dataclasses.replace(Chain.on_grid(Linear(), 1, LearnedNoise(std)), sigma=sigma)
     learner = make_learner(net, chain, noise=torch.optim.SGD(sigma.parameters(), lr=0.01))
     z = torch.special.ndtri((torch.arange(count, dtype=F64) + 0.5) / count)[:, None]
     task = FunctionTask(lambda x, cond: -((x[:, 0] - aim) ** 2), "near", Identity(), count, 1)

@@ -52,7 +52,7 @@ def test_micro_batches_change_nothing(name):
         torch.nn.init.normal_(p, std=0.3)
     results = []
     for micro_batch in (None, 1, 7):
-        learner = make_learner(copy.deepcopy(net), Chain.over(Linear(), 3, FixedNoise(0.3)), Spec((2,)), demos=demos)
+        learner = make_learner(copy.deepcopy(net), Chain.on_grid(Linear(), 3, FixedNoise(0.3)), Spec((2,)), demos=demos)
         learner.micro_batch = micro_batch
         task = FunctionTask(lambda x, cond: -x.square().sum(1), "near", Identity(), 45, 1)
         torch.manual_seed(5)
@@ -73,7 +73,7 @@ def test_micro_batches_of_the_critic_change_nothing():
     critic.scale.fill_(2.0)
     for micro_batch in (None, 3):
         own = copy.deepcopy(critic)
-        learner = make_learner(MLP(8, 1).denoiser(spec), Chain.over(Linear(), 1, FixedNoise()), spec, critic=own)
+        learner = make_learner(MLP(8, 1).denoiser(spec), Chain.on_grid(Linear(), 1, FixedNoise()), spec, critic=own)
         learner.micro_batch = micro_batch
         error = learner.fit_critic(obs, returns, torch.Generator().manual_seed(0), 2, 16)
         results.append((error, own.state_dict()))
@@ -90,7 +90,7 @@ class Ranks:
 
 
 def test_ranks_share_all_rows_and_none_twice():
-    learner = make_learner(MLP(8, 1).denoiser(Spec((1,))), Chain.over(Linear(), 1, FixedNoise()), objective=PLAIN)
+    learner = make_learner(MLP(8, 1).denoiser(Spec((1,))), Chain.on_grid(Linear(), 1, FixedNoise()), objective=PLAIN)
     rows = torch.arange(10, 17)
     parts = []
     for rank in range(2):

@@ -77,7 +77,7 @@ class Chain:
             require_diffusion(f"exploration_noise {self.noise.name}", self.path)
 
     @classmethod
-    def over(
+    def on_grid(
         cls, path: ProbabilityPath, steps: int, noise: ExplorationNoise, min_std: float = 0.0, grid: str = "uniform"
     ) -> Chain:
         """The chain of ``steps`` steps on a named grid."""
@@ -206,7 +206,7 @@ def seeded_noise(
     return noise
 
 
-class Start(NamedTuple):
+class TrajectoryStart(NamedTuple):
     """The start of trajectories: the denoiser, points ``x`` at the chain's first time, and their conditions."""
 
     denoise: Denoiser
@@ -214,16 +214,16 @@ class Start(NamedTuple):
     cond: Cond
 
 
-def start_of(
+def start_trajectories(
     objective: Objective, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond, noise: Noise | None, chain: Chain
-) -> Start:
+) -> TrajectoryStart:
     """The start that ``objective`` makes of normals ``z`` ``[B, *S]``, with its own source and choice of anchors."""
     first = chain.transitions[0].node.sigma
-    captured: list[Start] = []
+    captured: list[TrajectoryStart] = []
 
     def sampling(denoise: Denoiser) -> Generator:
         def generate(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
-            captured.append(Start(denoise, first * z, cond))
+            captured.append(TrajectoryStart(denoise, first * z, cond))
             return z
 
         return generate
@@ -232,7 +232,7 @@ def start_of(
     return captured[0]
 
 
-def denoiser_of(objective: Objective, nets: Mapping[str, nn.Module]) -> Denoiser:
+def find_denoiser(objective: Objective, nets: Mapping[str, nn.Module]) -> Denoiser:
     """The denoiser that the objective's sampler would call. ``ValueError`` for an objective that draws in one pass."""
     captured: list[Denoiser] = []
 

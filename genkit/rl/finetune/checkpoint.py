@@ -1,4 +1,4 @@
-"""Checkpoints of fine-tuning: ordinary ones, with what is needed to resume and the choice of the best one."""
+"""Checkpoints of fine-tuning: ordinary ones, plus the state needed to resume, and the choice of the best one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BestCheckpoint:
 
 
 def save_finetuning(directory: Path, learner: Learner, base: Run, best: BestCheckpoint) -> None:
-    """Write a checkpoint that also holds what only fine-tuning needs: the critic, learned noise, their optimizers.
+    """Write a checkpoint, plus the state that only fine-tuning has: the critic, learned noise, their optimizers.
 
     ``latest`` points at the best checkpoint, if they are evaluated; a resumed run continues from the newest one anyway.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.learner import Learner
-from genkit.rl.finetune.reward_method import Fraction
+from genkit.rl.finetune.reward_method import UnitInterval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class DDPO(DPPO):
     """Passes over the trajectories of an iteration; drawing new ones costs a third of a pass."""
     ft_denoising_steps: Annotated[int, Ge(1)] | None = None
     """Train only this many last steps; None: all."""
-    denoise_gamma: Fraction = 1.0
+    denoise_gamma: UnitInterval = 1.0
     """Discount from one denoising step to the one before."""
     bc_coef: Annotated[float, Ge(0)] = 0.0
     """Weight of the objective's own loss on the data."""

@@ -14,7 +14,7 @@ from genkit.rl.finetune.learner import Learner
 def compare_with_reference(learner: Learner, experience: Experience) -> tuple[Experience, dict[str, float]]:
     """The experience with the reference model's means, and ``kl_reference``, the KL divergence from it in nats per
     trajectory, of the weights that drew them. It is not reported if a step of the chain has no noise."""
-    own = learner.own(len(experience.advantages))
+    own = learner.own_rows(len(experience.advantages))
     with learner.autocast():
         means = step_means(learner.chain, learner.reference, experience, own)
     reference = learner.gather(means, 1)

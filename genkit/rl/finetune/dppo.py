@@ -14,7 +14,7 @@ from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.divergence import gaussian_kl, step_means
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share
-from genkit.rl.finetune.reward_method import Fraction, RewardMethod
+from genkit.rl.finetune.reward_method import RewardMethod, UnitInterval
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -49,7 +49,7 @@ class DPPO(RewardMethod):
     """Train only this many last steps, K' in the paper; None: all. On four ways the gradients of two halves of 4,000
     decisions had a cosine of 0.2 at the last of four steps and of 0 before it (docs/log.md): training all steps learned
     nothing and lost the modes, between which the early steps choose."""
-    denoise_gamma: Fraction = 0.95
+    denoise_gamma: UnitInterval = 0.95
     """Discount from one denoising step to the one before."""
     clip_advantage_quantile: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Clip advantages to the range from this quantile to 1 minus it, so that rare ones, such as a fall, do not set the

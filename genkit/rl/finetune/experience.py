@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Experience(NamedTuple):
-    """M trajectories of the chain, and how good they were."""
+    """M trajectories of the chain with their advantages."""
 
     trajectory: DenoisingTrajectory
     """``xs`` [K + 1, M, *S] and ``means`` [K, M, *S], as they were when drawn"""

@@ -1,4 +1,4 @@
-"""What all reward methods share: experience, the networks that learn from it, the critic, and an optimizer step."""
+"""What all reward methods share: the networks that learn, the critic, and gradient steps shared by ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Denoiser, Draw, Objective, Spec, seed_of
-from genkit.rl.finetune.chain import Chain, denoiser_of
+from genkit.rl.finetune.chain import Chain, find_denoiser
 from genkit.training.distributed import sum_gradients
 from genkit.training.loop import Diverged, SkippedSteps, State, micro_batches, optimizer_step, update_ema
 
@@ -138,7 +138,7 @@ def restore_random_states(device: torch.device, states: Sequence[Tensor]) -> Non
         torch.get_device_module(device).set_rng_state(states[1])
 
 
-Loss = Callable[[Share], tuple[Tensor, Tensor]]  # the mean loss of a share, and means to log, [n] or a scalar
+ShareLoss = Callable[[Share], tuple[Tensor, Tensor]]  # the mean loss of a share, and means to log, [n] or a scalar
 
 
 @dataclass
@@ -188,12 +188,12 @@ class Learner:
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser with the current weights."""
-        return denoiser_of(self.objective, self.state.nets)
+        return find_denoiser(self.objective, self.state.nets)
 
     @property
     def reference(self) -> Denoiser:
         """The denoiser with the weights before any reward."""
-        return denoiser_of(self.objective, self.frozen)
+        return find_denoiser(self.objective, self.frozen)
 
     @property
     def auxiliary(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
@@ -228,7 +228,7 @@ class Learner:
         """Number of this rank."""
         return self.accelerator.process_index if self.accelerator else 0
 
-    def own(self, n: int) -> slice:
+    def own_rows(self, n: int) -> slice:
         """This rank's share of ``n`` rows; ``n`` is a multiple of the number of ranks."""
         return slice(n // self.world * self.rank, n // self.world * (self.rank + 1))
 
@@ -263,7 +263,7 @@ class Learner:
         return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
 
     # --------------------------------------------------------------------------------------------------- learning
-    def gradient_step(self, rows: Tensor, loss: Loss, lr: float, clip: float = 1.0) -> Tensor:
+    def gradient_step(self, rows: Tensor, loss: ShareLoss, lr: float, clip: float = 1.0) -> Tensor:
         """One step of the optimizers and the averages on the mean of ``loss`` over ``rows``, Int [B].
 
         ``loss`` is called for each :class:`Share` of the rows. A gradient that is not finite skips the step. Returns
@@ -296,7 +296,7 @@ class Learner:
             update_ema(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
         return means
 
-    def backward(self, shares: Sequence[Share], loss: Loss) -> Tensor:
+    def backward(self, shares: Sequence[Share], loss: ShareLoss) -> Tensor:
         """Accumulate the gradient of ``shares``; the means that the losses report, over all ranks."""
         states = random_states(self.device)
         total = torch.zeros((), dtype=torch.float64)

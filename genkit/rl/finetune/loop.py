@@ -121,7 +121,7 @@ class FineTuning:
 
     @property
     def averaged(self) -> dict[str, nn.Module]:
-        """The averaged networks, which are what the run is used as."""
+        """The averaged networks, which every use of the run draws from."""
         return self.learner.state.emas[self.settings.ema]
 
     def run(self, progress: Progress | None) -> FinetunedRun:
@@ -216,13 +216,13 @@ class FineTuning:
 
     # ------------------------------------------------------------------------------------------------- evaluation
     def on_main_process(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``function`` returns on the main process, on every rank."""
+        """Call ``function`` on the main process; its result, on every rank."""
         result = broadcast_object_list([function() if self.accelerator.is_main_process else None])[0]
         assert result is not None
         return result
 
     def evaluate(self, name: str, nets: dict[str, nn.Module]) -> dict[str, Any]:
-        """Results of ``nets`` as they are used later, without noise, ready for JSON; empty if none are asked for."""
+        """Evaluate ``nets`` without exploration noise. Results ready for JSON; empty if no evaluation is asked for."""
         settings = self.settings
         if isinstance(self.task, FunctionTask):
             if not settings.eval_samples:

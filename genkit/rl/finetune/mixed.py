@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genkit.core import Cond, Denoiser, Noise
 from genkit.rl.finetune.advantages import normalize
-from genkit.rl.finetune.chain import Chain, seeded_noise, start_of
+from genkit.rl.finetune.chain import Chain, seeded_noise, start_trajectories
 from genkit.rl.finetune.dppo import clipped_surrogate
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share
@@ -98,7 +98,9 @@ class Mixed(RewardMethod):
             def loss(share: Share, i: int = i, z: Tensor = z, cond: Cond = cond) -> tuple[Tensor, Tensor]:
                 noise = seeded_noise(len(z), learner.generator(iteration, 3, i), z.device, z.dtype, share.rows)
                 own_cond = {name: v[share.rows] for name, v in cond.items()}
-                start = start_of(learner.objective, learner.state.nets, z[share.rows], own_cond, noise, learner.chain)
+                start = start_trajectories(
+                    learner.objective, learner.state.nets, z[share.rows], own_cond, noise, learner.chain
+                )
                 x = sample_differentiably(
                     learner.chain, start.denoise, start.x, start.cond, noise, self.ft_denoising_steps
                 )

@@ -1,4 +1,4 @@
-"""Exploration noise: how a deterministic sampler step becomes a Gaussian one, so that there is something to try."""
+"""Exploration noise: it turns the deterministic steps of a sampler into Gaussian ones."""
 
 from __future__ import annotations
 

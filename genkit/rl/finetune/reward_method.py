@@ -12,7 +12,7 @@ from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner
 
-Fraction = Annotated[float, Ge(0), Le(1)]
+UnitInterval = Annotated[float, Ge(0), Le(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class RewardMethod(ABC):
     """Learning rate of the networks. Ten times as much loses the variety of the demonstrations sooner."""
     warmup: Annotated[int, Ge(0)] = 2
     """First iterations in which only the critic learns, if there is one."""
-    gamma: Fraction = 0.99
+    gamma: UnitInterval = 0.99
     """Discount from one decision to the next."""
-    gae_lambda: Fraction = 0.95
+    gae_lambda: UnitInterval = 0.95
     """Lambda of generalised advantage estimation: 0 trusts the critic, 1 the returns."""
     critic_lr: Annotated[float, Gt(0)] = 1e-3
     """Learning rate of the critic."""
@@ -59,7 +59,7 @@ class RewardMethod(ABC):
 
     @abstractmethod
     def improve(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
-        """Improve the networks by gradient steps (:meth:`Learner.step`); returns what to log.
+        """Improve the networks by gradient steps (:meth:`Learner.gradient_step`); returns what to log.
 
         Random numbers come from ``learner.generator(iteration, 2, ...)``, so that a resumed run is the same.
         """

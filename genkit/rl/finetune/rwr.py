@@ -1,4 +1,4 @@
-"""Reward-weighted regression: the objective's own loss on samples, weighted by how good they were."""
+"""Reward-weighted regression: the objective's own loss on samples, weighted by their rewards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RWR(RewardMethod):
     tau: Annotated[float, Gt(0)] = 1.0
     """Temperature, in standard deviations of the advantages."""
     max_weight: Annotated[float, Gt(0)] = 10.0
-    """Largest weight of a sample, where the mean is 1."""
+    """Largest weight of a sample; the mean weight is 1."""
     demo_fraction: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Weight of the demonstrations in every batch, and their number relative to its samples."""
     epochs: Annotated[int, Ge(1)] = 5

@@ -10,12 +10,11 @@ from tyro.conf import Positional
 
 from genkit.config import table
 from genkit.core.device import DeviceName
+from genkit.training.settings import Count
 
 if TYPE_CHECKING:
     from genkit.rl.finetune.noise import ExplorationNoise
     from genkit.rl.finetune.reward_method import RewardMethod
-
-Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class FinetuneSettings:
     exploration_noise: ExplorationNoise = table(
         "genkit.rl.finetune.noise:NOISES", "fixed", kind="genkit.rl.finetune.noise:ExplorationNoise"
     )
-    """Noise added to the sampler's steps, so that there is something to try."""
+    """Noise added to the sampler's steps, for exploration."""
     min_std: Annotated[float, Ge(0)] = 0.05
     """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
     steps: Count = 4

@@ -1,4 +1,4 @@
-"""What fine-tuning is made of, built from its settings: the chain, the task, the learner and the new run's settings."""
+"""The parts of fine-tuning, built from its settings: the chain, the task, the learner and the new run's settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from genkit.backbones.lora import LoRA
-from genkit.config.blocks import name_of
+from genkit.config.blocks import find_name
 from genkit.core import Batch
 from genkit.data import Stream
 from genkit.data.codecs import Actions
 from genkit.envs import Env, make
-from genkit.rl.finetune.chain import Chain, denoiser_of
+from genkit.rl.finetune.chain import Chain, find_denoiser
 from genkit.rl.finetune.env_rewards import REWARDS, SingleModeReward
 from genkit.rl.finetune.experience import Task
 from genkit.rl.finetune.learner import Critic, Learner
@@ -35,7 +35,7 @@ DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstra
 
 def method_name(settings: FinetuneSettings) -> str:
     """The method's name in the registry."""
-    return name_of({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
+    return find_name({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
 
 
 def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:
@@ -47,9 +47,9 @@ def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:
 
 def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
     """The denoising chain, with the network of learned noise. ``ValueError`` if the method cannot train that noise."""
-    path = denoiser_of(base.objective, base.nets).path
+    path = find_denoiser(base.objective, base.nets).path
     noise, method = settings.exploration_noise, settings.method
-    chain = Chain.over(path, settings.steps, noise, settings.min_std, settings.grid)
+    chain = Chain.on_grid(path, settings.steps, noise, settings.min_std, settings.grid)
     torch.manual_seed(settings.seed)
     sigma = noise.network(base.spec, settings.steps)
     if sigma is None:

@@ -16,7 +16,7 @@ from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
 from genkit.data.codecs import Actions, Pixels
 from genkit.envs import Env
 from genkit.rl.finetune.advantages import gae, group_advantages
-from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise, start_of
+from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise, start_trajectories
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Learner
@@ -42,7 +42,7 @@ class FinishedEpisode(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """One decision of N worlds and what followed."""
+    """One decision of N worlds and its outcome."""
 
     cond: Cond
     trajectory: DenoisingTrajectory
@@ -84,7 +84,7 @@ class EnvironmentTask:
         assert isinstance(kind, Vector)
         self.first_iteration, self.resets = iteration, 0
         self.obs_mean, self.obs_scale = np.array(kind.shift or 0.0), np.array(kind.scale or 1.0)
-        own = learner.own(n)
+        own = learner.own_rows(n)
         obs = self.env.reset(self.next_seeds(learner, n)[own])
         self.history = [obs.copy() for _ in range(obs_steps_of(learner))]
         limit = np.ceil(self.env.max_steps * (1 + np.arange(n)) / n)
@@ -104,7 +104,7 @@ class EnvironmentTask:
     def collect(self, learner: Learner, iteration: int) -> Experience:
         """``num_steps`` decisions in every world, scored by generalised advantages."""
         n, device = self.env.num * learner.world, learner.device
-        noise = seeded_noise(n, learner.generator(iteration, 0), device, rows=learner.own(n))
+        noise = seeded_noise(n, learner.generator(iteration, 0), device, rows=learner.own_rows(n))
         decisions: list[Decision] = []
         finished: list[FinishedEpisode] = []
         for t in range(self.num_steps):
@@ -137,7 +137,7 @@ class EnvironmentTask:
         obs = torch.from_numpy(np.stack(self.history, 1)).float().to(learner.device)
         z = noise(learner.spec.shape)
         with learner.autocast():
-            start = start_of(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
+            start = start_trajectories(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
             trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
         chunk = self.codec.to_absolute(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
@@ -300,11 +300,11 @@ class FunctionTask:
     def collect(self, learner: Learner, iteration: int) -> Experience:
         """``samples`` trajectories, with advantages relative to their group."""
         z, cond = self.draw(learner, iteration, self.samples)
-        own = learner.own(self.samples)
+        own = learner.own_rows(self.samples)
         noise = seeded_noise(self.samples, learner.generator(iteration, 4), z.device, z.dtype, own)
         own_cond = {k: v[own] for k, v in cond.items()}
         with learner.autocast():
-            start = start_of(learner.objective, learner.state.nets, z[own], own_cond, noise, learner.chain)
+            start = start_trajectories(learner.objective, learner.state.nets, z[own], own_cond, noise, learner.chain)
             trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
         rewards = learner.gather(self.reward(trajectory.xs[-1], start.cond))
         trajectory = trajectory.map(lambda x: learner.gather(x, 1))
@@ -318,7 +318,7 @@ class FunctionTask:
 
 
 def is_class_conditional(spec: Spec) -> bool:
-    """Whether classes are all the conditions that there are."""
+    """Whether the conditions are classes only."""
     return bool(spec.cond) and all(isinstance(kind, Label) for kind in spec.cond.values())
 
 

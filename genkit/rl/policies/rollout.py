@@ -30,15 +30,15 @@ from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
+from genkit.training.settings import Count
 
 logger = logging.getLogger("genkit")
-Count = Annotated[int, Ge(1)]
 Q_SEED = 3 * 2**28  # the first seed of the episodes that Q is learned from: neither trained on nor measured with
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """How a policy acts, in which environment and how often."""
+    """Settings of a policy's episodes in an environment."""
 
     env: str | None = None
     """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
@@ -80,7 +80,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Episodes of a run's policy, and how they came about."""
+    """Episodes of a run's policy, with the settings that they depend on."""
 
     policy: Policy
     env: Env
@@ -127,7 +127,7 @@ class Rollouts:
 
     @property
     def name(self) -> str:
-        """A file name, without ending, that tells these rollouts from those with other settings."""
+        """A file name, without suffix, that is different for other settings."""
         s = self.settings
         parts = [f"step{self.policy.run.step}", f"k{s.steps if self.policy.run.objective.sampler else 1}"]
         parts += [f"best{s.best_of}"] if s.best_of > 1 else []
@@ -224,7 +224,7 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
 
 
 def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
-    """What a saved Q must have been learned with, to be of use to this policy."""
+    """The settings that a saved Q must have been learned with, to apply to this policy."""
     return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": settings.env or policy.env}
 
 
