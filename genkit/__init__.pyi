@@ -21,10 +21,15 @@ from .core import (
     Tokens,
     Vector,
 )
+from .data import DATA, DataSource, InMemory
 from .diffusion.guidance import classifier_free
 from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
 from .diffusion.samplers import SAMPLERS, bind, uniform
+from .envs.recording import DemoSettings, record_demonstrations
+from .integrations.export import ExportSettings, export
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
+from .training.latent_cache import EncodeSettings, encode
+from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
 from .training.samples import Samples
 from .training.sampling import Sampling
@@ -33,6 +38,7 @@ from .training.train import train
 
 __version__: str
 __all__ = [
+    "DATA",
     "DDPM",
     "EDM",
     "GAN",
@@ -51,13 +57,18 @@ __all__ = [
     "Codec",
     "Cosine",
     "Data",
+    "DataSource",
+    "DemoSettings",
     "Denoiser",
     "DiT",
+    "EncodeSettings",
+    "ExportSettings",
     "Flow",
     "Frames",
     "Generator",
     "Guidance",
     "Image",
+    "InMemory",
     "Label",
     "Linear",
     "Loss",
@@ -66,6 +77,7 @@ __all__ = [
     "Phase",
     "Prediction",
     "ProbabilityPath",
+    "ReflowSettings",
     "Regression",
     "Run",
     "Samples",
@@ -78,7 +90,11 @@ __all__ = [
     "Vector",
     "bind",
     "classifier_free",
+    "encode",
+    "export",
     "load",
+    "record_demonstrations",
+    "reflow",
     "sample",
     "train",
     "uniform",

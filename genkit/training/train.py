@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genkit import config
 from genkit.backbones import lora
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
@@ -24,7 +24,7 @@ from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import find_checkpoint, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
-from genkit.training.first_stage import Latent
+from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
@@ -194,7 +194,7 @@ def open_directory(
             blocks = config.dump(settings)
             run = create_run(settings.out, settings.name or "-".join(slug(blocks[k]["name"]) for k in NAME_PARTS))
             (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": origin}, indent=1))
-            if isinstance(codec, Latent):
+            if isinstance(codec, LatentCodec):
                 codec.stage.write(run / "codec")
             if settings.lora.active and origin:
                 write_lora_base(run, origin)
@@ -224,7 +224,7 @@ def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
         settings.objective.setup(data.spec)
         return settings.objective.networks(settings.backbone, data.spec)
     except ValueError as e:
-        if not isinstance(data.codec, Latent):
+        if not isinstance(data.codec, LatentCodec):
             raise
         stage = data.codec.stage.name
         raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
-from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
+from genkit.diffusion.checks import require_finite
+from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
 
-KINDS: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
+POLICY_CLASSES: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
     (Actions, False): "genkit.rl.policies.policy:Policy",
     (Actions, True): "genkit.rl.policies.policy:VisualPolicy",
     (Plans, False): "genkit.rl.policies.planner:Planner",
@@ -68,11 +69,11 @@ def condition_tensors(spec: Spec, values: Mapping[str, Sequence[float]]) -> dict
 def condition_guidance(names: Sequence[str], scale: float) -> Guidance:
     """Extrapolate from the prediction without the conditions ``names`` through the one with them; the other conditions
     are in both (Brooks et al. 2023, section 3.2.1)."""
-    finite("guidance", scale)
+    require_finite("guidance", scale)
 
     def guide(denoise: Denoiser) -> Denoiser:
         def pair(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
-            without = {f"keep.{name}": torch.zeros_like(keep(x, cond)) for name in names}
+            without = {f"keep.{name}": torch.zeros_like(keep_mask(x, cond)) for name in names}
             return denoise(x, t, cond), denoise(x, t, {**cond, **without})
 
         return Guided(denoise, pair, scale, LINEAR)
@@ -109,7 +110,7 @@ class Policy:
         guide: Guidance | None = None,
         **options: Any,
     ) -> Policy:
-        """The policy of a run that was trained on demonstrations: of actions, seen by numbers or pictures, or of plans.
+        """The policy of a run that was trained on demonstrations, of the class that fits its samples and observations.
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
@@ -120,7 +121,9 @@ class Policy:
         run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
         kind: type[Policy] = cls
         if cls is Policy:
-            kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
+            kind = load_object(
+                POLICY_CLASSES.get((type(run.codec), "frames" in run.spec.cond), POLICY_CLASSES[Actions, False])
+            )
         kind.require_suitable(run)
         obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
         droppable = getattr(run.objective, "cond_dropout_each", 0.0) > 0
