@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from genkit.config.blocks import load
+from genkit.config import load_object
 
 
 class Env(Protocol):
@@ -66,12 +66,12 @@ def make(name: str, num: int, **options: Any) -> Env:
     if num < 1:
         raise ValueError(f"env: given {num} copies; needs at least one")
     if name in ENVS:
-        return load(ENVS[name])(num, **options)
+        return load_object(ENVS[name])(num, **options)
     if not name:
         raise ValueError(f"env: not given, and the run's data name none; allowed: {', '.join(ENVS)}, a gymnasium id")
     close = difflib.get_close_matches(name, ENVS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return load("genkit.envs.gym:Gym")(num, name, hint=hint, **options)
+    return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, **options)
 
 
 def make_expert(env: str, name: str, num: int) -> Expert:
@@ -81,4 +81,4 @@ def make_expert(env: str, name: str, num: int) -> Expert:
         allowed = ", ".join(experts)
         allowed = allowed or f"none for {env!r}; there are experts for {', '.join(EXPERT_ENVS)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {allowed}")
-    return load(experts[name])(num, env)
+    return load_object(experts[name])(num, env)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit import config
-from genkit.config import table
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object, table
 from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
