@@ -401,7 +401,7 @@ def test_a_run_rebuilds_samples_through_its_code_and_a_model_of_latents_through_
 def test_evaluation_measures_reconstructions_by_row(trained, capsys):
     """Against numpy: the FID in raw pixels of few samples is that of their means and covariances."""
     run, x = load_run(trained["vq"]), DATA["digits"]().load("test").x
-    argv = ["eval", str(trained["vq"]), "--rebuild=test", "--n=60", "--features=raw", "--metrics=fid", "--json"]
+    argv = ["eval", str(trained["vq"]), "--reconstruct=test", "--n=60", "--features=raw", "--metrics=fid", "--json"]
     assert cli.main([*argv, "--reference=test"]) == 0
     card = json.loads(capsys.readouterr().out)
     back = run.reconstruct(Batch(x[torch.arange(60) * len(x) // 60]))
@@ -410,20 +410,20 @@ def test_evaluation_measures_reconstructions_by_row(trained, capsys):
     root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0)).sum()
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov[0] + cov[1]) - 2 * root
     assert card["metrics"]["fid"]["value"] == pytest.approx(wanted, rel=1e-3)
-    assert card["settings"]["rebuilt"]["split"] == "test"
+    assert card["settings"]["reconstructed"]["split"] == "test"
     assert "nfe" not in card["settings"]
     assert [p for p in (trained["vq"] / "eval").iterdir() if json.loads(p.read_text()) == card]
-    assert cli.main([*argv[:-1], "--rebuild=train"]) == 0  # another split, another card
+    assert cli.main([*argv[:-1], "--reconstruct=train"]) == 0  # another split, another card
     said = capsys.readouterr().out
     assert "reconstructions of digits:train" in said
     assert len(list((trained["vq"] / "eval").iterdir())) == 2
 
 
 REFUSED = {
-    "without a code": (["{mlp}", "--rebuild=test"], "has no code"),
-    "no run": (["digits:test", "--rebuild=test"], "rebuild: needs a run with a code"),
-    "sampling": (["{vq}", "--rebuild=test", "--steps=5"], "steps: has no effect on reconstructions"),
-    "draws nothing": (["{vq}"], "of a code, what it keeps: --rebuild test"),
+    "without a code": (["{mlp}", "--reconstruct=test"], "has no code"),
+    "no run": (["digits:test", "--reconstruct=test"], "reconstruct: needs a run with a code"),
+    "sampling": (["{vq}", "--reconstruct=test", "--steps=5"], "steps: has no effect on reconstructions"),
+    "draws nothing": (["{vq}"], "its reconstructions: --reconstruct test"),
 }
 
 
