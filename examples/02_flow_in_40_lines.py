@@ -10,12 +10,9 @@ from pathlib import Path
 
 import torch
 
-from genkit.backbones import MLP
-from genkit.core import Batch, pictures
+from genkit import MLP, Batch, Flow, bind, classifier_free, uniform
+from genkit.core import pictures
 from genkit.data.toy import Moons
-from genkit.diffusion.guidance import classifier_free
-from genkit.diffusion.samplers import bind, uniform
-from genkit.objectives import Flow
 
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--steps", type=int, default=2000)

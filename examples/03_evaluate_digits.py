@@ -20,10 +20,9 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
-from genkit import __version__
+import genkit
 from genkit.core import Draw
 from genkit.data import DATA
-from genkit.training.run import Run, load_run
 
 
 def load_digits(split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +59,7 @@ def compare(x: np.ndarray, y: np.ndarray, classifier: SVC, size: int = 359) -> d
     return {"frechet": means[0], "precision": means[1], "recall": means[2], "frechet_sd": spread}
 
 
-def evaluate(run: Run, n: int = 1000, seed: int = 0, **sampling: Any) -> dict[str, Any]:
+def evaluate(run: genkit.Run, n: int = 1000, seed: int = 0, **sampling: Any) -> dict[str, Any]:
     """Accuracy, distances and settings of ``n`` samples, ready for JSON."""
     x, y = load_digits("train")
     test_x, test_y = load_digits("test")
@@ -73,7 +72,7 @@ def evaluate(run: Run, n: int = 1000, seed: int = 0, **sampling: Any) -> dict[st
         "samples": compare(pixels, test_x, classifier),
         "real_train": compare(x, test_x, classifier),
         "settings": {"run": run.directory.name, "weights": run.weights, "n": n, "seed": seed, **sampling},
-        "genkit": __version__,
+        "genkit": genkit.__version__,
     }
 
 
@@ -87,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
-    run = load_run(args.run)
+    run = genkit.load(args.run)
     if run.spec.shape != (1, 8, 8):
         parser.error(f"this script scores 8x8 digits; {args.run} has samples of shape {run.spec.shape}")
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}

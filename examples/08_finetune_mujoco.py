@@ -83,7 +83,7 @@ for seed in args.seeds:
     rows.append({"seed": seed, "before": before, "after": after, "train_cpu_seconds": round(learning),
                  "finetune_cpu_seconds": round(improving), "iterations": max(r["step"] for r in log)})  # fmt: skip
     spent = {0: 0.0, **{r["step"]: r["cpu_seconds"] for r in log if "cpu_seconds" in r}}
-    quiet = [(spent[r["step"]], r[k]) for r in log for k in ("before/return", "chosen/return") if k in r]
+    quiet = [(spent[r["step"]], r[k]) for r in log for k in ("before/return", "checkpoint/return") if k in r]
     curves.append(([(r["cpu_seconds"], r["return"]) for r in log if "return" in r], quiet))
     if args.json:
         said = f"python examples/08_finetune_mujoco.py --env {args.env} --seeds {' '.join(map(str, args.seeds))}"

@@ -23,7 +23,7 @@ from genkit.training.run import Run, load_run
 RWR = ["--method=rwr", "--method.lr=1e-3", "--method.batch=256"]
 MIXED = ["--method=mixed", "--method.lr=3e-4"]
 PLANS = {  # what is measured -> name -> settings of genkit finetune
-    "rwr": {"naive": [*RWR, "--method.demos=0", "--method.most=1e9"], "stabilised": RWR},
+    "rwr": {"naive": [*RWR, "--method.demo-fraction=0", "--method.max-weight=1e9"], "stabilised": RWR},
     "mixed": {f"lambda {v:g}": [*MIXED, f"--method.weight={v}"] for v in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)},
 }
 LEARNT = ["--data=four-ways", "--objective=flow", "--objective.prediction=x0", "--objective.loss-space=x0",
@@ -64,7 +64,7 @@ for seed in args.seeds:
     base = find_run(Path(args.runs) / "latest")
     before = held_out(load_run(base, device="cpu"))
     for name, how in PLANS[args.what].items():
-        more = [f"--iterations={args.iterations}", "--num=50", f"--eval-episodes={args.episodes}"]
+        more = [f"--iterations={args.iterations}", "--num-envs=50", f"--eval-episodes={args.episodes}"]
         took = command("finetune", str(base), *how, *more, f"--seed={seed}", f"--out={args.runs}")
         run = find_run(Path(args.runs) / "latest")
         found = [json.loads((run / f"{when}.json").read_text()) for when in ("before", "after")]

@@ -36,7 +36,7 @@ parser.add_argument("--samples", type=int, default=200)
 parser.add_argument("--runs", default="runs")
 parser.add_argument("--out", type=Path, default=Path("image_reward.png"))
 args = parser.parse_args()
-CHAIN = ["--noise=sde", "--steps=5", "--floor=0.1"]
+CHAIN = ["--exploration-noise=sde", "--steps=5", "--min-std=0.1"]
 METHOD = ["--method=ddpo", f"--method.kl={args.kl}", "--ema=0.9"]
 
 torch.set_num_threads(1)

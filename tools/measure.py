@@ -91,7 +91,7 @@ def chain(argv: list[str], owner: Any, name: str) -> list[str]:
 def measure_chains() -> dict[str, list[str]]:
     from genkit.backbones.unet import UNetDenoiser
     from genkit.cli.main import main
-    from genkit.evaluation import metrics
+    from genkit.evaluation.metrics import kernel
     from genkit.objectives.matching.flow import Flow
 
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +104,7 @@ def measure_chains() -> dict[str, list[str]]:
             "sample to the network": (["sample", run, "--n=2", "--steps=2", "--label=1"], UNetDenoiser, "forward"),
             "eval to the metric": (
                 ["eval", run, "--n=64", "--metrics=kid", "--features=raw", "--steps=1"],
-                metrics,
+                kernel,
                 "kid",
             ),
         }

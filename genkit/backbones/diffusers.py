@@ -2,8 +2,8 @@
 
 They are told the time by an index into DDPM's table of 1000: theirs, n = 0 .. 999, is our label (n + 1) / 1000, so they
 see ``1000 label - 1``, for every objective (a label log(sigma) / 4 too). It need not be whole: they embed it by
-sinusoids. :func:`told_from` turns weights that were trained so into weights that want to see ``1000 label``, the
-convention of diffusers' flow-matching schedulers.
+sinusoids. :func:`shift_time_embedding` turns weights that were trained so into weights that want to see ``1000 label``,
+the convention of diffusers' flow-matching schedulers.
 
 diffusers itself takes seconds to import, and is imported when a network is made.
 """
@@ -379,7 +379,9 @@ def index_of(label: Float[Tensor, " b"], timesteps: int = 1000) -> Float[Tensor,
 
 
 @torch.no_grad()
-def told_from(weight: Float[Tensor, "e d"], rates: Float[Tensor, " h"], cosine_first: bool, by: float) -> Tensor:
+def shift_time_embedding(
+    weight: Float[Tensor, "e d"], rates: Float[Tensor, " h"], cosine_first: bool, by: float
+) -> Tensor:
     """The first layer behind the sinusoids of n, for sinusoids of ``n + by``: a rotation of each pair.
 
     ``cos(w n) = cos(w (n + by)) cos(w by) + sin(w (n + by)) sin(w by)``, and so for the sine.

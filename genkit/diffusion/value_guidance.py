@@ -11,17 +11,17 @@ from genkit.core import Cond, Denoiser, Guidance, Prediction, expand
 from genkit.diffusion.guidance import Wrapped, finite, moved, require
 from genkit.diffusion.paths import require_diffusion
 
-Value = Callable[[Tensor, Cond], Tensor]  # samples in the model's own numbers [B, *S], their conditions -> [B]
+Value = Callable[[Tensor, Cond], Tensor]  # (samples in the model's units [B, *S], conditions) -> [B]
 
 
 def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1) -> Guidance:
-    """Move the expected data to where ``scale Q`` and its own uncertainty agree: ``x = x0 + scale V grad Q(x)``.
+    """Guidance toward ``p(x) exp(scale Q(x))``: the predicted data x solves ``x = x0 + scale V grad Q(x)``.
 
     ``V = var sigma^2 / (sigma^2 + alpha^2 var)`` is the variance of x0 given x_t for data of variance ``var`` around
-    one centre (Song et al. 2023, section 3.2, for var = 1), and that x then is the mean of ``p(x0 | x_t) exp(scale
-    Q)``: exact for a Q that is linear or quadratic. It is found by ``rounds`` of substitution from x0; one is enough
-    for a linear Q, more converge where ``scale V`` times Q's curvature is below 1. The gradient is Q's alone: it needs
-    neither the denoiser's nor a value of noisy samples.
+    one centre (Song et al. 2023, section 3.2, for var = 1), and x is then the mean of ``p(x0 | x_t) exp(scale Q)``,
+    exactly so if Q is linear or quadratic. The equation is solved by ``rounds`` of fixed-point iteration from x0: one
+    is enough for a linear Q; more converge if ``scale V`` times Q's curvature is below 1. It needs the gradient of Q
+    only, not the denoiser's, and no value function of noisy samples.
     """
     finite("q_guidance", scale)
     require("var", var, "above 0", var > 0)
@@ -38,8 +38,8 @@ def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1
             shift = torch.zeros_like(p.x0)
             for _ in range(rounds):
                 with torch.enable_grad():
-                    here = (p.x0 + shift).detach().requires_grad_()
-                    grad = torch.autograd.grad(value(here, cond).sum(), here)[0]
+                    point = (p.x0 + shift).detach().requires_grad_()
+                    grad = torch.autograd.grad(value(point, cond).sum(), point)[0]
                 shift = weight * grad
             return moved(p, path, t, shift)
 

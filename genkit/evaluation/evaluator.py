@@ -198,15 +198,6 @@ class Evaluator:
             progress=progress,
         )
 
-    def compute(self, statistics: SampleStatistics) -> dict[str, Estimate]:
-        """All metrics of a set of samples."""
-        generated = statistics.to(self.device)
-        reference = self.reference.to(self.device) if self.reference else None
-        estimates: dict[str, Estimate] = {}
-        for metric in self.metrics.values():
-            estimates |= metric.compute(generated, reference if metric.reference else None, self.settings)
-        return estimates
-
     def card_settings(self, samples: SampleSource, n: int) -> dict[str, Any]:
         """The settings of a card that are known before the work."""
         return {
@@ -229,7 +220,12 @@ class Evaluator:
     def make_card(self, samples: SampleSource, n: int, measurement: Measurement) -> cards.Card:
         """Compute the metrics of a measurement. ``ValueError`` if one of them is not finite."""
         start = time.perf_counter()
-        estimates = cards.require_finite(self.compute(measurement.statistics))
+        generated = measurement.statistics.to(self.device)
+        reference = self.reference.to(self.device) if self.reference else None
+        estimates: dict[str, Estimate] = {}
+        for metric in self.metrics.values():
+            estimates |= metric.compute(generated, reference if metric.reference else None, self.settings)
+        estimates = cards.require_finite(estimates)
         notes = [metric.warn(n) for metric in self.metrics.values() if metric.warn]
         observed = {
             "seconds": round(measurement.seconds, 2),

@@ -1,0 +1,13 @@
+"""Foreign formats: ``FORMATS`` maps the names of ``genkit export --to`` to export formats.
+
+``diffusers_weights`` serves ``--init diffusers:DIR`` and ``diffusers_stage`` serves ``--codec diffusers:DIR``.
+"""
+
+from __future__ import annotations
+
+from genkit.integrations.diffusers_export import ToDiffusers
+from genkit.integrations.export import ExportFormat, StandaloneRun
+
+__all__ = ["FORMATS", "ExportFormat"]
+
+FORMATS: dict[str, type[ExportFormat]] = {"diffusers": ToDiffusers, "run": StandaloneRun}

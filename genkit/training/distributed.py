@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Sequence
 
 import psutil
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 
 def missing_ranks() -> int:
@@ -51,6 +53,21 @@ def leave_ranks() -> None:
     """End the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its sum over the ranks, for losses that do not pass through DDP.
+
+    A rank without a gradient of a parameter counts as 0.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    assert isinstance(total, Tensor)
+    for p, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.reshape(p.shape).clone()
 
 
 def start_ranks(num: int, command: str, argv: list[str]) -> None:

@@ -33,7 +33,9 @@ class InitSource(Protocol):
         ...
 
 
-INIT_SOURCES = {"diffusers": "genkit.integrations.weights"}  # modules of a higher room, imported when they are named
+INIT_SOURCES = {
+    "diffusers": "genkit.integrations.diffusers_weights"
+}  # modules of a higher room, imported when they are named
 
 
 def find_source(init: str) -> tuple[InitSource | None, str]:

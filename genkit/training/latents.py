@@ -12,9 +12,16 @@ from accelerate.utils import broadcast_object_list
 
 from genkit.core import Data, Image
 from genkit.data import InLatents
-from genkit.training import first_stage
 from genkit.training.checkpoint import find_checkpoint, read_state
-from genkit.training.first_stage import Encoded, Latent, OfCache, Stage, Statistics
+from genkit.training.first_stage import (
+    CachedLatentCodec,
+    FirstStage,
+    LatentCodec,
+    LatentData,
+    codec_from_dict,
+    read_stage,
+)
+from genkit.training.latent_statistics import LatentStatistics, measure_latents
 from genkit.training.run import open_first_stage
 from genkit.training.settings import TrainSettings
 
@@ -33,8 +40,8 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
     device = accelerator.device
     if resumed:
         record = read_state(find_checkpoint(resumed))["codec"]
-        codec = first_stage.from_dict(record, resumed / "codec", device)
-        if not isinstance(codec, Latent):
+        codec = codec_from_dict(record, resumed / "codec", device)
+        if not isinstance(codec, LatentCodec):
             raise ValueError(f"codec: {resumed.name} was trained without one, and goes on without; leave --codec out")
         stage = codec.stage
     else:
@@ -49,19 +56,19 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
     if codec is None:
         measured: list[Any] = [cached.statistics if cached else None]
         if cached is None and accelerator.is_main_process:
-            measured = [first_stage.measure(stage, data, device).to_dict()]
-        statistics = Statistics.from_dict(broadcast_object_list(measured)[0])
+            measured = [measure_latents(stage, data, device).to_dict()]
+        statistics = LatentStatistics.from_dict(broadcast_object_list(measured)[0])
         mean, std = statistics.mean, statistics.std(settings.codec_posterior)
-        codec = Latent(stage, tuple(mean.tolist()), tuple(std.tolist()), settings.codec_posterior)
+        codec = LatentCodec(stage, tuple(mean.tolist()), tuple(std.tolist()), settings.codec_posterior)
     if cached:
-        codec = OfCache(stage, codec.scaling.mean, codec.scaling.std, codec.posterior)
-    return Encoded(data, spec, codec)
+        codec = CachedLatentCodec(stage, codec.scaling.mean, codec.scaling.std, codec.posterior)
+    return LatentData(data, spec, codec)
 
 
-def open_stage(settings: TrainSettings, data: Data, device: torch.device) -> Stage:
+def open_stage(settings: TrainSettings, data: Data, device: torch.device) -> FirstStage:
     """The first stage of ``--codec``, or the one that cached latents keep."""
     if not isinstance(data, InLatents):
         assert settings.codec is not None
         return open_first_stage(settings.codec, data.spec.shape, device)
-    kept = first_stage.read_stage(data.index["stage"], data.root / "codec", device)
+    kept = read_stage(data.index["stage"], data.root / "codec", device)
     return kept if settings.codec is None else open_first_stage(settings.codec, kept.shape, device)

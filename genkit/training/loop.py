@@ -92,10 +92,10 @@ def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], deca
             a.copy_(b)
 
 
-def local_batch_size(batch: int, world: int) -> int:
-    """The rows of a global batch that each rank takes."""
+def local_batch_size(batch: int, world: int, name: str = "batch") -> int:
+    """The rows of a global batch that each rank takes. ``ValueError``, about the setting ``name``, if they differ."""
     if batch % world:
-        raise ValueError(f"batch: given {batch} on {world} ranks; needs a multiple of {world}")
+        raise ValueError(f"{name}: given {batch} on {world} ranks; needs a multiple of {world}")
     return batch // world
 
 
@@ -180,8 +180,7 @@ class _Loop:
         self.local = local_batch_size(settings.batch, accelerator.num_processes)
         self.pieces = micro_batches(self.local, settings.micro_batch)
         self.bf16 = settings.precision == "bf16"
-        self.streak = torch.zeros((), device=self.device)  # non-finite steps in a row
-        self.skipped = torch.zeros((), device=self.device)  # non-finite steps since the last count
+        self.skipped = SkippedSteps(self.device)
         if settings.compile:
             for net in state.nets.values():
                 net.compile()
@@ -234,8 +233,7 @@ class _Loop:
         parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
         norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
-        self.streak = (self.streak + 1) * bad
-        self.skipped = self.skipped + bad
+        self.skipped.add(bad)
 
     def finish(self, step: int) -> None:
         """What follows the optimizers: updates without a gradient, the averages, the check for divergence."""
@@ -246,9 +244,9 @@ class _Loop:
         # off the CPU the count is read only when a log line synchronises the device anyway
         if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
             return
-        if float(self.streak) >= self.settings.max_nonfinite_steps:
+        if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
             layer = first_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
-            count = int(self.streak)
+            count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
     def is_due(self, every: int) -> bool:
@@ -272,20 +270,46 @@ class _Loop:
 
     def count_skipped(self) -> None:
         """Add the skipped steps to the state's count."""
-        self.state.skipped += int(self.skipped)
-        self.skipped = torch.zeros_like(self.skipped)
+        self.state.skipped += self.skipped.take()
+
+
+class SkippedSteps:
+    """A count of the steps skipped for a gradient that is not finite, kept on the device."""
+
+    def __init__(self, device: torch.device):
+        self.streak = torch.zeros((), device=device)
+        """such steps in a row, up to the last step"""
+        self.count = torch.zeros((), device=device)
+        """such steps since :meth:`take`"""
+
+    def add(self, bad: Tensor) -> None:
+        """Count a step: ``bad`` is 1.0 if it was skipped, else 0.0."""
+        self.streak = (self.streak + 1) * bad
+        self.count = self.count + bad
+
+    def take(self) -> int:
+        """The number of skipped steps since the last call."""
+        count = int(self.count)
+        self.count = torch.zeros_like(self.count)
+        return count
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], lr: float, clip: float
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    lr: float,
+    clip: float,
+    bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients to norm ``clip`` (0: not at all) and step, unless they are not finite; then clear them.
 
-    Returns the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0: scalars on the device, which
-    is not synchronised.
+    ``bad``, 1.0 or 0.0, skips the step as well: the gradient of a network that is trained along is not finite. Returns
+    the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0: scalars on the device, which is not
+    synchronised.
     """
     norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    bad = (~torch.isfinite(norm)).float()
+    nonfinite = (~torch.isfinite(norm)).float()
+    bad = nonfinite if bad is None else torch.maximum(bad, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = lr
     guarded_step(optimizer, bad)

@@ -22,9 +22,9 @@ from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import Classifier
-from genkit.training import first_stage
 from genkit.training.checkpoint import find_checkpoint, read_state, read_tensors
 from genkit.training.directory import find_run
+from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import Sampling, build_guidance, sample_conditions
@@ -237,7 +237,7 @@ def load_run(
         merge_adapter(nets, adapter, strength)
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
-    codec = first_stage.from_dict(record["codec"], run / "codec", target)
+    codec = codec_from_dict(record["codec"], run / "codec", target)
     return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), target)
 
 
@@ -368,23 +368,22 @@ def load_lora_base(nets: Mapping[str, nn.Module], run: Path) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------- first stages
-def open_first_stage(name: str, shape: tuple[int, ...], device: torch.device) -> first_stage.Stage:
+def open_first_stage(name: str, shape: tuple[int, ...], device: torch.device) -> FirstStage:
     """The first stage behind ``--codec`` for samples of this shape: a run with a code, or KIND:WHERE.
 
     Raises ``ValueError`` if it has no code, or one for other samples.
     """
-    kind, colon, where = name.partition(":")
-    if colon and kind in first_stage.OPEN:
-        return first_stage.OPEN[kind](where, shape, device)
+    foreign, where = foreign_stage(name)
+    if foreign:
+        return foreign.open(where, shape, device)
     run = load_run(name, device=device.type)
-    stage = first_stage.of_run(
-        run.directory.name, run.config.objective, run.config.backbone, run.nets, run.spec, run.codec
-    ).to(device)
-    first_stage.require_fit(stage, shape)
+    cfg = run.config
+    stage = run_stage(run.directory.name, cfg.objective, cfg.backbone, run.nets, run.spec, run.codec).to(device)
+    require_fit(stage, shape)
     return stage
 
 
 def canonical_first_stage(name: str) -> str:
     """``--codec`` as config.yaml stores it: independent of the working directory."""
-    kind, colon, where = name.partition(":")
-    return f"{kind}:{Path(where).resolve()}" if colon and kind in first_stage.OPEN else str(find_run(name))
+    foreign, where = foreign_stage(name)
+    return f"{name.removesuffix(where)}{Path(where).resolve()}" if foreign else str(find_run(name))

@@ -28,7 +28,7 @@ from genkit.core.progress import Progress
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.directory import append_log, read_log
-from genkit.training.first_stage import OfCache
+from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.settings import TrainSettings
 
@@ -168,7 +168,7 @@ class Session:
             net.train()
         if decoded is not None:
             kind = torch.arange(2).repeat_interleave(len(decoded))
-            originals = self.codec.decode(encoded.x) if isinstance(self.codec, OfCache) else batch.x
+            originals = self.codec.decode(encoded.x) if isinstance(self.codec, CachedLatentCodec) else batch.x
             x = torch.cat([originals, self.codec.decode(decoded)]).cpu()
             self.recorder.picture(x, {"label": kind}, state.step)
 

@@ -27,7 +27,7 @@ from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
-from genkit.training.first_stage import Latent
+from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
@@ -248,7 +248,7 @@ def record_origin(
 ) -> None:
     """What a new run directory keeps of where it comes from: environment, first stage, base weights."""
     write_text(run / "env.json", json.dumps({**environment(accelerator), "init": origin}, indent=1))
-    if isinstance(codec, Latent):
+    if isinstance(codec, LatentCodec):
         codec.stage.write(run / "codec")
     if settings.lora.active and origin:
         write_lora_base(run, origin)
@@ -282,7 +282,7 @@ def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
         settings.objective.setup(data.spec)
         return settings.objective.networks(settings.backbone, data.spec)
     except ValueError as e:
-        if not isinstance(data.codec, Latent):
+        if not isinstance(data.codec, LatentCodec):
             raise
         stage = data.codec.stage.name
         raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e

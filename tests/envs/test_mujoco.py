@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from genkit import config
 from genkit.backbones import MLP
-from genkit.cli.commands.finetune import CHOOSE, Best, Finetune
 from genkit.cli.commands.finetune import main as finetune_main
 from genkit.cli.commands.train import main as train
 from genkit.cli.main import main as genkit
@@ -24,9 +23,14 @@ from genkit.diffusion.paths import Linear as Straight
 from genkit.envs import ars
 from genkit.envs.ars import SURVIVAL_BONUS, LinearPolicy, RunningStats, SearchSettings, episode_returns, search
 from genkit.objectives import Flow
-from genkit.rl.finetune.chain import Chain, Fixed
+from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.checkpoint import BestCheckpoint
 from genkit.rl.finetune.dppo import DPPO
-from genkit.rl.finetune.learner import Critic, Experience, Learner
+from genkit.rl.finetune.experience import Experience
+from genkit.rl.finetune.learner import Critic, Learner
+from genkit.rl.finetune.loop import CHECKPOINT_SEED
+from genkit.rl.finetune.noise import FixedNoise
+from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
 from genkit.training.run import load_run
@@ -191,11 +195,12 @@ def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, caps
            "--data.pred-steps=2", "--data.act-steps=2", "--objective.prediction=x0", "--objective.loss-space=x0",
            "--backbone.width=32", "--backbone.depth=1", "--steps=60", "--batch=128", "--lr=3e-3", "--sample-every=0",
            "--no-tensorboard", "--device=cpu", "--precision=fp32", "--workers=0", f"--out={tmp_path}"])  # fmt: skip
-    argv = [str(tmp_path / "latest"), "--steps=2", "--num=8", "--decisions=32", "--iterations=2", "--eval-episodes=2",
-            "--method.last=2", "--method.warmup=1", "--method.clone=0", "--choose=2", "--save-every=1"]  # fmt: skip
+    argv = [str(tmp_path / "latest"), "--steps=2", "--num-envs=8", "--num-steps=32", "--iterations=2",
+            "--eval-episodes=2", "--method.ft-denoising-steps=2", "--method.warmup=1", "--method.bc-coef=0",
+            "--checkpoint-eval-episodes=2", "--save-every=1", "--no-tensorboard"]  # fmt: skip
     finetune_main([*argv, f"--out={tmp_path}/tuned"])
     log = read_log(find_run(tmp_path / "tuned" / "latest"))
-    assert {"before/return", "chosen/return", "after/return"} <= {k for r in log for k in r}
+    assert {"before/return", "checkpoint/return", "after/return"} <= {k for r in log for k in r}
     assert [r for r in log if "critic_loss" in r][-1]["cpu_seconds"] > 0
     capsys.readouterr()
     assert genkit(["rollout", str(tmp_path / "tuned" / "latest"), "--steps=2", "--episodes=2", "--json"]) == 0
@@ -212,14 +217,14 @@ def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     objective = Flow(prediction="x0")
     state = State(nets, {}, {"denoise": torch.optim.SGD(nets["net"].parameters(), lr=0.1)})
-    who = Learner(objective, state, Chain.over(Straight(), 1, Fixed(0.1)), spec, None, 0, critic, fit)
+    who = Learner(objective, state, Chain.on_grid(Straight(), 1, FixedNoise(0.1)), spec, None, 0, critic, fit)
     returns = torch.tensor([0.0, 2.0] * 4)
     for advantages, explained in ((torch.zeros(8), 1.0), (returns, 0.0), (returns / 2, 0.75)):
         seen = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})
-        logs = DPPO(critic_batch=4, critic_epochs=3).critic_update(who, seen, 0)
-        assert logs["explained"] == pytest.approx(explained)
+        logs = DPPO(critic_batch=4, critic_epochs=3).update_critic(who, seen, 0)
+        assert logs["explained_variance"] == pytest.approx(explained)
     assert {int(v["step"]) for v in fit.state.values()} == {3 * 3 * 2}
-    DPPO(critic_epochs=1).critic_update(who, seen, 0)
+    DPPO(critic_epochs=1).update_critic(who, seen, 0)
     assert {int(v["step"]) for v in fit.state.values()} == {19}
 
 
@@ -238,7 +243,9 @@ def test_networks_see_no_observation_that_is_further_than_the_limit():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
-    asked = config.parse(Finetune, ["runs/latest", "--config", str(path)], prog="genkit finetune", description="")
+    asked = config.parse(
+        FinetuneSettings, ["runs/latest", "--config", str(path)], prog="genkit finetune", description=""
+    )
     assert asked.run == "runs/latest"
     assert isinstance(asked.method, DPPO)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
@@ -247,13 +254,12 @@ def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
 
 
 def test_best_and_patience():
-    best = Best()
-    asked = Finetune(patience=2)
+    best = BestCheckpoint()
     for step, value, stale in ((10, 1.0, False), (20, 3.0, False), (30, 2.0, False), (40, 3.0, True)):
-        best.note(step, value)
-        assert best.stale(asked) is stale
+        best.update(step, value)
+        assert best.is_stale(2) is stale
     assert (best.step, best.value) == (20, 3.0)
-    assert not best.stale(Finetune())
+    assert not best.is_stale(None)
 
 
 @pytest.fixture(scope="module")
@@ -266,21 +272,21 @@ def ways(tmp_path_factory):
 
 
 def test_the_best_checkpoint_is_what_the_run_is_and_the_newest_what_it_goes_on_from(ways, tmp_path, monkeypatch):
-    from genkit.cli.commands import finetune as module
+    from genkit.rl.finetune import loop
 
     returns = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.4, 10: 0.3, 12: 0.2}
     asked_for = []
 
-    def acted(asked, base, nets, seeds):
+    def evaluate_policy(settings, base, nets, seeds):
         asked_for.append((seeds, {k: v.clone() for k, v in nets["net"].state_dict().items()}))
         return {"return": returns.get(2 * len(asked_for), 0.0)}
 
-    monkeypatch.setattr(module, "acted", acted)
-    argv = [str(ways), "--num=4", "--decisions=2", "--eval-episodes=0", "--method.batch=64", "--method.warmup=0",
-            "--save-every=2", "--choose=3", "--method.clone=0"]  # fmt: skip
+    monkeypatch.setattr(loop, "evaluate_policy", evaluate_policy)
+    argv = [str(ways), "--num-envs=4", "--num-steps=2", "--eval-episodes=0", "--method.batch=64", "--method.warmup=0",
+            "--save-every=2", "--checkpoint-eval-episodes=3", "--method.bc-coef=0", "--no-tensorboard"]  # fmt: skip
     finetune_main([*argv, "--iterations=10", "--out", str(tmp_path / "part")])
     run = find_run(tmp_path / "part" / "latest")
-    assert asked_for[0][0] == range(CHOOSE, CHOOSE + 3)
+    assert asked_for[0][0] == range(CHECKPOINT_SEED, CHECKPOINT_SEED + 3)
     kept = load_run(run)
     assert kept.step == 4
     assert all(torch.equal(kept.nets["net"].state_dict()[k], v) for k, v in asked_for[1][1].items())

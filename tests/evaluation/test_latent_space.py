@@ -25,7 +25,7 @@ SMALL = {"name": "mlp", "width": 16, "depth": 1}
 CODES = {
     "vae": {"name": "vae", "latent": [5]},
     "ae": {"name": "ae", "latent": [2, 2, 2]},
-    "vq": {"name": "vq", "latent": [3, 2, 2], "codes": 7},
+    "vq": {"name": "vq", "latent": [3, 2, 2], "codebook_size": 7},
     "autoencoder": {"name": "autoencoder", "latent": [3, 2, 2]},
 }
 
@@ -116,7 +116,7 @@ def test_a_traversal_shows_the_decoded_walk_under_the_samples_own_class(name):
     k = len(axes.deviation)
     near = int((found.codes.flatten(1) - axes.mean).square().sum(1).argmin())
     told = {"label": found.label[near].expand(k * latent_space.TRAVERSAL_STEPS)}
-    z = run.objective.nearest(run.nets, latent_space.traverse_axes(axes, found.codes[near]))
+    z = run.objective.quantize(run.nets, latent_space.traverse_axes(axes, found.codes[near]))
     with torch.no_grad():
         x = run.codec.decode(run.objective.decode(run.nets, z, told))
     tiles = picture[2:, 2:].reshape(k, 66, -1)[:, :64].reshape(k, 64, latent_space.TRAVERSAL_STEPS, 66)[..., :64]

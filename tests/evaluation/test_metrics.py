@@ -21,6 +21,7 @@ from genkit.evaluation.metrics import (
     frechet_infinity,
 )
 from genkit.evaluation.metrics.frechet import distance_and_influence
+from tests.support import metrics as contract
 
 F64 = torch.float64
 
@@ -391,34 +392,9 @@ def test_unequal_sets_without_pot(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ registry
-def make_statistics(n=60, dim=4, seed=0, shift=0.0):
-    x = (shift + normal(n, dim, seed=seed)).float()
-    return SampleStatistics(Moments.of(x), x, 3 * x, x.argmax(1))
-
-
 @pytest.mark.parametrize("name", METRICS)
 def test_each_metric_keeps_its_contract(name):
-    """Its values are finite and within their intervals, which follow the level; what is missing is named."""
-    metric, generated, real = METRICS[name], make_statistics(), make_statistics(50, seed=1, shift=0.7)
-    reference = real if metric.reference else None
-    estimates = metric.compute(generated, reference, MetricSettings())
-    narrow = metric.compute(generated, reference, MetricSettings(level=0.5))
-    assert tuple(estimates) == metric.values
-    assert estimates == metric.compute(make_statistics(), reference, MetricSettings()), "it is not deterministic"
-    for key, e in estimates.items():
-        assert metrics.find_metric(key) == name
-        assert metrics.metric_direction(key) == metric.direction
-        assert math.isfinite(e.value)
-        assert (e.low is None) == (e.high is None)
-        if e.low is not None:
-            assert e.low <= e.value <= e.high
-            assert narrow[key].high - narrow[key].low < e.high - e.low
-    if metric.required_tensors:
-        with pytest.raises(ValueError, match="were not kept"):
-            metric.compute(SampleStatistics(generated.moments), real, MetricSettings())
-    if metric.reference:
-        with pytest.raises(ValueError, match="reference"):
-            metric.compute(generated, None, MetricSettings())
+    contract.check_all(name)
 
 
 def test_no_two_metrics_give_a_number_of_the_same_name():
@@ -430,28 +406,13 @@ def test_no_two_metrics_give_a_number_of_the_same_name():
 
 
 def test_fid_of_moments_alone_has_no_interval():
-    generated, real = make_statistics(), SampleStatistics(make_statistics(50, seed=1, shift=0.7).moments)
-    alone = METRICS["fid"].compute(SampleStatistics(generated.moments), real, MetricSettings())["fid"]
-    with_features = METRICS["fid"].compute(generated, real, MetricSettings())["fid"]
+    generated = contract.make_statistics()
+    reference = SampleStatistics(contract.make_statistics(50, seed=1, shift=0.7).moments)
+    alone = METRICS["fid"].compute(SampleStatistics(generated.moments), reference, MetricSettings())["fid"]
+    with_features = METRICS["fid"].compute(generated, reference, MetricSettings())["fid"]
     assert alone.low is None
     assert with_features.low < with_features.value < with_features.high
     assert alone.value == pytest.approx(with_features.value, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.reference])
-def test_features_of_two_networks_are_refused(name):
-    with pytest.raises(ValueError, match="take the same"):
-        METRICS[name].compute(make_statistics(dim=4), make_statistics(dim=5), MetricSettings())
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_the_first_bad_row_is_named(name):
-    generated, real = make_statistics(), make_statistics(seed=1)
-    for tensor in (generated.features, generated.logits):
-        tensor[17, 2] = torch.nan
-        tensor[40] = torch.inf
-    with pytest.raises(ValueError, match="row 17 is not finite, as are 2 of 60 rows"):
-        METRICS[name].compute(generated, real, MetricSettings())
 
 
 def test_bad_input():

@@ -17,8 +17,7 @@ from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 from genkit.core.tensors import sha256
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
-from genkit.integrations import weights as pretrained
-from genkit.integrations.weights import retold
+from genkit.integrations.diffusers_weights import init_defaults, init_note, remap_time_embedding
 from genkit.objectives import DDPM, Flow
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.run import init_from, load_run
@@ -64,7 +63,7 @@ def test_a_time_that_is_told_later_means_the_same(model, x):
     net = denoiser(model, Spec((1, 8, 8)))
     n, seen = torch.tensor([0.0, 12.5, 998.0]), net.sequences(x, {}) if net.sequences else ()
     old = model.ask(net.model, x, n, None, seen)
-    net.model.load_state_dict(net.model.state_dict() | retold(net.model, 1.0))
+    net.model.load_state_dict(net.model.state_dict() | remap_time_embedding(net.model, 1.0))
     assert torch.allclose(model.ask(net.model, x, n + 1, None, seen), old, atol=2e-4)
     assert not torch.allclose(model.ask(net.model, x, n, None, seen), old, atol=1e-2)
 
@@ -193,7 +192,7 @@ def test_a_pipelines_scheduler_is_the_objective(tmp_path, scheduler, same):
     """The path goes through the scheduler's own alphas: every number of its table."""
     theirs = diffusers.DDPMScheduler(**scheduler)
     diffusers.DDPMPipeline(unet(), theirs).save_pretrained(tmp_path / "p")
-    found = pretrained.suggested(str(tmp_path / "p"))
+    found = init_defaults(str(tmp_path / "p"))
     block = {k: v for k, v in found["objective"].items() if k != "name"}
     path = DDPM(**block).path
     assert isinstance(path, VP)
@@ -201,16 +200,16 @@ def test_a_pipelines_scheduler_is_the_objective(tmp_path, scheduler, same):
     assert torch.allclose(path.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
     assert same.items() <= found["objective"].items()
     assert found["backbone"]["timesteps"] == path.timesteps
-    assert pretrained.remark(str(tmp_path / "p"), DDPM(**block)) is None
+    assert init_note(str(tmp_path / "p"), DDPM(**block)) is None
 
 
 def test_a_schedule_that_we_have_not_is_said(tmp_path):
     betas = torch.linspace(0.001, 0.3, 1000) ** 3
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(trained_betas=betas.numpy())).save_pretrained(tmp_path / "p")
-    assert "objective" not in pretrained.suggested(str(tmp_path / "p"))
-    assert "does not have; flow goes on" in (pretrained.remark(str(tmp_path / "p"), Flow()) or "")
+    assert "objective" not in init_defaults(str(tmp_path / "p"))
+    assert "does not have; continuing with flow" in (init_note(str(tmp_path / "p"), Flow()) or "")
     unet().save_pretrained(tmp_path / "bare")
-    assert "no scheduler" in (pretrained.remark(str(tmp_path / "bare"), Flow()) or "")
+    assert "no scheduler" in (init_note(str(tmp_path / "bare"), Flow()) or "")
 
 
 QUICK = ["--steps=1", "--lr=1e-9", "--batch=4", "--sample-every=0", "--workers=0", "--no-tensorboard", "--device=cpu",
@@ -243,7 +242,8 @@ def test_another_objective_goes_on_with_a_note(tmp_path, capsys):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "p")
     trained(tmp_path / "runs", f"--init=diffusers:{tmp_path}/p", "--objective=flow")
     said = capsys.readouterr().out
-    assert re.search(r"note .*was trained with name ddpm.*prediction eps.*; you go on with name flow, prediction", said)
+    note = r"note .*was trained with name ddpm.*prediction eps.*; continuing with name flow, prediction"
+    assert re.search(note, said)
 
 
 @pytest.mark.parametrize("rows", [None, 10, 11, 4])

@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion: what looks alike, patches, the adaptive weight, and two stages on digits."""
+"""The first stage of latent diffusion: perceptual distances, patches, the adaptive weight, and two stages on digits."""
 
 import json
 import pickle
@@ -18,8 +18,14 @@ from genkit.backbones import MLP, DiT, UNet
 from genkit.cli import main as cli
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.objectives import FirstStage
-from genkit.objectives.autoencoders.first_stage import KL, Balance, Entries, Patches, last_layer
-from genkit.objectives.autoencoders.perceptual import VGG11, VGG16, Gradients, RandomFeatures, layers_of
+from genkit.objectives.autoencoders.first_stage import (
+    KL,
+    AdaptiveWeight,
+    PatchDiscriminator,
+    VectorQuantizer,
+    last_layer,
+)
+from genkit.objectives.autoencoders.perceptual import VGG11, VGG16, GradientDifference, RandomFeatures, make_vgg
 from genkit.training.run import load_run
 
 PICTURES = Spec((1, 8, 8))
@@ -29,11 +35,11 @@ def batch_of(x, start=0, step=None):
     return Batch(x, draw=Draw((0,), start, start + len(x)), step=step)
 
 
-# --------------------------------------------------------------------------------------------------- what looks alike
-def test_gradients_see_edges_at_every_size_and_no_brightness():
+# ------------------------------------------------------------------------------------------- perceptual distances
+def test_edge_distance_sees_edges_at_every_size_and_no_brightness():
     """A ramp of slope a differs from nothing by a, 2 a and 4 a at 8x8, 4x4 and 2x2, across it; and not along it."""
     ramp = 0.3 * torch.arange(8.0).expand(2, 1, 8, 8)
-    see = Gradients()
+    see = GradientDifference()
     for x in (ramp, ramp.mT):
         assert torch.allclose(see(x, torch.zeros_like(x)), torch.full((2,), 0.3 * (1 + 2 + 4) / 3))
     assert torch.allclose(see(ramp + 5, ramp), torch.zeros(2), atol=1e-5)
@@ -139,8 +145,8 @@ def test_another_file_than_vggs_is_one_line_and_runs_no_code(files, tmp_path, na
     made[name]()
     if name == "safetensors":
         file = file.with_suffix(".safetensors")
-    with pytest.raises(ValueError, match=r"looks\.weights: ") as e:
-        VGG16(weights=str(file)).prepare()
+    with pytest.raises(ValueError, match=r"perceptual\.weights: ") as e:
+        VGG16(weights=str(file)).setup()
     said = str(e.value)
     assert "\n" not in said
     assert str(file) in said
@@ -153,19 +159,20 @@ def test_another_file_than_vggs_is_one_line_and_runs_no_code(files, tmp_path, na
 
 
 def test_vgg_sees_pictures_of_one_or_three_channels():
-    with pytest.raises(ValueError, match=r"looks: VGG sees 1 or 3 channels, and samples have 2"):
-        FirstStage(looks=VGG16()).networks(MLP(width=8, depth=1), Spec((2, 8, 8)))
+    with pytest.raises(ValueError, match=r"perceptual: VGG sees 1 or 3 channels, and samples have 2"):
+        FirstStage(perceptual=VGG16()).networks(MLP(width=8, depth=1), Spec((2, 8, 8)))
 
 
 def test_a_stage_that_learned_by_vgg_needs_its_file_to_learn_only(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    argv = ["train", "--objective=autoencoder", "--objective.looks=vgg11", "--data.labels=false", "--steps=2",
+    argv = ["train", "--objective=autoencoder", "--objective.perceptual=vgg11", "--data.labels=false", "--steps=2",
             f"--out={tmp_path / 'runs'}", *ARGS]  # fmt: skip
     assert cli.main(argv) == 2
     said = capsys.readouterr().err.strip()
     assert (
-        "looks.weights: no file of VGG's weights here; get https://download.pytorch.org/models/vgg11-8a719046" in said
+        "perceptual.weights: no file of VGG's weights here; get https://download.pytorch.org/models/vgg11-8a719046"
+        in said
     )
     assert "\n" not in said
     assert not (tmp_path / "runs").exists()
@@ -178,17 +185,17 @@ def test_a_stage_that_learned_by_vgg_needs_its_file_to_learn_only(files, tmp_pat
     assert line["reconstruct/perceptual"] > 0
     assert not any(k.startswith("looks") for k in load_file(run / "latest" / "nets.safetensors"))
     kept.unlink()
-    layers_of.cache_clear()  # as in a new process
+    make_vgg.cache_clear()  # as in a new process
     assert load_run(run).nets.keys() >= {"encoder", "decoder"}
     assert cli.main(["train", "--objective=flow", f"--codec={run}", "--steps=1", f"--out={tmp_path}", *ARGS]) == 0
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(run), "--steps=3"]) == 2
-    assert "looks.weights: no file" in capsys.readouterr().err
+    assert "perceptual.weights: no file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- patches
 def test_a_patch_knows_its_surroundings_alone():
-    net = Patches((3, 32, 32))
+    net = PatchDiscriminator((3, 32, 32))
     x = torch.randn(2, 3, 32, 32)
     other = x.clone()
     other[:, :, :4, :4] += 1
@@ -217,34 +224,34 @@ def test_the_last_layer_is_the_last_the_output_is_linear_in_it(backbone):
 
 # ----------------------------------------------------------------------------------------------------------- the loss
 def test_the_cost_of_a_posterior_is_its_divergence():
-    objective = FirstStage(latent=(2, 4, 4), code=KL(weight=0.3), perceptual=0)
+    objective = FirstStage(latent=(2, 4, 4), bottleneck=KL(weight=0.3), perceptual_weight=0)
     nets = objective.networks(MLP(width=16, depth=1), PICTURES)
     x = torch.randn(5, 1, 8, 8)
     q = objective.encode(nets, x)
     truth = kl_divergence(Normal(q.mean, (0.5 * q.log_var).exp()), Normal(0.0, 1.0)).flatten(1).sum(1)
     loss = objective.loss("reconstruct", nets, batch_of(x))
-    error = (objective.decode(nets, q.draw(batch_of(x).normal(2, 4, 4))) - x).abs().flatten(1).mean(1)
+    error = (objective.decode(nets, q.sample(batch_of(x).normal(2, 4, 4))) - x).abs().flatten(1).mean(1)
     assert torch.allclose(loss.per_sample, error + 0.3 * truth / 64, atol=1e-5)
     assert torch.allclose(loss.logs["kl"], truth.mean(), rtol=1e-4)
 
 
-def with_adversary(**more):
-    objective = FirstStage(latent=(2, 4, 4), adversary=0.7, start=3, **more)
+def with_discriminator(**more):
+    objective = FirstStage(latent=(2, 4, 4), adversarial_weight=0.7, adversarial_start=3, **more)
     nets = objective.networks(MLP(width=16, depth=1), PICTURES)
     return objective, {k: v.train() for k, v in nets.items()}
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_batchs_gradients_however_it_is_cut():
     """By autograd on the whole batch; used a step later, and forgotten by no micro-batch."""
-    objective, nets = with_adversary()
+    objective, nets = with_discriminator()
     x, last, plain = torch.randn(12, 1, 8, 8), last_layer(nets["decoder"]), FirstStage(latent=(2, 4, 4))
     rec = plain.loss("reconstruct", nets, batch_of(x)).per_sample
-    out = objective.decode(nets, objective.encode(nets, x).draw(batch_of(x).normal(2, 4, 4)))
+    out = objective.decode(nets, objective.encode(nets, x).sample(batch_of(x).normal(2, 4, 4)))
     opinion = -nets["discriminator"](out).flatten(1).mean(1)
     sizes = [torch.autograd.grad(v.sum(), last, retain_graph=True)[0].norm() for v in (rec, opinion)]
     expected = float(sizes[0] / sizes[1])
     for cuts in (((0, 12),), ((0, 5), (5, 6), (6, 12))):
-        balance = nets["balance"] = Balance(last).train()
+        balance = nets["balance"] = AdaptiveWeight(last).train()
         for a, b in cuts:
             objective.loss("reconstruct", nets, batch_of(x[a:b], a, step=3))
         assert float(balance.weight) == 0
@@ -256,8 +263,8 @@ def test_the_adaptive_weight_is_the_ratio_of_the_batchs_gradients_however_it_is_
     assert float(got.logs["weight"]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_discriminator_comes_late():
-    objective, nets = with_adversary()
+def test_the_discriminator_starts_late():
+    objective, nets = with_discriminator()
     nets["balance"].weight.fill_(5.0)
     x = torch.randn(6, 1, 8, 8)
     plain = FirstStage(latent=(2, 4, 4)).loss("reconstruct", nets, batch_of(x)).per_sample
@@ -273,7 +280,7 @@ def test_the_discriminator_comes_late():
 
 
 def test_the_discriminator_learns_what_the_decoder_cannot_draw():
-    objective, nets = with_adversary()
+    objective, nets = with_discriminator()
     x = torch.randn(24, 1, 8, 8)
     optimiser = torch.optim.Adam(nets["discriminator"].parameters(), 2e-3)
     for _ in range(20):
@@ -286,7 +293,7 @@ def test_the_discriminator_learns_what_the_decoder_cannot_draw():
 
 
 def test_the_codebooks_latents_are_entries():
-    objective = FirstStage(latent=(3, 4, 4), code=Entries(codes=8))
+    objective = FirstStage(latent=(3, 4, 4), bottleneck=VectorQuantizer(codebook_size=8))
     nets = objective.networks(MLP(width=16, depth=1), PICTURES)
     z = objective.encode(nets, torch.randn(5, 1, 8, 8)).mean
     assert bool((z.movedim(1, -1)[..., None, :] == nets["codebook"].codes).all(-1).any(-1).all())
@@ -301,20 +308,23 @@ def test_the_codebooks_latents_are_entries():
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: Entries(codes=0), "codes: given 0; a codebook needs 2"),
-        (lambda: Entries(decay=1.0), "decay 1.0"),
+        (lambda: VectorQuantizer(codebook_size=0), "codebook_size: given 0; a codebook needs 2"),
+        (lambda: VectorQuantizer(ema_decay=1.0), "ema_decay 1.0"),
         (lambda: KL(weight=-1.0), "weight: given -1.0; allowed from 0"),
         (lambda: KL(weight=float("nan")), "weight: given nan"),
     ],
 )
-def test_senseless_codes_are_refused(make, expected):
+def test_invalid_bottlenecks_are_refused(make, expected):
     with pytest.raises(ValueError, match=expected) as e:
         make()
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("flags", [["--objective.code=vq", "--objective.code.codes=0"], ["--objective.code.weight=-1"]])
-def test_senseless_codes_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [["--objective.bottleneck=vq", "--objective.bottleneck.codebook-size=0"], ["--objective.bottleneck.weight=-1"]],
+)
+def test_invalid_bottlenecks_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
     assert cli.main(["train", "--objective=autoencoder", *flags, f"--out={tmp_path}", "--steps=1"]) == 2
     said = capsys.readouterr().err.strip()
     assert flags[-1].partition("=")[0].rpartition(".")[2] in said
@@ -325,13 +335,13 @@ def test_senseless_codes_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
 @pytest.mark.parametrize(
     ("how", "spec", "expected"),
     [
-        ({"perceptual": 1.0}, Spec((6,)), "perceptual and adversary are for pictures"),
-        ({"adversary": 1.0}, Spec((6,)), "perceptual and adversary are for pictures"),
-        ({"adversary": -1.0}, PICTURES, "adversary -1.0"),
+        ({"perceptual_weight": 1.0}, Spec((6,)), "perceptual_weight and adversarial_weight are for pictures"),
+        ({"adversarial_weight": 1.0}, Spec((6,)), "perceptual_weight and adversarial_weight are for pictures"),
+        ({"adversarial_weight": -1.0}, PICTURES, "adversarial_weight -1.0"),
         ({"latent": ()}, PICTURES, "latent"),
     ],
 )
-def test_mistakes_are_told(how, spec, expected):
+def test_mistakes_are_refused(how, spec, expected):
     with pytest.raises(ValueError, match=expected):
         FirstStage(**how).networks(MLP(width=8, depth=1), spec)
 
@@ -342,8 +352,9 @@ ARGS = ["--backbone=mlp", "--backbone.width=8", "--backbone.depth=1", "--batch=1
 
 
 def test_a_first_stage_resumes_and_its_latents_are_learned_without_its_discriminator(tmp_path):
-    argv = ["train", "--objective=autoencoder", "--objective.latent", "2", "4", "4", "--objective.adversary=0.5",
-            "--objective.start=1", "--data.labels=false", "--micro-batch=5", f"--out={tmp_path}", *ARGS]  # fmt: skip
+    argv = ["train", "--objective=autoencoder", "--objective.latent", "2", "4", "4", f"--out={tmp_path}", *ARGS]
+    argv += ["--objective.adversarial-weight=0.5", "--objective.adversarial-start=1"]
+    argv += ["--data.labels=false", "--micro-batch=5"]
     assert cli.main([*argv, "--steps=4"]) == 0
     whole = (tmp_path / "latest").resolve()
     assert cli.main([*argv, "--steps=2"]) == 0
@@ -374,7 +385,7 @@ def test_the_command_that_training_ends_with_works(tmp_path, capsys, name):
         assert run.sample(2, steps=2).x.shape == (2, 1, 8, 8)
 
 
-def test_a_first_stage_is_told_no_class():
+def test_a_first_stage_sees_no_class():
     labelled = Spec((1, 8, 8), {"label": Label(3)})
     nets = [FirstStage(latent=(2,)).networks(MLP(width=8, depth=1), spec) for spec in (labelled, Spec((1, 8, 8)))]
     shapes = [{f"{k}.{n}": p.shape for k, net in each.items() for n, p in net.named_parameters()} for each in nets]

@@ -1,6 +1,5 @@
-"""GANs: each game's slopes in closed form, the best discriminator known, penalties whole through ranks and pieces."""
+"""GANs: the optimal discriminator of known laws, phases, ranks, conditions, the command line, modes."""
 
-import copy
 import importlib.util
 import math
 import os
@@ -14,8 +13,6 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.svm import SVC
-from torch import nn
-from torch.nn.utils import parametrizations
 
 from genkit import config
 from genkit.backbones import MLP, DiT, UNet
@@ -24,145 +21,25 @@ from genkit.core import Batch, Draw, Image, Label, Spec, Vector
 from genkit.data import DATA
 from genkit.data.codecs import Identity
 from genkit.objectives import GAN
-from genkit.objectives.adversarial.augment import AUGMENTS
-from genkit.objectives.adversarial.games import (
-    GAMES,
+from genkit.objectives.adversarial.gan import NUM_FEATURES, Projection, diversity
+from genkit.objectives.adversarial.losses import (
+    GAN_LOSSES,
     PENALTIES,
-    Hinge,
     Minimax,
     NonSaturating,
     Relativistic,
-    Spectral,
     Wasserstein,
-    bound,
-    power_iteration,
-    slopes,
 )
-from genkit.objectives.adversarial.gan import FEATURES, Projection, diversity
 from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
+from tests.support.objectives import PLANE, Shift, batch_of
 
 F64 = torch.float64
-PLANE = Spec((2,))
 
 
-def batch_of(x, cond=None, seed=0, step=None):
-    return Batch(x, cond or {}, draw=Draw((seed,), 0, len(x)), step=step)
-
-
-def losses(objective, nets, batch, phase="discriminator"):
-    return objective.loss(phase, nets, batch)
-
-
-# ------------------------------------------------------------------------------------------ losses, penalties
-sigmoid = torch.sigmoid
-SLOPES = {  # d critic / d real, d critic / d fake, d generator / d fake; r and f are scores of a real and a drawn one
-    "minimax": (lambda r, f: sigmoid(r) - 1, lambda r, f: sigmoid(f), lambda r, f: -sigmoid(f)),
-    "non-saturating": (lambda r, f: sigmoid(r) - 1, lambda r, f: sigmoid(f), lambda r, f: sigmoid(f) - 1),
-    "hinge": (lambda r, f: -(r < 1).to(F64), lambda r, f: (f > -1).to(F64), lambda r, f: -torch.ones_like(f)),
-    "wasserstein": (
-        lambda r, f: -torch.ones_like(r),
-        lambda r, f: torch.ones_like(f),
-        lambda r, f: -torch.ones_like(f),
-    ),
-    "relativistic": (lambda r, f: -sigmoid(f - r), lambda r, f: sigmoid(f - r), lambda r, f: -sigmoid(r - f)),
-}
-
-
-@pytest.mark.parametrize("name", GAMES)
-def test_slopes_of_each_game_are_those_of_the_paper(name):
-    game, (by_real, by_fake, by_drawn) = GAMES[name](), SLOPES[name]
-    real, fake = (3 * torch.randn(200, dtype=F64) for _ in range(2))
-    r, f = real.clone().requires_grad_(), fake.clone().requires_grad_()
-    got = torch.autograd.grad(game.critic(r, f).sum(), (r, f))
-    assert torch.allclose(got[0], by_real(real, fake))
-    assert torch.allclose(got[1], by_fake(real, fake))
-    (drawn,) = torch.autograd.grad(game.generator(f, real).sum(), f)
-    assert torch.allclose(drawn, by_drawn(real, fake))
-    assert game.critic(real, fake).shape == (200,)
-
-
-def test_values_at_an_even_game():
-    """At D = 1/2 everywhere the minimax value is -log 4 (Goodfellow et al. 2014, theorem 1)."""
-    zero = torch.zeros(3, dtype=F64)
-    assert torch.allclose(Minimax().critic(zero, zero), torch.tensor(math.log(4), dtype=F64))
-    assert torch.allclose(Minimax().generator(zero, zero), torch.tensor(-math.log(2), dtype=F64))
-    assert torch.allclose(Relativistic().critic(zero, zero), torch.tensor(math.log(2), dtype=F64))
-    assert torch.allclose(Hinge().critic(zero, zero), torch.full((3,), 2.0, dtype=F64))
-
-
-class Slope(nn.Module):
-    """A discriminator ``a.x + k |x|^2 / 2``, whose gradient is ``a + k x``."""
-
-    def __init__(self, k=0.0):
-        super().__init__()
-        self.a, self.k = nn.Parameter(torch.tensor([3.0, -4.0], dtype=F64)), k
-
-    def forward(self, x, cond):
-        return (x @ self.a + self.k * x.square().sum(1) / 2)[:, None]
-
-
-class Shift(nn.Module):
-    """A generator ``scale z + mean``; ``z`` as it is by default."""
-
-    def __init__(self, mean=(0.0, 0.0), scale=(1.0, 1.0)):
-        super().__init__()
-        self.mean, self.scale = nn.Parameter(torch.tensor(mean)), torch.tensor(scale)
-
-    def forward(self, z, cond):
-        return self.scale * z + self.mean
-
-
-def penalty_of(size, k=0.0, step=None, **game):
-    """Each sample's penalty and its gradient by ``a``, by the difference to the same game without penalties."""
-    nets = {"generator": Shift().double(), "discriminator": Slope(k)}
-    x = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(5))
-    whole, bare = (
-        GAN(game=Relativistic(**{"r1": 0.0, "r2": 0.0, **more}), latent=(2,)).loss(
-            "discriminator", nets, batch_of(x, step=step)
-        )
-        for more in ({**game}, {})
-    )
-    each = whole.per_sample - bare.per_sample
-    draw = Draw((0,), 0, 6)
-    fake, u = draw.normal(2).double(), draw.uniform().double()[:, None]
-    return each, torch.autograd.grad(each.sum(), nets["discriminator"].a)[0], (x, fake, u * x + (1 - u) * fake)
-
-
-def test_penalties_and_their_gradients_are_those_of_a_known_slope():
-    a = torch.tensor([3.0, -4.0], dtype=F64)
-    for name, group in (("r1", 0), ("r2", 1)):
-        each, grad, x = penalty_of(1, k=0.5, **{name: 2.0})
-        g = a + 0.5 * x[group]
-        assert torch.allclose(each, g.square().sum(1))  # gamma / 2 |g|^2
-        assert torch.allclose(grad, 2 * g.sum(0))
-    each, grad, x = penalty_of(1, k=0.5, gp=10.0)
-    g = a + 0.5 * x[2]
-    norm = g.norm(dim=1, keepdim=True)
-    assert torch.allclose(each, 10 * (norm[:, 0] - 1) ** 2)
-    assert torch.allclose(grad, (20 * (norm - 1) * g / norm).sum(0))
-
-
-def test_a_flat_discriminator_has_a_finite_penalty():
-    x = torch.randn(4, 2, dtype=F64, requires_grad=True)
-    k = torch.zeros((), dtype=F64, requires_grad=True)
-    found = PENALTIES["gp"].of(slopes((k * x).sum(1), x))
-    assert torch.allclose(found, torch.ones(4, dtype=F64), atol=1e-5)
-    assert bool(torch.isfinite(torch.autograd.grad(found.sum(), k)[0]))
-
-
-def test_lazy_penalties_weigh_the_same_on_average():
-    plain, lazy = penalty_of(1, r1=2.0)[0], [penalty_of(1, step=s, r1=2.0, every=4)[0] for s in range(4)]  # fmt: skip
-    assert torch.allclose(torch.stack(lazy).mean(0), plain)
-    assert [bool((v != 0).any()) for v in lazy] == [True, False, False, False]
-    assert torch.allclose(penalty_of(1, step=None, r1=2.0, every=4)[0], plain)
-    assert Relativistic(r1=0.0, r2=0.0).due(0) == 0  # without penalties its default puts nothing off
-
-
-# ----------------------------------------------------------------------------------- the best discriminator known
 @dataclass(frozen=True)
-class Judged(GAN):
+class DiscriminatorOnly(GAN):
     """The discriminator alone learns: against a generator that stands still."""
 
     @property
@@ -170,7 +47,7 @@ class Judged(GAN):
         return (replace(super().phases[0], repeats=1),)
 
 
-def judge(objective, drawn, real, steps, lr, batch=512):
+def train_discriminator(objective, drawn, real, steps, lr, batch=512):
     """A discriminator of two normal laws ``(mean, scale)``, each with independent numbers."""
     torch.manual_seed(0)
     nets = {"generator": Shift(*drawn), "discriminator": MLP(width=48, depth=1).encoder(PLANE, (1,))}
@@ -194,7 +71,7 @@ def law(mean, scale):
 def test_the_best_discriminator_is_p_over_p_plus_q():
     """Goodfellow et al. 2014, proposition 1, on laws whose log ratio is no linear function."""
     p, q = ((0.0, 0.0), (1.0, 1.0)), ((1.0, 0.0), (0.6, 1.2))
-    state = judge(Judged(game=Minimax(), latent=(2,)), q, p, steps=300, lr=6e-3, batch=256)
+    state = train_discriminator(DiscriminatorOnly(gan_loss=Minimax(), latent=(2,)), q, p, steps=300, lr=6e-3, batch=256)
     x = torch.cat([law(*p).sample((2000,)), law(*q).sample((2000,))])
     truth = torch.sigmoid(law(*p).log_prob(x) - law(*q).log_prob(x))
     with torch.no_grad():
@@ -203,19 +80,18 @@ def test_the_best_discriminator_is_p_over_p_plus_q():
     assert float((truth - 0.5).abs().mean()) > 0.15  # a discriminator that knows nothing is far off
 
 
-def test_the_critic_of_wgan_gp_measures_the_distance():
+def test_the_wgan_gp_discriminator_measures_the_distance():
     """W1 of a normal law and the same one moved is the way that it was moved. A penalty of weight L overestimates by
     about W1 / (2 L), so L is large here."""
-    objective = Judged(game=Wasserstein(gp=50.0), latent=(2,))
+    objective = DiscriminatorOnly(gan_loss=Wasserstein(gp=50.0), latent=(2,))
     away = (0.9, -1.2)  # 1.5
-    state = judge(objective, ((0.0, 0.0), (0.7, 1.0)), (away, (0.7, 1.0)), steps=150, lr=6e-3, batch=256)
+    state = train_discriminator(objective, ((0.0, 0.0), (0.7, 1.0)), (away, (0.7, 1.0)), steps=150, lr=6e-3, batch=256)
     x, y = law(away, (0.7, 1.0)).sample((20_000,)), law((0.0, 0.0), (0.7, 1.0)).sample((20_000,))
     critic = state.emas[0.99]["discriminator"]
     with torch.no_grad():
         assert float(critic(x, {}).mean() - critic(y, {}).mean()) == pytest.approx(1.5, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------ phases, ranks
 def small(objective, steps=2, accelerator=None, micro_batch=None, spec=None):
     """A few steps in float64 on points with classes; the state."""
     spec = spec or Spec((2,), {"label": Label(3)})
@@ -244,8 +120,8 @@ def small(objective, steps=2, accelerator=None, micro_batch=None, spec=None):
 
 
 HARD = [
-    GAN(game=Wasserstein(), latent=(4,)),
-    GAN(game=Relativistic(every=2), latent=(4,), spectral=True, condition="embedding"),
+    GAN(gan_loss=Wasserstein(), latent=(4,)),
+    GAN(gan_loss=Relativistic(penalty_every=2), latent=(4,), spectral_norm=True, conditioning="embedding"),
 ]
 
 
@@ -286,7 +162,7 @@ def test_four_pieces_are_one_batch(objective):
 
 
 @dataclass(frozen=True)
-class Half(GAN):
+class OnePhase(GAN):
     """One phase of the two."""
 
     which: int = 0
@@ -298,14 +174,14 @@ class Half(GAN):
 
 @pytest.mark.parametrize(("which", "mover"), [(0, "discriminator"), (1, "generator")])
 def test_a_phase_moves_only_its_own_network(which, mover):
-    before, after = (small(Half(latent=(4,), which=which), steps=n)[0].nets for n in (0, 1))
+    before, after = (small(OnePhase(latent=(4,), which=which), steps=n)[0].nets for n in (0, 1))
     for name in before:
         same = [torch.equal(a, b) for a, b in zip(before[name].parameters(), after[name].parameters(), strict=True)]
         assert all(same) == (name != mover), name
 
 
-def test_a_phase_asks_no_gradient_of_the_other_and_repeats_as_the_game_says():
-    objective = GAN(game=Wasserstein(critic_steps=3), latent=(4,))
+def test_a_phase_needs_no_gradient_of_the_other_and_repeats_as_the_loss_says():
+    objective = GAN(gan_loss=Wasserstein(discriminator_steps=3), latent=(4,))
     nets = {k: net.double() for k, net in objective.networks(MLP(width=16, depth=1), PLANE).items()}
     for mine, other in (("generator", "discriminator"), ("discriminator", "generator")):
         for name, net in nets.items():
@@ -319,17 +195,17 @@ def test_a_phase_asks_no_gradient_of_the_other_and_repeats_as_the_game_says():
     assert taken == {"discriminator": {6}, "generator": {2}}
 
 
-def test_both_sides_learn_in_every_game():
-    for name, game in GAMES.items():
-        _, logged = small(GAN(game=game(), latent=(4,)))
+def test_both_networks_learn_with_every_loss():
+    for name, game in GAN_LOSSES.items():
+        _, logged = small(GAN(gan_loss=game(), latent=(4,)))
         assert logged[-1]["discriminator/grad_norm"] > 0, name
         assert logged[-1]["generator/grad_norm"] > 0, name
         assert {"discriminator/accuracy", "discriminator/margin", "discriminator/diversity"} <= logged[-1].keys()
         seen = {k.removeprefix("discriminator/") for line in logged for k in line}  # lazy ones are not in every line
-        assert set(GAMES[name]().penalties) == seen & {*PENALTIES}
+        assert set(GAN_LOSSES[name]().penalties) == seen & {*PENALTIES}
 
 
-def test_the_loss_can_be_asked_where_no_gradient_is_kept():
+def test_the_loss_works_inside_no_grad():
     """As the loop does, looking for the first layer that is not finite."""
     objective = GAN(latent=(4,))
     nets = objective.networks(MLP(width=16, depth=1), PLANE)
@@ -354,7 +230,7 @@ def test_penalties_of_compiled_networks_are_those_of_plain_ones():
 
 
 @pytest.mark.parametrize("family", [UNet(width=8, mults=(1, 2)), DiT(width=16, depth=1, patch=1)], ids=["unet", "dit"])
-def test_pictures_are_judged_with_penalties_in_every_family(family):
+def test_penalties_work_on_pictures_with_every_backbone(family):
     """144 tokens: there fused attention, which has no second derivative, would be taken."""
     spec = Spec((1, 12, 12), {"label": Label(3)})
     objective = GAN(latent=(4,), augment=("color", "translation", "cutout"))
@@ -367,10 +243,9 @@ def test_pictures_are_judged_with_penalties_in_every_family(family):
     assert nets["generator"](torch.randn(4, 4), batch.cond).shape == (4, 1, 12, 12)
 
 
-# ---------------------------------------------------------------------------------------------------- conditions
 def test_projection_is_the_papers_inner_product():
     spec = Spec((2,), {"label": Label(3), "at": Vector((2, 2))})
-    net = GAN(condition="projection").networks(MLP(width=16, depth=1), spec)["discriminator"]
+    net = GAN(conditioning="projection").networks(MLP(width=16, depth=1), spec)["discriminator"]
     assert isinstance(net, Projection)
     x, label, at = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1]), torch.randn(5, 2, 2)
     phi = net.features(x, {})
@@ -378,13 +253,13 @@ def test_projection_is_the_papers_inner_product():
     assert torch.allclose(
         net(x, {"label": label, "at": at})[:, 0], net.psi(phi)[:, 0] + (towards * phi).sum(1), atol=1e-5
     )
-    assert phi.shape == (5, FEATURES)
+    assert phi.shape == (5, NUM_FEATURES)
 
 
 @pytest.mark.parametrize("condition", ["projection", "embedding"])
-def test_both_sides_hear_the_condition(condition):
+def test_both_networks_use_the_condition(condition):
     spec = Spec((2,), {"label": Label(3)})
-    objective = GAN(latent=(4,), condition=condition)
+    objective = GAN(latent=(4,), conditioning=condition)
     torch.manual_seed(0)
     state, _ = small(objective, spec=spec)
     z, x, zero = torch.randn(6, 4, dtype=F64), torch.randn(6, 2, dtype=F64), torch.zeros(6, dtype=torch.long)
@@ -400,112 +275,6 @@ def test_pictures_as_conditions_are_embedded():
     assert nets["discriminator"](nets["generator"](torch.randn(2, 4), cond), cond).shape == (2, 1)
 
 
-# ------------------------------------------------------------------------------------------------ spectral norm
-@pytest.mark.parametrize("layer", [nn.Linear(7, 5), nn.Conv2d(3, 6, 3)], ids=["linear", "conv"])
-def test_a_bounded_weight_is_that_of_torch_above_one_and_itself_below(layer):
-    flat = layer.weight.detach().flatten(1)
-    top = torch.linalg.matrix_norm(flat, 2)
-    with torch.no_grad():
-        layer.weight.mul_(3 / top)
-    peer = copy.deepcopy(layer)
-    bound(layer)
-    power_iteration(layer, 200)
-    assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=1e-4)
-    parametrizations.spectral_norm(peer, n_power_iterations=200)
-    assert torch.allclose(layer.weight, peer.weight, atol=1e-4)
-    with torch.no_grad():
-        layer.parametrizations.weight.original.mul_(0.1)
-    power_iteration(layer, 50)
-    assert torch.allclose(layer.weight, layer.parametrizations.weight.original)
-
-
-def test_the_power_iteration_moves_between_steps_only_and_finds_its_way_from_zeros():
-    layer = nn.Linear(6, 6)
-    nn.init.zeros_(layer.weight)
-    bound(layer)
-    keep = layer.parametrizations.weight[0]
-    before = keep.u.clone()
-    assert float(layer(torch.ones(1, 6)).detach().sum() - layer.bias.sum()) == pytest.approx(0, abs=1e-6)
-    assert torch.equal(before, keep.u)
-    with torch.no_grad():
-        layer.parametrizations.weight.original.copy_(5 * torch.eye(6) + torch.randn(6, 6))
-    for _ in range(100):
-        layer.train()(torch.ones(1, 6))
-        power_iteration(layer, 1)
-    assert not torch.equal(before, keep.u)
-    assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-3)
-
-
-def test_spectral_norm_bounds_every_weight_of_the_discriminator_between_steps():
-    objective = GAN(game=Hinge(), latent=(4,), spectral=True)
-    nets = objective.networks(MLP(width=16, depth=1), Spec((2,), {"label": Label(3)}))
-    with torch.no_grad():
-        for p in nets["discriminator"].parameters():
-            p.copy_(2 * torch.randn_like(p))  # an optimiser's step, and a large one
-    for step in range(300):
-        objective.after_step(nets, step)
-    norms = [float(torch.linalg.matrix_norm(m.weight.detach(), 2)) for m in nets["discriminator"].modules()
-             if isinstance(m, nn.Linear | nn.Embedding)]  # fmt: skip
-    assert len(norms) > 5
-    assert max(norms) < 1.05
-    assert sum(isinstance(m, Spectral) for m in nets["discriminator"].modules()) == len(norms)
-    assert not any(isinstance(m, Spectral) for m in nets["generator"].modules())
-
-
-# -------------------------------------------------------------------------------------------------- DiffAugment
-def fixed(*values):
-    """Uniform numbers that are these, one a call."""
-    left = list(values)
-    return lambda *shape: torch.full((2, *shape), left.pop(0), dtype=F64)
-
-
-def test_augmentations_at_known_draws():
-    x = torch.arange(2 * 3 * 8 * 8, dtype=F64).view(2, 3, 8, 8) / 100
-    moved = AUGMENTS["translation"](x, fixed(0.9, 0.1))  # one down, one to the left
-    assert torch.equal(moved[:, :, 1:, :-1], x[:, :, :-1, 1:])
-    assert float(moved[:, :, 0].abs().sum() + moved[:, :, :, -1].abs().sum()) == 0
-    assert torch.equal(AUGMENTS["translation"](x, fixed(0.5, 0.5)), x)
-    cut = AUGMENTS["cutout"](x + 1, fixed(0.5, 0.0))  # around row 4 and column 0: rows 2..5, columns -2..1
-    assert float(cut[:, :, 2:6, 0:2].abs().sum()) == 0
-    assert int((cut == 0).sum()) == 2 * 3 * 4 * 2
-    color = AUGMENTS["color"]
-    assert torch.allclose(color(x, fixed(0.5, 0.5, 0.5)), x)
-    assert torch.allclose(color(x, fixed(1.0, 0.5, 0.5)), x + 0.5)
-    assert torch.allclose(color(x, fixed(0.5, 0.0, 0.5)).std(1), torch.zeros(2, 8, 8, dtype=F64), atol=1e-9)
-    assert torch.allclose(color(x, fixed(0.5, 0.5, 1.0)).std((1, 2, 3)), 1.5 * x.std((1, 2, 3)))
-    grey = x[:, :1]
-    assert torch.allclose(color(grey, fixed(0.5, 0.0, 0.5)), grey)
-
-
-@pytest.mark.parametrize("name", AUGMENTS)
-def test_augmentations_differ_by_row_and_let_the_gradient_through(name):
-    for shape in ((2, 9, 9), (3, 12)):
-        x = torch.randn(64, *shape, requires_grad=True)
-        out = AUGMENTS[name](x, batch_of(x).uniform)
-        assert out.shape == x.shape
-        same = AUGMENTS[name](x[:1].expand_as(x), batch_of(x).uniform)
-        assert len({v.detach().numpy().tobytes() for v in same}) >= 3
-        assert bool((torch.autograd.grad(out.square().sum(), x)[0].flatten(1) != 0).any(1).all())
-
-
-def test_the_discriminator_sees_changed_samples_only_and_r1_is_taken_before_the_change():
-    """All groups go through the same kind of change, each with draws of its own."""
-    spec, seen = Spec((1, 8, 8)), []
-    objective = GAN(latent=(4,), augment=("cutout",))
-    nets = dict(objective.networks(UNet(width=8), spec))
-    inner = nets["discriminator"]
-    nets["discriminator"] = lambda x, cond: seen.append(x.detach()) or inner(x, cond)
-    nets["generator"] = lambda z, cond: torch.full((len(z), 1, 8, 8), 2.0)
-    x = torch.full((8, 1, 8, 8), 3.0)
-    for phase in ("discriminator", "generator"):
-        objective.loss(phase, nets, batch_of(x))
-        real, fake = seen.pop().split(8)
-        for group, value in ((real, 3.0), (fake, 2.0)):
-            assert set(group.unique().tolist()) == {0.0, value}
-        assert not torch.equal(real == 0, fake == 0)
-
-
-# ------------------------------------------------------------------------------------------------ what is said
 def test_diversity_is_a_ratio_of_distances_within_classes():
     real = torch.tensor([[0.0], [2.0], [10.0], [14.0]])
     label = {"label": torch.tensor([0, 0, 1, 1])}
@@ -520,7 +289,7 @@ def test_diversity_is_a_ratio_of_distances_within_classes():
     assert math.isnan(float(diversity(real[:1], real[:1], {})))
 
 
-def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
+def test_collapse_divergence_and_imbalance_are_one_line_warnings():
     record = {"step": 1000, "discriminator/diversity": 0.9, "discriminator/accuracy": 0.6}
     say = GAN().warning
     assert say(record) is None
@@ -534,10 +303,9 @@ def test_collapse_divergence_and_a_lost_game_are_said_in_one_line():
         assert "\n" not in line
         assert say({**record, **change, "step": 100}) is None
     assert say({**record, "discriminator/diversity": None}) is None
-    assert GAN(game=Wasserstein()).warning({**record, "discriminator/accuracy": 0.999}) is None
+    assert GAN(gan_loss=Wasserstein()).warning({**record, "discriminator/accuracy": 0.999}) is None
 
 
-# ----------------------------------------------------------------------------------------------- command, misuse
 ARGS = ["--data=moons", "--backbone.width=16", "--backbone.depth=1", "--steps=4", "--batch=16", "--log-every=1",
         "--sample-every=4", "--tensorboard=false", "--device=cpu"]  # fmt: skip
 
@@ -565,7 +333,7 @@ def test_a_run_is_sampled_from_the_average_of_the_generator(trained):
     assert (trained / "samples" / "step-0000004.png").exists()
 
 
-def test_an_objective_suggests_settings_which_a_person_overrides():
+def test_an_objective_has_default_settings_that_a_user_overrides():
     cfg = config.from_dict(TrainSettings, {"objective": "gan"})
     assert cfg.betas == GAN.default_settings["betas"] != TrainSettings().betas
     assert config.from_dict(TrainSettings, {"objective": "gan", "betas": [0.5, 0.9]}).betas == (0.5, 0.9)
@@ -593,18 +361,18 @@ def test_what_has_no_effect_on_one_pass_is_refused(trained, how, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data.labels=false", "--objective.condition=projection"], "given projection, but this data has no labels"),
-        (["--objective.game.critic-steps=0"], "game.critic-steps"),
-        (["--objective.game.r1=-1"], "game.r1"),
-        (["--objective.game=wasserstein", "--objective.game.gp=0"], "gp: given 0, which leaves"),
-        (["--objective.game=hinge", "--objective.game.every=4"], "every: given 4, but r1, r2 and gp are 0"),
+        (["--data.labels=false", "--objective.conditioning=projection"], "but this data has no labels"),
+        (["--objective.gan-loss.discriminator-steps=0"], "gan-loss.discriminator-steps"),
+        (["--objective.gan-loss.r1=-1"], "gan-loss.r1"),
+        (["--objective.gan-loss=wasserstein", "--objective.gan-loss.gp=0"], "gp: given 0, which leaves"),
+        (["--objective.gan-loss=hinge", "--objective.gan-loss.penalty-every=4"], "penalty_every: given 4, but r1, r2"),
         (["--objective.latent", "0"], "latent"),
         (["--data=moons", "--objective.augment", "cutout"], "augment: given cutout, but samples are vectors"),
         (["--objective.augment", "cut-out"], "augment"),
-        (["--objective.game=wgan"], "given 'wgan'; allowed: relativistic"),
+        (["--objective.gan-loss=wgan"], "given 'wgan'; allowed: relativistic"),
     ],
-)  # fmt: skip
-def test_a_senseless_game_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
+)
+def test_invalid_settings_are_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
     argv = ["train", "--objective=gan", "--data=digits", "--steps=1", "--device=cpu", f"--out={tmp_path}", *flags]
     assert cli.main(argv) == 2
     err = capsys.readouterr().err.strip()
@@ -616,13 +384,16 @@ def test_a_senseless_game_is_one_line_and_exit_code_2(tmp_path, capsys, flags, m
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Wasserstein(critic_steps=0), "critic_steps: given 0; needs 1"),
+        (lambda: Wasserstein(discriminator_steps=0), "discriminator_steps: given 0; needs 1"),
         (lambda: NonSaturating(r1=-1.0), "r1: given -1.0; a penalty's weight is 0 or more"),
         (lambda: Relativistic(r2=float("nan")), "r2: given nan"),
-        (lambda: Relativistic(r1=0.0, r2=0.0, every=2), "every: given 2, but r1, r2 and gp are 0"),
+        (lambda: Relativistic(r1=0.0, r2=0.0, penalty_every=2), "penalty_every: given 2, but r1, r2 and gp are 0"),
         (lambda: GAN(latent=()), "latent: given"),
-        (lambda: GAN(condition="projection").networks(UNet(), Spec((1, 8, 8), {"from": Image(1)})), "take embedding"),
-        (lambda: GAN(condition="embedding").networks(MLP(), PLANE), "no labels; leave it out"),
+        (
+            lambda: GAN(conditioning="projection").networks(UNet(), Spec((1, 8, 8), {"from": Image(1)})),
+            "take embedding",
+        ),
+        (lambda: GAN(conditioning="embedding").networks(MLP(), PLANE), "no labels; leave it out"),
     ],
 )
 def test_senseless_settings_are_refused_in_python_too(make, message):
@@ -631,7 +402,6 @@ def test_senseless_settings_are_refused_in_python_too(make, message):
     assert "\n" not in str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------- trained ones
 ROOT = Path(__file__).parents[2]
 
 
@@ -644,9 +414,9 @@ def example(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", ["projection", "embedding"])
-def test_a_conditional_gan_draws_the_digit_asked_for(tmp_path, condition):
+def test_a_conditional_gan_draws_the_requested_digit(tmp_path, condition):
     """A quarter of configs/digits_gan.yaml: an SVM sees the class asked for, and the classes have variety."""
-    argv = ["--config", str(ROOT / "configs/digits_gan.yaml"), "--steps=500", f"--objective.condition={condition}"]
+    argv = ["--config", str(ROOT / "configs/digits_gan.yaml"), "--steps=500", f"--objective.conditioning={condition}"]
     assert cli.main(["train", *argv, "--device=cpu", "--tensorboard=false", f"--out={tmp_path}"]) == 0
     run, digits = load_run(tmp_path / "latest"), example("evaluate_digits")
     x, cond = run.sample(1000)
@@ -676,9 +446,9 @@ def test_a_gan_with_both_penalties_finds_all_eight_modes(name):
 
 
 @pytest.mark.slow
-def test_without_its_penalties_the_non_saturating_game_drops_modes():
+def test_without_its_penalties_the_non_saturating_loss_drops_modes():
     """What the test above would see if they were lost; measured: 4 of 8."""
-    _, result = example("gan_modes").train("non-saturating, R1 and R2", seed=0, r1=0.0, r2=0.0, every=1)
+    _, result = example("gan_modes").train("non-saturating, R1 and R2", seed=0, r1=0.0, r2=0.0, penalty_every=1)
     assert result["modes"] <= 6
 
 

@@ -1,7 +1,6 @@
-"""Chains against closed forms: linear-Gaussian denoisers, deterministic limits, moments; advantages by hand."""
+"""Chains against closed forms: linear-Gaussian denoisers, deterministic limits, moments."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -9,14 +8,14 @@ import torch
 from genkit.core import Spec
 from genkit.diffusion.paths import VP, Linear, ODEOnlyPath
 from genkit.diffusion.samplers import ddim, sde, uniform
-from genkit.rl.finetune.advantages import gae, normalised, of_groups, over_steps
-from genkit.rl.finetune.chain import DDIM, NOISES, SDE, Chain, Fixed, Learned
+from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.noise import NOISES, DDIMNoise, FixedNoise, LearnedNoise, SDENoise
 from tests.support.exact import F64, ExactDenoiser, Mixture, three
 
 PATHS = [Linear(), VP()]
-QUIET = {"fixed": Fixed(0.0), "ddim": DDIM(0.0), "sde": SDE(0.0), "learned": Learned(0.0)}
+QUIET = {"fixed": FixedNoise(0.0), "ddim": DDIMNoise(0.0), "sde": SDENoise(0.0), "learned": LearnedNoise(0.0)}
 on_paths = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
-of_all_noises = pytest.mark.parametrize("name", NOISES)
+all_noises = pytest.mark.parametrize("name", NOISES)
 MEAN, VAR = 0.7, 0.3
 BELL = Mixture(torch.ones(1, dtype=F64), torch.tensor([[MEAN]], dtype=F64), torch.tensor([[[VAR]]], dtype=F64))
 
@@ -36,42 +35,42 @@ def test_every_noise_has_a_quiet_limit_here():
 
 
 @on_paths
-@of_all_noises
+@all_noises
 def test_without_noise_it_is_the_deterministic_sampler_to_the_last_bit(name, path):
     denoise, times, z = ExactDenoiser(three(), path), uniform(7)(path), normals(5, 2)
-    chain = Chain.over(path, 7, QUIET[name])
-    walk = chain.sample(denoise, z)
-    assert torch.equal(walk.xs[-1], ddim(denoise, z, times))
-    assert torch.equal(walk.xs[1:], walk.means)
+    chain = Chain.on_grid(path, 7, QUIET[name])
+    trajectory = chain.sample(denoise, z)
+    assert torch.equal(trajectory.xs[-1], ddim(denoise, z, times))
+    assert torch.equal(trajectory.xs[1:], trajectory.means)
     tiny = dataclasses.replace(QUIET[name], **{dataclasses.fields(QUIET[name])[0].name: 1e-12})
-    near = Chain.over(path, 7, tiny).sample(denoise, z, noise=lambda shape: normals(5, *shape))
-    assert torch.allclose(near.xs[-1], walk.xs[-1], atol=1e-4)
+    near = Chain.on_grid(path, 7, tiny).sample(denoise, z, noise=lambda shape: normals(5, *shape))
+    assert torch.allclose(near.xs[-1], trajectory.xs[-1], atol=1e-4)
 
 
 @on_paths
 def test_noisy_chains_are_the_noisy_samplers(path):
     denoise, times, z = ExactDenoiser(three(), path), uniform(6)(path), normals(5, 2)
-    for noise, sampler, eta in ((DDIM(0.6), ddim, 0.6), (SDE(0.4), sde, 0.4)):
+    for noise, sampler, eta in ((DDIMNoise(0.6), ddim, 0.6), (SDENoise(0.4), sde, 0.4)):
         g, h = (torch.Generator().manual_seed(1) for _ in range(2))
-        mine = Chain.over(path, 6, noise).sample(
+        trajectory = Chain.on_grid(path, 6, noise).sample(
             denoise, z, noise=lambda s, g=g: torch.randn(5, *s, generator=g, dtype=F64)
         )
-        theirs = sampler(denoise, z, times, eta=eta, noise=lambda s, h=h: torch.randn(5, *s, generator=h, dtype=F64))
-        assert torch.allclose(mine.xs[-1], theirs, atol=1e-13)
+        expected = sampler(denoise, z, times, eta=eta, noise=lambda s, h=h: torch.randn(5, *s, generator=h, dtype=F64))
+        assert torch.allclose(trajectory.xs[-1], expected, atol=1e-13)
 
 
 @on_paths
-@of_all_noises
+@all_noises
 def test_log_probability_is_that_of_the_joint_normal(name, path):
-    """The walk of a linear-Gaussian denoiser is one normal vector (x_1 .. x_K) given x_0, here by its covariance: one
-    for each of two numbers that know nothing of each other."""
+    """The trajectory of a linear-Gaussian denoiser is a normal vector (x_1 .. x_K) given x_0, here by its covariance:
+    one for each of two independent numbers."""
     steps, floor = 5, 0.05
     pair = Mixture(torch.ones(1, dtype=F64), torch.full((1, 2), MEAN, dtype=F64), VAR * torch.eye(2, dtype=F64)[None])
-    chain, denoise = Chain.over(path, steps, NOISES[name](), floor), ExactDenoiser(pair, path)
-    walk = chain.sample(denoise, normals(4, 2), noise=lambda shape: normals(4, *shape, seed=3))
+    chain, denoise = Chain.on_grid(path, steps, NOISES[name](), floor), ExactDenoiser(pair, path)
+    trajectory = chain.sample(denoise, normals(4, 2), noise=lambda shape: normals(4, *shape, seed=3))
     # E[x0 | x] of a normal by conditioning, written out: mean + a var (x - a mean) / (a^2 var + s^2)
     grow, shift, std = [], [], []
-    for link in chain.links:
+    for link in chain.transitions:
         a, s = link.node.alpha, link.node.sigma
         gain = a * VAR / (a * a * VAR + s * s)
         slope0, at0 = gain, MEAN - gain * a * MEAN
@@ -86,15 +85,15 @@ def test_log_probability_is_that_of_the_joint_normal(name, path):
     for i in range(4):
         for d in range(2):
             right = torch.tensor(shift, dtype=F64)
-            right[0] += grow[0] * walk.xs[0, i, d]
+            right[0] += grow[0] * trajectory.xs[0, i, d]
             law = torch.distributions.MultivariateNormal(inverse @ right, cov)
-            want[i] += law.log_prob(walk.xs[1:, i, d])
-    assert torch.allclose(chain.log_prob(denoise, walk.xs).sum(0), want, atol=1e-8)
+            want[i] += law.log_prob(trajectory.xs[1:, i, d])
+    assert torch.allclose(chain.log_prob(denoise, trajectory.xs).sum(0), want, atol=1e-8)
 
 
-def test_numbers_that_nobody_sees_are_left_out_of_the_last_step():
+def test_unused_numbers_are_left_out_of_the_last_step():
     """Of two numbers the second is not used: at the last step the density is that of the first alone."""
-    chain = Chain.over(Linear(), 3, Fixed(0.2))
+    chain = Chain.on_grid(Linear(), 3, FixedNoise(0.2))
     xs, means = normals(4, 5, 2), normals(3, 5, 2, seed=1)
     for k in range(3):
         at = torch.full((5,), k)
@@ -104,15 +103,15 @@ def test_numbers_that_nobody_sees_are_left_out_of_the_last_step():
 
 
 @on_paths
-@pytest.mark.parametrize("noise", [SDE(0.25), SDE(1.0), DDIM(0.5), DDIM(1.0)], ids=str)
+@pytest.mark.parametrize("noise", [SDENoise(0.25), SDENoise(1.0), DDIMNoise(0.5), DDIMNoise(1.0)], ids=str)
 def test_marginals_are_kept(noise, path):
     """The law of a normal's chain, step by step in closed form: mean and variance end at the data's, to first order."""
     denoise, off = ExactDenoiser(BELL, path), []
     for steps in (50, 100):
-        chain = Chain.over(path, steps, noise)
-        a, s = chain.links[0].node.alpha, chain.links[0].node.sigma
+        chain = Chain.on_grid(path, steps, noise)
+        a, s = chain.transitions[0].node.alpha, chain.transitions[0].node.sigma
         mean, var = a * MEAN, a * a * VAR + s * s
-        for k, link in enumerate(chain.links):
+        for k, link in enumerate(chain.transitions):
             slope, at = affine(chain, k, denoise)
             mean, var = slope * mean + at, slope**2 * var + link.std**2
         off.append((abs(mean - MEAN), abs(var - VAR)))
@@ -121,34 +120,34 @@ def test_marginals_are_kept(noise, path):
 
 
 @on_paths
-@of_all_noises
+@all_noises
 def test_ratio_is_one_before_the_first_update(name, path):
     """By every way to a log-probability: step by step, the stored means, and rows at steps of their own."""
-    chain, denoise = Chain.over(path, 6, NOISES[name](), floor=0.03), ExactDenoiser(three(), path)
-    walk = chain.sample(denoise, normals(5, 2), noise=lambda shape: normals(5, *shape, seed=2))
+    chain, denoise = Chain.on_grid(path, 6, NOISES[name](), min_std=0.03), ExactDenoiser(three(), path)
+    trajectory = chain.sample(denoise, normals(5, 2), noise=lambda shape: normals(5, *shape, seed=2))
     k = torch.arange(6).repeat_interleave(5)
-    x, after = walk.xs[:-1].flatten(0, 1), walk.xs[1:].flatten(0, 1)
-    old = chain.density(after, walk.means.flatten(0, 1), k)
+    x, after = trajectory.xs[:-1].flatten(0, 1), trajectory.xs[1:].flatten(0, 1)
+    old = chain.density(after, trajectory.means.flatten(0, 1), k)
     new = chain.density(after, chain.mean_at(denoise, x, k), k)
     assert torch.allclose((new - old).exp(), torch.ones_like(old), atol=1e-9, rtol=0)
-    assert torch.allclose(chain.log_prob(denoise, walk.xs).flatten(), old, atol=1e-9)
-    assert torch.allclose(chain.log_prob(denoise, walk.xs, last=2).flatten(), old[-10:], atol=1e-9)
+    assert torch.allclose(chain.log_prob(denoise, trajectory.xs).flatten(), old, atol=1e-9)
+    assert torch.allclose(chain.log_prob(denoise, trajectory.xs, last=2).flatten(), old[-10:], atol=1e-9)
 
 
-def moved(steps, floor=0.03, std=0.2):
+def moved(steps, min_std=0.03, std=0.2):
     """A chain whose learned noise is anywhere."""
     torch.manual_seed(0)
-    noise = Learned(std, spread=4.0, width=8)
+    noise = LearnedNoise(std, spread=4.0, width=8)
     net = noise.network(Spec((2,)), steps).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return dataclasses.replace(Chain.over(Linear(), steps, noise, floor), sigma=net.requires_grad_(False))
+    return dataclasses.replace(Chain.on_grid(Linear(), steps, noise, min_std), sigma=net.requires_grad_(False))
 
 
 def test_learned_noise_begins_as_fixed_noise():
-    net = Learned(0.2).network(Spec((2,)), 6).double()
-    chain, denoise, z = Chain.over(Linear(), 6, Learned(0.2)), ExactDenoiser(three(), Linear()), normals(5, 2)
-    fixed = Chain.over(Linear(), 6, Fixed(0.2)).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
+    net = LearnedNoise(0.2).network(Spec((2,)), 6).double()
+    chain, denoise, z = Chain.on_grid(Linear(), 6, LearnedNoise(0.2)), ExactDenoiser(three(), Linear()), normals(5, 2)
+    fixed = Chain.on_grid(Linear(), 6, FixedNoise(0.2)).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
     learned = dataclasses.replace(chain, sigma=net).sample(denoise, z, noise=lambda s: normals(5, *s, seed=1))
     assert torch.equal(learned.xs, fixed.xs)
     assert fixed.stds is None
@@ -157,25 +156,25 @@ def test_learned_noise_begins_as_fixed_noise():
 
 def test_learned_noise_has_the_density_of_its_normals_within_its_bounds():
     """Where the network says anything: sizes of each number, row and step, whose densities torch knows too."""
-    chain = moved(6, floor=0.06)
+    chain = moved(6, min_std=0.06)
     denoise = ExactDenoiser(three(), Linear())
-    walk = chain.sample(denoise, normals(50, 2), noise=lambda s: normals(50, *s, seed=2))
-    low, high = float(walk.stds.min()), float(walk.stds.max())
+    trajectory = chain.sample(denoise, normals(50, 2), noise=lambda s: normals(50, *s, seed=2))
+    low, high = float(trajectory.stds.min()), float(trajectory.stds.max())
     assert 0.06 <= low < 0.1 < 0.4 < high <= 0.8
-    law = torch.distributions.Normal(walk.means, walk.stds)
-    want = law.log_prob(walk.xs[1:])
-    assert torch.allclose(chain.log_prob(denoise, walk.xs), want.sum(2))
+    law = torch.distributions.Normal(trajectory.means, trajectory.stds)
+    want = law.log_prob(trajectory.xs[1:])
+    assert torch.allclose(chain.log_prob(denoise, trajectory.xs), want.sum(2))
     used = torch.tensor([1.0, 0.0])
-    assert torch.allclose(chain.log_prob(denoise, walk.xs, last=1, used=used), want[-1:, :, 0])
+    assert torch.allclose(chain.log_prob(denoise, trajectory.xs, last=1, used=used), want[-1:, :, 0])
 
 
 def test_ratio_is_one_with_learned_noise_too():
     chain = moved(6)
     denoise = ExactDenoiser(three(), Linear())
-    walk = chain.sample(denoise, normals(5, 2), noise=lambda s: normals(5, *s, seed=2))
+    trajectory = chain.sample(denoise, normals(5, 2), noise=lambda s: normals(5, *s, seed=2))
     k = torch.arange(6).repeat_interleave(5)
-    x, after = walk.xs[:-1].flatten(0, 1), walk.xs[1:].flatten(0, 1)
-    old = chain.density(after, walk.means.flatten(0, 1), k, std=walk.stds.flatten(0, 1))
+    x, after = trajectory.xs[:-1].flatten(0, 1), trajectory.xs[1:].flatten(0, 1)
+    old = chain.density(after, trajectory.means.flatten(0, 1), k, std=trajectory.stds.flatten(0, 1))
     new = chain.density(after, chain.mean_at(denoise, x, k), k, std=chain.std_at(x, k))
     assert torch.allclose((new - old).exp(), torch.ones_like(old), atol=1e-9, rtol=0)
 
@@ -185,84 +184,28 @@ def test_learned_noise_that_is_none_is_the_deterministic_sampler():
     denoise, z = ExactDenoiser(three(), Linear()), normals(5, 2)
     want = ddim(denoise, z, uniform(6)(Linear()))
     for std, near in ((0.0, 0.0), (1e-12, 1e-4)):
-        chain = moved(6, floor=0.0, std=std)
+        chain = moved(6, min_std=0.0, std=std)
         assert torch.allclose(chain.sample(denoise, z, noise=lambda s: normals(5, *s)).xs[-1], want, atol=near, rtol=0)
 
 
-def test_floor_widens_the_steps_that_are_narrower():
-    free, held = (Chain.over(Linear(), 5, DDIM(), floor) for floor in (0.0, 0.2))
-    assert [k.std for k in held.links] == [max(k.std, 0.2) for k in free.links]
-    assert [k.kept for k in held.links] == [k.kept for k in free.links]
-    assert free.links[-1].std == 0
+def test_min_std_widens_narrower_steps():
+    free, widened = (Chain.on_grid(Linear(), 5, DDIMNoise(), min_std) for min_std in (0.0, 0.2))
+    assert [k.std for k in widened.transitions] == [max(k.std, 0.2) for k in free.transitions]
+    assert [k.kept for k in widened.transitions] == [k.kept for k in free.transitions]
+    assert free.transitions[-1].std == 0
     with pytest.raises(ValueError, match="step 5 of 5 has none"):
-        free.first(None)
-    with pytest.raises(ValueError, match="last: given 6; allowed 1 … 5"):
-        held.first(6)
+        free.first_trained(None)
+    with pytest.raises(ValueError, match="ft_denoising_steps: given 6; allowed 1 … 5"):
+        widened.first_trained(6)
 
 
-def test_the_floor_holds_for_learned_noise_too():
-    chain = dataclasses.replace(Chain.over(Linear(), 2, Fixed(0.15), floor=0.1), sigma=lambda x, k, cond: x)
+def test_min_std_holds_for_learned_noise_too():
+    chain = dataclasses.replace(Chain.on_grid(Linear(), 2, FixedNoise(0.15), min_std=0.1), sigma=lambda x, k, cond: x)
     x = torch.tensor([[0.01], [2.0]], dtype=F64)  # a hundredth of 0.15, twice as much
     torch.testing.assert_close(chain.std_at(x, torch.tensor([0, 1])), torch.tensor([[0.1], [0.3]], dtype=F64))
 
 
 def test_diffusion_noise_is_refused_where_there_is_no_score():
     with pytest.raises(ValueError, match="no diffusion"):
-        Chain.over(ODEOnlyPath(Linear()), 4, SDE())
-    Chain.over(ODEOnlyPath(Linear()), 4, Fixed())
-
-
-# ------------------------------------------------------------------------------------------------- advantages
-def t(*rows):
-    return torch.tensor(rows, dtype=F64)
-
-
-def test_gae_by_hand():
-    """Three worlds of three decisions; gamma 0.5, lambda 0.5. Deltas written out, then summed by hand."""
-    rewards = t([1, 1, 1], [2, 2, 2], [4, 4, 4])
-    values = t([1, 1, 1], [2, 2, 2], [3, 3, 3])
-    after = t([2, 8, 8], [3, 3, 3], [4, 4, 4])
-    ended = t([0, 1, 1], [0, 0, 0], [0, 0, 0]).bool()
-    terminated = t([0, 1, 0], [0, 0, 0], [0, 0, 0]).bool()
-    got = gae(rewards, values, after, terminated, ended, 0.5, 0.5)
-    # deltas: third 4 + 2 - 3 = 3; second 2 + 1.5 - 2 = 1.5; first 1 + 1 - 1 = 1, or 0 terminated, or 1 + 4 - 1 cut
-    second = 1.5 + 0.25 * 3
-    assert torch.equal(got[2], t(3, 3, 3))
-    assert torch.equal(got[1], t(second, second, second))
-    assert torch.equal(got[0], t(1 + 0.25 * second, 0, 4))
-
-
-def test_nothing_leaks_across_a_reset():
-    g = torch.Generator().manual_seed(0)
-    r, v, w = (torch.randn(6, 3, generator=g, dtype=F64) for _ in range(3))
-    ended = torch.zeros(6, 3, dtype=torch.bool)
-    ended[2] = True
-    other = r.clone()
-    other[3:] += 100
-    for terminated in (ended, torch.zeros_like(ended)):
-        a, b = (gae(x, v, w, terminated, ended, 0.9, 0.9) for x in (r, other))
-        assert torch.equal(a[:3], b[:3])
-        assert not torch.equal(a[3:], b[3:])
-
-
-def test_lambda_one_is_the_discounted_sum():
-    g = torch.Generator().manual_seed(0)
-    r, v = (torch.randn(5, 2, generator=g, dtype=F64) for _ in range(2))
-    none = torch.zeros(5, 2, dtype=torch.bool)
-    last = torch.randn(1, 2, generator=g, dtype=F64)
-    got = gae(r, v, torch.cat([v[1:], last]), none, none, 0.9, 1.0)
-    powers = 0.9 ** torch.arange(5, dtype=F64)[:, None]
-    assert torch.allclose(got[0], (powers * r).sum(0) + 0.9**5 * last[0] - v[0])
-
-
-def test_denoising_steps_are_discounted_from_the_last():
-    assert torch.equal(over_steps(3, 0.5), t(0.25, 0.5, 1))
-
-
-def test_normalised_and_groups():
-    x = t(1, 2, 3, 6)
-    assert math.isclose(float(normalised(x).mean()), 0, abs_tol=1e-15)
-    assert math.isclose(float(normalised(x).std(correction=0)), 1)
-    assert torch.equal(normalised(t(2, 2)), t(0, 0))
-    got = of_groups(t(1, 10, 3, 10, 5), torch.tensor([0, 1, 0, 1, 0]))
-    assert torch.allclose(got, t(-1, 0, 0, 0, 1) * 1.5**0.5)
+        Chain.on_grid(ODEOnlyPath(Linear()), 4, SDENoise())
+    Chain.on_grid(ODEOnlyPath(Linear()), 4, FixedNoise())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from genkit.core import NO_COND, Backbone, Spec
-from genkit.objectives.autoencoders.likelihoods import Emission
+from genkit.objectives.autoencoders.likelihoods import DecoderOutput
 
 F64 = torch.float64
 
@@ -58,7 +58,9 @@ class LinearGaussian:
             return torch.cat([q.mean, q.variance.log()], 1)
 
         def decoder(z, cond=NO_COND):
-            return Emission(z @ self.weight.T + self.mean, torch.full((1, len(self.mean)), self.std, dtype=F64).log())
+            return DecoderOutput(
+                z @ self.weight.T + self.mean, torch.full((1, len(self.mean)), self.std, dtype=F64).log()
+            )
 
         return {"encoder": encoder, "decoder": decoder}
 

@@ -22,9 +22,9 @@ from genkit.diffusion.paths import Linear
 from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import VAE, VQ, Autoencoder
 from genkit.objectives.autoencoders.autoencoder import Posterior
-from genkit.training import first_stage as latents
 from genkit.training.directory import read_log
-from genkit.training.first_stage import Latent, OfCache, OfRun, Statistics, statistics
+from genkit.training.first_stage import WEIGHTS, CachedLatentCodec, LatentCodec, RunStage
+from genkit.training.latent_statistics import LatentStatistics, latent_statistics
 from genkit.training.run import load_run, open_first_stage
 from genkit.training.sampling import Sampling
 from tests.support.exact import ExactDenoiser, Mixture
@@ -64,7 +64,7 @@ class Projection(Backbone):
 
 def projection(base=PLAIN, seed=0):
     objective, backbone, spec = Autoencoder(latent=(K,)), Projection(seed), Spec((D,))
-    return OfRun("projection", objective, backbone, spec, base, objective.networks(backbone, spec))
+    return RunStage("projection", objective, backbone, spec, base, objective.networks(backbone, spec))
 
 
 MEAN, ROOT = torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.0], [0.6, 0.3]])  # z = MEAN + ROOT n
@@ -78,8 +78,8 @@ def plane(n, seed=1):
 
 def codec_of(x, posterior="draw", stage=None):
     stage = stage or projection()
-    s = statistics([stage.posterior(Batch(x))])
-    return Latent(stage, tuple(s.mean.tolist()), tuple(s.std(posterior).tolist()), posterior)
+    s = latent_statistics([stage.posterior(Batch(x))])
+    return LatentCodec(stage, tuple(s.mean.tolist()), tuple(s.std(posterior).tolist()), posterior)
 
 
 def test_a_projection_loses_nothing_of_a_plane_and_its_latents_are_normalised():
@@ -133,25 +133,25 @@ def posteriors(*sizes):
 
 def test_statistics_are_those_of_numpy_however_the_samples_are_cut():
     parts = posteriors(7, 1, 30)
-    got = statistics(parts)
+    got = latent_statistics(parts)
     mean = torch.cat([q.mean for q in parts]).double().numpy()
     var = torch.cat([q.log_var for q in parts]).double().exp().numpy()
     axes = (0, 2, 3)
     assert np.allclose(got.mean.numpy(), mean.mean(axes), rtol=1e-12)
     assert np.allclose(got.std("mean").numpy(), mean.std(axes), rtol=1e-9)
     assert np.allclose(got.std("draw").numpy(), np.sqrt(mean.var(axes) + var.mean(axes)), rtol=1e-9)
-    assert Statistics.from_dict(json.loads(json.dumps(got.to_dict()))).std("draw").equal(got.std("draw"))
+    assert LatentStatistics.from_dict(json.loads(json.dumps(got.to_dict()))).std("draw").equal(got.std("draw"))
 
 
 def test_draws_of_posteriors_have_the_measured_deviation():
     (q,) = posteriors(4000)
-    s = statistics([q])
-    codec = Latent(projection(), tuple(s.mean.tolist()), tuple(s.std("draw").tolist()))
-    drawn = codec.drawn(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
+    s = latent_statistics([q])
+    codec = LatentCodec(projection(), tuple(s.mean.tolist()), tuple(s.std("draw").tolist()))
+    drawn = codec.scaled(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
     assert torch.allclose(drawn.std((0, 2, 3)), torch.ones(3), atol=0.02)
     assert torch.allclose(drawn.mean((0, 2, 3)), torch.zeros(3), atol=0.02)
-    still = Latent(codec.stage, codec.scaling.mean, codec.scaling.std, "mean")
-    assert not torch.allclose(still.drawn(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
+    still = LatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std, "mean")
+    assert not torch.allclose(still.scaled(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
 
 
 def test_a_constant_channel_is_no_division_by_zero():
@@ -163,7 +163,7 @@ def test_a_constant_channel_is_no_division_by_zero():
 
 def test_no_samples_have_no_statistics():
     with pytest.raises(ValueError, match="there are no samples"):
-        statistics([])
+        latent_statistics([])
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -179,7 +179,16 @@ def trained(tmp_path_factory):
     made = {}
     for name, args in {
         "vae": ["--objective=vae", "--objective.latent", "3", "2", "2", "--objective.beta=0.1", "--steps=30", *SAME],
-        "vq": ["--objective=vq", "--objective.latent", "3", "2", "2", "--objective.codes=9", "--steps=3", *SAME],
+        "vq": [
+            "--objective=vq",
+            "--objective.latent",
+            "3",
+            "2",
+            "2",
+            "--objective.codebook-size=9",
+            "--steps=3",
+            *SAME,
+        ],
         "conditional": ["--objective=ae", "--objective.latent=4", "--steps=1", *TINY],
         "flow": ["--objective=flow", f"--codec={out}/vae", "--steps=4", *TINY],
     }.items():
@@ -236,7 +245,7 @@ def test_the_run_keeps_a_copy_of_its_first_stage_and_finds_it_damaged(trained, t
     finally:
         away.rename(trained["vae"])
     assert load_run(moved).codec.to_dict() == load_run(trained["flow"]).codec.to_dict()
-    path = moved / "codec" / latents.WEIGHTS
+    path = moved / "codec" / WEIGHTS
     stored = load_file(path)
     save_file({k: v + 1 for k, v in stored.items()}, path)
     with pytest.raises(ValueError, match="another sha256"):
@@ -277,12 +286,12 @@ def test_training_goes_on_as_if_it_had_not_stopped(trained, tmp_path):
 def test_how_a_batch_is_cut_changes_no_latent(trained, name):
     stage, data = stage_of(trained[name]), DATA["digits"]().load("train")
     stream = Stream(data, 24, seed=5)
-    codec = Latent(stage, (0.0,) * 3, (1.0,) * 3)
+    codec = LatentCodec(stage, (0.0,) * 3, (1.0,) * 3)
     whole = codec.encode(stream(3, 0, 0, 24)).x
     parts = [codec.encode(stream(3, 0, *rows)).x for rows in ((0, 5), (5, 16), (16, 24))]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
     if name == "vae":
-        still = Latent(stage, (0.0,) * 3, (1.0,) * 3, "mean")
+        still = LatentCodec(stage, (0.0,) * 3, (1.0,) * 3, "mean")
         assert float((still.encode(stream(3, 0, 0, 24)).x - whole).abs().max()) > 1e-2  # it is a draw
         assert not torch.allclose(codec.encode(stream(4, 0, 0, 24)).x, whole)
 
@@ -310,7 +319,7 @@ def test_black_and_white_vaes_are_shown_black_and_white():
     from genkit.objectives.autoencoders.likelihoods import LIKELIHOODS
 
     objective = VAE(latent=(2,), likelihood=LIKELIHOODS["bernoulli"]())
-    stage = OfRun("b", objective, Projection(), Spec((1, 2, 2)), Pixels(), {"encoder": Net(), "decoder": Net()})
+    stage = RunStage("b", objective, Projection(), Spec((1, 2, 2)), Pixels(), {"encoder": Net(), "decoder": Net()})
     stage.posterior(Batch(torch.randint(0, 256, (9, 1, 2, 2), dtype=torch.uint8)))
     assert set(seen[0].unique().tolist()) == {-1.0, 1.0}
 
@@ -323,7 +332,7 @@ def test_a_cache_holds_the_moments_of_every_sample_and_its_statistics(trained, c
     assert torch.allclose(batch.x, torch.cat([q.mean, q.log_var], 1), atol=1e-5)
     assert batch.cond["label"].equal(data.cond["label"])
     assert kept.spec == replace(data.spec, shape=(3, 2, 2))
-    s = Statistics.from_dict(kept.statistics)
+    s = LatentStatistics.from_dict(kept.statistics)
     assert np.allclose(s.mean.numpy(), q.mean.detach().numpy().mean((0, 2, 3)), atol=1e-5)
     assert len(list(cache.glob("train-*.safetensors"))) == 3
     assert Latents(root=str(cache)).decoded_source() == DATA["digits"]()
@@ -365,8 +374,8 @@ def test_mirrored_data_are_cached_in_both_views(trained, tmp_path):
                      "--batch=100"]) == 0  # fmt: skip
     kept, data = Latents(root=str(out)).load("test"), DATA["digits"](flip=True).load("test")
     rows, draw = torch.arange(40), lambda: Draw((7,), 0, 40)
-    codec = Latent(stage_of(trained["vae"]), (0.0,) * 3, (1.0,) * 3)
-    cached = OfCache(codec.stage, codec.scaling.mean, codec.scaling.std)
+    codec = LatentCodec(stage_of(trained["vae"]), (0.0,) * 3, (1.0,) * 3)
+    cached = CachedLatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std)
     one = codec.encode(replace(data.batch(rows, draw()), draw=Draw((1,), 0, 40)))
     other = cached.encode(replace(kept.batch(rows, draw()), draw=Draw((1,), 0, 40)))
     assert torch.allclose(one.x, other.x, atol=1e-5)
@@ -394,7 +403,7 @@ def test_a_run_rebuilds_samples_through_its_code_and_a_model_of_latents_through_
         assert run.reconstruct(Batch(x)).equal(stage.decode(stage.posterior(Batch(x)).mean))
     run = load_run(trained["flow"])
     draw = lambda: Draw((3,), 0, 9)  # noqa: E731
-    z = stage_of(trained["vae"]).posterior(Batch(x)).draw(draw().normal(3, 2, 2))
+    z = stage_of(trained["vae"]).posterior(Batch(x)).sample(draw().normal(3, 2, 2))
     assert run.reconstruct(Batch(x, draw=draw())).equal(stage_of(trained["vae"]).decode(z))
 
 

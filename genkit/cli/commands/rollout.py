@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, fields
 
 from rich.console import Console
-from rich.progress import Progress
 from tyro.conf import Positional
 
 from genkit.config import parse
@@ -32,13 +32,9 @@ class Rollout(RolloutSettings):
 def main(argv: list[str]) -> int:
     command = parse(Rollout, argv, prog="genkit rollout", description="Let a policy act in its environment.")
     settings = RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
-    with Progress(console=console, disable=command.json or not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(what: str, done: int, total: int | None) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        rollouts = rollout(command.run, settings, progress=progress, say=lambda text: say(command, text))
+    if command.json:
+        logging.getLogger("genkit").setLevel(logging.WARNING)
+    rollouts = rollout(command.run, settings)
     files = rollouts.save(command.out, draw=command.picture)
     if command.json:
         print(json.dumps(rollouts.summary()))
@@ -46,8 +42,3 @@ def main(argv: list[str]) -> int:
     for text in (rollouts, *files):
         console.print(str(text), markup=False)
     return 0
-
-
-def say(command: Rollout, text: str) -> None:
-    if not command.json:
-        console.print(text, markup=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genkit.core import Cond, Data, Draw, Label, pictures
 from genkit.data import DataSource
-from genkit.objectives.autoencoders.autoencoder import Autoencoding
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.run import Run
 
 NUM_SAMPLES = 1000  # samples that are encoded
@@ -70,7 +70,7 @@ class EncodedSamples(NamedTuple):
 
 def encode_dataset(run: Run, n: int = NUM_SAMPLES, batch: int = 64) -> EncodedSamples:
     """Encode ``n`` samples, spread evenly over the test split, or over the training split if there is no other."""
-    objective = cast(Autoencoding, run.objective)
+    objective = cast(EncoderDecoder, run.objective)
     data = load_held_out(run.config.data.decoded_source().unaugmented().with_labels())
     n = min(n, len(data))
     rows, codes, conds = torch.arange(n) * len(data) // n, [], []
@@ -82,7 +82,7 @@ def encode_dataset(run: Run, n: int = NUM_SAMPLES, batch: int = 64) -> EncodedSa
         draw = Draw((0, 1), first, last, run.device)
         encoded = replace(run.codec.encode(replace(samples.to(run.device), draw=draw)), cond=model_cond)
         with torch.no_grad():
-            codes.append(objective.encode(run.nets, objective.seen(encoded), encoded.cond).mean.float().cpu())
+            codes.append(objective.encode(run.nets, objective.encoder_input(encoded), encoded.cond).mean.float().cpu())
         conds.append(samples.cond)
     cond = {k: torch.cat([c[k] for c in conds]) for k in conds[0]}
     kind = data.spec.cond.get("label")
@@ -112,12 +112,12 @@ def traverse_axes(axes: PrincipalAxes, code: Tensor) -> Tensor:
 
 def draw_traversals(run: Run, samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
     """What each axis changes in the sample whose code is nearest to the mean of all; one row per axis."""
-    objective = cast(Autoencoding, run.objective)
+    objective = cast(EncoderDecoder, run.objective)
     typical = int((samples.codes.flatten(1).double() - axes.mean).square().sum(1).argmin())
     z = traverse_axes(axes, samples.codes[typical]).to(run.device)
     cond = {k: v[typical : typical + 1].expand(len(z), *v.shape[1:]).to(run.device) for k, v in samples.cond.items()}
     with torch.no_grad():
-        x = run.codec.decode(objective.decode(run.nets, objective.nearest(run.nets, z), cond)).cpu()
+        x = run.codec.decode(objective.decode(run.nets, objective.quantize(run.nets, z), cond)).cpu()
     return draw_rows(x, {"label": torch.arange(len(axes.deviation)).repeat_interleave(TRAVERSAL_STEPS)})
 
 

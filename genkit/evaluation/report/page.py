@@ -35,7 +35,7 @@ from genkit.evaluation.report.html import (
 )
 from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe
 from genkit.evaluation.report.records import LogSummary, Point, read_cards, read_log
-from genkit.objectives.autoencoders.autoencoder import Autoencoding
+from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run
 from genkit.training.run import load_run
@@ -262,7 +262,7 @@ def latent_space_parts(run: Path) -> list[Markup]:
 def has_code(run: Path) -> bool:
     """Whether the run's objective is an autoencoder; False if its configuration is of another version."""
     try:
-        return isinstance(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")).objective, Autoencoding)
+        return isinstance(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")).objective, EncoderDecoder)
     except ValueError:
         return False
 

@@ -1,8 +1,8 @@
-"""DiffAugment (Zhao et al. 2020): the same random changes for real and drawn samples, with a gradient through them.
+"""DiffAugment (Zhao et al. 2020): the same random changes for real and generated samples, with a gradient through them.
 
-``AUGMENTS`` maps a name to ``change(x, uniform) -> x`` of samples ``[B, C, *size]``, where ``uniform(*shape)`` draws
-``[B, *shape]`` in [0, 1): numbers of the row, so that no sample depends on the others. Ranges are the paper's
-(section 3.2), for numbers of order one.
+``AUGMENTATIONS`` maps a name to ``augment(x, uniform) -> x`` for samples ``[B, C, *size]``, where ``uniform(*shape)``
+draws ``[B, *shape]`` in [0, 1) row by row, so no sample depends on the others. Ranges are the paper's (section 3.2),
+for samples of order one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-AugmentName = Literal["color", "translation", "cutout"]
+AugmentationName = Literal["color", "translation", "cutout"]
 Uniform = Callable[..., Tensor]
 
 
@@ -27,8 +27,8 @@ def color(x: Tensor, uniform: Uniform) -> Tensor:
     return mean + (x - mean) * (contrast + 0.5)
 
 
-def places(x: Tensor) -> list[Tensor]:
-    """The index along each axis of the size, ``[1, 1, .., n, .., 1]``."""
+def axis_indices(x: Tensor) -> list[Tensor]:
+    """The index along each spatial axis, ``[1, 1, .., n, .., 1]``."""
     sizes = x.shape[2:]
     return [
         torch.arange(n, device=x.device).view(1, 1, *(n if k == axis else 1 for k in range(len(sizes))))
@@ -36,18 +36,18 @@ def places(x: Tensor) -> list[Tensor]:
     ]
 
 
-def atomic_write(u: Tensor, low: int, high: int) -> Tensor:
-    """Integers ``low..high`` from uniform numbers."""
+def to_integers(u: Tensor, low: int, high: int) -> Tensor:
+    """Integers ``low..high`` from uniform numbers in [0, 1)."""
     return (u * (high - low + 1)).long().clamp(max=high - low) + low
 
 
 def translation(x: Tensor, uniform: Uniform) -> Tensor:
-    """Moved by up to an eighth of each side, at least one pixel, with zeros where nothing was."""
+    """Shifted by up to an eighth of each side, at least one pixel, with zeros in the gap."""
     one = (1,) * (x.ndim - 1)
-    for axis, place in enumerate(places(x), 2):
+    for axis, index in enumerate(axis_indices(x), 2):
         n = x.shape[axis]
         reach = max(1, round(n / 8))
-        source = place - atomic_write(uniform(*one), -reach, reach)
+        source = index - to_integers(uniform(*one), -reach, reach)
         moved = x.gather(axis, source.clamp(0, n - 1).expand_as(x))
         x = torch.where((source >= 0) & (source < n), moved, 0.0)
     return x
@@ -55,15 +55,16 @@ def translation(x: Tensor, uniform: Uniform) -> Tensor:
 
 def cutout(x: Tensor, uniform: Uniform) -> Tensor:
     """Zeros in a box of half of each side, whose centre may lie anywhere."""
-    one, inside = (1,) * (x.ndim - 1), torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, place in enumerate(places(x), 2):
+    one = (1,) * (x.ndim - 1)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    for axis, index in enumerate(axis_indices(x), 2):
         n = x.shape[axis]
-        first = atomic_write(uniform(*one), 0, n - 1) - n // 4
-        inside = inside & (place >= first) & (place < first + max(1, n // 2))
+        first = to_integers(uniform(*one), 0, n - 1) - n // 4
+        inside = inside & (index >= first) & (index < first + max(1, n // 2))
     return torch.where(inside, 0.0, x)
 
 
-AUGMENTS: Mapping[AugmentName, Callable[[Tensor, Uniform], Tensor]] = {
+AUGMENTATIONS: Mapping[AugmentationName, Callable[[Tensor, Uniform], Tensor]] = {
     "color": color,
     "translation": translation,
     "cutout": cutout,

@@ -1,4 +1,4 @@
-"""Generative adversarial networks: a decoder that draws in one pass, and an encoder that judges it."""
+"""Generative adversarial networks: a decoder that draws in one pass against an encoder that scores its samples."""
 
 from __future__ import annotations
 
@@ -28,149 +28,163 @@ from genkit.core import (
     Vector,
     expand,
 )
-from genkit.objectives.adversarial.augment import AUGMENTS, AugmentName
-from genkit.objectives.adversarial.games import PENALTIES, Game, Relativistic, bound, power_iteration, slopes
-from genkit.objectives.autoencoders.autoencoder import Latent
-
-FEATURES = (
-    128  # of a sample, that a condition is projected on: as many as the last layer of Miyato & Koyama's for 32x32
+from genkit.objectives.adversarial.augment import AUGMENTATIONS, AugmentationName
+from genkit.objectives.adversarial.losses import (
+    PENALTIES,
+    GANLoss,
+    Relativistic,
+    add_spectral_norm,
+    iterate_spectral_norm,
+    squared_gradient_norm,
 )
-SETTLED = 500  # steps after which an even game is expected; before, the discriminator has it easy
+from genkit.objectives.autoencoders.autoencoder import LatentShape
+
+NUM_FEATURES = 128  # that a condition is projected on: as many as in Miyato & Koyama's last layer for 32x32
+FIRST_WARNING = 500  # steps after which the players should be even; at first, the discriminator has it easy
 
 
 @dataclass(frozen=True)
 class GAN(Objective):
-    """A ``generator`` against a ``discriminator`` (Goodfellow et al. 2014), in the ``game`` of your choice.
+    """A ``generator`` against a ``discriminator`` (Goodfellow et al. 2014).
 
-    The log has ``accuracy``, how often a real sample scores above a drawn one (0.5: an even game), ``margin``, by how
-    much (for wasserstein: its estimate of W1), and ``diversity``, the mean distance between drawn samples of a class
-    over that between real ones: near 0 all are the same, far above 1 they scatter.
+    The log has ``accuracy``, how often a real sample scores above a generated one (0.5: the players are even);
+    ``margin``, by how much (for wasserstein: its estimate of W1); and ``diversity``, the mean distance between
+    generated samples of a class over that between real ones: near 0 all are the same, far above 1 they scatter.
     """
 
     sampler: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "warmup": 0}
 
-    game: Game = field(default_factory=Relativistic, metadata={"table": "genkit.objectives.adversarial.games:GAMES"})
+    gan_loss: GANLoss = field(
+        default_factory=Relativistic, metadata={"table": "genkit.objectives.adversarial.losses:GAN_LOSSES"}
+    )
     """relativistic (R3GAN), non-saturating, wasserstein, hinge or minimax, with their penalties"""
-    latent: Latent = (64,)
-    """z: D for a vector, or C h w for a map that fits the backbone"""
-    condition: Literal["auto", "projection", "embedding"] = "auto"
-    """how the discriminator sees the condition: as a direction of its features (Miyato & Koyama 2018, eq. 3), or inside
-    its blocks (CGAN, Mirza & Osindero 2014); auto: projection, but embedding of pictures and tokens"""
-    spectral: bool = False
+    latent: LatentShape = (64,)
+    """shape of z: D for a vector, or C h w for a map that fits the backbone"""
+    conditioning: Literal["auto", "projection", "embedding"] = "auto"
+    """how the discriminator uses the condition: as a direction of its features (projection; Miyato & Koyama 2018, eq.
+    3)
+    or inside its blocks (embedding; CGAN, Mirza & Osindero 2014); auto: projection, but embedding of pictures and
+    tokens"""
+    spectral_norm: bool = False
     """keep the spectral norm of the discriminator's weights at 1 or less (Miyato et al. 2018)"""
-    augment: tuple[AugmentName, ...] = ()
-    """what both sides' samples go through before they are judged (DiffAugment, Zhao et al. 2020): for little data"""
+    augment: tuple[AugmentationName, ...] = ()
+    """augmentations of real and generated samples before they are scored (DiffAugment, Zhao et al. 2020); for little
+    data"""
 
     def __post_init__(self) -> None:
         if not self.latent or min(self.latent) < 1:
             raise ValueError(f"latent: given {self.latent}; needs (D,) for a vector or (C, h, w) for a map, each >= 1")
-        if self.game.unbounded and not self.game.penalties and not self.spectral:
-            raise ValueError("gp: given 0, which leaves this game's scores without a bound; take 10, or spectral")
+        if self.gan_loss.is_unbounded and not self.gan_loss.penalties and not self.spectral_norm:
+            raise ValueError("gp: given 0, which leaves the scores of this loss unbounded; take 10, or spectral_norm")
 
     @property
     def phases(self) -> Sequence[Phase]:
         return (
-            Phase("discriminator", trains=("discriminator",), repeats=self.game.critic_steps),
+            Phase("discriminator", trains=("discriminator",), repeats=self.gan_loss.discriminator_steps),
             Phase("generator", trains=("generator",)),
         )
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.augment and len(spec.shape) < 2:
             raise ValueError(f"augment: given {', '.join(self.augment)}, but samples are vectors; leave it out")
-        discriminator = self.judge_of(backbone, spec)
-        if self.spectral:
-            bound(discriminator)
+        discriminator = self.make_discriminator(backbone, spec)
+        if self.spectral_norm:
+            add_spectral_norm(discriminator)
         return {"generator": backbone.decoder(spec, self.latent), "discriminator": discriminator}
 
-    def judge_of(self, backbone: Backbone, spec: Spec) -> nn.Module:
+    def make_discriminator(self, backbone: Backbone, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, 1]``."""
-        if self.condition != "auto" and not spec.cond:
-            raise ValueError(f"condition: given {self.condition}, but this data has no labels; leave it out")
-        others = [name for name, kind in spec.cond.items() if type(kind) not in PROJECTED]
-        if self.condition == "projection" and others:
-            raise ValueError(f"condition: given projection, but {others[0]} is no label or vector; take embedding")
-        if self.condition == "embedding" or others or not spec.cond:
+        if self.conditioning != "auto" and not spec.cond:
+            raise ValueError(f"conditioning: given {self.conditioning}, but this data has no labels; leave it out")
+        others = [name for name, kind in spec.cond.items() if type(kind) not in PROJECTIONS]
+        if self.conditioning == "projection" and others:
+            raise ValueError(f"conditioning: given projection, but {others[0]} is no label or vector; take embedding")
+        if self.conditioning == "embedding" or others or not spec.cond:
             return backbone.encoder(spec, (1,))
-        return Projection(backbone.encoder(Spec(spec.shape), (FEATURES,)), spec)
+        return Projection(backbone.encoder(Spec(spec.shape), (NUM_FEATURES,)), spec)
 
     def noise_shape(self, spec: Spec) -> tuple[int, ...]:
         return self.latent
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        return {"discriminator": self.judge, "generator": self.forge}[phase](nets, batch)
+        return {"discriminator": self.discriminator_loss, "generator": self.generator_loss}[phase](nets, batch)
 
-    def judge(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        """The discriminator's loss. All samples pass it together, whatever is asked of their gradients."""
-        game, weight = self.game, self.game.due(batch.step)
+    def discriminator_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        """The discriminator's loss. All samples pass through it together, with or without a penalty."""
+        penalty_factor = self.gan_loss.penalty_factor(batch.step)
         with torch.no_grad():
-            fake = self.draw(nets, batch)
-        with differentiable_twice(weight > 0):
-            x = [v.detach().requires_grad_(weight > 0) for v in (batch.x, fake)]
-            seen = [self.change(batch, v) for v in x]
-            if weight and game.gp:
-                x.append(between(batch, seen[0], seen[1]))
-                seen.append(x[2])
-            scores = self.score(nets, batch, seen)
-            each, logs = game.critic(scores[0], scores[1]), {}
-            for name, size in game.penalties.items() if weight else ():
-                group, penalty = PENALTIES[name]
-                found = penalty(slopes(scores[group], x[group]))
-                each, logs[name] = each + weight * size * found, found.mean()
+            fake = self.draw_fake(nets, batch)
+        with differentiable_twice(penalty_factor > 0):
+            # groups of samples: real, generated and, for the gradient penalty, interpolated between them
+            x = [v.detach().requires_grad_(penalty_factor > 0) for v in (batch.x, fake)]
+            scored = [self.apply_augmentations(batch, v) for v in x]
+            if penalty_factor and self.gan_loss.gp:
+                x.append(interpolate_samples(batch, scored[0], scored[1]))
+                scored.append(x[2])
+            scores = self.score(nets, batch, scored)
+            losses = self.gan_loss.discriminator_loss(scores[0], scores[1])
+            logs = {}
+            for name, weight in self.gan_loss.penalties.items() if penalty_factor else ():
+                group, function = PENALTIES[name]
+                penalty = function(squared_gradient_norm(scores[group], x[group]))
+                losses = losses + penalty_factor * weight * penalty
+                logs[name] = penalty.mean()
         margin = (scores[0] - scores[1]).detach()
         logs |= {"accuracy": 0.5 * (margin.sign() + 1).mean(), "margin": margin.mean()}
-        return Loss(each, {**logs, "diversity": diversity(batch.x, fake, batch.cond)})
+        return Loss(losses, {**logs, "diversity": diversity(batch.x, fake, batch.cond)})
 
-    def forge(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+    def generator_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The generator's loss."""
-        fake = self.draw(nets, batch)
-        seen = [self.change(batch, v) for v in ((batch.x, fake) if self.game.against_real else (fake,))]
-        scores = self.score(nets, batch, seen)
-        return Loss(self.game.generator(scores[-1], scores[0]), {})
+        fake = self.draw_fake(nets, batch)
+        groups = (batch.x, fake) if self.gan_loss.uses_real else (fake,)
+        scores = self.score(nets, batch, [self.apply_augmentations(batch, v) for v in groups])
+        return Loss(self.gan_loss.generator_loss(scores[-1], scores[0]), {})
 
-    def draw(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor:
-        """A sample for each condition of the batch."""
+    def draw_fake(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor:
+        """A generated sample for each condition of the batch, ``[B, *S]``."""
         return nets["generator"](batch.normal(*self.latent), batch.cond).to(batch.x)
 
-    def change(self, batch: Batch, x: Tensor) -> Tensor:
+    def apply_augmentations(self, batch: Batch, x: Tensor) -> Tensor:
+        """``x`` ``[B, *S]`` after all augmentations."""
         for name in self.augment:
-            x = AUGMENTS[name](x, batch.uniform)
+            x = AUGMENTATIONS[name](x, batch.uniform)
         return x
 
     def score(self, nets: Mapping[str, nn.Module], batch: Batch, groups: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Scores ``[B]`` of some groups of samples that have the batch's conditions."""
+        """Scores ``[B]`` of groups of samples ``[B, *S]``, each with the batch's conditions."""
         cond = {name: torch.cat([v] * len(groups)) for name, v in batch.cond.items()}
         return nets["discriminator"](torch.cat(list(groups)), cond).float().flatten().split(len(batch))
 
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
-        if self.spectral:
-            power_iteration(nets["discriminator"], self.game.critic_steps)
+        if self.spectral_norm:
+            iterate_spectral_norm(nets["discriminator"], self.gan_loss.discriminator_steps)
 
     def warning(self, record: Mapping[str, Any]) -> str | None:
-        spread, right = record["discriminator/diversity"], record["discriminator/accuracy"]
-        if record["step"] < SETTLED or spread is None or right is None:
+        spread, accuracy = record["discriminator/diversity"], record["discriminator/accuracy"]
+        if record["step"] < FIRST_WARNING or spread is None or accuracy is None:
             return None
         if spread < 0.3:
             return (
-                f"mode collapse: drawn samples are {spread:.2f} times as far apart as real ones; "
-                "try --objective.game relativistic, --objective.game.r2 beside r1, or a lower --lr"
+                f"mode collapse: generated samples are {spread:.2f} times as far apart as real ones; "
+                "try --objective.gan-loss relativistic, --objective.gan-loss.r2 beside r1, or a lower --lr"
             )
         if spread > 3:
             return (
-                f"divergence: drawn samples are {spread:.1f} times as far apart as real ones; "
-                "try a larger --objective.game.r1 or a lower --lr"
+                f"divergence: generated samples are {spread:.1f} times as far apart as real ones; "
+                "try a larger --objective.gan-loss.r1 or a lower --lr"
             )
-        if right > 0.99 and not self.game.unbounded:
+        if accuracy > 0.99 and not self.gan_loss.is_unbounded:
             return (
-                f"the discriminator wins: it is right about {100 * right:.1f} % of pairs, and teaches little; "
-                "try a larger --objective.game.r1, --objective.augment translation or a lower --lr"
+                f"the discriminator wins: it is right about {100 * accuracy:.1f} % of pairs, so the generator learns "
+                "little; try a larger --objective.gan-loss.r1, --objective.augment translation or a lower --lr"
             )
         return None
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        """A sample of each normal z."""
+        """A generator of one sample for each normal z."""
         if sampling is not None:
             raise ValueError("sampler: has no effect on GAN, which draws in one pass; leave it out")
 
@@ -182,8 +196,11 @@ class GAN(Objective):
 
 @contextlib.contextmanager
 def differentiable_twice(needed: bool) -> Iterator[None]:
-    """Where a penalty asks for a gradient of a gradient, which neither fused attention nor compiled code has; also
-    inside ``no_grad``, where the loop looks for the first bad layer."""
+    """A context for the gradient of a gradient, if ``needed``: without fused attention and compiled code, which have
+    none.
+
+    It works inside ``no_grad`` too, where the loop looks for the first layer that is not finite.
+    """
     if not needed:
         yield
         return
@@ -191,8 +208,8 @@ def differentiable_twice(needed: bool) -> Iterator[None]:
         yield
 
 
-def between(batch: Batch, real: Tensor, fake: Tensor) -> Tensor:
-    """A point between each real and drawn sample, uniformly (Gulrajani et al. 2017, algorithm 1)."""
+def interpolate_samples(batch: Batch, real: Tensor, fake: Tensor) -> Tensor:
+    """A uniformly random point between each real and generated sample (Gulrajani et al. 2017, algorithm 1)."""
     return torch.lerp(fake.detach(), real.detach(), expand(batch.uniform(), fake)).requires_grad_()
 
 
@@ -202,39 +219,45 @@ class Projection(nn.Module):
     def __init__(self, features: nn.Module, spec: Spec):
         super().__init__()
         self.features = features
-        self.psi = nn.Linear(FEATURES, 1)
+        self.psi = nn.Linear(NUM_FEATURES, 1)
         self.names = list(spec.cond)
-        self.v = nn.ModuleList(PROJECTED[type(kind)](kind) for kind in spec.cond.values())
+        self.v = nn.ModuleList(PROJECTIONS[type(kind)](kind) for kind in spec.cond.values())
 
     def forward(self, x: Tensor, cond: Cond = NO_COND) -> Tensor:
         phi = self.features(x, NO_COND)
-        towards = [v(cond[name].flatten(1) if cond[name].is_floating_point() else cond[name])
-                   for name, v in zip(self.names, self.v, strict=True)]  # fmt: skip
-        return self.psi(phi) + (torch.stack(towards).sum(0) * phi).sum(1, keepdim=True)
+        directions = []
+        for name, v in zip(self.names, self.v, strict=True):
+            value = cond[name]
+            directions.append(v(value.flatten(1) if value.is_floating_point() else value))
+        return self.psi(phi) + (torch.stack(directions).sum(0) * phi).sum(1, keepdim=True)
 
 
-def table_of(kind: Label) -> nn.Module:
-    table = nn.Embedding(kind.num, FEATURES)
-    nn.init.normal_(table.weight, std=FEATURES**-0.5)
+def project_label(kind: Label) -> nn.Module:
+    """An embedding of the classes."""
+    table = nn.Embedding(kind.num, NUM_FEATURES)
+    nn.init.normal_(table.weight, std=NUM_FEATURES**-0.5)
     return table
 
 
-def map_of(kind: Vector) -> nn.Module:
-    return nn.Linear(math.prod(kind.shape), FEATURES, bias=False)
+def project_vector(kind: Vector) -> nn.Module:
+    """A linear map of the flattened numbers."""
+    return nn.Linear(math.prod(kind.shape), NUM_FEATURES, bias=False)
 
 
-PROJECTED: Mapping[type, Callable[[Any], nn.Module]] = {Label: table_of, Vector: map_of}
+PROJECTIONS: Mapping[type, Callable[[Any], nn.Module]] = {Label: project_label, Vector: project_vector}
 
 
 @torch.no_grad()
 def diversity(real: Tensor, fake: Tensor, cond: Cond) -> Tensor:
-    """The mean distance between two drawn samples over that between two real ones; both of a class, where the batch
-    has such pairs. Not a number where it has no pair at all."""
+    """The mean distance between two generated samples over that between two real ones.
+
+    Both are of one class if the batch has such pairs. NaN if it has no pair at all.
+    """
     pairs = ~torch.eye(len(real), dtype=torch.bool, device=real.device)
     alike = pairs
     for value in cond.values():
         if value.ndim == 1 and not value.is_floating_point():
             alike = alike & (value[:, None] == value)
     pairs = torch.where(alike.any(), alike, pairs)
-    apart = [(torch.cdist(v.flatten(1).float(), v.flatten(1).float()) * pairs).sum() for v in (fake, real)]
-    return apart[0] / apart[1]
+    total = [(torch.cdist(v.flatten(1).float(), v.flatten(1).float()) * pairs).sum() for v in (fake, real)]
+    return total[0] / total[1]

@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion (Rombach et al. 2022): a map of latents that looks right when it is decoded."""
+"""The first stage of latent diffusion (Rombach et al. 2022): an autoencoder whose decoded latents look right."""
 
 from __future__ import annotations
 
@@ -13,143 +13,157 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from genkit.core import NO_COND, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
-from genkit.objectives.adversarial.games import Hinge
-from genkit.objectives.autoencoders.autoencoder import ERRORS, Autoencoding, ErrorName, Latent, Posterior, certain
-from genkit.objectives.autoencoders.perceptual import Edges
-from genkit.objectives.autoencoders.vq import Codebook, check_codebook, perplexity, straight_through
+from genkit.objectives.adversarial.losses import Hinge
+from genkit.objectives.autoencoders.autoencoder import (
+    RECONSTRUCTION_LOSSES,
+    EncoderDecoder,
+    LatentShape,
+    Posterior,
+    ReconstructionLoss,
+    point_posterior,
+)
+from genkit.objectives.autoencoders.perceptual import EdgeDistance, PerceptualDistance
+from genkit.objectives.autoencoders.vq import FIRST_WARNING, Codebook, perplexity, refuse_codebook, straight_through
 
-GAME = Hinge()  # the game of Esser et al.'s code
+PATCH_LOSS = Hinge()  # the loss of Esser et al.'s code
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-WIDTH = 32  # channels of the first layer of patches; each next one has twice as many
+WIDTH = 32  # channels of the patch discriminator's first layer; each next one has twice as many
 
 
-# --------------------------------------------------------------------------------------------------- the latents
-class Coded(NamedTuple):
-    """``z`` is what the decoder gets in training, ``cost`` ``[B]`` what its law costs."""
+# --------------------------------------------------------------------------------------------------- the bottleneck
+class Encoded(NamedTuple):
+    """Latents ``z`` ``[B, *latent]`` for the decoder in training, and their regularisation ``cost`` ``[B]``."""
 
     z: Tensor
     cost: Tensor
     logs: dict[str, Tensor]
 
 
-class Code(ABC):
-    """What the encoder's answer means, and what keeps latents near a law that a model can learn."""
+class Bottleneck(ABC):
+    """What the encoder's output means, and what keeps latents near a law that a model can learn."""
 
-    parts: ClassVar[tuple[str, ...]] = ()
+    codec_networks: ClassVar[tuple[str, ...]] = ()
+    """names of the networks that encoding and decoding need besides encoder and decoder"""
 
-    def answers(self, latent: Latent) -> Latent:
-        """The shape of the encoder's answer."""
+    def encoder_shape(self, latent: LatentShape) -> LatentShape:
+        """The shape of the encoder's output for latents of shape ``latent``."""
         return latent
 
-    def memory(self, latent: Latent) -> dict[str, nn.Module]:
+    def networks(self, latent: LatentShape) -> dict[str, nn.Module]:
+        """Its own networks."""
         return {}
 
     @abstractmethod
-    def posterior(self, nets: Mapping[str, nn.Module], answer: Tensor) -> Posterior: ...
+    def posterior(self, nets: Mapping[str, nn.Module], out: Tensor) -> Posterior:
+        """The posterior of the encoder's output ``out``."""
 
     @abstractmethod
-    def learn(self, nets: Mapping[str, nn.Module], answer: Tensor, batch: Batch) -> Coded: ...
+    def encode_in_training(self, nets: Mapping[str, nn.Module], out: Tensor, batch: Batch) -> Encoded:
+        """Latents with a gradient, and their cost."""
 
-    def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+    def quantize(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        """The nearest latents that the decoder was trained on."""
         return z
 
-    def after_step(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  (a posterior has nothing to settle)
-        """What moves without a gradient."""
+    def after_step(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  (a normal posterior has nothing to move)
+        """Move what changes without a gradient."""
 
 
 @dataclass(frozen=True)
-class KL(Code):
-    """Normal posteriors, pulled a little to N(0, 1)."""
+class KL(Bottleneck):
+    """Normal posteriors, pulled slightly to N(0, 1)."""
 
     weight: Annotated[float, Ge(0)] = 1e-6
-    """of the KL divergence, in nats a dimension of the sample; Rombach et al. (2022, section G)"""
+    """weight of the KL divergence, in nats a dimension of the sample (Rombach et al. 2022, section G)"""
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
             raise ValueError(f"weight: given {self.weight}; allowed from 0")
 
-    def answers(self, latent: Latent) -> Latent:
+    def encoder_shape(self, latent: LatentShape) -> LatentShape:
         return (2 * latent[0], *latent[1:])
 
-    def posterior(self, nets: Mapping[str, nn.Module], answer: Tensor) -> Posterior:
-        mean, log_var = answer.chunk(2, 1)
+    def posterior(self, nets: Mapping[str, nn.Module], out: Tensor) -> Posterior:
+        mean, log_var = out.chunk(2, 1)
         return Posterior(mean, log_var.clamp(-30, 20))
 
-    def learn(self, nets: Mapping[str, nn.Module], answer: Tensor, batch: Batch) -> Coded:
-        q = self.posterior(nets, answer)
+    def encode_in_training(self, nets: Mapping[str, nn.Module], out: Tensor, batch: Batch) -> Encoded:
+        q = self.posterior(nets, out)
         kl = q.kl().flatten(1).sum(1)
-        z = q.draw(batch.normal(*q.mean.shape[1:]))
-        return Coded(z, self.weight * kl / batch.x[0].numel(), {"kl": kl.mean()})
+        z = q.sample(batch.normal(*q.mean.shape[1:]))
+        return Encoded(z, self.weight * kl / batch.x[0].numel(), {"kl": kl.mean()})
 
 
 @dataclass(frozen=True)
-class Entries(Code):
+class VectorQuantizer(Bottleneck):
     """Entries of a codebook (van den Oord et al. 2017), as in ``--objective=vq``."""
 
-    parts: ClassVar[tuple[str, ...]] = ("codebook",)
+    codec_networks: ClassVar[tuple[str, ...]] = ("codebook",)
 
-    codes: Annotated[int, Ge(2)] = 256
+    codebook_size: Annotated[int, Ge(2)] = 256
     """entries of the codebook"""
-    commit: Annotated[float, Ge(0)] = 0.25
-    """weight of the distance from the encoder's answer to its entry"""
-    decay: Annotated[float, Gt(0), Lt(1)] = 0.99
-    """of the running means, per step"""
-    revive: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """an entry used less than this share of the average one becomes a vector of the batch; 0: never"""
+    commitment_weight: Annotated[float, Ge(0)] = 0.25
+    """weight of the squared distance from the encoder's output to its entry"""
+    ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
+    """decay of the running means per step"""
+    restart_threshold: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """restart an entry that is used less than this fraction of the mean at a vector of the batch; 0: never"""
 
     def __post_init__(self) -> None:
-        check_codebook(self.codes, self.commit, self.decay, self.revive)
+        refuse_codebook(self.codebook_size, self.commitment_weight, self.ema_decay, self.restart_threshold)
 
-    def memory(self, latent: Latent) -> dict[str, nn.Module]:
-        return {"codebook": Codebook(self.codes, latent[0])}
+    def networks(self, latent: LatentShape) -> dict[str, nn.Module]:
+        return {"codebook": Codebook(self.codebook_size, latent[0])}
 
-    def posterior(self, nets: Mapping[str, nn.Module], answer: Tensor) -> Posterior:
-        return certain(self.nearest(nets, answer))
+    def posterior(self, nets: Mapping[str, nn.Module], out: Tensor) -> Posterior:
+        return point_posterior(self.quantize(nets, out))
 
-    def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
-        return nets["codebook"](z).code
+    def quantize(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        return nets["codebook"](z).vectors
 
-    def learn(self, nets: Mapping[str, nn.Module], answer: Tensor, batch: Batch) -> Coded:
+    def encode_in_training(self, nets: Mapping[str, nn.Module], out: Tensor, batch: Batch) -> Encoded:
         codebook = cast(Codebook, nets["codebook"])
-        found = codebook(answer)
+        quantized = codebook(out)
         if codebook.training:
-            codebook.gather(answer, found.entry, 1 - batch.uniform(*found.entry.shape[1:]))
-        away = mean_flat((answer - found.code).square())
-        use = found.entry.flatten().bincount(minlength=self.codes).float()
-        logs = {"commitment": away.mean(), "perplexity": perplexity(use)}
-        return Coded(straight_through(answer, found.code), self.commit * away, logs)
+            codebook.record(out, quantized.indices, 1 - batch.uniform(*quantized.indices.shape[1:]))
+        commitment = mean_flat((out - quantized.vectors).square())
+        use = quantized.indices.flatten().bincount(minlength=self.codebook_size).float()
+        logs = {"commitment": commitment.mean(), "perplexity": perplexity(use)}
+        return Encoded(straight_through(out, quantized.vectors), self.commitment_weight * commitment, logs)
 
     def after_step(self, nets: Mapping[str, nn.Module]) -> None:
-        cast(Codebook, nets["codebook"]).after_step(self.decay, self.revive)
+        cast(Codebook, nets["codebook"]).update(self.ema_decay, self.restart_threshold)
 
 
-CODES: Mapping[str, type[Code]] = {"kl": KL, "vq": Entries}
+BOTTLENECKS: Mapping[str, type[Bottleneck]] = {"kl": KL, "vq": VectorQuantizer}
 
 
-# ----------------------------------------------------------------------------------------------------- the patches
-class Patches(nn.Module):
+# ------------------------------------------------------------------------------------------------- the discriminator
+class PatchDiscriminator(nn.Module):
     """A score for each patch of a picture, ``[B, 1, h, w]`` (PatchGAN: Isola et al. 2017, section 3.2.2).
 
-    Without batch norm: a sample's scores do not depend on the others. Small pictures have fewer layers.
+    It has no batch norm, so a sample's scores do not depend on the others. Small pictures have fewer layers.
     """
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         layers: list[nn.Module] = []
-        width, last = WIDTH, shape[0]
-        side = min(shape[1:])
+        channels, width, side = shape[0], WIDTH, min(shape[1:])
         while side >= 4 and len(layers) < 6:
-            layers += [nn.Conv2d(last, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-            width, last, side = 2 * width, width, side // 2
-        self.layers = nn.Sequential(*layers, nn.Conv2d(last, 1, 3, 1, 1))
+            layers += [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+            channels, width, side = width, 2 * width, side // 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-class Balance(nn.Module):
-    """``|grad L_rec| / (|grad L_GAN| + 1e-6)`` at the decoder's last layer (Esser et al. 2021, eq. 7), of the step
-    before: both gradients are gathered over all micro-batches and ranks, so that the weight is that of one batch."""
+class AdaptiveWeight(nn.Module):
+    """The adversarial term's weight ``|grad L_rec| / (|grad L_GAN| + 1e-6)`` (Esser et al. 2021, eq. 7).
+
+    The gradients are those at the decoder's last layer in the step before, gathered over all micro-batches and ranks,
+    so the weight is that of one batch.
+    """
 
     weight: Tensor
     rec: Tensor
@@ -161,12 +175,14 @@ class Balance(nn.Module):
         for name in ("rec", "gan"):  # empty at every checkpoint
             self.register_buffer(name, torch.zeros(like.shape), persistent=False)
 
-    def gather(self, rec: Tensor, gan: Tensor, last: Tensor) -> None:
-        for kept, loss in ((self.rec, rec), (self.gan, gan)):
-            kept += torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].to(kept)
+    def record(self, rec: Tensor, gan: Tensor, last: Tensor) -> None:
+        """Gather the gradients of both losses ``[B]`` at the parameter ``last``."""
+        for total, loss in ((self.rec, rec), (self.gan, gan)):
+            total += torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].to(total)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def update(self) -> None:
+        """Set the weight from the gradients gathered on all ranks since the last update."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.rec)
             dist.all_reduce(self.gan)
@@ -178,134 +194,154 @@ class Balance(nn.Module):
 
 def last_layer(decoder: nn.Module) -> nn.Parameter:
     """The weight of the decoder's last linear map or convolution."""
-    found = [m for m in decoder.modules() if isinstance(m, LAYERS)]
-    return cast(nn.Parameter, found[-1].weight)
+    return cast(nn.Parameter, [m for m in decoder.modules() if isinstance(m, LAYERS)][-1].weight)
 
 
 # ---------------------------------------------------------------------------------------------------- the objective
 @dataclass(frozen=True)
-class FirstStage(Autoencoding):
-    """An autoencoder for latent diffusion (Rombach et al. 2022, section 3.1): errors of numbers, of what they look like
-    and, from step ``start`` on, of what a discriminator of patches sees. Its latents are for ``--codec``.
+class FirstStage(EncoderDecoder):
+    """An autoencoder for latent diffusion (Rombach et al. 2022, section 3.1), for ``--codec``.
 
-    Conditions are left to the model of latents, which decodes without: its networks are told none. The log has
-    ``error``, ``perceptual`` (0: the same), the code's own terms and, with an adversary, its ``weight``.
+    Its loss is the error of numbers, a perceptual distance and, from step ``adversarial_start`` on, what a
+    discriminator of patches makes of the reconstructions. Conditions are left to the model of latents, so its networks
+    see none. The log has ``error``, ``perceptual`` (0: identical), the bottleneck's terms and, with a discriminator,
+    its ``weight``.
     """
 
     is_generative: ClassVar[bool] = False
     usage: ClassVar[str] = "genkit train --objective=flow --codec {run}"
 
-    latent: Latent = (4, 4, 4)
-    """C h w, a size that fits the backbone; or D for a vector"""
-    code: Any = field(default_factory=KL, metadata={"table": "genkit.objectives.autoencoders.first_stage:CODES"})
+    latent: LatentShape = (4, 4, 4)
+    """shape of the latent: C h w, a size that fits the backbone; or D for a vector"""
+    bottleneck: Any = field(
+        default_factory=KL, metadata={"table": "genkit.objectives.autoencoders.first_stage:BOTTLENECKS"}
+    )
     """kl (normal posteriors) or vq (entries of a codebook)"""
-    error: ErrorName = "l1"
-    """what is small between sample and reconstruction; absolute values are the papers' choice"""
-    perceptual: Annotated[float, Ge(0)] | None = None
-    """weight of the difference in looks; None: 1 for pictures, 0 for other samples"""
-    looks: Any = field(default_factory=Edges, metadata={"table": "genkit.objectives.autoencoders.perceptual:LOOKS"})
-    """by what pictures are compared: gradient (edges), random (fixed filters), or vgg11 or vgg16 of a local file, which
-    --objective.looks.weights names (LPIPS without its learned weights)"""
-    adversary: Annotated[float, Ge(0)] = 0.0
-    """weight of the discriminator's opinion, times the adaptive weight; Esser et al. (2021) have 0.8; 0: none"""
-    start: Annotated[int, Ge(0)] = 1000
-    """the step at which the discriminator comes: late, when pictures are nearly right"""
+    reconstruction_loss: ReconstructionLoss = "l1"
+    """error between sample and reconstruction: squared (l2) or absolute (l1, the papers' choice)"""
+    perceptual_weight: Annotated[float, Ge(0)] | None = None
+    """weight of the perceptual distance; None: 1 for pictures, 0 for other samples"""
+    perceptual: PerceptualDistance = field(
+        default_factory=EdgeDistance,
+        metadata={"table": "genkit.objectives.autoencoders.perceptual:PERCEPTUAL_DISTANCES"},
+    )
+    """the perceptual distance: gradient (edges), random (fixed filters), or vgg11 or vgg16 from a local file, which
+    --objective.perceptual.weights names (LPIPS without its learned weights)"""
+    adversarial_weight: Annotated[float, Ge(0)] = 0.0
+    """weight of the adversarial term, times the adaptive weight; 0.8 in Esser et al. (2021); 0: no discriminator"""
+    adversarial_start: Annotated[int, Ge(0)] = 1000
+    """first step of the discriminator, late enough that pictures are nearly right"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.perceptual or 0) < 0 or self.adversary < 0 or self.start < 0:
+        if (self.perceptual_weight or 0) < 0 or self.adversarial_weight < 0 or self.adversarial_start < 0:
             raise ValueError(
-                f"given perceptual {self.perceptual}, adversary {self.adversary}, start {self.start}; allowed from 0"
+                f"given perceptual_weight {self.perceptual_weight}, adversarial_weight {self.adversarial_weight}, "
+                f"adversarial_start {self.adversarial_start}; allowed from 0"
             )
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return ("encoder", "decoder", *self.code.parts)
+    def codec_networks(self) -> tuple[str, ...]:
+        return ("encoder", "decoder", *self.bottleneck.codec_networks)
 
     @property
     def phases(self) -> Sequence[Phase]:
-        first = Phase("reconstruct", trains=("encoder", "decoder"))
-        return (first, Phase("discriminator", trains=("discriminator",))) if self.adversary else (first,)
+        reconstruct = Phase("reconstruct", trains=("encoder", "decoder"))
+        if not self.adversarial_weight:
+            return (reconstruct,)
+        return (reconstruct, Phase("discriminator", trains=("discriminator",)))
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
-        if len(spec.shape) != 3 and (self.perceptual or self.adversary):
-            raise ValueError(f"perceptual and adversary are for pictures; samples are {spec.shape}: take 0 for both")
-        spec = self.told(spec)
+        if len(spec.shape) != 3 and (self.perceptual_weight or self.adversarial_weight):
+            raise ValueError(
+                f"perceptual_weight and adversarial_weight are for pictures; samples are {spec.shape}: take 0 for both"
+            )
+        spec = self.codec_spec(spec)
         decoder = backbone.decoder(spec, self.latent)
-        nets = {"encoder": backbone.encoder(spec, self.code.answers(self.latent)), "decoder": decoder}
-        nets |= self.code.memory(self.latent)
-        if len(spec.shape) == 3 and self.perceptual != 0:
-            nets["looks"] = self.looks.network(spec.shape[0])
-        if self.adversary:
-            nets |= {"discriminator": Patches(spec.shape), "balance": Balance(last_layer(decoder))}
+        nets = {"encoder": backbone.encoder(spec, self.bottleneck.encoder_shape(self.latent)), "decoder": decoder}
+        nets |= self.bottleneck.networks(self.latent)
+        if self.is_perceptual(spec):
+            nets["looks"] = self.perceptual.network(spec.shape[0])
+        if self.adversarial_weight:
+            nets |= {"discriminator": PatchDiscriminator(spec.shape), "balance": AdaptiveWeight(last_layer(decoder))}
         return nets
 
     def setup(self, spec: Spec) -> None:
-        if len(spec.shape) == 3 and self.perceptual != 0:
-            self.looks.prepare()
+        if self.is_perceptual(spec):
+            self.perceptual.setup()
 
-    def told(self, spec: Spec) -> Spec:
+    def is_perceptual(self, spec: Spec) -> bool:
+        """Whether samples of this shape are compared by the perceptual distance."""
+        return len(spec.shape) == 3 and self.perceptual_weight != 0
+
+    def codec_spec(self, spec: Spec) -> Spec:
         return Spec(spec.shape)
 
     def encode(self, nets: Mapping[str, nn.Module], x: Tensor, cond: Cond = NO_COND) -> Posterior:
-        return self.code.posterior(nets, nets["encoder"](x).to(x))
+        return self.bottleneck.posterior(nets, nets["encoder"](x).to(x))
 
     def decode(self, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond = NO_COND) -> Tensor:
         return nets["decoder"](z).to(z)
 
-    def nearest(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
-        return self.code.nearest(nets, z)
+    def quantize(self, nets: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        return self.bottleneck.quantize(nets, z)
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        return {"reconstruct": self.rebuild, "discriminator": self.judge}[phase](nets, batch)
+        return {"reconstruct": self.autoencoder_loss, "discriminator": self.discriminator_loss}[phase](nets, batch)
 
-    def rebuild(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        """The autoencoder's loss."""
-        coded: Coded = self.code.learn(nets, nets["encoder"](batch.x).to(batch.x), batch)
-        out = self.decode(nets, coded.z)
-        rec = mean_flat(ERRORS[self.error](out - batch.x))
-        logs = {"error": rec.mean(), **coded.logs}
+    def autoencoder_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        """The loss of encoder and decoder."""
+        # reconstruction: the numbers, and how they look
+        encoded: Encoded = self.bottleneck.encode_in_training(nets, nets["encoder"](batch.x).to(batch.x), batch)
+        out = self.decode(nets, encoded.z)
+        rec = mean_flat(RECONSTRUCTION_LOSSES[self.reconstruction_loss](out - batch.x))
+        logs = {"error": rec.mean(), **encoded.logs}
         if "looks" in nets:
-            apart = nets["looks"](out, batch.x)
-            rec = rec + (1.0 if self.perceptual is None else self.perceptual) * apart
-            logs["perceptual"] = apart.mean()
-        if not self.adversary:
-            return Loss(rec + coded.cost, logs)
-        balance = cast(Balance, nets["balance"])
-        logs["weight"] = balance.weight.clone()
-        if not self.begun(batch.step):
-            return Loss(rec + coded.cost, logs)
+            distance = nets["looks"](out, batch.x)
+            rec = rec + (1.0 if self.perceptual_weight is None else self.perceptual_weight) * distance
+            logs["perceptual"] = distance.mean()
+        if not self.adversarial_weight:
+            return Loss(rec + encoded.cost, logs)
+        # the adversarial term, with the adaptive weight of the step before
+        adaptive = cast(AdaptiveWeight, nets["balance"])
+        logs["weight"] = adaptive.weight.clone()
+        if not self.is_adversarial(batch.step):
+            return Loss(rec + encoded.cost, logs)
         score = mean_flat(nets["discriminator"](out).float())
-        opinion = GAME.generator(score, score)
+        adversarial = PATCH_LOSS.generator_loss(score, score)
         last = last_layer(nets["decoder"])
-        if torch.is_grad_enabled() and last.requires_grad and balance.training:
-            balance.gather(rec, opinion, last)
-        return Loss(rec + coded.cost + self.adversary * balance.weight * opinion, logs)
+        if torch.is_grad_enabled() and last.requires_grad and adaptive.training:
+            adaptive.record(rec, adversarial, last)
+        return Loss(rec + encoded.cost + self.adversarial_weight * adaptive.weight * adversarial, logs)
 
-    def judge(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+    def discriminator_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The discriminator's loss: which patches are of samples, which of reconstructions."""
-        if not self.begun(batch.step):
+        if not self.is_adversarial(batch.step):
             return Loss(0 * mean_flat(nets["discriminator"](batch.x)), {})
         with torch.no_grad():
             q = self.encode(nets, batch.x)
-            out = self.decode(nets, q.draw(batch.normal(*self.latent)))
+            out = self.decode(nets, q.sample(batch.normal(*self.latent)))
         real, fake = nets["discriminator"](torch.cat([batch.x, out])).float().split(len(batch))
-        right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
-        return Loss(mean_flat(GAME.critic(real, fake)), {"accuracy": right})
+        accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+        return Loss(mean_flat(PATCH_LOSS.discriminator_loss(real, fake)), {"accuracy": accuracy})
 
-    def begun(self, step: int | None) -> bool:
-        return step is None or step >= self.start
+    def is_adversarial(self, step: int | None) -> bool:
+        """Whether the discriminator takes part at this step; outside training (None) it does."""
+        return step is None or step >= self.adversarial_start
 
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
-        self.code.after_step(nets)
-        if self.adversary:
-            cast(Balance, nets["balance"]).after_step()
+        self.bottleneck.after_step(nets)
+        if self.adversarial_weight:
+            cast(AdaptiveWeight, nets["balance"]).update()
 
     def warning(self, record: Mapping[str, Any]) -> str | None:
         used = record.get("reconstruct/perplexity")
-        if record["step"] < 500 or used is None or used >= 2:
+        if record["step"] < FIRST_WARNING or used is None or used >= 2:
             return None
-        return f"codebook collapse: a perplexity of {used:.2f}; try --objective.code.revive 0.05 or a lower --lr"
+        return (
+            f"codebook collapse: a perplexity of {used:.2f}; try --objective.bottleneck.restart-threshold 0.05 or a "
+            "lower --lr"
+        )
 
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

@@ -1,5 +1,5 @@
-"""Denoising diffusion policy optimisation (Black et al. 2024): what one-step decisions, pictures above all, want of
-PPO on the chain."""
+"""Denoising diffusion policy optimization (Black et al. 2024): PPO on the denoising chain with settings that suit
+one-step tasks such as images."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from genkit.rl.finetune.dppo import DPPO
-from genkit.rl.finetune.learner import Learner, Share
+from genkit.rl.finetune.learner import Learner
+from genkit.rl.finetune.reward_method import UnitInterval
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(DPPO):
-    """DPPO with all steps trained alike, no demonstrations, and a penalty for leaving the pretrained model: a picture
-    is made by all of its steps. With --group it is GRPO (Shao et al. 2024; of flows Liu et al. 2025).
+    """DPPO with all steps trained alike, no demonstrations, and a penalty for leaving the pretrained model: an image is
+    made by all of its steps. With --group it is GRPO (Shao et al. 2024; for flows Liu et al. 2025).
 
-    Rewards stay in units of their first deviation. Normalised anew in every iteration, as PPO does, a reward that can
-    rise no more would go on to push as hard as at the beginning, and nothing would hold the pictures (docs/log.md).
+    Rewards stay in units of their first standard deviation. Normalized anew in every iteration, as PPO does, a reward
+    that cannot rise any further would push as hard as at the beginning, and nothing would hold the images
+    (docs/log.md).
     """
 
     lr: Annotated[float, Gt(0)] = 1e-4
-    """learning rate of the networks"""
+    """Learning rate of the networks."""
     batch: Annotated[int, Ge(1)] = 256
-    """rows of a gradient step: steps of walks"""
+    """Rows of a gradient step, each one denoising step of a trajectory."""
     epochs: Annotated[int, Ge(1)] = 1
-    """passes over an iteration's walks; drawing new ones costs a third of a pass"""
-    last: Annotated[int, Ge(1)] | None = None
-    """train the last so many steps only; None: all"""
-    denoise_gamma: Share = 1.0
-    """discount from one denoising step to the one before"""
-    clone: Annotated[float, Ge(0)] = 0.0
-    """weight of the objective's own loss on the data"""
+    """Passes over the trajectories of an iteration; drawing new ones costs a third of a pass."""
+    ft_denoising_steps: Annotated[int, Ge(1)] | None = None
+    """Train only this many last steps; None: all."""
+    denoise_gamma: UnitInterval = 1.0
+    """Discount from one denoising step to the one before."""
+    bc_coef: Annotated[float, Ge(0)] = 0.0
+    """Weight of the objective's own loss on the data."""
     kl: Annotated[float, Ge(0)] = 0.05
-    """price of a nat of divergence from the model as it was, in deviations of the first rewards: the optimum is that
-    model's law times ``exp(R / (kl deviation))``"""
+    """Price of one nat of KL divergence from the model before any reward, in standard deviations of the first rewards:
+    the optimum is that model's law times ``exp(R / (kl deviation))``."""
     stop_kl: Annotated[float, Gt(0)] = 0.3
-    """divergence of a step from its law when it was drawn, in nats, after which an iteration ends early"""
+    """End an iteration early after an epoch in which the KL divergence of a step from its law when drawn is larger than
+    this on average, in nats."""
 
-    def scaled(self, learner: Learner, advantages: Tensor) -> Tensor:
-        learner.spread = learner.spread or max(1e-8, float(advantages.std(correction=0)))
-        return advantages / learner.spread
+    def scale_advantages(self, learner: Learner, advantages: Tensor) -> Tensor:
+        learner.reward_std = learner.reward_std or max(1e-8, float(advantages.std(correction=0)))
+        return advantages / learner.reward_std

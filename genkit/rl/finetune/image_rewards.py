@@ -1,7 +1,7 @@
-"""Rewards of pictures (Black et al. 2024): `genkit finetune RUN --reward genkit.rl.finetune.image_rewards:brightness`.
+"""Rewards of images (Black et al. 2024): `genkit finetune RUN --reward genkit.rl.finetune.image_rewards:brightness`.
 
-Each is a function of pictures ``[B, C, H, W]`` in [0, 1] and their conditions, to ``[B]``. All but the sizes of files
-are differentiable, so that --method=mixed --method.gradient=through may climb them.
+Each is a function of images ``[B, C, H, W]`` in [0, 1] and their conditions to ``[B]``. All but the file sizes are
+differentiable, so that --method=mixed --method.gradient=through can follow their gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from genkit.core import Cond, Data, Draw
+from genkit.data.standard_images import Digits
 from genkit.evaluation.metrics import Estimate, Moments, frechet_from_features, prdc
 from genkit.evaluation.metrics.estimate import proportion
 from genkit.evaluation.metrics.features import Classifier
@@ -26,6 +27,7 @@ def brightness(x: Tensor, cond: Cond) -> Tensor:
 
 
 def darkness(x: Tensor, cond: Cond) -> Tensor:
+    """Minus the mean of all pixels."""
     return -brightness(x, cond)
 
 
@@ -35,64 +37,64 @@ def compressibility(x: Tensor, cond: Cond) -> Tensor:
 
 
 def incompressibility(x: Tensor, cond: Cond) -> Tensor:
-    pictures = (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    """The size as a JPEG of quality 95, in kilobytes."""
+    images = (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
     sizes = []
-    for picture in pictures:
+    for image in images:
         buffer = io.BytesIO()
-        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(buffer, "JPEG", quality=95)
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "JPEG", quality=95)
         sizes.append(len(buffer.getvalue()) / 1000)
     return torch.tensor(sizes, device=x.device)
 
 
 def eight(x: Tensor, cond: Cond) -> Tensor:
-    """What the classifier of the digits says of "8", a log-probability; for runs of --data=digits."""
-    return judge()(255 * x.clamp(0, 1)).logits.log_softmax(1)[:, 8]
+    """The log-probability that the classifier of the digits gives to "8"; for runs of --data=digits."""
+    return digit_classifier(x.device)(255 * x.clamp(0, 1)).logits.log_softmax(1)[:, 8]
 
 
-def asked(x: Tensor, cond: Cond) -> Tensor:
-    """What that classifier says of the class that was asked for; of runs that draw classes."""
+def requested_class(x: Tensor, cond: Cond) -> Tensor:
+    """The log-probability that this classifier gives to the class of the condition; for class-conditional runs."""
     if "label" not in cond:
-        raise ValueError("reward: asked needs cond['label'], and this model has no classes; take another")
-    return judge()(255 * x.clamp(0, 1)).logits.log_softmax(1).gather(1, cond["label"][:, None])[:, 0]
-
-
-Likeness = Callable[[Tensor, Tensor | None], dict[str, Estimate]]
-
-
-def likeness(data: Data) -> Likeness:
-    """How much pictures, uint8 ``[B, C, H, W]``, are like small labelled ones, in the features of their classifier.
-
-    ``frechet`` is the distance to all of the data, ``frechet_class`` to the nearest class of them: what a reward that
-    asks for one class still leaves comparable. ``precision`` is the share of the pictures that lie among the data,
-    ``recall`` the share of the data that lie among the pictures; ``accuracy`` how often the class is the one asked for.
-    """
-    see = Classifier().load("cpu", data)
-    batch = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data)))
-    real, label = see(batch.x).features, batch.cond["label"]
-    whole = Moments.of(real)
-    parts = [Moments.of(real[label == c]) for c in label.unique()]
-
-    def like(x: Tensor, wanted: Tensor | None) -> dict[str, Estimate]:
-        seen = see(x)
-        logits = seen.logits
-        assert logits is not None
-        both = prdc(real, seen.features)
-        found = {
-            "frechet": frechet_from_features(seen.features, whole),
-            "frechet_class": min(frechet_from_features(seen.features, part) for part in parts),
-            "precision": both["precision"],
-            "recall": both["recall"],
-        }
-        if wanted is not None:
-            found["accuracy"] = proportion(int((logits.argmax(1) == wanted).sum()), len(x))
-        return found
-
-    return like
+        raise ValueError("reward: requested_class needs cond['label'], and this model has no classes; take another")
+    return digit_classifier(x.device)(255 * x.clamp(0, 1)).logits.log_softmax(1).gather(1, cond["label"][:, None])[:, 0]
 
 
 @lru_cache(maxsize=1)
-def judge() -> nn.Module:
-    from genkit.data.standard_images import Digits
-
+def digit_classifier(device: torch.device) -> nn.Module:
+    """The network of the classifier of the digits."""
     network = Classifier().load("cpu", Digits().load("train")).network
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
+
+
+SampleQuality = Callable[[Tensor, Tensor | None], dict[str, Estimate]]  # (uint8 images, requested classes or None)
+
+
+def sample_quality(data: Data) -> SampleQuality:
+    """Metrics of uint8 images ``[B, C, H, W]`` against small labelled ones, in the features of their classifier.
+
+    ``frechet`` is the Fréchet distance to all of the data, ``frechet_class`` that to the nearest class: it stays
+    comparable if a reward asks for one class. ``precision`` is the share of images that lie among the data, ``recall``
+    the share of data that lie among the images, ``accuracy`` how often the class is the requested one.
+    """
+    extract = Classifier().load("cpu", data)
+    batch = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data)))
+    real, label = extract(batch.x).features, batch.cond["label"]
+    moments = Moments.of(real)
+    class_moments = [Moments.of(real[label == c]) for c in label.unique()]
+
+    def quality(x: Tensor, requested: Tensor | None) -> dict[str, Estimate]:
+        output = extract(x)
+        features, logits = output.features, output.logits
+        assert logits is not None
+        pr = prdc(real, features)
+        metrics = {
+            "frechet": frechet_from_features(features, moments),
+            "frechet_class": min(frechet_from_features(features, m) for m in class_moments),
+            "precision": pr["precision"],
+            "recall": pr["recall"],
+        }
+        if requested is not None:
+            metrics["accuracy"] = proportion(int((logits.argmax(1) == requested).sum()), len(x))
+        return metrics
+
+    return quality

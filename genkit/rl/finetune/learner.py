@@ -1,66 +1,31 @@
-"""What the methods share: experience, the networks that learn from it, the critic, and one step of an optimiser."""
+"""What all reward methods share: the networks that learn, the critic, and gradient steps shared by ranks."""
 
 from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, NamedTuple, Protocol
+from typing import TypeVar
 
 import torch
-from annotated_types import Ge, Gt, Le
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Cond, Denoiser, Objective, Spec, seed_of
-from genkit.rl.finetune.chain import Chain, Walk, denoiser_of
-from genkit.training.loop import State, update_ema
+from genkit.core import Batch, Denoiser, Draw, Objective, Spec, seed_of
+from genkit.rl.finetune.chain import Chain, find_denoiser
+from genkit.training.distributed import sum_gradients
+from genkit.training.loop import Diverged, SkippedSteps, State, micro_batches, optimizer_step, update_ema
 
-Demos = Callable[[int, int], Batch]  # (number of the draw, rows) -> demonstrations, in the model's own numbers
-
-
-class Experience(NamedTuple):
-    """M walks of the chain and what they were worth."""
-
-    walk: Walk
-    """``xs`` [K + 1, M, *S] and ``means`` [K, M, *S], as they were when they were drawn"""
-    cond: Mapping[str, Tensor]
-    """the conditions of each, [M, ...]"""
-    advantages: Tensor
-    """[M], in the units of the rewards"""
-    returns: Tensor | None
-    """[M], what the critic should have said; None where there is no critic"""
-    logs: dict[str, float]
-    used: Tensor | None = None
-    """which numbers of a sample the world got to see, 1 or 0, [*S]; None: all"""
-    before: Tensor | None = None
-    """the steps' means by the model as it was before any reward, [K, M, *S]; None: not asked yet"""
-
-
-class Task(Protocol):
-    """Where rewards come from."""
-
-    differentiable: ClassVar[bool]
-    """whether :meth:`reward` exists"""
-
-    def collect(self, learner: Learner, iteration: int) -> Experience: ...
-    def begin(self, learner: Learner, iteration: int) -> None:
-        """Start anew, by ``iteration`` alone: what a resumed run does, and one that was never stopped."""
-        ...
-
-    def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
-        """Normals ``[n, *S]`` and conditions to walk from."""
-        ...
-
-    def reward(self, x: Tensor, cond: Cond) -> Tensor:
-        """What samples ``[B, *S]``, in the model's numbers, are worth: ``[B]``."""
-        ...
+T = TypeVar("T")
+# (number of the batch, start, stop) -> its rows start..stop, demonstrations in the model's units
+Demos = Callable[[int, int, int], Batch]
 
 
 class Critic(nn.Module):
-    """What a state is worth: ``V(obs)`` [B] of ``obs`` [B, To, Do], as a multiple of the ``scale`` of returns."""
+    """A value function ``V(obs)`` [B] of ``obs`` [B, To, Do], in units of ``scale``, the size of the first returns."""
 
     scale: Tensor
 
@@ -78,15 +43,107 @@ class Critic(nn.Module):
         """In the units of the rewards."""
         return self(obs) * self.scale
 
-    def note(self, returns: Tensor) -> None:
-        """The first returns set the scale, once: a task whose rewards are thousands trains like one of ones."""
+    def set_scale(self, returns: Tensor) -> None:
+        """Set the scale from the first returns, once: rewards of thousands then train like rewards of order one."""
         if float(self.scale) == 0:
             self.scale.fill_(max(1e-3, float((returns**2).mean().sqrt())))
 
 
+class RowsDraw(Draw):
+    """The random numbers of rows ``start..stop`` of ``total``, from torch's global generator.
+
+    All rows are drawn and the others left out, so that the numbers of a row do not depend on how rows are shared.
+    """
+
+    def __init__(self, start: int, stop: int, total: int, device: torch.device):
+        self.start, self.stop, self.total, self.device = start, stop, total, device
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.total, *shape, device=self.device)[self.start : self.stop]
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.total, *shape, device=self.device)[self.start : self.stop]
+
+
+@dataclass
+class Demonstrations:
+    """The demonstrations of one gradient step; a batch is counted once, whoever takes a part of it."""
+
+    learner: Learner
+    number: int | None = None
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows ``start..stop`` of the batch."""
+        if self.number is None:
+            self.number = self.learner.draws
+            self.learner.draws += 1
+        return self.learner.demos(self.number, start, stop)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a gradient step that a rank computes in one forward pass: positions ``start..stop`` of ``total``."""
+
+    rows: Tensor
+    """Int [stop - start], on the learner's device"""
+    start: int
+    stop: int
+    total: int
+    learner: Learner
+    demos: Demonstrations
+    counted: bool = True
+    """False on a rank that has no rows of its own, and repeats one"""
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the step's rows."""
+        return (self.stop - self.start) / self.total
+
+    @property
+    def weight(self) -> float:
+        """The weight of this share in the step's mean."""
+        return self.fraction if self.counted else 0.0
+
+    @property
+    def draw(self) -> Draw:
+        """The random numbers of these rows, for a :class:`Batch`."""
+        return RowsDraw(self.start, self.stop, self.total, self.learner.device)
+
+    def bc_loss(self, n: int) -> Tensor:
+        """Behaviour cloning: the objective's own loss on this share of ``n`` demonstrations, a scalar whose mean over
+        the shares, by their ``weight``, is the mean over the demonstrations.
+
+        It is summed over the numbers of a sample, as a log-probability is, so that their relative weight is the same
+        for long and short chunks.
+        """
+        learner = self.learner
+        first, last = (round(n * i / self.total) for i in (self.start, self.stop))
+        if first == last:
+            return torch.zeros((), device=learner.device)
+        batch = self.demos.rows(first, last)
+        per_sample = learner.objective.loss(learner.phase, learner.state.nets, batch).per_sample
+        return per_sample.mean() * math.prod(learner.spec.shape) * ((last - first) / (n * self.fraction))
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators, of the CPU and of ``device``."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]
+
+
+def restore_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set what :func:`random_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1])
+
+
+ShareLoss = Callable[[Share], tuple[Tensor, Tensor]]  # the mean loss of a share, and means to log, [n] or a scalar
+
+
 @dataclass
 class Learner:
-    """The networks that improve, and what holds them: a frozen copy, demonstrations, a chain to walk along."""
+    """The networks that improve, with everything they need: a frozen copy, demonstrations, a chain to sample along."""
 
     objective: Objective
     state: State
@@ -97,167 +154,184 @@ class Learner:
     critic: Critic | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
     noise_optimizer: torch.optim.Optimizer | None = None
-    """of the chain's ``sigma``, where the noise is learned"""
+    """optimizer of the chain's ``sigma``, if the noise is learned"""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
+    """the networks before any reward"""
     draws: int = 0
-    """batches of demonstrations that were drawn"""
-    spread: float = 0.0
-    """deviation of the first samples' rewards by a function: the unit in which such rewards are counted; 0: not yet"""
+    """number of batches of demonstrations drawn so far"""
+    reward_std: float = 0.0
+    """standard deviation of the first samples' rewards by a function, the unit of such rewards; 0: not known yet"""
+    accelerator: Accelerator | None = None
+    """the ranks that share the work; None: this process alone"""
+    micro_batch: int | None = None
+    """rows of a forward pass of a gradient step; None: all of a rank's"""
+    bf16: bool = False
+    """whether forward passes run in bfloat16"""
 
     def __post_init__(self) -> None:
         if not self.frozen:
             self.frozen = {k: copy.deepcopy(v).requires_grad_(False).eval() for k, v in self.state.nets.items()}
         for net in self.state.nets.values():
-            net.eval()  # dropout would make the ratio of an unchanged network other than 1
+            net.eval()  # with dropout the ratio of an unchanged network would not be 1
+        self.skipped = SkippedSteps(self.device)
 
     @property
     def phase(self) -> str:
+        """Name of the objective's phase that is trained."""
         return self.objective.phases[0].name
 
     @property
     def device(self) -> torch.device:
+        """Device of the networks."""
         return next(self.state.nets["net"].parameters()).device
 
     @property
     def denoiser(self) -> Denoiser:
-        return denoiser_of(self.objective, self.state.nets)
+        """The denoiser with the current weights."""
+        return find_denoiser(self.objective, self.state.nets)
 
     @property
     def reference(self) -> Denoiser:
-        """As it was before any reward."""
-        return denoiser_of(self.objective, self.frozen)
+        """The denoiser with the weights before any reward."""
+        return find_denoiser(self.objective, self.frozen)
 
     @property
-    def beside(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
-        """What learns along and is no part of the model, each with its optimiser."""
-        sigma = self.chain.sigma
-        found = {"critic": (self.critic, self.critic_optimizer),
-                 "noise": (sigma if isinstance(sigma, nn.Module) else None, self.noise_optimizer)}  # fmt: skip
-        return {name: (net, fit) for name, (net, fit) in found.items() if net is not None and fit is not None}
+    def auxiliary(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """Networks that are trained along but are not part of the model, with their optimizers, by name."""
+        networks = {}
+        if self.critic is not None and self.critic_optimizer is not None:
+            networks["critic"] = (self.critic, self.critic_optimizer)
+        if isinstance(self.chain.sigma, nn.Module) and self.noise_optimizer is not None:
+            networks["noise"] = (self.chain.sigma, self.noise_optimizer)
+        return networks
 
     def generator(self, *key: int) -> torch.Generator:
-        """Random numbers of one use, on the CPU."""
+        """Random numbers for one purpose, on the CPU, the same on every rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, *key))
 
-    def clone_loss(self, rows: int) -> Tensor:
-        """The objective's own loss on demonstrations: behaviour cloning. The sum over a sample's numbers, as a
-        log-probability is one: their weights then mean the same for long chunks and short ones."""
-        each = self.objective.loss(self.phase, self.state.nets, self.next_demos(rows)).per_sample
-        return each.mean() * math.prod(self.spec.shape)
+    def draw_demos(self, n: int) -> Batch:
+        """The next ``n`` demonstrations."""
+        return Demonstrations(self).rows(0, n)
 
-    def next_demos(self, rows: int) -> Batch:
-        self.draws += 1
-        return self.demos(self.draws - 1, rows)
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def step(self, loss: Tensor, lr: float, clip: float = 1.0) -> bool:
-        """One step of the optimiser and the averages; False, and nothing done, where the gradient is not finite."""
+    # ------------------------------------------------------------------------------------------------------ ranks
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.accelerator.num_processes if self.accelerator else 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return self.accelerator.process_index if self.accelerator else 0
+
+    def own_rows(self, n: int) -> slice:
+        """This rank's share of ``n`` rows; ``n`` is a multiple of the number of ranks."""
+        return slice(n // self.world * self.rank, n // self.world * (self.rank + 1))
+
+    def gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The shares of all ranks, in order, along ``dim``."""
+        if self.accelerator is None or self.world == 1:
+            return x
+        gathered = self.accelerator.gather(x.movedim(dim, 0).contiguous())
+        assert isinstance(gathered, Tensor)
+        return gathered.movedim(0, dim)
+
+    def gather_objects(self, values: list[T]) -> list[T]:
+        """The lists of all ranks as one, in order."""
+        return gather_object(values) if self.world > 1 else values
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks."""
+        if self.accelerator is None or self.world == 1:
+            return x
+        total = self.accelerator.reduce(x, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def shares(self, rows: Tensor) -> list[Share]:
+        """This rank's part of ``rows``, in micro-batches."""
+        demos, total = Demonstrations(self), len(rows)
+        first, last = (total * r // self.world for r in (self.rank, self.rank + 1))
+        counted = last > first
+        if not counted:  # fewer rows than ranks: take part in the collective calls all the same
+            first, last = min(first, total - 1), min(first, total - 1) + 1
+        bounds = [(first + a, first + b) for a, b in micro_batches(last - first, self.micro_batch)]
+        return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
+
+    # --------------------------------------------------------------------------------------------------- learning
+    def gradient_step(self, rows: Tensor, loss: ShareLoss, lr: float, clip: float = 1.0) -> Tensor:
+        """One step of the optimizers and the averages on the mean of ``loss`` over ``rows``, Int [B].
+
+        ``loss`` is called for each :class:`Share` of the rows. A gradient that is not finite skips the step. Returns
+        the means that the losses report, over all rows and ranks, float64 on the CPU.
+        """
         optimizer = self.state.optimizers[self.phase]
-        both = [optimizer] if self.noise_optimizer is None else [optimizer, self.noise_optimizer]
-        for each in both:
-            each.zero_grad(set_to_none=True)
-        loss.backward()
-        norms = [nn.utils.clip_grad_norm_([p for g in each.param_groups for p in g["params"]], clip) for each in both]
-        if not all(bool(torch.isfinite(norm)) for norm in norms):
-            self.state.skipped += 1
-            return False
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for each in both:
-            each.step()
-        for decay, ema in self.state.emas.items():
-            update_ema(ema, self.state.nets, decay, 1_000_000)  # it begins at the trained weights: nothing to forget
-        return True
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        noise = self.noise_optimizer
+        noise_parameters = [p for group in noise.param_groups for p in group["params"]] if noise else []
+        for p in [*parameters, *noise_parameters]:
+            p.grad = None
 
-    def learn_values(self, obs: Tensor, returns: Tensor, generator: torch.Generator, epochs: int, batch: int) -> float:
-        """Regress the critic onto ``returns`` [M]; the last epoch's mean squared error in units of its scale."""
+        def cast_loss(share: Share) -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                return loss(share)
+
+        means = self.backward(self.shares(rows), cast_loss)
+
+        # both networks step, or neither does
+        bad = None
+        if self.accelerator is not None:
+            sum_gradients([*parameters, *noise_parameters], self.accelerator)
+        if noise:
+            bad = (~torch.isfinite(nn.utils.clip_grad_norm_(noise_parameters, clip))).float()
+        _, bad = optimizer_step(optimizer, parameters, lr, clip, bad)
+        if noise and not bool(bad):
+            noise.step()
+        self.skipped.add(bad)
+        for decay, ema in self.state.emas.items():
+            update_ema(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
+        return means
+
+    def backward(self, shares: Sequence[Share], loss: ShareLoss) -> Tensor:
+        """Accumulate the gradient of ``shares``; the means that the losses report, over all ranks."""
+        states = random_states(self.device)
+        total = torch.zeros((), dtype=torch.float64)
+        for share in shares:
+            restore_random_states(self.device, states)  # every share draws the numbers of all rows, and leaves some out
+            value, means = loss(share)
+            (value * share.weight).backward()
+            total = total + means.detach().cpu().double() * share.weight
+        return total if self.world == 1 else self.sum(total.to(self.device)).cpu()
+
+    def refuse_divergence(self, limit: int) -> None:
+        """Count the skipped steps; raise :class:`Diverged` after ``limit`` of them in a row."""
+        self.state.skipped += self.skipped.take()
+        streak = int(self.skipped.streak)
+        if streak >= limit:
+            raise Diverged(f"no finite gradient for {streak} steps in a row (try a lower --method.lr)")
+
+    def fit_critic(self, obs: Tensor, returns: Tensor, generator: torch.Generator, epochs: int, batch: int) -> float:
+        """Regress the critic onto ``returns`` [M]; the mean squared error of the last epoch, in units of its scale."""
         assert self.critic is not None and self.critic_optimizer is not None  # noqa: PT018
-        target, total = returns / self.critic.scale, 0.0
+        critic, parameters = self.critic, list(self.critic.parameters())
+        target, total = returns / critic.scale, 0.0
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            error = (critic(obs[share.rows]) - target[share.rows]).square().mean()
+            return error, error
+
         for _ in range(epochs):
             order, total = torch.randperm(len(obs), generator=generator), 0.0
             for rows in order.split(batch):
-                loss = (self.critic(obs[rows]) - target[rows]).square().mean()
                 self.critic_optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+                error = self.backward(self.shares(rows), loss)
+                if self.accelerator is not None:
+                    sum_gradients(parameters, self.accelerator)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
                 self.critic_optimizer.step()
-                total += float(loss.detach()) * len(rows) / len(obs)
+                total += float(error) * len(rows) / len(obs)
         return total
-
-
-Share = Annotated[float, Ge(0), Le(1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """A way to learn from rewards: a frozen dataclass of its settings."""
-
-    lr: Annotated[float, Gt(0)] = 1e-4
-    """learning rate of the networks; ten times as much loses the variety of the demonstrations sooner (policy.md)"""
-    gamma: Share = 0.99
-    """discount from one decision to the next"""
-    lam: Share = 0.95
-    """of generalised advantages: 0 trusts the critic, 1 the returns"""
-    critic_lr: Annotated[float, Gt(0)] = 1e-3
-    """learning rate of the critic"""
-    critic_epochs: Annotated[int, Ge(1)] = 5
-    """passes over an iteration's decisions"""
-    critic_batch: Annotated[int, Ge(1)] | None = None
-    """rows of a gradient step of the critic; None: those of ``batch``"""
-    batch: Annotated[int, Ge(1)] = 1024
-    """rows of a gradient step"""
-    clone_batch: Annotated[int, Ge(1)] = 256
-    """demonstrations of a gradient step"""
-
-    noisy: ClassVar[bool] = True
-    """whether it needs a log-probability of every step"""
-
-    def check(self, chain: Chain, task: Task) -> None:  # noqa: B027  (most have nothing to refuse)
-        """``ValueError`` where it cannot learn from such a chain or task."""
-
-    @abstractmethod
-    def update(self, learner: Learner, task: Task, seen: Experience, iteration: int) -> dict[str, float]:
-        """Learn from one iteration's experience; what to log."""
-
-    def critic_update(self, learner: Learner, seen: Experience, iteration: int) -> dict[str, float]:
-        if learner.critic is None or seen.returns is None:
-            return {}
-        g = learner.generator(iteration, 1)
-        rows = self.critic_batch or self.batch
-        error = learner.learn_values(seen.cond["obs"], seen.returns, g, self.critic_epochs, rows)
-        left = seen.advantages.var(correction=0) / seen.returns.var(correction=0).clamp(min=1e-12)
-        return {"critic_loss": error, "explained": 1 - float(left)}
-
-
-def with_reference(learner: Learner, seen: Experience) -> tuple[Experience, dict[str, float]]:
-    """What the model before any reward would have done, and how far these walks' law is from its: ``kl_reference``, in
-    nats a walk, of the weights that drew them. Nothing is said of a chain with a step that has no noise."""
-    before = means_of(learner.chain, learner.reference, seen)
-    seen = seen._replace(before=before)
-    if not all(link.std > 0 for link in learner.chain.links):
-        return seen, {}
-    return seen, {"kl_reference": float(divergence(learner.chain, seen.walk.means, before, stds=seen.walk.stds).mean())}
-
-
-@torch.no_grad()
-def means_of(chain: Chain, denoise: Denoiser, seen: Experience) -> Tensor:
-    """The means that ``denoise`` gives the steps of these walks, ``[K, M, *S]``."""
-    return torch.stack([chain.mean_std(denoise, seen.walk.xs[k], k, seen.cond)[0] for k in range(chain.steps)])
-
-
-def divergence(
-    chain: Chain, means: Tensor, others: Tensor, last: int | None = None, stds: Tensor | None = None
-) -> Tensor:
-    """KL divergence of the walks' laws in nats, ``[M]``, for means [K, M, *S] over the ``last`` steps (all).
-
-    Both have the same deviations, ``stds`` [K, M, *S] or the chain's, so each step has
-    ``|mean - other|^2 / (2 std^2)``. Along the walks that were drawn.
-    """
-    first = chain.first(last)
-    at = chain.table(means)[3].reshape(-1, *(1,) * (means.ndim - 1)) if stds is None else stds
-    return (((means - others) / at)[first:] ** 2).flatten(2).sum(2).sum(0) / 2
-
-
-def apart(mean: Tensor, std: Tensor, other: Tensor, wide: Tensor) -> Tensor:
-    """KL divergence of ``N(mean, std^2)`` from ``N(other, wide^2)`` in nats, ``[B]`` for ``[B, *S]``."""
-    square = ((mean - other) / wide) ** 2 + (std / wide) ** 2
-    return (0.5 * (square - 1) - (std / wide).log()).expand_as(mean).flatten(1).sum(1)

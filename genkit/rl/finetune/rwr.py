@@ -1,9 +1,9 @@
-"""Reward-weighted regression: the objective's own loss on samples, the better ones weighing more."""
+"""Reward-weighted regression: the objective's own loss on samples, weighted by their rewards."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,63 +11,66 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from genkit.core import Batch
-from genkit.rl.finetune.learner import Experience, Learner, Method, Task
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner, Share
+from genkit.rl.finetune.reward_method import RewardMethod
 
 
-def weights_of(worth: Tensor, tau: float, most: float = float("inf")) -> Tensor:
-    """``exp(R / tau)`` [B], by the largest and then of mean 1, none more than ``most`` (Peters & Schaal 2007; Peng et
-    al. 2019). With rewards R, the regression's optimum is ``p0 exp(R / tau)`` up to a constant."""
-    w = ((worth - worth.max()) / tau).exp()
-    w = w / w.mean()
-    return w.clamp(max=most)
+def reward_weights(rewards: Tensor, tau: float, max_weight: float = float("inf")) -> Tensor:
+    """``exp(R / tau)`` [B], scaled to mean 1 and then limited to ``max_weight`` (Peters & Schaal 2007; Peng et al.
+    2019). The regression's optimum is ``p0 exp(R / tau)`` up to a constant."""
+    weights = ((rewards - rewards.max()) / tau).exp()
+    weights = weights / weights.mean()
+    return weights.clamp(max=max_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWR(Method):
-    """Regress onto what was tried, weighted by ``exp(A / tau)``, A in units of its deviation, and onto demonstrations.
+class RWR(RewardMethod):
+    """Regress onto the samples, weighted by ``exp(A / tau)`` with A in standard deviations, and onto demonstrations.
 
-    Without the demonstrations every iteration multiplies the law by the weights again and it collapses: on four ways
-    20 iterations left 0.99 of 1.99 bits of the ways, and with them 1.98 (docs/results/rwr-four-ways.json).
+    Without the demonstrations every iteration multiplies the law by the weights again, and it collapses: on four ways
+    20 iterations left 0.99 of 1.99 bits of mode entropy, and 1.98 with them (docs/results/rwr-four-ways.json).
     """
 
     tau: Annotated[float, Gt(0)] = 1.0
-    """temperature, in deviations of the advantages"""
-    most: Annotated[float, Gt(0)] = 10.0
-    """the largest weight, where the mean is 1"""
-    demos: Annotated[float, Ge(0), Lt(1)] = 0.5
-    """share of demonstrations in every batch, of weight 1"""
+    """Temperature, in standard deviations of the advantages."""
+    max_weight: Annotated[float, Gt(0)] = 10.0
+    """Largest weight of a sample; the mean weight is 1."""
+    demo_fraction: Annotated[float, Ge(0), Lt(1)] = 0.5
+    """Weight of the demonstrations in every batch, and their number relative to its samples."""
     epochs: Annotated[int, Ge(1)] = 5
-    """passes over an iteration's samples"""
-    warmup: Annotated[int, Ge(0)] = 2
-    """first iterations, in which the critic alone learns"""
-    noisy: ClassVar[bool] = False
+    """Passes over the samples of an iteration."""
+    needs_log_prob: ClassVar[bool] = False
 
-    def update(self, learner: Learner, task: Task, seen: Experience, iteration: int) -> dict[str, float]:
-        logs = self.critic_update(learner, seen, iteration)
-        if learner.critic is not None and iteration < self.warmup:
-            return logs
-        a = seen.advantages
-        weights = weights_of(a / a.std(correction=0).clamp(min=1e-8), self.tau, self.most)
-        tried = Batch(seen.walk.xs[-1], seen.cond, weights)
+    def improve(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
+        advantages = experience.advantages
+        standardized = advantages / advantages.std(correction=0).clamp(min=1e-8)
+        weights = reward_weights(standardized, self.tau, self.max_weight)
+        samples = Batch(experience.trajectory.xs[-1], experience.cond, weights)
         total, steps = 0.0, 0
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(a), generator=learner.generator(iteration, 2, epoch))
-            for rows in order.split(self.batch):
-                loss = self.loss(learner, tried, rows, (iteration, epoch, int(rows[0])))
-                learner.step(loss, self.lr)
-                total, steps = total + float(loss.detach()), steps + 1
-        share = float(weights.sum() ** 2 / (weights**2).sum() / len(weights))
-        return {**logs, "loss": total / max(1, steps), "effective": share}
 
-    def loss(self, learner: Learner, tried: Batch, rows: Tensor, key: tuple[int, ...]) -> Tensor:
-        assert tried.weight is not None
-        own = replace(
-            tried, x=tried.x[rows], cond={k: v[rows] for k, v in tried.cond.items()}, weight=tried.weight[rows]
-        )
-        each = learner.objective.loss(learner.phase, learner.state.nets, own).per_sample
-        assert own.weight is not None
-        loss = (each * own.weight).mean()
-        if self.demos:
-            clone = learner.clone_loss(max(1, round(self.demos * len(rows)))) / math.prod(learner.spec.shape)
-            loss = (1 - self.demos) * loss + self.demos * clone
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            value = self.loss(learner, samples, share)
+            return value, value
+
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2, epoch))
+            for rows in order.split(self.batch):
+                total += float(learner.gradient_step(rows, loss, self.lr))
+                steps += 1
+        effective = float(weights.sum() ** 2 / (weights**2).sum() / len(weights))  # effective sample size (Kish 1965)
+        return {"loss": total / max(1, steps), "effective_fraction": effective}
+
+    def loss(self, learner: Learner, samples: Batch, share: Share) -> Tensor:
+        """The weighted loss on the rows of ``samples``, and on demonstrations."""
+        rows = share.rows
+        assert samples.weight is not None
+        weight, cond = samples.weight[rows], {k: v[rows] for k, v in samples.cond.items()}
+        batch = Batch(samples.x[rows], cond, weight, draw=share.draw)
+        per_sample = learner.objective.loss(learner.phase, learner.state.nets, batch).per_sample
+        loss = (per_sample * weight).mean()
+        if self.demo_fraction:
+            demos = max(1, round(self.demo_fraction * share.total))
+            bc_loss = share.bc_loss(demos) / math.prod(learner.spec.shape)
+            loss = (1 - self.demo_fraction) * loss + self.demo_fraction * bc_loss
         return loss

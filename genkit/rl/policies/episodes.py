@@ -1,4 +1,4 @@
-"""Episodes of a policy in an environment, many side by side, and what they reached."""
+"""Episodes of a policy in an environment, many side by side, and their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 
 class Actor(Protocol):
-    """What :func:`run_episodes` needs of a policy; :class:`genkit.rl.policies.policy.Policy` has it.
+    """The interface that :func:`run_episodes` needs; :class:`genkit.rl.policies.policy.Policy` has it.
 
     A policy that sees pictures also has ``frame_shape``, (C, H, W), and takes them as ``act(obs, frames=...)``.
     """
@@ -43,7 +43,7 @@ class Episodes:
     truncated: np.ndarray
     """whether the time limit ended the episode, [N]"""
     info: dict[str, np.ndarray]
-    """``success`` (in any step), ``coverage`` (maximum) and ``mode`` (last), those that the environment reports, [N]"""
+    """``success`` (in any step), ``coverage`` (maximum) and ``mode`` (last), if the environment reports them, [N]"""
     paths: list[np.ndarray]
     """observations of each episode, ``[T + 1, Do]``"""
     modes: int = 0
@@ -141,7 +141,7 @@ def run_episodes(
     return joined(parts)
 
 
-class Recorder:
+class EpisodeRecorder:
     """Accumulates the results of episodes that run side by side; a row that has ended is no longer changed."""
 
     def __init__(self, env: Env, obs: np.ndarray, n: int, film: int):
@@ -207,7 +207,7 @@ def run_batch(
     padded = [*seeds, *[seeds[-1]] * (env.num - len(seeds))]
     policy.reset(padded)
     obs = env.reset(padded)
-    recorder = Recorder(env, obs, len(seeds), film)
+    recorder = EpisodeRecorder(env, obs, len(seeds), film)
     history, pixels = [obs] * obs_steps, [see(policy, env)] * obs_steps
     while recorder.running:
         # one decision: a chunk of actions from the newest observations

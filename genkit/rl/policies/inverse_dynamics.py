@@ -112,7 +112,7 @@ def load_inverse_dynamics(run: Run, state_dim: int) -> tuple[InverseDynamics, fl
 
 
 def save_inverse_dynamics(path: Path, net: InverseDynamics, explained_variance: float) -> None:
-    """Write the network and what must be known to load it."""
+    """Write the network, its number of actions and its explained variance."""
     about = {"actions": net.get_buffer("action_mean").numel(), "explained_variance": explained_variance}
     with atomic_write(path) as part:
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, {"about": json.dumps(about)})

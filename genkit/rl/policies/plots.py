@@ -1,4 +1,4 @@
-"""Pictures of what a policy would do next."""
+"""Plots of the actions or plans that a policy samples."""
 
 from __future__ import annotations
 

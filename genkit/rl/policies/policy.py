@@ -25,7 +25,7 @@ from genkit.diffusion.samplers import Seeds
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
 
-KINDS: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
+POLICY_CLASSES: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
     (Actions, False): "genkit.rl.policies.policy:Policy",
     (Actions, True): "genkit.rl.policies.policy:VisualPolicy",
     (Plans, False): "genkit.rl.policies.planner:Planner",
@@ -109,7 +109,7 @@ class Policy:
         guide: Guidance | None = None,
         **options: Any,
     ) -> Policy:
-        """The policy of a run that was trained on demonstrations: of actions, seen by numbers or pictures, or of plans.
+        """The policy of a run that was trained on demonstrations, of the class that fits its samples and observations.
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
         ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
@@ -120,7 +120,9 @@ class Policy:
         run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
         kind: type[Policy] = cls
         if cls is Policy:
-            kind = load_object(KINDS.get((type(run.codec), "frames" in run.spec.cond), KINDS[Actions, False]))
+            kind = load_object(
+                POLICY_CLASSES.get((type(run.codec), "frames" in run.spec.cond), POLICY_CLASSES[Actions, False])
+            )
         kind.require_suitable(run)
         obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
         droppable = getattr(run.objective, "cond_dropout_each", 0.0) > 0

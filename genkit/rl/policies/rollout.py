@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from PIL import Image
 from genkit import __version__
 from genkit.config import override
 from genkit.core import pictures
+from genkit.core.device import DeviceName
 from genkit.core.files import write_text
-from genkit.core.progress import Progress, silent
+from genkit.core.progress import Progress, reporting
 from genkit.diffusion.value_guidance import value_guidance
 from genkit.envs import Env, make
 from genkit.rl.policies.best_of_n import best_of
@@ -28,14 +30,15 @@ from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
+from genkit.training.settings import Count
 
-Count = Annotated[int, Ge(1)]
+logger = logging.getLogger("genkit")
 Q_SEED = 3 * 2**28  # the first seed of the episodes that Q is learned from: neither trained on nor measured with
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """How a policy acts, in which environment and how often."""
+    """Settings of a policy's episodes in an environment."""
 
     env: str | None = None
     """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
@@ -71,13 +74,13 @@ class RolloutSettings:
     """Checkpoint to use; None: the newest."""
     film: Annotated[int, Ge(0)] = 0
     """Number of first episodes to film, as one GIF each."""
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    device: DeviceName = "cpu"
     """Device of the networks; small ones are fastest on a CPU."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Episodes of a run's policy, and how they came about."""
+    """Episodes of a run's policy, with the settings that they depend on."""
 
     policy: Policy
     env: Env
@@ -124,7 +127,7 @@ class Rollouts:
 
     @property
     def name(self) -> str:
-        """A file name, without ending, that tells these rollouts from those with other settings."""
+        """A file name, without suffix, that is different for other settings."""
         s = self.settings
         parts = [f"step{self.policy.run.step}", f"k{s.steps if self.policy.run.objective.sampler else 1}"]
         parts += [f"best{s.best_of}"] if s.best_of > 1 else []
@@ -163,15 +166,14 @@ def rollout(
     run: str | Path | Run,
     settings: RolloutSettings | None = None,
     *,
-    progress: Progress = silent,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
     **changes: Any,
 ) -> Rollouts:
-    """Let the policy of ``run`` act for some episodes. ``changes`` are settings by keyword: ``rollout(run, steps=2)``.
+    """Let the policy of ``run`` act for some episodes. ``changes`` are settings by name: ``rollout(run, steps=2)``.
 
-    ``progress("episodes", done, total)`` is called as they end; ``say`` gets a line when Q has been learned.
-    ``ValueError`` if the run is not of a policy, or does not fit the environment. For a policy or an environment of
-    your own there is :func:`genkit.rl.policies.episodes.run_episodes`.
+    ``progress("episodes", done, total)`` is called as they end. Messages go to the logger ``genkit``. ``ValueError`` if
+    the run is not of a policy, or does not fit the environment. For a policy or an environment of your own there is
+    :func:`genkit.rl.policies.episodes.run_episodes`.
     """
     settings = override(settings or RolloutSettings(), **changes)
     policy = load_policy(run, settings)
@@ -180,9 +182,10 @@ def rollout(
     limit = {} if settings.max_steps is None else {"max_steps": settings.max_steps}
     env = make(settings.env or policy.env, min(settings.num_envs, settings.episodes), **limit)
     seeds = range(settings.seed, settings.seed + settings.episodes)
-    explained_variance = fit_q(policy, env, settings, say) if settings.fit_q else None
+    explained_variance = fit_q(policy, env, settings) if settings.fit_q else None
     policy = with_q(policy, settings)
-    episodes = run_episodes(policy, env, seeds, film=settings.film, progress=progress)
+    with reporting(progress) as report:
+        episodes = run_episodes(policy, env, seeds, film=settings.film, progress=report)
     chunk_ms = chunk_latency(policy, env, env.reset(list(seeds)[: env.num]))
     return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance)
 
@@ -221,18 +224,18 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
 
 
 def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
-    """What a saved Q must have been learned with, to be of use to this policy."""
+    """The settings that a saved Q must have been learned with, to apply to this policy."""
     return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": settings.env or policy.env}
 
 
-def fit_q(policy: Policy, env: Env, settings: RolloutSettings, say: Callable[[str], None]) -> float:
+def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
     """Learn Q and save it in the run's folder; the share of held-out returns' variance that it explains."""
     data = collect_decisions(policy, env, range(Q_SEED, Q_SEED + settings.fit_q), settings.gamma)
     used = executed_mask(policy.run.spec.shape, policy.obs_shape[0], policy.act_steps)
     q, explained = learn_q(policy.run.spec, used, data)
     about = {"steps": settings.steps, "gamma": settings.gamma, "episodes": settings.fit_q, "explained": explained}
     file = save_q(policy.run.directory, q, q_requirements(policy, settings) | about)
-    say(f"{file}: {len(data.returns)} decisions, explains {explained:.2f} of held-out returns")
+    logger.info(f"{file}: {len(data.returns)} decisions, explains {explained:.2f} of held-out returns")
     return explained
 
 

@@ -1,0 +1,279 @@
+"""``--init diffusers:DIR``: settings and weights of a network that diffusers saved.
+
+DIR is the folder of a model (config.json, diffusion_pytorch_model.safetensors) or of a pipeline, with unet/ or
+transformer/ and scheduler/; or OWNER/NAME, which is downloaded from the hub. Weights are read from safetensors only.
+
+The module is an ``InitSource`` (``genkit.training.init_sources``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genkit import config
+from genkit.backbones.diffusers import MODELS, Diffusers, DiffusersDenoiser, Model, class_of, shift_time_embedding
+from genkit.core import Objective
+from genkit.core.files import one_line
+from genkit.diffusion.paths import VP
+from genkit.objectives import DDPM
+
+SUBFOLDERS = ("unet", "transformer")  # where a pipeline keeps the network
+CLASSES = {**{m.kind: m for m in MODELS.values()}, "Transformer2DModel": MODELS["dit"]}  # the second: DiT's releases
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
+BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
+CLASS_TABLE = re.compile(r"(class_embedding|class_embedder\.embedding_table)\.weight$")
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+@dataclass(frozen=True)
+class SavedModel:
+    """A network on disk, with the scheduler of its pipeline if there is one."""
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    scheduler: Mapping[str, Any] | None
+
+    @property
+    def network(self) -> type[Model]:
+        """The kind of network, an entry of ``MODELS``."""
+        return CLASSES[self.settings["_class_name"]]
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file, or the index of several. ``ValueError`` if there is none."""
+        files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.safetensors.index.json"))
+        if not files:
+            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+            hint = f"; {pickles[0]} is a pickle, which genkit never loads: save it as safetensors" if pickles else ""
+            raise ValueError(f"init: {self.folder} holds no safetensors{hint}")
+        plain = self.folder / "diffusion_pytorch_model.safetensors"
+        return plain if plain in files else files[0]
+
+
+def open_model(where: str) -> SavedModel:
+    """The model in a folder, or on the hub. ``ValueError`` if there is none that genkit supports."""
+    root = Path(where).expanduser()
+    if not root.is_dir():
+        root = download(where)
+    folder = next((root / p for p in SUBFOLDERS if (root / p / "config.json").is_file()), root)
+    if not (folder / "config.json").is_file():
+        names = " or ".join(SUBFOLDERS)
+        raise ValueError(f"init: {root} holds no config.json, and no {names}; needs a folder of save_pretrained")
+    settings = read_json(folder / "config.json")
+    if settings.get("_class_name") not in CLASSES:
+        kind = settings.get("_class_name", "model without a class")
+        raise ValueError(f"init: {folder} holds a {kind}; allowed: {', '.join(CLASSES)}")
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    return SavedModel(where, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file. ``ValueError`` if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"init: {path} is not valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"init: {path} holds no settings")
+    return content
+
+
+@lru_cache(maxsize=8)  # a command asks three times: for the settings, for a note, for the weights
+def download(name: str) -> Path:
+    """The local copy of OWNER/NAME of the hub. ``ValueError`` if it cannot be downloaded."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"init: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
+        )
+    try:
+        from huggingface_hub import snapshot_download  # lazy: optional
+
+        wanted = ["*.json", *(f"{p}/*.safetensors" for p in SUBFOLDERS), "diffusion_pytorch_model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as e:  # of many kinds: no library, no network, no such repository
+        reason = one_line(e)[:150]
+        raise ValueError(
+            f"init: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
+            "download it elsewhere and name its folder"
+        ) from e
+
+
+def canonical_name(where: str) -> str:
+    """``where`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
+    return str(Path(where).expanduser().resolve()) if Path(where).expanduser().is_dir() else where
+
+
+# ------------------------------------------------------------------------------------------------------- the settings
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of config.yaml that the settings of diffusers are translated to."""
+
+    backbone: Any = config.table("genkit.backbones:BACKBONES", "unet")
+    objective: Any = config.table("genkit.objectives:OBJECTIVES", "flow")
+
+
+def init_defaults(where: str) -> dict[str, Any]:
+    """The block ``backbone`` of config.yaml, and ``objective`` if genkit has the scheduler."""
+    model = open_model(where)
+    settings = model.settings
+    timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
+    learned_sigma = settings.get("out_channels") == 2 * settings.get("in_channels", 0)
+    network = model.network.of({k: v for k, v in settings.items() if not k.startswith("_")})
+    backbone = config.dump(Blocks(backbone=Diffusers(network, timesteps, learned_sigma)))["backbone"]
+    objective = objective_of(model)
+    return {"backbone": backbone, **({"objective": objective} if objective else {})}
+
+
+def objective_of(model: SavedModel) -> dict[str, Any] | None:
+    """The objective that the weights were trained by; None if the scheduler is missing, or genkit does not have it."""
+    s = model.scheduler
+    if s is None:
+        return None
+    if is_flow_matching(s):
+        return {"name": "flow"}
+    if s.get("prediction_type", "epsilon") not in PREDICTIONS or s.get("beta_schedule", "linear") not in BETAS:
+        return None
+    block: dict[str, Any] = {
+        "name": "ddpm",
+        "timesteps": s.get("num_train_timesteps", 1000),
+        "betas": BETAS[s.get("beta_schedule", "linear")],
+        "prediction": PREDICTIONS[s.get("prediction_type", "epsilon")],
+        "zero_snr": bool(s.get("rescale_betas_zero_snr", False)),
+    }
+    ends = {"beta_min": s.get("beta_start", 1e-4), "beta_max": s.get("beta_end", 0.02)}
+    block |= {} if block["betas"] == "cosine" else ends
+    objective = DDPM(**{k: v for k, v in block.items() if k != "name"})
+    assert isinstance(objective.path, VP)
+    return block if has_same_alphas(objective.path, s) else None
+
+
+def has_same_alphas(path: VP, scheduler: Mapping[str, Any]) -> bool:
+    """Whether the path passes through the scheduler's own alphas; ``trained_betas``, for instance, may differ."""
+    theirs = class_of("DDIMScheduler").from_config(dict(scheduler)).alphas_cumprod.double()
+    t = torch.arange(1, path.timesteps + 1, dtype=torch.float64) / path.timesteps
+    return len(theirs) == len(t) and bool(torch.allclose(path.alpha(t) ** 2, theirs, rtol=1e-3, atol=1e-6))
+
+
+def is_flow_matching(scheduler: Mapping[str, Any] | None) -> bool:
+    """Whether a scheduler is one of flow matching."""
+    return bool(scheduler) and str((scheduler or {}).get("_class_name", "")).startswith("FlowMatch")
+
+
+def init_note(where: str, objective: Objective) -> str | None:
+    """A remark for the user if the weights were trained by another objective than ``objective``, else None."""
+    model = open_model(where)
+    theirs, ours = objective_of(model), config.dump(Blocks(objective=objective))["objective"]
+    name = ours["name"]
+    if model.scheduler is None:
+        return f"{where} has no scheduler, so it is unknown how its weights were trained; continuing with {name}"
+    if theirs is None:
+        kind = model.scheduler.get("_class_name")
+        return (
+            f"{where} was trained with a {kind} whose schedule --objective=ddpm does not have; continuing with {name}"
+        )
+    changed = {k: v for k, v in theirs.items() if ours.get(k) != v}
+    if not changed:
+        return None
+    before = ", ".join(f"{k} {v}" for k, v in changed.items())
+    after = ", ".join(f"{k} {ours[k]}" for k in changed if k in ours)
+    return f"{where} was trained with {before}; continuing with {after}: at first its output means something else"
+
+
+# ---------------------------------------------------------------------------------------------------------- the weights
+def init_from(
+    nets: Mapping[str, nn.Module], where: str, note: Callable[[str], None] = lambda text: None
+) -> dict[str, str]:
+    """Load the weights at ``where`` into the one network of diffusers among ``nets``, and return their origin.
+
+    Classes that the weights do not have start as their null class, or as the mean of all; ``note`` receives a remark.
+    ``ValueError`` names the first tensor that does not fit.
+    """
+    model = open_model(where)
+    target = single_network(nets, model)
+    weights = model.weights
+    try:
+        net = class_of(model.network.kind).from_pretrained(
+            model.folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"init: {model.folder} cannot be read: {one_line(e)[:200]}") from e
+    stored = {k: v.float() for k, v in net.state_dict().items()}
+    if is_flow_matching(model.scheduler):
+        stored |= remap_time_embedding(net, -1.0)  # from 1000 t to our timesteps * label - 1
+    wanted = target.model.state_dict()
+    for key in [k for k in wanted if CLASS_TABLE.search(k)]:
+        stored[key], remark = fit_class_table(stored.get(key), wanted[key], key)
+        if remark:
+            note(remark)
+    for key in sorted(wanted.keys() | stored.keys()):
+        theirs, ours = (list(v[key].shape) if key in v else "absent" for v in (stored, wanted))
+        if theirs != ours:
+            hint = "; it was trained with classes, keep the data's labels" if CLASS_TABLE.search(key) else ""
+            raise ValueError(f"init: {where} does not fit, first at {key}: {theirs} there, {ours} here{hint}")
+    target.model.load_state_dict(stored)
+    return {"run": f"diffusers:{canonical_name(where)}", "weights": str(weights)}
+
+
+def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> DiffusersDenoiser:
+    """The one network of diffusers among ``nets``. ``ValueError`` if it is of another kind, or of other samples."""
+    networks = [m for net in nets.values() for m in net.modules() if isinstance(m, DiffusersDenoiser)]
+    if len(networks) != 1:
+        raise ValueError(
+            f"init: {model.name} is a network of diffusers; needs --backbone=diffusers, and one such network"
+        )
+    target, kind = networks[0], model.network
+    if type(target.cfg.model) is not kind:
+        raise ValueError(
+            f"init: {model.name} is a {kind.kind}; the backbone is a {target.cfg.model.kind}; "
+            "leave --backbone.model out"
+        )
+    channels, shape = model.settings.get("in_channels"), list(target.spec.shape)
+    if channels != shape[0]:
+        raise ValueError(
+            f"init: {model.name} is for samples of {channels} channels; the data are {shape}; grey and colour are "
+            f"changed by --data.channels={channels}"
+        )
+    return target
+
+
+def fit_class_table(stored: Tensor | None, wanted: Tensor, key: str) -> tuple[Tensor, str | None]:
+    """The table of classes ``[N + 1, D]`` for ``wanted``, the null class last, and a remark on what is new in it."""
+    if stored is None:
+        return torch.zeros_like(wanted), "the classes are new, and start without effect"
+    if stored.shape == wanted.shape or stored.shape[1:] != wanted.shape[1:]:
+        return stored, None
+    mean = stored.mean(0, keepdim=True)
+    if len(stored) == len(wanted) - 1:
+        return torch.cat([stored, mean]), "the null class is new, and starts as the mean of all"
+    is_dit = "embedder" in key  # whose last row is the null class; a U-Net need not have one
+    null, name = (stored[-1:], "the null class") if is_dit else (mean, "the mean of all")
+    counts = f"{len(stored)} classes there, {len(wanted)} here"
+    return null.expand(len(wanted), -1).clone(), f"{counts}: all start as {name}"
+
+
+def remap_time_embedding(net: nn.Module, shift: float) -> dict[str, Tensor]:
+    """The weights behind the sinusoids of the time, for a network that is given times larger by ``shift``."""
+    changed, modules = {}, dict(net.named_modules())
+    for name, proj in list(modules.items()):
+        if not name.endswith("time_proj"):
+            continue
+        parent = name.removesuffix("time_proj")
+        layer = next(k for k in ("time_embedding.linear_1", "timestep_embedder.linear_1") if parent + k in modules)
+        half = proj.num_channels // 2  # type: ignore[operator]
+        waves = proj(torch.tensor([1.0]))[0, : 2 * half]  # at time 1 the angles are the rates, all in (0, 1]
+        cosine_first = bool(proj.flip_sin_to_cos)
+        cosine, sine = (waves[:half], waves[half:]) if cosine_first else (waves[half:], waves[:half])
+        rates = torch.atan2(sine, cosine)
+        weight: Any = modules[parent + layer].weight
+        changed[f"{parent}{layer}.weight"] = shift_time_embedding(weight, rates, cosine_first, shift)
+    return changed

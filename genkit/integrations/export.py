@@ -1,0 +1,98 @@
+"""Writing a run for use elsewhere: :func:`export`. The formats are in ``genkit.integrations.FORMATS``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+
+from genkit import config
+from genkit.backbones.lora import LoRA
+from genkit.config import table, to_yaml
+from genkit.data.codecs import LearnedCodec
+from genkit.training.checkpoint import save_checkpoint
+from genkit.training.loop import initial_state
+from genkit.training.run import Run, load_run
+
+
+class ExportFormat(ABC):
+    """A way to write a run into a folder: an entry of ``FORMATS``, a frozen dataclass of settings."""
+
+    @abstractmethod
+    def write(self, run: Run, folder: Path) -> list[str]:
+        """Fill an empty folder, and return lines that say how to use it, in which ``{out}`` stands for the folder.
+
+        Raise ``ValueError`` if the format cannot hold the run.
+        """
+
+
+@dataclass(frozen=True)
+class StandaloneRun(ExportFormat):
+    """A run with one checkpoint of the exported weights only; a LoRA is merged into its base."""
+
+    def write(self, run: Run, folder: Path) -> list[str]:
+        cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
+        state = initial_state(cfg.objective, run.nets, cfg)
+        state.step = run.step
+        save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1)
+        if isinstance(run.codec, LearnedCodec):
+            shutil.copytree(run.directory / "codec", folder / "codec")
+        (folder / "config.yaml").write_text(to_yaml(cfg))
+        return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Which weights of a run are written, and in which format."""
+
+    to: ExportFormat = table("genkit.integrations:FORMATS", "diffusers", kind="genkit.integrations.export:ExportFormat")
+    """Format: diffusers, a pipeline; run, a run of the exported weights only."""
+    ema: str | None = None
+    """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
+    step: Annotated[int, Ge(0)] | None = None
+    """Checkpoint. None: the newest."""
+    lora: str | None = None
+    """Merge the adapter of this run of --lora.rank into the weights."""
+    lora_scale: float | None = None
+    """Scale of that adapter, or of a LoRA run's own; None: 1."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run that was exported."""
+
+    path: Path
+    run: Run
+    instructions: tuple[str, ...]
+    """lines that say how to use it"""
+
+
+def export(run: str | Path | Run, out: str | Path, settings: ExportSettings | None = None, **changes: Any) -> Exported:
+    """Write a run into the new folder ``out``, completely or not at all.
+
+    ``changes`` are settings by name: ``export(run, out, to="run")``; those of loading have no effect on an opened
+    ``run``. ``ValueError`` if ``out`` is not empty, or the format cannot hold the run.
+    """
+    settings = config.override(settings or ExportSettings(), **changes)
+    path = Path(out).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"out: given {path}, which is there already; name a new folder")
+    if not isinstance(run, Run):
+        options = {"adapter": settings.lora, "adapter_scale": settings.lora_scale}
+        run = load_run(run, ema=settings.ema, step=settings.step, device="cpu", **options)  # type: ignore[arg-type]
+    part = path.parent / f".{path.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with torch.no_grad():
+            lines = settings.to.write(run, part)
+        os.replace(part, path)  # also onto an empty folder
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Exported(path, run, tuple(line.replace("{out}", str(path)) for line in lines))

@@ -1,0 +1,279 @@
+"""Fine-tuning a run by a reward: :func:`finetune`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from genkit import config
+from genkit.core import seed_of
+from genkit.core.device import pick_device
+from genkit.core.files import write_text
+from genkit.core.progress import Progress, reporting
+from genkit.evaluation.evaluator import default_features
+from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
+from genkit.rl.finetune.divergence import compare_with_reference
+from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
+from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
+from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.setup import (
+    build_chain,
+    build_env,
+    build_learner,
+    build_task,
+    choose_threads,
+    method_name,
+    train_settings,
+)
+from genkit.rl.finetune.tasks import FunctionTask
+from genkit.rl.policies.episodes import run_episodes
+from genkit.rl.policies.policy import Policy
+from genkit.training.directory import create_run, find_run, read_log, rewind_log
+from genkit.training.distributed import join_ranks
+from genkit.training.loop import Diverged, require_same
+from genkit.training.run import Run, load_run
+from genkit.training.session import Recorder, environment
+
+logger = logging.getLogger("genkit")
+CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: neither trained on nor reported
+LINE = ("reward", "return", "success", "mode_entropy_bits", "kl_reference", "clipped", "diffusion_loss", "loss")
+RESULTS = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
+
+
+@dataclass(frozen=True)
+class FinetunedRun(Run):
+    """A fine-tuned model, and its evaluation without exploration noise; empty if there was none."""
+
+    before: Mapping[str, Any] = field(default_factory=dict)
+    """results of the run that was improved"""
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """results of this run"""
+
+
+def finetune(
+    run: str | Path | Run | None = None,
+    settings: FinetuneSettings | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> FinetunedRun:
+    """Improve ``run`` by a reward, in a new run directory, and return the model as it is used from then on.
+
+    ``changes`` are settings by name, in the form of YAML: ``finetune("runs/latest", reward="success", method="dppo",
+    num_envs=50)``, or ``method={"name": "dppo", "bc_coef": 0}``. ``resume`` continues a fine-tuning run from its newest
+    checkpoint, bit-identically, with its own settings and these changes. Messages go to the logger ``genkit``. Raises
+    ``ValueError`` for settings that do not fit the run, and if the gradient stays non-finite.
+    """
+    directory = find_run(resume) if resume is not None else None
+    if settings is None:
+        stored = config.load_yaml(settings_file(directory)) if directory else {}
+        settings = config.from_dict(FinetuneSettings, stored)
+    settings = config.override(settings, **changes)
+    if isinstance(run, Run):
+        base, accelerator = run, join_ranks(run.device)
+        settings = replace(settings, run=str(run.directory))
+    else:
+        settings = settings if run is None else replace(settings, run=str(run))
+        if not settings.run:
+            raise ValueError("run: not given; say which: genkit finetune runs/latest")
+        accelerator = join_ranks(pick_device(settings.device))
+        base = load_run(settings.run, device=accelerator.device.type)
+    return FineTuning(settings, base, accelerator, directory).run(progress)
+
+
+def settings_file(directory: Path) -> Path:
+    """The settings of a fine-tuning run. ``ValueError`` if it is another run."""
+    file = directory / "finetune.yaml"
+    if not file.is_file():
+        raise ValueError(f"resume: given {directory}, which genkit finetune did not make; it has no finetune.yaml")
+    return file
+
+
+class FineTuning:
+    """One fine-tuning run, from the weights of another one, ``base``."""
+
+    def __init__(self, settings: FinetuneSettings, base: Run, accelerator: Accelerator, resumed: Path | None = None):
+        self.settings, self.base, self.accelerator, self.resumed = settings, base, accelerator, resumed
+        world = accelerator.num_processes
+        torch.set_num_threads(choose_threads(settings, base, world))
+        torch.manual_seed(settings.seed)
+        chain = build_chain(settings, base)
+        self.task, self.policy = build_task(settings, base, world)
+        settings.method.check(chain, self.task)
+        self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
+        self.best = BestCheckpoint()
+        if resumed:
+            restore_finetuning(resumed, self.learner, self.best)
+        self.directory = self.open_directory()
+        self.recorder = Recorder(self.directory, accelerator)
+        self.quality = self.image_quality()
+
+    @property
+    def averaged(self) -> dict[str, nn.Module]:
+        """The averaged networks, which every use of the run draws from."""
+        return self.learner.state.emas[self.settings.ema]
+
+    def run(self, progress: Progress | None) -> FinetunedRun:
+        """Evaluate, fine-tune, evaluate again and return the model."""
+        self.recorder.say(f"{self.directory}  from {self.base.directory} ({self.base.weights})")
+        with (
+            reporting(progress, self.accelerator.is_main_process) as report,
+            self.recorder.tensorboard(self.settings.tensorboard, self.learner.state.step),
+        ):
+            if self.resumed is None:
+                self.record_results("before", self.evaluate("before", self.averaged))
+            try:
+                self.iterate(report)
+            except Diverged as e:
+                raise ValueError(f"{e}; the last good checkpoint stays in {self.directory}") from e
+            return self.conclude()
+
+    def open_directory(self) -> Path:
+        """The new run's directory, which the main process makes or reopens; every rank learns its name."""
+        settings, directory = self.settings, self.resumed
+        if self.accelerator.is_main_process:
+            if directory is None:
+                old_name = self.base.directory.name.partition("-")[2]
+                directory = create_run(settings.out, settings.name or f"{old_name}-{method_name(settings)}")
+                (directory / "env.json").write_text(json.dumps(environment(self.accelerator), indent=1))
+                new_settings = train_settings(settings, self.base)
+                (directory / "config.yaml").write_text(config.to_yaml(new_settings))
+            else:
+                rewind_log(directory, self.learner.state.step)
+            stored = replace(settings, run=str(self.base.directory), resume=None)
+            (directory / "finetune.yaml").write_text(config.to_yaml(stored))
+        shared = broadcast_object_list([directory])[0]
+        assert shared is not None
+        return shared
+
+    def image_quality(self) -> SampleQuality | None:
+        """Metrics of image quality, on the main process, if samples are evaluated and their data has a classifier."""
+        wanted = isinstance(self.task, FunctionTask) and self.settings.eval_samples and self.recorder.main
+        if not wanted or default_features(self.base.spec) != "classifier":
+            return None
+        return sample_quality(self.base.config.data.load("train"))
+
+    # --------------------------------------------------------------------------------------------------- learning
+    def iterate(self, report: Progress) -> None:
+        """Collect experience and learn from it until an iteration, a divergence or the patience ends it."""
+        settings, learner, task = self.settings, self.learner, self.task
+        start, cpu_start, begun = time.perf_counter(), time.process_time(), False
+        while learner.state.step < settings.iterations and not self.best.is_stale(settings.patience):
+            i = learner.state.step
+            if i % settings.save_every == 0 or not begun:
+                task.begin(learner, i)
+                begun = True
+            torch.manual_seed(seed_of(settings.seed, i))  # for the objective's own draws
+            experience, divergence = compare_with_reference(learner, task.collect(learner, i))
+            if settings.max_kl is not None and divergence.get("kl_reference", 0) > settings.max_kl:
+                self.save()
+                self.recorder.say(f"stopped  at iteration {i}: kl_reference {divergence['kl_reference']:.3g}")
+                break
+            logs = {**experience.logs, **divergence, **settings.method.update(learner, task, experience, i)}
+            learner.refuse_divergence(self.base.config.max_nonfinite_steps)
+            learner.state.step += 1
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+            clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+            self.log({"step": i + 1, **clocks, **logs}, report)
+            if (i + 1) % settings.save_every == 0 or i + 1 == settings.iterations:
+                self.checkpoint()
+
+    def log(self, record: dict[str, Any], report: Progress) -> None:
+        """A line of the log, and progress."""
+        step, iterations = record["step"], self.settings.iterations
+        self.recorder.log(record)
+        line = "  ".join(f"{k} {record[k]:.3g}" for k in LINE if k in record)
+        report(line, step, iterations)
+        if self.recorder.main and (step % 5 == 0 or step == 1):
+            logger.debug(f"iteration {step}/{iterations}  {line}")
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint, evaluated first if a best one is to be chosen."""
+        episodes = self.settings.checkpoint_eval_episodes
+        if episodes and self.policy is not None:
+            seeds = range(CHECKPOINT_SEED, CHECKPOINT_SEED + episodes)
+            results = self.on_main_process(lambda: evaluate_policy(self.settings, self.base, self.averaged, seeds))
+            self.best.update(self.learner.state.step, self.record_results("checkpoint", results))
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        require_same(self.accelerator, self.learner.state)
+        if self.accelerator.is_main_process:
+            save_finetuning(self.directory, self.learner, self.base, self.best)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+    def on_main_process(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Call ``function`` on the main process; its result, on every rank."""
+        result = broadcast_object_list([function() if self.accelerator.is_main_process else None])[0]
+        assert result is not None
+        return result
+
+    def evaluate(self, name: str, nets: dict[str, nn.Module]) -> dict[str, Any]:
+        """Evaluate ``nets`` without exploration noise. Results ready for JSON; empty if no evaluation is asked for."""
+        settings = self.settings
+        if isinstance(self.task, FunctionTask):
+            if not settings.eval_samples:
+                return {}
+            evaluation = SampleEvaluation(
+                self.task,
+                settings.eval_samples,
+                settings.eval_seed,
+                settings.steps,
+                settings.grid,
+                self.learner.demos,
+                self.quality,
+            )
+            picture = self.directory / "samples" / f"{name}.png"
+            return self.on_main_process(lambda: evaluation(replace(self.base, nets=nets), picture))
+        if not settings.eval_episodes:
+            return {}
+        seeds = range(settings.eval_seed, settings.eval_seed + settings.eval_episodes)
+        return self.on_main_process(lambda: evaluate_policy(settings, self.base, nets, seeds))
+
+    def record_results(self, name: str, results: Mapping[str, Any]) -> float | None:
+        """Log the results, write them to NAME.json and report them; the mean return, if there is one."""
+        if not results:
+            return None
+        values = {k: v["value"] if isinstance(v, dict) else v for k, v in results.items()}
+        scalars = {f"{name}/{k}": v for k, v in values.items() if v is not None}
+        self.recorder.log({"step": self.learner.state.step, **scalars})
+        if self.accelerator.is_main_process:
+            write_text(self.directory / f"{name}.json", json.dumps(results, indent=1) + "\n")
+        line = "  ".join(f"{k} {values[k]:.3f}" for k in RESULTS if values.get(k) is not None)
+        self.recorder.say(f"{name:<8} {line}")
+        return values.get("return")
+
+    def conclude(self) -> FinetunedRun:
+        """Evaluate the run as it is from now on, and return it."""
+        run = load_run(self.directory, ema=self.settings.ema, device=self.accelerator.device.type)
+        after = self.evaluate("after", run.nets)
+        self.record_results("after", after)
+        if self.accelerator.is_main_process:
+            plot_reward_kl(read_log(self.directory), self.directory / "reward-kl.png")
+        file = self.directory / "before.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        values: dict[str, Any] = {f.name: getattr(run, f.name) for f in fields(Run)}
+        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after)
+
+
+def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
+    """Results of the policy with these networks, without noise: one episode for each seed. The return is the sum of the
+    rewards that were learned from; the largest reward of a step is left out unless it is the environment's own."""
+    policy = Policy.load(
+        replace(base, nets=nets), steps=settings.steps, act_steps=settings.act_steps, grid=settings.grid
+    )
+    results = run_episodes(policy, build_env(settings, policy, min(50, len(seeds))), seeds).summary()
+    return {k: v for k, v in results.items() if settings.reward == "env" or k != "best_reward"}

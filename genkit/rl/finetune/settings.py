@@ -1,0 +1,101 @@
+"""The settings of fine-tuning: one dataclass, the same thing as a YAML file and as a command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+from tyro.conf import Positional
+
+from genkit.config import table
+from genkit.core.device import DeviceName
+from genkit.training.settings import Count
+
+if TYPE_CHECKING:
+    from genkit.rl.finetune.noise import ExplorationNoise
+    from genkit.rl.finetune.reward_method import RewardMethod
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Improve a trained model by a reward."""
+
+    run: Positional[str] = ""
+    """Directory of the run to improve, such as runs/latest."""
+    reward: str = "env"
+    """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
+    environment's reward from step to step, and 1 for success; or package.module:function, (samples [B, ...], cond) to
+    [B]."""
+    method: RewardMethod = table(
+        "genkit.rl.finetune.methods:METHODS", "dppo", kind="genkit.rl.finetune.reward_method:RewardMethod"
+    )
+    """Learning method."""
+    exploration_noise: ExplorationNoise = table(
+        "genkit.rl.finetune.noise:NOISES", "fixed", kind="genkit.rl.finetune.noise:ExplorationNoise"
+    )
+    """Noise added to the sampler's steps, for exploration."""
+    min_std: Annotated[float, Ge(0)] = 0.05
+    """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
+    steps: Count = 4
+    """Sampler steps; the fine-tuned model needs the same number."""
+    grid: str = "uniform"
+    """Grid of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    iterations: Count = 60
+    """Rounds of collecting experience and learning from it."""
+    env: str | None = None
+    """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
+    mode: Annotated[int, Ge(0)] | None = None
+    """Reward only episodes of this mode, in an environment that has several."""
+    num_envs: Count = 100
+    """Worlds side by side, over all ranks together."""
+    num_steps: Count = 40
+    """Decisions in each world per iteration."""
+    act_steps: Count | None = None
+    """Actions of a chunk that are carried out; None: as in training."""
+    terminate_out_of_range: Annotated[float, Gt(0)] | None = None
+    """End a training episode when any observation is more than this many standard scales from the demonstrations'
+    middle (a fallen robot, say). Evaluation is not affected. None: never."""
+    samples: Count = 512
+    """Samples per iteration over all ranks together, if the reward is a function."""
+    group: Count = 1
+    """Samples of one condition that are compared with each other (GRPO); 1: all are compared with all."""
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """EMA decay per gradient step."""
+    label: Annotated[int, Ge(0)] | None = None
+    """Improve only this class of a class-conditional model, if the reward is a function; None: all in turn."""
+    unconditional: bool = False
+    """Improve the samples drawn without conditions, if the reward is a function."""
+    max_kl: Annotated[float, Gt(0)] | None = None
+    """Stop when the KL divergence of the sampler from the pretrained model's exceeds this, in nats; None: never."""
+    eval_episodes: Annotated[int, Ge(0)] = 200
+    """Episodes before and after, without noise, from seeds that are not trained on; 0: none."""
+    eval_samples: Annotated[int, Ge(0)] = 500
+    """Samples before and after, without noise, if the reward is a function; 0: none."""
+    eval_seed: Annotated[int, Ge(0)] = 100_000
+    """Seed of the first of these episodes or samples."""
+    checkpoint_eval_episodes: Annotated[int, Ge(0)] = 0
+    """Episodes at each checkpoint, without noise, from seeds of their own: the run is then the checkpoint with the
+    best return; 0: the run is the newest checkpoint."""
+    patience: Count | None = None
+    """Stop after this many checkpoints without a better return; None: never."""
+    save_every: Count = 10
+    """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of every random number."""
+    device: DeviceName = "auto"
+    """Device of the networks. auto: the machine's accelerator, or the CPU if it has none."""
+    threads: Count | None = None
+    """CPU threads per rank. None: one for policies and small batches, where more only wait for each other, else all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Forward-pass precision. Probability ratios near 1 need more digits than bf16 has: try it for images only."""
+    micro_batch: Count | None = None
+    """Rows per forward pass of a gradient step on one rank, to save memory; None: all at once."""
+    tensorboard: bool = True
+    """Write scalars for TensorBoard, besides log.jsonl."""
+    out: str = "runs"
+    """Directory in which the new run's directory is made."""
+    name: str | None = None
+    """Name of the new run; None: that of the old one and the method's."""
+    resume: str | None = None
+    """Directory of a fine-tuning run to resume."""

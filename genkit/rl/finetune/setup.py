@@ -1,0 +1,163 @@
+"""The parts of fine-tuning, built from its settings: the chain, the task, the learner and the new run's settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from genkit.backbones.lora import LoRA
+from genkit.config.blocks import name_of
+from genkit.core import Batch
+from genkit.data import Stream
+from genkit.data.codecs import Actions
+from genkit.envs import Env, make
+from genkit.rl.finetune.chain import Chain, find_denoiser
+from genkit.rl.finetune.env_rewards import REWARDS, SingleModeReward
+from genkit.rl.finetune.experience import Task
+from genkit.rl.finetune.learner import Critic, Learner
+from genkit.rl.finetune.noise import unlearned_noises
+from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_conditional, load_reward
+from genkit.rl.policies.episodes import require_compatible
+from genkit.rl.policies.policy import Policy
+from genkit.training.loop import initial_state, local_batch_size
+from genkit.training.run import Run
+from genkit.training.settings import TrainSettings
+from genkit.training.train import pick_threads
+
+DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstrations
+
+
+def method_name(settings: FinetuneSettings) -> str:
+    """The method's name in the registry."""
+    return name_of({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
+
+
+def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:
+    """CPU threads of a rank. A policy's networks are called for few worlds at a time, where one thread is fastest."""
+    if settings.threads or settings.reward in REWARDS:
+        return settings.threads or 1
+    return pick_threads(settings.method.batch // world * math.prod(base.spec.shape))
+
+
+def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
+    """The denoising chain, with the network of learned noise. ``ValueError`` if the method cannot train that noise."""
+    path = find_denoiser(base.objective, base.nets).path
+    noise, method = settings.exploration_noise, settings.method
+    chain = Chain.on_grid(path, settings.steps, noise, settings.min_std, settings.grid)
+    torch.manual_seed(settings.seed)
+    sigma = noise.network(base.spec, settings.steps)
+    if sigma is None:
+        return chain
+    if not method.needs_log_prob:
+        raise ValueError(
+            f"exploration_noise: {noise.name} has no effect on {method_name(settings)}, which uses no log-probability; "
+            f"allowed: {unlearned_noises()}"
+        )
+    return replace(chain, sigma=sigma.to(base.device))
+
+
+def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[Task, Policy | None]:
+    """The source of rewards and, for an environment, the policy. ``ValueError`` for settings that have no effect."""
+    if settings.reward in REWARDS:
+        return build_environment_task(settings, base, world)
+    if settings.mode is not None or settings.env is not None or settings.terminate_out_of_range is not None:
+        raise ValueError(
+            "env, mode, terminate_out_of_range: have no effect if the reward is a function; leave them out"
+        )
+    if settings.label is not None and not is_class_conditional(base.spec):
+        raise ValueError(f"label: given {settings.label}, but this model has no classes; leave it out")
+    local_batch_size(settings.samples, world, "samples")
+    function = load_reward(settings.reward)
+    task = FunctionTask(
+        function,
+        settings.reward,
+        base.codec,
+        settings.samples,
+        settings.group,
+        settings.label,
+        settings.unconditional,
+    )
+    return task, None
+
+
+def build_environment_task(settings: FinetuneSettings, base: Run, world: int) -> tuple[Task, Policy]:
+    """This rank's worlds, and the policy that acts in them."""
+    if settings.label is not None or settings.unconditional:
+        raise ValueError("label, unconditional: have no effect in an environment; leave them out")
+    policy = Policy.load(base, steps=settings.steps, act_steps=settings.act_steps, grid=settings.grid)
+    if type(policy) is not Policy:
+        raise ValueError(f"run: {base.directory.name} plans, or sees pictures; allowed: policies of actions given obs")
+    env = build_env(settings, policy, local_batch_size(settings.num_envs, world, "num_envs"))
+    require_compatible(policy, env)
+    task = EnvironmentTask(
+        env,
+        cast(Actions, base.codec),
+        policy.act_steps,
+        settings.num_steps,
+        settings.method.gamma,
+        settings.method.gae_lambda,
+        settings.terminate_out_of_range,
+    )
+    return task, policy
+
+
+def build_env(settings: FinetuneSettings, policy: Policy, num: int) -> Env:
+    """``num`` worlds with the rewards that the settings ask for."""
+    env = REWARDS[settings.reward](make(settings.env or policy.env, num))
+    return env if settings.mode is None else SingleModeReward(env, settings.mode)
+
+
+def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
+    """The new run's config.yaml: that of the old run, initialized with its weights."""
+    return replace(
+        base.config,
+        init=str(base.directory),
+        ema=(settings.ema,),
+        lr=settings.method.lr,
+        out=settings.out,
+        seed=settings.seed,
+        resume=None,
+        precision=settings.precision,
+        lora=LoRA(),
+    )
+
+
+def build_learner(
+    settings: FinetuneSettings, base: Run, chain: Chain, needs_critic: bool, accelerator: Accelerator | None = None
+) -> Learner:
+    """A learner whose networks start from the weights of ``base``, on its device."""
+    config, device = train_settings(settings, base), base.device
+    torch.manual_seed(settings.seed)
+    nets = base.objective.networks(config.backbone, base.spec)
+    for name, net in nets.items():
+        net.to(device).requires_grad_(True).load_state_dict(base.nets[name].state_dict())
+    state = initial_state(config.objective, nets, config)
+
+    data = base.config.data.load("train")
+    stream = Stream(data, DEMO_ROWS, settings.seed, device, workers=0)
+
+    def demos(number: int, start: int, stop: int) -> Batch:
+        return data.codec.encode(stream(number, 0, start, stop))
+
+    critic = Critic(base.spec).to(device) if needs_critic else None
+    sigma, lr = chain.sigma, settings.method.critic_lr
+    return Learner(
+        config.objective,
+        state,
+        chain,
+        base.spec,
+        demos,
+        settings.seed,
+        critic,
+        torch.optim.Adam(critic.parameters(), lr=lr) if critic else None,
+        torch.optim.Adam(sigma.parameters(), lr=lr) if isinstance(sigma, nn.Module) else None,
+        accelerator=accelerator,
+        micro_batch=settings.micro_batch,
+        bf16=settings.precision == "bf16",
+    )

@@ -1,0 +1,77 @@
+"""Episodes by hand: receding horizon, batches of seeds, what counts."""
+
+import numpy as np
+import pytest
+
+from genkit.envs.four_ways import FourWays
+from genkit.rl.policies.episodes import Episodes, entropy_bits, run_episodes
+from tests.support.refusals import refuses
+
+
+class Counting:
+    """The k-th action of the d-th chunk is 100 d + k; keeps the observations that it is given."""
+
+    obs_shape, action_dim = (3, 1), 1
+
+    def __init__(self, act_steps):
+        self.act_steps, self.observations = act_steps, []
+
+    def reset(self, seeds):
+        self.observations = []
+
+    def act(self, obs):
+        self.observations.append(obs[:, :, 0].tolist())
+        actions = 100.0 * len(self.observations) + np.arange(self.act_steps)
+        return np.broadcast_to(actions[None, :, None], (len(obs), self.act_steps, 1))
+
+
+class Logging:
+    """Counts time as its observation; row i ends after 5 + i steps, the last by the time limit."""
+
+    num, obs_dim, action_dim, max_steps = 2, 1, 1, 6
+
+    def reset(self, seeds, rows=None):
+        self.time, self.log = 0, []
+        return np.full((2, 1), 0.0)
+
+    def step(self, actions):
+        self.time += 1
+        self.log.append(actions[:, 0].tolist())
+        ends = self.time == np.array([5, 6])
+        reward = np.array([1.0, 2.0])
+        cut = ends & np.array([False, True])
+        info = {"success": ends & ~cut, "coverage": np.array([self.time / 10, 1 / self.time])}
+        return np.full((2, 1), float(self.time)), reward, ends & ~cut, cut, info
+
+
+def test_the_first_actions_of_each_chunk_are_carried_out():
+    policy, env = Counting(4), Logging()
+    done = run_episodes(policy, env, [0, 1])
+    assert [a for _, a in env.log] == [100, 101, 102, 103, 200, 201]
+    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0]  # a row that has ended gets zeros
+    assert [s[1] for s in policy.observations] == [
+        [0, 0, 0],
+        [2, 3, 4],
+    ]  # the newest three, the first repeated at the start
+    assert done.returns.tolist() == [5, 12]
+    assert done.best.tolist() == [1, 2]
+    assert done.lengths.tolist() == [5, 6]
+    assert done.truncated.tolist() == [False, True]
+    assert done.info["success"].tolist() == [True, False]
+    assert done.info["coverage"].tolist() == [0.5, 1.0]  # the largest on the way, none of it after the end
+    assert [len(p) for p in done.paths] == [6, 7]
+    assert done.summary()["success"]["value"] == 0.5
+
+
+def test_a_batch_that_is_not_full_counts_each_seed_once():
+    done = run_episodes(Counting(4), Logging(), [0, 1, 2])
+    assert done.returns.tolist() == [5, 12, 5]
+    refuses(lambda: run_episodes(Counting(4), FourWays(2), [0]), "2 observed numbers", "trained on 1 and 1")
+
+
+def test_entropy_is_that_of_the_ways_that_succeed():
+    assert entropy_bits(np.array([5, 5, 5, 5])) == pytest.approx(2)
+    assert entropy_bits(np.array([8, 0, 0, 0])) == 0
+    info = {"mode": np.array([0, 1, 3, 3, 3]), "success": np.array([1, 1, 0, 0, 0])}
+    many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], 4)
+    assert many.mode_entropy_bits == pytest.approx(1)

@@ -1,0 +1,93 @@
+"""Choosing at inference: the best of several samples, and the Q-function that they are chosen by."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from genkit.cli.commands.rollout import main as rollout
+from genkit.core import Spec, Vector
+from genkit.diffusion.samplers import Seeds
+from genkit.rl.policies.best_of_n import best_of
+from genkit.rl.policies.q_function import Decisions, discounted_returns, learn_q, load_q, save_q
+
+
+def plain(z, cond, noise=None):
+    return z if noise is None else z + 0 * noise(z.shape[1:])
+
+
+def test_best_of_n_takes_the_largest_of_each_row_whatever_the_batch():
+    value = lambda x, cond: x[:, 0] * cond["sign"]  # noqa: E731
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    draw = Seeds(range(4))
+    z = draw((2,))
+    best = best_of(plain, value, 5)(z, {"sign": sign}, draw)
+    again = Seeds(range(4))
+    every = torch.stack([again((2,)) for _ in range(5)])
+    want = torch.where(sign > 0, every[:, :, 0].amax(0), every[:, :, 0].amin(0))
+    assert torch.equal(best[:, 0], want)
+    alone = Seeds([2])
+    assert torch.equal(best_of(plain, value, 5)(alone((2,)), {"sign": sign[2:3]}, alone)[0], best[2])
+    assert torch.equal(best_of(plain, value, 1)(z, {"sign": sign}, draw), z)
+    with pytest.raises(ValueError, match="best_of: given 0"):
+        best_of(plain, value, 0)
+
+
+def test_discounted_returns_by_hand():
+    """Two worlds, chunks of two steps, gamma 0.5: the second ends at its third step, what follows is not its own."""
+    rewards = np.array([[1, 1], [2, 2], [3, 3], [4, 100], [5, 100]], float)
+    ended = np.array([[0, 0], [0, 0], [0, 1], [0, 0], [1, 0]], bool)
+    value, valid = discounted_returns(rewards, ended, 2, 0.5)
+    assert value.T.tolist() == [[3 + 0.5 * (7 + 0.5 * 5), 7 + 0.5 * 5, 5], [3 + 0.5 * 3, 3, 0]]
+    assert valid.T.tolist() == [[True, True, True], [True, True, False]]
+
+
+OBS = Spec((1, 3), {"obs": Vector((1, 1))})
+
+
+def test_q_learns_what_followed_and_is_blind_to_what_is_not_done(tmp_path):
+    """Returns ``-(first action - obs)^2``: its gradient and its largest are known."""
+    g = torch.Generator().manual_seed(0)
+    obs, x = torch.rand(2000, 1, 1, generator=g) - 0.5, torch.randn(2000, 1, 3, generator=g)
+    returns = 100 - 10 * (x[:, 0, 0] - obs[:, 0, 0]) ** 2
+    used = torch.tensor([[1.0, 0.0, 0.0]])
+    q, explains = learn_q(OBS, used, Decisions(obs, x, returns), epochs=20, batch=128, lr=3e-3)
+    assert explains > 0.9
+    x = torch.zeros(5, 1, 3)
+    x[:, 0, 0] = torch.linspace(-1, 1, 5)
+    other = x + torch.tensor([0.0, 5.0, -5.0])
+    values = q(x, {"obs": torch.zeros(5, 1, 1)})
+    assert torch.equal(values, q(other, {"obs": torch.zeros(5, 1, 1)}))
+    assert int(values.argmax()) == 2
+    about = {"weights": "ema", "act_steps": 1}
+    save_q(tmp_path, q, {**about, "episodes": 3})
+    again = load_q(tmp_path, OBS, about)
+    assert torch.equal(again(x, {"obs": torch.zeros(5, 1, 1)}), values)
+    with pytest.raises(ValueError, match="was learned with act_steps 1, not 2"):
+        load_q(tmp_path, OBS, {"act_steps": 2})
+    (tmp_path / "q.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_q(tmp_path, OBS, about)
+    with pytest.raises(ValueError, match="--fit-q"):
+        load_q(tmp_path / "none", OBS, about)
+
+
+def test_rollout_learns_q_and_heeds_it(policy, capsys):
+    some = [str(policy), "--episodes", "8", "--json", "--no-picture", "--max-steps", "16"]
+    with pytest.raises(ValueError, match=r"has no q\.safetensors yet; learn one: --fit-q 500"):
+        rollout([*some, "--best-of", "4"])
+    results = {}
+    for name, more in {
+        "plain": [],
+        "best": ["--fit-q", "20", "--best-of", "4"],
+        "guided": ["--q-guidance", "2"],
+    }.items():
+        assert rollout([*some, *more]) == 0
+        results[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "q_explained_variance" in results["best"]
+    assert (policy / "q.safetensors").is_file()
+    assert (policy / "rollouts" / "step30-k4-best4-seed100000-n8.json").is_file()
+    assert (policy / "rollouts" / "step30-k4-q2-seed100000-n8.json").is_file()
+    with pytest.raises(ValueError, match="was learned with act_steps"):
+        rollout([*some, "--best-of", "4", "--act-steps", "2"])
