@@ -1,17 +1,18 @@
-"""Configuration: a frozen dataclass, a YAML file and a command line are the same thing, checked in the same place."""
+"""Configuration: a frozen dataclass, a YAML file and a command line describe the same thing, with one set of checks."""
 
 from __future__ import annotations
 
 from dataclasses import field
 from typing import Any
 
-from genkit.config.blocks import ConfigError, dump, from_dict, load, load_yaml, narrow, override, to_yaml
+from genkit.config.blocks import ConfigError, dump, from_dict, load_object, load_yaml, narrow, override, to_yaml
 from genkit.config.command import parse
 
 __all__ = [
     "ConfigError",
     "dump",
     "from_dict",
+    "load_object",
     "load_yaml",
     "narrow",
     "override",
@@ -22,5 +23,8 @@ __all__ = [
 
 
 def table(registry: str, name: str, **metadata: str) -> Any:
-    """A field that holds an object of a dataclass in ``registry`` ("module:NAME"), by default ``name``'s."""
-    return field(default_factory=lambda: load(registry)[name](), metadata={"table": registry, **metadata})
+    """Declare a field that holds an instance of one of the dataclasses in ``registry`` ("module:NAME").
+
+    The default is entry ``name`` with its own defaults. ``metadata``: see ``genkit.config.blocks``.
+    """
+    return field(default_factory=lambda: load_object(registry)[name](), metadata={"table": registry, **metadata})

@@ -1,11 +1,11 @@
-"""The command line in two passes: the NAMEs choose the classes, then tyro reads the flags that those classes have.
+"""The command line in two passes: names select the classes, then tyro reads the flags that those classes have.
 
-Precedence, low to high: dataclass defaults < YAML (``--config FILE``) < a NAME (``--objective flow``: always resets its
-block to that class's defaults) < dotted flags (``--objective.std 2``). Order on the command line does not matter,
-except that the last of two equal flags holds.
+Precedence, low to high: dataclass defaults < YAML (``--config FILE``) < a name (``--objective flow``, which resets its
+block to that class's defaults) < dotted flags (``--objective.std 2``). The order on the command line does not matter,
+except that the last of two equal flags wins.
 
-tyro knows the grammar (which flags there are, how many values each takes, what they look like, ``--help``); the values
-themselves go through the same check as YAML. So a mistake reads the same wherever it was made.
+tyro knows the grammar: which flags exist, how many values each takes, what they look like, ``--help``. The values
+themselves pass the same checks as YAML, so a mistake reads the same in both places.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from genkit.config.blocks import (
     ABSENT,
     Block,
     ConfigError,
-    check,
-    fields,
+    check_value,
+    find_name,
+    find_tables,
     from_dict,
-    hints,
-    join,
-    load,
+    get_fields,
+    get_hints,
+    join_path,
+    load_object,
     load_yaml,
-    name_of,
-    outline,
-    tables,
+    parse_block,
 )
 
 T = TypeVar("T")
+TRUTH_VALUES = {"true", "false", "yes", "no", "on", "off"}
 
 
 def parse(
@@ -57,45 +58,47 @@ def parse(
     argv: Sequence[str],
     prog: str = "genkit",
     description: str | None = None,
-    under: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> T:
-    """The ``cls`` that ``argv`` asks for. ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0.
+    """Return the ``cls`` that a command line describes.
 
-    ``under`` are settings that stand in for the defaults: a file and the flags go before them.
+    ``defaults`` are settings that replace those of the classes; a file and flags take precedence over them. Raises
+    ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0.
     """
-    file = peek(argv, "config")
-    tree = over(under or {}, load_yaml(file) if file else {})
+    file = peek_option(argv, "config")
+    tree = merge_trees(defaults or {}, load_yaml(file) if file else {})
     flags: set[str] = set()  # the dotted paths that the command line gives
     try:
-        block = choose(cast(type, cls), tree, argv, flags)
-        for path, value in Flags(block, wants_help(argv)).read(argv, prog, description).items():
-            put(tree, path, value)
+        block = choose_classes(cast(type, cls), tree, argv, flags)
+        for path, value in FlagParser(block, wants_help(argv)).read(argv, prog, description).items():
+            put_setting(tree, path, value)
             flags.add(path)
         return from_dict(cls, tree)
     except ConfigError as e:
-        raise locate(e, file, tree, flags) from None
+        raise locate_error(e, file, tree, flags) from None
 
 
-def over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree``, and what it does not mention from ``below``. A block with a name of its own is taken whole."""
-    out = dict(below)
-    for key, value in tree.items():
-        changes = isinstance(value, Mapping) and "name" not in value and isinstance(out.get(key), Mapping)
-        out[key] = over(out[key], value) if changes else value
+def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` updated by ``changes``, block by block. A block with a name replaces the one in ``base``."""
+    out = dict(base)
+    for key, value in changes.items():
+        merged = isinstance(value, Mapping) and "name" not in value and isinstance(out.get(key), Mapping)
+        out[key] = merge_trees(out[key], value) if merged else value
     return out
 
 
-def locate(e: ConfigError, file: str | None, tree: Mapping[str, Any], flags: set[str]) -> ConfigError:
-    """The same mistake, with the flag or the file that made it."""
+def locate_error(e: ConfigError, file: str | None, tree: Mapping[str, Any], flags: set[str]) -> ConfigError:
+    """Return the same error with the flag or the file that caused it."""
     path, *index = re.split(r"(?=\[)", e.path)
     if path in flags:
-        return ConfigError(flag(path) + "".join(index), e.problem)
+        return ConfigError(to_flag(path) + "".join(index), e.problem)
     related = any(f"{path}.".startswith(f"{x}.") or x.startswith(f"{path}.") for x in flags)
     in_file = mentions(tree, path) or mentions(tree, path.rpartition(".")[0])
     return ConfigError(f"{file}: {e.path}", e.problem) if file and in_file and not related else e
 
 
 def mentions(tree: object, path: str) -> bool:
+    """Return whether nested mappings have a value at a dotted path."""
     for name in path.split("."):
         if not isinstance(tree, Mapping) or name not in map(str, tree):
             return False
@@ -103,36 +106,36 @@ def mentions(tree: object, path: str) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------- pass 1: the NAMEs
-def choose(cls: type, tree: dict[str, Any], argv: Sequence[str], flags: set[str]) -> Block:
-    """Put the NAMEs of ``argv`` into ``tree``, outer tables first, and return the outline that this gives."""
+# -------------------------------------------------------------------------------------------- pass 1: the names
+def choose_classes(cls: type, tree: dict[str, Any], argv: Sequence[str], flags: set[str]) -> Block:
+    """Put the names in ``argv`` into ``tree``, outer tables first, and return the block that results."""
     block = Block(cls, {})
     while True:
-        before = list(tables(block))
+        before = list(find_tables(block))
         for path in before:
-            name = peek(argv, path)
+            name = peek_option(argv, path)
             if name is not None and path not in flags:
-                put(tree, path, {"name": name})
+                put_setting(tree, path, {"name": name})
                 flags.add(path)
-        block = outline(cls, tree)
-        if list(tables(block)) == before:
+        block = parse_block(cls, tree)
+        if list(find_tables(block)) == before:
             return block
 
 
-def peek(argv: Sequence[str], path: str) -> str | None:
-    """The last value of ``--path VALUE`` or ``--path=VALUE``."""
-    found = None
+def peek_option(argv: Sequence[str], path: str) -> str | None:
+    """Return the last value of ``--path VALUE`` or ``--path=VALUE``, or None. Nothing else is parsed."""
+    last = None
     for token, following in itertools.zip_longest(argv, argv[1:]):
         if token == "--":
             break
         name, equals, value = token.partition("=")
-        if path_of(name) == path:
-            found = value if equals else following if following and not is_flag(following) else None
-    return found
+        if to_path(name) == path:
+            last = value if equals else following if following and not is_flag(following) else None
+    return last
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """``tree[a][b][c] = value`` for the path "a.b.c"; a NAME on the way becomes a block."""
+def put_setting(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``tree[a][b][c] = value`` for the path "a.b.c". A name in between becomes a block."""
     *blocks, last = path.split(".")
     for name in blocks:
         inner = tree.get(name, {})
@@ -141,160 +144,192 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def flag(path: str) -> str:
+def to_flag(path: str) -> str:
+    """Return the flag of a dotted path: ``objective.loss_space`` -> ``--objective.loss-space``."""
     return "--" + path.replace("_", "-")
 
 
-def path_of(token: str) -> str | None:
+def to_path(token: str) -> str | None:
+    """Return the dotted path of a flag, in either spelling; None if ``token`` is not a flag."""
     return token[2:].replace("-", "_") if token.startswith("--") else None
 
 
+def negate(path: str) -> str:
+    """Return the path of the flag that turns a switch off: ``data.flip`` -> ``data.no_flip``."""
+    return re.sub(r"([^.]+)$", r"no_\1", path)
+
+
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether tyro will print, and exit: help, or a script for the shell's completion."""
+    """Return whether tyro will print something and exit: help, or a script for the shell's completion."""
     options = itertools.takewhile(lambda token: token != "--", argv)
     return any(token in ("-h", "--help") or token.startswith("--tyro-") for token in options)
 
 
 def is_flag(token: str) -> bool:
+    """Return whether ``token`` is a flag rather than a value, which may be a negative number."""
     return token.startswith("-") and token.lstrip("-")[:1].isalpha()
 
 
-def no(path: str) -> str:
-    """``data.flip`` -> ``data.no_flip``, the switch that turns it off."""
-    return re.sub(r"([^.]+)$", r"no_\1", path)
+# ---------------------------------------------------------------------------------------------- pass 2: the flags
+class RawValues(tuple):
+    """The values of one flag, as text. Anything else in tyro's answer is a default."""
 
 
-# ---------------------------------------------------------------------------------------- pass 2: the flags
-class Given(tuple):
-    """The values of one flag, as text. Whatever is not ``Given`` in tyro's answer is a default."""
-
-
-def syntax(hint: Any) -> PrimitiveConstructorSpec:
-    """How tyro reads and describes a value of type ``hint``."""
+def get_syntax(hint: Any) -> PrimitiveConstructorSpec:
+    """Return how tyro reads and describes a value of type ``hint``."""
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
     assert isinstance(spec, PrimitiveConstructorSpec), f"tyro has no syntax for {hint}"
     return spec
 
 
-def as_text(hint: Any) -> Any:
-    """``hint`` for tyro, which shall hand on the text: values are refused in one place, by ``check``."""
-    spec = syntax(hint)
+def as_raw(hint: Any) -> Any:
+    """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values."""
+    spec = get_syntax(hint)
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    text = replace(spec, instance_from_str=Given, choices=None)
-    return Annotated[(plain | None, *marks, text)]  # pyright: ignore[reportReturnType]  # None: see Flags.required
+    raw = replace(spec, instance_from_str=RawValues, choices=None)
+    return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One setting on the command line: its type, and its value without a flag."""
+class Setting:
+    """One setting on the command line: its type, and its value if no flag is given."""
 
     hint: Any
     value: Any
 
-    def read(self, given: Given) -> Any:
-        """The value that tyro makes of the text; where it cannot, the text, as YAML would hold it."""
-        spec = syntax(self.hint)
+    def read(self, raw: RawValues) -> Any:
+        """Return the value that tyro makes of the text. If it cannot, return the text, as YAML would hold it."""
+        spec = get_syntax(self.hint)
         with contextlib.suppress(ValueError):
-            return spec.instance_from_str(list(given))
-        return given[0] if len(given) == 1 and spec.nargs != "*" else list(given)
+            return spec.instance_from_str(list(raw))
+        return raw[0] if len(raw) == 1 and spec.nargs != "*" else list(raw)
 
 
-class Flags:
-    """The flags that a configuration has. tyro sees a stand-in type for each block, and fills it as a plain dict."""
+class FlagParser:
+    """The flags of a configuration. tyro sees a stand-in type for each block and fills it as a plain dict."""
 
     def __init__(self, block: Block, help: bool):
-        self.required = MISSING_NONPROP if help else None  # an error of from_dict's is clearer than one of tyro's
-        self.leaves: dict[str, Leaf] = {}
+        # a missing value is reported by from_dict, more clearly than by tyro
+        self.required = MISSING_NONPROP if help else None
+        self.settings: dict[str, Setting] = {}
         self.tables: list[str] = []
         self.specs: dict[type, StructConstructorSpec] = {}
-        config = self.text("config", "config", "FILE", None, "Settings, in YAML.")
-        self.root = self.block(block, "", [config])
+        config = self.make_text_flag("config", "config", "FILE", None, "Settings, in YAML.")
+        self.root = self.add_block(block, "", [config])
+        self.switches = {path for path, setting in self.settings.items() if setting.hint is bool}
 
-    def block(self, block: Block, path: str, out: list[StructFieldSpec]) -> type:
-        docs = field_docs(block.cls)
-        for name, f in fields(block.cls).items():
-            here, value, doc = join(path, name), block.values.get(name, ABSENT), docs.get(name)
+    def add_block(self, block: Block, path: str, specs: list[StructFieldSpec]) -> type:
+        """Register the flags of ``block`` after ``specs``, and return the type that stands for it in tyro."""
+        docs = read_field_docs(block.cls)
+        for name, f in get_fields(block.cls).items():
+            inner_path, value, doc = join_path(path, name), block.values.get(name, ABSENT), docs.get(name)
             if "table" in f.metadata:
-                self.tables.append(here)
-                names = "{" + ",".join(load(f.metadata["table"])) + "}"
-                out.append(self.text(f"{name} NAME", name, names, name_of(f.metadata, value.cls), doc))
-                kind: Any = self.block(value, here, [])
+                # two entries: a flag for the name, and the block of the class that it selects
+                self.tables.append(inner_path)
+                names = "{" + ",".join(load_object(f.metadata["table"])) + "}"
+                specs.append(self.make_text_flag(f"{name} NAME", name, names, find_name(f.metadata, value.cls), doc))
+                kind: Any = self.add_block(value, inner_path, [])
                 value, doc = kind(), (inspect.getdoc(value.cls) or "").partition("\n")[0]
             else:
-                leaf = self.leaves[here] = Leaf(hints(block.cls)[name], value)
-                kind = bool if leaf.hint is bool else as_text(leaf.hint)
-            out.append(StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc))
+                setting = self.settings[inner_path] = Setting(get_hints(block.cls)[name], value)
+                kind = bool if setting.hint is bool else as_raw(setting.hint)
+            specs.append(StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc))
         stand_in = type(block.cls.__name__, (), {})
-        self.specs[stand_in] = StructConstructorSpec(dict, tuple(out))
+        self.specs[stand_in] = StructConstructorSpec(dict, tuple(specs))
         return stand_in
 
-    def text(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
-        """A flag that pass 1 has read already. tyro sees it for ``--help``, and to know that it takes a value."""
-        hint = Annotated[as_text(str | None), tyro.conf.arg(name=name, metavar=metavar)]
+    def make_text_flag(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
+        """Return a flag that pass 1 has read. tyro needs it for ``--help`` and to know that it takes a value."""
+        hint = Annotated[as_raw(str | None), tyro.conf.arg(name=name, metavar=metavar)]
         return StructFieldSpec(key, cast(Any, hint), value, doc)
 
     def read(self, argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
-        """The settings that ``argv`` gives, by their dotted paths."""
+        """Return the settings that ``argv`` gives, by their dotted paths."""
+        argv = self.normalize(argv)
         registry = ConstructorRegistry()
         registry.struct_rule(lambda info: self.specs.get(info.type))
-        answer, left = tyro.cli(
+        answer, rest = tyro.cli(
             self.root,
-            args=self.spell(argv),
+            args=argv,
             prog=prog,
             description=description,
             registry=registry,
             return_unknown_args=True,
             config=(tyro.conf.PositionalMetavarFromFieldName,),
         )
-        if left:
-            raise ConfigError("", f"unexpected argument {left[0]!r}; see {prog} --help")
+        if rest:
+            for before, token in itertools.pairwise(argv):
+                switch = self.find_switch(before)
+                if switch and token == rest[0]:
+                    raise switch_error(*switch)
+            raise ConfigError("", f"unexpected argument {rest[0]!r}; see {prog} --help")
         out = {}
-        for path, leaf in self.leaves.items():
+        for path, setting in self.settings.items():
             value = functools.reduce(operator.getitem, path.split("."), answer)
-            if isinstance(value, Given):
-                out[path] = leaf.read(value)
-            elif leaf.hint is bool and value != leaf.value:
+            if isinstance(value, RawValues):
+                out[path] = setting.read(value)
+            elif setting.hint is bool and value != setting.value:
                 out[path] = value
         return out
 
-    def spell(self, argv: Sequence[str]) -> list[str]:
-        """``argv`` with ``--flip=false`` as ``--no-flip``. Unknown flags and missing values are errors here."""
+    def normalize(self, argv: Sequence[str]) -> list[str]:
+        """Return ``argv`` with ``--flip=false`` as ``--no-flip``.
+
+        Raises ``ConfigError`` for an unknown flag, a missing value and a value after a switch.
+        """
         argv = list(argv)
         if wants_help(argv):
             return argv
         end = argv.index("--") if "--" in argv else len(argv)
-        switches = {path for path, leaf in self.leaves.items() if leaf.hint is bool}
         for i, token in enumerate(argv[:end]):
             name, equals, value = token.partition("=")
-            path = path_of(name)
-            if path is None or path in map(no, switches):
+            path, switch = to_path(name), self.find_switch(name)
+            if path is None:
                 continue
-            if path in switches:
+            if switch:
+                following = argv[i + 1 : min(i + 2, end)]
+                if (equals and path not in self.switches) or (following and following[0].lower() in TRUTH_VALUES):
+                    raise switch_error(*switch)
                 if equals:
-                    argv[i] = flag(path if check(bool, value, flag(path)) else no(path))
-            elif path in self.leaves or path in self.tables or path == "config":
-                need = syntax(self.leaves[path].hint).nargs if path in self.leaves else 1
+                    argv[i] = to_flag(path if check_value(bool, value, to_flag(path)) else negate(path))
+            elif path in self.settings or path in self.tables or path == "config":
+                need = get_syntax(self.settings[path].hint).nargs if path in self.settings else 1
                 given = itertools.takewhile(lambda token: not is_flag(token), argv[i + 1 : end])
                 have = len(list(given)) + bool(equals)
                 if isinstance(need, int) and have < need:
                     raise ConfigError("", f"{name} needs {need} value{'s' * (need > 1)}, given {have}")
             else:
-                raise ConfigError("", f"unknown option {name}{self.near(path)}")
+                raise ConfigError("", f"unknown option {name}{self.suggest_flag(path)}")
         return argv
 
-    def near(self, path: str) -> str:
-        """A flag that ``path`` may have meant: one of the same block, else one of the same name elsewhere."""
+    def find_switch(self, token: str) -> tuple[str, bool] | None:
+        """Return ``(path, on)`` of a switch: on for ``--flip``, off for ``--no-flip``; None for any other token."""
+        path = to_path(token)
+        if path in self.switches:
+            return path, True
+        return next(((switch, False) for switch in self.switches if negate(switch) == path), None)
+
+    def suggest_flag(self, path: str) -> str:
+        """Return a hint at a flag with a similar name, in the same block if there is one."""
         block, _, leaf = path.rpartition(".")
-        known = [*self.leaves, *self.tables]
-        here = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == block}
+        known = [*self.settings, *self.tables]
+        siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == block}
         everywhere = {p.rpartition(".")[2]: p for p in reversed(known)}
-        close = difflib.get_close_matches(leaf, here, 1) or difflib.get_close_matches(leaf, everywhere, 1)
-        return f"; did you mean {flag({**everywhere, **here}[close[0]])}?" if close else "; see --help"
+        close = difflib.get_close_matches(leaf, siblings, 1) or difflib.get_close_matches(leaf, everywhere, 1)
+        return f"; did you mean {to_flag({**everywhere, **siblings}[close[0]])}?" if close else "; see --help"
+
+
+def switch_error(path: str, on: bool) -> ConfigError:
+    """Return the error for a value after a switch: ``--flip true``."""
+    flag, opposite = to_flag(path), to_flag(negate(path))
+    if on:
+        return ConfigError("", f"{flag} takes no value; give it alone, or {flag}=false to switch it off")
+    return ConfigError("", f"{opposite} takes no value; give it alone, or {flag} to switch it on")
 
 
 @functools.cache
-def field_docs(cls: type) -> dict[str, str]:
-    """The text under, or behind, each field in the source of a dataclass and its bases."""
+def read_field_docs(cls: type) -> dict[str, str]:
+    """Return the help of each field: the text under it, or after it, in the source of a dataclass and its bases."""
     docs = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
         try:

@@ -1,4 +1,4 @@
-"""Where samples come from: ``DATA`` maps each name to a :class:`DataSource`, whose ``load(split)`` returns them."""
+"""Data sources: ``DATA`` maps each name to a :class:`DataSource`, whose ``load(split)`` returns samples."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NUM_EXAMPLES = 10  # captions that a model keeps as examples
 
 
 class Caption(NamedTuple):
-    """A caption and where it was read."""
+    """A caption and its location, for messages."""
 
     text: str
     location: str
@@ -132,9 +132,9 @@ def read_captions(
     if len(tables) > 1:
         raise ValueError(f"{root}/{tables[0]}: lies beside {tables[1]}; keep one of them")
     captions = read_table(tables[0], read, root) if tables else read_texts(images, others, read, root)
-    known = set(images)
+    expected_images = set(images)
     for name, caption in captions.items():
-        if name not in known:
+        if name not in expected_images:
             raise ValueError(f"{caption.location}: captions {name}, but there is no such image in {root}")
     for name in images:
         if name not in captions:

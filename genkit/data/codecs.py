@@ -205,7 +205,7 @@ def from_dict(stored: Mapping[str, Any]) -> Codec:
     name = values.pop("name", None)
     if name not in CODECS:
         raise ValueError(f"codec {name!r} is unknown; allowed: {', '.join(CODECS)}")
-    known = [f.name for f in fields(CODECS[name])]
-    if sorted(values) != sorted(known):
-        raise ValueError(f"codec {name!r}: given {sorted(values)}; needs {sorted(known)}")
-    return CODECS[name](**{k: tuple(float(v) for v in values[k]) for k in known})
+    needed = [f.name for f in fields(CODECS[name])]
+    if sorted(values) != sorted(needed):
+        raise ValueError(f"codec {name!r}: given {sorted(values)}; needs {sorted(needed)}")
+    return CODECS[name](**{k: tuple(float(v) for v in values[k]) for k in needed})

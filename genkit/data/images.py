@@ -1,4 +1,4 @@
-"""Images: decoding, images on disk, and what the sources of images have in common.
+"""Images: decoding, images on disk, and the base class of image sources.
 
 Pixels are uint8 ``[N, C, H, W]`` until the codec converts them: a quarter of the memory of floats, and an augmentation
 of a whole batch is one tensor operation.
@@ -93,12 +93,12 @@ def decode(content: bytes, name: str, size: Size = None, channels: Channels = No
         raise ValueError(f"{name}: cannot be decoded: {one_line(e)}") from e
 
 
-def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def with_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:
     """``items``, with a progress bar on standard error if that is a terminal."""
     with terminal_progress() as progress:
         for done, item in enumerate(items, 1):
             yield item
-            progress(what, done, total)
+            progress(name, done, total)
 
 
 # --------------------------------------------------------------------------------------------------- on disk
@@ -106,8 +106,14 @@ class ImageFiles(Protocol):
     """Encoded images in a fixed order. ``read`` is called from several threads at once."""
 
     @property
-    def names(self) -> Sequence[str]: ...
-    def read(self, i: int) -> bytes: ...
+    def names(self) -> Sequence[str]:
+        """Paths below the root, in order."""
+        ...
+
+    def read(self, i: int) -> bytes:
+        """Content of file ``i``."""
+        ...
+
     def location(self, i: int) -> str:
         """Path of file ``i``, for messages."""
         ...
@@ -177,10 +183,10 @@ class OnDisk:
 # ----------------------------------------------------------------------------------------------- the sources
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(DataSource):
-    """What the sources of images have in common: shape, augmentation, and conditions on classes and captions."""
+    """Base of all sources of images: their shape, augmentation, and conditions on classes and captions."""
 
     class_words: ClassVar[tuple[str, ...]] = ()
-    """what captions call the classes; (): their names"""
+    """names of the classes in captions; (): those in the label"""
 
     size: Size = None
     """height, or height and width: the largest centred crop of that shape, resized to it; None: as stored"""

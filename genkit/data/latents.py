@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import atomic_write, one_line, write_text
 from genkit.data.codecs import Identity

@@ -117,6 +117,7 @@ class ZipFiles:
             raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
 
     def read_member(self, name: str) -> bytes:
+        """Content of a member. ``ValueError`` if it is corrupt."""
         try:
             with self.lock:
                 return self.archive.read(name)
@@ -160,10 +161,10 @@ class ZipFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalImages(ImageSource):
-    """What the sources of a person's own images have in common."""
+    """Base of the sources of a person's own images."""
 
     root: str = "data"
-    """the training split, or what contains both splits"""
+    """the training split, or the folder that contains both splits"""
     memory: Annotated[float, Ge(0)] = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
 

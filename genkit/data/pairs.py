@@ -38,13 +38,19 @@ class InPairs:
 
 
 def save_pairs(
-    path: Path, x: Tensor, x1: Tensor, cond: Mapping[str, Tensor], spec: Spec, codec: Codec, made: Mapping[str, Any]
+    path: Path,
+    x: Tensor,
+    x1: Tensor,
+    cond: Mapping[str, Tensor],
+    spec: Spec,
+    codec: Codec,
+    provenance: Mapping[str, Any],
 ) -> Path:
     """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's numbers, with all that training needs.
 
-    ``made`` records how they were made.
+    ``provenance`` records how they were drawn.
     """
-    about = {**spec_to_dict(spec), "codec": codecs.to_dict(codec), "made": dict(made)}
+    about = {**spec_to_dict(spec), "codec": codecs.to_dict(codec), "made": dict(provenance)}
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
     with atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def check_split(split: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
-    """Where samples come from. Only :meth:`load` is required; everything else here has a default.
+    """A source of samples. Only :meth:`load` is required; everything else here has a default.
 
     A source is a frozen dataclass. Its fields are its settings: options of the command line (``--data.root``) and keys
     of config.yaml, with the text under each field as help. Fields of these names have a fixed meaning wherever they
@@ -70,7 +70,7 @@ class DataSource(ABC):
 
     @classmethod
     def applicable(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of ``settings`` that this source has a field for."""
+        """The entries of ``settings`` that this source has a field for."""
         names = {f.name for f in fields(cls)}
         return {name: value for name, value in settings.items() if name in names}
 

@@ -48,7 +48,7 @@ class Digits(ImageSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Torchvision(ImageSource):
-    """What the data sets that torchvision reads, and downloads if they are missing, have in common."""
+    """Base of the data sets that torchvision reads, and downloads if they are missing."""
 
     root: str = "data"
     """the folder that holds the data set's own folder"""

@@ -199,7 +199,7 @@ def encode_prompts(spec: Spec, prompts: Sequence[str]) -> dict[str, Tensor]:
     """``prompts`` as the conditions of N samples. ``ValueError`` if the model reads no text."""
     kinds = text_conditions(spec)
     if not kinds:
-        known = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in spec.cond.items()) or "none"
-        raise ValueError(f"prompt: given {shorten(prompts[0])}, but this model reads no text; its conditions: {known}; "
+        names = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in spec.cond.items()) or "none"
+        raise ValueError(f"prompt: given {shorten(prompts[0])}, but this model reads no text; its conditions: {names}; "
                          "train one with --data.captions")  # fmt: skip
     return {k: v for name, kind in kinds.items() for k, v in PROMPT_READERS[type(kind)](name, kind, prompts).items()}

@@ -25,7 +25,7 @@ Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [
 
 @dataclass(frozen=True, kw_only=True)
 class Toy(DataSource):
-    """What the toy shapes have in common; each has the class attributes below and draws points in :meth:`shape`."""
+    """Base of the toy shapes; each sets the class attributes below and draws points in :meth:`shape`."""
 
     n: Annotated[int, Ge(1)] = 50_000
     """points of a split"""

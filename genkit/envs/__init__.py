@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from genkit.config.blocks import load
+from genkit.config import load_object
 
 
 class Env(Protocol):
@@ -55,8 +55,8 @@ ENVS: Mapping[str, str] = {  # name -> "module:Class", called with the number of
     "pusht": "genkit.envs.gym:PushT",
 }
 EXPERTS: Mapping[str, Mapping[str, str]] = {  # start of an environment's name -> name of the expert -> "module:Class"
-    "four-ways": {"scripted": "genkit.envs.four_ways:Expert"},
-    "PointMaze_": {"scripted": "genkit.envs.maze:Expert"},
+    "four-ways": {"scripted": "genkit.envs.four_ways:FourWaysExpert"},
+    "PointMaze_": {"scripted": "genkit.envs.maze:MazeExpert"},
 }  # called with the number of copies and the environment's name
 EXPERT_ENVS = [f"{name}..." if name.endswith("_") else name for name in EXPERTS]  # for messages
 
@@ -66,19 +66,19 @@ def make(name: str, num: int, **options: Any) -> Env:
     if num < 1:
         raise ValueError(f"env: given {num} copies; needs at least one")
     if name in ENVS:
-        return load(ENVS[name])(num, **options)
+        return load_object(ENVS[name])(num, **options)
     if not name:
         raise ValueError(f"env: not given, and the run's data name none; allowed: {', '.join(ENVS)}, a gymnasium id")
     close = difflib.get_close_matches(name, ENVS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return load("genkit.envs.gym:Gym")(num, name, hint=hint, **options)
+    return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, **options)
 
 
 def make_expert(env: str, name: str, num: int) -> Expert:
     """The expert ``name`` for ``num`` copies of an environment. ``ValueError`` if there is none."""
-    known = next((experts for start, experts in EXPERTS.items() if env.startswith(start)), {})
-    if name not in known:
-        allowed = ", ".join(known)
+    experts = next((names for start, names in EXPERTS.items() if env.startswith(start)), {})
+    if name not in experts:
+        allowed = ", ".join(experts)
         allowed = allowed or f"none for {env!r}; there are experts for {', '.join(EXPERT_ENVS)}, and ars finds one"
         raise ValueError(f"expert: given {name!r}; allowed: {allowed}")
-    return load(known[name])(num, env)
+    return load_object(experts[name])(num, env)

@@ -51,7 +51,7 @@ class LinearPolicy:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearPolicy:
-        """Read what :meth:`save` wrote. ``ValueError`` if it is missing or damaged."""
+        """Read a policy that :meth:`save` wrote. ``ValueError`` if it is missing or damaged."""
         path = Path(path)
         try:
             record = json.loads(path.read_text())
@@ -86,7 +86,7 @@ class SearchSettings:
     """standard deviation of the weights that are tried"""
     survival_bonus: Annotated[float, Ge(0)] | None = None
     """subtracted from each step's reward during the search, because a policy that is paid for standing learns to stand
-    still (section 4.1 of the paper); None: what the environment is known to pay in each step but that of a fall"""
+    still (section 4.1 of the paper); None: the amount that the environment pays in each step but that of a fall"""
     seed: Annotated[int, Ge(0)] = 0
     """seed of directions and episodes"""
 
@@ -122,7 +122,7 @@ def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore
     bonus = SURVIVAL_BONUS.get(env, 0.0) if settings.survival_bonus is None else settings.survival_bonus
     rng, stats = np.random.default_rng(settings.seed), RunningStats(envs.obs_dim)
     weight = np.zeros((envs.action_dim, envs.obs_dim))
-    best_mean, best_own = -np.inf, -np.inf
+    best_mean, best_centre = -np.inf, -np.inf
     for i in range(settings.rounds):
         delta = rng.standard_normal((settings.directions, *weight.shape))
         mean, std = stats.mean.copy(), stats.std
@@ -134,10 +134,10 @@ def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore
         # only the centre of a record round is worth the episodes of an evaluation
         if round_mean > best_mean:
             best_mean, centre = round_mean, LinearPolicy(weight, mean, std, low, high)
-            own = float(episode_returns(envs, centre, range(envs.num)).mean())
-            best_own = max(best_own, own)
-            if own >= target:
-                return replace(centre, origin=f"ARS on {env}, seed {settings.seed}, round {i + 1}: {own:.0f}")
+            centre_return = float(episode_returns(envs, centre, range(envs.num)).mean())
+            best_centre = max(best_centre, centre_return)
+            if centre_return >= target:
+                return replace(centre, origin=f"ARS on {env}, seed {settings.seed}, round {i + 1}: {centre_return:.0f}")
         # the update of the paper's Algorithm 2, from the top directions
         plus, minus = returns[: settings.directions], returns[settings.directions :]
         top = np.argsort(-np.maximum(plus, minus))[: settings.top_directions]
@@ -145,7 +145,7 @@ def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore
         step = settings.step_size / (settings.top_directions * scale)
         weight = weight + step * np.tensordot(plus[top] - minus[top], delta[top], 1)
     raise ValueError(
-        f"expert: the search reached a mean return of {best_own:.0f} on {env} in {settings.rounds} rounds, not "
+        f"expert: the search reached a mean return of {best_centre:.0f} on {env} in {settings.rounds} rounds, not "
         f"{target:g}; try a lower --expert.target, more --expert.rounds or another --expert.seed"
     )
 
@@ -174,7 +174,7 @@ class RunningStats:
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation ``[Do]``; 1 for what has not varied."""
+        """Standard deviation ``[Do]``; 1 for numbers that have not varied."""
         std = np.sqrt(self.square / max(1, self.count))
         return np.where(std > 1e-7, std, 1.0)
 

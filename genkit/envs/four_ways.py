@@ -147,9 +147,9 @@ def draw_background(size: tuple[int, int]) -> np.ndarray:
     colour = {k: np.asarray(v, float)[:, None, None] for k, v in COLOURS.items()}
     out = np.broadcast_to(colour["ground"], (3, *size))
     discs = [(GOAL, GOAL_RADIUS, "goal"), *((centre, RADIUS, "obstacle") for centre in OBSTACLES)]
-    for (x, y), radius, what in discs:
+    for (x, y), radius, name in discs:
         share = coverage(x, y, radius, size)
-        out = out * (1 - share) + colour[what] * share
+        out = out * (1 - share) + colour[name] * share
     return out
 
 
@@ -169,20 +169,19 @@ def distance(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- the expert
-class Expert:
-    """Steers N rows along smooth paths past the obstacles, row i on way ``i % 4`` (or on ``way``).
+class FourWaysExpert:
+    """Steers N rows along smooth paths past the obstacles, row i on way ``i % 4`` (or on way ``mode``).
 
     Each episode has its own height and speed, and each step a small error, like demonstrations of a human.
     """
 
     HEIGHTS, SPEEDS, ERROR, HALF_WIDTH = (0.4, 0.5), (0.055, 0.07), 0.01, 0.6
 
-    def __init__(self, num: int, env: str = "four-ways", *, way: int | None = None):
-        if way is not None and not 0 <= way < NUM_MODES:
-            raise ValueError(f"way: given {way}; allowed 0..{NUM_MODES - 1}: {'; '.join(MODE_NAMES)}")
-        ways = np.arange(num) % NUM_MODES if way is None else np.full(num, way)
-        self.signs = np.stack([ways // 2, ways % 2], 1) * 2 - 1
-        self.ways = ways
+    def __init__(self, num: int, env: str = "four-ways", *, mode: int | None = None):
+        if mode is not None and not 0 <= mode < NUM_MODES:
+            raise ValueError(f"mode: given {mode}; allowed 0..{NUM_MODES - 1}: {'; '.join(MODE_NAMES)}")
+        self.modes = np.arange(num) % NUM_MODES if mode is None else np.full(num, mode)
+        self.signs = np.stack([self.modes // 2, self.modes % 2], 1) * 2 - 1
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Draw the height and speed of each row's episode by its seed."""
@@ -213,7 +212,7 @@ class Expert:
 def expert_episodes(num: int, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """``num`` episodes of the expert, the ways in turn: of each the observations ``[T, 2]``, actions ``[T, 2]``,
     rewards ``[T]``, its way ``[T]`` and the last position ``[2]``."""
-    env, expert = FourWays(num), Expert(num)
+    env, expert = FourWays(num), FourWaysExpert(num)
     seeds = [seed * 1_000_003 + i for i in range(num)]
     obs, actions, rewards, ends = [env.reset(seeds)], [], [], np.full(num, env.max_steps)
     expert.reset(seeds)
@@ -224,4 +223,4 @@ def expert_episodes(num: int, seed: int) -> list[tuple[np.ndarray, np.ndarray, n
         rewards.append(reward)
         ends = np.where(terminated | truncated, len(actions), ends)
     o, a, r = np.stack(obs, 1), np.stack(actions, 1), np.stack(rewards, 1)
-    return [(o[i, :n], a[i, :n], r[i, :n], np.full(n, expert.ways[i]), o[i, n]) for i, n in enumerate(ends)]
+    return [(o[i, :n], a[i, :n], r[i, :n], np.full(n, expert.modes[i]), o[i, n]) for i, n in enumerate(ends)]

@@ -38,9 +38,9 @@ class Gym:
         self.envs = [create(id, hint, **options) for _ in range(num)]
         first = self.envs[0]
         self.observation_space, self.action_space = first.observation_space, first.action_space
-        for what, space in (("observations", first.observation_space), ("actions", first.action_space)):
+        for name, space in (("observations", first.observation_space), ("actions", first.action_space)):
             if type(space).__name__ != "Box" or len(space.shape or ()) != 1:
-                raise ValueError(f"env: {id} has {what} {space}; needs a flat box of numbers")
+                raise ValueError(f"env: {id} has {name} {space}; needs a flat box of numbers")
         self.obs_dim, self.action_dim = first.observation_space.shape[0], first.action_space.shape[0]
         self.max_steps = (first.spec.max_episode_steps if first.spec else None) or DEFAULT_MAX_STEPS
         self.ended = np.ones(num, bool)
@@ -49,7 +49,7 @@ class Gym:
         self.info: dict[str, np.ndarray] = {}
 
     def observe(self, raw: Any) -> np.ndarray:
-        """The observation ``[Do]`` that a policy gets, of what the environment returns."""
+        """The observation ``[Do]`` of a policy, from the one that the environment returned."""
         return np.asarray(raw, float)
 
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:

@@ -12,7 +12,7 @@ from genkit.envs.gym import create
 NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 
-class Expert:
+class MazeExpert:
     """Pushes N balls along the shortest path, each to the centre of the next cell and finally to its goal.
 
     Its actions are a function of the observation only: it draws nothing and has no memory.

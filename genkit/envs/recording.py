@@ -74,7 +74,7 @@ class DemoSettings:
     expert: ExpertSource = table(
         "genkit.envs.recording:EXPERT_SOURCES", "scripted", kind="genkit.envs.recording:ExpertSource"
     )
-    """Where the expert comes from."""
+    """Source of the expert: scripted, ars (searches a linear policy) or saved."""
     episodes: Annotated[int, Ge(1)] = 200
     """Episodes to keep."""
     seed: Annotated[int, Ge(0)] = 0
@@ -89,7 +89,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded, and where."""
+    """A replay buffer that was recorded."""
 
     path: Path
     """the replay buffer, an .npz"""

@@ -75,12 +75,14 @@ class DiffusersStage(ForeignStage):
         return DiffusersStage(stored["run"], stored["class"], stored["config"], tuple(stored["shape"]), net)
 
     @staticmethod
-    def open(where: str, shape: tuple[int, ...], device: torch.device) -> DiffusersStage:
+    def open(location: str, shape: tuple[int, ...], device: torch.device) -> DiffusersStage:
         """The model in a local folder, or in the folder ``vae`` of a pipeline."""
-        folder = Path(where).expanduser()
+        folder = Path(location).expanduser()
         folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
         if not (folder / "config.json").is_file():
-            raise ValueError(f"codec: diffusers:{where} holds no config.json; needs a local folder of save_pretrained")
+            raise ValueError(
+                f"codec: diffusers:{location} holds no config.json; needs a local folder of save_pretrained"
+            )
         settings = json.loads((folder / "config.json").read_text())
         kind = settings.get("_class_name", "")
         model = autoencoder_class(kind, str(folder))

@@ -26,7 +26,7 @@ from genkit.core.files import one_line
 from genkit.diffusion.paths import VP
 from genkit.objectives import DDPM
 
-SUBFOLDERS = ("unet", "transformer")  # where a pipeline keeps the network
+SUBFOLDERS = ("unet", "transformer")  # of a pipeline, which may contain the network
 CLASSES = {**{m.kind: m for m in MODELS.values()}, "Transformer2DModel": MODELS["dit"]}  # the second: DiT's releases
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
 BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
@@ -60,11 +60,11 @@ class SavedModel:
         return plain if plain in files else files[0]
 
 
-def open_model(where: str) -> SavedModel:
+def open_model(location: str) -> SavedModel:
     """The model in a folder, or on the hub. ``ValueError`` if there is none that genkit supports."""
-    root = Path(where).expanduser()
+    root = Path(location).expanduser()
     if not root.is_dir():
-        root = download(where)
+        root = download(location)
     folder = next((root / p for p in SUBFOLDERS if (root / p / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
         names = " or ".join(SUBFOLDERS)
@@ -74,7 +74,7 @@ def open_model(where: str) -> SavedModel:
         kind = settings.get("_class_name", "model without a class")
         raise ValueError(f"init: {folder} holds a {kind}; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
-    return SavedModel(where, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
+    return SavedModel(location, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def download(name: str) -> Path:
         ) from e
 
 
-def canonical_name(where: str) -> str:
-    """``where`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
-    return str(Path(where).expanduser().resolve()) if Path(where).expanduser().is_dir() else where
+def canonical_name(location: str) -> str:
+    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
+    return str(Path(location).expanduser().resolve()) if Path(location).expanduser().is_dir() else location
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -122,9 +122,9 @@ class Blocks:
     objective: Any = config.table("genkit.objectives:OBJECTIVES", "flow")
 
 
-def init_defaults(where: str) -> dict[str, Any]:
+def init_defaults(location: str) -> dict[str, Any]:
     """The block ``backbone`` of config.yaml, and ``objective`` if genkit has the scheduler."""
-    model = open_model(where)
+    model = open_model(location)
     settings = model.settings
     timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
     learned_sigma = settings.get("out_channels") == 2 * settings.get("in_channels", 0)
@@ -169,36 +169,35 @@ def is_flow_matching(scheduler: Mapping[str, Any] | None) -> bool:
     return bool(scheduler) and str((scheduler or {}).get("_class_name", "")).startswith("FlowMatch")
 
 
-def init_note(where: str, objective: Objective) -> str | None:
+def init_note(location: str, objective: Objective) -> str | None:
     """A remark for the user if the weights were trained by another objective than ``objective``, else None."""
-    model = open_model(where)
+    model = open_model(location)
     theirs, ours = objective_of(model), config.dump(Blocks(objective=objective))["objective"]
     name = ours["name"]
     if model.scheduler is None:
-        return f"{where} has no scheduler, so it is unknown how its weights were trained; continuing with {name}"
+        return f"{location} has no scheduler, so it is unknown how its weights were trained; continuing with {name}"
     if theirs is None:
         kind = model.scheduler.get("_class_name")
-        return (
-            f"{where} was trained with a {kind} whose schedule --objective=ddpm does not have; continuing with {name}"
-        )
+        unknown = f"{location} was trained with a {kind} whose schedule --objective=ddpm does not have"
+        return f"{unknown}; continuing with {name}"
     changed = {k: v for k, v in theirs.items() if ours.get(k) != v}
     if not changed:
         return None
     before = ", ".join(f"{k} {v}" for k, v in changed.items())
     after = ", ".join(f"{k} {ours[k]}" for k in changed if k in ours)
-    return f"{where} was trained with {before}; continuing with {after}: at first its output means something else"
+    return f"{location} was trained with {before}; continuing with {after}: at first its output means something else"
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
 def init_from(
-    nets: Mapping[str, nn.Module], where: str, note: Callable[[str], None] = lambda text: None
+    nets: Mapping[str, nn.Module], location: str, note: Callable[[str], None] = lambda text: None
 ) -> dict[str, str]:
-    """Load the weights at ``where`` into the one network of diffusers among ``nets``, and return their origin.
+    """Load the weights at ``location`` into the one network of diffusers among ``nets``, and return their origin.
 
     Classes that the weights do not have start as their null class, or as the mean of all; ``note`` receives a remark.
     ``ValueError`` names the first tensor that does not fit.
     """
-    model = open_model(where)
+    model = open_model(location)
     target = single_network(nets, model)
     weights = model.weights
     try:
@@ -219,9 +218,9 @@ def init_from(
         theirs, ours = (list(v[key].shape) if key in v else "absent" for v in (stored, wanted))
         if theirs != ours:
             hint = "; it was trained with classes, keep the data's labels" if CLASS_TABLE.search(key) else ""
-            raise ValueError(f"init: {where} does not fit, first at {key}: {theirs} there, {ours} here{hint}")
+            raise ValueError(f"init: {location} does not fit, first at {key}: {theirs} there, {ours} here{hint}")
     target.model.load_state_dict(stored)
-    return {"run": f"diffusers:{canonical_name(where)}", "weights": str(weights)}
+    return {"run": f"diffusers:{canonical_name(location)}", "weights": str(weights)}
 
 
 def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> DiffusersDenoiser:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit import config
-from genkit.config import table
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object, table
 from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
@@ -40,7 +39,7 @@ class FirstStage(ABC):
     """Frozen networks between samples ``[B, *shape]`` and latents ``[B, *latent]``."""
 
     name: str
-    """where it came from, for messages"""
+    """its origin, for messages"""
     shape: tuple[int, ...]
     latent: tuple[int, ...]
     nets: Mapping[str, nn.Module]
@@ -89,8 +88,8 @@ class ForeignStage(FirstStage):
 
     @staticmethod
     @abstractmethod
-    def open(where: str, shape: tuple[int, ...], device: torch.device) -> ForeignStage:
-        """The stage at ``where`` for samples of ``shape``. Raise ``ValueError`` if there is none, or another one."""
+    def open(location: str, shape: tuple[int, ...], device: torch.device) -> ForeignStage:
+        """The stage at ``location`` for samples of ``shape``. Raise ``ValueError`` if there is none, or another one."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def run_stage(
         kind = type(objective).__name__
         raise ValueError(f"codec: given {name}, a run of {kind}, which has no encoder; train one: --objective=vae")
     if conditions := objective.codec_spec(spec).cond:
-        known = ", ".join(conditions)
-        raise ValueError(f"codec: given {name}, which decodes only with {known}; train it with --data.labels=false")
+        names = ", ".join(conditions)
+        raise ValueError(f"codec: given {name}, which decodes only with {names}; train it with --data.labels=false")
     if isinstance(codec, LearnedCodec):
         raise ValueError(f"codec: given {name}, which is itself a model of latents; take a run on the samples")
     return RunStage(name, objective, backbone, spec, codec, nets)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit import config
 from genkit.config import table
-from genkit.config.blocks import name_of
+from genkit.config.blocks import find_name
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.progress import Progress, reporting
@@ -142,16 +142,16 @@ def write_split(
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:
     """The index of ``folder``, begun if there is none. ``ValueError`` if it is of another stage or other data."""
-    data = {"name": name_of({"table": "genkit.data:DATA"}, type(source)), **config.dump(source)}
+    data = {"name": find_name({"table": "genkit.data:DATA"}, type(source)), **config.dump(source)}
     index: dict[str, Any] = {"stage": {**stage.to_dict(), "sha256": stage.sha256}, "data": data, "splits": {}}
     if not (folder / INDEX).is_file():
         stage.write(folder / "codec")
         write_index(folder, index)
         return index
     stored = read_index(folder)
-    for what, given in json.loads(json.dumps(index)).items():
-        if what != "splits" and {**stored[what], "run": None} != {**given, "run": None}:
-            raise ValueError(f"{folder}: holds latents of another {what}; name another folder with --out")
+    for part, given in json.loads(json.dumps(index)).items():
+        if part != "splits" and {**stored[part], "run": None} != {**given, "run": None}:
+            raise ValueError(f"{folder}: holds latents of another {part}; name another folder with --out")
     return stored
 
 

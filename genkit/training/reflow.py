@@ -74,8 +74,8 @@ def reflow(
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
     path = Path(out) if out else run.directory / f"pairs-step{run.step}.npz"
-    made = {**asdict(settings), "run": str(run.directory), "weights": run.weights}
-    save_pairs(path, x, x1, cond, run.spec, run.codec, made)
+    provenance = {**asdict(settings), "run": str(run.directory), "weights": run.weights}
+    save_pairs(path, x, x1, cond, run.spec, run.codec, provenance)
     return ReflowPairs(path, settings.n, run)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genkit import config
 from genkit.backbones import lora
-from genkit.config.blocks import load as load_object
+from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text

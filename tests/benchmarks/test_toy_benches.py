@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_s_curve
 
-from benchmarks import prediction, reflow, stack, toy
+from benchmarks import prediction, reflow, toy
+from benchmarks.ensemble import EnsembleMLP, PerMember
+from benchmarks.results import ResultsFile
 from genkit.core import Batch
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import Independent, OptimalTransport
@@ -17,7 +19,7 @@ from genkit.objectives.matching.flow import Flow
 
 # ------------------------------------------------------------------------------------------------------------- stack
 def test_the_networks_of_a_stack_are_perceptrons_that_share_nothing():
-    net = stack.Stack(3, 2, 8, 2, F.selu)
+    net = EnsembleMLP(3, 2, 8, 2, F.selu)
     x, t = torch.randn(12, 2), torch.rand(12)
     out = net(x, t)
     for k in range(3):  # against torch's own layers
@@ -38,7 +40,7 @@ def test_a_coupling_for_each_network_moves_no_source_to_another():
     parts = [
         OptimalTransport()(Batch(a), b, Linear(), u) for a, b, u in zip(*(v.chunk(4) for v in (x, x1, t)), strict=True)
     ]
-    found = stack.Each(OptimalTransport(), 4)(Batch(x), x1, Linear(), t)
+    found = PerMember(OptimalTransport(), 4)(Batch(x), x1, Linear(), t)
     torch.testing.assert_close(found[0], x)
     torch.testing.assert_close(found[1], torch.cat([b for _, b in parts]))
     assert not torch.equal(found[1], OptimalTransport()(Batch(x), x1, Linear(), t)[1])
@@ -46,16 +48,16 @@ def test_a_coupling_for_each_network_moves_no_source_to_another():
 
 def test_a_record_is_taken_up_again_and_refuses_other_settings(tmp_path):
     out = tmp_path / "deep" / "r.json"
-    stack.Record(out, {"steps": 3, "dims": (1, 2)}, ["toy"]).add("a", {"w2": [1.0]}, np.ones(3))
-    again = stack.Record(out, {"steps": 3, "dims": (1, 2)}, ["toy"])
+    ResultsFile(out, {"steps": 3, "dims": (1, 2)}, ["toy"]).add("a", {"w2": [1.0]}, np.ones(3))
+    again = ResultsFile(out, {"steps": 3, "dims": (1, 2)}, ["toy"])
     assert set(again.cells) == {"a"}
     assert again.cells["a"] == {"w2": [1.0]}
     assert np.array_equal(again.arrays["a"], np.ones(3))
     with pytest.raises(ValueError, match="steps 3, not 4"):
-        stack.Record(out, {"steps": 4, "dims": (1, 2)}, ["toy"])
+        ResultsFile(out, {"steps": 4, "dims": (1, 2)}, ["toy"])
     out.write_text("{}")
-    with pytest.raises(ValueError, match="no record"):
-        stack.Record(out, {"steps": 3}, ["toy"])
+    with pytest.raises(ValueError, match="no results file"):
+        ResultsFile(out, {"steps": 3}, ["toy"])
 
 
 # --------------------------------------------------------------------------------------------------------------- toy
@@ -76,9 +78,9 @@ def test_shapes_are_those_of_scikit_learn_at_their_scales():
 def test_the_energy_of_a_constant_velocity():
     """It is its square, and every way is a straight line."""
     v = torch.tensor([3.0, -1.0])
-    z = toy.normals(64, 0)
-    torch.testing.assert_close(toy.normals(1024, 0).var(0), torch.ones(2), atol=0.01, rtol=0)
-    x, energy, way = toy.flow(Flow(), lambda x, t, cond: v.expand_as(x), z, steps=10)  # type: ignore[arg-type]
+    z = toy.sobol_normals(64, 0)
+    torch.testing.assert_close(toy.sobol_normals(1024, 0).var(0), torch.ones(2), atol=0.01, rtol=0)
+    x, energy, way = toy.integrate(Flow(), lambda x, t, cond: v.expand_as(x), z, steps=10)  # type: ignore[arg-type]
     torch.testing.assert_close(x, z - v)
     torch.testing.assert_close(energy, torch.full((64,), 10.0))
     torch.testing.assert_close(way[5], z - v / 2)
@@ -92,7 +94,7 @@ def test_optimal_transport_shortens_the_way():
         energy[name] = values["energy"][0]
         assert ways.shape == (21, 128, 2)
     assert energy["OT-CFM"] < 0.75 * energy["I-CFM"]
-    assert abs(energy["OT-CFM"] - toy.limits(column, 256)["cost"]) < 12
+    assert abs(energy["OT-CFM"] - toy.measure_limits(column, 256)["cost"]) < 12
     assert type(toy.METHODS["I-CFM"]) is Independent
 
 
@@ -115,10 +117,10 @@ def test_bench_toy_measures_a_cell_once(tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------------------------- prediction
 def test_the_plane_is_orthonormal_and_the_path_never_quite_noise():
-    up = prediction.plane(16)
+    up = prediction.plane_basis(16)
     torch.testing.assert_close(up @ up.T, torch.eye(2))
-    assert torch.equal(up, prediction.plane(16))
-    path = prediction.Held()
+    assert torch.equal(up, prediction.plane_basis(16))
+    path = prediction.BoundedPath()
     ends = torch.tensor([0.0, 1.0])
     assert path.alpha(ends).tolist() == pytest.approx([1, 0.05])
     assert path.sigma(ends).tolist() == [0, 1]
@@ -157,7 +159,7 @@ def test_at_512_dimensions_only_x0_is_left():
 
 # ------------------------------------------------------------------------------------------------------------ reflow
 def test_one_step_is_better_with_each_reflow():
-    found = reflow.plane(1, 200, test=400, pairs=2000)
+    found = reflow.measure_plane(1, 200, test=400, pairs=2000)
     one = {row: values["one"][0] for row, values in found.items()}
     assert one["2-RF"] < 0.75 * one["1-RF"]
     assert one["3-RF distilled"] < 0.75 * one["1-RF"]

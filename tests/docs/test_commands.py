@@ -5,22 +5,15 @@ import io
 import json
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from genkit import config
-from genkit.cli.commands.bench import BENCHES
 from genkit.cli.main import COMMANDS
-from genkit.training.settings import TrainSettings
+from tests.support.commands import accept
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
-
-
-class Accepted(Exception):
-    """Raised in place of the work that a command would do."""
 
 
 def from_pages():
@@ -58,26 +51,6 @@ def all_commands():
         if re.match(r"genkit \w+ ", command) and not re.search(r"\.\.\.|…|\bNAME\b|COMMAND|--help", command):
             places.setdefault(command, place)
     return [pytest.param(command, id=f"{place}: {command}"[:90]) for command, place in sorted(places.items())]
-
-
-def accept(name, argv):
-    """Parse ``argv`` as the command ``name`` would. ConfigError if it is refused."""
-    if name == "bench":
-        assert argv[0] in BENCHES
-        return
-    if name == "train":  # its main looks for the runs of --init and --resume first
-        config.parse(TrainSettings, argv)
-        return
-    module = import_module(COMMANDS[name][0])
-
-    def parse(*args, **kwargs):
-        config.parse(*args, **kwargs)
-        raise Accepted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "parse", parse)
-        with pytest.raises(Accepted):
-            module.main(argv)
 
 
 @pytest.mark.parametrize("command", all_commands())

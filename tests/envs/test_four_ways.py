@@ -7,13 +7,13 @@ import torch
 
 from genkit.data import DATA
 from genkit.envs import make_expert
-from genkit.envs.four_ways import OBSTACLES, RADIUS, Expert, FourWays, distance
+from genkit.envs.four_ways import OBSTACLES, RADIUS, FourWays, FourWaysExpert, distance
 from genkit.envs.recording import DemoSettings, record_demonstrations
 from tests.support.refusals import refuses
 
 
 def test_the_expert_succeeds_on_all_four_ways_alike():
-    world, guide = FourWays(200), Expert(200)
+    world, guide = FourWays(200), FourWaysExpert(200)
     obs = world.reset(range(200))
     guide.reset(range(200))
     won = np.zeros(200)
@@ -21,7 +21,7 @@ def test_the_expert_succeeds_on_all_four_ways_alike():
         obs, reward, _, _, info = world.step(guide.act(obs))
         won += reward
     assert (won == 1).all()  # once, and nothing after the end
-    assert (info["mode"] == guide.ways).all()
+    assert (info["mode"] == guide.modes).all()
     assert np.bincount(info["mode"]).tolist() == [50] * 4
 
 
@@ -70,7 +70,7 @@ def test_worlds_and_demonstrations_depend_on_their_seed_alone():
 
 
 def test_an_expert_that_never_succeeds_is_refused(monkeypatch):
-    monkeypatch.setattr(Expert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
+    monkeypatch.setattr(FourWaysExpert, "act", lambda self, obs: np.full((len(obs), 2), (0.1, 0.0)))
     refuses(
         lambda: record_demonstrations(DemoSettings(env="four-ways", episodes=4)), "did not succeed once in 16 episodes"
     )

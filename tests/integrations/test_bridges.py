@@ -18,6 +18,7 @@ from genkit.core.tensors import sha256
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
 from genkit.integrations.diffusers_weights import init_defaults, init_note, remap_time_embedding
+from genkit.integrations.export import export
 from genkit.objectives import DDPM, Flow
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.run import init_from, load_run
@@ -474,3 +475,15 @@ def test_a_run_that_stands_alone_draws_the_same(tmp_path, classy, capsys):
     assert sorted(p.name for p in (out / "latest").iterdir()) == ["nets.safetensors", "optim.safetensors", "state.json"]
     assert cli.main(["export", str(classy), str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_an_export_is_a_call_that_returns_the_folder_and_prints_nothing(tmp_path, classy, capsys):
+    run = load_run(classy, device="cpu")
+    made = export(run, tmp_path / "out", to="run")
+    assert capsys.readouterr() == ("", "")
+    assert (made.path, made.run) == (tmp_path / "out", run)
+    assert any(str(tmp_path / "out") in line for line in made.instructions)
+    with pytest.raises(ValueError, match="is there already"):
+        export(run, tmp_path / "out", to="run")
+    with pytest.raises(ValueError, match="allowed: diffusers, run"):
+        export(run, tmp_path / "other", to="onnx")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from genkit.envs.four_ways import Expert, FourWays
+from genkit.envs.four_ways import FourWays, FourWaysExpert
 from genkit.rl.finetune.env_rewards import ProgressReward, SingleModeReward, SuccessReward
 from genkit.rl.finetune.loop import evaluate_policy
 from genkit.rl.finetune.settings import FinetuneSettings
@@ -16,7 +16,7 @@ from genkit.training.run import load_run
 
 def test_one_mode_alone_is_rewarded():
     env = SingleModeReward(FourWays(8), 2)
-    guide = Expert(8)
+    guide = FourWaysExpert(8)
     seeds = list(range(8))
     obs = env.reset(seeds)
     guide.reset(seeds)

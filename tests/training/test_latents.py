@@ -24,6 +24,7 @@ from genkit.objectives import VAE, VQ, Autoencoder
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training.directory import read_log
 from genkit.training.first_stage import WEIGHTS, CachedLatentCodec, LatentCodec, RunStage
+from genkit.training.latent_cache import LatentCache, encode
 from genkit.training.latent_statistics import LatentStatistics, latent_statistics
 from genkit.training.run import load_run, open_first_stage
 from genkit.training.sampling import Sampling
@@ -338,6 +339,17 @@ def test_a_cache_holds_the_moments_of_every_sample_and_its_statistics(trained, c
     assert Latents(root=str(cache)).decoded_source() == DATA["digits"]()
 
 
+def test_encoding_is_a_call_that_returns_the_cache_and_prints_nothing(trained, tmp_path, capsys):
+    calls = []
+    settings = {"data": "digits", "split": "test", "shard": 200, "batch": 100, "device": "cpu"}
+    made = encode(str(trained["vae"]), out=tmp_path, progress=lambda *call: calls.append(call), **settings)
+    assert capsys.readouterr() == ("", "")
+    assert made == LatentCache(tmp_path, "test", 359, 2)
+    assert calls == [("encoding", 200, 359), ("encoding", 359, 359)]
+    assert len(Latents(root=str(made.path)).load("test")) == 359
+    assert encode(str(trained["vae"]), out=tmp_path, **settings).num_written == 0
+
+
 def test_training_on_a_cache_is_training_on_the_samples(trained, cache, tmp_path):
     assert cli.main(["train", "--objective=flow", "--data=latents", f"--data.root={cache}", f"--out={tmp_path}",
                      f"--codec={trained['vae']}", "--steps=4", *TINY]) == 0  # fmt: skip
@@ -432,7 +444,7 @@ REFUSED = {
     "without a code": (["{mlp}", "--reconstruct=test"], "has no code"),
     "no run": (["digits:test", "--reconstruct=test"], "reconstruct: needs a run with a code"),
     "sampling": (["{vq}", "--reconstruct=test", "--steps=5"], "steps: has no effect on reconstructions"),
-    "draws nothing": (["{vq}"], "its reconstructions: --reconstruct test"),
+    "draws nothing": (["{vq}"], "of an autoencoder, its reconstructions: --reconstruct test"),
 }
 
 

@@ -14,9 +14,9 @@ CHECKOUT = Path(genkit.__file__).parents[1]
 BENCHES = {  # name -> (module with main(argv), one line of help)
     "speed": ("benchmarks.speed", "a training step of our U-Net against diffusers' in the loop of its example"),
     "overhead": ("benchmarks.overhead", "what samplers cost besides the network, against diffusers' schedulers"),
-    "quality": ("benchmarks.quality", "objectives on one network, data and budget, measured with one ruler"),
+    "quality": ("benchmarks.quality", "objectives on one network, data and budget, measured in the same way"),
     "order": ("benchmarks.order", "the convergence order of every solver, on a mixture in closed form"),
-    "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, beside the published table"),
+    "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, and the published numbers"),
     "prediction": (
         "benchmarks.prediction",
         "what to predict, x0, eps or velocity, of a plane in 512 dimensions",

@@ -24,16 +24,17 @@ class Demo(DemoSettings):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Demo, argv, prog="genkit demo", description="Record an expert's episodes.")
-    made = record_demonstrations(narrow(command, DemoSettings), command.out)
-    episodes = f"{len(made.returns)} episodes of {made.num_tried} tried, {made.num_steps} steps"
-    mean = sum(made.returns) / len(made.returns)
-    spread = f"({min(made.returns):.1f} to {max(made.returns):.1f})"
-    console.print(f"{made.path}  {episodes}, return {mean:.1f} {spread}", markup=False)
-    if made.expert_path:
-        reuse = f"--expert=saved --expert.path={made.expert_path} uses it again"
-        console.print(f"{made.expert_path}  {made.expert_origin}; {reuse}", markup=False)
+    recording = record_demonstrations(narrow(command, DemoSettings), command.out)
+    episodes = f"{len(recording.returns)} episodes of {recording.num_tried} tried, {recording.num_steps} steps"
+    mean = sum(recording.returns) / len(recording.returns)
+    spread = f"({min(recording.returns):.1f} to {max(recording.returns):.1f})"
+    console.print(f"{recording.path}  {episodes}, return {mean:.1f} {spread}", markup=False)
+    if recording.expert_path:
+        reuse = f"--expert=saved --expert.path={recording.expert_path} uses it again"
+        console.print(f"{recording.expert_path}  {recording.expert_origin}; {reuse}", markup=False)
     frames = " --data.frames img" if command.pixels else ""
-    train = f"genkit train --data=replay --data.root {made.path} --data.env {command.env}{frames}"
+    train = f"genkit train --data=replay --data.root {recording.path} --data.env {command.env}{frames}"
     console.print(f"next     {train}", markup=False)
     return 0

@@ -24,6 +24,7 @@ class Encode(EncodeSettings):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Encode, argv, prog="genkit encode", description="Cache the latents of a data set.")
     cache = encode(command.run, narrow(command, EncodeSettings), out=command.out)
     counts = f"{cache.num_samples} samples of {cache.split}, {cache.num_written} files written"

@@ -24,6 +24,7 @@ class Export(ExportSettings):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Export, argv, prog="genkit export", description="Write a run for use elsewhere.")
     exported = export(command.run, command.out, narrow(command, ExportSettings))
     run = exported.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from genkit.config import parse
-from genkit.config.command import peek
+from genkit.config.command import peek_option
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.loop import finetune, settings_file
 from genkit.rl.finetune.settings import FinetuneSettings
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     if (num := missing_ranks()) > 1:
         start_ranks(num, "finetune", argv)
-    resume = peek(argv, "resume")
+    resume = peek_option(argv, "resume")
     if resume:
         argv = ["--config", str(settings_file(find_run(resume))), *argv]
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")

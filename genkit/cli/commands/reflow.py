@@ -27,6 +27,7 @@ class Reflow(ReflowSettings):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Reflow, argv, prog="genkit reflow", description="Make the pairs of a reflow.")
     pairs = reflow(command.run, narrow(command, ReflowSettings), out=command.out)
     run = pairs.run

@@ -166,7 +166,7 @@ class LeRobot(Recorded):
 
 
 def check_steps(folder: Path, info: Mapping[str, Any], episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Return where each episode ends, given the sorted episode and step index ``[N]`` of all steps.
+    """Return ``episode_ends``, given the sorted episode and step index ``[N]`` of all steps.
 
     ``ValueError`` if a step or an episode is missing or double, compared with ``meta/``.
     """

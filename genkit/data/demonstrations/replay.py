@@ -51,10 +51,10 @@ class ColumnRange(NamedTuple):
 
 def require_arrays(location: object, names: Iterable[str], available: Iterable[str]) -> None:
     """Raise ``ValueError`` unless all arrays ``names`` are ``available``."""
-    known = list(available)
+    allowed = list(available)
     for name in names:
-        if name not in known:
-            raise ValueError(f"{location}: has no array {name!r}; it holds {', '.join(known)}")
+        if name not in allowed:
+            raise ValueError(f"{location}: has no array {name!r}; it holds {', '.join(allowed)}")
 
 
 def channels_first(values: np.ndarray, name: str, location: str) -> np.ndarray:
@@ -75,7 +75,7 @@ def single_column(values: np.ndarray, name: str, location: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Demonstrations):
-    """What sources of recorded episodes, named arrays of all their steps, have in common."""
+    """Base of the sources of recorded episodes: named arrays of all their steps."""
 
     root: str
     """the file or folder"""
@@ -103,7 +103,7 @@ class Recorded(Demonstrations):
 
     @abstractmethod
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """These arrays of all steps ``[N, ...]``, and ``episode_ends`` ``[episodes]``, where each episode ends.
+        """These arrays of all steps ``[N, ...]``, and ``episode_ends`` ``[episodes]``, the step after each episode.
 
         Raise ``ValueError`` if one is missing or damaged, or an episode is empty.
         """
@@ -113,7 +113,7 @@ class Recorded(Demonstrations):
         return self.observed
 
     def read_columns(self, columns: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Columns ``[N, D]`` of all steps, and where each episode ends."""
+        """Columns ``[N, D]`` of all steps, and ``episode_ends``."""
         ranges = [ColumnRange.parse(text) for text in columns]
         arrays = self.arrays(list(dict.fromkeys(r.name for r in ranges)))
         return [r.select(arrays, self.root) for r in ranges], arrays["episode_ends"]

@@ -103,12 +103,12 @@ def check_episodes(episodes: Sequence[Episode], location: str) -> None:
             raise ValueError(f"{location}: episode {i} is empty")
         if len(obs) != len(actions):
             raise ValueError(f"{location}: episode {i} has {len(obs)} observations and {len(actions)} actions")
-        for what, values in (("observation", obs), ("action", actions), ("reward", rewards)):
+        for name, values in (("observation", obs), ("action", actions), ("reward", rewards)):
             if values is None:
                 continue
             bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
             if len(bad):
-                raise ValueError(f"{location}: episode {i} has an {what} that is not finite, first at step {bad[0]}")
+                raise ValueError(f"{location}: episode {i} has an {name} that is not finite, first at step {bad[0]}")
 
 
 class Windows(NamedTuple):
@@ -187,7 +187,7 @@ class Demonstrations(DataSource):
 
     Or samples are plans: states ``(Do, Tp)`` as in Decision Diffuser (Ajay et al. 2023), or actions above states
     ``(A + Do, Tp)`` as in Diffuser (Janner et al. 2022). Windows of plans reach beyond the end of an episode as far as
-    they can, where the last state is repeated. Scalings and anchors are fitted to the training episodes; codec and spec
+    they can, and repeat the last state there. Scalings and anchors are fitted to the training episodes; codec and spec
     store them.
     """
 
@@ -198,7 +198,7 @@ class Demonstrations(DataSource):
     act_steps: Steps = 8
     """actions, counted from now, that are executed before the policy observes again"""
     plan: Literal["actions", "states", "both"] = "actions"
-    """what a sample holds: actions; the coming states, from which inverse dynamics infer the actions; or both"""
+    """content of a sample: actions; the coming states, from which inverse dynamics infer the actions; or both"""
     conditions: tuple[ExtraCondition, ...] = ()
     """conditions besides obs: returns (discounted, of the whole episode), skill (kind of episode), goal (state at the
     window's end). With --objective.cond-dropout-each 0.2 each may be omitted later, and guided by"""
@@ -285,15 +285,15 @@ class Demonstrations(DataSource):
         nonzero = torch.where(scale > 0, scale, 1)
         return Vector(tuple(train.shape[1:]), tuple(shift.tolist()), tuple(nonzero.tolist()), OBS_LIMIT)
 
-    def require_known(self, what: str, values: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    def require_known(self, name: str, values: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """``values`` of all episodes. ``ValueError`` if an episode has none."""
-        known = [v for v in values if v is not None]
-        if len(known) < len(values):
+        present = [v for v in values if v is not None]
+        if len(present) < len(values):
             raise ValueError(
-                f"conditions: given {', '.join(self.conditions)}, but these episodes have no {what}; name the array "
+                f"conditions: given {', '.join(self.conditions)}, but these episodes have no {name}; name the array "
                 "that holds it by --data.reward or --data.skill, or leave it out"
             )
-        return known
+        return present
 
     def windows(self, split: Split) -> Windows:
         """All windows of a split. ``ValueError`` if a condition is not known, or settings contradict the episodes."""

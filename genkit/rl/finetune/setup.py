@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from genkit.backbones.lora import LoRA
-from genkit.config.blocks import name_of
+from genkit.config.blocks import find_name
 from genkit.core import Batch
 from genkit.data import Stream
 from genkit.data.codecs import Actions
@@ -35,7 +35,7 @@ DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstra
 
 def method_name(settings: FinetuneSettings) -> str:
     """The method's name in the registry."""
-    return name_of({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
+    return find_name({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
 
 
 def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:

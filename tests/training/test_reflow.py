@@ -1,26 +1,24 @@
-"""Reflow: pairs that a model makes, a straighter flow on them, and one step; and the file that holds the pairs."""
+"""Reflow: the pairs of a model, a straighter flow trained on them, and distillation to one step."""
 
-import json
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from genkit.backbones import MLP
-from genkit.cli.commands.reflow import main as reflow
+from genkit.cli.commands.reflow import main as reflow_command
 from genkit.cli.commands.train import main as train_command
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.data import DATA
-from genkit.data.codecs import MinMax, Pixels
-from genkit.data.pairs import Pairs, decode_exactly, save_pairs
+from genkit.data.pairs import Pairs
 from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
 from genkit.objectives.matching.couplings import GivenPairs
 from genkit.objectives.matching.distillation import Distillation
+from genkit.training.reflow import reflow
 from genkit.training.run import load_run
 
 
@@ -38,7 +36,7 @@ def train(objective, draw, steps, nets=None):
 
 
 def bend(flow, nets, z):
-    """How far the energy of the way is above that of the straight one between the same ends; 0: straight."""
+    """Excess of the path's energy over that of a straight line between the same ends; 0: straight."""
     states = [z]
     out = flow.generator(nets, bind("heun", uniform(30), callback=lambda i, x, p: states.append(x)))(z, {})
     energy = (torch.stack(states).diff(dim=0) ** 2).sum(-1).mean(1).sum() * 30
@@ -52,7 +50,7 @@ def off(x):
 
 
 def test_reflow_straightens_and_distillation_needs_one_step():
-    """Liu et al. 2023, section 2.2, on 8 Gaussians: the way is straighter, and one Euler step lands closer."""
+    """Liu et al. 2023, section 2.2, on 8 Gaussians: paths are straighter, and one Euler step ends closer."""
     data = DATA["8gaussians"](n=25_600).load("train").x
     rows = lambda x, i: x[torch.arange(256 * i, 256 * (i + 1)) % len(x)]  # noqa: E731
     flow, again = Flow(), Flow(coupling=GivenPairs())
@@ -86,45 +84,14 @@ def test_distillation_is_one_euler_step_and_takes_no_sampler():
     assert torch.allclose(loss, (x0**2).mean(1), atol=1e-6)  # (x1 - (x1 - x0))^2 at x = x1, t = 1
 
 
-@pytest.mark.parametrize("codec", [Pixels(), MinMax((-3.0, 0.0, 1.0), (5.0, 2.0, 1.0))])
-def test_pairs_come_back_in_the_models_own_numbers(tmp_path, codec):
-    """Unrounded, also beyond the codec's range; with their conditions, in whatever order they are asked for."""
-    x, x1, label = torch.randn(20, 3, 2, 2) * 1.5, torch.randn(20, 3, 2, 2), torch.arange(20) % 7
-    spec = Spec((3, 2, 2), {"label": Label(7, ("a", "b"))})
-    path = save_pairs(tmp_path / "deep" / "p.npz", x, x1, {"label": label}, spec, codec, {"seed": 3})
-    data = Pairs(root=str(path)).load("train")
-    assert (data.spec, data.codec, len(data)) == (spec, codec, 20)
-    which = torch.tensor([4, 19, 0])
-    batch = data.codec.encode(data.batch(which, Draw((0,), 0, 3)))
-    assert torch.allclose(batch.x, x[which], atol=1e-5)
-    assert torch.equal(batch.x1, x1[which])
-    assert torch.equal(batch.cond["label"], label[which])
-    with np.load(path, allow_pickle=False) as stored:
-        assert json.loads(str(stored["about"]))["made"] == {"seed": 3}
-
-
-def test_bad_files_of_pairs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="make it with: genkit reflow RUN"):
-        Pairs(root=str(tmp_path / "none.npz")).load()
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match="holds x; pairs of genkit reflow hold about, x, x1"):
-        Pairs(root=str(tmp_path / "other.npz")).load()
-
-    class Cube:
-        encode = staticmethod(lambda batch: replace(batch, x=batch.x**3))
-
-    with pytest.raises(ValueError, match="not affine"):
-        decode_exactly(torch.randn(4, 2) * 2, Cube())
-
-
 SMALL = ["--backbone=mlp", "--backbone.width=16", "--batch=16", "--steps=4", "--sample-every=0", "--no-tensorboard"]
 
 
 def test_the_command_makes_pairs_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train_command(["--data=moons", "--device=cpu", *SMALL]) == 0
-    assert reflow(["runs/latest", "--n=10", "--batch=4", "--steps=3", "--out=p.npz"]) == 0
-    assert reflow(["runs/latest", "--n=10", "--batch=10", "--steps=3", "--out=q.npz"]) == 0
+    assert reflow_command(["runs/latest", "--n=10", "--batch=4", "--steps=3", "--out=p.npz"]) == 0
+    assert reflow_command(["runs/latest", "--n=10", "--batch=10", "--steps=3", "--out=q.npz"]) == 0
     p, q = Pairs(root="p.npz").load(), Pairs(root="q.npz").load()
     assert torch.allclose(p.samples.x, q.samples.x, atol=1e-5)  # pair i has its own seed
     assert torch.equal(p.x1, q.x1)
@@ -134,27 +101,41 @@ def test_the_command_makes_pairs_of_a_run(tmp_path, monkeypatch, capsys):
     assert train_command([*again, "--objective.coupling=given"]) == 0
     assert train_command([*again, "--objective=distillation"]) == 0
     with pytest.raises(ValueError, match="this one adds noise"):
-        reflow(["runs/0000-moons-flow-mlp", "--n=4", "--sampler=ancestral"])
+        reflow_command(["runs/0000-moons-flow-mlp", "--n=4", "--sampler=ancestral"])
     capsys.readouterr()
 
 
-def commands(told):
-    """The commands that were printed, as arguments of `genkit train`."""
-    found = dict(re.findall(r"^(straighten|one step) +genkit train (.+)$", told, re.M))
-    return {k: shlex.split(v) for k, v in found.items()}
+def test_reflow_is_a_call_that_returns_the_file_and_prints_nothing(tmp_path, capsys):
+    assert train_command(["--data=moons", "--device=cpu", f"--out={tmp_path}", *SMALL]) == 0
+    run, calls = load_run(tmp_path / "latest"), []
+    capsys.readouterr()
+    made = reflow(run, n=10, batch=4, steps=2, progress=lambda *call: calls.append(call))
+    assert capsys.readouterr() == ("", "")
+    assert made.path == run.directory / "pairs-step4.npz"
+    assert (made.num_pairs, made.run) == (10, run)
+    assert calls == [("pairs", 4, 10), ("pairs", 8, 10), ("pairs", 10, 10)]
+    by_path = reflow(tmp_path / "latest", n=10, batch=10, steps=2, out=tmp_path / "p.npz", device="cpu")
+    one, other = (Pairs(root=str(p.path)).load().samples.x for p in (made, by_path))
+    assert torch.allclose(one, other, atol=1e-5)
+    with pytest.raises(ValueError, match="stepz"):
+        reflow(run, stepz=3)
+
+
+def printed_commands(output):
+    """The commands in the output, as arguments of `genkit train`."""
+    commands = dict(re.findall(r"^(straighten|one step) +genkit train (.+)$", output, re.M))
+    return {k: shlex.split(v) for k, v in commands.items()}
 
 
 def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeypatch, capsys):
-    """Each begins with the model that made its pairs; the one-step model needs no sampler."""
+    """Each starts from the model that drew its pairs; the one-step model needs no sampler."""
     monkeypatch.chdir(tmp_path)
     assert train_command(["--data=moons", "--device=cpu", *SMALL]) == 0
     for generation in (1, 2):
         capsys.readouterr()
-        assert (
-            reflow([f"runs/{Path('runs/latest').resolve().name}", "--n=16", "--steps=3", f"--out=p{generation}.npz"])
-            == 0
-        )
-        printed = commands(capsys.readouterr().out)
+        newest = f"runs/{Path('runs/latest').resolve().name}"
+        assert reflow_command([newest, "--n=16", "--steps=3", f"--out=p{generation}.npz"]) == 0
+        printed = printed_commands(capsys.readouterr().out)
         before = Path("runs/latest").resolve()
         assert train_command([*printed["straighten"], "--lr=1e-12", "--steps=1"]) == 0
         run = load_run("runs/latest")
@@ -169,12 +150,12 @@ def test_reflow_twice_and_distillation_by_the_printed_commands(tmp_path, monkeyp
     assert run.sample(3).x.shape == (3, 2)
 
 
-def test_what_does_not_speak_of_velocities_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+def test_a_model_without_velocities_is_no_start_for_distillation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train_command(["--data=moons", "--objective=ddpm", "--device=cpu", *SMALL]) == 0
     capsys.readouterr()
-    assert reflow(["runs/latest", "--n=8", "--steps=2"]) == 0
-    printed = commands(capsys.readouterr().out)
+    assert reflow_command(["runs/latest", "--n=8", "--steps=2"]) == 0
+    printed = printed_commands(capsys.readouterr().out)
     assert not any("--init" in argv for argv in printed.values())
     for argv in printed.values():
         assert train_command([*argv, "--steps=1"]) == 0
