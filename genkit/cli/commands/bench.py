@@ -26,9 +26,10 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
 
 
 def main(argv: list[str]) -> int:
+    """Run the benchmark that ``argv`` names; the exit code."""
     lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in BENCHES.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: genkit bench NAME [options]\n\nmeasurements:\n{lines}\n\ngenkit bench NAME --help says more.")
+        print(f"usage: genkit bench NAME [options]\n\nbenchmarks:\n{lines}\n\ngenkit bench NAME --help says more.")
         return 0
     if argv[0] not in BENCHES:
         near = difflib.get_close_matches(argv[0], BENCHES, 1)
