@@ -1,18 +1,18 @@
-"""Train a small flow from one kind of picture to another, by concatenation, and draw several answers to each question.
+"""Train a small flow from one kind of picture to another, by concatenation, and draw several samples for each input.
 
     python samplers/image_to_image.py --task enlarge --steps 600 --out translated.png
     python samplers/image_to_image.py --task complete --data my/folder
 
 The model sees the corrupted picture beside the noisy one, as further channels (Saharia et al. 2022, "Palette"): the
-condition is of the kind ``Image``, and nothing else changes. Rows of the picture: held-out originals, what the model is
-given, and ``--answers`` samples. The default takes about a minute on one core.
+condition is of the kind ``Image``, and nothing else changes. Rows of the picture: held-out originals, the model's
+input, and ``--answers`` samples. The default takes about a minute on one core.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
+from common import rms, start
 
 from genkit.backbones import UNet
 from genkit.core import Batch, Draw, Image, Spec, pictures
@@ -32,23 +32,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", default="digits", help="a name of genkit.data.DATA, a folder, .zip or .npz")
     parser.add_argument("--task", default="enlarge", choices=TASKS)
-    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--steps", type=int, default=600, help="training steps")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--n", type=int, default=10, help="how many held-out pictures")
-    parser.add_argument("--answers", type=int, default=3)
+    parser.add_argument("--n", type=int, default=10, help="number of held-out pictures")
+    parser.add_argument("--answers", type=int, default=3, help="samples for each of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("translated.png"))
     args = parser.parse_args()
 
+    # data, and a model with the corrupted picture as a condition
     name, fields = find_source(args.data)
     train, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
     if len(train.spec.shape) != 3 or min(args.n, args.answers) < 1:
         raise ValueError(f"given {args.n} x {args.answers} of {train.spec.shape}; needs pictures [C, H, W], 1 or more")
     task, spec = TASKS[args.task], Spec(train.spec.shape, {"image": Image(train.spec.shape[0])})
-    Average(2).measured(spec.shape)  # refuses odd sizes
+    Average(2).output_shape(spec.shape)  # refuses odd sizes
     torch.manual_seed(args.seed)
     flow, stream = Flow(), Stream(train, 64, args.seed)
     nets = flow.networks(UNet(), spec)
+    # training
     optimizer = torch.optim.AdamW(nets["net"].parameters(), lr=2e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, args.steps))
     for step in range(args.steps):
@@ -60,20 +62,15 @@ def main() -> None:
         decay.step()
         if step % 100 == 0:
             print(f"step {step:5d}  loss {float(loss.detach()):.4f}", flush=True)
-
-    spread = torch.linspace(0, len(test) - 1, args.n).long()
-    x0 = test.codec.encode(test.batch(spread, Draw((0,), 0, args.n))).x
+    # samples for held-out pictures, and their errors
+    x0 = test.codec.encode(test.batch(torch.linspace(0, len(test) - 1, args.n).long(), Draw((0,), 0, args.n))).x
     generate = flow.generator(nets, bind("heun", uniform(20), classifier_free(args.guidance)))
     seeds = [range(s, s + args.n) for s in range(args.seed, args.seed + args.n * args.answers, args.n)]
-    drawn = [generate(Seeds(s)(spec.shape), {"image": task(x0)}) for s in seeds]
-    shown = (task(x0), *drawn, torch.stack(drawn).mean(0))
-    errors = [float((x.clamp(-1, 1) - x0).square().mean().sqrt()) for x in shown]
-    print("error of what is given, of each answer, of their mean:", *(f"{e:.3f}" for e in errors))
-    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, task(x0), *drawn])), args.n), args.out))
+    samples = [generate(Seeds(s)(spec.shape), {"image": task(x0)}) for s in seeds]
+    errors = [rms(x.clamp(-1, 1) - x0) for x in (task(x0), *samples, torch.stack(samples).mean(0))]
+    print("error of the input, of each sample, of their mean:", *(f"{e:.3f}" for e in errors))
+    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, task(x0), *samples])), args.n), args.out))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(f"image_to_image: {e}")
+    start(main)

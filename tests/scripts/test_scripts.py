@@ -94,6 +94,7 @@ def refusal(script, *args):
     """What a script says to a mistake as it ends: one line, no traceback. In this process: six starts take a minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.syspath_prepend(str(ROOT / script).rpartition("/")[0])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     assert isinstance(ended.value.code, str)
