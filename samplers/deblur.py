@@ -1,32 +1,43 @@
-"""Sharpen blurred pictures with any model of sharp ones.
+"""Sharpen blurred images with any model of sharp ones.
 
     python samplers/deblur.py runs/latest --width 1 --noise 0.05 --out deblurred.png
     python samplers/deblur.py runs/latest --images my/folder --width 2
 
-Rows of the picture: the originals, their measurement, and one restoration a method. The originals are held-out pictures
-of the run's data, or those of a folder, .zip or .npz of the same size.
+Rows of the picture: the original, its measurement, and one restoration for each method. The images are held-out ones of
+the run's own data, or those of a folder, .zip or .npz of the same size.
 """
 
-from common import METHODS, editing_options, load_pictures, restore, rms, save_rows, start
+from editing import (
+    add_restoration_arguments,
+    load_images,
+    make_parser,
+    measurement_noise,
+    restore,
+    rms_error,
+    run_script,
+    save_rows,
+)
 
-from genkit.diffusion.inverse_problems import Blur
-from genkit.training.run import load_run
+import genkit
+from genkit.diffusion.inverse_problems import Blur, measure
 
 
 def main() -> None:
-    parser = editing_options(__doc__, "deblurred.png")
+    parser = make_parser(str(__doc__), out="deblurred.png")
+    add_restoration_arguments(parser, noise=0.05)
     parser.add_argument("--width", type=float, default=1.0, help="standard deviation of the Gaussian blur, in pixels")
-    parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of the measurement, in [-1, 1]")
-    parser.add_argument("--methods", nargs="+", default=["pigdm", "dps"], choices=METHODS)
     args = parser.parse_args()
 
-    run = load_run(args.run)
-    x0 = load_pictures(args, run)
-    measurement, restored = restore(args, run, x0, Blur.gaussian(args.width))
-    for method, x in zip(args.methods, restored, strict=True):
-        print(f"{method:<6} error {rms(x.clamp(-1, 1) - x0):.3f} (root mean square)")
-    save_rows(args, run, [x0, measurement.y, *restored])
+    run = genkit.load(args.run)
+    x0 = load_images(args, run)
+    measurement = measure(Blur.gaussian(args.width), x0, args.noise, measurement_noise(args, run))
+    rows = [x0, measurement.y]
+    for method in args.methods:
+        x = restore(args, run, measurement, method)
+        print(f"{method:<6} error {rms_error(x, x0):.3f} (root mean square)")
+        rows.append(x)
+    save_rows(args, run, rows)
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)

@@ -1,49 +1,64 @@
-"""Fill in the masked part of real pictures, with any model of such pictures.
+"""Fill in the hidden part of real images with any model of such images, given the visible part only.
 
     python samplers/inpaint.py runs/latest --hide right --methods pigdm dps --out inpainted.png
     python samplers/inpaint.py runs/latest --images my/folder --hide box --noise 0.05
 
-Rows of the picture: the originals, their measurement, and one restoration a method. The originals are held-out pictures
-of the run's data, or those of a folder, .zip or .npz of the same size.
+Rows of the picture: the original, its visible part, and one restoration for each method. The images are held-out ones
+of the run's own data, or those of a folder, .zip or .npz of the same size.
 """
 
 import torch
-from common import METHODS, editing_options, load_pictures, restore, rms, save_rows, start
+from editing import (
+    add_restoration_arguments,
+    load_images,
+    make_parser,
+    measurement_noise,
+    restore,
+    rms_error,
+    run_script,
+    save_rows,
+)
 from torch import Tensor
 
-from genkit.diffusion.inverse_problems import Mask
-from genkit.training.run import load_run
+import genkit
+from genkit.diffusion.inverse_problems import Mask, measure
 
-HIDDEN = {  # from the row and column of each pixel, in [0, 1]
-    "right": lambda row, column: column >= 0.5,
-    "bottom": lambda row, column: row >= 0.5,
-    "box": lambda row, column: (row - 0.5).abs().maximum((column - 0.5).abs()) < 0.25,
-    "half": lambda row, column: torch.rand(row.shape, generator=torch.Generator().manual_seed(0)) < 0.5,
-}
+PARTS = ("right", "bottom", "box", "half")
 
 
-def visible(hide: str, shape: tuple[int, ...]) -> Tensor:
-    """Bool ``[C, H, W]``: True at visible pixels, in all channels."""
-    row, column = ((torch.arange(n) + 0.5) / n for n in shape[1:])
-    return ~HIDDEN[hide](*torch.meshgrid(row, column, indexing="ij")).expand(shape)
+def visible_mask(part: str, shape: tuple[int, ...]) -> Tensor:
+    """Bool ``[C, H, W]``: True if a pixel is visible; all of its channels are, or none."""
+    row, column = torch.meshgrid(*[(torch.arange(n) + 0.5) / n for n in shape[1:]], indexing="ij")
+    if part == "right":
+        hidden = column >= 0.5
+    elif part == "bottom":
+        hidden = row >= 0.5
+    elif part == "box":
+        hidden = (row - 0.5).abs().maximum((column - 0.5).abs()) < 0.25
+    else:
+        hidden = torch.rand(row.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return ~hidden.expand(shape)
 
 
 def main() -> None:
-    parser = editing_options(__doc__, "inpainted.png")
-    parser.add_argument("--hide", default="right", choices=HIDDEN, help="hidden part; half: random pixels")
-    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of the measurement, in [-1, 1]")
-    parser.add_argument("--methods", nargs="+", default=["pigdm", "dps"], choices=METHODS)
+    parser = make_parser(str(__doc__), out="inpainted.png")
+    add_restoration_arguments(parser, noise=0.0)
+    parser.add_argument(
+        "--hide", default="right", choices=PARTS, help="the hidden part; half: every other pixel, at random"
+    )
     args = parser.parse_args()
 
-    run = load_run(args.run)
-    x0 = load_pictures(args, run)
-    mask = Mask(visible(args.hide, run.spec.shape).to(run.device))
-    measurement, restored = restore(args, run, x0, mask)
-    for method, x in zip(args.methods, restored, strict=True):
-        error = rms((x.clamp(-1, 1) - x0)[:, ~mask.mask])
-        print(f"{method:<6} error of the hidden part {error:.3f} (root mean square)")
-    save_rows(args, run, [x0, mask.forward(measurement.y), *restored])
+    run = genkit.load(args.run)
+    x0 = load_images(args, run)
+    operator = Mask(visible_mask(args.hide, run.spec.shape).to(run.device))
+    measurement = measure(operator, x0, args.noise, measurement_noise(args, run))
+    rows = [x0, operator.forward(measurement.y)]
+    for method in args.methods:
+        x = restore(args, run, measurement, method)
+        print(f"{method:<6} error of the hidden part {rms_error(x, x0, ~operator.mask):.3f} (root mean square)")
+        rows.append(x)
+    save_rows(args, run, rows)
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)
