@@ -103,7 +103,7 @@ def draw(axes):
     axes.legend()
 
 
-picture = pictures.figure(draw, (12.8, 5) if strips else (7, 4))
+picture = pictures.draw_figure(draw, (12.8, 5) if strips else (7, 4))
 if strips:
     wide = strips[0].shape[1]
     curve = np.asarray(picture.convert("RGB").resize((wide, round(picture.height * wide / picture.width))))
@@ -111,4 +111,4 @@ if strips:
 print("| seed | before | after | improvement, CPU s |\n|---|---|---|---|")
 for seed, before, after, _, took, _ in (row.values() for row in rows):
     print(f"| {seed} | {before['value']:.0f} | {after['value']:.0f} | {took} |")
-print(pictures.save(picture, out))
+print(pictures.save_image(picture, out))

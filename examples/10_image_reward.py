@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from genkit.cli.main import main as genkit
 from genkit.core import Draw
-from genkit.core.pictures import save
+from genkit.core.pictures import save_image
 from genkit.data import DATA
 from genkit.evaluation.metrics import Moments, frechet_distance
 from genkit.evaluation.metrics.features import Classifier
@@ -86,4 +86,4 @@ for i, name in enumerate(("before", "after")):
     tiles = Image.open(shown / "samples" / f"{name}.png").convert("RGB").crop((0, 0, WIDE, HIGH))
     sheet.paste(tiles, (0, top + CAPTION))
 sheet.paste(Image.open(shown / "reward-kl.png").convert("RGB").resize((770, 440)), (WIDE + 20, 4))
-print(save(sheet.quantize(192), args.out, optimize=True))
+print(save_image(sheet.quantize(192), args.out, optimize=True))

@@ -69,7 +69,8 @@ def main() -> None:
     shown = (task(x0), *drawn, torch.stack(drawn).mean(0))
     errors = [float((x.clamp(-1, 1) - x0).square().mean().sqrt()) for x in shown]
     print("error of what is given, of each answer, of their mean:", *(f"{e:.3f}" for e in errors))
-    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, task(x0), *drawn])), args.n), args.out))
+    images = test.codec.decode(torch.cat([x0, task(x0), *drawn]))
+    print(pictures.save_image(pictures.make_grid(images, args.n), args.out))
 
 
 if __name__ == "__main__":

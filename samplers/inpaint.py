@@ -69,7 +69,7 @@ def main() -> None:
         hidden = (x.clamp(-1, 1) - x0)[:, ~mask.mask]
         print(f"{method:<6} error of the hidden part {float(hidden.square().mean().sqrt()):.3f} (root mean square)")
         rows.append(x)
-    print(pictures.save(pictures.mosaic(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
 
 
 if __name__ == "__main__":

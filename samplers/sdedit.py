@@ -54,7 +54,7 @@ def main() -> None:
         away = (x - x0).square().mean().sqrt()
         print(f"strength {strength:<5g} root mean square distance to the originals {float(away):.3f}")
         rows.append(x)
-    print(pictures.save(pictures.mosaic(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
         x = bind(args.sampler, uniform(args.steps), guidance)(run.denoiser)(noise(run.spec.shape), {}, noise)
         print(f"{method:<6} error {float((x.clamp(-1, 1) - x0).square().mean().sqrt()):.3f} (root mean square)")
         rows.append(x)
-    print(pictures.save(pictures.mosaic(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
 
 
 if __name__ == "__main__":

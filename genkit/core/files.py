@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what is said of those that cannot be read."""
+"""Atomic files, and one-line messages for those that cannot be read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to. It takes that name when the block ends well, and is gone when it does not.
+    """Yield a temporary path to write to. It is renamed to ``path`` if the block succeeds, and removed if it fails.
 
-    The folders above are made. Each process has a place of its own; of two that write one file, the last stays.
+    Missing parent directories are created. Each process has its own temporary file; if two write the same ``path``, the
+    last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,12 +26,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` whole or not at all; its path."""
+    """Write ``text`` atomically, and return the path."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, or of which kind it is where it says nothing."""
+def format_error(error: Exception) -> str:
+    """Return an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
