@@ -1,1 +1,1 @@
-"""Measurements that stand behind the numbers in the README."""
+"""The benchmarks behind the tables in the documentation; `genkit bench NAME` runs one of them."""

@@ -1,17 +1,18 @@
-"""Flow matching in the plane with and without optimal transport, beside the numbers of the papers.
+"""Flows in the plane with and without optimal transport, beside the numbers of the papers.
 
     genkit bench toy [--seeds 5] [--steps N] [--only OT-CFM] [--out FILE.json] [--picture FILE.png]
 
 W2 is the exact 2-Wasserstein distance between samples of the model and of the data; NPE the normalised path energy
-``|E int |v|^2 dt - W2^2(p0, p1)| / W2^2(p0, p1)`` (Tong et al. 2024, section 5.1): 0 where every sample takes the
-shortest way. Published: Tong et al. 2023, "Simulation-free Schrödinger bridges via score and flow matching", table 2.
+``|E int |v|^2 dt - W2^2(p0, p1)| / W2^2(p0, p1)`` (Tong et al. 2024, section 5.1): 0 if every sample takes the shortest
+way. Published: Tong et al. 2023, "Simulation-free Schrödinger bridges via score and flow matching", table 2.
 
-The network is theirs, three hidden layers of 64 with SELU and the time joined to the input. So are the shapes and their
-scales, as the configurations of torchcfm's runner have them; the plan of a minibatch is `--objective.coupling=ot`'s.
-What differs: no noise about the lines (they have 0.1), a batch of 128 (512), fewer steps with a cosine at their end.
+The network is theirs: three hidden layers of 64 with SELU and the time as an additional input. So are the shapes and
+their scales, as in the configurations of torchcfm's runner; the plan of a minibatch is `--objective.coupling=ot`'s. The
+differences: no noise around the lines (they have 0.1), a batch of 128 (512), fewer steps with a cosine at their end.
 
-W2 is above 0 for finite draws of one law, so how the points are drawn matters, and the papers do not say how many they
-took. Here sources are Sobol' points and the data spread evenly over modes and arcs; "data to data" is what that leaves.
+W2 is above 0 for finite draws of one distribution, so it matters how the points are drawn, and the papers do not say
+how many they took. Here sources are Sobol points and the data are spread evenly over modes and arcs; "data to data" is
+the distance that remains.
 """
 
 from __future__ import annotations
@@ -33,67 +34,73 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.stack import Each, Record, Stack, mean_sd, rows, train
+from benchmarks.ensemble import EnsembleMLP, PerMember, draw_rows, train
+from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
 from genkit.core import NO_COND
 from genkit.core.files import atomic_write
 from genkit.data.toy import Points, Toy
 from genkit.diffusion.samplers import bind
-from genkit.evaluation.metrics import wasserstein2 as w2
+from genkit.evaluation.metrics import wasserstein2
 from genkit.objectives.matching.couplings import Coupling, Independent, OptimalTransport
 from genkit.objectives.matching.flow import Flow
 from genkit.objectives.matching.sources import DatasetSource, Normal, Source
 
-BATCH, LR, EULER, TEST = 128, 4e-3, 100, 2048
+BATCH, LR = 128, 4e-3
+EULER_STEPS = 100
+TEST_SAMPLES, MAX_TEST_SAMPLES = 2048, 10_000
 
 
 # ------------------------------------------------------------------------------------------------------- the shapes
 @dataclass(frozen=True, kw_only=True)
 class Ring(Toy):
-    """Eight Gaussians of deviation ``noise`` about a circle of ``radius``, of as many points each."""
+    """Eight Gaussians of standard deviation ``noise`` on a circle of ``radius``, with equal numbers of points."""
 
     noise: Annotated[float, Ge(0)] = 1.0
     radius: float = 5.0
 
     def shape(self, rng: np.random.Generator) -> Points:
+        """The centre of each point."""
         k = np.arange(self.n) * 8 // self.n
         return self.radius * np.stack([np.cos(k * np.pi / 4), np.sin(k * np.pi / 4)], axis=1), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfMoons(Toy):
-    """Two half circles of radius ``size``, the points at equal angles, moved by ``move``."""
+    """Two half circles of radius ``size``, with points at equal angles, shifted by ``move``."""
 
     noise: Annotated[float, Ge(0)] = 0.1
     size: float = 2.0
     move: tuple[float, float] = (-1.0, 0.0)
 
     def shape(self, rng: np.random.Generator) -> Points:
-        from sklearn.datasets import make_moons
+        """The points without noise."""
+        from sklearn.datasets import make_moons  # lazy: slow to import
 
         return self.size * np.asarray(make_moons(self.n, shuffle=False)[0]) + self.move, None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SCurve(Toy):
-    """The letter S, two arcs of radius ``size``, the points at equal angles (scikit-learn's are at random ones)."""
+    """The letter S, two arcs of radius ``size``, with points at equal angles (scikit-learn's are at random angles)."""
 
     noise: Annotated[float, Ge(0)] = 0.075
     size: float = 1.5
 
     def shape(self, rng: np.random.Generator) -> Points:
+        """The points without noise."""
         t = 3 * np.pi * (np.arange(self.n) + 0.5) / self.n - 1.5 * np.pi
         return self.size * np.stack([np.sin(t), np.sign(t) * (np.cos(t) - 1)], axis=1), None
 
 
-def normals(n: int, seed: int) -> Tensor:
-    """Standard normals ``[n, 2]`` that fill the plane evenly: scrambled Sobol' points through the inverse of ndtr."""
+def sobol_normals(n: int, seed: int) -> Tensor:
+    """Standard normals ``[n, 2]`` that fill the plane evenly: scrambled Sobol points through the inverse of ndtr."""
     u = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(n, dtype=torch.float64)
     return torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)).float()
 
 
 @dataclass(frozen=True)
 class Column:
-    """Source and data, and what the paper reports for ``(W2, its sd, NPE, its sd)`` by method."""
+    """Source and data, and what the paper reports by method: ``(W2, its sd, NPE, its sd)``."""
 
     data: Toy
     source: Source
@@ -120,25 +127,27 @@ METHODS: Mapping[str, Coupling] = {"I-CFM": Independent(), "OT-CFM": OptimalTran
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
-def held(data: Toy, n: int, seed: int = 0) -> Tensor:
-    """``n`` held-out points, spread evenly, in random order (scipy's assignment takes ten times as long in theirs)."""
+def load_held_out(data: Toy, n: int, seed: int = 0) -> Tensor:
+    """``n`` held-out points ``[n, 2]``, spread evenly, in random order (scipy's assignment needs it to be fast)."""
     x = replace(data, n=n, seed=seed).load("test").x
     return x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
 
 
 @torch.no_grad()
-def flow(objective: Flow, net: Stack, z: Tensor, steps: int = EULER) -> tuple[Tensor, Tensor, Tensor]:
-    """From normals ``z`` ``[rows, 2]`` by Euler's method: the ends ``[rows, 2]``, each way's energy ``int |v|^2 dt``
-    ``[rows]``, and the way itself, ``[steps + 1, rows, 2]``.
+def integrate(objective: Flow, net: EnsembleMLP, z: Tensor, steps: int = EULER_STEPS) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples from normals ``z`` ``[rows, 2]`` by Euler's method.
+
+    Returns the samples ``[rows, 2]``, the energies of their trajectories ``int |v|^2 dt`` ``[rows]``, and the
+    trajectories ``[steps + 1, rows, 2]``.
     """
-    energy, way = torch.zeros(len(z)), [objective.source(z, NO_COND)]
+    energy, trajectory = torch.zeros(len(z)), [objective.source(z, NO_COND)]
 
-    def look(i: int, x: Tensor, prediction: Any) -> None:
+    def record(i: int, x: Tensor, prediction: Any) -> None:
         energy.add_(prediction.velocity.square().sum(1) / steps)
-        way.append(x)
+        trajectory.append(x)
 
-    x = objective.generator({"net": net}, bind("ddim", steps, callback=look))(z, NO_COND)
-    return x, energy, torch.stack(way)
+    x = objective.generator({"net": net}, bind("ddim", steps, callback=record))(z, NO_COND)
+    return x, energy, torch.stack(trajectory)
 
 
 def measure(
@@ -149,108 +158,121 @@ def measure(
     test: int,
     progress: Callable[[int], None] = lambda step: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """W2 and energy of each seed; and the ways of the first, ``[21, 128, 2]``."""
-    data, held_out = column.data.load("train").x, held(column.data, test)
-    objective = Flow(source=column.source, coupling=Each(coupling, seeds))
+    """W2 and energy of each seed, and some trajectories of the first, ``[21, 128, 2]``."""
+    data, held_out = column.data.load("train").x, load_held_out(column.data, test)
+    objective = Flow(source=column.source, coupling=PerMember(coupling, seeds))
     torch.manual_seed(0)
-    net = Stack(seeds, 2, 64, 3, F.selu)
-    begin = time.process_time()
-    train(objective, net, rows(data), steps=steps, batch=BATCH * seeds, lr=LR, progress=progress)
-    trained = time.process_time() - begin
-    z = torch.cat([normals(test, seed) for seed in range(seeds)])
-    x, energy, way = flow(objective, net, z)
-    parts = zip(x.chunk(seeds), energy.chunk(seeds), strict=True)
-    found = [(w2(a, held_out), float(e.mean())) for a, e in parts]
-    values = {"w2": [w for w, _ in found], "energy": [e for _, e in found], "training_seconds": round(trained, 1)}
-    return values, way[:: EULER // 20, :128].numpy().astype(np.float32)
+    net = EnsembleMLP(seeds, 2, 64, 3, F.selu)
+    start = time.process_time()
+    train(objective, net, draw_rows(data), steps=steps, batch=BATCH * seeds, lr=LR, progress=progress)
+    seconds = time.process_time() - start
+    z = torch.cat([sobol_normals(test, seed) for seed in range(seeds)])
+    x, energy, trajectories = integrate(objective, net, z)
+    values = {
+        "w2": [wasserstein2(samples, held_out) for samples in x.chunk(seeds)],
+        "energy": [float(e.mean()) for e in energy.chunk(seeds)],
+        "training_seconds": round(seconds, 1),
+    }
+    return values, trajectories[:: EULER_STEPS // 20, :128].numpy().astype(np.float32)
 
 
-def limits(column: Column, test: int) -> dict[str, Any]:
-    """What to compare with: ``floor``, the W2 of data to data at this size; and ``cost``, W2^2 of source and data."""
-    held_out, other = held(column.data, test), held(column.data, test, seed=1)
-    return {"floor": [w2(other, held_out)], "cost": w2(column.source(normals(test, 1000), NO_COND), held_out) ** 2}
+def measure_limits(column: Column, test: int) -> dict[str, Any]:
+    """``floor``, the W2 of data to data at this number; and ``cost``, the W2^2 of source and data."""
+    held_out, other = load_held_out(column.data, test), load_held_out(column.data, test, seed=1)
+    source = column.source(sobol_normals(test, 1000), NO_COND)
+    return {"floor": [wasserstein2(other, held_out)], "cost": wasserstein2(source, held_out) ** 2}
 
 
-def picture(ways: Mapping[str, np.ndarray], path: Path) -> None:
-    """The ways of some samples: a row a method, a column a pair of distributions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+# ----------------------------------------------------------------------------------------------------------- output
+def save_picture(trajectories: Mapping[str, np.ndarray], path: Path) -> None:
+    """Some trajectories: a row for each method, a column for each pair of distributions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(3 * len(COLUMNS), 3 * len(METHODS)), dpi=80, layout="constrained")
     axes = fig.subplots(len(METHODS), len(COLUMNS), squeeze=False)
     for i, method in enumerate(METHODS):
         for j, name in enumerate(COLUMNS):
-            ax, way = axes[i, j], ways.get(f"{method} {name}")
+            ax, lines = axes[i, j], trajectories.get(f"{method} {name}")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_aspect("equal")
             ax.set_title(f"{method}, {name}", fontsize=9)
-            if way is not None:
-                ax.plot(way[..., 0], way[..., 1], color="0.75", lw=0.4, zorder=1)
-                ax.scatter(*way[0].T, s=4, color="C0", zorder=2)
-                ax.scatter(*way[-1].T, s=4, color="C3", zorder=3)
+            if lines is not None:
+                ax.plot(lines[..., 0], lines[..., 1], color="0.75", lw=0.4, zorder=1)
+                ax.scatter(*lines[0].T, s=4, color="C0", zorder=2)
+                ax.scatter(*lines[-1].T, s=4, color="C3", zorder=3)
     FigureCanvasAgg(fig)
     with atomic_write(path) as part:
         fig.savefig(part, format="png")
 
 
-def main(argv: list[str]) -> int:
+def print_tables(console: Console, results: ResultsFile, methods: list[str], columns: list[str]) -> None:
+    """W2 and path energy, each beside the published numbers."""
+    for key, title in (("w2", "W2 to the data"), ("npe", "normalised path energy")):
+        table = Table("", *columns, title=title)
+        for method in methods:
+            table.add_row(method, *[format_mean_sd(results.cells[f"{method} {c}"][key]) for c in columns])
+            published = [COLUMNS[c].published[method][0 if key == "w2" else 2 :][:2] for c in columns]
+            table.add_row("  published", *[f"{v:.3f}" + (f"±{sd:.3f}" if sd else "") for v, sd in published])
+        if key == "w2":
+            table.add_row("data to data", *[format_mean_sd(results.cells[c]["floor"]) for c in columns])
+        console.print(table)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(prog="genkit bench toy", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="networks of each cell, trained side by side")
+    parser.add_argument("--seeds", type=int, default=5, help="networks of each cell, trained together")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps")
-    parser.add_argument("--test", type=int, default=TEST, help="samples of each W2; the time grows with the cube")
+    parser.add_argument("--test", type=int, default=TEST_SAMPLES, help="samples of each W2; the time grows cubically")
     parser.add_argument("--only", action="append", default=[], help="a method or a column; may be repeated")
-    parser.add_argument("--out", type=Path, help="JSON; cells that are there are not measured again")
-    parser.add_argument("--picture", type=Path, help="PNG of the ways")
+    parser.add_argument("--out", type=Path, help="JSON; cells that it has are not measured again")
+    parser.add_argument("--picture", type=Path, help="PNG of the trajectories")
     args = parser.parse_args(argv)
     known = [*METHODS, *COLUMNS]
     for name in args.only:
         if name not in known:
             raise ValueError(f"only: given {name!r}; allowed: {', '.join(known)}")
-    for name, most in (("seeds", 100), ("steps", 10**7), ("test", 10_000)):
-        if not 1 <= getattr(args, name) <= most:
-            raise ValueError(f"{name}: given {getattr(args, name)}; allowed 1 to {most}")
+    check_ranges(args, seeds=MAX_SEEDS, steps=MAX_STEPS, test=MAX_TEST_SAMPLES)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; the exit code."""
+    args = parse_arguments(argv)
     torch.set_num_threads(1)
     console = Console()
-    settings = {"seeds": args.seeds, "steps": args.steps, "test": args.test, "batch": BATCH, "lr": LR, "euler": EULER}
-    record = Record(args.out, settings, ["toy", *argv])
-    methods = [m for m in METHODS if m in args.only] or list(METHODS)
-    columns = [c for c in COLUMNS if c in args.only] or list(COLUMNS)
-    cells = [(m, c) for c in columns for m in methods]
+    settings = {"seeds": args.seeds, "steps": args.steps, "test": args.test}
+    results = ResultsFile(args.out, {**settings, "batch": BATCH, "lr": LR, "euler": EULER_STEPS}, ["toy", *argv])
+    methods = [method for method in METHODS if method in args.only] or list(METHODS)
+    columns = [column for column in COLUMNS if column in args.only] or list(COLUMNS)
+    cells = [(method, column) for column in columns for method in methods]
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        whole_task, task = bar.add_task("cells", total=len(cells)), bar.add_task("steps", total=args.steps)
+        all_cells, task = bar.add_task("cells", total=len(cells)), bar.add_task("steps", total=args.steps)
+
+        def report(step: int) -> None:
+            bar.update(task, completed=step)
+
         for method, name in cells:
             bar.update(task, description=f"{method} {name}", completed=0)
-            if name not in record:
-                record.add(name, limits(COLUMNS[name], args.test))
-            if f"{method} {name}" not in record:
-                found, ways = measure(
-                    COLUMNS[name], METHODS[method], args.seeds, args.steps, args.test,
-                    lambda step: bar.update(task, completed=step),
-                )  # fmt: skip
-                cost = record.cells[name]["cost"]
-                found["npe"] = [abs(e - cost) / cost for e in found["energy"]]
-                record.add(f"{method} {name}", found, ways)
-            bar.advance(whole_task)
-    show(console, record, methods, columns)
+            if name not in results:
+                results.add(name, measure_limits(COLUMNS[name], args.test))
+            if f"{method} {name}" not in results:
+                values, trajectories = measure(
+                    COLUMNS[name], METHODS[method], args.seeds, args.steps, args.test, report
+                )
+                cost = results.cells[name]["cost"]
+                values["npe"] = [abs(energy - cost) / cost for energy in values["energy"]]
+                results.add(f"{method} {name}", values, trajectories)
+            bar.advance(all_cells)
+    print_tables(console, results, methods, columns)
     if args.out:
         console.print(args.out)
     if args.picture:
-        picture(record.arrays, args.picture)
+        save_picture(results.arrays, args.picture)
         console.print(args.picture)
     return 0
-
-
-def show(console: Console, record: Record, methods: list[str], columns: list[str]) -> None:
-    for key, title in (("w2", "W2 to the data"), ("npe", "normalised path energy")):
-        table = Table("", *columns, title=title)
-        for method in methods:
-            table.add_row(method, *[mean_sd(record.cells[f"{method} {c}"][key]) for c in columns])
-            published = [COLUMNS[c].published[method][0 if key == "w2" else 2 :][:2] for c in columns]
-            table.add_row("  published", *[f"{v:.3f}" + (f"±{sd:.3f}" if sd else "") for v, sd in published])
-        if key == "w2":
-            table.add_row("data to data", *[mean_sd(record.cells[c]["floor"]) for c in columns])
-        console.print(table)
 
 
 if __name__ == "__main__":

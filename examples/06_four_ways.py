@@ -14,10 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from genkit import train
+from genkit import rollout, train
 from genkit.core import pictures
 from genkit.envs.four_ways import FourWays, expert_episodes
-from genkit.rl.policies.rollout import rollout
 
 MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
 POLICIES: Mapping[str, tuple[Mapping[str, Any], int]] = {  # settings of training, sampler steps

@@ -18,9 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from genkit import train
+from genkit import rollout, train
 from genkit.core import pictures
-from genkit.rl.policies.rollout import rollout
 
 MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
 POLICIES: Mapping[str, tuple[Any, Mapping[str, Any], int]] = {  # objective, settings of the data, sampler steps

@@ -26,8 +26,17 @@ from .diffusion.guidance import classifier_free
 from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
 from .diffusion.samplers import SAMPLERS, bind, uniform
 from .envs.recording import DemoSettings, record_demonstrations
+from .evaluation.cards import Card
+from .evaluation.evaluations import EvaluationSettings, evaluate
+from .evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
+from .evaluation.report.page import write_report
+from .evaluation.sweeps import SweepResult, SweepSettings, sweep
 from .integrations.export import ExportSettings, export
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
+from .rl.finetune.loop import FinetunedRun, finetune
+from .rl.finetune.settings import FinetuneSettings
+from .rl.policies.policy import Policy
+from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
@@ -53,6 +62,7 @@ __all__ = [
     "Autoencoder",
     "Backbone",
     "Batch",
+    "Card",
     "Classifier",
     "Codec",
     "Cosine",
@@ -62,7 +72,10 @@ __all__ = [
     "Denoiser",
     "DiT",
     "EncodeSettings",
+    "EvaluationSettings",
     "ExportSettings",
+    "FinetuneSettings",
+    "FinetunedRun",
     "Flow",
     "Frames",
     "Generator",
@@ -70,19 +83,26 @@ __all__ = [
     "Image",
     "InMemory",
     "Label",
+    "LikelihoodResult",
+    "LikelihoodSettings",
     "Linear",
     "Loss",
     "Objective",
     "Parametrization",
     "Phase",
+    "Policy",
     "Prediction",
     "ProbabilityPath",
     "ReflowSettings",
     "Regression",
+    "RolloutSettings",
+    "Rollouts",
     "Run",
     "Samples",
     "Sampling",
     "Spec",
+    "SweepResult",
+    "SweepSettings",
     "Text",
     "Tokens",
     "TrainSettings",
@@ -91,11 +111,17 @@ __all__ = [
     "bind",
     "classifier_free",
     "encode",
+    "evaluate",
     "export",
+    "finetune",
+    "likelihood",
     "load",
     "record_demonstrations",
     "reflow",
+    "rollout",
     "sample",
+    "sweep",
     "train",
     "uniform",
+    "write_report",
 ]  # fmt: skip

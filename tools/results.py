@@ -117,7 +117,7 @@ def fid() -> str:
 
 def lora() -> str:
     rows = []
-    for name, seeds in load("lora-digits")["found"].items():
+    for name, seeds in load("lora-digits")["results"].items():
         run = seeds["0"]
         cells = [f"{run['trained_parameters']:,}" if name != "the base" else "", interval(run["accuracy"], 3)]
         cells += [interval(run["fid"], 2), number(run["recall"]["value"], 2), str(run.get("cpu_seconds", ""))]

@@ -41,6 +41,7 @@ RUNS = [  # the directory that a `train` line makes is runs/NNNN-NAME, numbered 
     f"train {TINY} --name anchored --objective=anchored --data=four-ways --data.anchors 4 --data.n 20 --backbone.width 16",
     "train --resume runs/0002-edm --steps 9",
     "finetune runs/0007-policy --num-envs 4 --num-steps 2 --eval-episodes 4 --iterations 4 --method.warmup 0 --name tuned",
+    "finetune runs/0000-flow --reward genkit.rl.finetune.image_rewards:brightness --method=ddpo --exploration-noise=sde --steps 3 --samples 16 --method.batch 16 --iterations 3 --eval-samples 0 --name bright",
     "sample runs/0000-flow --n 8 --label 3 --guidance 2 --sampler dpmpp_2m --format npz --out guided.npz",
     "sample runs/0001-ddpm --n 4 --sampler ancestral --steps 5 --format npz --out ancestral.npz",
     "sample runs/0006-latent --n 4 --sampler heun --steps 5 --format npz --out latent.npz",

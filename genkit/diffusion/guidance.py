@@ -1,12 +1,12 @@
-"""Guidance: functions that turn a denoiser into another one. Samplers never hear of it.
+"""Guidance: functions that turn a denoiser into another one. Samplers do not know of it.
 
-Guidance says how far the estimate of the data is moved; the estimate of the noise then follows, so that
-``x = alpha x0 + sigma x1`` stays true (:func:`moved`). One scale extrapolates from a worse denoiser to a better one; a
-:class:`Rule` says how (linear, rescaled, projected), and the pair says from where to where: from the null condition
+Guidance moves the predicted data; the predicted noise follows, so that ``x = alpha x0 + sigma x1`` stays true
+(:func:`shift_data`). One scale extrapolates from a worse estimate to a better one. A :class:`Rule` says how (linear,
+rescaled, projected), and a pair of denoisers says from what to what: from the null condition
 (:func:`classifier_free`) or from a weaker model (:func:`autoguidance`). :func:`within` limits any guidance to an
-interval of noise, :func:`compose` joins several.
+interval of noise, and :func:`compose` chains several.
 
-A guided denoiser may remember (APG's momentum): it serves one trajectory, and ``bind`` makes a new one for each.
+A guided denoiser may have state (APG's momentum), so it serves one trajectory; ``bind`` makes a new one for each.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
+from genkit.diffusion.checks import require, require_finite
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import replace_endpoints, take
 
-Pair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
+DenoiserPair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
 
 
-def moved(p: Prediction, path: ProbabilityPath, t: Tensor, shift: Tensor) -> Prediction:
-    """The prediction with its data moved by ``shift``, and its noise by ``-alpha / sigma shift``: ``x`` stays."""
+def shift_data(p: Prediction, path: ProbabilityPath, t: Tensor, shift: Tensor) -> Prediction:
+    """The prediction with its data moved by ``shift`` and its noise by ``-alpha / sigma shift``, so that x stays."""
     ratio = expand(path.alpha(t) / path.sigma(t), shift)
     return replace_endpoints(p, p.x0 + shift, p.x1 - ratio * shift)
 
 
 def compose(*guidances: Guidance) -> Guidance:
-    """One after another, the first nearest to the network."""
+    """One guidance after another, the first nearest to the network."""
     return lambda denoise: reduce(lambda d, guidance: guidance(d), guidances, denoise)
 
 
 # ---------------------------------------------------------------------------------------------------- rules
 class Rule(ABC):
-    """How to go from a worse estimate of the data through a better one, by ``scale``; at scale 1, to the better one."""
+    """How to go from a worse estimate of the data through a better one by ``scale``; at scale 1, to the better one."""
 
     @abstractmethod
     def __call__(self, good: Tensor, bad: Tensor, scale: float, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The guided x0, and what the next evaluation gets as ``past``."""
+        """The guided x0 ``[B, *S]``, and the ``past`` that the next evaluation of this trajectory gets."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Extrapolate(Rule):
 class Rescale(Rule):
     """Linear extrapolation, then each sample's standard deviation brought back (Lin et al. 2024, section 3.4).
 
-    Taken of the predicted data, which means the same for every parametrisation and on every path.
+    It is that of the predicted data, which means the same for every parametrisation and on every path.
     """
 
-    phi: Annotated[float, Gt(0), Le(1)] = 0.7  # of the way back; the paper's choice
-    """how much of the deviation that guidance added is taken away"""
+    phi: Annotated[float, Gt(0), Le(1)] = 0.7
+    """fraction of the added deviation that is removed; 0.7 is the paper's choice"""
 
     def __post_init__(self) -> None:
         require("phi", self.phi, "above 0, up to 1", 0 < self.phi <= 1)
@@ -81,11 +82,13 @@ class Rescale(Rule):
 
 @dataclass(frozen=True)
 class APG(Rule):
-    """Adaptive projected guidance (Sadat et al. 2025, algorithm 1): ``good + (scale - 1) D``, where D is ``good - bad``
-    with its past added, its norm limited, and its part along ``good``, which saturates, weakened."""
+    """Adaptive projected guidance (Sadat et al. 2025, algorithm 1): ``good + (scale - 1) D``.
+
+    D is ``good - bad`` plus its momentum, with its norm limited and its part along ``good``, which saturates, weakened.
+    """
 
     parallel: Annotated[float, Ge(0)] = 0.0
-    """how much of the part along the prediction stays (the paper's eta); 1: all of it"""
+    """factor of the part along the prediction (the paper's eta); 1: unchanged"""
     threshold: Annotated[float, Ge(0)] = 0.0
     """largest norm of the difference over a whole sample (the paper's r); 0: no limit"""
     momentum: Annotated[float, Gt(-1), Lt(1)] = 0.0
@@ -97,15 +100,16 @@ class APG(Rule):
         require("momentum", self.momentum, "above -1, below 1", -1 < self.momentum < 1)
 
     def __call__(self, good: Tensor, bad: Tensor, scale: float, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        way = good - bad if past is None else good - bad + self.momentum * past
-        kept = way if self.momentum else None
         axes = tuple(range(1, good.ndim))
-        total = lambda y: y.sum(axes, keepdim=True)  # noqa: E731
+        difference = good - bad if past is None else good - bad + self.momentum * past
+        memory = difference if self.momentum else None
         if self.threshold:
-            way = way * (self.threshold / total(way**2).sqrt().clamp(min=self.threshold))
-        size = total(good**2)
-        along = good * torch.where(size > 0, total(way * good) / size, torch.zeros_like(size))
-        return good + (scale - 1) * (way + (self.parallel - 1) * along), kept
+            norm = (difference**2).sum(axes, keepdim=True).sqrt()
+            difference = difference * (self.threshold / norm.clamp(min=self.threshold))
+        size = (good**2).sum(axes, keepdim=True)
+        dot = (difference * good).sum(axes, keepdim=True)
+        projection = good * torch.where(size > 0, dot / size, torch.zeros_like(size))
+        return good + (scale - 1) * (difference + (self.parallel - 1) * projection), memory
 
 
 RULES: Mapping[str, type[Rule]] = {"linear": Extrapolate, "rescale": Rescale, "apg": APG}
@@ -113,35 +117,40 @@ LINEAR = Extrapolate()
 
 
 # ---------------------------------------------------------------------------------------------------- pairs
-def together(denoise: Denoiser) -> Pair:
+def one_pass(denoise: Denoiser) -> DenoiserPair:
     """With and without the conditions, as one batch of twice the size."""
 
-    def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
-        n, seen = len(x), keep(x, cond)
-        twice = {k: torch.cat([v, v]) for k, v in cond.items()} | {"keep": torch.cat([seen, torch.zeros_like(seen)])}
-        p = denoise(torch.cat([x, x]), torch.cat([t, t]), twice)
+    def predict_both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
+        n, kept = len(x), keep_mask(x, cond)
+        doubled = {k: torch.cat([v, v]) for k, v in cond.items()} | {"keep": torch.cat([kept, torch.zeros_like(kept)])}
+        p = denoise(torch.cat([x, x]), torch.cat([t, t]), doubled)
         return take(p, slice(n)), take(p, slice(n, None))
 
-    return both
+    return predict_both
 
 
-def apart(denoise: Denoiser) -> Pair:
-    """With the conditions, then without: two passes, half the memory."""
+def two_passes(denoise: Denoiser) -> DenoiserPair:
+    """With the conditions, then without, in half the memory."""
 
-    def each(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
-        return denoise(x, t, cond), null(denoise)(x, t, cond)
+    def predict_each(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
+        return denoise(x, t, cond), unconditional(denoise)(x, t, cond)
 
-    return each
+    return predict_each
 
 
 # measured on one CPU core: together is 1.3 to 1.5 times faster at 1 to 16 small samples, as fast at 64; apart is 1.1
 # times faster at 16 samples of 3x32x32
-PASSES: Mapping[str, Callable[[Denoiser], Pair]] = {"together": together, "apart": apart}
+PASSES: Mapping[str, Callable[[Denoiser], DenoiserPair]] = {"together": one_pass, "apart": two_passes}
 
 
-def keep(x: Tensor, cond: Cond) -> Tensor:
-    """Which samples see their conditions, Bool ``[B]``."""
+def keep_mask(x: Tensor, cond: Cond) -> Tensor:
+    """The samples that see their conditions, Bool ``[B]``: ``cond["keep"]``, or all."""
     return cond.get("keep", torch.ones(len(x), dtype=torch.bool, device=x.device))
+
+
+def unconditional(denoise: Denoiser) -> Callable[[Tensor, Tensor, Cond], Prediction]:
+    """The denoiser without the conditions."""
+    return lambda x, t, cond: denoise(x, t, {**cond, "keep": torch.zeros_like(keep_mask(x, cond))})
 
 
 @dataclass
@@ -149,7 +158,7 @@ class Guided:
     """A denoiser extrapolated along a pair."""
 
     inner: Denoiser
-    pair: Pair
+    pair: DenoiserPair
     scale: float
     rule: Rule
     past: Tensor | None = None
@@ -161,18 +170,18 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         good, bad = self.pair(x, t, cond)
         x0, self.past = self.rule(good.x0, bad.x0, self.scale, self.past)
-        return moved(good, self.path, t, x0 - good.x0)
+        return shift_data(good, self.path, t, x0 - good.x0)
 
 
 def classifier_free(scale: float, rule: Rule = LINEAR, passes: str = "together") -> Guidance:
     """From the null condition through the given ones (Ho & Salimans 2022). Off at 1; at 0, the null pass alone."""
-    finite("guidance", scale)
+    require_finite("guidance", scale)
     if passes not in PASSES:
         raise ValueError(f"passes: given {passes!r}; allowed: {', '.join(PASSES)}")
     if scale == 1:
         return lambda denoise: denoise
     if scale == 0 and rule == LINEAR:
-        return lambda denoise: Wrapped(denoise, null(denoise))
+        return lambda denoise: Wrapped(denoise, unconditional(denoise))
 
     def guide(denoise: Denoiser) -> Denoiser:
         pair = PASSES[passes](denoise)
@@ -188,55 +197,56 @@ def classifier_free(scale: float, rule: Rule = LINEAR, passes: str = "together")
 
 
 def autoguidance(weak: Denoiser, scale: float, rule: Rule = LINEAR) -> Guidance:
-    """From a weaker model of the same thing through the better one (Karras et al. 2024, eq. 3). Off at 1.
+    """From a weaker model of the same data through the better one (Karras et al. 2024, eq. 3). Off at 1.
 
-    Both see the same conditions; a model without any can be guided too.
+    Both see the same conditions; a model without conditions can be guided too.
     """
-    finite("guidance", scale)
+    require_finite("guidance", scale)
     if scale == 1:
         return lambda denoise: denoise
 
     def guide(denoise: Denoiser) -> Denoiser:
-        same_path("autoguide", weak.path, denoise.path)
+        require_same_path("autoguide", weak.path, denoise.path)
         return Guided(denoise, lambda x, t, cond: (denoise(x, t, cond), weak(x, t, cond)), scale, rule)
 
     return guide
 
 
 # ----------------------------------------------------------------------------------------------- classifiers
-class Classify(Protocol):
-    """``log p(y | x_t)`` ``[B]``, differentiable in x, for the label y in ``cond``, on a path."""
+class NoisyClassifier(Protocol):
+    """``log p(y | x_t)`` ``[B]`` for the label y in ``cond``, differentiable in x, on a path."""
 
     @property
     def path(self) -> ProbabilityPath: ...
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
 
-LAST = 0.999  # at alpha(1) = 0 the gradient is 0 and ``sigma^2 / alpha`` infinite: their product's limit is taken here
+# at alpha(1) = 0 the gradient is 0 and ``sigma^2 / alpha`` infinite: the limit of their product is taken here
+LAST = 0.999
 
 
-def by_classifier(classify: Classify, scale: float = 1.0) -> Guidance:
+def by_classifier(classify: NoisyClassifier, scale: float = 1.0) -> Guidance:
     """``score + scale grad_x log p(y | x_t)`` (Dhariwal & Nichol 2021, algorithm 1 and eq. 13), on any path.
 
     As ``score = -x1 / sigma``, the noise moves by ``-scale sigma grad``, the data by ``scale sigma^2 / alpha grad``.
-    Samples that do not keep their conditions are left alone.
+    Samples that do not keep their conditions are not guided.
     """
-    finite("classifier_scale", scale)
+    require_finite("classifier_scale", scale)
 
     def guide(denoise: Denoiser) -> Denoiser:
         require_diffusion("classifier", denoise.path)
-        same_path("classifier", classify.path, denoise.path)
+        require_same_path("classifier", classify.path, denoise.path)
         path = denoise.path
 
-        def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            asked = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
+        def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            t_safe = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
             with torch.enable_grad():
-                here = x.detach().requires_grad_()
-                grad = torch.autograd.grad(classify(here, asked, cond).sum(), here)[0]
-            weight = scale * path.sigma(asked) ** 2 / path.alpha(asked) * keep(x, cond)
-            return moved(denoise(x, t, cond), path, t, expand(weight, x) * grad)
+                x_grad = x.detach().requires_grad_()
+                grad = torch.autograd.grad(classify(x_grad, t_safe, cond).sum(), x_grad)[0]
+            weight = scale * path.sigma(t_safe) ** 2 / path.alpha(t_safe) * keep_mask(x, cond)
+            return shift_data(denoise(x, t, cond), path, t, expand(weight, x) * grad)
 
-        return Wrapped(denoise, guided)
+        return Wrapped(denoise, predict)
 
     return guide
 
@@ -254,7 +264,7 @@ def within(low: float, high: float, guidance: Guidance) -> Guidance:
     def guide(denoise: Denoiser) -> Denoiser:
         guided, path = guidance(denoise), denoise.path
 
-        def limited(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             alpha, sigma = path.alpha(t), path.sigma(t)
             inside = (low * (alpha + sigma) <= sigma) & (sigma <= high * (alpha + sigma))
             if bool((inside == inside[0]).all()):  # samplers give every sample the same time
@@ -262,7 +272,7 @@ def within(low: float, high: float, guidance: Guidance) -> Guidance:
             yes, no = guided(x, t, cond), denoise(x, t, cond)
             return Prediction(*(torch.where(expand(inside, x), a, b) for a, b in zip(yes, no, strict=True)))
 
-        return Wrapped(denoise, limited)
+        return Wrapped(denoise, predict)
 
     return guide
 
@@ -271,21 +281,16 @@ def clamp(low: float = -1.0, high: float = 1.0) -> Guidance:
     """Keep the predicted data in a known range, with the noise that then explains ``x`` (Ho et al. 2020's code)."""
 
     def guide(denoise: Denoiser) -> Denoiser:
-        def clamped(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        path = denoise.path
+
+        def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)
             x0 = p.x0.clamp(low, high)
-            return replace_endpoints(
-                p, x0, (x - expand(denoise.path.alpha(t), x) * x0) / expand(denoise.path.sigma(t), x)
-            )
+            return replace_endpoints(p, x0, (x - expand(path.alpha(t), x) * x0) / expand(path.sigma(t), x))
 
-        return Wrapped(denoise, clamped)
+        return Wrapped(denoise, predict)
 
     return guide
-
-
-def null(denoise: Denoiser) -> Callable[[Tensor, Tensor, Cond], Prediction]:
-    """Without the conditions."""
-    return lambda x, t, cond: denoise(x, t, {**cond, "keep": torch.zeros_like(keep(x, cond))})
 
 
 @dataclass(frozen=True)
@@ -303,17 +308,7 @@ class Wrapped:
         return self.function(x, t, cond)
 
 
-# ---------------------------------------------------------------------------------------------------- checks
-def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"{name}: given {value}; allowed {allowed}")
-
-
-def finite(name: str, scale: float) -> None:
-    require(name, scale, "any finite number", math.isfinite(scale))
-
-
-def same_path(name: str, given: ProbabilityPath, needed: ProbabilityPath) -> None:
-    """``ValueError`` where a second network knows another noise than the model's."""
+def require_same_path(name: str, given: ProbabilityPath, needed: ProbabilityPath) -> None:
+    """``ValueError`` if a second network was trained on another path than the model."""
     if given != needed:
         raise ValueError(f"{name}: given one trained on {given}; the model's path is {needed}; train one on that")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Guidance, Noise, Prediction, expand
-from genkit.diffusion.guidance import LAST, Wrapped, require
+from genkit.diffusion.checks import require
+from genkit.diffusion.guidance import LAST, Wrapped
 from genkit.diffusion.paths import chart, mix, require_diffusion, times_at
 from genkit.diffusion.samplers import SAMPLERS, Callback
 

@@ -1,8 +1,8 @@
-"""What a network's output means. Each class turns it into a :class:`~genkit.core.Prediction` of both endpoints.
+"""Parametrisations: what a network predicts. Each makes a :class:`~genkit.core.Prediction` from its output.
 
-All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and all that a solver makes of them, are
-sums ``p x + q out`` of what the network saw and what it said (:class:`Affine`). A class that divides by alpha is
-refused on a path with ``alpha(1) = 0``, where the network's output would not determine the data.
+All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and everything that a solver makes of them,
+are sums ``p x + q out`` of the network's input and output (:class:`Affine`). A parametrisation that divides by alpha is
+refused on a path with ``alpha(1) = 0``, because the network's output would not determine the data there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Factor = Tensor | float  # a number, or one for each row
 
 
 class Affine(Prediction):
-    """``x0 = p x + q out`` by ``clean = (p, q)``, ``x1`` by ``noise``. Nothing is computed before it is asked for: a
-    step of a solver is then one sum of two tensors, where the ends and their sum would be three.
+    """``x0 = p x + q out`` with ``clean = (p, q)``, and ``x1`` with ``noise``, computed on demand.
+
+    A step of a solver is then one sum of two tensors, while computing the ends and their sum would take three.
     """
 
     def __init__(self, x: Tensor, out: Tensor, clean: tuple[Factor, Factor], noise: tuple[Factor, Factor]):
@@ -42,8 +43,8 @@ class Affine(Prediction):
         return weighted(self.noise[0], self.x, self.noise[1], self.out)
 
 
-class Plain:
-    """The network sees ``x`` and ``t`` as they are."""
+class Unscaled:
+    """The network sees ``x`` and ``t`` unchanged."""
 
     divides_by_alpha: ClassVar[bool] = False
 
@@ -52,8 +53,8 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Velocity(Plain):
-    """``v = x1 - x0``, the velocity of rectified flow (Liu et al. 2023, eq. 1), on every path that of its chart.
+class Velocity(Unscaled):
+    """``v = x1 - x0``, the velocity of rectified flow (Liu et al. 2023, eq. 1); on other paths, that in the chart.
 
     Well conditioned at both ends: ``x0 = (x - sigma v) / (alpha + sigma)``, ``x1 = (x + alpha v) / (alpha + sigma)``.
     """
@@ -67,7 +68,7 @@ class Velocity(Plain):
 
 
 @dataclass(frozen=True)
-class Epsilon(Plain):
+class Epsilon(Unscaled):
     """The noise, ``x1`` (Ho et al. 2020, eq. 11)."""
 
     divides_by_alpha: ClassVar[bool] = True
@@ -81,7 +82,7 @@ class Epsilon(Plain):
 
 
 @dataclass(frozen=True)
-class Data(Plain):
+class Data(Unscaled):
     """The clean sample, ``x0`` (Salimans & Ho 2022, section 4; Li & He 2025)."""
 
     def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Data(Plain):
 
 
 @dataclass(frozen=True)
-class V(Plain):
+class V(Unscaled):
     """``v = alpha x1 - sigma x0`` (Salimans & Ho 2022, appendix D), on any path."""
 
     def target(self, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class V(Plain):
 
 
 @dataclass(frozen=True)
-class Score(Plain):
+class Score(Unscaled):
     """``grad log p_t(x) = -x1 / sigma`` (Song et al. 2021, eq. 7)."""
 
     divides_by_alpha: ClassVar[bool] = True
@@ -129,6 +130,7 @@ class Karras:
     """
 
     sigma_data: float = 0.5
+    """standard deviation of the data"""
     divides_by_alpha: ClassVar[bool] = True
 
     def _scales(
@@ -163,7 +165,7 @@ PARAMETRIZATIONS: Mapping[str, type] = {
 
 
 def refuse_singular(parametrization: Parametrization, path: ProbabilityPath) -> None:
-    """``ValueError`` where the prediction cannot determine the data at t = 1."""
+    """``ValueError`` if the prediction cannot determine the data at t = 1."""
     one = torch.ones(1, dtype=torch.float64)
     if parametrization.divides_by_alpha and float(path.alpha(one)) == 0:  # pyright: ignore[reportAttributeAccessIssue]
         name = next(k for k, v in PARAMETRIZATIONS.items() if type(parametrization) is v)
@@ -175,7 +177,7 @@ def refuse_singular(parametrization: Parametrization, path: ProbabilityPath) -> 
 
 @dataclass(frozen=True)
 class NetDenoiser:
-    """A network read through a parametrisation: a :class:`~genkit.core.Denoiser`."""
+    """A network with its path and parametrisation: a :class:`~genkit.core.Denoiser`."""
 
     net: nn.Module
     path: ProbabilityPath

@@ -1,11 +1,11 @@
 """Paths between data and noise, ``x = alpha(t) x0 + sigma(t) x1``, and the chart in which they are all the same.
 
 With ``tau = sigma / (alpha + sigma)`` and ``u = x / (alpha + sigma)`` every path becomes ``u = (1 - tau) x0 + tau x1``:
-rectified flow (Liu et al. 2023, eq. 1). Its probability-flow ODE is ``du/dtau = E[x1 - x0 | u]`` whatever the path, so
-a solver is written once, needs no derivative of the schedule, and its grids are grids of tau.
+rectified flow (Liu et al. 2023, eq. 1). Its probability-flow ODE is ``du/dtau = E[x1 - x0 | u]`` on every path, so a
+solver is written once, needs no derivative of the schedule, and its grids are grids of tau.
 
-Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha falls or stays, sigma grows. Each keeps to a curve in the
-(alpha, sigma) plane; its ``norm(a, s)`` is the number that brings the ray through ``(a, s)`` back onto it.
+Every path has ``alpha(0) = 1, sigma(0) = 0``; alpha does not increase, sigma does. Each follows a curve in the (alpha,
+sigma) plane; ``norm(a, s)`` is the number by which ``(a, s)`` has to be divided to lie on that curve.
 """
 
 from __future__ import annotations
@@ -56,27 +56,32 @@ class VP:
     """Variance preserving: the discrete DDPM table, reproduced exactly at ``t = k / timesteps``, k = 0 .. timesteps.
 
     ``alpha(k / T)^2 = prod_{i <= k} (1 - beta_i)`` (Ho et al. 2020, eq. 4), ``log alpha`` linear in between. Betas:
-    "linear" from beta_min to beta_max (Ho et al. 2020, section 4), "scaled-linear", whose square roots are (the latent
-    diffusion of Rombach et al. 2022), "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    "linear" from beta_min to beta_max (Ho et al. 2020, section 4); "scaled-linear", with linear square roots (the
+    latent diffusion of Rombach et al. 2022); "cosine" (Nichol & Dhariwal 2021, eq. 17).
 
     ``zero_snr`` shifts and scales the table of ``alpha_k``, k = 1 .. T, so that the last is 0 and the first stays
     (Lin et al. 2024, algorithm 1); alpha is then linear in the old alpha between them, and the old one below k = 1.
     """
 
     betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
+    """the noise schedule"""
     timesteps: Annotated[int, Ge(1)] = 1000
-    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4  # not of "cosine"
+    """T, the number of discrete times"""
+    beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4
+    """first beta of the linear schedules"""
     beta_max: Annotated[float, Gt(0), Lt(1)] = 0.02
+    """last beta of the linear schedules"""
     zero_snr: bool = False
+    """rescale the schedule to end in pure noise"""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < 1:
             raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max < 1")
         if self.zero_snr and self.timesteps < 2:
-            raise ValueError("zero_snr: given true with one timestep, which would be pure noise; allowed from two on")
+            raise ValueError("zero_snr: given true with one timestep, which would be pure noise; allowed from two")
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
-        """``log alpha(t)^2`` of the table as it is before ``zero_snr``, float64."""
+        """``log alpha(t)^2`` before ``zero_snr``, float64, in the shape of t."""
         table = _vp_table(self, t.device)
         k = t.double() * self.timesteps
         low = k.detach().floor().long().clamp(0, self.timesteps - 1)
@@ -130,20 +135,22 @@ BETAS: Mapping[str, Callable[[VP], Tensor]] = {
 
 @dataclass(frozen=True)
 class SubVP:
-    """Sub-VP: ``alpha`` of the VP SDE, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq. 29), less noise than VP has.
+    """Sub-VP: ``alpha`` of the VP SDE and ``sigma = 1 - alpha^2`` (Song et al. 2021, eq. 29), less noise than VP.
 
     ``beta(t)`` grows linearly from beta_min to beta_max; the defaults are the paper's (appendix C).
     """
 
     beta_min: Annotated[float, Gt(0)] = 0.1
+    """beta(0)"""
     beta_max: Annotated[float, Gt(0)] = 20.0
+    """beta(1)"""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(f"betas: given {self.beta_min} .. {self.beta_max}; allowed 0 < beta_min <= beta_max")
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
-        """``log alpha(t)^2``, minus the integral of beta."""
+        """``log alpha(t)^2``, which is minus the integral of beta."""
         return -t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -160,12 +167,14 @@ class SubVP:
 class VE:
     """Variance exploding, ``alpha = 1``: ``sigma(t)^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1)``.
 
-    That is the kernel of the VE SDE (Song et al. 2021, eq. 29): ``sigma(0) = 0``, and sigma_min is where the geometric
-    growth sets in. Defaults: Karras et al. 2022, table 1.
+    That is the kernel of the VE SDE (Song et al. 2021, eq. 29) with ``sigma(0) = 0``. Defaults: Karras et al. 2022,
+    table 1.
     """
 
     sigma_min: Annotated[float, Gt(0)] = 0.002
+    """noise level from which sigma grows geometrically"""
     sigma_max: Annotated[float, Gt(0)] = 80.0
+    """noise level at t = 1"""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
@@ -178,7 +187,7 @@ class VE:
         return self.sigma_min * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t).sqrt()
 
     def time_of(self, sigma: Tensor) -> Tensor:
-        """The inverse of ``sigma(t)``; past the path's end, 1."""
+        """The inverse of ``sigma(t)``; 1 past the path's end."""
         t = torch.log1p((sigma / self.sigma_min) ** 2) / (2 * math.log(self.sigma_max / self.sigma_min))
         return t.clamp(max=1)
 
@@ -186,37 +195,39 @@ class VE:
         return a
 
 
-class Curved(ProbabilityPath, Protocol):
+class ShiftablePath(ProbabilityPath, Protocol):
     """A path that can be shifted along its own curve."""
 
-    def norm(self, a: Tensor, s: Tensor) -> Tensor: ...
+    def norm(self, a: Tensor, s: Tensor) -> Tensor:
+        """The divisor that brings ``(a, s)`` onto the path's curve, in their shape."""
+        ...
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """``path`` with its noise level ``sigma / alpha`` multiplied by ``shift``: for larger pictures, whose neighbouring
-    pixels say the same, more noise has to hide as much.
+    """``path`` with its noise level ``sigma / alpha`` multiplied by ``shift``.
 
-    On the linear path that is Esser et al. 2024, eq. 23, with shift ``sqrt(m / n)`` for m pixels instead of n; on VP it
-    is the shifted log-SNR of Hoogeboom et al. 2023, section 3.1, with shift ``d / 64`` for pictures d wide.
+    Neighbouring pixels of larger pictures are more alike, so more noise is needed to hide as much. On the linear path
+    this is Esser et al. 2024, eq. 23, with shift ``sqrt(m / n)`` for m pixels instead of n; on VP it is the shifted
+    log-SNR of Hoogeboom et al. 2023, section 3.1, with shift ``d / 64`` for pictures d wide.
     """
 
-    path: Curved = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    path: ShiftablePath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path that is shifted"""
     shift: Annotated[float, Gt(0)] = 3.0
-    """how many times the noise level; 3 is Esser et al.'s choice for 1024 x 1024, as compared to 256 x 256"""
+    """factor of the noise level; 3 is Esser et al.'s choice for 1024 x 1024, compared with 256 x 256"""
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
             raise ValueError(f"shift: given {self.shift}; allowed above 0")
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._along(t)[0]
+        return self._shifted(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._along(t)[1]
+        return self._shifted(t)[1]
 
-    def _along(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _shifted(self, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = self.path.alpha(t), self.shift * self.path.sigma(t)
         n = self.norm(a, s)
         return a / n, s / n
@@ -264,7 +275,7 @@ PATHS: Mapping[str, type] = {
 
 
 def mix(path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """The point of the path, ``alpha(t) x0 + sigma(t) x1``: ``[B, *S]``, as ``x0`` and ``x1`` are; t is ``[B]``."""
+    """The point ``alpha(t) x0 + sigma(t) x1`` of the path, ``[B, *S]`` like ``x0`` and ``x1``, at t ``[B]``."""
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * x1
 
 
@@ -303,7 +314,7 @@ def coefficients(path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor
 
 
 def weighted(p: Tensor | float, x: Tensor, q: Tensor | float, y: Tensor) -> Tensor:
-    """``p x + q y`` with such factors, in as few kernels as they allow."""
+    """``p x + q y`` with factors from :func:`coefficients`, in as few kernels as possible."""
     if not isinstance(p, Tensor) and p == 0:
         return y if not isinstance(q, Tensor) and q == 1 else q * y
     first = x if not isinstance(p, Tensor) and p == 1 else p * x
@@ -317,7 +328,7 @@ def _at(path: ProbabilityPath, t: float) -> tuple[float, float]:
 
 
 def chart(path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``(tau, scale)``: chart time ``sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so ``u = x / scale``."""
+    """Chart time ``tau = sigma / (alpha + sigma)`` and ``scale = alpha + sigma``, so that ``u = x / scale``."""
     alpha, sigma = path.alpha(t), path.sigma(t)
     scale = alpha + sigma
     return sigma / scale, scale
@@ -326,7 +337,7 @@ def chart(path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
 def times_at(path: ProbabilityPath, tau: Tensor, halvings: int = 110) -> Tensor:
     """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
 
-    float64; a tau past the path's own end (VP and VE stop short of 1) is answered with t = 1. The default goes to
+    Returns float64. For a tau past the path's own end (VP and VE stop short of 1) it is t = 1. The default bisects to
     2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16.
     """
     tau = tau.double()

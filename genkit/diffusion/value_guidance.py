@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Guidance, Prediction, expand
-from genkit.diffusion.guidance import Wrapped, finite, moved, require
+from genkit.diffusion.checks import require, require_finite
+from genkit.diffusion.guidance import Wrapped, shift_data
 from genkit.diffusion.paths import require_diffusion
 
 Value = Callable[[Tensor, Cond], Tensor]  # (samples in the model's units [B, *S], conditions) -> [B]
@@ -23,7 +24,7 @@ def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1
     is enough for a linear Q; more converge if ``scale V`` times Q's curvature is below 1. It needs the gradient of Q
     only, not the denoiser's, and no value function of noisy samples.
     """
-    finite("q_guidance", scale)
+    require_finite("q_guidance", scale)
     require("var", var, "above 0", var > 0)
     require("rounds", rounds, "1 or more", rounds >= 1)
 
@@ -31,7 +32,7 @@ def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1
         path = denoise.path
         require_diffusion("q_guidance", path)
 
-        def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)
             alpha, sigma = path.alpha(t), path.sigma(t)
             weight = expand(scale * var * sigma**2 / (sigma**2 + alpha**2 * var), x)
@@ -41,8 +42,8 @@ def value_guidance(value: Value, scale: float, var: float = 1.0, rounds: int = 1
                     point = (p.x0 + shift).detach().requires_grad_()
                     grad = torch.autograd.grad(value(point, cond).sum(), point)[0]
                 shift = weight * grad
-            return moved(p, path, t, shift)
+            return shift_data(p, path, t, shift)
 
-        return Wrapped(denoise, guided)
+        return Wrapped(denoise, predict)
 
     return guide

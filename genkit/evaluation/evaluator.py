@@ -79,17 +79,17 @@ def choose_features(features: Features, resize: str | None, weights: str | None,
 
     ``ValueError`` if one of these is given and has no effect.
     """
-    given = {name: value for name, value in {"resize": resize, "weights": weights}.items() if value is not None}
+    overrides = {name: value for name, value in {"resize": resize, "weights": weights}.items() if value is not None}
     if type(features) is Auto:
-        features = EXTRACTORS["inception" if given and is_image(spec) else default_features(spec)]()
+        features = EXTRACTORS["inception" if overrides and is_image(spec) else default_features(spec)]()
     known = {f.name for f in fields(features)}  # type: ignore[arg-type]  # every one is a dataclass
-    for name, value in given.items():
+    for name, value in overrides.items():
         if name not in known:
             kind = type(features).__name__.lower()
             raise ValueError(
                 f"{name}: given {value}, which has no effect on {kind} features; take --features inception"
             )
-    return config.from_dict(type(features), config.dump(features) | given)
+    return config.from_dict(type(features), config.dump(features) | overrides)
 
 
 def find_metrics(names: str) -> dict[str, Metric]:

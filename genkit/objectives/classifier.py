@@ -24,7 +24,7 @@ from genkit.core import (
     Vector,
     expand,
 )
-from genkit.diffusion.guidance import Classify
+from genkit.diffusion.guidance import NoisyClassifier
 from genkit.diffusion.paths import Linear, chart, mix
 
 
@@ -65,7 +65,7 @@ class Classifier(Objective):
         right = (out.argmax(1) == y).float()
         return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": right.mean()})
 
-    def classify(self, nets: Mapping[str, nn.Module]) -> Classify:
+    def classify(self, nets: Mapping[str, nn.Module]) -> NoisyClassifier:
         """What :func:`genkit.diffusion.guidance.by_classifier` takes."""
         return NetClassifier(nets["net"], self.path, self.label)
 
@@ -84,7 +84,7 @@ def logits(net: nn.Module, path: ProbabilityPath, x: Tensor, t: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class NetClassifier:
-    """A trained classifier: a :class:`~genkit.diffusion.guidance.Classify`."""
+    """A trained classifier: a :class:`~genkit.diffusion.guidance.NoisyClassifier`."""
 
     net: nn.Module
     path: ProbabilityPath

@@ -268,10 +268,10 @@ def test_an_adapter_learns_digits_that_its_base_has_never_seen(tmp_path):
     spec = importlib.util.spec_from_file_location("lora_digits", ROOT / "examples/05_lora_digits.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    example.write(tmp_path, 100)
-    base, _ = example.train(tmp_path, "base", tmp_path / "known", 800)
-    flags = (f"--init={base}", *example.WAYS["adapter, rank 8"])
-    adapter, _ = example.train(tmp_path, "adapter", tmp_path / "few", 400, *flags)
+    example.write_data(tmp_path, 100)
+    base, _ = example.train(tmp_path / "known", tmp_path / "base", 800)
+    settings = {"init": str(base.directory), **example.METHODS["adapter, rank 8"]}
+    adapter, _ = example.train(tmp_path / "few", tmp_path / "adapter", 400, **settings)
     before, after = (example.measure(run, tmp_path / "new", 0) for run in (base, adapter))
     assert before["accuracy"]["value"] < 0.45
     assert after["accuracy"]["value"] > 0.85

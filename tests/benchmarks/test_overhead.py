@@ -17,7 +17,7 @@ def test_samplers_cost_less_than_the_schedulers_of_diffusers(name):
     torch.set_num_threads(1)
     try:
         ratios = []
-        for _ in range(3):  # another process may spoil a round, not make one
+        for _ in range(3):  # another process can spoil a round, but cannot improve one
             ours, theirs = measure(name)
             ratios.append(theirs / ours)
             if ratios[-1] >= LEAST[name]:

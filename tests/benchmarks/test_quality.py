@@ -1,4 +1,4 @@
-"""`genkit bench quality`: what its table says is what `genkit eval` measures, and nothing is done twice."""
+"""`genkit bench quality`: its table has the numbers of `genkit eval`, and nothing is done twice."""
 
 import json
 import re
@@ -21,24 +21,24 @@ from genkit.evaluation.report.records import read_cards
 from genkit.training.checkpoint import find_checkpoint, read_tensors
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
-from tests.evaluation.test_report import alone
+from tests.evaluation.test_report import check_page
 
 FEATURES = ["--features=classifier", "--features.steps=60"]
 TINY = ["--steps=4", "--n=32", "--nfe=3,2", "--backbone.width=8", "--batch=8", "--device=cpu", "--lr=1e-3", *FEATURES]
 
 
 def in_process(argv):
-    """`genkit train` without the seconds of another Python's start."""
+    """`genkit train` without the start of another Python."""
     return cli.main(["train", *argv])
 
 
 def never(*args, **kwargs):
-    raise AssertionError("done again")
+    raise AssertionError("it was done again")
 
 
 @pytest.fixture(scope="session")
 def cached(tmp_path_factory):
-    """A cache of our own: the classifier is trained here, and nothing is found that others left."""
+    """A cache of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -46,7 +46,7 @@ def cached(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bench(cached, tmp_path_factory):
-    """Two rows: a flow, and a VAE, which has but one pass."""
+    """Two rows: a flow, and a VAE, which draws in one pass."""
     out = tmp_path_factory.mktemp("quality") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "launch", in_process)
@@ -56,10 +56,10 @@ def bench(cached, tmp_path_factory):
 
 @pytest.fixture
 def trained(bench, tmp_path):
-    """A copy of the flow's run, alone, and its configuration."""
+    """A copy of the flow's run, and its configuration."""
     shutil.copytree(bench / "runs", tmp_path / "runs", symlinks=True)
-    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
-    return next((tmp_path / "runs").glob("*-flow-seed0")), asked.train_config("flow", 0)
+    settings = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    return next((tmp_path / "runs").glob("*-flow-seed0")), settings.train_config("flow", 0)
 
 
 def cards_of(bench, row):
@@ -75,7 +75,7 @@ def rows(bench):
     return {(cells[0], cells[2]): dict(zip(head, cells, strict=True)) for cells in body}
 
 
-def test_the_table_says_what_the_cards_say(bench):
+def test_the_table_has_the_numbers_of_the_cards(bench):
     table = rows(bench)
     assert list(table) == [("real", "–"), ("flow", "2"), ("flow", "3"), ("vae", "1")]
     flow = cards_of(bench, "flow")
@@ -89,23 +89,23 @@ def test_the_table_says_what_the_cards_say(bench):
                 line[name] == f"{format_number(value.value)} [{format_number(value.low)}, {format_number(value.high)}]"
             )
     record = json.loads((bench / "results.json").read_text())
-    found = next(x["values"] for x in record["rows"] if (x["name"], x["nfe"]) == ("flow", 3))
-    assert found["fid"]["value"] == flow[1].metrics["fid"].value
+    values = next(x["values"] for x in record["rows"] if (x["name"], x["nfe"]) == ("flow", 3))
+    assert values["fid"]["value"] == flow[1].metrics["fid"].value
 
 
 def test_held_out_data_are_the_floor(bench):
-    """They are closer to the training data than four steps of training, and the classifier knows them."""
+    """They are closer to the training data than samples after four steps, and the classifier knows them."""
     table = rows(bench)
     first = lambda cell: float(cell.split()[0])  # noqa: E731
     assert first(table["real", "–"]["fid ↓"]) < 0.5 * min(first(table[k]["fid ↓"]) for k in list(table)[1:])
     assert first(table["real", "–"]["accuracy ↑"]) > 0.7
     text = (bench / "report.md").read_text()
     assert "real: 32 held-out samples" in text
-    assert text.count(cards_of(bench, "flow")[0].notes[0]) == 1  # that FID is biased at this number
+    assert text.count(cards_of(bench, "flow")[0].notes[0]) == 1  # the bias of the FID
 
 
 def test_genkit_eval_gives_the_same_card(bench, capsys):
-    """Settings and all: the same file."""
+    """With the same settings: the same file."""
     run, card = next((bench / "runs").glob("*-flow-seed0")), cards_of(bench, "flow")[1]
     path = run / "eval" / f"{card.name}.json"
     before = json.loads(path.read_text())
@@ -118,7 +118,7 @@ def test_genkit_eval_gives_the_same_card(bench, capsys):
 
 
 def test_the_page(bench):
-    page = alone((bench / "report.html").read_text())
+    page = check_page((bench / "report.html").read_text())
     for card in (*cards_of(bench, "flow"), *cards_of(bench, "vae")):
         assert repr(card.metrics["fid"].value) in [a["value"] for a in page.all("data")]
     assert [i["alt"] for i in page.all("img")] == [
@@ -147,8 +147,8 @@ def test_nothing_is_done_twice(bench, monkeypatch):
     assert {name: (bench / name).read_text() for name in before} == before
 
 
-def test_a_killed_training_goes_on(trained, monkeypatch):
-    """From its last checkpoint, to the same weights, bit by bit; and the cost is that of both parts."""
+def test_a_killed_training_continues(trained, monkeypatch):
+    """From its last checkpoint, to bit-identical weights; the cost is that of both parts."""
     run, cfg = trained
     end = run / "checkpoints" / "step-0000004"
     whole = read_tensors(end, "nets.safetensors")
@@ -156,16 +156,16 @@ def test_a_killed_training_goes_on(trained, monkeypatch):
     (run / "latest").unlink()
     (run / "latest").symlink_to("checkpoints/step-0000003")
     (run / "cost.json").write_text('[{"cpu": 9.0, "wall": 12.0, "steps": 3}]')
-    asked = []
+    settings = []
 
     def launch(argv):
-        asked.append(argv)
+        settings.append(argv)
         time.sleep(0.01)
         return in_process(argv)
 
     monkeypatch.setattr(training, "launch", launch)
     assert training.train(cfg) == run
-    assert asked == [["--resume", str(run)]]
+    assert settings == [["--resume", str(run)]]
     again = read_tensors(end, "nets.safetensors")
     assert all(torch.equal(again[k], v) for k, v in whole.items())
     cost = training.read_cost(run)
@@ -180,13 +180,13 @@ def test_another_configuration_is_another_run(trained, change):
     assert training.find_run(replace(cfg, **change)) == (None, 0)
 
 
-def test_what_a_training_settles_is_no_other_run(trained):
-    """The precision is resolved in the run's config.yaml, and the folder may have been named from elsewhere."""
+def test_resolved_settings_are_the_same_run(trained):
+    """The precision is resolved in the run's config.yaml; threads and workers do not matter."""
     run, cfg = trained
     assert training.find_run(replace(cfg, precision="fp32", threads=2, workers=0)) == (run, 4)
 
 
-def test_a_run_without_a_checkpoint_is_left_alone(trained):
+def test_a_run_without_a_checkpoint_is_ignored(trained):
     run, cfg = trained
     shutil.rmtree(run / "checkpoints")
     assert training.find_run(cfg) == (None, 0)
@@ -206,20 +206,20 @@ def test_a_training_that_fails_or_is_stopped(trained, monkeypatch):
 
 
 def test_the_cost_of_a_training(bench, trained):
-    """It is noted with the run; here, without a process of its own, no CPU time is another's."""
+    """It is recorded in the run; a training inside this process has no CPU time of children."""
     cost = training.read_cost(trained[0])
     assert cost.steps == 4
     assert 0 < cost.wall < 600
     assert rows(bench)["flow", "2"]["training, CPU s"] == format_number(cost.cpu)
 
 
-def test_a_cost_that_was_lost_is_made_up_for():
+def test_a_lost_cost_is_extrapolated():
     assert training.Cost(10, 12, 50).scaled_to(200) == training.Cost(40, 48, 200)
     assert training.Cost(0, 0, 0).scaled_to(200).cpu == 0
 
 
-def test_seeds_together():
-    """The mean, from the least to the largest; one alone keeps its own interval."""
+def test_seeds_are_averaged():
+    """The mean, with the smallest and the largest value; a single one keeps its interval."""
     one = Estimate(3.0, 2.5, 3.5)
     assert page.average_seeds([one]) == one
     assert page.average_seeds([one, Estimate(6.0, 5.9, 6.1), Estimate(0.0)]) == Estimate(3.0, 0.0, 6.0)
@@ -227,8 +227,8 @@ def test_seeds_together():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_trains_the_same_budget(name):
-    asked = config.parse(Quality, ["--steps=40", "--backbone.width=24", "--data.size=10"])
-    every = [cfg for cfg in (asked.first_stage_config(name, 3), asked.train_config(name, 3)) if cfg]
+    settings = config.parse(Quality, ["--steps=40", "--backbone.width=24", "--data.size=10"])
+    every = [cfg for cfg in (settings.first_stage_config(name, 3), settings.train_config(name, 3)) if cfg]
     assert sum(cfg.steps for cfg in every) == 40
     for cfg in every:
         assert (cfg.backbone.width, cfg.data.size, cfg.seed) == (24, 10, 3)
@@ -236,7 +236,7 @@ def test_every_row_trains_the_same_budget(name):
 
 
 def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
-    """The flow learns latents of the first stage; the cost is of both; and nothing is done twice."""
+    """The flow learns the latents of the first stage; the cost is that of both; nothing is done twice."""
     monkeypatch.setattr(training, "launch", in_process)
     argv = ["bench", "quality", "--objectives=latent", *TINY, f"--out={tmp_path}"]
     assert cli.main(argv) == 0
@@ -246,8 +246,8 @@ def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     assert load_run(flow).spec.shape == (2, 4, 4)
     both = [training.read_cost(run) for run in (stage, flow)]
     assert sum(c.steps for c in both) == 4
-    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
-    assert training.train_row(asked, "latent", 0) == training.TrainedRow(flow, both[0] + both[1])
+    settings = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    assert training.train_row(settings, "latent", 0) == training.TrainedRow(flow, both[0] + both[1])
     assert "2 of the steps train a first stage of 2x4x4" in (tmp_path / "report.md").read_text()
     monkeypatch.setattr(training, "launch", never)
     monkeypatch.setattr(Evaluator, "measure", never)
@@ -262,15 +262,15 @@ def test_latents_are_smaller_than_samples(shape, latent):
     assert latent_shape(shape) == latent
 
 
-def test_rows_differ_in_their_objective_alone():
-    asked = config.parse(Quality, [])
-    a, b = asked.train_config("flow", 0), asked.train_config("flow-ot", 0)
+def test_rows_differ_in_their_objective_only():
+    settings = config.parse(Quality, [])
+    a, b = settings.train_config("flow", 0), settings.train_config("flow-ot", 0)
     assert type(a.objective.coupling).__name__ != type(b.objective.coupling).__name__
     assert replace(b, objective=replace(b.objective, coupling=a.objective.coupling), name=a.name) == a
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--objectives=flow,nothing"], "nothing"),
         (["--objectives=,"], "given none"),
@@ -284,26 +284,26 @@ def test_rows_differ_in_their_objective_alone():
         (["--seeds=0"], "--seeds"),
     ],
 )
-def test_mistakes_are_found_before_any_training(argv, said, monkeypatch, tmp_path, capsys):
+def test_mistakes_are_found_before_any_training(argv, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "launch", never)
     assert cli.main(["bench", "quality", *TINY, f"--out={tmp_path}", *argv]) == 2
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_process_of_its_own(tmp_path):
-    asked = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
-    cost = training.read_cost(training.train(asked.train_config("flow", 0)))
+    settings = config.parse(Quality, [*TINY, f"--out={tmp_path}"])
+    cost = training.read_cost(training.train(settings.train_config("flow", 0)))
     assert cost.steps == 4
     assert 0.5 < cost.cpu < 120
 
 
 @pytest.mark.slow
 def test_sigterm_saves_the_training(tmp_path):
-    """The training's process is told, saves, and leaves no child behind; the next call goes on."""
+    """The training process saves, no child process is left, and the next call continues."""
     flags = [
         "--objectives=flow",
         "--steps=100000",

@@ -1,4 +1,4 @@
-"""Captions: wordings over class names, and texts beside the pictures."""
+"""Captions: templates filled with class names, and texts beside the images."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from genkit.core import (
 from genkit.data import DATA, Stream, text
 from tests.support.data import batch_of
 
-WORDINGS = ("a handwritten {label}", "the digit {label}", "{label}")
+TEMPLATES = ("a handwritten {label}", "the digit {label}", "{label}")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def test_wordings_say_the_class_of_each_digit():
-    data = DATA["digits"](captions=WORDINGS, labels=True).load()
+def test_templates_are_filled_with_the_class_of_each_digit():
+    data = DATA["digits"](captions=TEMPLATES, labels=True).load()
     batch = batch_of(data, 400)
-    said = text.to_texts(batch.cond["text"])
-    allowed = [{w.replace("{label}", DIGITS[c]) for w in WORDINGS} for c in batch.cond["label"].tolist()]
-    assert all(s in a for s, a in zip(said, allowed, strict=True))
-    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in said) / 400 for w in WORDINGS]
+    captions = text.to_texts(batch.cond["text"])
+    allowed = [{w.replace("{label}", DIGITS[c]) for w in TEMPLATES} for c in batch.cond["label"].tolist()]
+    assert all(s in a for s, a in zip(captions, allowed, strict=True))
+    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in captions) / 400 for w in TEMPLATES]
     assert all(abs(s - 1 / 3) < 0.1 for s in shares)
-    assert text.to_texts(batch_of(data, 400, key=1).cond["text"]) != said  # another wording, another time
+    assert text.to_texts(batch_of(data, 400, key=1).cond["text"]) != captions  # other templates are drawn
     assert data.spec.cond["text"].examples == (
         "a handwritten zero", "the digit one", "two", "a handwritten three", "the digit four", "five",
         "a handwritten six", "the digit seven", "eight", "a handwritten nine",
     )  # fmt: skip
 
 
-def test_wordings_are_the_same_for_any_ranks_and_micro_batches():
-    stream = Stream(DATA["digits"](captions=WORDINGS).load(), 40, seed=3)
-    whole = stream(5, 0, 0, 40).cond["text"]
+def test_templates_are_the_same_for_any_ranks_and_micro_batches():
+    stream = Stream(DATA["digits"](captions=TEMPLATES).load(), 40, seed=3)
+    batch = stream(5, 0, 0, 40).cond["text"]
     parts = [stream(5, 0, *rows).cond["text"] for rows in ((0, 7), (7, 20), (20, 40))]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), batch)
 
 
-def test_words_stand_for_classes_unless_both_are_asked_for():
-    of = lambda **how: list(DATA["digits"](**how).load().spec.cond)  # noqa: E731
+def test_captions_replace_classes_unless_both_are_requested():
+    of = lambda **settings: list(DATA["digits"](**settings).load().spec.cond)  # noqa: E731
     assert of() == ["label"]
-    assert of(captions=WORDINGS) == ["text"]
-    assert of(captions=WORDINGS, labels=True) == ["label", "text"]
-    assert of(captions=WORDINGS, labels=False) == ["text"]
+    assert of(captions=TEMPLATES) == ["text"]
+    assert of(captions=TEMPLATES, labels=True) == ["label", "text"]
+    assert of(captions=TEMPLATES, labels=False) == ["text"]
     assert of(labels=False) == []
 
 
@@ -85,7 +85,7 @@ def zipped(root: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["txt", "captions.jsonl", "metadata.jsonl", "metadata.csv"])
 @pytest.mark.parametrize("memory", [0.0, 2.0])
-def test_captions_lie_beside_the_pictures(tmp_path, kind, memory):
+def test_captions_are_read_beside_the_images(tmp_path, kind, memory):
     layout(tmp_path / "in", kind)
     for source in (DATA["folder"](root=str(tmp_path / "in"), captions=("files",), memory=memory),
                    DATA["zip"](root=str(zipped(tmp_path / "in")), captions=("files",), memory=memory)):  # fmt: skip
@@ -108,7 +108,7 @@ def test_class_folders_may_have_captions_too(tmp_path):
     assert text.to_texts(batch_of(worded, 4).cond["text"]) == ["a cat", "a cat", "a dog", "a dog"]
 
 
-def ruin(root: Path, how: str) -> None:
+def ruin(root: Path, fault: str) -> None:
     {
         "missing": lambda: (root / "b.txt").unlink(),
         "of nothing": lambda: (root / "README.txt").write_text("hello"),
@@ -123,11 +123,11 @@ def ruin(root: Path, how: str) -> None:
         "not all": lambda: (root / "captions.jsonl").write_text('{"file_name": "a.png", "text": "A"}\n'),
         "no column": lambda: (root / "metadata.csv").write_text("file_name,caption\na.png,A\n"),
         "short": lambda: (root / "metadata.csv").write_text("file_name,text\na.png\n"),
-    }[how]()
+    }[fault]()
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("fault", "message"),
     [
         ("missing", r"b.png: has no caption beside it, in b.txt"),
         ("of nothing", r"README.txt: captions README.\*, but there is no such image in "),
@@ -145,19 +145,19 @@ def ruin(root: Path, how: str) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind, how, says):
+def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind, fault, message):
     root = tmp_path / "in"
     layout(root, "txt")
-    ruin(root, how)
-    where = root if kind == "folder" else zipped(root)
-    with pytest.raises(ValueError, match=says) as e:
-        DATA[kind](root=str(where), captions=("files",)).load()
+    ruin(root, fault)
+    location = root if kind == "folder" else zipped(root)
+    with pytest.raises(ValueError, match=message) as e:
+        DATA[kind](root=str(location), captions=("files",)).load()
     assert "\n" not in str(e.value)
-    assert str(where) in str(e.value)
+    assert str(location) in str(e.value)
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("fault", "message"),
     [
         (
             {"captions": ("a {lab}",)},
@@ -169,12 +169,12 @@ def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind
         ({"encoder": "x/y"}, "given x/y, but no captions to encode"),
     ],
 )
-def test_bad_wordings_are_refused(how, says):
-    with pytest.raises(ValueError, match=says):
-        DATA["digits"](**how).load()
+def test_bad_templates_are_refused(fault, message):
+    with pytest.raises(ValueError, match=message):
+        DATA["digits"](**fault).load()
 
 
-def test_pictures_without_classes_have_no_wordings(tmp_path):
+def test_images_without_classes_take_no_templates(tmp_path):
     picture_at(tmp_path / "a.png", 1)
     with pytest.raises(ValueError, match=r"given 'a \{label\}', but these data have no classes; try files"):
         DATA["folder"](root=str(tmp_path), captions=("a {label}",)).load()

@@ -39,10 +39,10 @@ def test_affine_codecs_bring_numbers_to_order_one_and_back(shape):
     assert torch.allclose(low_high.decode(y), x, atol=1e-4, rtol=1e-5)
     assert torch.allclose(mean_std.decode(z), x, atol=1e-4, rtol=1e-5)
     wild = mean_std.decode(torch.full_like(z, 7.0))
-    assert torch.equal(wild[:, 2], x[:, 2])  # a constant stays what it is, whatever a model says
+    assert torch.equal(wild[:, 2], x[:, 2])  # a constant stays, whatever the model predicts
     assert torch.equal(low_high.decode(torch.full_like(z, 7.0))[:, 2], x[:, 2])
     tenths = torch.full((7, 1), 0.1, dtype=torch.float64)
-    assert tenths.std(0, correction=0) > 0  # rounding; to divide by it would blow up
+    assert tenths.std(0, correction=0) > 0  # rounding; dividing by it would explode
     assert Standardize.fit(tenths) == Standardize((0.1,), (0.0,))
     with refuses("3 dimensions", "(2, 4)"):
         mean_std.encode(Batch(torch.zeros(2, 4)))

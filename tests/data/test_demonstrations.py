@@ -28,7 +28,7 @@ def test_windows_are_those_of_diffusion_policy():
     byhand = [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [5, 5, 6, 7], [5, 6, 7, 7]]
     assert steps.tolist() == byhand
     assert states.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [6, 6, 7, 8], [6, 7, 8, 9]]
-    assert window_starts(2, 1, 16, 8).tolist() == [0]  # too short for one: it gives one all the same
+    assert window_starts(2, 1, 16, 8).tolist() == [0]  # too short, but at least one window
     # sampler.py of diffusion_policy: range(-pad_before, length - sequence_length + pad_after + 1)
     assert window_starts(161, 2, 16, 8).tolist() == list(range(-1, 161 - 16 + 7 + 1))
 
@@ -163,5 +163,5 @@ def test_recorded_demonstrations_are_learned_from(tmp_path, capsys):
     with np.load(out) as stored:
         assert len(stored["episode_ends"]) == 5
         first = stored["obs"][: stored["episode_ends"][0]], stored["action"][: stored["episode_ends"][0]]
-    assert np.allclose(first[0][:-1] + first[1][:-1], first[0][1:])  # the place after each action is the next
+    assert np.allclose(first[0][:-1] + first[1][:-1], first[0][1:])  # each action leads to the next position
     assert np.linalg.norm(first[0][-1] + first[1][-1] - GOAL) < 0.25

@@ -40,7 +40,7 @@ def test_digits_are_split_by_class_and_keep_their_labels():
         DATA["digits"]().load("dev")
 
 
-def test_digits_take_the_options_of_pictures():
+def test_digits_take_the_options_of_images():
     data = DATA["digits"](size=(16, 12), channels=3, flip=True).load()
     assert data.spec.shape == (3, 16, 12)
     assert torch.equal(data.x[:, 0], data.x[:, 2])
@@ -95,9 +95,9 @@ def test_a_crop_is_centred_keeps_the_aspect_and_is_antialiased():
     assert to_pixels(Image.fromarray(wide), (8, 16)).shape == (3, 8, 16)
 
 
-def test_the_camera_s_orientation_is_honoured(tmp_path):
+def test_the_orientation_of_the_camera_is_honoured(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # rotate clockwise
     flat = picture(1, 2, 3)
     Image.fromarray(flat).save(tmp_path / "a.png", exif=exif)
     assert torch.equal(DATA["folder"](root=str(tmp_path)).load().x[0], chw(np.rot90(flat, -1)))
@@ -159,7 +159,7 @@ def test_cifar10_as_zips(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
-def test_without_a_network_a_classic_says_where_it_was_looked_for(name, tmp_path, monkeypatch):
+def test_without_a_network_a_missing_data_set_names_its_place(name, tmp_path, monkeypatch):
     import urllib.error
     import urllib.request
 

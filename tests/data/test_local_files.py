@@ -16,10 +16,10 @@ from tests.support.data import chw, everything, make_zip, noise_of, picture, ref
 
 
 # ------------------------------------------------------------------------------------------------------- folders
-def test_sub_folders_are_classes(tmp_path):
+def test_subfolders_are_classes(tmp_path):
     for i, name in enumerate(["dog/b.png", "cat/z.png", "cat/deep/a.png", "dog/.hidden.png", ".git/c.png"]):
         save(tmp_path / name, picture(i))
-    (tmp_path / "bird").mkdir()  # empty: a class that has no samples
+    (tmp_path / "bird").mkdir()  # empty: a class without samples
     save(tmp_path.with_name(tmp_path.name + "-elsewhere") / "c.png", picture(9))
     (tmp_path / "elk").symlink_to(tmp_path.with_name(tmp_path.name + "-elsewhere"))
     (tmp_path / "dog" / "notes.txt").write_text("not a picture")
@@ -40,13 +40,13 @@ def test_a_flat_folder_is_searched_to_the_bottom_and_has_no_classes(tmp_path):
     assert torch.equal(data.x, torch.stack([chw(picture(i, c=1)) for i in (1, 2, 0, 3)]))
 
 
-def test_one_sub_folder_is_no_class(tmp_path):
+def test_a_single_subfolder_is_not_a_class(tmp_path):
     save(tmp_path / "all" / "a.png", picture(0))
     assert DATA["folder"](root=str(tmp_path)).load().spec == Spec((3, 4, 4))
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
-def test_a_folder_s_test_split_has_the_classes_of_train(held_out, tmp_path):
+def test_the_test_split_of_a_folder_has_the_classes_of_train(held_out, tmp_path):
     for i, name in enumerate(["train/a/0.png", "train/b/1.png", f"{held_out}/b/2.png"]):
         save(tmp_path / name, picture(i))
     for root in (tmp_path, tmp_path / "train"):
@@ -60,17 +60,17 @@ def test_a_folder_s_test_split_has_the_classes_of_train(held_out, tmp_path):
         DATA["folder"](root=str(tmp_path)).load("test")
 
 
-def test_pictures_that_do_not_fit_are_read_when_they_are_asked_for(tmp_path):
+def test_images_that_do_not_fit_into_memory_are_read_on_request(tmp_path):
     for i in range(6):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", picture(i))
     config = {"root": str(tmp_path), "flip": True, "size": 3}
-    held, disk = DATA["folder"](**config).load(), DATA["folder"](**config, memory=0).load()
-    assert isinstance(held, InMemory)
+    memory, disk = DATA["folder"](**config).load(), DATA["folder"](**config, memory=0).load()
+    assert isinstance(memory, InMemory)
     assert isinstance(disk, OnDisk)
-    assert held.spec == disk.spec
-    assert len(held) == len(disk) == 6
+    assert memory.spec == disk.spec
+    assert len(memory) == len(disk) == 6
     indices = torch.tensor([5, 0, 3, 3])
-    one, other = held.batch(indices, noise_of(4)), disk.batch(indices, noise_of(4))
+    one, other = memory.batch(indices, noise_of(4)), disk.batch(indices, noise_of(4))
     assert torch.equal(one.x, other.x)
     assert torch.equal(one.cond["label"], other.cond["label"])
     assert isinstance(DATA["folder"](**config, memory=6 * 27 / 2**30).load(), InMemory)
@@ -78,7 +78,7 @@ def test_pictures_that_do_not_fit_are_read_when_they_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [0, 1])
-def test_a_folder_s_faults_are_named(memory, tmp_path):
+def test_faults_of_folders_are_named(memory, tmp_path):
     def load(**options):
         data = DATA["folder"](root=str(tmp_path), memory=memory, **options).load()
         return data, everything(data)
@@ -101,8 +101,14 @@ def test_a_folder_s_faults_are_named(memory, tmp_path):
         load()
     assert load(channels=1)[0].spec.shape == (1, 4, 6)
     save(tmp_path / "b.png", picture(1, 40, 60))
-    whole = (tmp_path / "b.png").read_bytes()
-    for broken in (whole[: len(whole) // 2], whole[:20], b"", b"\x89PNG no", whole[:400] + b"?" * 50 + whole[450:]):
+    content = (tmp_path / "b.png").read_bytes()
+    for broken in (
+        content[: len(content) // 2],
+        content[:20],
+        b"",
+        b"\x89PNG no",
+        content[:400] + b"?" * 50 + content[450:],
+    ):
         (tmp_path / "b.png").write_bytes(broken)
         with refuses(tmp_path / "b.png"):
             load(size=4)
@@ -124,7 +130,7 @@ def test_a_zip_with_and_without_classes(tmp_path):
     assert torch.equal(everything(disk).x, data.x)
 
 
-def test_a_zip_s_test_split_lies_beside_it(tmp_path):
+def test_the_test_split_of_a_zip_lies_beside_it(tmp_path):
     make_zip(tmp_path / "train.zip", {"a.png": picture(0), "b.png": picture(1)}, [["a.png", 0], ["b.png", 4]])
     make_zip(tmp_path / "test.zip", {"c.png": picture(2)}, [["c.png", 1]])
     for root in (tmp_path, tmp_path / "train.zip"):
@@ -136,7 +142,7 @@ def test_a_zip_s_test_split_lies_beside_it(tmp_path):
         DATA["zip"](root=str(tmp_path / "test.zip")).load("test")
 
 
-def test_a_zip_s_faults_are_named(tmp_path):
+def test_faults_of_zips_are_named(tmp_path):
     path = tmp_path / "a.zip"
 
     def load(root=path):
@@ -188,17 +194,17 @@ def test_a_zip_s_faults_are_named(tmp_path):
         load()
 
 
-def test_nothing_leaves_an_archive(tmp_path):
+def test_nothing_is_extracted_from_an_archive(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
     make_zip(inside / "a.zip", {"../evil.png": picture(0), "/abs.png": picture(1)})
-    assert len(DATA["zip"](root=str(inside / "a.zip")).load()) == 1  # a hidden name is none of the pictures
+    assert len(DATA["zip"](root=str(inside / "a.zip")).load()) == 1  # a hidden file is not an image
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"]
 
 
 # -------------------------------------------------------------------------------------------------------- arrays
 @pytest.mark.parametrize(("x", "y"), [("arr_0", "arr_1"), ("x", "y")])
-def test_npz_pictures(x, y, tmp_path):
+def test_npz_images(x, y, tmp_path):
     pixels = np.stack([picture(i, 4, 6) for i in range(5)])
     np.savez(tmp_path / "a.npz", **{x: pixels, y: np.arange(5)})
     data = DATA["npz"](root=str(tmp_path / "a.npz")).load()
@@ -232,7 +238,7 @@ class Evil:
         return os.abort, ()
 
 
-def test_an_npz_s_faults_are_named(tmp_path):
+def test_faults_of_npz_files_are_named(tmp_path):
     path = tmp_path / "a.npz"
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     faults = [

@@ -1,4 +1,4 @@
-"""Policies that see pictures: how they are drawn, kept, encoded, given in a rollout, and what is learned from them."""
+"""Policies that observe images: how these are drawn, stored, encoded and passed in a rollout, and what is learned."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,15 @@ RED = (215, 40, 40)
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-def test_a_picture_shows_where_one_is():
-    """The weighed middle of what is not white is the place, far finer than a pixel."""
+def test_an_image_shows_the_position():
+    """The weighted centre of the coloured pixels is the position, to much less than a pixel."""
     places = np.array([[0.0, 0.6], [0.03, 0.6], [1.4, -0.7], [1.4, -0.68]])
     size = (48, 64)
     empty = draw_views(np.array([[50.0, 50.0]]), size)[0].astype(float)
-    seen = draw_views(places, size)
-    assert seen.shape == (4, 3, *size)
-    assert seen.dtype == np.uint8
-    share = ((empty - seen) / (empty - np.array(RED)[:, None, None] + 1e-9))[:, 1].clip(0, 1)
+    images = draw_views(places, size)
+    assert images.shape == (4, 3, *size)
+    assert images.dtype == np.uint8
+    share = ((empty - images) / (empty - np.array(RED)[:, None, None] + 1e-9))[:, 1].clip(0, 1)
     x = -0.4 + 3.6 * (np.arange(64) + 0.5) / 64
     y = 0.9 - 1.8 * (np.arange(48) + 0.5) / 48
     middle = [(share.sum(1) * x).sum(1) / share.sum((1, 2)), (share.sum(2) * y).sum(1) / share.sum((1, 2))]
@@ -46,14 +46,14 @@ def test_a_picture_shows_where_one_is():
 
 
 # ------------------------------------------------------------------------------------------------------------ data
-def test_pictures_are_kept_once_and_given_in_windows():
+def test_images_are_stored_once_and_returned_in_windows():
     data = DATA["four-ways"](n=3, pixels=16, obs_steps=3).load()
     placed = DATA["four-ways"](n=3, obs_steps=3).load()
     assert isinstance(data, WithFrames)
     assert data.frames is not None
     assert len(data.frames) == sum(len(e.actions) for e in DATA["four-ways"](n=3).episodes("train"))
     assert torch.equal(data.x, placed.x)
-    assert dict(data.spec.cond) == {"frames": Frames((3, 3, 16, 16))}  # the place is not told
+    assert dict(data.spec.cond) == {"frames": Frames((3, 3, 16, 16))}  # without the position
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(data.spec)))) == data.spec
     rows = torch.tensor([0, 5, len(data) - 1])
     batch = data.batch(rows, Draw((0,), 0, 3))
@@ -81,7 +81,7 @@ def buffer(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "zarr"])
-def test_replay_buffers_may_hold_pictures_of_several_cameras(buffer, tmp_path, kind):
+def test_replay_buffers_may_hold_images_of_several_cameras(buffer, tmp_path, kind):
     root = buffer()
     arrays = dict(np.load(root))
     if kind == "zarr":
@@ -103,8 +103,8 @@ def test_replay_buffers_may_hold_pictures_of_several_cameras(buffer, tmp_path, k
     assert list(alone.spec.cond) == ["frames"]
 
 
-def test_what_are_no_pictures_is_refused(buffer):
-    with_ = lambda **how: lambda: Replay(root=buffer(**how.pop("change", {})), **how).load()  # noqa: E731
+def test_arrays_that_are_not_images_are_refused(buffer):
+    with_ = lambda **settings: lambda: Replay(root=buffer(**settings.pop("change", {})), **settings).load()  # noqa: E731
     refuses(with_(frames=("obs",)), "obs is (30, 2) of float64", "uint8 [N, H, W, 3]")
     refuses(with_(frames=("top",)), "no array 'top'", "img")
     refuses(with_(observed=()), "given neither")
@@ -115,7 +115,7 @@ def test_what_are_no_pictures_is_refused(buffer):
 
 # --------------------------------------------------------------------------------------------------------- networks
 @pytest.mark.parametrize("family", ["mlp", "unet", "dit"])
-def test_every_family_sees_pictures(family):
+def test_every_family_reads_images(family):
     spec = Spec((2, 16), {"frames": Frames((2, 3, 20, 28))})
     torch.manual_seed(0)
     net = BACKBONES[family]().denoiser(spec)
@@ -129,7 +129,7 @@ def test_every_family_sees_pictures(family):
     out = net(x, t, {"frames": frames})
     assert out.shape == (4, 2, 16)
     assert not torch.allclose(out[0], out[1], atol=1e-6)
-    assert not torch.allclose(out[0], out[2], atol=1e-4)  # which is newer counts
+    assert not torch.allclose(out[0], out[2], atol=1e-4)  # their order matters
     keep = torch.tensor([True, False, False, True])
     null = net(x, t, {})
     dropped = net(x, t, {"frames": frames, "keep": keep})
@@ -137,8 +137,8 @@ def test_every_family_sees_pictures(family):
     assert torch.allclose(dropped[[0, 3]], out[[0, 3]], atol=1e-5)
 
 
-def test_an_encoder_finds_a_place_again():
-    """Regression of the place from a picture, after a second or two: to less than a pixel."""
+def test_an_encoder_recovers_the_position():
+    """Regression of the position from an image, after a second or two: to less than a pixel."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     places = np.stack([rng.uniform(0, 2.8, 1024), rng.uniform(-0.7, 0.7, 1024)], 1)
@@ -157,10 +157,10 @@ def test_an_encoder_finds_a_place_again():
         schedule.step()
     with torch.no_grad():
         error = (head(net(frames[896:], keep[896:])) - target[896:]).square().mean(0).sqrt()
-    assert float(error.max()) < 0.08  # in half widths; 0.04 was measured, and 0.58 is no picture; a pixel is 0.08
+    assert float(error.max()) < 0.08  # in half widths; 0.04 was measured, 0.58 without images; a pixel is 0.08
 
 
-def test_pictures_are_checked_before_they_are_seen():
+def test_images_are_checked_before_they_are_encoded():
     kind = Frames((2, 3, 8, 8))
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 9, dtype=torch.uint8), 4), "(4, 2, 3, 8, 8)", "uint8")
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 8), 4), "float32")
@@ -181,7 +181,7 @@ def run(tmp_path_factory):
 
 
 class Looking(FourWays):
-    """Remembers what it showed, and at which step."""
+    """Records each image that it rendered, and its step."""
 
     def __init__(self, num):
         super().__init__(num)
@@ -192,23 +192,23 @@ class Looking(FourWays):
         return self.shown[-1]
 
 
-def test_a_rollout_shows_the_newest_pictures(run):
+def test_a_rollout_passes_the_newest_images(run):
     policy = Policy.load(run, steps=1, act_steps=3)
     assert type(policy) is VisualPolicy
     assert policy.obs_shape == (2, 0)
     assert policy.frame_shape == (3, 16, 16)
-    seen = []
+    images = []
     act = policy.act
 
     def spy(obs, frames=None):
-        seen.append((obs, frames))
+        images.append((obs, frames))
         return act(obs, frames)
 
     policy.act = spy  # type: ignore[method-assign]
     env = Looking(3)
     done = run_episodes(policy, env, range(3))
-    assert all(obs.shape == (3, 2, 0) for obs, _ in seen)
-    for d, (_, frames) in enumerate(seen[:3]):
+    assert all(obs.shape == (3, 2, 0) for obs, _ in images)
+    for d, (_, frames) in enumerate(images[:3]):
         for i, path in enumerate(done.paths):
             steps = [max(0, 3 * d - 1), 3 * d]
             if steps[1] < len(path):
@@ -217,7 +217,7 @@ def test_a_rollout_shows_the_newest_pictures(run):
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one.paths, many.paths, strict=True))
 
 
-def test_wrong_pictures_take_one_line(run, capsys, tmp_path):
+def test_wrong_images_are_refused_in_one_line(run, capsys, tmp_path):
     policy = Policy.load(run, steps=1)
     obs, frames = np.zeros((2, 2, 0)), np.zeros((2, 2, 3, 16, 16), np.uint8)
     assert policy.act(obs, frames).shape == (2, 8, 2)
@@ -241,7 +241,7 @@ def test_wrong_pictures_take_one_line(run, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["episodes"] == 2
 
 
-def test_recorded_pictures_are_learned_from(tmp_path, capsys):
+def test_a_policy_learns_from_recorded_images(tmp_path, capsys):
     out = tmp_path / "demos.npz"
     assert cli(["demo", "four-ways", "--episodes=4", "--pixels=16", f"--out={out}"]) == 0
     assert "--data.frames img" in capsys.readouterr().out
@@ -250,33 +250,33 @@ def test_recorded_pictures_are_learned_from(tmp_path, capsys):
         ends = stored["episode_ends"]
         assert np.flatnonzero(stored["reward"]).tolist() == (ends - 1).tolist()
         assert stored["mode"][ends - 1].tolist() == [0, 1, 2, 3]
-    how = {
+    settings = {
         "root": str(out),
         "frames": ("img",),
         "conditions": ("skill", "returns"),
         "skill": "mode",
         "reward": "reward",
     }
-    data = Replay(**how).load()
+    data = Replay(**settings).load()
     assert sorted(data.spec.cond) == ["frames", "obs", "returns", "skill"]
 
 
-def test_gymnasium_draws_in_the_size_that_is_asked_for():
+def test_gymnasium_renders_in_the_requested_size():
     pytest.importorskip("gymnasium")
     pytest.importorskip("pygame")
     from genkit.envs import make
 
     env = make("Pendulum-v1", 2)
     env.reset([0, 1])
-    seen = env.pixels((24, 32))  # type: ignore[attr-defined]
-    assert seen.shape == (2, 3, 24, 32)
-    assert seen.dtype == np.uint8
-    assert seen.std() > 0
+    images = env.pixels((24, 32))  # type: ignore[attr-defined]
+    assert images.shape == (2, 3, 24, 32)
+    assert images.dtype == np.uint8
+    assert images.std() > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
 @pytest.mark.slow
-def test_four_ways_are_taken_by_sight(tmp_path):
+def test_four_ways_are_taken_from_images(tmp_path):
     args = ["--config", str(ROOT / "configs/four_ways_pixels.yaml"), f"--out={tmp_path}", "--tensorboard=false"]
     assert cli(["train", *args, "--device=cpu"]) == 0
     done = run_episodes(Policy.load(tmp_path / "latest", steps=16), FourWays(200), range(100_000, 100_200))

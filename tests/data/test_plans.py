@@ -1,4 +1,4 @@
-"""Plans: windows of states that stand still at the end, and the conditions of an episode."""
+"""Plans: windows of states that repeat the last one, and the conditions of an episode."""
 
 import json
 

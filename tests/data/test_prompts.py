@@ -21,7 +21,7 @@ from genkit.training.run import load_run
 from genkit.training.sampling import sample_conditions
 from tests.support.data import batch_of
 
-WORDINGS = ("a handwritten {label}", "the digit {label}", "{label}")
+TEMPLATES = ("a handwritten {label}", "the digit {label}", "{label}")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -36,17 +36,17 @@ def trained(out: Path, *argv: str) -> Path:
 
 @pytest.fixture(scope="session")
 def worded(tmp_path_factory):
-    """A run on captioned digits, of two steps."""
+    """A run of two steps on digits with captions."""
     out = tmp_path_factory.mktemp("worded")
-    return trained(out, "--data.captions", *WORDINGS, "--data.text-length=40")
+    return trained(out, "--data.captions", *TEMPLATES, "--data.text-length=40")
 
 
 @pytest.fixture(scope="session")
 def both(tmp_path_factory):
-    """The same with classes beside the words, each dropped alone."""
+    """The same with classes and captions, each dropped independently."""
     out = tmp_path_factory.mktemp("both")
     more = ["--data.labels=true", "--objective.cond-dropout-each=0.2", "--sample-every=0"]
-    return trained(out, "--data.captions", *WORDINGS, *more)
+    return trained(out, "--data.captions", *TEMPLATES, *more)
 
 
 def failing(capsys, *argv: str) -> str:
@@ -55,7 +55,7 @@ def failing(capsys, *argv: str) -> str:
     return capsys.readouterr().err
 
 
-def test_a_prompt_is_what_the_model_sees(worded, monkeypatch):
+def test_a_prompt_reaches_the_network(worded, monkeypatch):
     run = load_run(worded)
     assert run.spec.cond["text"] == Text(40, run.spec.cond["text"].examples)
     x, cond = run.sample(4, prompt=["the digit two", "nine"], steps=2)
@@ -72,7 +72,7 @@ def test_a_prompt_is_what_the_model_sees(worded, monkeypatch):
     assert text.to_texts(shown["text"]) == [*run.spec.cond["text"].examples, "a handwritten zero", "the digit one"]
 
 
-def test_words_change_what_is_drawn(worded):
+def test_prompts_change_the_samples(worded):
     run = load_run(worded)
     for p in run.nets["net"].parameters():
         p.add_(0.1 * torch.randn_like(p))
@@ -82,11 +82,11 @@ def test_words_change_what_is_drawn(worded):
 
 def test_genkit_sample_takes_prompts(worded, tmp_path, capsys):
     out = tmp_path / "few"
-    asked = ["--prompt", "a handwritten seven", "two", "--guidance=3", "--steps=2"]
-    assert cli.main(["sample", str(worded), *asked, "--format=png", f"--out={out}", "--n=3"]) == 0
+    options = ["--prompt", "a handwritten seven", "two", "--guidance=3", "--steps=2"]
+    assert cli.main(["sample", str(worded), *options, "--format=png", f"--out={out}", "--n=3"]) == 0
     lines = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["a handwritten seven", "two"] * 3
-    again = DATA["folder"](root=str(out), captions=("files",)).load()  # what was drawn is data with captions
+    again = DATA["folder"](root=str(out), captions=("files",)).load()  # samples are data with captions
     assert text.to_texts(batch_of(again, 6).cond["text"]) == [line["text"] for line in lines]
     assert json.loads((out / "samples.json").read_text())["prompt"] == ["a handwritten seven", "two"]
     names = set()
@@ -114,62 +114,62 @@ def test_prompts_that_cannot_be_read_are_refused_in_one_line(worded, tmp_path, c
         sample_conditions(Spec((1, 8, 8), {"obs": Vector((2,)), "text": Text(9)}), 4, prompt="seven")
 
 
-def test_classes_and_words_together_or_one_of_them():
+def test_classes_and_prompts_together_or_alone():
     spec = Spec((1, 8, 8), {"label": Label(10), "text": Text(9, ("one",))})
     assert set(sample_conditions(spec, 2, label=3)) == {"label"}
     assert set(sample_conditions(spec, 2, prompt="six")) == {"text"}
-    found = sample_conditions(spec, 2, label=3, prompt=["six", "ten"])
-    assert found["label"].tolist() == [3, 3]
-    assert text.to_texts(found["text"]) == ["six", "ten"]
+    both_conditions = sample_conditions(spec, 2, label=3, prompt=["six", "ten"])
+    assert both_conditions["label"].tolist() == [3, 3]
+    assert text.to_texts(both_conditions["text"]) == ["six", "ten"]
     with pytest.raises(ValueError, match="text; give --prompt, --label or both"):
         sample_conditions(spec, 2)
 
 
-def test_a_run_with_classes_and_words(both, capsys):
+def test_a_run_with_classes_and_captions(both, capsys):
     run = load_run(both)
     assert run.objective.cond_dropout_each == 0.2
-    for how in ({"label": 3}, {"prompt": "three"}, {"label": 3, "prompt": "three"}):
-        x, cond = run.sample(2, steps=1, guidance=2.0, **how)
+    for given in ({"label": 3}, {"prompt": "three"}, {"label": 3, "prompt": "three"}):
+        x, cond = run.sample(2, steps=1, guidance=2.0, **given)
         assert x.shape == (2, 1, 8, 8)
-        assert set(cond) == {{"label": "label", "prompt": "text"}[k] for k in how}
+        assert set(cond) == {{"label": "label", "prompt": "text"}[k] for k in given}
     assert cli.main(["info", str(both)]) == 0
     assert "conditions: label (label), text (text)" in capsys.readouterr().out
 
 
-def test_info_and_the_pictures_of_training_show_prompts(worded, capsys):
+def test_info_and_training_pictures_show_prompts(worded, capsys):
     assert cli.main(["info", str(worded)]) == 0
     assert "text           up to 40 bytes, such as 'a handwritten zero', 'the digit one'" in capsys.readouterr().out
     assert (worded / "samples" / "step-0000002.png").is_file()
     turn = sample_conditions(load_run(worded).spec, 80)
-    assert pictures.detect_cycle(turn) == 10  # a column each
-    assert pictures.detect_cycle({"text": turn["text"][[0, 1, 1, 0]]}) is None
+    assert pictures.in_turn(turn) == 10  # one column each
+    assert pictures.in_turn({"text": turn["text"][[0, 1, 1, 0]]}) is None
 
 
-def test_eval_draws_prompts_of_the_data_and_knows_their_class(worded, tmp_path):
+def test_evaluation_draws_the_captions_of_the_data_and_knows_their_class(worded, tmp_path):
     from genkit.evaluation import ModelSamples, open_run_data
     from genkit.training.sampling import Sampling
 
     run = load_run(worded)
-    drawn = ModelSamples(run, Sampling(steps=1, seed=3))
-    assert drawn.label == "label"
+    samples = ModelSamples(run, Sampling(steps=1, seed=3))
+    assert samples.label == "label"
     rows = range(5, 45)
-    cond = drawn.cond(rows)
-    words = [next(i for i, d in enumerate(DIGITS) if d in said) for said in text.to_texts(cond["text"])]
+    cond = samples.cond(rows)
+    words = [next(i for i, d in enumerate(DIGITS) if d in texts) for texts in text.to_texts(cond["text"])]
     assert words == cond["label"].tolist()
-    assert drawn.rows(5, 9, 40).labels.tolist() == words[:4]
-    assert torch.equal(drawn.cond(range(20, 30))["text"], cond["text"][15:25])  # whatever the blocks
+    assert samples.rows(5, 9, 40).labels.tolist() == words[:4]
+    assert torch.equal(samples.cond(range(20, 30))["text"], cond["text"][15:25])  # for any blocks
     reference = open_run_data(run)
     assert list(reference.spec.cond) == ["label"]
 
 
-def test_latents_are_cached_with_one_wording_of_each(tmp_path):
+def test_latents_are_cached_with_one_caption_each(tmp_path):
     first = trained(tmp_path / "vae", "--objective=vae", "--objective.latent", "4", "4", "4", "--data.labels=false",
                     "--backbone=dit", "--backbone.depth=1", "--sample-every=0")  # fmt: skip
     out = tmp_path / "latents"
-    argv = ["encode", str(first), f"--out={out}", "--data=digits", "--data.captions", *WORDINGS]
+    argv = ["encode", str(first), f"--out={out}", "--data=digits", "--data.captions", *TEMPLATES]
     assert cli.main(argv) == 0
-    said = text.to_texts(DATA["latents"](root=str(out)).load().cond["text"])
-    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in said) / len(said) for w in WORDINGS]
+    texts = text.to_texts(DATA["latents"](root=str(out)).load().cond["text"])
+    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in texts) / len(texts) for w in TEMPLATES]
     assert all(abs(s - 1 / 3) < 0.06 for s in shares)
 
 
@@ -216,7 +216,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["clip", "whole", "t5", "pipeline"])
-def test_a_frozen_encoder_says_what_transformers_says(encoders, name):
+def test_a_frozen_encoder_agrees_with_transformers(encoders, name):
     root, tokenizer, models_ = encoders
     frozen = text.open_encoder(str(root / name))
     states, mask = frozen(["the digit two", "", "seven"], batch=2)
@@ -224,11 +224,11 @@ def test_a_frozen_encoder_says_what_transformers_says(encoders, name):
     assert mask.tolist() == [[True] * 5, [False] * 5, [True] * 3 + [False] * 2]
     half = {"whole": lambda: models_["whole"].text_model, "pipeline": lambda: models_["clip"]}
     peer = half.get(name, lambda: models_[name])().eval()
-    for said, state, seen in zip(["the digit two", "", "seven"], states, mask, strict=True):
+    for texts, state, visible in zip(["the digit two", "", "seven"], states, mask, strict=True):
         with torch.no_grad():
-            alone = peer(**tokenizer(said, return_tensors="pt")).last_hidden_state[0]
-        if said:
-            torch.testing.assert_close(state[seen].float(), alone, atol=4e-3, rtol=4e-3)
+            alone = peer(**tokenizer(texts, return_tensors="pt")).last_hidden_state[0]
+        if texts:
+            torch.testing.assert_close(state[visible].float(), alone, atol=4e-3, rtol=4e-3)
     assert text.open_encoder(str(root / "pipeline")).sha256 == text.open_encoder(str(root / "clip")).sha256
     assert text.open_encoder(str(root / "t5")).sha256 != text.open_encoder(str(root / "clip")).sha256
     with pytest.raises(ValueError, match=r"given 10 tokens \('a a a a a a a a'\); .*t5 reads 8"):
@@ -237,23 +237,23 @@ def test_a_frozen_encoder_says_what_transformers_says(encoders, name):
 
 def test_captions_are_encoded_once(encoders, own_cache, monkeypatch):
     root, _, _ = encoders
-    said = []
+    encoded = []
     frozen = text.open_encoder(str(root / "clip"))
     inner = type(frozen).__call__
-    monkeypatch.setattr(type(frozen), "__call__", lambda self, texts: said.extend(texts) or inner(self, texts))
-    source = DATA["digits"](captions=WORDINGS, encoder=str(root / "clip"))
+    monkeypatch.setattr(type(frozen), "__call__", lambda self, texts: encoded.extend(texts) or inner(self, texts))
+    source = DATA["digits"](captions=TEMPLATES, encoder=str(root / "clip"))
     data = source.load()
-    assert sorted(said) == sorted(w.replace("{label}", d) for w in WORDINGS for d in DIGITS)
+    assert sorted(encoded) == sorted(w.replace("{label}", d) for w in TEMPLATES for d in DIGITS)
     batch = batch_of(data, 32)
     assert batch.cond["text"].shape == (32, 5, 16)
     again = source.load()
-    assert len(said) == 30
+    assert len(encoded) == 30
     assert torch.equal(batch_of(again, 32).cond["text"], batch.cond["text"])
     (file,) = own_cache.glob("*")
     assert file.suffix == ".safetensors"
     file.write_bytes(b"cut off")
     source.load()
-    assert len(said) == 60
+    assert len(encoded) == 60
     kind = data.spec.cond["text"]
     assert (kind.dim, kind.encoder, kind.sha256, kind.length) == (16, str(root / "clip"), frozen.sha256, 8)
 
@@ -262,29 +262,29 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
     import shutil
 
     root, _, _ = encoders
-    where = tmp_path / "mine"
-    shutil.copytree(root / "clip", where)
-    run = trained(tmp_path / "out", "--data.captions", *WORDINGS, f"--data.encoder={where}", "--backbone=dit",
+    folder = tmp_path / "mine"
+    shutil.copytree(root / "clip", folder)
+    run = trained(tmp_path / "out", "--data.captions", *TEMPLATES, f"--data.encoder={folder}", "--backbone=dit",
                   "--backbone.depth=1")  # fmt: skip
     record = json.loads((run / "latest" / "state.json").read_text())["spec"]["cond"]["text"]
-    assert record["encoder"] == str(where)
-    assert record["sha256"] == text.open_encoder(str(where)).sha256
+    assert record["encoder"] == str(folder)
+    assert record["sha256"] == text.open_encoder(str(folder)).sha256
     loaded = load_run(run)
     _, cond = loaded.sample(4, prompt=["the digit two", "nine"], steps=1)
     data = loaded.config.data.load()
-    table = {tuple(said): i for i, said in enumerate(data.captions.table["text"].flatten(1).tolist())}
-    assert tuple(cond["text"][0].flatten().tolist()) in table  # a prompt is encoded as the caption was
+    table = {tuple(texts): i for i, texts in enumerate(data.captions.table["text"].flatten(1).tolist())}
+    assert tuple(cond["text"][0].flatten().tolist()) in table  # a prompt is encoded like the caption
     assert set(cond) == {"text", "mask"}
     assert cli.main(["info", str(run)]) == 0
-    assert f"text           by {where}, such as 'a handwritten zero'" in capsys.readouterr().out
+    assert f"text           by {folder}, such as 'a handwritten zero'" in capsys.readouterr().out
 
-    shutil.rmtree(where)
+    shutil.rmtree(folder)
     text.open_encoder.cache_clear()
     error = failing(capsys, "sample", str(run), "--prompt", "seven")
-    assert f"reads text by {where}, sha256 {record['sha256'][:12]}" in error
+    assert f"reads text by {folder}, sha256 {record['sha256'][:12]}" in error
     assert "cannot be opened" in error
     assert len(error.strip().splitlines()) == 1
-    shutil.copytree(root / "whole", where)
+    shutil.copytree(root / "whole", folder)
     assert "restore the former" in failing(capsys, "sample", str(run), "--prompt", "seven")
     text.open_encoder.cache_clear()
 
@@ -311,7 +311,7 @@ def test_no_pickle_and_no_foreign_code_is_opened(encoders, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- what it reaches
 @pytest.mark.slow
-def test_the_recipe_draws_the_digit_that_is_named(tmp_path):
+def test_the_configuration_draws_the_requested_digit(tmp_path):
     from genkit.evaluation.metrics.features import Classifier
 
     recipe = Path(__file__).parents[2] / "configs" / "digits_text.yaml"

@@ -10,7 +10,7 @@ from genkit.data.demonstrations.push_t import Pusht, mirror_state
 from genkit.envs.gym import keypoints
 from tests.support.refusals import refuses
 
-# The outline of the T in its own frame, as gym-pusht builds it: a bar and a stem, alike on both sides of x = 0.
+# The outline of the T in its own frame, as gym-pusht builds it: a bar and a stem, symmetric about x = 0.
 OUTLINE = np.array([[-60, 30], [60, 30], [60, 0], [-60, 0], [-15, 30], [-15, 120], [15, 120], [15, 30]], float)
 
 
@@ -20,7 +20,7 @@ def outline(pose):
 
 
 def pushes(path, episodes=5, steps=20):
-    """A replay buffer of PushT: states at random, and pictures of a dot where the hand is."""
+    """A replay buffer of PushT: random states, and images of a dot at the hand."""
     rng = np.random.default_rng(0)
     n = episodes * steps
     state = np.concatenate([rng.uniform(100, 400, (n, 4)), rng.uniform(0, 2 * np.pi, (n, 1))], 1).astype(np.float32)
@@ -64,11 +64,11 @@ def test_pusht_trains_on_mirror_images_too_and_tests_on_recordings_only(tmp_path
     assert np.array_equal(test, twice.episodes("test")[0].obs)
     assert not any(
         np.allclose(512 - test[:, [19, 18]], e.obs[:, 18:]) for e in two
-    )  # nor is its mirror image trained on
+    )  # its mirror image is not trained on either
     x, codec = twice.load().x, plain.load().codec
     assert len(x) == 2 * len(plain.load().x)
     assert type(codec) is Actions
-    assert torch.allclose(x[len(x) // 2 :], -x[: len(x) // 2].flip(1), atol=1e-4)  # relative ones turn their sign
+    assert torch.allclose(x[len(x) // 2 :], -x[: len(x) // 2].flip(1), atol=1e-4)  # relative actions change their sign
 
 
 def test_arrays_without_a_known_mirror_image_are_refused(tmp_path):
@@ -77,7 +77,7 @@ def test_arrays_without_a_known_mirror_image_are_refused(tmp_path):
     refuses(lambda: Pusht(root=str(tmp_path / "q.npz"), action="aim", mirror=True).load(), "mirror: 'aim'", "keypoint")
 
 
-def test_pictures_are_mirrored_too(tmp_path):
+def test_images_are_mirrored_too(tmp_path):
     pushes(tmp_path / "p.npz")
     data = Pusht(root=str(tmp_path / "p.npz"), frames=("img",), observed=("state[0:2]",), mirror=True)
     for e in data.episodes("train"):

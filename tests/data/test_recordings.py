@@ -1,4 +1,4 @@
-"""Demonstrations that others recorded: the same episodes through Minari, LeRobot v2 and v3, and as a replay buffer."""
+"""Published demonstrations: the same episodes through Minari, LeRobot v2 and v3, and as a replay buffer."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ LENGTHS = (12, 20, 9)  # ragged
 
 
 def recorded(lengths=LENGTHS):
-    """``[(obs [T + 1, 3], actions [T, 2], rewards [T])]``, float32 as those formats keep them."""
+    """``[(obs [T + 1, 3], actions [T, 2], rewards [T])]``, float32 as these formats store them."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     return [(draw(n + 1, 3), draw(n, 2), draw(n)) for n in lengths]
@@ -27,7 +27,7 @@ def recorded(lengths=LENGTHS):
 
 @pytest.fixture
 def truth(tmp_path):
-    """What the others have to come to."""
+    """The expected result, from a replay buffer."""
     episodes = recorded()
     np.savez(
         tmp_path / "truth.npz",
@@ -35,7 +35,7 @@ def truth(tmp_path):
         action=np.concatenate([a for _, a, _ in episodes]),
         episode_ends=np.cumsum(LENGTHS),
     )
-    return lambda **how: Replay(root=str(tmp_path / "truth.npz"), **how)
+    return lambda **settings: Replay(root=str(tmp_path / "truth.npz"), **settings)
 
 
 def same(a, b):
@@ -48,7 +48,7 @@ def same(a, b):
 
 
 # --------------------------------------------------------------------------------------------------------- LeRobot
-def lerobot(folder: Path, version="v3.0", episodes=None, told=True, **changes) -> Path:
+def lerobot(folder: Path, version="v3.0", episodes=None, with_lengths=True, **changes) -> Path:
     """A dataset in LeRobot's layout. ``changes`` go to info.json."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -74,12 +74,12 @@ def lerobot(folder: Path, version="v3.0", episodes=None, told=True, **changes) -
     if version.startswith("v2"):
         for i, table in enumerate(tables):
             parquet.write_table(table, chunk / f"episode_{i:06d}.parquet")
-        if told:
+        if with_lengths:
             (folder / "meta/episodes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     else:  # several episodes in a file, and not in the order of their names
         parquet.write_table(pa.concat_tables(tables[2:]), chunk / "file-000.parquet")
         parquet.write_table(pa.concat_tables(tables[:2]), chunk / "file-001.parquet")
-        if told:
+        if with_lengths:
             (folder / "meta/episodes/chunk-000").mkdir(parents=True, exist_ok=True)
             parquet.write_table(pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet")
     info = {
@@ -115,14 +115,14 @@ def test_damaged_lerobot_datasets_are_refused_with_the_episodes_number(tmp_path)
     episodes = recorded()
     episodes[1][1][4] = np.nan
     refuses(load(lerobot(tmp_path / "nan", episodes=episodes)), "episode 1", "not finite", "step 4")
-    for version, told in (("v2.1", True), ("v2.1", False), ("v3.0", True)):
+    for version, with_lengths in (("v2.1", True), ("v2.1", False), ("v3.0", True)):
         short = [*recorded()[:2], tuple(v[:5] for v in recorded()[2])]
-        root = lerobot(tmp_path / f"{version}{told}", version, told=told)
+        root = lerobot(tmp_path / f"{version}{with_lengths}", version, with_lengths=with_lengths)
         before = {p: p.read_bytes() for p in root.glob("meta/**/*") if p.is_file()}
-        lerobot(root, version, short, told=told)
+        lerobot(root, version, short, with_lengths=with_lengths)
         for path, content in before.items():
             path.write_bytes(content)
-        words = ("episode 2", "5 steps of 9") if told else ("3 episodes and 37 steps", "info.json says")
+        words = ("episode 2", "5 steps of 9") if with_lengths else ("3 episodes and 37 steps", "info.json says")
         refuses(load(root), *words)
     empty = lerobot(tmp_path / "empty", "v2.1", total_episodes=4)
     refuses(load(empty), "episode 3 is empty or its file is missing")
@@ -138,17 +138,17 @@ def test_damaged_lerobot_datasets_are_refused_with_the_episodes_number(tmp_path)
     refuses(load(lerobot(tmp_path / "gap", episodes=gap)), "action has a gap", "episode 0, step 2")
 
 
-def test_steps_that_are_missing_within_an_episode_are_refused(tmp_path):
+def test_missing_steps_within_an_episode_are_refused(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
 
-    root = lerobot(tmp_path / "set", "v2.1", told=False, total_frames=40)
+    root = lerobot(tmp_path / "set", "v2.1", with_lengths=False, total_frames=40)
     file = root / "data/chunk-000/episode_000001.parquet"
     table = parquet.read_table(file)
     parquet.write_table(table.filter([i != 6 for i in range(len(table))]), file)
     refuses(lambda: LeRobot(root=str(root)).load(), "episode 1 has no step 6")
 
 
-def test_what_is_no_lerobot_dataset_says_what_is_asked_for(tmp_path, monkeypatch):
+def test_folders_that_are_no_lerobot_dataset_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     good = lerobot(tmp_path / "set")
@@ -181,24 +181,24 @@ def minari_set(name: str, episodes, kind="hdf5", nested=False, looks=None, **mor
     buffers = []
     for i, (obs, actions, rewards) in enumerate(episodes):
         n = len(rewards)
-        seen = {"place": obs[:, :1], "rest": {"speed": obs[:, 1:]}} if nested else obs
-        seen = {"state": obs, "camera": looks[i]} if looks else seen
+        observations = {"place": obs[:, :1], "rest": {"speed": obs[:, 1:]}} if nested else obs
+        observations = {"state": obs, "camera": looks[i]} if looks else observations
         ends = np.arange(n) == n - 1
-        made = {"observations": seen, "actions": actions, "rewards": rewards}
-        made |= {"terminations": ends, "truncations": ends & False, "infos": {}}
-        buffers.append(EpisodeBuffer(id=i, seed=i, options=None, **made))
-    made = minari.create_dataset_from_buffers(
+        episode = {"observations": observations, "actions": actions, "rewards": rewards}
+        episode |= {"terminations": ends, "truncations": ends & False, "infos": {}}
+        buffers.append(EpisodeBuffer(id=i, seed=i, options=None, **episode))
+    episode = minari.create_dataset_from_buffers(
         name, buffers, observation_space=space, action_space=more.get("action_space", box(2)), data_format=kind,
         algorithm_name="none", code_permalink="none", author="nobody", author_email="none", description="none",
         **({"jpeg_encoding": False} if looks else {}),
     )  # fmt: skip
-    assert made.total_episodes == len(episodes)
+    assert episode.total_episodes == len(episodes)
     return get_dataset_path(name)
 
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """Where Minari keeps its datasets."""
+    """The folder of Minari's datasets."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return tmp_path / "minari"
 
@@ -213,24 +213,24 @@ def test_minari_gives_the_same_windows_as_a_replay_buffer(shelf, truth, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_entries_of_dictionaries_are_seen_in_the_order_asked_for(shelf, truth):
+def test_entries_of_dictionaries_are_observed_in_the_requested_order(shelf, truth):
     root = str(minari_set("test/nested-v0", recorded(), nested=True))
-    same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # all, as they come
+    same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # all, in their order
     turned = Minari(root=root, observed=("rest.speed", "place"), relative_to="rest.speed").load()
-    whole = truth().load()
-    assert torch.equal(turned.cond["obs"], whole.cond["obs"][..., [1, 2, 0]])
+    complete = truth().load()
+    assert torch.equal(turned.cond["obs"], complete.cond["obs"][..., [1, 2, 0]])
     x = turned.codec.encode(Batch(turned.x)).x
-    assert torch.allclose(turned.codec.to_absolute(x, turned.cond["obs"]), whole.x, atol=1e-5)  # type: ignore[attr-defined]
+    assert torch.allclose(turned.codec.to_absolute(x, turned.cond["obs"]), complete.x, atol=1e-5)  # type: ignore[attr-defined]
     refuses(lambda: Minari(root=root, observed=("speed",)).load(), "no array 'speed'", "place, rest.speed")
     refuses(lambda: Minari(root=root, relative_to="speed").load(), "relative_to: given 'speed'", "place, rest.speed")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pictures_of_minari_are_seen_as_pictures(shelf, truth):
+def test_images_of_minari_are_observed_as_images(shelf, truth):
     rng = np.random.default_rng(1)
     looks = [rng.integers(0, 256, (len(o), 8, 9, 3), np.uint8) for o, _, _ in recorded()]
     root = str(minari_set("test/camera-v0", recorded(), looks=looks))
-    same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # the state alone
+    same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # only the state
     data = Minari(root=root, frames=("camera",)).load()
     cond = data.batch(torch.tensor([0]), Draw((0,), 0, 1)).cond
     assert np.array_equal(cond["frames"][0, 1].numpy(), looks[0][0].transpose(2, 0, 1))
@@ -245,36 +245,36 @@ def test_damaged_minari_datasets_are_refused_with_the_episodes_number(shelf, mon
     bad = minari_set("test/infinite-v0", episodes)
     refuses(lambda: Minari(root=str(bad)).load(), "episode 2 has an action that is not finite", "step 3")
 
-    whole = minari_set("test/whole-v0", recorded())
-    file = whole / "data/main_data.hdf5"
+    complete = minari_set("test/whole-v0", recorded())
+    file = complete / "data/main_data.hdf5"
     kept = file.read_bytes()
     with h5py.File(file, "a") as f:
         del f["episode_1"]
-    refuses(lambda: Minari(root=str(whole)).load(), "episode 1 cannot be read")
+    refuses(lambda: Minari(root=str(complete)).load(), "episode 1 cannot be read")
     file.write_bytes(kept)
     with h5py.File(file, "a") as f:
         f["episode_1/actions"].resize((15, 2))
-    refuses(lambda: Minari(root=str(whole)).load(), "episode 1", "20 rewards and 15 of action")
+    refuses(lambda: Minari(root=str(complete)).load(), "episode 1", "20 rewards and 15 of action")
     with h5py.File(file, "a") as f:
         for name, n in (("actions", 0), ("rewards", 0), ("observations", 1)):
             f[f"episode_1/{name}"].resize((n, *f[f"episode_1/{name}"].shape[1:]))
-    refuses(lambda: Minari(root=str(whole)).load(), "episode 1 is empty")
+    refuses(lambda: Minari(root=str(complete)).load(), "episode 1 is empty")
     file.write_bytes(kept[: len(kept) // 2])
-    refuses(lambda: Minari(root=str(whole)).load(), "cannot be read", "truncated")
+    refuses(lambda: Minari(root=str(complete)).load(), "cannot be read", "truncated")
     file.write_bytes(kept)
-    about = json.loads((whole / "data/metadata.json").read_text())
-    (whole / "data/metadata.json").write_text(json.dumps({**about, "total_steps": 50}))
-    refuses(lambda: Minari(root=str(whole)).load(), "holds 41 steps of 50")
-    # where a space is not written down Minari makes the environment to see it, of whatever class is named there
+    about = json.loads((complete / "data/metadata.json").read_text())
+    (complete / "data/metadata.json").write_text(json.dumps({**about, "total_steps": 50}))
+    refuses(lambda: Minari(root=str(complete)).load(), "holds 41 steps of 50")
+    # without a stored space Minari would make the environment, of whatever class the dataset names
     code = {"id": "x-v0", "entry_point": "antigravity:geohash", "additional_wrappers": []}
-    told = {**{k: v for k, v in about.items() if k != "observation_space"}, "env_spec": json.dumps(code)}
-    (whole / "data/metadata.json").write_text(json.dumps(told))
-    refuses(lambda: Minari(root=str(whole)).load(), "metadata.json has no observation_space")
+    with_lengths = {**{k: v for k, v in about.items() if k != "observation_space"}, "env_spec": json.dumps(code)}
+    (complete / "data/metadata.json").write_text(json.dumps(with_lengths))
+    refuses(lambda: Minari(root=str(complete)).load(), "metadata.json has no observation_space")
     assert "antigravity" not in sys.modules
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_minari_does_not_have_says_what_is_asked_for(shelf, tmp_path, monkeypatch):
+def test_datasets_that_minari_does_not_have_are_refused(shelf, tmp_path, monkeypatch):
     minari = pytest.importorskip("minari")
     from gymnasium import spaces
 
@@ -294,7 +294,7 @@ def test_what_minari_does_not_have_says_what_is_asked_for(shelf, tmp_path, monke
 
 
 # -------------------------------------------------------------------------------------------------------- the CLI
-def test_a_policy_is_trained_on_what_lerobot_recorded(tmp_path, capsys):
+def test_a_policy_is_trained_on_a_lerobot_dataset(tmp_path, capsys):
     root = lerobot(tmp_path / "set")
     args = ["--device=cpu", "--tensorboard=false", "--sample-every=0", "--backbone.width=16", "--steps=3"]
     assert cli(["train", "--data=lerobot", f"--data.root={root}", *args, f"--out={tmp_path}/runs"]) == 0

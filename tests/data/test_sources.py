@@ -31,7 +31,7 @@ def test_sources_without_files_keep_the_contract(name):
     contract.check_all(DATA[name]())
 
 
-def test_a_batch_holds_the_rows_that_are_asked_for():
+def test_a_batch_holds_the_requested_rows():
     data = DATA["digits"]().load()
     batch = data.batch(torch.tensor([3, 0, 3]), noise_of(3))
     assert torch.equal(batch.x, data.x[[3, 0, 3]])

@@ -16,7 +16,7 @@ from tests.support.data import picture, refuses, save
 
 
 def numbered(n: int, flip: bool = True) -> InMemory:
-    """Sample i is a picture [1, 1, 2] of i and 255 - i: it tells who it is, and whether it was mirrored."""
+    """Sample i is an image [1, 1, 2] of i and 255 - i: it identifies itself, and shows whether it was mirrored."""
     i = torch.arange(n, dtype=torch.uint8)
     x = torch.stack([i, 255 - i], dim=1).reshape(n, 1, 1, 2)
     return InMemory(x, {"label": torch.arange(n)}, Spec((1, 1, 2), {"label": Label(n)}), Pixels(), flip)
@@ -41,13 +41,13 @@ def cuts(draw) -> tuple[int, list[int]]:
 def test_a_batch_is_the_same_however_it_is_cut(cut, n, seed, step, draw):
     size, edges = cut
     data = numbered(n)
-    whole = Stream(data, size, seed)(step, draw, 0, size)
+    batch = Stream(data, size, seed)(step, draw, 0, size)
     parts = [Stream(data, size, seed)(step, draw, a, b) for a, b in pairwise(edges)]
-    assert torch.equal(torch.cat([p.x for p in parts]), whole.x)  # the samples and their flips
-    assert torch.equal(torch.cat([p.cond["label"] for p in parts]), whole.cond["label"])
-    assert torch.equal(torch.cat([p.draw.normal(3) for p in parts]), whole.draw.normal(3))  # and the loss's numbers,
-    assert torch.equal(torch.cat([p.draw.uniform() for p in parts]), whole.draw.uniform())  # one after the other
-    assert (whole.x.flatten(1).amin(1) == whole.cond["label"]).all()
+    assert torch.equal(torch.cat([p.x for p in parts]), batch.x)  # the samples and their flips
+    assert torch.equal(torch.cat([p.cond["label"] for p in parts]), batch.cond["label"])
+    assert torch.equal(torch.cat([p.draw.normal(3) for p in parts]), batch.draw.normal(3))  # and the loss's numbers,
+    assert torch.equal(torch.cat([p.draw.uniform() for p in parts]), batch.draw.uniform())  # one after the other
+    assert (batch.x.flatten(1).amin(1) == batch.cond["label"]).all()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9), st.integers(0, 3))
@@ -55,9 +55,9 @@ def test_a_batch_is_the_same_however_it_is_cut(cut, n, seed, step, draw):
 def test_every_epoch_shows_every_sample_once(n, size, seed, draw):
     stream = Stream(numbered(n), size, seed)
     steps = -(-3 * n // size)
-    seen = torch.cat([stream(s, draw, 0, size).cond["label"] for s in range(steps)])
+    order = torch.cat([stream(s, draw, 0, size).cond["label"] for s in range(steps)])
     for epoch in range(3):
-        assert sorted(seen[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+        assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
 
 
 def test_orders_differ_between_epochs_draws_and_seeds():
@@ -67,7 +67,7 @@ def test_orders_differ_between_epochs_draws_and_seeds():
     orders, noises = (
         [b.cond["label"] for b in batches],
         [b.draw.normal(4) for b in batches],
-    )  # a draw moves on when asked
+    )  # a draw advances when used
     for i in range(len(batches)):
         for j in range(i):
             assert not torch.equal(orders[i], orders[j])
@@ -86,8 +86,8 @@ def test_augmentation_leaves_the_noise_alone():
     assert not torch.equal(flips[0], flips[1])
     assert not torch.equal(flips[0], flips[2])
     assert torch.equal(flipping(3, 0, 0, n).draw.normal(4), plain(3, 0, 0, n).draw.normal(4))
-    known = flipping(3, 0, 0, n).draw.uniform() < 0.5
-    assert 70 < (known == flips[0]).sum() < 130  # or the loss would know who was mirrored
+    from_the_loss = flipping(3, 0, 0, n).draw.uniform() < 0.5
+    assert 70 < (from_the_loss == flips[0]).sum() < 130  # else the loss could infer the flips
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1), st.sampled_from([(0, 8), (0, 3), (3, 8)]))))
@@ -101,7 +101,7 @@ def test_reading_ahead_changes_nothing(disk, requests):
         assert torch.equal(one.draw.normal(2), other.draw.normal(2))
 
 
-def test_a_resumed_stream_continues_and_foresees(disk):
+def test_a_resumed_stream_continues_and_reads_ahead(disk):
     ahead = Stream(disk, 8, seed=5, workers=2)
     steady = [ahead(step, 0, 0, 8).x for step in range(6)]
     resumed = Stream(disk, 8, seed=5, workers=2)
@@ -110,11 +110,11 @@ def test_a_resumed_stream_continues_and_foresees(disk):
     every_third = [ahead(step, 1, 0, 8) for step in (0, 3, 6)]
     assert len(every_third) == 3
     assert sorted(ahead.ahead.tasks[(1, 0, 8)]) == [9, 12]
-    held = Stream(DATA["digits"]().load(), 8, seed=5, workers=2)
-    assert held.ahead is None
+    in_memory = Stream(DATA["digits"]().load(), 8, seed=5, workers=2)
+    assert in_memory.ahead is None
 
 
-def test_a_corrupt_file_is_named_through_the_threads_too(tmp_path):
+def test_a_corrupt_file_is_named_by_the_threads_too(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png", picture(i))
     data = DATA["folder"](root=str(tmp_path), memory=0).load()
@@ -124,7 +124,7 @@ def test_a_corrupt_file_is_named_through_the_threads_too(tmp_path):
         stream(0, 0, 0, 4)
 
 
-def test_a_stream_of_nothing_is_refused():
+def test_an_empty_stream_is_refused():
     with refuses("0"):
         Stream(numbered(3), 0, seed=0)
     with refuses("0"):

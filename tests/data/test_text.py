@@ -33,13 +33,13 @@ TINY = {"unet": UNet(width=8, mults=(1, 2), attention=(6, 8), head_size=8), "dit
 
 
 # --------------------------------------------------------------------------------------------------------- bytes
-@pytest.mark.parametrize("said", ["", "seven", "sieben, groß", "七", "\x00 and 🙂"])
-def test_bytes_say_what_was_said(said):
-    row = text.to_bytes([said, "x" * 40], 64)[0]
+@pytest.mark.parametrize("prompt", ["", "seven", "sieben, groß", "七", "\x00 and 🙂"])
+def test_bytes_are_the_text_and_come_back(prompt):
+    row = text.to_bytes([prompt, "x" * 40], 64)[0]
     assert row.dtype == torch.uint8
-    assert text.to_texts(row[None]) == [said]
-    assert row[: len(said.encode())].tolist() == [b + 1 for b in said.encode()]
-    assert row[len(said.encode()) :].eq(0).all()
+    assert text.to_texts(row[None]) == [prompt]
+    assert row[: len(prompt.encode())].tolist() == [b + 1 for b in prompt.encode()]
+    assert row[len(prompt.encode()) :].eq(0).all()
 
 
 def test_a_text_that_is_too_long_is_refused_with_both_lengths():
@@ -48,7 +48,7 @@ def test_a_text_that_is_too_long_is_refused_with_both_lengths():
     assert text.to_bytes(["größer"], 8).shape == (1, 8)
 
 
-def test_specs_of_words_survive_the_file_and_those_of_old_files_are_read():
+def test_specs_of_text_survive_the_file():
     spec = Spec((1, 4, 4), {"a": Text(7, ("x", "y")), "b": Tokens(3, "hub/it", "0f", 77, ("z",))})
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
     old = {"shape": [1, 4, 4], "cond": {"text": {"kind": "tokens", "dim": 3}}}
@@ -56,7 +56,7 @@ def test_specs_of_words_survive_the_file_and_those_of_old_files_are_read():
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "message"),
     [
         (torch.zeros(2, 5), r"given \(2, 5\) of torch.float32; needs \[2, length\] integers"),
         (torch.zeros(3, 5, dtype=torch.long), r"needs \[2, length\] integers"),
@@ -64,8 +64,8 @@ def test_specs_of_words_survive_the_file_and_those_of_old_files_are_read():
         (torch.full((2, 4), 257), r"given 257\.\.257; allowed 0\.\.256"),
     ],
 )
-def test_bytes_of_another_shape_are_refused(value, says):
-    with pytest.raises(ValueError, match=says):
+def test_bytes_of_another_shape_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
         Spec((1, 4, 4), {"text": Text(8)}).check({"text": value}, 2)
 
 
@@ -86,19 +86,19 @@ def denoiser(family: str, spec: Spec):
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_padding_is_never_seen_and_what_is_said_is(family):
+def test_padding_is_ignored_and_the_text_is_not(family):
     net, f = denoiser(family, Spec((1, 6, 6), {"text": Text(32)}))
-    said = text.to_bytes(["seven", "a nine", "two"], 32)
-    y = f(text=said)
-    torch.testing.assert_close(f(text=F.pad(said, (0, 20))), y)
-    torch.testing.assert_close(f(text=said.long()), y)
+    encoded = text.to_bytes(["seven", "a nine", "two"], 32)
+    y = f(text=encoded)
+    torch.testing.assert_close(f(text=F.pad(encoded, (0, 20))), y)
+    torch.testing.assert_close(f(text=encoded.long()), y)
     other = f(text=text.to_bytes(["sevem", "a nina", "twe"], 32))
     assert ((other - y).flatten(1).abs().amax(1) > 1e-4).all()
-    swapped = f(text=text.to_bytes(["evens", "nine a", "owt"], 32))  # the order of letters and words says something
+    swapped = f(text=text.to_bytes(["evens", "nine a", "owt"], 32))  # the order of letters and words matters
     assert ((swapped - y).flatten(1).abs().amax(1) > 1e-4).all()
     with torch.no_grad():
         dict(net.named_parameters())[next(n for n, _ in net.named_parameters() if n.endswith("on_text.null"))].add_(5)
-    torch.testing.assert_close(f(text=said), y)  # who reads words does not see their null
+    torch.testing.assert_close(f(text=encoded), y)  # samples with text do not see its null
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -110,26 +110,26 @@ def test_the_empty_text_is_null_also_beside_others(family):
     torch.testing.assert_close(f(text=text.to_bytes([""] * 3, 32)), null)
 
 
-def test_a_word_means_the_same_wherever_it_stands():
-    """Where nothing else is in reach of its convolutions, no position is left in the features of its letters."""
+def test_a_word_means_the_same_at_any_position():
+    """If nothing else is within reach of the convolutions, the features of a word do not depend on its position."""
     torch.manual_seed(0)
     embed = TextEmbed(Text(99), 16)
     for block in embed.blocks:
-        torch.nn.init.zeros_(block.attention.out.weight)  # attention sees it all
+        torch.nn.init.zeros_(block.attention.out.weight)  # attention reaches everything
     early, late = text.to_bytes(["-" * 20 + "seven" + "-" * 30, "-" * 30 + "seven" + "-" * 20], 99)[:, None]
     a, b = (embed(v, torch.ones(1, dtype=torch.bool))[0, 1:] for v in (early, late))
     torch.testing.assert_close(a[20:25], b[30:35])
 
 
 def test_the_mask_belongs_to_frozen_tokens_and_not_to_bytes():
-    spec = Spec((1, 6, 6), {"said": Text(9), "seen": Tokens(4)})
+    spec = Spec((1, 6, 6), {"encoded": Text(9), "tokens": Tokens(4)})
     _, f = denoiser("unet", spec)
-    said, seen, mask = text.to_bytes(["a", "bb", "ccc"], 9), torch.randn(3, 5, 4), torch.arange(5).expand(3, 5) < 2
-    spec.check({"said": said, "seen": seen, "mask": mask}, 3)
-    torch.testing.assert_close(f(said=said, seen=seen, mask=mask), f(said=said, seen=seen[:, :2]))
+    encoded, tokens, mask = text.to_bytes(["a", "bb", "ccc"], 9), torch.randn(3, 5, 4), torch.arange(5).expand(3, 5) < 2
+    spec.check({"encoded": encoded, "tokens": tokens, "mask": mask}, 3)
+    torch.testing.assert_close(f(encoded=encoded, tokens=tokens, mask=mask), f(encoded=encoded, tokens=tokens[:, :2]))
 
 
-def test_vectors_have_no_use_for_words():
+def test_networks_of_vectors_refuse_text():
     with pytest.raises(ValueError, match="condition 'text' is of kind Text; allowed here: Label, Vector"):
         MLP().denoiser(Spec((2,), {"text": Text(8)}))
 
@@ -161,11 +161,11 @@ def test_each_condition_is_dropped_alone(family, name):
     torch.testing.assert_close(some[~stay], without[~stay])
     assert ((full - without).flatten(1).abs().amax(1) > 1e-4).all()
     both = f(**cond, **{f"keep.{name}": stay, "keep": torch.tensor([True, False, False])})
-    torch.testing.assert_close(both[1:], f()[1:])  # who keeps nothing does not keep this one
+    torch.testing.assert_close(both[1:], f()[1:])  # samples that keep nothing do not keep this one
     torch.testing.assert_close(both[0], without[0])
 
 
-def test_each_is_dropped_as_often_as_asked_and_the_others_are_not_asked():
+def test_each_is_dropped_with_its_probability_independently():
     n = 20_000
     cond = {"label": torch.zeros(n, dtype=torch.long), "text": torch.ones(n, 2, dtype=torch.uint8)}
     batch = Batch(torch.zeros(n, 1), cond, draw=Draw((3,), 0, n))
@@ -177,7 +177,7 @@ def test_each_is_dropped_as_often_as_asked_and_the_others_are_not_asked():
     assert abs(float((~label & ~words).float().mean()) - 0.09) < error  # independent
     assert abs(float((~label & ~keep).float().mean()) - 0.03) < error
     again = Batch(torch.zeros(n, 1), cond, draw=Draw((3,), 0, n))
-    assert torch.equal(again.drop(0.1)["keep"], keep)  # what one asks of all alone draws what it always did
+    assert torch.equal(again.drop(0.1)["keep"], keep)  # dropping all together draws the same numbers as before
     assert set(again.drop(0.1)) == {"label", "text", "keep"}
     assert again.drop(0) == cond
     parts = [Batch(torch.zeros(8, 1), {k: v[:8] for k, v in cond.items()}, draw=Draw((3,), i, i + 8)) for i in (0, 8)]
@@ -186,20 +186,20 @@ def test_each_is_dropped_as_often_as_asked_and_the_others_are_not_asked():
 
 @pytest.mark.parametrize("name", ["flow", "ddpm", "edm", "regression"])
 def test_the_objectives_drop_each(name):
-    seen = {}
-    net = {"net": lambda x, t, c: seen.update(c) or x}
+    tokens = {}
+    net = {"net": lambda x, t, c: tokens.update(c) or x}
     cond = {"label": torch.zeros(64, dtype=torch.long), "obs": torch.zeros(64, 3)}
     objective = OBJECTIVES[name](cond_dropout=0.2, cond_dropout_each=0.4)
     objective.loss(objective.phases[0].name, net, Batch(torch.randn(64, 1, 4, 4), cond, draw=Draw((0,), 0, 64)))
-    assert {"keep", "keep.label", "keep.obs"} <= set(seen)
-    assert not torch.equal(seen["keep.label"], seen["keep.obs"])
-    seen.clear()
+    assert {"keep", "keep.label", "keep.obs"} <= set(tokens)
+    assert not torch.equal(tokens["keep.label"], tokens["keep.obs"])
+    tokens.clear()
     objective = OBJECTIVES[name](cond_dropout=0.2)
     objective.loss(objective.phases[0].name, net, Batch(torch.randn(64, 1, 4, 4), cond, draw=Draw((0,), 0, 64)))
-    assert set(seen) == {"label", "obs", "keep"}
+    assert set(tokens) == {"label", "obs", "keep"}
 
 
-def test_guidance_leaves_dropped_what_was_dropped():
+def test_guidance_keeps_dropped_conditions_dropped():
     from genkit.diffusion.parametrization import Velocity
     from genkit.diffusion.paths import Linear
 
@@ -216,7 +216,7 @@ def test_guidance_leaves_dropped_what_was_dropped():
             torch.testing.assert_close(a, b)
 
 
-def test_what_says_nothing_of_who_sees_is_refused():
+def test_keep_masks_of_unknown_conditions_are_refused():
     spec = Spec((1, 4, 4), {"label": Label(5)})
     with pytest.raises(ValueError, match=r"cond\['keep.label'\]: given \(2, 2\) of torch.bool; needs \[2\] bool"):
         spec.check({"keep.label": torch.ones(2, 2, dtype=torch.bool)}, 2)

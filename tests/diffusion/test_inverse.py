@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genkit.core import Prediction
-from genkit.diffusion.guidance import by_classifier, classifier_free, compose, moved, within
+from genkit.diffusion.guidance import by_classifier, classifier_free, compose, shift_data, within
 from genkit.diffusion.inverse_problems import Average, Blur, Dense, Mask, Measurement, dps, measure, pigdm, sdedit
 from genkit.diffusion.paths import PATHS, VE, VP, Cosine, Linear, chart, mix, times_at
 from genkit.diffusion.samplers import SAMPLERS, CountingDenoiser, Seeds, bind, uniform, variational_bound
@@ -214,7 +214,7 @@ def test_dps_goes_down_the_gradient_of_the_residual(path, sigma_y):
     assert torch.allclose(torch.nn.functional.cosine_similarity(shift, -grad), torch.ones(5, dtype=F64), atol=1e-9)
     assert torch.all(((Y - after.x0 @ MATRIX.T) ** 2).sum(1) < norms.detach())
     assert torch.allclose(mix(path, after.x0, after.x1, t), x, atol=1e-9)
-    expected = moved(before, path, t, shift)
+    expected = shift_data(before, path, t, shift)
     assert torch.allclose(after.x1, expected.x1, atol=1e-9)
 
 

@@ -74,3 +74,16 @@ def test_the_changelog_has_its_headings():
     assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= {
         "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"
     }  # fmt: skip
+
+
+def test_python_on_the_front_page_runs(tmp_path, monkeypatch):
+    """With fewer steps and samples, of a smaller model."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    small = code.replace(
+        "steps=2000", 'steps=2, backbone={"width": 8, "mults": [1, 2]}, batch=8, workers=0, device="cpu"'
+    )
+    small = small.replace("n=1000", "n=40, steps=2")
+    assert small.count("steps=2") == 3
+    exec(small.replace('sampler="heun", steps=20', "steps=2"), {})
+    assert (tmp_path / "sevens.png").is_file()

@@ -50,7 +50,7 @@ def test_the_world_ends_as_it_should():
     fast = FourWays(1)
     fast.reset([0])
     fast.position[:] = 0
-    assert np.allclose(fast.step(np.array([[3.0, 4.0]]))[0], [[0.09, 0.12]])  # no step is longer than FASTEST
+    assert np.allclose(fast.step(np.array([[3.0, 4.0]]))[0], [[0.09, 0.12]])  # no step is longer than MAX_STEP
     refuses(lambda: fast.step(np.array([[np.nan, 0]])), "row 0", "finite")
 
 

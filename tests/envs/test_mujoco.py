@@ -1,4 +1,4 @@
-"""MuJoCo's tasks: experts that are found, what is said where something is missing, the checkpoint that is kept."""
+"""MuJoCo's tasks: experts by search, messages if something is missing, and the best checkpoint."""
 
 import contextlib
 import json
@@ -40,22 +40,22 @@ ROOT = Path(__file__).parents[2]
 
 def refused(capsys, *argv):
     assert genkit(list(argv)) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
 
 
 # ------------------------------------------------------------------------------------------------- the search
-def test_mean_and_deviation_of_all_that_was_met():
+def test_running_mean_and_standard_deviation():
     x = np.random.default_rng(0).normal((3.0, -1.0, 2.0), (0.1, 5.0, 0.0), (70, 3))
-    met = RunningStats(3)
+    stats = RunningStats(3)
     for part in np.split(x, (1, 4, 50)):
-        met.add(part)
-    assert np.allclose(met.mean, x.mean(0))
-    assert np.allclose(met.std, [*x.std(0)[:2], 1.0])
+        stats.add(part)
+    assert np.allclose(stats.mean, x.mean(0))
+    assert np.allclose(stats.std, [*x.std(0)[:2], 1.0])
 
 
-def test_a_linear_expert_scales_bounds_and_is_what_was_saved(tmp_path):
+def test_a_linear_expert_scales_clips_and_is_saved(tmp_path):
     expert = LinearPolicy(
         np.array([[2.0, 0.0]]), np.array([1.0, 9.0]), np.array([4.0, 1.0]), np.array([-1.0]), np.array([5.0])
     )
@@ -72,38 +72,38 @@ def test_a_linear_expert_scales_bounds_and_is_what_was_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def pole(tmp_path_factory):
-    """Demonstrations of a pole that is balanced, by an expert that was found."""
+    """Demonstrations of a balanced pole, by an expert of a search."""
     pytest.importorskip("mujoco")
     out = tmp_path_factory.mktemp("pole") / "demos.npz"
-    here = os.getcwd()
+    before = os.getcwd()
     os.chdir(out.parent)
-    how = ["--expert.target=300", "--expert.rounds=40", "--expert.noise=0.1", "--expert.step-size=0.1"]
-    assert genkit(["demo", "InvertedPendulum-v5", "--expert=ars", *how, "--episodes=3", f"--out={out}"]) == 0
-    os.chdir(here)
+    options = ["--expert.target=300", "--expert.rounds=40", "--expert.noise=0.1", "--expert.step-size=0.1"]
+    assert genkit(["demo", "InvertedPendulum-v5", "--expert=ars", *options, "--episodes=3", f"--out={out}"]) == 0
+    os.chdir(before)
     return out
 
 
 def test_the_search_balances_a_pole_and_its_expert_is_recorded(pole, capsys):
-    found = LinearPolicy.load(pole.with_suffix(".expert.json"))
-    assert found.weight.shape == (1, 4)
-    assert found.high.tolist() == [3.0]
+    result = LinearPolicy.load(pole.with_suffix(".expert.json"))
+    assert result.weight.shape == (1, 4)
+    assert result.high.tolist() == [3.0]
     with np.load(pole) as stored:
         ends, action, obs = stored["episode_ends"], stored["action"], stored["obs"]
     assert len(ends) == 3
-    assert ends[-1] > 3 * 200  # no pole stands so long by itself: unmoved it falls after about 35 steps
-    assert np.allclose(found.act(obs), action)
+    assert ends[-1] > 3 * 200  # without a push a pole falls after about 35 steps
+    assert np.allclose(result.act(obs), action)
     assert not (pole.parent / "MUJOCO_LOG.TXT").exists()
     again = pole.with_name("again.npz")
     expert = ["--expert=saved", f"--expert.path={pole.with_suffix('.expert.json')}"]
     assert genkit(["demo", "InvertedPendulum-v5", *expert, "--episodes=3", f"--out={again}"]) == 0
     with np.load(again) as stored:
         assert np.array_equal(stored["obs"], obs)
-    said = refused(capsys, "demo", "Pendulum-v1", *expert, "--episodes=2", f"--out={again}")
-    assert "expert: is for 4 observed numbers and 1 of action; Pendulum-v1 has 3 and 1" in said
+    message = refused(capsys, "demo", "Pendulum-v1", *expert, "--episodes=2", f"--out={again}")
+    assert "expert: is for 4 observed numbers and 1 of action; Pendulum-v1 has 3 and 1" in message
 
 
 class Ledge:
-    """Worlds that pay 1 for each of 20 steps, and 0.1 times the action, 0 … 1; by an action over 0.5 they end."""
+    """A reward of 1 for each of 20 steps, and 0.1 times the action, 0 … 1; an action over 0.5 ends the episode."""
 
     num, obs_dim, action_dim, max_steps = 16, 1, 1, 20
     action_space = type("Box", (), {"low": np.zeros(1), "high": np.ones(1)})
@@ -118,24 +118,24 @@ class Ledge:
         return np.ones((self.num, 1)), 1 + 0.1 * actions[:, 0], over, np.full(self.num, self.at == 20), {}
 
 
-def test_a_search_may_leave_the_pay_for_standing_out(monkeypatch):
-    """Who jumps at once is paid 1.1, of which 1 for standing; who stands, 21 or so. Without that pay: 0.1, or 0."""
+def test_a_search_may_subtract_the_bonus_for_standing(monkeypatch):
+    """Jumping at once returns 1.1, of which 1 is for standing; standing about 21. Without the bonus: 0.1, or 1."""
     for action, with_it, without in ((1.0, 1.1, 0.1), (0.5, 21.0, 1.0)):
         policy = LinearPolicy(np.zeros((1, 1)), np.zeros(1), np.ones(1), np.full(1, action), np.full(1, action))
         assert np.allclose(episode_returns(Ledge(), policy, range(16)), with_it)
         assert np.allclose(episode_returns(Ledge(), policy, range(16), None, 1.0), without)
     monkeypatch.setattr(ars, "Gym", lambda num, name: Ledge())
-    asked = []
-    known = lambda env, policy, seeds, met=None, survival=0.0: asked.append(survival) or np.arange(16.0)  # noqa: E731
-    monkeypatch.setattr(ars, "episode_returns", known)
+    bonuses = []
+    spy = lambda env, policy, seeds, stats=None, survival=0.0: bonuses.append(survival) or np.arange(16.0)  # noqa: E731
+    monkeypatch.setattr(ars, "episode_returns", spy)
     for name, given in (("Hopper-v5", None), ("Hopper-v5", 0.5), ("Other-v0", None)):
         with contextlib.suppress(ValueError):
             search(name, SearchSettings(target=1e3, rounds=1, survival_bonus=given))
-    assert asked[::2] == [1.0, 0.5, 0.0]  # every other is the whole return of the policy in the middle
-    assert set(asked[1::2]) == {0.0}
+    assert bonuses[::2] == [1.0, 0.5, 0.0]  # every other call evaluates the centre, without the bonus
+    assert set(bonuses[1::2]) == {0.0}
 
 
-def test_what_is_known_to_be_paid_for_standing_is():
+def test_known_bonuses_for_standing_are_those_of_the_environments():
     pytest.importorskip("mujoco")
     import gymnasium
 
@@ -145,24 +145,24 @@ def test_what_is_known_to_be_paid_for_standing_is():
         assert env.step(np.zeros(env.action_space.shape))[4]["reward_survive"] == pay, name
 
 
-def test_experts_that_know_nothing_are_refused(tmp_path, capsys):
+def test_experts_that_never_succeed_are_refused(tmp_path, capsys):
     pytest.importorskip("mujoco")
     LinearPolicy(np.zeros((1, 4)), np.zeros(4), np.ones(4), -np.ones(1), np.ones(1)).save(tmp_path / "e.json")
     out = f"--out={tmp_path}/d.npz"
     expert = ["--expert=saved", f"--expert.path={tmp_path}/e.json"]
-    said = refused(capsys, "demo", "InvertedPendulum-v5", *expert, "--episodes=2", out)
-    assert "did not succeed once in 8 episodes of InvertedPendulum-v5" in said
-    assert "of 1000 steps" in said
+    message = refused(capsys, "demo", "InvertedPendulum-v5", *expert, "--episodes=2", out)
+    assert "did not succeed once in 8 episodes of InvertedPendulum-v5" in message
+    assert "of 1000 steps" in message
     aim = ["--expert.target=1e6", "--expert.rounds=2"]
     assert "in 2 rounds, not 1e+06" in refused(capsys, "demo", "InvertedPendulum-v5", "--expert=ars", *aim, out)
     assert "say which mean return" in refused(capsys, "demo", "InvertedPendulum-v5", "--expert=ars", out)
     assert "ars finds one" in refused(capsys, "demo", "InvertedPendulum-v5", out)
 
 
-def test_search_is_of_its_seed(tmp_path):
+def test_a_search_depends_on_its_seed(tmp_path):
     pytest.importorskip("mujoco")
-    how = {"target": 40.0, "directions": 2, "top_directions": 1, "rounds": 30, "noise": 0.3, "step_size": 0.1}
-    one, same, other = (search("InvertedPendulum-v5", SearchSettings(**how, seed=s)) for s in (0, 0, 1))
+    options = {"target": 40.0, "directions": 2, "top_directions": 1, "rounds": 30, "noise": 0.3, "step_size": 0.1}
+    one, same, other = (search("InvertedPendulum-v5", SearchSettings(**options, seed=s)) for s in (0, 0, 1))
     assert np.array_equal(one.weight, same.weight)
     assert not np.array_equal(one.weight, other.weight)
 
@@ -185,8 +185,8 @@ def test_without_mujoco_one_line_says_what_to_install(tmp_path):
 
 def test_an_unknown_id_is_refused(capsys, tmp_path):
     pytest.importorskip("gymnasium")
-    said = refused(capsys, "demo", "HalfCheeta-v5", "--expert=ars", "--expert.target=1", f"--out={tmp_path}/d.npz")
-    assert "HalfCheetah" in said
+    message = refused(capsys, "demo", "HalfCheeta-v5", "--expert=ars", "--expert.target=1", f"--out={tmp_path}/d.npz")
+    assert "HalfCheetah" in message
 
 
 # ------------------------------------------------------------------------------------------------- fine-tuning
@@ -204,9 +204,9 @@ def test_a_policy_of_a_pole_is_trained_acts_and_is_improved(pole, tmp_path, caps
     assert [r for r in log if "critic_loss" in r][-1]["cpu_seconds"] > 0
     capsys.readouterr()
     assert genkit(["rollout", str(tmp_path / "tuned" / "latest"), "--steps=2", "--episodes=2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["return"]["value"] > 0
-    assert "success" not in found
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["return"]["value"] > 0
+    assert "success" not in result
 
 
 def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
@@ -217,14 +217,14 @@ def test_the_critic_learns_in_batches_of_its_own_and_says_what_it_explains():
     nets = {"net": MLP(width=8, depth=1).denoiser(spec)}
     objective = Flow(prediction="x0")
     state = State(nets, {}, {"denoise": torch.optim.SGD(nets["net"].parameters(), lr=0.1)})
-    who = Learner(objective, state, Chain.on_grid(Straight(), 1, FixedNoise(0.1)), spec, None, 0, critic, fit)
+    trainer = Learner(objective, state, Chain.on_grid(Straight(), 1, FixedNoise(0.1)), spec, None, 0, critic, fit)
     returns = torch.tensor([0.0, 2.0] * 4)
     for advantages, explained in ((torch.zeros(8), 1.0), (returns, 0.0), (returns / 2, 0.75)):
-        seen = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})
-        logs = DPPO(critic_batch=4, critic_epochs=3).update_critic(who, seen, 0)
+        experience = Experience(None, {"obs": torch.randn(8, 1, 2)}, advantages, returns, {})
+        logs = DPPO(critic_batch=4, critic_epochs=3).update_critic(trainer, experience, 0)
         assert logs["explained_variance"] == pytest.approx(explained)
     assert {int(v["step"]) for v in fit.state.values()} == {3 * 3 * 2}
-    DPPO(critic_epochs=1).update_critic(who, seen, 0)
+    DPPO(critic_epochs=1).update_critic(trainer, experience, 0)
     assert {int(v["step"]) for v in fit.state.values()} == {19}
 
 
@@ -243,11 +243,11 @@ def test_networks_see_no_observation_that_is_further_than_the_limit():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
-    asked = config.parse(
+    bonuses = config.parse(
         FinetuneSettings, ["runs/latest", "--config", str(path)], prog="genkit finetune", description=""
     )
-    assert asked.run == "runs/latest"
-    assert isinstance(asked.method, DPPO)
+    assert bonuses.run == "runs/latest"
+    assert isinstance(bonuses.method, DPPO)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("command:", "hardware:", "minutes:", "expect:"):
         assert word in header, word
@@ -298,8 +298,8 @@ def test_the_best_checkpoint_is_what_the_run_is_and_the_newest_what_it_goes_on_f
     newest = load_file(run / "checkpoints" / "step-0000012" / "nets.safetensors")
     asked_for.clear()
     finetune_main([*argv, "--iterations=12", "--out", str(tmp_path / "whole")])
-    whole = find_run(tmp_path / "whole" / "latest")
-    same = load_file(whole / "checkpoints" / "step-0000012" / "nets.safetensors")
+    uninterrupted = find_run(tmp_path / "whole" / "latest")
+    same = load_file(uninterrupted / "checkpoints" / "step-0000012" / "nets.safetensors")
     assert all(torch.equal(newest[k], same[k]) for k in same)
     asked_for.clear()
     finetune_main([*argv, "--iterations=12", "--patience=2", "--out", str(tmp_path / "short")])

@@ -1,6 +1,6 @@
-"""Features against clean-fid's own extractor, with the published weights where they are and with random ones anywhere.
+"""Features against clean-fid's own extractor, with the published weights if present, and with random ones.
 
-The published file is looked for at ``$GENKIT_INCEPTION`` and where genkit looks; the other tests need no file.
+The published file is taken from ``$GENKIT_INCEPTION`` or where genkit looks for it; the other tests need no file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MODES = list(RESIZE_MODES)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache() / NAME)
                   if p and Path(p).is_file()), None)  # fmt: skip
 published = pytest.mark.skipif(not PUBLISHED, reason=f"no {NAME}: name it with GENKIT_INCEPTION")
-ROOT = Path(os.environ.get("GENKIT_DATA", "data"))  # where MNIST may be
+ROOT = Path(os.environ.get("GENKIT_DATA", "data"))  # the folder of MNIST
 
 
 @pytest.fixture(autouse=True)
@@ -59,23 +59,23 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def pictures(n: int, c: int = 3, h: int = 32, w: int = 32, seed: int = 0) -> torch.Tensor:
+def images(n: int, c: int = 3, h: int = 32, w: int = 32, seed: int = 0) -> torch.Tensor:
     """Coloured blobs and some noise, uint8."""
     g = torch.Generator().manual_seed(seed)
     x = F.interpolate(torch.rand(n, c, 4, 4, generator=g), (h, w), mode="bicubic") * 255
     return (x + 20 * torch.randn(n, c, h, w, generator=g)).clamp(0, 255).to(torch.uint8)
 
 
-def as_folder(x: torch.Tensor, folder: Path) -> str:
+def write_folder(x: torch.Tensor, folder: Path) -> str:
     folder.mkdir()
     for i, p in enumerate(x):
         Image.fromarray(p.permute(1, 2, 0).numpy().squeeze()).save(folder / f"{i:05d}.png")
     return str(folder)
 
 
-# --------------------------------------------------------------------------- clean-fid's networks, its way
-def torch_names() -> dict[str, str]:
-    """Of each convolution: pytorch-fid's name -> the TorchScript file's."""
+# --------------------------------------------------------------------------- clean-fid's networks
+def pytorch_fid_names() -> dict[str, str]:
+    """The name of each convolution in pytorch-fid -> in the TorchScript file."""
     towers = lambda kind, tower, n: {f"{kind}_{i + 1}": f"{tower}.conv{f'_{i}' * (i > 0)}" for i in range(n)}  # noqa: E731
     a = {"branch1x1": "conv", **towers("branch5x5", "tower", 2), **towers("branch3x3dbl", "tower_1", 3)}
     b = {"branch3x3": "conv", **towers("branch3x3dbl", "tower", 3)}
@@ -98,20 +98,20 @@ PARTS = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean", 
 
 
 def to_state_dict(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As the file that pytorch-fid publishes."""
-    state = {f"{k}.{a}": weights[f"layers.{v}.{b}"] for k, v in torch_names().items() for a, b in PARTS.items()}
-    ones = {f"{k}.bn.weight": torch.ones_like(weights[f"layers.{v}.beta"]) for k, v in torch_names().items()}
+    """The layout of the file that pytorch-fid publishes."""
+    state = {f"{k}.{a}": weights[f"layers.{v}.{b}"] for k, v in pytorch_fid_names().items() for a, b in PARTS.items()}
+    ones = {f"{k}.bn.weight": torch.ones_like(weights[f"layers.{v}.beta"]) for k, v in pytorch_fid_names().items()}
     return state | ones | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
 
 @pytest.fixture(scope="session")
 def random_weights() -> dict[str, torch.Tensor]:
-    """A network of full size whose weights are random, its batch norms too; with the layer of the logits."""
+    """Random weights of the full network, including batch norms and the layer of the logits."""
     g = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         shapes = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     weights = {}
-    for theirs, ours in torch_names().items():
+    for theirs, ours in pytorch_fid_names().items():
         out, inp, h, w = shapes[f"{theirs}.conv.weight"].shape
         noise = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
         weights[f"layers.{ours}.weight"] = noise(out, inp, h, w) * (2 / (inp * h * w)) ** 0.5
@@ -121,7 +121,7 @@ def random_weights() -> dict[str, torch.Tensor]:
 
 
 class Script(nn.Module):
-    """The outside of NVlabs' TorchScript network: TensorFlow 1's resizing, from its formula, and the features."""
+    """The wrapper of NVlabs' TorchScript network: TensorFlow 1's resizing by its formula, then the features."""
 
     def __init__(self, layers):
         super().__init__()
@@ -139,7 +139,7 @@ class Script(nn.Module):
         return self.layers((x - 128) / 128).reshape(-1, 2048)
 
 
-def let_clean_fid_find(monkeypatch, folder: Path, weights: dict[str, torch.Tensor], layers: Any = None) -> None:
+def patch_clean_fid(monkeypatch, folder: Path, weights: dict[str, torch.Tensor], layers: Any = None) -> None:
     """clean-fid loads these weights, in both of its layouts, instead of downloading them."""
     state = to_state_dict(weights)
     monkeypatch.setattr(cleanfid.inception_pytorch, "load_state_dict_from_url", lambda *a, **k: state)
@@ -151,8 +151,8 @@ def let_clean_fid_find(monkeypatch, folder: Path, weights: dict[str, torch.Tenso
     monkeypatch.setattr(cleanfid.features, "InceptionV3W", lambda path, **k: theirs(str(folder), **k))
 
 
-def by_clean_fid(folder: str, mode: str) -> np.ndarray:
-    with warnings.catch_warnings():  # it changes the filters of the whole process
+def clean_fid_features(folder: str, mode: str) -> np.ndarray:
+    with warnings.catch_warnings():  # clean-fid changes the filters of the whole process
         network = cleanfid.features.build_feature_extractor(mode, torch.device("cpu"), use_dataparallel=False)
         return cleanfid.fid.get_folder_features(
             folder, network, num_workers=0, batch_size=2, device=torch.device("cpu"), mode=mode, verbose=False
@@ -160,43 +160,43 @@ def by_clean_fid(folder: str, mode: str) -> np.ndarray:
 
 
 def assert_same(ours: torch.Tensor, theirs: np.ndarray, relative: float) -> None:
-    """Of how much the features differ between pictures, not of their size."""
+    """Equal up to a tolerance relative to how much features differ between images."""
     spread = float(np.sqrt(np.square(theirs - theirs.mean(0)).mean()))
     assert ours.shape == theirs.shape
     assert float(np.abs(ours.numpy() - theirs).max()) < relative * spread
 
 
-def test_the_three_modes_are_clean_fids_with_random_weights(random_weights, tmp_path, monkeypatch):
-    """Grey and oblong pictures, read from files by clean-fid, through its two networks and all of its resizing."""
-    let_clean_fid_find(monkeypatch, tmp_path, random_weights)
+def test_all_modes_agree_with_clean_fid_with_random_weights(random_weights, tmp_path, monkeypatch):
+    """Grey and oblong images, read from files by clean-fid, with its two networks and all its resizing."""
+    patch_clean_fid(monkeypatch, tmp_path, random_weights)
     save_file(random_weights, tmp_path / "random.safetensors")
-    oblong, grey = pictures(2, h=310, w=41), pictures(2, c=1, h=28, w=28)
+    oblong, grey = images(2, h=310, w=41), images(2, c=1, h=28, w=28)
     for mode, x in (("clean", grey), ("clean", oblong), ("legacy_tensorflow", oblong), ("legacy_pytorch", oblong)):
-        folder = as_folder(x, tmp_path / f"{mode}{x.shape[1]}")
-        see = Inception(mode, str(tmp_path / "random.safetensors")).load("cpu")
-        assert_same(see(x).features, by_clean_fid(folder, mode), 1e-3)
+        folder = write_folder(x, tmp_path / f"{mode}{x.shape[1]}")
+        extract = Inception(mode, str(tmp_path / "random.safetensors")).load("cpu")
+        assert_same(extract(x).features, clean_fid_features(folder, mode), 1e-3)
 
 
 @published
-def test_the_three_modes_are_clean_fids_with_the_published_weights(tmp_path, monkeypatch):
+def test_all_modes_agree_with_clean_fid_with_the_published_weights(tmp_path, monkeypatch):
     weights = read_weights(PUBLISHED)
-    let_clean_fid_find(monkeypatch, tmp_path, weights, torch.jit.load(PUBLISHED).layers)
-    x = pictures(2)
-    folder = as_folder(x, tmp_path / "pictures")
+    patch_clean_fid(monkeypatch, tmp_path, weights, torch.jit.load(PUBLISHED).layers)
+    x = images(2)
+    folder = write_folder(x, tmp_path / "images")
     for mode in MODES:
-        assert_same(Inception(mode, str(PUBLISHED)).load("cpu")(x).features, by_clean_fid(folder, mode), 1e-3)
+        assert_same(Inception(mode, str(PUBLISHED)).load("cpu")(x).features, clean_fid_features(folder, mode), 1e-3)
 
 
 @published
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_the_fid_is_clean_fids(mode, tmp_path, monkeypatch):
+def test_the_fid_agrees_with_clean_fid(mode, tmp_path, monkeypatch):
     """``cleanfid.fid.compute_fid`` on two folders of 100 files: to 1e-3 of its value."""
-    let_clean_fid_find(monkeypatch, tmp_path, read_weights(PUBLISHED), torch.jit.load(PUBLISHED).layers)
-    sets = [pictures(100, seed=1), pictures(100, seed=2) // 2 + 40]
-    folders = [as_folder(x, tmp_path / str(i)) for i, x in enumerate(sets)]
-    see = Inception(mode, str(PUBLISHED)).load("cpu")
-    ours = frechet_distance(*(Moments.of(see(x).features) for x in sets))
+    patch_clean_fid(monkeypatch, tmp_path, read_weights(PUBLISHED), torch.jit.load(PUBLISHED).layers)
+    sets = [images(100, seed=1), images(100, seed=2) // 2 + 40]
+    folders = [write_folder(x, tmp_path / str(i)) for i, x in enumerate(sets)]
+    extract = Inception(mode, str(PUBLISHED)).load("cpu")
+    ours = frechet_distance(*(Moments.of(extract(x).features) for x in sets))
     with warnings.catch_warnings():
         theirs = cleanfid.fid.compute_fid(
             *folders, mode=mode, num_workers=0, device=torch.device("cpu"), verbose=False, use_dataparallel=False
@@ -206,21 +206,21 @@ def test_the_fid_is_clean_fids(mode, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- resizing
 @pytest.mark.parametrize("mode", ["clean", "legacy_pytorch"])
-def test_resizing_is_clean_fids(mode, tmp_path):
-    """As its data set reads and resizes files, oblong ones too: channels and sides in their places, to the bit."""
+def test_resizing_agrees_with_clean_fid(mode, tmp_path):
+    """Bitwise as its data set reads and resizes files, also oblong ones."""
     from cleanfid.utils import ResizeDataset
 
-    x = pictures(3, h=20, w=350)
-    folder = Path(as_folder(x, tmp_path / "x"))
+    x = images(3, h=20, w=350)
+    folder = Path(write_folder(x, tmp_path / "x"))
     with warnings.catch_warnings():
         theirs = list(ResizeDataset(sorted(folder.glob("*.png")), mode))
     assert torch.equal(RESIZE_MODES[mode].resizer()(x), torch.stack(theirs))
 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 5), (299, 299), (400, 31)])
-def test_tensorflows_resizing_by_its_formula(h, w):
-    """Pixel j takes ``j n / 299`` between its two neighbours, the last of which is repeated."""
-    x = pictures(1, h=h, w=w)
+def test_tensorflow_resizing_by_its_formula(h, w):
+    """Pixel j interpolates at ``j n / 299``; the last pixel is repeated."""
+    x = images(1, h=h, w=w)
     got, v = resize_like_tensorflow(x)[0], x[0].double()
     for i, j in [(0, 0), (298, 298), (150, 7), (7, 150), (297, 1), (200, 298)]:
         (y, dy), (z, dz) = (divmod(k * n / 299, 1) for k, n in ((i, h), (j, w)))
@@ -229,7 +229,7 @@ def test_tensorflows_resizing_by_its_formula(h, w):
         assert torch.allclose(got[:, i, j].double(), rows[0] * (1 - dy) + rows[1] * dy, atol=0.05)
 
 
-def test_nobodys_warnings_are_silenced():
+def test_warnings_of_the_process_are_not_silenced():
     before = list(warnings.filters)
     RESIZE_MODES["legacy_pytorch"].resizer()
     assert warnings.filters == before
@@ -240,27 +240,29 @@ def test_batch_norm_is_folded_exactly():
     g = torch.Generator().manual_seed(0)
     p = {f"layers.a.{k}": torch.rand(*s, generator=g) for k, s in
          {"weight": (4, 3, 1, 7), "beta": (4,), "mean": (4,), "var": (4,)}.items()}  # fmt: skip
-    p["layers.a.var"][0] = 1e-4  # where epsilon matters
+    p["layers.a.var"][0] = 1e-4  # so small that epsilon matters
     x = torch.randn(2, 3, 9, 9, generator=g)
     plain = F.conv2d(x, p["layers.a.weight"], stride=2, padding=(0, 3))
     plain = F.batch_norm(plain, p["layers.a.mean"], p["layers.a.var"], None, p["layers.a.beta"], False, 0.1, 1e-3)
     assert torch.allclose(Conv(p, "a", 2, (0, 3))(x), plain.relu(), rtol=1e-4, atol=1e-5)
 
 
-def test_logits_without_their_bias(random_weights, tmp_path):
+def test_logits_omit_the_bias(random_weights, tmp_path):
     save_file(random_weights, tmp_path / "a.safetensors")
-    seen = Inception("legacy_tensorflow", str(tmp_path / "a.safetensors")).load("cpu")(pictures(1))
-    assert seen.logits is not None
-    assert torch.allclose(seen.logits, F.linear(seen.features, random_weights["output.weight"]), rtol=1e-4, atol=1e-2)
+    outputs = Inception("legacy_tensorflow", str(tmp_path / "a.safetensors")).load("cpu")(images(1))
+    assert outputs.logits is not None
+    assert torch.allclose(
+        outputs.logits, F.linear(outputs.features, random_weights["output.weight"]), rtol=1e-4, atol=1e-2
+    )
 
 
-def test_settings_say_it_all(random_weights, tmp_path):
+def test_settings_are_complete(random_weights, tmp_path):
     save_file({k: v for k, v in random_weights.items() if k.startswith("layers")}, tmp_path / "a.safetensors")
     exact, fast = (Inception("clean", str(tmp_path / "a.safetensors"), fast=f).load("cpu") for f in (False, True))
     assert json.loads(json.dumps(dict(exact.settings))) == exact.settings
     assert exact.settings["sha256"] == sha256(tmp_path / "a.safetensors")
     assert {k for k in exact.settings if exact.settings[k] != fast.settings[k]} == {"precision"}
-    x = pictures(1)
+    x = images(1)
     assert torch.equal(exact(x[:, :1]).features, exact(x[:, :1].repeat(1, 3, 1, 1)).features)
     assert exact(x).logits is None
     for wrong in (torch.zeros(1, 4, 8, 8, dtype=torch.uint8), x.float(), torch.zeros(3, 2), x[:0]):
@@ -268,38 +270,38 @@ def test_settings_say_it_all(random_weights, tmp_path):
             exact(wrong)
 
 
-# --------------------------------------------------------------------------------------------- weights' places
-def one_line(message: str) -> Any:
+# --------------------------------------------------------------------------------------------- finding weights
+def refuses_with(message: str) -> Any:
     return pytest.raises(ValueError, match=rf"^(?!.*\n).*{message}")
 
 
-def test_weights_that_will_not_do(random_weights, tmp_path):
-    with one_line("which is not a file"):
+def test_bad_weights_are_refused(random_weights, tmp_path):
+    with refuses_with("which is not a file"):
         Inception(weights=str(tmp_path / "absent.pt")).load("cpu")
     for name in ("damaged.pt", "damaged.safetensors"):
         (tmp_path / name).write_bytes(b"<html>not found</html>" * 100)
-        with one_line(f"{name} cannot be read as {NAME}"):
+        with refuses_with(f"{name} cannot be read as {NAME}"):
             Inception(weights=str(tmp_path / name)).load("cpu")
-    with one_line("no tensor layers.conv.weight"):
+    with refuses_with("no tensor layers.conv.weight"):
         InceptionV3({})
-    with one_line("no tensor layers.mixed_10.tower_1_mixed_conv_1.var"):
+    with refuses_with("no tensor layers.mixed_10.tower_1_mixed_conv_1.var"):
         InceptionV3({k: v for k, v in random_weights.items() if k != "layers.mixed_10.tower_1_mixed_conv_1.var"})
-    with one_line("layers.conv_1 is not a convolution"):
+    with refuses_with("layers.conv_1 is not a convolution"):
         InceptionV3(random_weights | {"layers.conv_1.mean": torch.zeros(3)})
-    with one_line("do not fit together"):
+    with refuses_with("do not fit together"):
         InceptionV3(random_weights | {"layers.conv_1.weight": torch.zeros(32, 31, 3, 3)})
-    with one_line("resize: given 'best'; allowed: clean, legacy_tensorflow, legacy_pytorch"):
+    with refuses_with("resize: given 'best'; allowed: clean, legacy_tensorflow, legacy_pytorch"):
         Inception("best").load("cpu")  # pyright: ignore[reportArgumentType]
 
 
 def test_weights_of_another_width(random_weights, tmp_path):
     narrow = {k: v[:100] if k.startswith("layers.mixed_10.conv.") else v for k, v in random_weights.items()}
     save_file({k: v.contiguous() for k, v in narrow.items() if k != "output.weight"}, tmp_path / "a.safetensors")
-    with one_line("gives 1828 features; needs the 2048"):
+    with refuses_with("gives 1828 features; needs the 2048"):
         Inception(weights=str(tmp_path / "a.safetensors")).load("cpu")
 
 
-def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
+def test_places_of_the_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "CLEAN_FID", tmp_path / NAME)
 
@@ -308,10 +310,10 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     wanted = tmp_path / "cache" / NAME
-    with one_line(f"no route to host.*put it at {wanted}, or name it with --features.weights"):
+    with refuses_with(f"no route to host.*put it at {wanted}, or name it with --features.weights"):
         Inception().load("cpu")
     monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO(b"half of a fi"))
-    with one_line("cannot be read"):
+    with refuses_with("cannot be read"):
         Inception().load("cpu")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -332,9 +334,9 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
 @published
 @pytest.mark.slow
 def test_fast_is_three_times_as_fast():
-    """As the TorchScript network, in the same process; the best of three, since others may be at work here."""
-    theirs, x = torch.jit.load(PUBLISHED).eval(), pictures(16)
-    see = Inception("legacy_tensorflow", str(PUBLISHED), fast=True).load("cpu")
+    """Faster than the TorchScript network in the same process; the best of three, since the machine may be busy."""
+    theirs, x = torch.jit.load(PUBLISHED).eval(), images(16)
+    extract = Inception("legacy_tensorflow", str(PUBLISHED), fast=True).load("cpu")
 
     def seconds(f: Any) -> float:
         times = []
@@ -346,7 +348,7 @@ def test_fast_is_three_times_as_fast():
 
     with torch.no_grad():
         slow = seconds(lambda: theirs.layers((resize_like_tensorflow(x) - 128) / 128))
-    assert slow / seconds(lambda: see(x)) > 3
+    assert slow / seconds(lambda: extract(x)) > 3
 
 
 # ------------------------------------------------------------------------------------------------- classifier
@@ -371,11 +373,11 @@ def test_the_classifier_knows_digits(scored):
     assert scored.settings["held_out"] == 143
     assert torch.allclose(scored.network.scores(features), logits, atol=1e-5)
     assert json.loads(json.dumps(scored.settings)) == scored.settings
-    assert torch.allclose(scored(test.x[7:8]).logits, logits[7:8], atol=1e-4)  # not of the others in its batch
+    assert torch.allclose(scored(test.x[7:8]).logits, logits[7:8], atol=1e-4)  # independent of the others in its batch
 
 
-def test_the_classifier_is_kept(digits, scored, monkeypatch):
-    """Known by the content of the data; a damaged file is made anew."""
+def test_the_classifier_is_cached(digits, scored, monkeypatch):
+    """By the content of the data; a damaged file is replaced."""
 
     class Trained(Exception): ...
 
@@ -384,7 +386,7 @@ def test_the_classifier_is_kept(digits, scored, monkeypatch):
 
     monkeypatch.setattr(Classifier, "_train", train)
     again = Classifier(250).load("cpu", digits)
-    x = pictures(5, 1, 8, 8)
+    x = images(5, 1, 8, 8)
     assert all(torch.equal(a, b) for a, b in zip(again(x), scored(x), strict=True))
     assert again.settings == scored.settings
     changed = digits.x.clone()
@@ -409,35 +411,35 @@ def test_the_classifier_is_kept(digits, scored, monkeypatch):
 
 
 def test_the_classifier_is_a_function_of_its_seed(digits, tmp_path, monkeypatch):
-    """And it takes no random numbers from others, nor gives them any."""
-    x, seen = pictures(5, 1, 8, 8), []
+    """It neither depends on nor changes the global random state."""
+    x, outputs = images(5, 1, 8, 8), []
     for i, seed in enumerate((0, 0, 1)):
         monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / str(i)))
         torch.manual_seed(i)
         before, threads = torch.random.get_rng_state(), torch.get_num_threads()
         with torch.no_grad():
-            seen.append(Classifier(3, seed).load("cpu", digits)(x).features)
+            outputs.append(Classifier(3, seed).load("cpu", digits)(x).features)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert torch.get_num_threads() == threads
         assert [p.suffix for p in (tmp_path / str(i)).iterdir()] == [".safetensors"]
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.allclose(seen[0], seen[2], atol=1e-2)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 5, 17), (2, 2, 2)])
-def test_the_classifier_takes_pictures_of_any_shape(shape):
+def test_the_classifier_takes_images_of_any_shape(shape):
     label = torch.arange(40) % 2
     x = (label.reshape(-1, 1, 1, 1) * 100 + torch.randint(50, (40, *shape))).to(torch.uint8)
     data = InMemory(x, {"label": label}, Spec(shape, {"label": Label(2)}), Pixels())
-    see = Classifier(30).load("cpu", data)
-    assert bool((see(x).logits.argmax(1) == label).all())
-    with one_line("classifier: given .* needs uint8 images"):
-        see(x[..., :-1])
+    extract = Classifier(30).load("cpu", data)
+    assert bool((extract(x).logits.argmax(1) == label).all())
+    with refuses_with("classifier: given .* needs uint8 images"):
+        extract(x[..., :-1])
 
 
 def test_what_the_classifier_refuses(digits, tmp_path, monkeypatch):
     bare = InMemory(digits.x, {}, Spec((1, 8, 8)), digits.codec)
-    large = InMemory(pictures(20, h=33), {}, Spec((3, 33, 32), digits.spec.cond), digits.codec)
+    large = InMemory(images(20, h=33), {}, Spec((3, 33, 32), digits.spec.cond), digits.codec)
     few = InMemory(digits.x[:19], {}, digits.spec, digits.codec)
     floats = InMemory(digits.x.float(), digits.cond, digits.spec, digits.codec)
     for data, message in (
@@ -447,48 +449,48 @@ def test_what_the_classifier_refuses(digits, tmp_path, monkeypatch):
         (few, "given 19 samples of shape"),
         (floats, "given torch.float32; needs uint8"),
     ):
-        with one_line(message):
+        with refuses_with(message):
             Classifier().load("cpu", data)
     (tmp_path / "file").touch()
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "file"))
-    with one_line("cannot be written .*set GENKIT_CACHE"):
+    with refuses_with("cannot be written .*set GENKIT_CACHE"):
         Classifier(1).load("cpu", digits)
 
 
 @pytest.mark.slow
 def test_the_classifier_knows_mnist():
-    """Within a minute of one core (12 s measured)."""
+    """It trains within a minute on one core (12 s measured)."""
     try:
         data = [DATA["mnist"](root=str(ROOT)).load(split) for split in ("train", "test")]
     except ValueError as e:
         pytest.skip(str(e))
     start = time.process_time()
-    see = Classifier().load("cpu", data[0])
+    extract = Classifier().load("cpu", data[0])
     assert time.process_time() - start < 60
-    right = see(data[1].x).logits.argmax(1) == data[1].cond["label"]
+    right = extract(data[1].x).logits.argmax(1) == data[1].cond["label"]
     assert float(right.double().mean()) >= 0.985
 
 
-# ------------------------------------------------------------------------------------------- raw, and the table
+# ------------------------------------------------------------------------------------------- raw, and the registry
 def test_raw():
-    see = Raw().load("cpu", DATA["moons"]().load("train"))
-    assert see.dim == 2
+    extract = Raw().load("cpu", DATA["moons"]().load("train"))
+    assert extract.dim == 2
     x = torch.randn(3, 2, dtype=torch.float64)
-    assert torch.equal(see(x).features, x.float())
-    assert see(x).logits is None
-    with one_line("given samples of 3 numbers; needs 2"):
-        see(torch.zeros(1, 3))
-    with one_line("given shape"):
-        see(torch.zeros(2))
-    see, p = Raw().load("cpu"), pictures(2, h=2, w=3)
-    assert torch.equal(see(p).features[1].reshape(3, 2, 3), p[1].float())
-    assert see.dim == 18
-    assert json.loads(json.dumps(see.settings)) == see.settings
+    assert torch.equal(extract(x).features, x.float())
+    assert extract(x).logits is None
+    with refuses_with("given samples of 3 numbers; needs 2"):
+        extract(torch.zeros(1, 3))
+    with refuses_with("given shape"):
+        extract(torch.zeros(2))
+    extract, p = Raw().load("cpu"), images(2, h=2, w=3)
+    assert torch.equal(extract(p).features[1].reshape(3, 2, 3), p[1].float())
+    assert extract.dim == 18
+    assert json.loads(json.dumps(extract.settings)) == extract.settings
 
 
 @dataclass(frozen=True)
 class Mean(Features):
-    """From outside."""
+    """An extractor from outside the package."""
 
     scale: float = 1.0
 
@@ -503,7 +505,7 @@ class Job:
     )
 
 
-def test_the_table():
+def test_the_registry():
     job = parse(Job, ["--features", "inception", "--features.resize", "legacy_pytorch", "--features.fast"], "genkit x")
     assert job.features == Inception("legacy_pytorch", fast=True)
     for name in FEATURES:

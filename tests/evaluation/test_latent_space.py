@@ -1,4 +1,4 @@
-"""The latent space of a run: principal directions against scikit-learn's, what a traversal moves and leaves alone."""
+"""The latent space of a run: principal directions agree with scikit-learn's, a traversal moves one coordinate only."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def codes_of(n=200, d=6):
 
 
 def untrained(objective, labels=False, data="digits"):
-    """A run that is nowhere on the disk."""
+    """A run that is not on disk."""
     cfg = config.from_dict(
         TrainSettings, {"objective": objective, "backbone": SMALL, "data": {"name": data, "labels": labels}}
     )
@@ -48,16 +48,16 @@ def untrained(objective, labels=False, data="digits"):
 # ------------------------------------------------------------------------------------------------------------- axes
 def test_the_axes_are_those_of_scikit_learn():
     codes = codes_of()
-    axes, peer = latent_space.principal_axes(codes.reshape(200, 3, 2), 4), PCA(4).fit(codes.double().numpy())
-    assert np.allclose(axes.mean.numpy(), peer.mean_, atol=1e-6)
-    assert np.allclose(np.abs((axes.directions.numpy() * peer.components_).sum(1)), 1, atol=1e-6)
-    assert np.allclose(axes.deviation.numpy() ** 2 * 200 / 199, peer.explained_variance_, rtol=1e-6)
-    assert np.allclose(axes.share.numpy(), peer.explained_variance_ratio_, rtol=1e-6)
-    mirrored = latent_space.principal_axes(6 - codes.flip(0), 4)  # the same cloud, seen from behind, has the same axes
+    axes, pca = latent_space.principal_axes(codes.reshape(200, 3, 2), 4), PCA(4).fit(codes.double().numpy())
+    assert np.allclose(axes.mean.numpy(), pca.mean_, atol=1e-6)
+    assert np.allclose(np.abs((axes.directions.numpy() * pca.components_).sum(1)), 1, atol=1e-6)
+    assert np.allclose(axes.deviation.numpy() ** 2 * 200 / 199, pca.explained_variance_, rtol=1e-6)
+    assert np.allclose(axes.share.numpy(), pca.explained_variance_ratio_, rtol=1e-6)
+    mirrored = latent_space.principal_axes(6 - codes.flip(0), 4)  # the mirrored cloud has the same axes
     assert torch.allclose(mirrored.directions, axes.directions, atol=1e-5)
 
 
-def test_codes_on_a_line_have_one_axis_and_equal_codes_are_said():
+def test_codes_on_a_line_have_one_axis_and_equal_codes_are_refused():
     line = torch.linspace(0, 1, 9)[:, None] * torch.tensor([3.0, 4.0])
     axes = latent_space.principal_axes(line, 8)
     assert axes.directions.tolist() == [pytest.approx([0.6, 0.8])]
@@ -65,20 +65,20 @@ def test_codes_on_a_line_have_one_axis_and_equal_codes_are_said():
         latent_space.principal_axes(torch.full((9, 4), 2.5), 8)
 
 
-def test_a_walk_goes_along_its_own_axis_alone():
+def test_a_traversal_moves_along_its_own_axis_only():
     codes = codes_of()
     axes = latent_space.principal_axes(codes, 3)
     z = latent_space.traverse_axes(axes, codes[7].reshape(2, 3))
     assert z.shape == (3 * latent_space.TRAVERSAL_STEPS, 2, 3)
     scores = axes.scores(z).reshape(3, latent_space.TRAVERSAL_STEPS, 3)
     for i in range(3):
-        wanted = (
+        expected = (
             torch.linspace(
                 -latent_space.TRAVERSAL_REACH, latent_space.TRAVERSAL_REACH, latent_space.TRAVERSAL_STEPS
             ).double()
             * axes.deviation[i]
         )
-        assert torch.allclose(scores[i, :, i], wanted, atol=1e-5)
+        assert torch.allclose(scores[i, :, i], expected, atol=1e-5)
         others = [k for k in range(3) if k != i]
         assert torch.allclose(
             scores[i][:, others], axes.scores(codes[7:8])[:, others].expand(latent_space.TRAVERSAL_STEPS, 2), atol=1e-5
@@ -89,43 +89,43 @@ def test_a_walk_goes_along_its_own_axis_alone():
 
 # ------------------------------------------------------------------------------------------------------------- codes
 @pytest.mark.parametrize("name", CODES)
-def test_the_codes_are_the_encoders_and_classes_are_known_beside_them(name):
+def test_codes_are_the_encoders_with_the_classes_of_the_samples(name):
     run = untrained(CODES[name])
-    found = latent_space.encode_dataset(run, 36, batch=10)
+    samples = latent_space.encode_dataset(run, 36, batch=10)
     data = DATA["digits"]().load("test")
     rows = torch.arange(36) * len(data) // 36
     x = Batch(data.x[rows].float() / 127.5 - 1)
     with torch.no_grad():
-        assert torch.allclose(found.codes, run.objective.encode(run.nets, x.x).mean, atol=1e-5)
-    assert found.label.equal(data.cond["label"][rows])
-    assert found.cond == {}
-    assert found.names == tuple("0123456789")
+        assert torch.allclose(samples.codes, run.objective.encode(run.nets, x.x).mean, atol=1e-5)
+    assert samples.label.equal(data.cond["label"][rows])
+    assert samples.cond == {}
+    assert samples.names == tuple("0123456789")
 
 
-def test_without_held_out_samples_those_of_training_are_taken():
+def test_training_samples_are_encoded_if_none_are_held_out():
     run = untrained({"name": "ae", "latent": [2]}, data="moons")
     assert len(latent_space.encode_dataset(run, 30).codes) == 30
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_a_traversal_shows_the_decoded_walk_under_the_samples_own_class(name):
+def test_traversals_are_decoded_with_the_samples_own_class(name):
     run = untrained(CODES[name], labels=True)
-    found = latent_space.encode_dataset(run, 40)
-    axes = latent_space.principal_axes(found.codes, 3)
-    picture = np.asarray(latent_space.draw_traversals(run, found, axes))
+    samples = latent_space.encode_dataset(run, 40)
+    axes = latent_space.principal_axes(samples.codes, 3)
+    picture = np.asarray(latent_space.draw_traversals(run, samples, axes))
     k = len(axes.deviation)
-    near = int((found.codes.flatten(1) - axes.mean).square().sum(1).argmin())
-    told = {"label": found.label[near].expand(k * latent_space.TRAVERSAL_STEPS)}
-    z = run.objective.quantize(run.nets, latent_space.traverse_axes(axes, found.codes[near]))
+    near = int((samples.codes.flatten(1) - axes.mean).square().sum(1).argmin())
+    cond = {"label": samples.label[near].expand(k * latent_space.TRAVERSAL_STEPS)}
+    z = run.objective.quantize(run.nets, latent_space.traverse_axes(axes, samples.codes[near]))
     with torch.no_grad():
-        x = run.codec.decode(run.objective.decode(run.nets, z, told))
+        x = run.codec.decode(run.objective.decode(run.nets, z, cond))
     tiles = picture[2:, 2:].reshape(k, 66, -1)[:, :64].reshape(k, 64, latent_space.TRAVERSAL_STEPS, 66)[..., :64]
     shown = tiles[:, ::8, :, ::8].transpose(0, 2, 1, 3).reshape(-1, 8, 8)
     assert np.array_equal(shown, x[:, 0].numpy())
-    assert len(np.unique(shown.reshape(len(shown), -1), axis=0)) > 1  # it does move
+    assert len(np.unique(shown.reshape(len(shown), -1), axis=0)) > 1  # it changes along the row
 
 
-def test_points_are_walked_too():
+def test_figures_of_points():
     assert set(latent_space.latent_figures(untrained({"name": "ae", "latent": [1]}, data="moons"), 50)) == {
         "traversals",
         "map",
@@ -159,7 +159,7 @@ def test_the_page_shows_the_latent_space_and_draws_it_once(trained, tmp_path, mo
     assert alts(out) == ["Latent space: traversals", "Latent space: map"]
 
 
-def test_a_space_that_cannot_be_drawn_is_a_line_on_the_page(trained, tmp_path, monkeypatch):
+def test_a_latent_space_that_cannot_be_drawn_is_a_note_on_the_page(trained, tmp_path, monkeypatch):
     def refuse(run):
         raise ValueError("mnist: no such files")
 

@@ -1,4 +1,4 @@
-"""The metrics against closed forms: Gaussians above all, whose distances are known."""
+"""The metrics against closed forms, of Gaussians above all."""
 
 import itertools
 import math
@@ -36,8 +36,8 @@ def gaussian(mean, cov):
 
 # ------------------------------------------------------------------------------------------------- moments
 @given(st.integers(2, 40), st.integers(1, 9), st.lists(st.integers(0, 40), max_size=4))
-def test_parts_are_the_whole(n, dim, cuts):
-    """Added in pieces (empty ones too), merged in pieces, or at once, as numpy has them."""
+def test_moments_of_parts_are_those_of_all(n, dim, cuts):
+    """Added in pieces (also empty ones), merged in pieces, or at once: as in numpy."""
     x = 3 + normal(n, dim)
     pieces = x.tensor_split(sorted(min(c, n) for c in cuts))
     whole, added, merged = Moments.of(x), Moments.zeros(dim), Moments.zeros(dim)
@@ -52,7 +52,7 @@ def test_parts_are_the_whole(n, dim, cuts):
         assert np.allclose(m.cov.numpy(), np.cov(x.numpy().T), rtol=1e-12, atol=1e-12)
 
 
-def test_far_from_zero():
+def test_moments_far_from_zero():
     """Mean 1000, spread 0.01: plain sums of squares would lose nine of the sixteen digits."""
     z = normal(3000, 5)
     far = Moments.of(1000 + 0.01 * z)
@@ -69,7 +69,7 @@ def test_half_precision_is_added_in_double():
     assert torch.allclose(Moments.of(x).cov, torch.cov(x.double().T), rtol=1e-12)
 
 
-def test_files(tmp_path):
+def test_moments_in_files(tmp_path):
     m = Moments.of(normal(30, 4))
     m.save(tmp_path / "own.npz")
     back = Moments.load(tmp_path / "own.npz")
@@ -79,8 +79,8 @@ def test_files(tmp_path):
     back.add(normal(5, 4))
     assert back.n == 35
 
-    np.savez(tmp_path / "theirs.npz", mu=m.mean.numpy(), sigma=m.cov.numpy())  # as pytorch-fid and EDM have it
-    other = Moments.load(tmp_path / "theirs.npz")
+    np.savez(tmp_path / "foreign.npz", mu=m.mean.numpy(), sigma=m.cov.numpy())  # as pytorch-fid and EDM have it
+    other = Moments.load(tmp_path / "foreign.npz")
     assert other.n is None
     assert frechet_distance(m, other) == pytest.approx(0, abs=1e-12)
     other.save(tmp_path / "again.npz")
@@ -89,7 +89,7 @@ def test_files(tmp_path):
         other.add(normal(5, 4))
 
 
-def test_bad_files(tmp_path):
+def test_bad_files_of_moments(tmp_path):
     np.savez(tmp_path / "names.npz", mean=np.zeros(3))
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.zeros((2, 2)))
@@ -109,7 +109,7 @@ def test_bad_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- Fréchet
-def test_closed_forms():
+def test_frechet_distances_in_closed_form():
     one = frechet_distance(gaussian([1.0], [[4.0]]), gaussian([-2.0], [[0.25]]))
     assert one == pytest.approx(3**2 + (2 - 0.5) ** 2, rel=1e-12)
     s, r = torch.linspace(0.1, 3, 12, dtype=F64), torch.linspace(2, 0.5, 12, dtype=F64)
@@ -127,8 +127,8 @@ def test_closed_forms():
 
 
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 20), st.booleans())
-def test_any_numbers_of_samples(n, m, dim, dead):
-    """Symmetric, 0 from itself, the same through small matrices; singular where N <= D or a feature is dead."""
+def test_frechet_distance_of_any_numbers_of_samples(n, m, dim, dead):
+    """Symmetric, 0 from itself, the same by small matrices; singular if N <= D or a feature is constant."""
     x, y = normal(n, dim, seed=1) * torch.linspace(1, 3, dim), 0.5 + normal(m, dim, seed=2)
     if dead:
         x[:, 0] = 7
@@ -141,7 +141,7 @@ def test_any_numbers_of_samples(n, m, dim, dead):
         assert frechet_from_features(x, b).value == pytest.approx(d, rel=1e-9)
 
 
-def test_singular_has_a_closed_form():
+def test_singular_covariances_have_a_closed_form():
     """Three points in 50 dimensions against a unit Gaussian: the roots of the Gram matrix's eigenvalues."""
     x = normal(3, 50)
     roots = torch.linalg.svdvals(x - x.mean(0)) / math.sqrt(2)
@@ -157,7 +157,7 @@ def test_singular_has_a_closed_form():
 
 @pytest.mark.parametrize(("n", "dim"), [(40, 6), (6, 40)])
 def test_influence_is_the_derivative(n, dim):
-    """A row's influence is what the distance gains where that row's weight grows: against weights of 1 + h."""
+    """A row's influence is the derivative of the distance in its weight: against weights of 1 + h."""
     x, h = normal(n, dim) * torch.linspace(0.5, 2, dim), 1e-5
     reference = gaussian(torch.ones(dim), torch.diag(torch.linspace(0.5, 1.5, dim)))
 
@@ -175,7 +175,7 @@ def test_influence_is_the_derivative(n, dim):
     assert influence[:4].tolist() == pytest.approx(numeric, rel=1e-5)
 
 
-KINDS = {  # dimensions, samples, spreads of the generated, shift of each feature
+KINDS = {  # dimensions, samples, standard deviations of the generated, shift of each feature
     "shifted": (8, 500, (0.7, 1.2), 0.1),
     "far": (16, 64, (0.2, 2.0), 1.0),
     "fewer samples than features": (16, 12, (0.2, 2.0), 1.0),
@@ -184,14 +184,14 @@ KINDS = {  # dimensions, samples, spreads of the generated, shift of each featur
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_interval_holds_the_mean(kind):
-    """Of 200 intervals of 95 %, about that many hold the mean FID at this n; a tenth of the width holds few."""
+    """Of 200 intervals at 95 %, about that share holds the mean FID at this n; a tenth of their width holds few."""
     dim, n, spread, shift = KINDS[kind]
     scale, reference = torch.linspace(*spread, dim, dtype=F64), gaussian(torch.zeros(dim), torch.eye(dim))
-    found = [frechet_from_features(shift + scale * normal(n, dim, seed=s), reference) for s in range(200)]
-    mean = np.mean([e.value for e in found])
-    hit = np.mean([e.low < mean < e.high for e in found])
+    estimates = [frechet_from_features(shift + scale * normal(n, dim, seed=s), reference) for s in range(200)]
+    mean = np.mean([e.value for e in estimates])
+    hit = np.mean([e.low < mean < e.high for e in estimates])
     assert 0.87 <= hit <= 0.99, hit
-    assert np.mean([abs(e.value - mean) < 0.1 * (e.high - e.value) for e in found]) < 0.3
+    assert np.mean([abs(e.value - mean) < 0.1 * (e.high - e.value) for e in estimates]) < 0.3
 
 
 def test_fid_inf_has_no_bias_and_its_interval_holds_the_truth():
@@ -200,12 +200,12 @@ def test_fid_inf_has_no_bias_and_its_interval_holds_the_truth():
     reference = gaussian(torch.zeros(dim), torch.eye(dim))
     draws = [0.1 + scale * normal(n, dim, seed=s) for s in range(150)]
     plain = np.array([frechet_from_features(x, reference).value for x in draws])
-    found = [frechet_infinity(x, reference) for x in draws]
-    error = np.array([e.value for e in found]) - truth
+    estimates = [frechet_infinity(x, reference) for x in draws]
+    error = np.array([e.value for e in estimates]) - truth
     standard = error.std() / math.sqrt(len(draws))
-    assert (plain - truth).mean() > 20 * standard  # what is to be removed
+    assert (plain - truth).mean() > 20 * standard  # the bias to be removed
     assert abs(error.mean()) < 3 * standard
-    assert 0.9 <= np.mean([e.low < truth < e.high for e in found]) <= 0.99
+    assert 0.9 <= np.mean([e.low < truth < e.high for e in estimates]) <= 0.99
 
 
 def test_fid_inf_of_few_samples():
@@ -226,7 +226,7 @@ def test_bias_warning():
 
 # ----------------------------------------------------------------------------------------------- bootstrap
 def test_bootstrap_of_a_mean():
-    """Its interval is that of the normal law, and does not depend on the statistic's bias."""
+    """Its interval is that of the normal distribution, and does not depend on the statistic's bias."""
     x = normal(400, 1)
     e = metrics.bootstrap(lambda v: float(v.mean()), x, num=1000)
     assert e.value == pytest.approx(float(x.mean()))
@@ -255,12 +255,12 @@ def kernel_truth(dim, shift, spread, h):
 def test_mmd_of_gaussians(shift, spread):
     """Unbiased: the mean over draws is the closed form; and the intervals hold it."""
     truth = kernel_truth(3, shift, spread, 1.5)
-    found = [
+    estimates = [
         metrics.mmd(shift + spread * normal(60, 3, seed=2 * s), normal(90, 3, seed=2 * s + 1), 1.5) for s in range(200)
     ]
-    values = np.array([e.value for e in found])
+    values = np.array([e.value for e in estimates])
     assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(len(values))
-    assert np.mean([e.low < truth < e.high for e in found]) >= 0.88
+    assert np.mean([e.low < truth < e.high for e in estimates]) >= 0.88
 
 
 def test_mmd_does_not_depend_on_chunks(monkeypatch):
@@ -273,24 +273,24 @@ def test_mmd_does_not_depend_on_chunks(monkeypatch):
 
 
 def test_kid_has_no_bias():
-    """Equal laws: 0 on average, where FID of so few is far above; shifted by v: the closed form of a cubic kernel."""
-    found = [metrics.kid(normal(50, 8, seed=2 * s), normal(50, 8, seed=2 * s + 1)) for s in range(200)]
-    values = np.array([e.value for e in found])
+    """Equal distributions: 0 on average, unlike the FID; shifted by v: the closed form of a cubic kernel."""
+    estimates = [metrics.kid(normal(50, 8, seed=2 * s), normal(50, 8, seed=2 * s + 1)) for s in range(200)]
+    values = np.array([e.value for e in estimates])
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(200)
-    assert np.mean([e.low < 0 < e.high for e in found]) >= 0.9
-    # one number a row, x ~ N(v, 1): E(xy + 1)^3 = m3 m3 + 3 m2 m2 + 3 m1 m1 + 1 of its moments
+    assert np.mean([e.low < 0 < e.high for e in estimates]) >= 0.9
+    # one feature, x ~ N(v, 1): E(xy + 1)^3 = m3 m3 + 3 m2 m2 + 3 m1 m1 + 1 of its moments
     power = lambda v: (v, v**2 + 1, v**3 + 3 * v)  # noqa: E731
     own, real = power(0.5), power(0.0)
     square = lambda a, b: a[2] * b[2] + 3 * a[1] * b[1] + 3 * a[0] * b[0] + 1  # noqa: E731
     truth = square(own, own) + square(real, real) - 2 * square(own, real)
-    found = [metrics.kid(0.5 + normal(100, 1, seed=2 * s), normal(100, 1, seed=2 * s + 1)) for s in range(200)]
-    values = np.array([e.value for e in found])
+    estimates = [metrics.kid(0.5 + normal(100, 1, seed=2 * s), normal(100, 1, seed=2 * s + 1)) for s in range(200)]
+    values = np.array([e.value for e in estimates])
     assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(200)
-    assert 0.8 <= np.mean([e.low < truth < e.high for e in found]) <= 0.99  # sixth powers: far from normal
+    assert 0.8 <= np.mean([e.low < truth < e.high for e in estimates]) <= 0.99  # sixth powers: far from normal
 
 
 def test_kid_of_subsets():
-    """Subsets of equal size estimate the same; few of them cost width; the seed is the same each time."""
+    """Subsets of equal size estimate the same; few of them widen the interval; the seed is the same each time."""
     x, y = 0.3 + normal(300, 8), normal(300, 8, seed=1)
     whole, many, few = metrics.kid(x, y), metrics.kid(x, y, 200, 50), metrics.kid(x, y, 5, 50)
     assert many.value == pytest.approx(whole.value, rel=0.1)
@@ -310,7 +310,7 @@ def test_prdc_of_known_sets():
     modes = torch.cat([x, x + 100])  # the generator draws one of two modes
     dropped = {k: v.value for k, v in metrics.prdc(modes, x, 5).items()}
     assert dropped == pytest.approx({"precision": 1, "recall": 0.5, "density": 1, "coverage": 0.5})
-    invented = {k: v.value for k, v in metrics.prdc(x, modes, 5).items()}  # or one that there is not
+    invented = {k: v.value for k, v in metrics.prdc(x, modes, 5).items()}  # or one that does not exist
     assert invented == pytest.approx({"precision": 0.5, "recall": 1, "density": 0.5, "coverage": 1})
 
 
@@ -326,7 +326,7 @@ def test_prdc_far_from_zero():
 # -------------------------------------------------------------------------------------------------- scores
 @given(st.integers(2, 12), st.integers(1, 20))
 def test_inception_score_of_known_logits(k, repeats):
-    """A classifier that cannot tell: 1. One that is sure, classes in balance: K, sorted or not."""
+    """1 for a classifier that is undecided; K for one that is certain of balanced classes, sorted or not."""
     n = k * repeats
     assert metrics.inception_score(torch.zeros(n, k), 1).value == pytest.approx(1)
     sure = 1000 * torch.nn.functional.one_hot(torch.arange(n) % k, k).float()
@@ -335,7 +335,7 @@ def test_inception_score_of_known_logits(k, repeats):
 
 
 def test_inception_score_of_splits():
-    labels = torch.arange(4000) // 1000  # sorted by class, as many write them
+    labels = torch.arange(4000) // 1000  # sorted by class
     sure = 1000.0 * torch.nn.functional.one_hot(labels, 4).float()
     e = metrics.inception_score(sure, 10)
     assert 3.9 < e.low < e.value < e.high <= 4.01
@@ -348,11 +348,11 @@ def test_inception_score_of_splits():
 
 
 def test_the_interval_of_the_inception_score():
-    """Of 200 intervals of 95 % about that many hold the mean, and one in two of 50 %."""
+    """Of 200 intervals at 95 % about that share holds the mean, and half of those at 50 %."""
     for level, least, most in ((0.95, 0.88, 0.99), (0.5, 0.4, 0.62)):
-        found = [metrics.inception_score(2 * normal(200, 3, seed=s), 10, level=level) for s in range(200)]
-        mean = np.mean([e.value for e in found])
-        assert least <= np.mean([e.low < mean < e.high for e in found]) <= most
+        estimates = [metrics.inception_score(2 * normal(200, 3, seed=s), 10, level=level) for s in range(200)]
+        mean = np.mean([e.value for e in estimates])
+        assert least <= np.mean([e.low < mean < e.high for e in estimates]) <= most
 
 
 # ----------------------------------------------------------------------------------------------- transport
@@ -368,7 +368,7 @@ def test_wasserstein_of_known_sets():
 
 
 def test_wasserstein_of_gaussians():
-    """On the line, quantiles of N(1, 2^2) against N(0, 1): W2^2 = 1 + 1; and sliced is exact there."""
+    """In one dimension, quantiles of N(1, 2^2) against N(0, 1): W2^2 = 1 + 1; the sliced distance is exact there."""
     q = torch.special.ndtri((torch.arange(4000, dtype=F64) + 0.5) / 4000)[:, None]
     assert metrics.sliced_wasserstein2(1 + 2 * q, q, 3) == pytest.approx(math.sqrt(2), rel=1e-3)
     line = metrics.wasserstein2(1 + 2 * q[::10], q[::10])
@@ -377,7 +377,7 @@ def test_wasserstein_of_gaussians():
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
 def test_repeated_points_change_nothing(n, m, dim):
-    """n points against m are n m points against n m, each repeated; sliced distance and, with POT, the exact one."""
+    """n points against m, each repeated to n m points: the sliced distance and, with POT, the exact one."""
     x, y = normal(n, dim), 1 + normal(m, dim, seed=1)
     xx, yy = x.repeat(m, 1), y.repeat(n, 1)
     assert metrics.sliced_wasserstein2(x, y, 20) == pytest.approx(metrics.sliced_wasserstein2(xx, yy, 20), rel=1e-9)
@@ -416,7 +416,7 @@ def test_fid_of_moments_alone_has_no_interval():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="row 23 is not finite"):  # counted over all that was added
+    with pytest.raises(ValueError, match="row 23 is not finite"):  # counted over all rows added
         (lambda m, x: (m.add(x), m.add(x.clone().index_fill_(0, torch.tensor([3]), torch.nan))))(
             Moments.zeros(2), torch.zeros(20, 2)
         )

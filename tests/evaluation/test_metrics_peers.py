@@ -1,6 +1,6 @@
 """The metrics against trusted peers: scipy, clean-fid, and files that prdc and torch-fidelity made.
 
-python tests/test_metrics_peers.py     writes tests/golden/prdc.json and fidelity.json, where both are installed
+python -m tests.evaluation.test_metrics_peers     writes tests/golden/prdc.json and fidelity.json, if both are installed
 """
 
 import json
@@ -25,7 +25,7 @@ CASES = [  # rows real, rows generated, features, neighbours, shift, scale
 
 
 def features(case):
-    """Real and generated features of a case; ``RandomState`` promises the same numbers for ever."""
+    """Real and generated features of a case; ``RandomState`` gives the same numbers forever."""
     n, m, dim, _, shift, scale = CASES[case]
     rng = np.random.RandomState(case)
     return rng.randn(n, dim).astype(np.float32), (shift + scale * rng.randn(m, dim)).astype(np.float32)
@@ -35,13 +35,13 @@ def logits():
     return np.random.RandomState(7).randn(120, 6) * 3
 
 
-def by_prdc():
+def prdc_values():
     from prdc import compute_prdc
 
     return [{k: float(v) for k, v in compute_prdc(*features(i), c[3]).items()} for i, c in enumerate(CASES)]
 
 
-def by_fidelity():
+def fidelity_values():
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import mmd2
     from torch_fidelity.metric_prc import calculate_precision_recall_full
@@ -70,7 +70,7 @@ def moments(dim, seed, decay):
     return Moments(None, torch.randn(dim, generator=g, dtype=torch.float64), (cov + cov.T) / 2)
 
 
-def by_scipy(a, b):
+def scipy_distance(a, b):
     root = linalg.sqrtm(a.cov.numpy() @ b.cov.numpy())
     return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * float(np.trace(root).real)
 
@@ -80,18 +80,18 @@ def by_scipy(a, b):
 @pytest.mark.parametrize("decay", [0.0, 1.5, 4.0])
 def test_sqrtm(dim, decay):
     a, b = moments(dim, 1, decay), moments(dim, 2, decay / 2)
-    assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(by_scipy(a, b), rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(scipy_distance(a, b), rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(scipy_distance(a, b), rel=1e-9)
 
 
 def ratio(dim, repeats):
-    """How often the distance fits into scipy's, in one process, the best of some; and both distances."""
+    """scipy's time over ours, in one process, each the best of some; and both distances."""
     a, b, ours, theirs = moments(dim, 1, 1.5), moments(dim, 2, 1.5), [], []
     for _ in range(repeats):
         start = time.perf_counter()
         value = frechet_distance(a, b)
         middle = time.perf_counter()
-        peer = by_scipy(a, b)
+        peer = scipy_distance(a, b)
         ours.append(middle - start)
         theirs.append(time.perf_counter() - middle)
     return min(theirs) / min(ours), value, peer
@@ -113,7 +113,7 @@ def test_faster_than_sqrtm_at_the_size_of_inception():
 
 @pytest.mark.parametrize(("n", "m"), [(300, 400), (300, 40), (40, 300)])
 def test_clean_fid_frechet(n, m):
-    """clean-fid passes ``disp`` to sqrtm, which scipy 1.18 takes no more. Its root of a singular product is rough."""
+    """clean-fid passes ``disp`` to sqrtm, which scipy 1.18 refuses. Its root of a singular product is rough."""
     fid = pytest.importorskip("cleanfid.fid")
     g = torch.Generator().manual_seed(0)
     x, y = 1 + torch.randn(n, 48, generator=g), torch.randn(m, 48, generator=g)
@@ -130,7 +130,7 @@ def test_clean_fid_frechet(n, m):
 # -------------------------------------------------------------------------------------------------- kernels
 @pytest.mark.parametrize(("n", "m", "size"), [(200, 300, 50), (60, 200, 1000), (100, 100, 30)])
 def test_clean_fid_kernel_distance(n, m, size):
-    """The same subsets, of numpy's global stream there and of the same stream here."""
+    """The same subsets: clean-fid draws them from numpy's global stream, genkit from an equal one."""
     fid = pytest.importorskip("cleanfid.fid")
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(n, 24, generator=g), 0.3 + 0.8 * torch.randn(m, 24, generator=g)
@@ -149,7 +149,7 @@ def test_torch_fidelity_kid(case):
 # ------------------------------------------------------------------------------------------------ manifolds
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_prdc(case, monkeypatch):
-    """prdc's numbers, whole and with distances in chunks of a few rows; torch-fidelity's where it has them."""
+    """prdc's numbers, whole and with distances in chunks of a few rows; torch-fidelity's if it has them."""
     real, fake = (torch.from_numpy(v) for v in features(case))
     for chunk in (2**24, 200):
         monkeypatch.setattr("genkit.evaluation.metrics.manifold.CHUNK", chunk)
@@ -159,14 +159,14 @@ def test_prdc(case, monkeypatch):
         assert ours[name] == pytest.approx(golden("fidelity")["prc"][case][name], abs=1e-6)  # float32 means
 
 
-def test_the_prdc_file_is_what_prdc_says():
+def test_the_prdc_file_agrees_with_prdc():
     pytest.importorskip("prdc")
-    assert [pytest.approx(v, abs=1e-12) for v in by_prdc()] == golden("prdc")
+    assert [pytest.approx(v, abs=1e-12) for v in prdc_values()] == golden("prdc")
 
 
-def test_the_fidelity_file_is_what_torch_fidelity_says():
+def test_the_fidelity_file_agrees_with_torch_fidelity():
     pytest.importorskip("torch_fidelity")
-    made = by_fidelity()
+    made = fidelity_values()
     assert made["is"] == pytest.approx(golden("fidelity")["is"], rel=1e-9)
     assert [pytest.approx(v, rel=1e-9) for v in made["prc"]] == golden("fidelity")["prc"]
 
@@ -176,7 +176,7 @@ def test_the_fidelity_file_is_what_torch_fidelity_says():
 def test_torch_fidelity_inception_score(splits, monkeypatch):
     monkeypatch.setattr(
         "genkit.evaluation.metrics.score.torch.randperm", lambda n, generator: torch.arange(n)
-    )  # as it came
+    )  # unshuffled
     ours = metrics.inception_score(torch.from_numpy(logits()), splits)
     assert ours.value == pytest.approx(golden("fidelity")["is"][str(splits)], rel=1e-9)
 
@@ -185,8 +185,9 @@ def test_torch_fidelity_inception_score(splits, monkeypatch):
 @pytest.mark.parametrize("level", [0.9, 0.95])
 def test_scipy_wilson(hits, n, level):
     labels = torch.zeros(n, dtype=torch.long)
-    seen = torch.nn.functional.one_hot((torch.arange(n) >= hits).long(), 2).double()
-    ours, peer = metrics.accuracy(seen, labels, level), stats.binomtest(hits, n).proportion_ci(level, method="wilson")
+    logits_of_hits = torch.nn.functional.one_hot((torch.arange(n) >= hits).long(), 2).double()
+    ours = metrics.accuracy(logits_of_hits, labels, level)
+    peer = stats.binomtest(hits, n).proportion_ci(level, method="wilson")
     assert ours == pytest.approx((hits / n, peer.low, peer.high), abs=1e-12)
 
 
@@ -208,5 +209,5 @@ def test_pot():
 
 
 if __name__ == "__main__":
-    for name, made in (("prdc", by_prdc()), ("fidelity", by_fidelity())):
+    for name, made in (("prdc", prdc_values()), ("fidelity", fidelity_values())):
         (GOLDEN / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")

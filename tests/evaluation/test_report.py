@@ -1,4 +1,4 @@
-"""`genkit report`: the page says what the run's files say, and needs nothing but itself."""
+"""`genkit report`: the page shows what is in the run's files, and needs no other file."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ CARD = {
 
 
 class Page(HTMLParser):
-    """What a page holds, and whether its elements close in order."""
+    """The content of a page; its elements must close in order."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -65,8 +65,8 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def alone(html):
-    """The parsed page, after the checks that every page has to pass: it refers to nothing outside itself."""
+def check_page(html):
+    """The parsed page, after checks that every page must pass: it refers to nothing outside itself, say."""
     page = Page(html)
     for tag, attrs in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
@@ -109,7 +109,7 @@ def picture(path, level=128, size=(12, 8)):
 
 @pytest.fixture
 def run(tmp_path):
-    """The files of a run, as training leaves them, but for the log."""
+    """The files of a run, as training writes them, without a log."""
     run = tmp_path / "0007-digits-flow-unet"
     run.mkdir()
     (run / "config.yaml").write_text(
@@ -126,7 +126,7 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def logged(run):
+def run_with_log(run):
     write_log(run, lines(20))
     return run
 
@@ -146,7 +146,7 @@ def test_a_real_run(trained, tmp_path, capsys):
     out = tmp_path / "deep" / "page.html"
     assert cli.main(["report", str(trained), f"--out={out}"]) == 0
     assert capsys.readouterr().out.split() == [str(out)]
-    page = alone(out.read_text())
+    page = check_page(out.read_text())
     first = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
     last = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
     assert "4 of 4" in page.text
@@ -160,19 +160,19 @@ def test_a_real_run(trained, tmp_path, capsys):
     assert not list(out.parent.glob(".*"))
 
 
-def test_the_page_lies_in_the_run_without_out(run, capsys):
+def test_the_page_is_in_the_run_by_default(run, capsys):
     assert cli.main(["report", str(run)]) == 0
-    assert alone((run / "report.html").read_text())
+    assert check_page((run / "report.html").read_text())
 
 
-def test_the_same_files_give_the_same_page(logged):
-    """But for the numbers that keep the ids of figures apart."""
-    pages = [re.sub(r"\bf\d+-", "f-", render_run(logged)) for _ in range(2)]
+def test_the_same_files_give_the_same_page(run_with_log):
+    """Except for the prefixes of ids in plots."""
+    pages = [re.sub(r"\bf\d+-", "f-", render_run(run_with_log)) for _ in range(2)]
     assert pages[0] == pages[1]
 
 
 def test_mistakes(run, capsys):
-    for argv, said in (
+    for argv, message in (
         ([str(run / "none")], "does not exist"),
         ([str(run), "--out=page.png"], "ends in .html"),
         ([str(run), f"--out={run}"], "ends in .html"),
@@ -180,13 +180,13 @@ def test_mistakes(run, capsys):
     ):
         assert cli.main(["report", *argv]) == 2
         err = capsys.readouterr().err
-        assert said in err
+        assert message in err
         assert err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------- cards
 def test_numbers_of_the_cards(run):
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     assert [(a["value"], text) for a, text in zip(page.all("data"), page.values, strict=True)] == [
         ("12.345678", "12.35"),
         ("0.98765", "0.9877"),
@@ -200,12 +200,12 @@ def test_numbers_of_the_cards(run):
 
 
 def test_quality_against_evaluations(run):
-    """A curve a sampler; the settings that differ are columns, the others are listed once."""
+    """One curve per sampler; settings that differ are columns, the others are listed once."""
     for sampler, nfe, fid in (("heun", 39, 3.25), ("ddim", 5, 50.5), ("ddim", 50, 4.75)):
         settings = CARD["settings"] | {"sampler": sampler, "nfe": nfe}
         card = {"metrics": {"fid": {"value": fid}}, "settings": settings}
         (run / "eval" / f"{sampler}-{nfe}.json").write_text(json.dumps(card))
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     label = next(s["aria-label"] for s in page.all("svg") if s["aria-label"].startswith("fid against"))
     assert "sampler ddim: 50.50 at 5, 4.750 at 50; sampler heun: 12.35 at 19, 3.250 at 39" in label
     heads = [t for t in page.texts if t in ("sampler", "nfe", "n", "steps", "step")]
@@ -216,7 +216,7 @@ def test_quality_against_evaluations(run):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[1, 2", "is not JSON"),
         ("[1, 2]", "has no metrics"),
@@ -228,23 +228,23 @@ def test_quality_against_evaluations(run):
         ("\x00\xff", "is not JSON"),
     ],
 )
-def test_a_file_that_is_no_card_is_skipped_and_said(run, text, said):
+def test_a_file_that_is_no_card_is_skipped_with_a_note(run, text, message):
     (run / "eval" / "strange.json").write_text(text, encoding="latin-1")
-    page = alone(render_run(run))
-    assert f"strange.json: {said}" in page.text
+    page = check_page(render_run(run))
+    assert f"strange.json: {message}" in page.text
     assert "12.35" in page.text
 
 
 def test_a_card_without_settings(run):
     (run / "eval" / "0000200-heun10.json").write_text('{"metrics": {"fid": {"value": 1.5}}}')
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     assert page.values == ["1.500"]
 
 
 # -------------------------------------------------------------------------------------------------- other runs
 def test_a_run_with_nothing_but_its_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text("objective: flow\n")
-    page = alone(render_run(tmp_path))
+    page = check_page(render_run(tmp_path))
     assert "The log has no lines yet." in page.text
     assert "env.json is missing" in page.text
     assert "Quality" not in page.text
@@ -252,10 +252,10 @@ def test_a_run_with_nothing_but_its_configuration(tmp_path):
 
 
 def test_a_classifier_has_no_samples(run):
-    """Its accuracy is in the log, under a name that the page need not know."""
+    """Its accuracy is in the log, under a name that the page does not know."""
     shutil.rmtree(run / "samples")
     write_log(run, lines(20, **{"classify/accuracy": 0.5, "classify/loss": 0.25}))
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     assert not page.all("img")
     assert "Samples" not in page.text
     labels = [s["aria-label"] for s in page.all("svg")]
@@ -268,7 +268,7 @@ def test_many_grids_are_thinned_and_damaged_ones_left_out(run):
         picture(run / "samples" / f"step-{step:07d}.png", step)
     last = run / "samples" / "step-0000200.png"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])  # cut off
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     names = [f["data-name"] for f in page.all("figure") if "data-name" in f]
     assert len(names) == TRAINING_GRIDS - 1  # the last one is damaged
     assert names[0] == "step 1"
@@ -279,12 +279,12 @@ def test_many_grids_are_thinned_and_damaged_ones_left_out(run):
 def test_samples_of_genkit_sample(run):
     picture(run / "samples" / "sample-step200-heun10-seed3-n4.png")
     (run / "samples" / "sample-step200-heun10-seed3-n4.json").write_text('{"sampler": "heun", "nfe": 19, "seed": 3}')
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     assert "sample-step200-heun10-seed3-n4 · sampler heun · nfe 19 · seed 3" in page.text
 
 
-def test_whatever_comes_from_files_is_escaped(run, tmp_path):
-    """In texts, attributes and figures; a name of a directory or of a metric is a user's text too."""
+def test_content_of_files_is_escaped(run, tmp_path):
+    """In texts, attributes and plots; names of directories and metrics are users' texts too."""
     bad = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>$x^2 &amp; \\1 \\g<0>"
     run = run.rename(tmp_path / '<b>bold<b> & "q"')
     write_log(run, lines(5, **{f"{bad}/loss": 1.0, "denoise/$\\frac{": 2.0}))
@@ -296,7 +296,7 @@ def test_whatever_comes_from_files_is_escaped(run, tmp_path):
     (run / "eval" / "not a <card>.json").write_text("{}")
     picture(run / "samples" / 'a"><script>.png')
     (run / "samples" / 'a"><script>.json').write_text(json.dumps({"sampler": bad}))
-    page = alone(render_run(run))
+    page = check_page(render_run(run))
     assert '<b>bold<b> & "q"' in page.texts
     assert page.text.count("alert(1)") > 6
     assert all(i["src"].startswith("data:") for i in page.all("img"))
@@ -304,14 +304,14 @@ def test_whatever_comes_from_files_is_escaped(run, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- logs
-def test_log_exactly(logged):
-    log = read_log(logged / "log.jsonl")
+def test_a_short_log_is_read_exactly(run_with_log):
+    log = read_log(run_with_log / "log.jsonl")
     assert (log.num_lines, log.lines_per_point, log.damaged, log.seconds) == (20, 1, False, 10.0)
     assert log.curves["denoise/loss"] == [Point(10 * i, 1 / i, 1 / i, 1 / i) for i in range(1, 21)]
 
 
-def test_thinned_log_keeps_mean_and_range(run):
-    """A point stands for a few lines; a spike of one line stays to be seen."""
+def test_a_thinned_log_keeps_mean_and_range(run):
+    """A point summarises a few lines; a spike in one line stays visible."""
     records = lines(1000)
     records[500]["denoise/loss"] = 77.0
     write_log(run, records)
@@ -323,14 +323,14 @@ def test_thinned_log_keeps_mean_and_range(run):
         v = [r["denoise/loss"] for r in records[4 * k : 4 * k + 4]]
         assert p == (10 * (4 * k + 4), pytest.approx(sum(v) / 4), min(v), max(v))
     assert max(p.high for p in points) == 77.0
-    assert "1000 lines, 2 per point" in alone(render_run(run)).text
+    assert "1000 lines, 2 per point" in check_page(render_run(run)).text
 
 
 @pytest.mark.parametrize("end", ['{"step": 210, "denoise/lo', '{"step": 210, "denoise/loss": 3}, {', "\x00\x00", "]"])
-def test_a_cut_off_last_line(logged, end):
-    with open(logged / "log.jsonl", "a") as f:
+def test_a_cut_off_last_line(run_with_log, end):
+    with open(run_with_log / "log.jsonl", "a") as f:
         f.write(end)
-    log = read_log(logged / "log.jsonl")
+    log = read_log(run_with_log / "log.jsonl")
     assert log.damaged
     assert (log.num_lines, log.last["step"]) == (20, 200)
 
@@ -342,29 +342,29 @@ def test_a_cut_off_line_of_a_thinned_log(run):
     log = read_log(run / "log.jsonl", points=100)
     assert (log.num_lines, log.damaged, log.last["step"]) == (1003, True, 10030)
     assert log.curves["lr"][-1].step == 10030
-    assert "one line cannot be read" in alone(render_run(run)).text
+    assert "one line cannot be read" in check_page(render_run(run)).text
 
 
 def test_numbers_that_are_not_finite(run):
-    """A log holds null for them, other programs' NaN; both are left out of the curve, and said."""
+    """The log has null for them, other programs write NaN; both are left out of the curve, with a note."""
     records = lines(20)
     records[3]["denoise/loss"], records[4]["denoise/loss"], records[5]["denoise/loss"] = None, math.nan, math.inf
     write_log(run, records)
     log = read_log(run / "log.jsonl")
     assert len(log.curves["denoise/loss"]) == 17
-    assert "denoise/loss: 3 not finite" in alone(render_run(run)).text
+    assert "denoise/loss: 3 not finite" in check_page(render_run(run)).text
 
 
-def test_a_loss_below_zero_and_one_line_only(run):
-    """A likelihood can be negative: no logarithm of it then."""
+def test_a_negative_loss_and_a_single_line(run):
+    """A loss can be negative: no logarithmic scale then."""
     write_log(run, [lines(1)[0] | {"denoise/loss": -3.0}])
-    alone(render_run(run))
+    check_page(render_run(run))
     write_log(run, [])
     assert "no lines yet" in render_run(run)
 
 
 def test_seconds_over_sessions(run):
-    """The clock of the log starts at 0 whenever training is taken up again."""
+    """The clock of the log restarts at 0 whenever training is resumed."""
     records = lines(20)
     for r in records[12:]:
         r["seconds"] -= 6.0
@@ -374,7 +374,7 @@ def test_seconds_over_sessions(run):
 
 @pytest.mark.slow
 def test_a_million_lines(run):
-    """In the memory of few, and to a page of the same size."""
+    """They need no more memory than few lines, and make a page of the same size."""
     import tracemalloc
 
     line = json.dumps(lines(7)[6]) + "\n"
@@ -405,9 +405,9 @@ def test_number(value, text):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium installed")
 def test_in_a_browser(run, tmp_path):
-    """The script runs: one grid is shown, the slider stands at the newest; nothing is refused by the page's policy."""
+    """The script runs: one grid is shown, the slider is at the newest; the page's policy blocks nothing."""
     path = write_text(tmp_path / "page.html", render_run(run))
     flags = [
         "--headless=new",

@@ -1,4 +1,4 @@
-"""diffusers: its networks as denoisers, its folders as beginnings, our runs as its pipelines, each against itself."""
+"""diffusers: its networks as denoisers, its folders as initial weights, runs as its pipelines, each against itself."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def x():
 
 
 def shaken(net):
-    """All weights moved: much of a network begins at zero."""
+    """Move all weights, because many of them start at zero."""
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -59,14 +59,14 @@ def test_our_time_is_their_index_exactly(timesteps):
 
 
 @pytest.mark.parametrize("model", [UNET, DIT, CROSS])
-def test_a_time_that_is_told_later_means_the_same(model, x):
-    """The rotation behind the sinusoids: the changed network at n + 1 answers as the old one at n, at any n."""
+def test_a_shifted_time_embedding_gives_the_same(model, x):
+    """The rotation behind the sinusoids: the changed network at n + 1 equals the old one at n, for any n."""
     net = denoiser(model, Spec((1, 8, 8)))
-    n, seen = torch.tensor([0.0, 12.5, 998.0]), net.sequences(x, {}) if net.sequences else ()
-    old = model.ask(net.model, x, n, None, seen)
+    n, extra = torch.tensor([0.0, 12.5, 998.0]), net.sequences(x, {}) if net.sequences else ()
+    old = model.ask(net.model, x, n, None, extra)
     net.model.load_state_dict(net.model.state_dict() | remap_time_embedding(net.model, 1.0))
-    assert torch.allclose(model.ask(net.model, x, n + 1, None, seen), old, atol=2e-4)
-    assert not torch.allclose(model.ask(net.model, x, n, None, seen), old, atol=1e-2)
+    assert torch.allclose(model.ask(net.model, x, n + 1, None, extra), old, atol=2e-4)
+    assert not torch.allclose(model.ask(net.model, x, n, None, extra), old, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ the conditions
@@ -74,9 +74,9 @@ def test_a_time_that_is_told_later_means_the_same(model, x):
 def test_classes_are_theirs_and_the_null_class_is_the_row_after_the_last(model, x):
     net, t = denoiser(model), torch.tensor([0.1, 0.5, 1.0])
     label, n = torch.tensor([3, 0, 9]), torch.tensor([99.0, 499.0, 999.0])
-    seen = net.sequences(x, {}) if net.sequences else ()
-    assert torch.equal(net(x, t, {"label": label}), model.ask(net.model, x, n, label, seen))
-    null = model.ask(net.model, x, n, torch.full((N,), 10), seen)
+    extra = net.sequences(x, {}) if net.sequences else ()
+    assert torch.equal(net(x, t, {"label": label}), model.ask(net.model, x, n, label, extra))
+    null = model.ask(net.model, x, n, torch.full((N,), 10), extra)
     assert torch.equal(net(x, t, {}), null)
     keep = torch.tensor([True, False, True])
     for name in ("keep", "keep.label"):
@@ -86,8 +86,8 @@ def test_classes_are_theirs_and_the_null_class_is_the_row_after_the_last(model, 
     assert not torch.allclose(null, net(x, t, {"label": label}), atol=1e-2)
 
 
-def test_conditions_are_dropped_by_our_draws_alone(x):
-    """DiT of diffusers drops classes in training by itself, from torch's generator."""
+def test_conditions_are_dropped_by_our_draws_only(x):
+    """diffusers' DiT would drop classes in training itself, by torch's generator."""
     net = denoiser(DIT).train()
     label, t = {"label": torch.zeros(N, dtype=torch.long)}, torch.full((N,), 0.5)
     assert all(torch.equal(net(x, t, label), net(x, t, label)) for _ in range(30))
@@ -129,13 +129,13 @@ def test_learned_sigma_is_carried_along_and_not_used(x):
         (UNet2D(block_out_channels=(30, 30), norm_num_groups=4), PICTURES, "UNet2DModel cannot be made"),
     ],
 )
-def test_what_they_cannot_take_is_refused_in_one_line(model, spec, words):
+def test_unsupported_data_are_refused_in_one_line(model, spec, words):
     with pytest.raises(ValueError, match=re.escape(words)) as refused:
         Diffusers(model=model).denoiser(spec)
     assert "\n" not in str(refused.value)
 
 
-def test_cuts_and_settings_that_are_not_there_are_refused():
+def test_missing_cuts_and_unknown_settings_are_refused():
     for cut in ("encoder", "decoder"):
         with pytest.raises(ValueError, match=f"has no {cut}, only denoiser; choose another --backbone"):
             getattr(Diffusers(), cut)(PICTURES, (2,))
@@ -147,7 +147,7 @@ def test_cuts_and_settings_that_are_not_there_are_refused():
 
 @pytest.mark.parametrize("model", [UNET, DIT, CROSS])
 def test_their_config_json_makes_the_same_network(model):
-    """What has no field of ours is kept in ``more``; what only the data decide is left out."""
+    """Settings without a field of ours are kept in ``more``; those that the data decide are left out."""
     odd = {"norm_eps": 1e-6, "attention_bias": False} if model is DIT else {"norm_eps": 1e-6, "downsample_padding": 0}
     settings = {**model.settings(), **odd, "in_channels": 3, "_class_name": "x", "unheard_of": 1}
     settings["attention_head_dim"] = [2, 2] if model is CROSS else settings["attention_head_dim"]
@@ -190,21 +190,21 @@ def unet(**settings):
     ],
 )
 def test_a_pipelines_scheduler_is_the_objective(tmp_path, scheduler, same):
-    """The path goes through the scheduler's own alphas: every number of its table."""
+    """The path passes through every number of the scheduler's table of alphas."""
     theirs = diffusers.DDPMScheduler(**scheduler)
     diffusers.DDPMPipeline(unet(), theirs).save_pretrained(tmp_path / "p")
-    found = init_defaults(str(tmp_path / "p"))
-    block = {k: v for k, v in found["objective"].items() if k != "name"}
+    defaults = init_defaults(str(tmp_path / "p"))
+    block = {k: v for k, v in defaults["objective"].items() if k != "name"}
     path = DDPM(**block).path
     assert isinstance(path, VP)
     t = torch.arange(1, path.timesteps + 1, dtype=torch.float64) / path.timesteps
     assert torch.allclose(path.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
-    assert same.items() <= found["objective"].items()
-    assert found["backbone"]["timesteps"] == path.timesteps
+    assert same.items() <= defaults["objective"].items()
+    assert defaults["backbone"]["timesteps"] == path.timesteps
     assert init_note(str(tmp_path / "p"), DDPM(**block)) is None
 
 
-def test_a_schedule_that_we_have_not_is_said(tmp_path):
+def test_an_unknown_schedule_is_reported(tmp_path):
     betas = torch.linspace(0.001, 0.3, 1000) ** 3
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(trained_betas=betas.numpy())).save_pretrained(tmp_path / "p")
     assert "objective" not in init_defaults(str(tmp_path / "p"))
@@ -218,13 +218,13 @@ QUICK = ["--steps=1", "--lr=1e-9", "--batch=4", "--sample-every=0", "--workers=0
 
 
 def trained(folder, *args):
-    """A run, by the command; its directory."""
+    """Train by the command line, and return the run's directory."""
     assert cli.main(["train", *QUICK, f"--out={folder}", *args]) == 0
     return (folder / "latest").resolve()
 
 
-def test_training_begins_with_a_pipeline_and_needs_it_no_more(tmp_path, x, capsys):
-    """Configuration and weights; the objective is that of its scheduler; the run stands alone afterwards."""
+def test_training_starts_from_a_pipeline_and_does_not_need_it_afterwards(tmp_path, x, capsys):
+    """Settings and weights are read; the objective is that of its scheduler; the run does not need it afterwards."""
     net = unet()
     diffusers.DDIMPipeline(net, diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(
         tmp_path / "p"
@@ -239,16 +239,16 @@ def test_training_begins_with_a_pipeline_and_needs_it_no_more(tmp_path, x, capsy
     assert torch.allclose(ours, net(x, torch.tensor([0, 499, 999])).sample, atol=1e-5)
 
 
-def test_another_objective_goes_on_with_a_note(tmp_path, capsys):
+def test_another_objective_is_reported(tmp_path, capsys):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "p")
     trained(tmp_path / "runs", f"--init=diffusers:{tmp_path}/p", "--objective=flow")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     note = r"note .*was trained with name ddpm.*prediction eps.*; continuing with name flow, prediction"
-    assert re.search(note, said)
+    assert re.search(note, output)
 
 
 @pytest.mark.parametrize("rows", [None, 10, 11, 4])
-def test_classes_that_the_weights_do_not_know_begin_as_said(tmp_path, x, rows):
+def test_new_classes_start_as_reported(tmp_path, x, rows):
     net = unet(num_class_embeds=rows)
     net.save_pretrained(tmp_path / "m")
     notes = []
@@ -283,13 +283,13 @@ def test_classes_that_the_weights_do_not_know_begin_as_said(tmp_path, x, rows):
         (lambda m: m.rename(m.with_name("away")), "there is no folder"),
     ],
 )
-def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path, spoil, words, capsys):
+def test_unusable_folders_are_refused_in_one_line(tmp_path, spoil, words, capsys):
     unet().save_pretrained(tmp_path / "m")
     spoil(tmp_path / "m")
     assert cli.main(["train", *QUICK, f"--out={tmp_path}/runs", f"--init=diffusers:{tmp_path}/m"]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert words in output
+    assert output.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -314,7 +314,7 @@ TINY = ["--backbone=diffusers", "--backbone.model.block-out-channels", "8", "16"
 
 
 def model_of(folder, *args):
-    """A run whose weights are far from where they began, averages too."""
+    """A run whose weights and averages are far from their initial values."""
     run = trained(folder, *args)
     step = find_checkpoint(run)
     record = json.loads((step / "state.json").read_text())
@@ -333,7 +333,7 @@ def exported(run, out, *args):
 
 
 def picture(run, grid, label=None):
-    """What genkit draws by ddim of seeds 0 .. N - 1, as it is and as numbers in [0, 1]."""
+    """Samples of genkit by ddim with seeds 0 .. N - 1, in the model's numbers and in [0, 1]."""
     noise, cond = Seeds(range(N)), {} if label is None else {"label": torch.full((N,), label)}
     with torch.no_grad():
         x = bind("ddim", grid)(load_run(run).denoiser)(noise((1, 8, 8)), cond, noise)
@@ -341,7 +341,7 @@ def picture(run, grid, label=None):
 
 
 def from_theirs(run, grid, label=None):
-    """The same from noise z itself, as diffusers' pipelines begin; genkit begins with sigma(1) z, which on linear betas
+    """The same from noise z itself, as diffusers' pipelines start; genkit starts with sigma(1) z, which on linear betas
     is 2e-5 of it apart, and an untrained network multiplies that."""
     denoise, cond = load_run(run).denoiser, {} if label is None else {"label": torch.full((N,), label)}
     with torch.no_grad():
@@ -349,8 +349,8 @@ def from_theirs(run, grid, label=None):
     return x, (x / 2 + 0.5).clamp(0, 1)
 
 
-def apart(a, b, x):
-    """Beside the size of the picture: one of an untrained network is not within [-1, 1]."""
+def relative_error(a, b, x):
+    """Relative to the size of the samples: those of an untrained network are not within [-1, 1]."""
     return float((a - b).abs().max() / max(1.0, float(x.abs().max())))
 
 
@@ -375,14 +375,14 @@ def test_a_stock_pipeline_draws_the_same_picture_as_a_ddpm(tmp_path, objective):
     theirs = pipe(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt").images
     grid = trailing(10, load_run(run).objective.timesteps)
     x, ours = from_theirs(run, grid)
-    assert apart(ours, theirs, x) < 1e-5
-    if "--objective.prediction=v" in objective:  # whose path ends in pure noise: both begin alike
+    assert relative_error(ours, theirs, x) < 1e-5
+    if "--objective.prediction=v" in objective:  # whose path ends in pure noise: both start from it
         assert float((picture(run, grid)[1] - theirs).abs().max()) < 1e-4
     assert float(ours.std()) > 0.05, "the pictures show nothing"
 
 
 def test_a_stock_pipeline_draws_the_same_picture_as_a_flow(tmp_path):
-    """diffusers' own grid of 28 steps is our linspace; by its scheduler's hand any number of uniform steps is ours."""
+    """diffusers' own grid of 28 steps is our linspace; with its scheduler alone any number of uniform steps is ours."""
     run = model_of(tmp_path / "runs", "--objective=flow", *TINY)
     pipe = diffusers.DiffusionPipeline.from_pretrained(exported(run, tmp_path / "out"))
     pipe.set_progress_bar_config(disable=True)
@@ -407,7 +407,7 @@ def test_one_class_is_a_pipeline_and_all_are_a_network_with_a_loop(tmp_path, cla
     alone = diffusers.DiffusionPipeline.from_pretrained(exported(classy, tmp_path / "one", "--to.label=7"))
     alone.set_progress_bar_config(disable=True)
     theirs = alone(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt").images
-    assert apart(ours, theirs, x) < 1e-5
+    assert relative_error(ours, theirs, x) < 1e-5
     capsys.readouterr()
     pipe = diffusers.DiffusionPipeline.from_pretrained(exported(classy, tmp_path / "all"))
     assert "class_labels=labels  # 10 is the null class" in capsys.readouterr().out
@@ -416,18 +416,18 @@ def test_one_class_is_a_pipeline_and_all_are_a_network_with_a_loop(tmp_path, cla
     for t in pipe.scheduler.timesteps:
         out = pipe.unet(y, t, class_labels=torch.full((N,), 7)).sample.detach()
         y = pipe.scheduler.step(out, t, y).prev_sample
-    assert apart(x, y, x) < 1e-5
+    assert relative_error(x, y, x) < 1e-5
 
 
-def test_what_was_exported_begins_a_run_that_draws_the_same(tmp_path):
-    """There and back, also of a flow, which is told another time in between."""
+def test_an_exported_model_initialises_a_run_that_draws_the_same(tmp_path):
+    """A round trip, also of a flow, whose times are shifted in between."""
     for objective in ("ddpm", "flow"):
         run = model_of(tmp_path / objective, f"--objective={objective}", *TINY)
         again = trained(tmp_path / "again", f"--init=diffusers:{exported(run, tmp_path / f'{objective}-out')}")
         a, b = load_run(run), load_run(again)
         assert type(a.objective) is type(b.objective)
         ours, theirs = (picture(r, trailing(5)) for r in (run, again))
-        assert apart(ours[0], theirs[0], ours[0]) < 1e-5
+        assert relative_error(ours[0], theirs[0], ours[0]) < 1e-5
 
 
 def test_a_transformer_is_written_in_parts(tmp_path, capsys):
@@ -442,7 +442,7 @@ def test_a_transformer_is_written_in_parts(tmp_path, capsys):
     for t in scheduler.timesteps:
         label = torch.ones(N, dtype=torch.long)
         x = scheduler.step(net(x, t.expand(N), class_labels=label).sample.detach(), t, x).prev_sample
-    assert apart(from_theirs(run, trailing(10))[0], x, x) < 1e-5
+    assert relative_error(from_theirs(run, trailing(10))[0], x, x) < 1e-5
     assert (out / "README.md").read_text().startswith(f"# {run.name}")
 
 
@@ -461,14 +461,14 @@ def test_a_transformer_is_written_in_parts(tmp_path, capsys):
         ),
     ],
 )
-def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, args, to, words, capsys):
+def test_unsupported_runs_are_refused_and_nothing_is_written(tmp_path, args, to, words, capsys):
     run = trained(tmp_path / "runs", *args)
     assert cli.main(["export", str(run), str(tmp_path / "out"), *to]) == 2
     assert words in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
-def test_a_run_that_stands_alone_draws_the_same(tmp_path, classy, capsys):
+def test_a_standalone_run_draws_the_same(tmp_path, classy, capsys):
     out = tmp_path / "alone"
     assert cli.main(["export", str(classy), str(out), "--to", "run"]) == 0
     assert torch.equal(picture(out, trailing(3), 3)[0], picture(classy, trailing(3), 3)[0])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
 from genkit.diffusion.samplers import SamplerInfo
-from genkit.diffusion.samplers.steps import Callback, evaluate, nodes, nodes_at
+from genkit.diffusion.samplers.steps import Callback, nodes, nodes_at
 
 
 def midpoint(
@@ -22,10 +22,10 @@ def midpoint(
     grid = nodes(denoise.path, times)
     middles = nodes_at(denoise.path, [(a.tau + b.tau) / 2 for a, b in pairwise(grid)])
     for i, (a, b, middle) in enumerate(zip(grid, grid[1:], middles, strict=False)):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         u = x / a.scale
         half_way = u + (middle.tau - a.tau) * prediction.velocity
-        slope = evaluate(denoise, middle.scale * half_way, middle, cond).velocity
+        slope = denoise(middle.scale * half_way, middle.time(x), cond).velocity
         x = b.scale * (u + (b.tau - a.tau) * slope)
         if callback:
             callback(i, x, prediction)

@@ -1,4 +1,4 @@
-"""What the tests of data share: pictures of random pixels, files of them, and a check of refusals."""
+"""Helpers of the data tests: random images, files of them, and a check of refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genkit.core import Batch, Draw
 
 
 class refuses:  # reads as pytest.raises does
-    """A ``ValueError`` in one line that says all of ``words``."""
+    """Expects a ``ValueError`` in one line that contains all of ``words``."""
 
     def __init__(self, *words: object):
         self.words = [str(w) for w in words]

@@ -14,9 +14,9 @@ CHECKOUT = Path(genkit.__file__).parents[1]
 BENCHES = {  # name -> (module with main(argv), one line of help)
     "speed": ("benchmarks.speed", "a training step of our U-Net against diffusers' in the loop of its example"),
     "overhead": ("benchmarks.overhead", "what samplers cost besides the network, against diffusers' schedulers"),
-    "quality": ("benchmarks.quality", "objectives on one network, data and budget, measured with one ruler"),
+    "quality": ("benchmarks.quality", "objectives on one network, data and budget, measured in the same way"),
     "order": ("benchmarks.order", "the convergence order of every solver, on a mixture in closed form"),
-    "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, beside the published table"),
+    "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, and the published numbers"),
     "prediction": (
         "benchmarks.prediction",
         "what to predict, x0, eps or velocity, of a plane in 512 dimensions",
@@ -26,9 +26,10 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
 
 
 def main(argv: list[str]) -> int:
+    """Run the benchmark that ``argv`` names; the exit code."""
     lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in BENCHES.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: genkit bench NAME [options]\n\nmeasurements:\n{lines}\n\ngenkit bench NAME --help says more.")
+        print(f"usage: genkit bench NAME [options]\n\nbenchmarks:\n{lines}\n\ngenkit bench NAME --help says more.")
         return 0
     if argv[0] not in BENCHES:
         near = difflib.get_close_matches(argv[0], BENCHES, 1)

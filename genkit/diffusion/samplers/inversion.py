@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Prediction, ProbabilityPath
+from genkit.diffusion.checks import require
 from genkit.diffusion.samplers.registry import SAMPLERS, ode_samplers
-from genkit.diffusion.samplers.steps import Callback, evaluate, nodes, require
+from genkit.diffusion.samplers.steps import Callback, nodes
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def invert(
         first, t = grid[-2], t[:-1]
         x = first.alpha * x0
         for _ in range(refine):
-            x = first.alpha * x0 + first.sigma * evaluate(denoise, x, first, cond).x1
+            x = first.alpha * x0 + first.sigma * denoise(x, first.time(x), cond).x1
     if len(t) == 1:
         return x
     return SAMPLERS[sampler].function(Mirrored(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options)

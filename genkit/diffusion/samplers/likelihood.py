@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
+from genkit.diffusion.checks import require
 from genkit.diffusion.samplers.ode import worst_of_batch
-from genkit.diffusion.samplers.steps import Node, default_noise, evaluate, nodes, nodes_at, require
+from genkit.diffusion.samplers.steps import Node, default_noise, nodes, nodes_at
 
 Divergence = Literal["exact", "hutchinson"]
 Rates = Callable[[Tensor, Node], tuple[Tensor, Tensor]]  # (u, node) -> (v [B, *S], div v [B])
@@ -45,8 +46,8 @@ def log_prob(
     Rademacher vectors, drawn from ``noise`` by sample and kept all along (Grathwohl et al. 2019, eq. 8): unbiased.
     ``solver`` "dopri5" takes its own steps after the grid's first, to the tolerances ``rtol`` and ``atol``.
     """
-    require("divergence", divergence, "exact, hutchinson", divergence in ("exact", "hutchinson"))
-    require("solver", solver, "heun, dopri5", solver in ("heun", "dopri5"))
+    require("divergence", repr(divergence), "exact, hutchinson", divergence in ("exact", "hutchinson"))
+    require("solver", repr(solver), "heun, dopri5", solver in ("heun", "dopri5"))
     require("probes", probes, "1 or more", probes >= 1)
     require("rtol", rtol, "above 0", rtol > 0)
     require("atol", atol, "above 0", atol > 0)
@@ -80,7 +81,7 @@ def _rates(denoise: Denoiser, cond: Cond, directions: Tensor | None) -> Rates:
             return -u, torch.full((len(u),), -float(u[0].numel()), dtype=u.dtype, device=u.device)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            prediction = evaluate(denoise, node.scale * u, node, cond)
+            prediction = denoise(node.scale * u, node.time(u), cond)
             v = prediction.velocity
             return v.detach(), _divergence(v, u, directions)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
-from genkit.diffusion.samplers.steps import Callback, Node, default_noise, evaluate, nodes, require
+from genkit.diffusion.checks import require
+from genkit.diffusion.samplers.steps import Callback, Node, default_noise, nodes
 
 Past = Sequence[tuple[float, Tensor]]  # (lambda, predicted data), newest first
 
@@ -85,7 +86,7 @@ def _dpmpp(
     noise, grid, past = noise or default_noise(x), nodes(denoise.path, times), []
     before_last = len(grid) - 3 if grid[-1].sigma == 0 and len(grid) <= 15 else -1
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         past = [(a.half_log_snr, prediction.x0), *(p for p in past if math.isfinite(p[0]))][:order]
         if b.sigma > 0:
             h = b.half_log_snr - a.half_log_snr
@@ -136,10 +137,10 @@ def unipc(
     ``e^h - 1`` ("bh2") or h ("bh1"). Where the grid ends at the data, the last steps are of lower order.
     """
     require("order", order, "1, 2, 3", order in (1, 2, 3))
-    require("variant", variant, "bh1, bh2", variant in ("bh1", "bh2"))
+    require("variant", repr(variant), "bh1, bh2", variant in ("bh1", "bh2"))
     grid, past, begun = nodes(denoise.path, times), [], x
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         if i:
             x = _unified(begun, grid[i - 1], a, past, prediction.x0, variant)
         past = [(a.half_log_snr, prediction.x0), *past][:order]

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
+from genkit.diffusion.checks import require
 from genkit.diffusion.samplers.steps import (
     Callback,
     Node,
     default_noise,
-    evaluate,
     interpolate,
     nodes,
     nodes_at,
-    require,
 )
 
 Clock = Literal["tau", "sigma"]
@@ -50,7 +49,7 @@ def ddim(
     require("eta", eta, "0 … 1", 0 <= eta <= 1)
     noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         var = eta**2 * posterior_variance(a[1:], b[1:]) if eta else 0.0
         x = interpolate(b._replace(sigma=math.sqrt(max(0.0, b.sigma**2 - var))) if var else b, prediction)
         if var:
@@ -68,10 +67,10 @@ def heun_step(
     "tau": on ``du/dtau = x1 - x0``, u = x / (alpha + sigma). "sigma": on ``dy/dlevel = x1``, y = x / alpha, as Karras
     et al. 2022 (eq. 4, algorithm 1); where the level is infinite (alpha = 0) that step is taken in tau.
     """
-    p = evaluate(denoise, x, a, cond)
+    p = denoise(x, a.time(x), cond)
     x = interpolate(b, p)  # Euler's method, whatever the clock
     if b.t > 0:
-        q = evaluate(denoise, x, b, cond)
+        q = denoise(x, b.time(x), cond)
         if clock == "sigma" and a.alpha > 0:
             x = torch.add(x, q.x1 - p.x1, alpha=b.alpha * (b.level - a.level) / 2)
         else:
@@ -91,7 +90,7 @@ def heun(
 ) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1), in the chart. Two evaluations a step, one in the
     last, which ends where no denoiser may be asked. ``clock="sigma"`` is EDM's own, see :func:`heun_step`."""
-    require("clock", clock, "tau, sigma", clock in ("tau", "sigma"))
+    require("clock", repr(clock), "tau, sigma", clock in ("tau", "sigma"))
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         x, prediction = heun_step(denoise, x, a, b, cond, clock)
         if callback:
@@ -119,10 +118,10 @@ def rk4(
     between = iter(nodes_at(denoise.path, taus))
 
     def slope(u: Tensor, n: Node) -> Tensor:
-        return evaluate(denoise, n.scale * u, n, cond).velocity
+        return denoise(n.scale * u, n.time(u), cond).velocity
 
     for i, (a, b) in enumerate(pairwise(grid)):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         h, u, k1 = b.tau - a.tau, x / a.scale, prediction.velocity
         m = next(between)
         if b.t > 0:
@@ -194,7 +193,7 @@ class _Field:
         within = low.tau < float(tau) < high.tau
         node = nodes_at(self.denoise.path, [float(tau)])[0] if within else low if float(tau) <= low.tau else high
         self.x = node.scale * u
-        self.prediction = evaluate(self.denoise, self.x, node, self.cond)
+        self.prediction = self.denoise(self.x, node.time(u), self.cond)
         return self.prediction.velocity
 
     def callback_accept_step(self, tau: Tensor, u: Tensor, dt: Tensor) -> None:

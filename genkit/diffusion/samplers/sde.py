@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, Prediction
+from genkit.diffusion.checks import require
 from genkit.diffusion.posterior import learned_variance, log_variance
 from genkit.diffusion.samplers.grids import karras_levels
 from genkit.diffusion.samplers.ode import Clock, heun, heun_step, posterior_variance
-from genkit.diffusion.samplers.steps import Callback, Node, default_noise, evaluate, nodes, nodes_at, renoise, require
+from genkit.diffusion.samplers.steps import Callback, Node, default_noise, nodes, nodes_at, renoise
 
 NONE_LEARNED = (
     "variance: given 'learned', but this model has learned none; allowed small, large; or train with "
@@ -41,10 +42,10 @@ def ancestral(
     model has one, else small. On paths with alpha(1) = 0 "large" is the same as "small" in the first step, where beta
     would be the whole of sigma_t^2.
     """
-    require("variance", variance, "small, large, learned", variance in (None, "small", "large", "learned"))
+    require("variance", repr(variance), "small, large, learned", variance in (None, "small", "large", "learned"))
     noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         w = learned_variance(prediction) if variance in (None, "learned") else None
         if variance == "learned" and w is None:
             raise ValueError(NONE_LEARNED)
@@ -82,7 +83,7 @@ def sde(
     require("eta", eta, "0 or more", eta >= 0)
     noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         x = b.alpha * prediction.x0
         if b.sigma > 0 and (a.alpha > 0 or not eta):
             k = eta * (a.tau - b.tau) / (1 - a.tau) if eta else 0.0  # g^2 h / (2 tau)
@@ -119,7 +120,7 @@ def churn(
     require("s_churn", s_churn, "0 or more", s_churn >= 0)
     require("s_tmin, s_tmax", (s_tmin, s_tmax), "0 <= s_tmin <= s_tmax", 0 <= s_tmin <= s_tmax)
     require("s_noise", s_noise, "above 0", s_noise > 0)
-    require("clock", clock, "tau, sigma", clock in ("tau", "sigma"))
+    require("clock", repr(clock), "tau, sigma", clock in ("tau", "sigma"))
     noise, grid = noise or default_noise(x), nodes(denoise.path, times)
     gamma = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
     levels = [n.level * (1 + gamma) for n in grid[:-1]]

@@ -1,4 +1,4 @@
-"""What every sampler needs of its grid: the nodes, as plain floats computed once."""
+"""What samplers share: the nodes of a grid as plain floats, noise by seed, and a denoiser that counts."""
 
 from __future__ import annotations
 
@@ -18,33 +18,45 @@ Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the p
 
 
 class Node(NamedTuple):
+    """A time of a sampler's grid and the path's coefficients there."""
+
     t: float
     alpha: float
     sigma: float
 
+    def time(self, x: Tensor) -> Tensor:
+        """The time ``[B]`` of samples ``x`` ``[B, *S]``, for a denoiser.
+
+        Never at t = 0, where nothing is left to predict and x1 is undetermined.
+        """
+        assert self.t > 0, "a sampler evaluated a denoiser at t = 0"
+        return shared_time(self.t, len(x), x.dtype, x.device)
+
     @property
     def scale(self) -> float:
+        """``alpha + sigma``, so that ``u = x / scale`` in the chart."""
         return self.alpha + self.sigma
 
     @property
     def tau(self) -> float:
+        """Chart time ``sigma / (alpha + sigma)``."""
         return self.sigma / (self.alpha + self.sigma)
 
     @property
     def level(self) -> float:
-        """The noise level ``sigma / alpha``: EDM's sigma."""
+        """The noise level ``sigma / alpha`` (EDM's sigma); infinite in pure noise."""
         return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
     @property
     def half_log_snr(self) -> float:
-        """``log(alpha / sigma)``: the lambda of DPM-Solver. Infinite in pure noise and in pure data."""
+        """``log(alpha / sigma)``, the lambda of DPM-Solver; infinite in pure noise and in pure data."""
         if self.alpha > 0 and self.sigma > 0:
             return math.log(self.alpha / self.sigma)
         return math.inf if self.alpha > 0 else -math.inf
 
 
 def nodes(path: ProbabilityPath, times: Tensor) -> Sequence[Node]:
-    """The grid's coefficients in float64. ``ValueError`` unless times fall strictly from at most 1 to at least 0."""
+    """The nodes of a grid, computed in float64. ``ValueError`` unless times fall strictly, within 1 and 0."""
     t = times.flatten().tolist()
     if times.ndim != 1 or len(t) < 2 or any(not a > b for a, b in pairwise(t)) or t[0] > 1 or t[-1] < 0:
         shown = ", ".join(f"{v:.3g}" for v in t[:6]) + (", …" if len(t) > 6 else "")
@@ -63,12 +75,6 @@ def _nodes(path: ProbabilityPath, times: tuple[float, ...]) -> tuple[Node, ...]:
     return tuple(Node(*v) for v in zip(times, path.alpha(t).tolist(), path.sigma(t).tolist(), strict=True))
 
 
-def evaluate(denoise: Denoiser, x: Tensor, node: Node, cond: Cond) -> Prediction:
-    """The prediction at a node. Never at t = 0, where there is nothing left to predict and x1 is undetermined."""
-    assert node.t > 0, "a sampler asked a denoiser about t = 0"
-    return denoise(x, shared_time(node.t, len(x), x.dtype, x.device), cond)
-
-
 def interpolate(node: Node, p: Prediction) -> Tensor:
     """The point of the path between the predicted ends, ``alpha x0 + sigma x1``."""
     return p.at(node.alpha, node.sigma)
@@ -80,19 +86,13 @@ def renoise(x: Tensor, low: Node, high: Node, z: Tensor) -> Tensor:
     return r * x + math.sqrt(max(0.0, high.sigma**2 - (r * low.sigma) ** 2)) * z
 
 
-def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    """``ValueError`` in one line where an option makes no sense."""
-    if not holds:
-        raise ValueError(f"{name}: given {value!r}; allowed {allowed}")
-
-
 def default_noise(x: Tensor) -> Noise:
-    """Noise from torch's global generator, for a person at a prompt. :class:`Seeds` is what programs want."""
+    """Noise from torch's global generator, for interactive use. Programs should use :class:`Seeds`."""
     return lambda shape: torch.randn(len(x), *shape, dtype=x.dtype, device=x.device)
 
 
 class Seeds:
-    """A generator for each sample: ``Seeds([7, 8])(shape)`` gives normals ``[2, *shape]``, row i from seed i alone.
+    """A random generator for each sample: ``Seeds([7, 8])(shape)`` draws normals ``[2, *shape]``, row i from seed i.
 
     So image i is the same for any batch size, any number of ranks and any device (the numbers are drawn on the CPU;
     after Karras et al. 2022's per-image seeds). Each call continues every sample's own stream.
@@ -103,14 +103,14 @@ class Seeds:
         self.device, self.dtype = torch.device(device), dtype
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
-        drawn = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
-        return torch.stack(drawn).to(self.device)
+        normals = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
+        return torch.stack(normals).to(self.device)
 
 
 class CountingDenoiser:
-    """A denoiser that counts how often it is asked: ``calls`` (NFE) and ``rows``, the samples in all of them.
+    """A denoiser that counts its evaluations: ``calls`` (NFE), and ``rows``, the samples in all of them.
 
-    Wrap the network's denoiser *before* guidance: classifier-free guidance then shows twice the rows in as many calls.
+    Wrap the network's denoiser *before* guidance: classifier-free guidance then has twice the rows in as many calls.
     """
 
     def __init__(self, inner: Denoiser):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise, expand
+from genkit.diffusion.checks import require
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.posterior import learned_variance, log_variance, reverse_step
 from genkit.diffusion.samplers.sde import NONE_LEARNED
-from genkit.diffusion.samplers.steps import default_noise, evaluate, nodes, require
+from genkit.diffusion.samplers.steps import default_noise, nodes
 
 Variance = Literal["small", "large", "learned"]
 WIDTHS = {"small": -1.0, "large": 1.0}
@@ -60,7 +61,7 @@ def variational_bound(
     ``pixels`` says that ``x0`` are uint8 pixels as ``k / 127.5 - 1``: then ``L_0`` is of the probability of these
     levels (Ho et al. 2020, eq. 13), else of the density of ``x0``.
     """
-    require("variance", variance, "small, large, learned", variance in (None, "learned", *WIDTHS))
+    require("variance", repr(variance), "small, large, learned", variance in (None, "learned", *WIDTHS))
     require_diffusion("bound", denoise.path)
     grid = nodes(denoise.path, times)
     if grid[0].t != 1 or grid[-1].t != 0:
@@ -68,7 +69,7 @@ def variational_bound(
     noise, terms = noise or default_noise(x0), []
     for a, b in pairwise(grid):
         x = a.alpha * x0 + a.sigma * noise(x0.shape[1:])
-        prediction = evaluate(denoise, x, a, cond)
+        prediction = denoise(x, a.time(x), cond)
         w = learned_variance(prediction) if variance in (None, "learned") else None
         if variance == "learned" and w is None:
             raise ValueError(NONE_LEARNED)

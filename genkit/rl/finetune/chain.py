@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, expand
+from genkit.diffusion.checks import require
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
-from genkit.diffusion.samplers.steps import Node, default_noise, evaluate, interpolate, nodes, require
+from genkit.diffusion.samplers.steps import Node, default_noise, interpolate, nodes
 from genkit.rl.finetune.noise import ExplorationNoise, FixedNoise, Sigma
 
 
@@ -98,7 +99,7 @@ class Chain:
         """Mean ``[B, *S]`` and standard deviation of step k from ``x``; the latter is ``[B, *S]`` if it is learned."""
         step = self.transitions[k]
         end = Node(0.0, step.alpha, step.kept)
-        mean = interpolate(end, evaluate(denoise, x, step.node, cond))
+        mean = interpolate(end, denoise(x, step.node.time(x), cond))
         if self.sigma is None:
             return mean, step.std
         return mean, self.std_at(x, torch.full((len(x),), k, device=x.device), cond)

@@ -24,6 +24,7 @@ class RewardWrapper:
         self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
 
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        """Begin episodes, as :meth:`genkit.envs.Env.reset`."""
         return self.env.reset(seeds, rows)
 
 
@@ -38,6 +39,7 @@ class SingleModeReward(RewardWrapper):
         self.mode = mode
 
     def step(self, actions: np.ndarray) -> Outcome:
+        """Step all rows, as :meth:`genkit.envs.Env.step`, with these rewards."""
         obs, reward, terminated, truncated, info = self.env.step(actions)
         right = info["mode"] == self.mode
         return obs, reward * right, terminated, truncated, {**info, "success": info["success"] & right}
@@ -62,6 +64,7 @@ class SuccessReward(RewardWrapper):
         return super().reset(seeds, rows)
 
     def step(self, actions: np.ndarray) -> Outcome:
+        """Step all rows, as :meth:`genkit.envs.Env.step`, with these rewards."""
         obs, reward, terminated, truncated, info = self.env.step(actions)
         success = info["success"].astype(bool)
         first = success & ~self.succeeded

@@ -121,6 +121,7 @@ class SigmaNetwork(nn.Module):
         self.net, self.spread, self.steps = net, spread, steps
 
     def forward(self, x: Tensor, k: Tensor, cond: Cond) -> Tensor:
+        """Factors ``[B, *S]`` of the std at points ``x`` [B, *S] and steps ``k`` Int [B]."""
         return self.spread ** self.net(x, 1 - k / self.steps, cond).tanh()
 
 

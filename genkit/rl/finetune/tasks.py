@@ -211,9 +211,11 @@ class EnvironmentTask:
         return finished
 
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
+        """Not available: an environment is not differentiable."""
         raise NotImplementedError
 
     def reward(self, x: Tensor, cond: Cond) -> Tensor:
+        """Not available: rewards come from episodes."""
         raise NotImplementedError
 
 
@@ -268,6 +270,7 @@ class FunctionTask:
         """Nothing is carried from one iteration to the next."""
 
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
+        """Normals ``[n, *S]``, a function of ``iteration``, and conditions for them."""
         z = torch.randn(n, *learner.spec.shape, generator=learner.generator(iteration, 0)).to(learner.device)
         cond = self.conditions(learner.spec, n, lambda rows: learner.draw_demos(rows).cond)
         return z, {k: v.to(z.device) for k, v in cond.items()}

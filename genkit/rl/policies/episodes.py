@@ -23,11 +23,22 @@ class Actor(Protocol):
     """
 
     @property
-    def obs_shape(self) -> tuple[int, int]: ...
+    def obs_shape(self) -> tuple[int, int]:
+        """(To, Do); Do is 0 if pictures are all it sees."""
+        ...
+
     @property
-    def action_dim(self) -> int: ...
-    def reset(self, seeds: Sequence[int]) -> None: ...
-    def act(self, obs: np.ndarray) -> np.ndarray: ...
+    def action_dim(self) -> int:
+        """Numbers of an action."""
+        ...
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Begin episodes, one for each seed."""
+        ...
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Actions ``[N, Ta, A]`` to carry out for observations ``[N, To, Do]``."""
+        ...
 
 
 @dataclass

@@ -46,6 +46,7 @@ class InverseDynamics(nn.Module):
         self.get_buffer(f"{name}_std").copy_(torch.where(std > 1e-7, std, 1))
 
     def forward(self, state: Tensor, following: Tensor) -> Tensor:
+        """Actions ``[N, A]`` from ``state`` to ``following``, ``[N, Do]`` each."""
         x = torch.cat([self.standardize("state", state), self.standardize("move", following - state)], 1)
         return self.net(x) * self.get_buffer("action_std") + self.get_buffer("action_mean")
 

@@ -20,7 +20,8 @@ from genkit.config import load_object
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
-from genkit.diffusion.guidance import LINEAR, Guided, compose, finite, keep
+from genkit.diffusion.checks import require_finite
+from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
@@ -68,11 +69,11 @@ def condition_tensors(spec: Spec, values: Mapping[str, Sequence[float]]) -> dict
 def condition_guidance(names: Sequence[str], scale: float) -> Guidance:
     """Extrapolate from the prediction without the conditions ``names`` through the one with them; the other conditions
     are in both (Brooks et al. 2023, section 3.2.1)."""
-    finite("guidance", scale)
+    require_finite("guidance", scale)
 
     def guide(denoise: Denoiser) -> Denoiser:
         def pair(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
-            without = {f"keep.{name}": torch.zeros_like(keep(x, cond)) for name in names}
+            without = {f"keep.{name}": torch.zeros_like(keep_mask(x, cond)) for name in names}
             return denoise(x, t, cond), denoise(x, t, {**cond, **without})
 
         return Guided(denoise, pair, scale, LINEAR)

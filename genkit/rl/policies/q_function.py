@@ -51,10 +51,12 @@ class RecordingEnv:
         self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
 
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
+        """Begin episodes, and forget the rewards of those before."""
         self.rewards, self.ended = [], []
         return self.env.reset(seeds, rows)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Step the environment and record the rewards and ends."""
         outcome = self.env.step(actions)
         self.rewards.append(np.asarray(outcome[1], np.float64))
         self.ended.append(outcome[2] | outcome[3])
@@ -120,6 +122,7 @@ class QFunction(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        """``[B]`` for chunks ``x`` [B, A, T] and ``cond["obs"]`` [B, To, Do]."""
         return self.net(x * self.used, {"obs": cond["obs"]})[:, 0]
 
 
