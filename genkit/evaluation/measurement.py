@@ -214,9 +214,8 @@ def measure_reference(
         kept = {name: stored.tensors[name][0] for name in keep}
         return SampleStatistics(stored.moments, **kept, settings=extractor.settings)
     options: dict[str, Any] = {"keep": keep, "batch": batch, "ranks": ranks, "progress": progress}
-    statistics = measure(
-        reference, extractor, n, partial=cache_folder() / "partial", task="reference", **options
-    ).statistics
+    partial = cache_folder() / "partial"
+    statistics = measure(reference, extractor, n, partial=partial, task="reference", **options).statistics
     tensors = {name: getattr(statistics, name) for name in TENSORS}
     shard = Shard(statistics.moments, {name: [] if v is None else [v] for name, v in tensors.items()})
     ranks.once(shard.save, path)
