@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+import genkit
+from genkit import SAMPLERS
 from genkit.core import pictures
-from genkit.diffusion.samplers import SAMPLERS
-from genkit.training.run import load_run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("grid.png"))
     args = parser.parse_args()
 
-    run = load_run(args.run)
+    run = genkit.load(args.run)
     if len(run.spec.shape) != 3:
         parser.error(f"this script draws images; {args.run} has samples of shape {run.spec.shape}: try genkit sample")
     rows = []
