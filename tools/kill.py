@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pictures.loss_plot = lambda records, path: path  # most of the time of these tiny runs
+    pictures.plot_loss = lambda records, path: path  # most of the time of these tiny runs
     rng, counts, cuts = random.Random(args.seed), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         root, references, spans = Path(folder), {}, {}
