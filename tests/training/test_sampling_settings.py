@@ -55,5 +55,5 @@ def test_clipping_is_for_data_within_one(tmp_path, data, allowed):
     if allowed:
         assert generate()
     else:
-        with pytest.raises(ValueError, match="clip: .* go beyond"):
+        with pytest.raises(ValueError, match=r"clip: .* go beyond"):
             generate()
