@@ -1,31 +1,60 @@
-"""Train a small flow from one kind of picture to another, by concatenation, and draw several answers to each question.
+"""Train a small flow from one kind of image to another, by concatenation, and draw several answers for each.
 
     python samplers/image_to_image.py --task enlarge --steps 600 --out translated.png
     python samplers/image_to_image.py --task complete --data my/folder
 
-The model sees the corrupted picture beside the noisy one, as further channels (Saharia et al. 2022, "Palette"): the
-condition is of the kind ``Image``, and nothing else changes. Rows of the picture: held-out originals, what the model is
-given, and ``--answers`` samples. The default takes about a minute on one core.
+The corrupted image is the model's condition, as further channels (Saharia et al. 2022, "Palette"): its kind is
+``Image``, and nothing else changes. Rows of the picture: held-out originals, their corrupted versions, and --answers
+samples. The default takes about a minute on one core.
 """
 
 import argparse
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from editing import rms_error, run_script
+from torch import Tensor, nn
 
-from genkit.backbones import UNet
-from genkit.core import Batch, Draw, Image, Spec, pictures
+from genkit import Batch, Flow, Image, Spec, UNet, bind, classifier_free, uniform
+from genkit.core import Data, Draw, pictures
 from genkit.data import DATA, Stream, find_source
-from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.inverse_problems import Average
-from genkit.diffusion.samplers import Seeds, bind, uniform
-from genkit.objectives import Flow
+from genkit.diffusion.samplers import Seeds
 
-TASKS = {
-    "enlarge": lambda x: Average(2).enlarge(Average(2).forward(x)),
-    "complete": lambda x: x * (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2),
-}
+
+def coarsen(x: Tensor) -> Tensor:
+    """Replace blocks of 2x2 pixels by their means."""
+    return Average(2).enlarge(Average(2).forward(x))
+
+
+def cut(x: Tensor) -> Tensor:
+    """Set the right half to 0."""
+    return x * (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2)
+
+
+TASKS: Mapping[str, Callable[[Tensor], Tensor]] = {"enlarge": coarsen, "complete": cut}
+
+
+def train(
+    flow: Flow, data: Data, corrupt: Callable[[Tensor], Tensor], steps: int, seed: int
+) -> Mapping[str, nn.Module]:
+    """The networks of a flow whose condition is the corrupted image."""
+    torch.manual_seed(seed)
+    stream = Stream(data, 64, seed)
+    nets = flow.networks(UNet(), Spec(data.spec.shape, {"image": Image(data.spec.shape[0])}))
+    optimizer = torch.optim.AdamW(nets["net"].parameters(), lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for step in range(steps):
+        x = data.codec.encode(stream(step, 0, 0, 64)).x
+        loss = flow.loss("denoise", nets, Batch(x, {"image": corrupt(x)})).per_sample.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
+    return nets
 
 
 def main() -> None:
@@ -34,46 +63,30 @@ def main() -> None:
     parser.add_argument("--task", default="enlarge", choices=TASKS)
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--n", type=int, default=10, help="how many held-out pictures")
-    parser.add_argument("--answers", type=int, default=3)
+    parser.add_argument("--n", type=int, default=10, help="number of held-out images")
+    parser.add_argument("--answers", type=int, default=3, help="samples for each image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("translated.png"))
     args = parser.parse_args()
 
     name, fields = find_source(args.data)
-    train, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
-    if len(train.spec.shape) != 3 or min(args.n, args.answers) < 1:
-        raise ValueError(f"given {args.n} x {args.answers} of {train.spec.shape}; needs pictures [C, H, W], 1 or more")
-    task, spec = TASKS[args.task], Spec(train.spec.shape, {"image": Image(train.spec.shape[0])})
-    Average(2).measured(spec.shape)  # refuses odd sizes
-    torch.manual_seed(args.seed)
-    flow, stream = Flow(), Stream(train, 64, args.seed)
-    nets = flow.networks(UNet(), spec)
-    optimizer = torch.optim.AdamW(nets["net"].parameters(), lr=2e-3, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, args.steps))
-    for step in range(args.steps):
-        x = train.codec.encode(stream(step, 0, 0, 64)).x
-        loss = flow.loss("denoise", nets, Batch(x, {"image": task(x)})).per_sample.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        if step % 100 == 0:
-            print(f"step {step:5d}  loss {float(loss.detach()):.4f}", flush=True)
+    data, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
+    if len(data.spec.shape) != 3 or min(args.n, args.answers) < 1:
+        raise ValueError(f"given {args.n} x {args.answers} of {data.spec.shape}; needs pictures [C, H, W], 1 or more")
+    Average(2).measured(data.spec.shape)  # refuses odd sizes
+    corrupt, flow = TASKS[args.task], Flow()
+    nets = train(flow, data, corrupt, args.steps, args.seed)
 
-    spread = torch.linspace(0, len(test) - 1, args.n).long()
-    x0 = test.codec.encode(test.batch(spread, Draw((0,), 0, args.n))).x
+    rows = torch.linspace(0, len(test) - 1, args.n).long()
+    x0 = test.codec.encode(test.batch(rows, Draw((0,), 0, args.n))).x
     generate = flow.generator(nets, bind("heun", uniform(20), classifier_free(args.guidance)))
-    seeds = [range(s, s + args.n) for s in range(args.seed, args.seed + args.n * args.answers, args.n)]
-    drawn = [generate(Seeds(s)(spec.shape), {"image": task(x0)}) for s in seeds]
-    shown = (task(x0), *drawn, torch.stack(drawn).mean(0))
-    errors = [float((x.clamp(-1, 1) - x0).square().mean().sqrt()) for x in shown]
-    print("error of what is given, of each answer, of their mean:", *(f"{e:.3f}" for e in errors))
-    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, task(x0), *drawn])), args.n), args.out))
+    first_seeds = [args.seed + i * args.n for i in range(args.answers)]
+    answers = [generate(Seeds(range(s, s + args.n))(x0.shape[1:]), {"image": corrupt(x0)}) for s in first_seeds]
+    images = (corrupt(x0), *answers, torch.stack(answers).mean(0))
+    print("error of the corrupted image, of each answer, of their mean:", *(f"{rms_error(x, x0):.3f}" for x in images))
+    grid = pictures.make_grid(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n)
+    print(pictures.save_image(grid, args.out))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(f"image_to_image: {e}")
+    run_script(main)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import genkit
 from genkit.core import pictures
 from genkit.diffusion.samplers import Seeds
-from genkit.training.run import load_run
-from genkit.training.sampling import Sampling, sample_conditions
+from genkit.training.sampling import sample_conditions
 
 
 def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
@@ -27,7 +27,7 @@ def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
-    parser.add_argument("--label", type=int, help="the class of all; without it, row i has class i")
+    parser.add_argument("--label", type=int, help="the class of all rows; default: row i has class i")
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--columns", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
@@ -36,16 +36,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("interpolation.png"))
     args = parser.parse_args()
 
-    run = load_run(args.run)
+    run = genkit.load(args.run)
     z = Seeds(range(args.seed, args.seed + 2 * args.rows))(run.spec.shape)
     fractions = torch.linspace(0, 1, args.columns).tolist()
-    walk = torch.stack([slerp(z[2 * i], z[2 * i + 1], w) for i in range(args.rows) for w in fractions])
+    noise = torch.stack([slerp(z[2 * i], z[2 * i + 1], w) for i in range(args.rows) for w in fractions])
     labels = sample_conditions(run.spec, args.rows, args.label)
-    cond = {k: v.repeat_interleave(args.columns).to(run.device) for k, v in labels.items()}
-    generate = run.generator(Sampling(sampler="heun", steps=args.steps, guidance=args.guidance))
-    x = run.codec.decode(generate(walk.to(run.device), cond)).cpu()
-    image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {})
-    print(pictures.save(image, args.out))
+    cond = {name: value.repeat_interleave(args.columns).to(run.device) for name, value in labels.items()}
+    generate = run.generator(genkit.Sampling(sampler="heun", steps=args.steps, guidance=args.guidance))
+    x = run.codec.decode(generate(noise.to(run.device), cond)).cpu()
+    image = pictures.make_grid(x, args.columns) if x.ndim == 4 else pictures.draw_samples(x, {})
+    print(pictures.save_image(image, args.out))
 
 
 if __name__ == "__main__":

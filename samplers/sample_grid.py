@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+import genkit
+from genkit import SAMPLERS
 from genkit.core import pictures
-from genkit.diffusion.samplers import SAMPLERS
-from genkit.training.run import load_run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("grid.png"))
     args = parser.parse_args()
 
-    run = load_run(args.run)
+    run = genkit.load(args.run)
     if len(run.spec.shape) != 3:
         parser.error(f"this script draws images; {args.run} has samples of shape {run.spec.shape}: try genkit sample")
     rows = []
@@ -34,7 +34,7 @@ def main() -> None:
         x, _ = run.sample(args.n, sampler=name, steps=args.steps, guidance=args.guidance, seed=args.seed)
         rows.append(x)
         print(f"{name:<10} {args.n} samples, {args.steps} steps")
-    print(pictures.save(pictures.mosaic(torch.cat(rows), columns=args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(torch.cat(rows), columns=args.n), args.out))
 
 
 if __name__ == "__main__":

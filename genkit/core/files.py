@@ -1,36 +1,101 @@
-"""Files that appear whole or not at all, and what is said of those that cannot be read."""
+"""Files and directories that are complete or absent, also after a kill or a power cut."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some file systems cannot sync a directory
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to. It takes that name when the block ends well, and is gone when it does not.
+    """Yield a temporary path beside ``path`` to write to; it is renamed to ``path`` if the block succeeds.
 
-    The folders above are made. Each process has a place of its own; of two that write one file, the last stays.
+    Missing parent directories are created. The content is on the disk before the rename. Each process has its own
+    temporary path; if two write the same file, the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}-{os.getpid()}.part")
     try:
         yield part
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path`` to fill; it is renamed to ``path`` if the block succeeds.
+
+    An existing directory is replaced. All content is on the disk before the rename.
+    """
+    part = path.with_name(f".{path.name}-{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in part.iterdir():
+            sync(file)
+        sync(part)
+        if path.exists():
+            remove_directory(path)
+        os.replace(part, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory such that its name never points to a part of it."""
+    hidden = path.with_name(f".{path.name}-{os.getpid()}.gone")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files and directories in ``folder`` whose processes no longer run."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        match = re.fullmatch(r"\..*-(\d+)(\.part|\.gone)?", path.name)
+        if match and not is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process with this id runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` whole or not at all; its path."""
+    """Write ``text`` atomically, and return the path."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, or of which kind it is where it says nothing."""
+def format_error(error: Exception) -> str:
+    """Return an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -18,6 +18,10 @@ class Env(Protocol):
     """N copies of an environment that run side by side. Row i depends on its own seed and actions only.
 
     A row that has ended stays as it is, with reward 0, until it is reset; nothing resets itself.
+
+    An environment may also have ``modes``, the number of ways that ``info["mode"]`` tells apart; ``frame(row)``, a PIL
+    image of one row for films; ``pixels((H, W))``, small images uint8 ``[N, 3, H, W]`` of all rows, for policies that
+    observe images; and ``draw(paths, colours, title)``, a figure of paths ``[T, Do]`` as a PIL image.
     """
 
     num: int

@@ -3,37 +3,84 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Codec, Objective, Spec, spec_to_dict
+from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.training.directory import symlink
 from genkit.training.loop import State, phase_parameters
 
+STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The record in ``state.json``. ``ValueError`` if it is missing or damaged: the checkpoint is incomplete then."""
+    path = checkpoint / "state.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= STATE_KEYS:
+        raise ValueError(f"{path}: is missing or damaged")
+    return record
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether ``state.json``, which is written last, is there and can be read."""
+    try:
+        read_state(checkpoint)
+    except ValueError:
+        return False
+    return True
+
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. ``ValueError`` if there are none."""
-    complete = sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
-    if not complete:
-        raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
-    return complete
+    """The complete checkpoints of a run, oldest first."""
+    named = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted((p for p in named if is_complete(p)), key=step_of)
+
+
+def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[str], None] = lambda text: None) -> Path:
+    """The newest checkpoint whose files all have their recorded checksums, or the one of ``step``.
+
+    ``note`` hears of every damaged one that is passed over. ``ValueError`` if none is sound.
+    """
+    candidates = [find_checkpoint(run, step)] if step is not None else list_checkpoints(run)[::-1]
+    for checkpoint in candidates:
+        damaged = [
+            name
+            for name, recorded in read_state(checkpoint)["sha256"].items()
+            if not (checkpoint / name).is_file() or sha256(checkpoint / name) != recorded
+        ]
+        if not damaged:
+            return checkpoint
+        note(f"{checkpoint.name} is damaged ({damaged[0]}); it is passed over")
+    tried = ", ".join(p.name for p in candidates) or "none"
+    raise ValueError(f"run: given {run}, which has no sound checkpoint; tried: {tried}")
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Path:
     """The checkpoint that ``latest`` points at, or the one of ``step``. ``ValueError`` names those that exist."""
     complete = list_checkpoints(run)
+    if not complete:
+        raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
     if step is None:
         latest = run / "latest"
-        return latest.resolve() if (latest / "state.json").is_file() else complete[-1]
+        return latest.resolve() if is_complete(latest) else complete[-1]
     for path in complete:
-        if int(path.name.removeprefix("step-")) == step:
+        if step_of(path) == step:
             return path
     saved = ", ".join(p.name.removeprefix("step-").lstrip("0") for p in complete)
     raise ValueError(f"step: given {step}; saved: {saved}")
@@ -58,47 +105,50 @@ def save_checkpoint(
     *,
     seed: int,
     keep: int,
+    data: Mapping[str, Any] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     best: int | None = None,
 ) -> Path:
     """Write ``checkpoints/step-N``, point ``latest`` at it, and keep the newest ``keep`` checkpoints.
 
+    ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it.
     ``extra`` holds further files by name. With ``best``, the step of the best checkpoint, ``latest`` points at that
     one, which is kept as well.
     """
     final = run / "checkpoints" / f"step-{state.step:07d}"
-    part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    first = not list_checkpoints(run)
     files = {"nets.safetensors": to_tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
     files |= {f"ema-{decay}.safetensors": to_tensors(nets) for decay, nets in state.emas.items()}
     files |= {name: dict(content) for name, content in (extra or {}).items()}
-    for name, content in files.items():
-        save_file(content, part / name)
-    # state.json comes last: a checkpoint without it is not one.
-    record = {
-        "step": state.step,
-        "skipped": state.skipped,
-        "seed": seed,
-        "spec": spec_to_dict(spec),
-        "codec": codecs.to_dict(codec),
-        "sha256": {name: sha256(part / name) for name in files},
-    }
-    (part / "state.json").write_text(json.dumps(record, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    with atomic_directory(final) as part:
+        for name, content in files.items():
+            save_file(content, part / name)
+        # state.json comes last: a checkpoint without it is incomplete.
+        record = {
+            "step": state.step,
+            "skipped": state.skipped,
+            "seed": seed,
+            "spec": spec_to_dict(spec),
+            "codec": codecs.to_dict(codec),
+            "data": dict(data or {}),
+            "meter": state.meter,
+            "sha256": {name: sha256(part / name) for name in files},
+        }
+        (part / "state.json").write_text(json.dumps(record, indent=1))
     chosen = final if best is None else final.with_name(f"step-{best:07d}")
     symlink(run / "latest", f"checkpoints/{chosen.name}")
-    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+    if first:
+        symlink(run.parent / "latest", run.name)
+    for old in list_checkpoints(run)[:-keep]:
         if old != chosen:
-            shutil.rmtree(old)
+            remove_directory(old)
     return final
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint. ``ValueError`` if it is missing or its checksum is wrong."""
     path = checkpoint / name
-    recorded = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    recorded = read_state(checkpoint)["sha256"]
     if name not in recorded:
         raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
     if not path.is_file() or sha256(path) != recorded[name]:
@@ -108,7 +158,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 def restore(checkpoint: Path, state: State, objective: Objective) -> None:
     """Load a checkpoint into ``state``, in place: networks, averages, optimizers and step."""
-    record = json.loads((checkpoint / "state.json").read_text())
+    record = read_state(checkpoint)
     load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
     for decay, nets in state.emas.items():
         load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
@@ -119,4 +169,4 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
             slots = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             # the fused kernels need the step count on the parameter's device
             state.optimizers[phase.name].state[p] = {k: v.to(p.device) for k, v in slots.items()}
-    state.step, state.skipped = record["step"], record["skipped"]
+    state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,15 @@ from genkit.core.files import write_text
 
 
 def create_run(out: str | Path, name: str) -> Path:
-    """Make the directory ``out/NNNN-name``, numbered after the largest there is, and point ``out/latest`` at it."""
+    """Make the directory ``out/NNNN-name``, numbered after the largest there is.
+
+    Raises ``ValueError`` if ``out/latest``, which will point at it when it has a checkpoint, is a file of the user's.
+    """
     out = Path(out)
+    if (out / "latest").exists() and not (out / "latest").is_symlink():
+        raise ValueError(
+            f"out: {out / 'latest'} is in the way: genkit keeps this name for a link; move it, or give --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(\d{4,})-", p.name))]
@@ -33,14 +41,13 @@ def create_run(out: str | Path, name: str) -> Path:
             run.mkdir()
         except FileExistsError:  # another process was faster
             continue
-        symlink(out / "latest", run.name)
         return run
 
 
 def symlink(link: Path, target: str) -> None:
-    """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a directory has that name."""
-    if link.is_dir() and not link.is_symlink():
-        raise ValueError(f"{link}: is a directory, and this name is kept for a link; move it away")
+    """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a file or directory has that name."""
+    if link.exists() and not link.is_symlink():
+        raise ValueError(f"{link}: is in the way: genkit keeps this name for a link; move it")
     new = link.with_name(f".{link.name}-{os.getpid()}")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
@@ -66,20 +73,34 @@ def append_log(run: Path, record: Mapping[str, Any]) -> None:
         f.write(json.dumps(record) + "\n")
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of ``log.jsonl``; a last line that a kill cut off is ignored."""
+def parse_log(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of ``log.jsonl``, and the number of lines that cannot be read (cut off by a kill, or damaged)."""
     path = run / "log.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    records = []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    records: list[dict[str, Any]] = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
-    return records
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records, len(lines) - len(records)
 
 
-def rewind_log(run: Path, step: int) -> None:
-    """Drop the lines after ``step``: what a killed run did past its last checkpoint is done again."""
-    kept = [r for r in read_log(run) if r["step"] <= step]
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The records of ``log.jsonl``; lines that cannot be read are skipped."""
+    return parse_log(run)[0]
+
+
+def rewind_log(run: Path, step: int) -> int:
+    """Drop the records after ``step``: what a killed run did past its last checkpoint is done again.
+
+    Returns the number of unreadable lines; if there are any, the old file is kept as ``log.jsonl.bak``.
+    """
+    records, unreadable = parse_log(run)
+    if unreadable:
+        shutil.copyfile(run / "log.jsonl", run / "log.jsonl.bak")
+    kept = [r for r in records if r["step"] <= step]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+    return unreadable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from genkit.core import Data, Image
 from genkit.data import InLatents
-from genkit.training.checkpoint import find_checkpoint
+from genkit.training.checkpoint import find_checkpoint, read_state
 from genkit.training.first_stage import (
     CachedLatentCodec,
     FirstStage,
@@ -40,7 +39,7 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
         return data
     device = accelerator.device
     if resumed:
-        record = json.loads((find_checkpoint(resumed) / "state.json").read_text())["codec"]
+        record = read_state(find_checkpoint(resumed))["codec"]
         codec = codec_from_dict(record, resumed / "codec", device)
         if not isinstance(codec, LatentCodec):
             raise ValueError(f"codec: {resumed.name} was trained without one, and goes on without; leave --codec out")

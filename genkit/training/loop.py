@@ -6,8 +6,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class State:
     optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0
     skipped: int = 0  # steps left out because a gradient was not finite
+    meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, so that it can be resumed
 
     @property
     def slowest_average(self) -> dict[str, nn.Module]:
@@ -146,19 +147,18 @@ def fit(
         if loop.is_due(settings.log_every):
             log(loop.record(lr))
         progress(state.step, loop.recent_loss())
-        if settings.sample_every and loop.is_due(settings.sample_every):
-            sample(state)
-        if settings.eval_every and loop.is_due(settings.eval_every):
-            began = time.perf_counter()
-            evaluate(state)
-            loop.meter.mark += time.perf_counter() - began  # samples_per_s counts training alone
         stopping = all_agree(accelerator, state.step, stop)
-        if stopping or loop.is_due(settings.save_every):
-            loop.count_skipped()
-            require_same(accelerator, state)
-            save(state)
-        if stopping and state.step < settings.steps:
-            return False
+        with loop.meter.paused():
+            # the checkpoint comes first: whatever happens while pictures are drawn, the work is saved
+            if stopping or loop.is_due(settings.save_every):
+                loop.prepare_checkpoint()
+                save(state)
+            if stopping and state.step < settings.steps:
+                return False
+            if settings.sample_every and loop.is_due(settings.sample_every):
+                sample(state)
+            if settings.eval_every and loop.is_due(settings.eval_every):
+                evaluate(state)
     return True
 
 
@@ -187,7 +187,7 @@ class _Loop:
         # DDP refuses networks without parameters, such as a memory of past losses
         trainable = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]
         self.wrapped = {k: accelerator.prepare_model(v) if k in trainable else v for k, v in state.nets.items()}
-        self.meter = Meter(self.device, state.step)
+        self.meter = Meter(self.device, state.step, state.meter)
         for net in state.nets.values():
             net.train()
 
@@ -261,6 +261,12 @@ class _Loop:
     def recent_loss(self) -> float | None:
         """The first phase's mean loss since the last log line; on an accelerator, that of the last line."""
         return self.meter.peek(self.objective.phases[0].name) if self.device.type == "cpu" else self.meter.last
+
+    def prepare_checkpoint(self) -> None:
+        """Bring the state up to date, and check that all ranks agree on the weights."""
+        self.count_skipped()
+        require_same(self.accelerator, self.state)
+        self.state.meter = self.meter.dump(self.accelerator)
 
     def count_skipped(self) -> None:
         """Add the skipped steps to the state's count."""
@@ -375,29 +381,63 @@ def first_bad_layer(objective: Objective, state: State, batch: Batch, bf16: bool
 
 
 class Meter:
-    """Means since the last log line, kept on the device."""
+    """Means since the last log line, kept on the device, and the time that training took."""
 
-    def __init__(self, device: torch.device, step: int):
-        self.device, self.step = device, step
-        self.last: float | None = None
-        self.started = time.perf_counter()
-        self.clear()
+    def __init__(self, device: torch.device, step: int, stored: Mapping[str, Any] | None = None):
+        """``stored`` is what :meth:`dump` returned at the checkpoint that training resumes from."""
+        stored = stored or {}
+        self.device = device
+        self.step = stored.get("step", step)
+        self.last: float | None = stored.get("last")
+        self.sums = {k: torch.tensor(v, device=device) for k, v in stored.get("sums", {}).items()}
+        self.counts: dict[str, float] = dict(stored.get("counts", {}))
+        now = time.perf_counter()
+        self.started = now - stored.get("seconds", 0.0)
+        self.mark = now - stored.get("since_mark", 0.0)
+
+    def dump(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The unfinished line as JSON values: exact on one rank, the mean over several."""
+        keys = sorted(self.sums)
+        sums: list[float] = []
+        if keys:
+            means = torch.stack([self.sums[k].to(self.device) for k in keys])
+            sums = accelerator.reduce(means, "mean").tolist()  # type: ignore[union-attr]
+        now = time.perf_counter()
+        return {
+            "step": self.step,
+            "last": self.last,
+            "sums": dict(zip(keys, sums, strict=True)),
+            "counts": dict(self.counts),
+            "seconds": now - self.started,
+            "since_mark": now - self.mark,
+        }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude what happens inside from ``samples_per_s``, which counts training alone."""
+        began = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - began
 
     def clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
+        """Begin the next line."""
+        self.sums = {}
+        self.counts = {}
         self.mark = time.perf_counter()
 
     def add(self, key: str, value: Tensor, count: float) -> None:
+        """Add ``value``, a scalar that stands for ``count`` of a mean's terms."""
         value = value.detach().float()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.counts[key] = self.counts.get(key, 0.0) + count
 
     def peek(self, phase: str) -> float | None:
+        """The mean loss of a phase so far, or that of the last line. Synchronises the device."""
         key = f"{phase}/loss"
         return float(self.sums[key]) / self.counts[key] if key in self.sums else self.last
 
     def read(self, accelerator: Accelerator, state: State, settings: TrainSettings, lr: float) -> dict[str, Any]:
+        """The line of the log, and a new beginning."""
         keys = sorted(self.sums)
         means = torch.stack([self.sums[k].to(self.device) / self.counts[k] for k in keys])
         means = accelerator.reduce(means, "mean").tolist()  # type: ignore[union-attr]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkit import config
 from genkit.backbones import lora
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
@@ -23,13 +22,13 @@ from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import Classifier
-from genkit.training.checkpoint import find_checkpoint, read_tensors
+from genkit.training.checkpoint import find_checkpoint, read_state, read_tensors
 from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
-from genkit.training.sampling import Sampling, build_guidance, sample_conditions
-from genkit.training.settings import TrainSettings
+from genkit.training.sampling import Sampling, build_guidance, require_conditions, sample_conditions
+from genkit.training.settings import TrainSettings, stored_settings
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ class Run:
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
         conditions = dict(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
         spec.check(conditions, n)
+        require_conditions(self, conditions)
         frames: list[list[Tensor]] = []
 
         def record(step: int, x: Tensor, prediction: Any) -> None:
@@ -219,9 +219,9 @@ def load_run(
     something is missing or damaged.
     """
     run, target = find_run(path), pick_device(device)
-    cfg = config.from_dict(TrainSettings, config.load_yaml(run / "config.yaml"))
+    cfg = stored_settings(run)
     checkpoint = find_checkpoint(run, step)
-    record = json.loads((checkpoint / "state.json").read_text())
+    record = read_state(checkpoint)
     file = weights_file(cfg, None if ema is None else str(ema))
     spec = spec_from_dict(record["spec"])
     nets = cfg.objective.networks(cfg.backbone, spec)
@@ -273,7 +273,7 @@ def weights_file(cfg: TrainSettings, ema: str | None) -> str:
 def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
     """Add a LoRA run's slowest average to the weights of ``nets``, in place."""
     other = find_run(adapter)
-    cfg = config.from_dict(TrainSettings, config.load_yaml(other / "config.yaml"))
+    cfg = stored_settings(other)
     if not cfg.lora.active:
         raise ValueError(f"lora: given {adapter}, which is no LoRA run; train one: --init RUN --lora.rank 8")
     checkpoint, file = find_checkpoint(other), weights_file(cfg, None)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ from genkit.training.settings import TrainSettings
 GRID_SIZE = 80  # samples of the pictures made while training: eight of each of ten classes
 logger = logging.getLogger("genkit")
 Evaluate = Callable[[State, Path], Any]  # (state, run directory) -> a Card on the main process, None on the others
+
+
+class DrawingStopped(Exception):  # not an error
+    """A picture was not finished because training is to stop."""
 
 
 class Recorder:
@@ -83,10 +87,10 @@ class Recorder:
         """Decoded samples ``[n, *S]`` as ``samples/step-N.png``."""
         if not self.main:
             return
-        image = pictures.picture(x, cond)
+        image = pictures.draw_samples(x, cond)
         if self.writer:
             self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        pictures.save(image, self.run / "samples" / f"step-{step:07d}.png")
+        pictures.save_image(image, self.run / "samples" / f"step-{step:07d}.png")
 
 
 @dataclass
@@ -101,6 +105,10 @@ class Session:
     """conditions of the ``GRID_SIZE`` samples that are drawn while training"""
     recorder: Recorder
     evaluator: Evaluate | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """of the data, stored with each checkpoint"""
+    stopped: Callable[[], bool] = lambda: False
+    """whether a signal has asked to stop: pictures are not finished then"""
     warning: str | None = None
 
     @property
@@ -125,17 +133,28 @@ class Session:
         rows = list(sample_rows(GRID_SIZE, self.accelerator))
         nets = state.slowest_average
         objective, device = self.settings.objective, self.accelerator.device
-        generate = objective.generator(nets, bind(objective.sampler, 20) if objective.sampler else None)
+        callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
+        sampling = bind(objective.sampler, 20, callback=callback) if objective.sampler else None
+        generate = objective.generator(nets, sampling)
         for net in nets.values():
             net.eval()
         noise = Seeds(rows, device)
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
-        with torch.no_grad():
-            share = self.codec.decode(generate(noise(objective.noise_shape(self.spec)), cond, noise))
+        try:
+            with torch.no_grad():
+                share = self.codec.decode(generate(noise(objective.noise_shape(self.spec)), cond, noise))
+        except DrawingStopped:
+            return
+        finally:
+            for net in state.nets.values():
+                net.train()
         samples = self.accelerator.gather(share)[:GRID_SIZE].cpu()  # type: ignore[index]
-        for net in state.nets.values():
-            net.train()
         self.recorder.picture(samples, self.cond, state.step)
+
+    def stop_drawing(self, *_: Any) -> None:
+        """A sampler's callback that ends it if a signal has come."""
+        if self.stopped():
+            raise DrawingStopped
 
     def reconstruct(self, batch: Batch, state: State) -> None:
         """For objectives that draw no samples: some data and their reconstructions (below, or in another colour)."""
@@ -175,10 +194,10 @@ class Session:
         if self.recorder.main:
             settings = self.settings
             save_checkpoint(self.run, state, settings.objective, self.spec, self.codec, seed=settings.seed,
-                            keep=settings.keep_checkpoints)  # fmt: skip
+                            keep=settings.keep_checkpoints, data=self.fingerprint)  # fmt: skip
             records = read_log(self.run)
             if records:
-                pictures.loss_plot(records, self.run / "loss.png")
+                pictures.plot_loss(records, self.run / "loss.png")
         self.accelerator.wait_for_everyone()
 
     def progress(self, report: Progress) -> Callable[[int, float | None], None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from genkit.config import table
+from genkit.config import from_dict, load_yaml, table
 from genkit.core.device import DeviceName
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 def by_objective(default: Any) -> Any:
     """A field whose default the objective may change (``Objective.default_settings``)."""
     return field(default=default, metadata={"follows": "objective.default_settings"})
+
+
+def changeable(default: Any) -> Any:
+    """A field that may change when a run is resumed: how long, how often, how fast, not what the weights mean."""
+    return field(default=default, metadata={"changeable": True})
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,13 @@ class TrainSettings:
         "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
     )
     """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
-    steps: Count = 2000
+    steps: Count = changeable(2000)
     """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""
     batch: Count = 64
     """Samples per step, over all ranks together."""
-    micro_batch: Count | None = None
+    micro_batch: Count | None = changeable(None)
     """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at once."""
-    lr: Annotated[float, Gt(0)] = 1e-3
+    lr: Annotated[float, Gt(0)] = changeable(1e-3)
     """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
     warmup: Annotated[int, Ge(0)] = by_objective(100)
     """Steps of linear learning-rate warmup."""
@@ -59,43 +65,43 @@ class TrainSettings:
     """EMA decay rates per step; the networks are averaged once for each."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
-    compile: bool = False
+    compile: bool = changeable(False)
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed. Every random number is a function of (seed, step, row) only."""
-    device: DeviceName = "auto"
+    device: DeviceName = changeable("auto")
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
-    threads: Count | None = None
+    threads: Count | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     out: str = "runs"
     """Directory in which the run directory is made."""
     name: str | None = None
     """Name of the run. None: data-objective-backbone."""
-    save_every: Count = 500
+    save_every: Count = changeable(500)
     """Steps between checkpoints."""
-    sample_every: Annotated[int, Ge(0)] = 500
+    sample_every: Annotated[int, Ge(0)] = changeable(500)
     """Steps between grids of samples. 0: never."""
-    eval_every: Annotated[int, Ge(0)] = 0
+    eval_every: Annotated[int, Ge(0)] = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
-    eval_n: Annotated[int, Ge(2)] = 1000
+    eval_n: Annotated[int, Ge(2)] = changeable(1000)
     """Samples per evaluation, over all ranks together."""
-    eval_metrics: str | None = None
+    eval_metrics: str | None = changeable(None)
     """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
-    eval_steps: Count = 20
+    eval_steps: Count = changeable(20)
     """Steps of the objective's default sampler in evaluations."""
-    eval_features: str = "auto"
+    eval_features: str = changeable("auto")
     """Feature extractor of evaluations: auto, classifier, inception or raw."""
-    eval_weights: str | None = None
+    eval_weights: str | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
-    log_every: Count = 50
+    log_every: Count = changeable(50)
     """Steps between lines of the log."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: Count = changeable(3)
     """Number of newest checkpoints to keep."""
-    workers: Annotated[int, Ge(0)] = 2
+    workers: Annotated[int, Ge(0)] = changeable(2)
     """Data-loading processes. 0: load in this process."""
-    max_nonfinite_steps: Count = 10
+    max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
-    tensorboard: bool = True
+    tensorboard: bool = changeable(True)
     """Write scalars and images for TensorBoard, besides log.jsonl."""
     codec: str | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
@@ -108,4 +114,15 @@ class TrainSettings:
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
     resume: str | None = None
-    """Run directory to resume."""
+    """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
+    new one if there is none (for jobs that are requeued)."""
+    step: Annotated[int, Ge(0)] | None = None
+    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest sound one."""
+
+
+def stored_settings(run: Path) -> TrainSettings:
+    """The settings in a run's ``config.yaml``. ``ValueError`` if it is empty or damaged."""
+    tree = load_yaml(run / "config.yaml")
+    if not tree:
+        raise ValueError(f"run: {run / 'config.yaml'} is empty, so the run's settings are lost; restore the file")
+    return from_dict(TrainSettings, tree)

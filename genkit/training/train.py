@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,32 @@ from genkit.backbones import lora
 from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
+from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
 from genkit.objectives.matching.couplings import paired_source
-from genkit.training.checkpoint import find_checkpoint, restore
+from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
 from genkit.training.latents import encode_data
+from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
+from genkit.training.resume import (
+    compare_fingerprints,
+    continued_settings,
+    data_fingerprint,
+    find_resumable,
+    keep_old_config,
+    note_schedule,
+    resume_point,
+    settings_difference,
+)
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import sample_conditions
 from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import TrainSettings, stored_settings
 
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
@@ -50,23 +64,24 @@ def train(
 
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
-    checkpoint, bit-identically, with its own settings and these changes. Messages go to the logger ``genkit``.
-    Raises ``ValueError`` for settings that do not fit together, and if training diverged.
+    sound checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
+    the newest run that these settings began. Messages go to the logger ``genkit``. Raises ``ValueError`` for settings
+    that do not fit together or cannot change when a run is resumed, and if training diverged.
     """
-    if resume is not None:
-        settings = settings or config.from_dict(TrainSettings, config.load_yaml(find_run(resume) / "config.yaml"))
+    if resume is not None and resume != "auto":
+        settings = settings or stored_settings(find_run(resume))
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
     settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
-    job = prepare(settings, find_run(resume) if resume is not None else None)
+    job = prepare(settings, find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None)
     session, settings, accelerator = job.session, job.settings, job.accelerator
-    if job.state.step >= settings.steps:
-        return job.trained_run()
     with (
+        job.locked(),
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process) as report,
         session.recorder.tensorboard(settings.tensorboard, job.state.step),
     ):
+        session.stopped = lambda: bool(signals)
         try:
             fit(
                 settings.objective,
@@ -80,10 +95,11 @@ def train(
                 evaluate=session.evaluate,
                 save=session.save,
                 progress=session.progress(report),
-                stop=lambda: bool(signals),
+                stop=session.stopped,
             )
         except Diverged as e:
-            raise ValueError(f"{e}; the last good checkpoint stays in {session.run}") from e
+            kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
+            raise ValueError(f"{e}; {kept} in {session.run}") from e
     return job.trained_run()
 
 
@@ -98,6 +114,17 @@ class Job:
     stream: Stream
     state: State
     session: Session
+    lock: RunLock | None
+    """on the run directory, in the main process"""
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Release the run directory's lock at the end."""
+        try:
+            yield
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def draw_reconstructions(self, state: State) -> None:
         """The pictures of an objective that draws no samples."""
@@ -118,33 +145,46 @@ class Job:
 def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     """Everything up to the first step: ranks, data, networks, state, run directory. Mistakes are found here."""
     accelerator = join_ranks(pick_device(settings.device))
+    main, notes = accelerator.is_main_process, []
+    lock = RunLock(resumed) if resumed and main else None
+    checkpoint, stored = None, settings
+    if resumed:
+        step, stored = settings.step, stored_settings(resumed)
+        settings = continued_settings(resumed, settings, notes.append)
+        with accelerator.main_process_first():
+            checkpoint = resume_point(resumed, step, notes.append)
+    elif settings.step is not None:
+        raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     with accelerator.main_process_first():
         dataset = settings.data.load("train")
-    data = encode_data(settings, dataset, accelerator, resumed)
+    data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
-    notes: list[str] = []
-    nets, origin = initial_networks(settings, accelerator, data, resumed, notes)
+    nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
     state = initial_state(settings.objective, nets, settings)
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))
-    if resumed:
-        restore(find_checkpoint(resumed), state, settings.objective)
-    finished = resumed is not None and state.step >= settings.steps
+    fingerprint = data_fingerprint(dataset)
+    if resumed and checkpoint:
+        compare_fingerprints(read_state(checkpoint).get("data", {}), fingerprint, notes.append)
+        restore(checkpoint, state, settings.objective)
+        note_schedule(stored, settings, state.step, notes.append)
+    finished = checkpoint is not None and state.step >= settings.steps
     evaluator = None
     if settings.eval_every and not finished:
         evaluator = load_object(EVALUATOR)(settings, state, data, accelerator)
-    directory = resumed if finished else open_directory(settings, accelerator, state, resumed, origin, data.codec)
-    assert directory is not None
-    cond = grid_conditions(data.spec, stream)
-    session = Session(settings, accelerator, data.spec, data.codec, cond, Recorder(directory, accelerator), evaluator)
-    for note in notes:
-        session.recorder.say(f"note     {note}")
     if finished:
-        session.recorder.say(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
-    else:
-        session.recorder.say(summary(settings, directory, nets, data, accelerator))
-    return Job(settings, accelerator, data, stream, state, session)
+        notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
+    directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
+    lock = lock or (RunLock(directory) if main else None)
+    recorder = Recorder(directory, accelerator)
+    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), recorder,
+                      evaluator, fingerprint)  # fmt: skip
+    for note in notes:
+        recorder.say(note)
+    if not finished:
+        recorder.say(summary(settings, directory, nets, data, accelerator))
+    return Job(settings, accelerator, data, stream, state, session, lock)
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
@@ -170,8 +210,8 @@ def initial_networks(
     torch.manual_seed(settings.seed)
     nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
     if settings.init and not resumed:
-        origin = init_from(nets, settings.init, notes.append)
-        notes += init_notes(settings.init, settings.objective)
+        origin = init_from(nets, settings.init, lambda text: notes.append(f"note     {text}"))
+        notes += [f"note     {text}" for text in init_notes(settings.init, settings.objective)]
     elif settings.lora.active and resumed:
         load_lora_base(nets, resumed)
     if settings.lora.active:
@@ -186,6 +226,7 @@ def open_directory(
     resumed: Path | None,
     origin: dict[str, str] | None,
     codec: Codec,
+    notes: list[str],
 ) -> Path:
     """The run directory, which the main process makes or reopens; every rank learns its name."""
     run = resumed
@@ -193,18 +234,35 @@ def open_directory(
         if run is None:
             blocks = config.dump(settings)
             run = create_run(settings.out, settings.name or "-".join(slug(blocks[k]["name"]) for k in NAME_PARTS))
-            (run / "env.json").write_text(json.dumps({**environment(accelerator), "init": origin}, indent=1))
-            if isinstance(codec, LatentCodec):
-                codec.stage.write(run / "codec")
-            if settings.lora.active and origin:
-                write_lora_base(run, origin)
-        else:
-            rewind_log(run, state.step)
-            symlink(run.parent / "latest", run.name)
-        (run / "config.yaml").write_text(config.to_yaml(settings))
+            record_origin(run, settings, accelerator, origin, codec)
+        elif state.step < settings.steps:
+            reopen(run, settings, state.step, notes)
+        write_text(run / "config.yaml", config.to_yaml(settings))
     shared = broadcast_object_list([run])[0]
     assert shared is not None
     return shared
+
+
+def record_origin(
+    run: Path, settings: TrainSettings, accelerator: Accelerator, origin: dict[str, str] | None, codec: Codec
+) -> None:
+    """What a new run directory keeps of where it comes from: environment, first stage, base weights."""
+    write_text(run / "env.json", json.dumps({**environment(accelerator), "init": origin}, indent=1))
+    if isinstance(codec, LatentCodec):
+        codec.stage.write(run / "codec")
+    if settings.lora.active and origin:
+        write_lora_base(run, origin)
+
+
+def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> None:
+    """Bring the files of a run back to ``step``: its log, its leftovers, a copy of settings that change."""
+    for folder in (run, run / "checkpoints", run / "samples"):
+        sweep(folder)
+    if unreadable := rewind_log(run, step):
+        notes.append(f"note     {unreadable} lines of log.jsonl cannot be read; the old file is kept as log.jsonl.bak")
+    if settings_difference(stored_settings(run), settings):
+        keep_old_config(run, step)
+    symlink(run.parent / "latest", run.name)
 
 
 def summary(

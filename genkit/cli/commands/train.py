@@ -33,13 +33,15 @@ def main(argv: list[str]) -> int:
 def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
     """The settings that ``argv`` asks for, and the run to resume."""
     resumed = peek_option(argv, "resume")
-    if resumed:
+    if resumed == "":
+        raise ValueError("resume: given an empty text; needs a run directory, such as runs/latest, or auto")
+    if resumed is not None and resumed != "auto":
         if peek_option(argv, "config"):
             raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
         if peek_option(argv, "init"):
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         argv = ["--config", str(find_run(resumed) / "config.yaml"), *argv]
-    init = None if resumed else peek_option(argv, "init") or stored_init(argv)
+    init = None if resumed not in (None, "auto") else peek_option(argv, "init") or stored_init(argv)
     defaults = init_defaults(init) if init else None
     settings = parse(
         TrainSettings, argv, prog="genkit train", description="Train an objective on data.", defaults=defaults

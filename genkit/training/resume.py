@@ -1,0 +1,153 @@
+"""Continuing a run: what may change, what is compared, and what is kept of the earlier settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genkit import config
+from genkit.core import Data, Draw, spec_to_dict
+from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
+from genkit.training.directory import find_run
+from genkit.training.loop import learning_rate
+from genkit.training.settings import TrainSettings, stored_settings
+
+FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
+Note = Callable[[str], None]
+
+
+def settings_difference(old: TrainSettings, new: TrainSettings) -> dict[str, tuple[Any, Any]]:
+    """``{field: (old value, new value)}``, as config.yaml states them, of the fields that differ."""
+    before, after = config.dump(old), config.dump(new)
+    return {k: (before[k], after[k]) for k in before if before[k] != after[k]}
+
+
+def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettings:
+    """``new`` for resuming ``run``: how long, how often and how fast may change, what the weights mean may not.
+
+    A data set that has moved may be given another ``root``; its content is compared by :func:`compare_fingerprints`.
+    ``note`` hears of each change. Raises ``ValueError`` for a change that would make other weights of the run.
+    """
+    old = stored_settings(run)
+    # what the settings leave open was decided when the run began
+    precision = old.precision if new.precision == "auto" else new.precision
+    threads = old.threads if new.threads is None else new.threads
+    new = dataclasses.replace(new, resume=None, step=None, precision=precision, threads=threads)
+    changeable = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
+    for name, (before, after) in settings_difference(old, new).items():
+        if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
+            before, after = before["root"], after["root"]
+        elif name not in changeable:
+            raise ValueError(
+                f"{name}: given {describe(after)}, but {run.name} was trained with {describe(before)}; a resumed run "
+                f"keeps its {name}: leave it out, or begin another run from these weights with --init {run}"
+            )
+        note(f"changed  {name}: {describe(before)} -> {describe(after)}")
+    return new
+
+
+def describe(value: Any) -> str:
+    """A setting in a message: a block by its name and what it holds."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{k} {v}" for k, v in value.items() if k != "name" and not isinstance(v, dict))
+        return f"{value.get('name')} ({inner})" if inner else str(value.get("name"))
+    return str(value)
+
+
+def note_schedule(old: TrainSettings, new: TrainSettings, step: int, note: Note) -> None:
+    """Say how the learning rate jumps if a schedule that depends on the number of steps is made longer or shorter."""
+    before, after = learning_rate(old, step), learning_rate(new, step)
+    if old.steps != new.steps and abs(before - after) > 0.05 * max(before, after):
+        change = f"the learning rate at step {step} is {after:.2g}, not {before:.2g}"
+        note(f"note     the schedule now ends at step {new.steps}: {change}")
+
+
+def keep_old_config(run: Path, step: int) -> None:
+    """Keep ``config.yaml`` as ``config-STEP.yaml``, the settings until that step."""
+    path = run / f"config-{step}.yaml"
+    if not path.exists():
+        shutil.copyfile(run / "config.yaml", path)
+
+
+def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
+    """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none yet.
+
+    Checkpoints later than ``step`` are set aside in ``checkpoints/superseded``.
+    """
+    if step is None and not list_checkpoints(run):
+        note("note     no checkpoint was saved yet: the run begins again at step 0")
+        return None
+    checkpoint = find_sound_checkpoint(run, step, lambda text: note(f"note     {text}"))
+    later = [p for p in list_checkpoints(run) if step_of(p) > step_of(checkpoint)]
+    if step is not None and later:
+        folder = run / "checkpoints" / "superseded"
+        folder.mkdir(exist_ok=True)
+        for path in later:
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.rename(folder / path.name)
+        note(f"note     {len(later)} later checkpoints are set aside in {folder}")
+    return checkpoint
+
+
+def find_resumable(settings: TrainSettings) -> Path | None:
+    """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
+    changeable = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
+    resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
+    out = Path(settings.out)
+    for path in sorted(out.glob("*-*"), reverse=True) if out.is_dir() else ():
+        if path.is_symlink() or not (path / "config.yaml").is_file():
+            continue
+        try:
+            difference = settings_difference(stored_settings(path), settings)
+        except ValueError:
+            continue
+        if not set(difference) - changeable - resolved:
+            return find_run(path)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- the data
+def data_fingerprint(data: Data) -> dict[str, Any]:
+    """Number of samples, layout (with class names) and a hash of the content of evenly spaced samples."""
+    rows = torch.linspace(0, len(data) - 1, min(FINGERPRINT_ROWS, len(data))).round().long()
+    batch = data.batch(rows, Draw((0,), 0, len(rows)))
+    digest = hashlib.sha256()
+    for value in [batch.x, *(batch.cond[k] for k in sorted(batch.cond))]:
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
+    return {"n": len(data), "spec": spec_to_dict(data.spec), "sha256": digest.hexdigest()}
+
+
+def compare_fingerprints(stored: Mapping[str, Any], current: Mapping[str, Any], note: Note) -> None:
+    """``ValueError`` if the samples or their classes mean something else now; ``note`` hears of other differences."""
+    if not stored:
+        return
+    # through JSON, as the stored one went
+    current = json.loads(json.dumps(current))
+    if stored["spec"] != current["spec"]:
+        raise ValueError(
+            f"data: {difference_of_specs(stored['spec'], current['spec'])}; a resumed run needs its own data"
+        )
+    if stored["n"] != current["n"]:
+        now = f"{current['n']} now; batches will differ"
+        note(f"note     data: {stored['n']} samples when the run was saved, {now}")
+    elif stored["sha256"] != current["sha256"]:
+        note("note     data: the same number of samples as when the run was saved, but other content")
+
+
+def difference_of_specs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between the layouts of two data sets, for a message."""
+    if old["shape"] != new["shape"]:
+        return f"samples were {old['shape']}, and are {new['shape']} now"
+    for name in sorted(old["cond"].keys() | new["cond"].keys()):
+        before, after = old["cond"].get(name), new["cond"].get(name)
+        if before != after:
+            was, now = ((c or {}).get("names") or c or "absent" for c in (before, after))
+            return f"{name} was {was}, and is {now} now"
+    return "the layout has changed"

@@ -1,0 +1,344 @@
+"""Continuing a run: what may change, what is compared, what a damaged or killed run does."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from genkit.cli.main import main
+from genkit.core.files import atomic_directory, atomic_write, sweep
+from genkit.training.checkpoint import find_checkpoint, list_checkpoints, read_state
+from genkit.training.directory import read_log
+from genkit.training.lock import RunLock
+from genkit.training.resume import continued_settings, find_resumable
+from genkit.training.settings import TrainSettings, stored_settings
+
+SMALL = ["--data=moons", "--data.n=64", "--backbone.width=8", "--batch=16", "--workers=0", "--no-tensorboard",
+         "--sample-every=0", "--device=cpu", "--log-every=4"]  # fmt: skip
+
+
+def train(out, *argv, code=0):
+    assert main(["train", *SMALL, f"--out={out}", *argv]) == code
+    return (out / "latest").resolve()
+
+
+def resume(run, *argv):
+    return main(["train", "--resume", str(run), *argv])
+
+
+def weights(run):
+    folder = find_checkpoint(run)
+    files = {p.name: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    return {f"{name}/{k}": v for name, content in files.items() for k, v in content.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def without_clocks(record):
+    return {k: v for k, v in record.items() if k not in ("seconds", "samples_per_s")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Ten steps, with checkpoints at 3, 6, 9 and 10."""
+    return train(tmp_path_factory.mktemp("trained"), "--steps=10", "--save-every=3", "--keep-checkpoints=4")
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(trained, tmp_path / "runs" / trained.name, symlinks=True)
+    return tmp_path / "runs" / trained.name
+
+
+# ----------------------------------------------------------------------------------------------- what may change
+OTHER = {  # another value for every setting
+    "objective": "ddpm", "backbone": "--backbone.width=16", "data": "8gaussians", "steps": 12, "batch": 8,
+    "micro_batch": 8, "lr": 0.01, "warmup": 7, "schedule": "constant", "weight_decay": 0.1, "betas": (0.8, 0.9),
+    "clip": 2.0, "ema": (0.9,), "precision": "bf16", "compile": True, "seed": 3, "device": "auto", "threads": 2,
+    "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
+    "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
+    "keep_checkpoints": 9, "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
+    "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainSettings), ids=lambda f: f.name)
+def test_how_long_how_often_and_how_fast_may_change_and_nothing_else(run, field):
+    """Every setting, also one that is added later: it has to be listed here."""
+    if field.name in ("resume", "step"):
+        return
+    old = stored_settings(run)
+    value = OTHER[field.name]
+    if field.name in ("objective", "backbone", "data", "lora"):
+        from genkit.config import override
+
+        block = {"backbone": {"width": 16}, "lora": {"rank": 2}}.get(field.name, value)
+        new = override(old, **{field.name: block})
+    else:
+        new = dataclasses.replace(old, **{field.name: value})
+    notes = []
+    if field.metadata.get("changeable"):
+        assert getattr(continued_settings(run, new, notes.append), field.name) == getattr(new, field.name)
+        assert len(notes) == 1
+        assert field.name in notes[0]
+    else:
+        with pytest.raises(ValueError, match=f"^{field.name}: given .* was trained with .*--init") as e:
+            continued_settings(run, new, notes.append)
+        assert "\n" not in str(e.value)
+
+
+def test_a_refused_change_leaves_the_run_as_it_was(run, capsys):
+    before = (run / "config.yaml").read_text()
+    assert resume(run, "--objective=ddpm", "--steps=12") == 2
+    assert "was trained with flow" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    assert find_checkpoint(run).name == "step-0000010"
+
+
+def test_a_change_is_said_and_the_old_settings_are_kept(run, capsys):
+    assert resume(run, "--steps=12", "--lr=0.01") == 0
+    out = capsys.readouterr().out
+    assert "steps: 10 -> 12" in out
+    assert "lr: 0.001 -> 0.01" in out
+    assert "the learning rate at step 10 is" in out
+    assert "steps: 10\n" in (run / "config-10.yaml").read_text()
+    assert "steps: 12\n" in (run / "config.yaml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- the data
+def test_data_of_other_classes_are_refused_and_other_content_is_said(tmp_path, capsys):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(["b", "c"]):
+        (folder / name).mkdir(parents=True)
+        for k in range(6):
+            Image.new("L", (8, 8), 40 * i + k).save(folder / name / f"{k}.png")
+    argv = [f"--data={folder}", "--data.size=8", *SMALL[3:], "--backbone=mlp", f"--out={tmp_path}/runs", "--steps=4"]
+    assert main(["train", *argv, "--batch=4"]) == 0
+    run = (tmp_path / "runs" / "latest").resolve()
+    Image.new("L", (8, 8), 200).save(folder / "c" / "new.png")
+    capsys.readouterr()
+    assert resume(run, "--steps=5") == 0
+    assert "12 samples when the run was saved, 13 now" in capsys.readouterr().out
+    os.rename(folder / "b", folder / "zz")
+    assert resume(run, "--steps=6") == 2
+    assert "label was ['b', 'c'], and is ['c', 'zz'] now" in capsys.readouterr().err
+
+
+def test_data_may_move(tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "here").mkdir()
+    for k in range(6):
+        Image.new("L", (8, 8), 30 * k).save(tmp_path / "here" / f"{k}.png")
+    argv = [f"--data={tmp_path}/here", *SMALL[3:], "--backbone=mlp", f"--out={tmp_path}/runs", "--steps=4", "--batch=4"]
+    assert main(["train", *argv]) == 0
+    os.rename(tmp_path / "here", tmp_path / "there")
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert resume(run, "--steps=5", f"--data.root={tmp_path}/there") == 0
+    assert "data: " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+def test_an_earlier_checkpoint_leads_to_the_same_weights_and_keeps_the_later_ones(run, trained):
+    assert resume(run, "--step=6") == 0
+    assert same(weights(run), weights(trained))
+    assert {p.name for p in (run / "checkpoints" / "superseded").iterdir()} == {"step-0000009", "step-0000010"}
+    assert resume(run, "--step=5") == 2
+
+
+@pytest.mark.parametrize("name", ["nets", "ema-0.999", "optim"])
+@pytest.mark.parametrize("how", ["cut", "empty", "flip", "gone"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, trained, capsys, name, how):
+    damage(run / "checkpoints" / "step-0000010" / f"{name}.safetensors", how)
+    assert resume(run) == 0
+    assert "step-0000010 is damaged" in capsys.readouterr().out
+    assert same(weights(run), weights(trained))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"step": 10}', "\xff"])
+def test_a_checkpoint_whose_record_is_damaged_is_incomplete(run, trained, content):
+    (run / "checkpoints" / "step-0000010" / "state.json").write_text(content, encoding="latin-1")
+    assert [p.name for p in list_checkpoints(run)] == ["step-0000003", "step-0000006", "step-0000009"]
+    assert main(["info", str(run)]) == 0
+    assert resume(run) == 0
+    assert same(weights(run), weights(trained))
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "flip":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+def test_checkpoints_are_sorted_by_number(run):
+    folder = run / "checkpoints"
+    os.rename(folder / "step-0000003", folder / "step-9999500")
+    os.rename(folder / "step-0000006", folder / "step-10000000")
+    assert [p.name for p in list_checkpoints(run)][-2:] == ["step-9999500", "step-10000000"]
+
+
+def test_a_run_without_a_checkpoint_begins_again(run, trained, capsys):
+    shutil.rmtree(run / "checkpoints")
+    (run / "latest").unlink()
+    assert resume(run) == 0
+    assert "begins again at step 0" in capsys.readouterr().out
+    assert same(weights(run), weights(trained))
+
+
+def test_latest_points_at_a_run_that_can_be_used(tmp_path):
+    good = train(tmp_path, "--steps=2")
+    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=5", "--lr=1e38", "--max-nonfinite-steps=1"]) == 2
+    assert (tmp_path / "latest").resolve() == good
+
+
+def test_a_users_file_called_latest_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "latest").write_text("precious")
+    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=2"]) == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert (tmp_path / "latest").read_text() == "precious"
+
+
+def test_an_empty_configuration_is_damage_and_not_the_defaults(run, capsys):
+    (run / "config.yaml").write_text("")
+    for argv in (["train", "--resume", str(run)], ["sample", str(run)]):
+        assert main(argv) == 2
+        assert "is empty" in capsys.readouterr().err
+
+
+def test_an_empty_text_is_no_run(capsys):
+    assert main(["train", "--resume="]) == 2
+    assert "given an empty text" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- log, lock
+@pytest.mark.parametrize("at", [5, 6, 7])
+def test_the_log_continues_as_if_nothing_had_happened(tmp_path, at):
+    """Also between two lines of the log, whose means then span the interruption."""
+    whole = train(tmp_path / "a", "--steps=12", f"--save-every={at}")
+    cut = train(tmp_path / "b", "--steps=12", f"--save-every={at}")
+    assert resume(cut, f"--step={at}") == 0
+    assert [*map(without_clocks, read_log(cut))] == [*map(without_clocks, read_log(whole))]
+    seconds = [r["seconds"] for r in read_log(cut)]
+    assert seconds == sorted(seconds)
+
+
+def test_damaged_lines_of_the_log_are_skipped_and_kept(run, capsys):
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text(lines[0][:20] + "\n" + "".join(lines[1:]) + '{"stop": 9}\n')
+    assert resume(run, "--steps=12") == 0
+    assert "2 lines of log.jsonl cannot be read" in capsys.readouterr().out
+    assert [r["step"] for r in read_log(run)] == [8, 10, 12]
+    assert len((run / "log.jsonl.bak").read_text().splitlines()) == 4
+
+
+def test_one_process_at_a_time(run, capsys):
+    holder = "import sys, time; from pathlib import Path; from genkit.training.lock import RunLock; "
+    holder += f"lock = RunLock(Path({str(run)!r})); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        try:
+            assert resume(run, "--steps=12") == 2
+            assert f"is being trained by process {process.pid} on" in capsys.readouterr().err
+        finally:
+            process.kill()
+    assert resume(run, "--steps=12") == 0  # a lock does not outlive its process
+    RunLock(run).release()
+    assert not [p for p in run.iterdir() if p.name.startswith(".lock")]
+
+
+def test_what_killed_processes_left_is_swept(run):
+    gone = 2**22 + 1  # above the largest process number
+    for name in (f".config.yaml-{gone}.part", f".latest-{gone}"):
+        (run / name).write_text("x")
+    (run / "checkpoints" / f".step-0000012-{gone}.part").mkdir()
+    (run / f".mine-{os.getpid()}.part").write_text("x")
+    assert resume(run, "--steps=12") == 0
+    left = [p.name for folder in (run, run / "checkpoints") for p in folder.iterdir() if p.name.startswith(".")]
+    assert left == [f".mine-{os.getpid()}.part"]
+
+
+# ----------------------------------------------------------------------------------------------- requeued jobs
+def test_auto_continues_the_run_that_these_settings_began(tmp_path):
+    argv = ["--steps=6", "--resume=auto"]
+    first = train(tmp_path, *argv)
+    assert train(tmp_path, "--steps=8", "--resume=auto") == first
+    other = train(tmp_path, *argv, "--seed=1")
+    assert other != first
+    assert len([p for p in tmp_path.iterdir() if not p.is_symlink()]) == 2
+    assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
+
+
+# ------------------------------------------------------------------------------------------- killed machines
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """What a power cut can leave is an old file or a new one: fsync comes before the rename."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    with atomic_write(tmp_path / "file") as part:
+        part.write_text("x")
+    assert events == ["sync", "rename", "sync"]
+    events.clear()
+    with atomic_directory(tmp_path / "folder") as part:
+        (part / "a").write_text("x")
+        (part / "b").write_text("x")
+    assert events == ["sync", "sync", "sync", "rename", "sync"]
+
+
+def test_a_directory_that_is_not_finished_never_has_its_name(tmp_path):
+    with contextlib.suppress(KeyError), atomic_directory(tmp_path / "folder") as part:
+        (part / "a").write_text("x")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    sweep(tmp_path / "absent")
+
+
+def test_a_signal_is_heard_while_pictures_are_drawn(tmp_path):
+    """Drawing 80 samples by 20 steps of a wide network takes long; the signal ends it, and the work is saved before."""
+    argv = [sys.executable, "-m", "genkit", "train", "--data=digits", "--backbone.width=96", "--batch=2", "--steps=4",
+            "--save-every=2", "--sample-every=2", "--workers=0", "--device=cpu", f"--out={tmp_path}"]  # fmt: skip
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        saved = tmp_path / "0000-digits-flow-unet" / "checkpoints" / "step-0000002" / "state.json"
+        while not saved.is_file():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        began = time.perf_counter()
+        assert process.wait(60) == 130
+    assert not list(saved.parents[2].glob("samples/*.png"))
+    assert time.perf_counter() - began < 30
+    assert read_state(find_checkpoint(saved.parents[2]))["step"] in (2, 3)
+    assert json.loads(saved.read_text())["data"]["n"] > 1000
+
+
+def test_configurations_are_never_written_in_place(run, monkeypatch):
+    """A kill or a full disk while config.yaml is written leaves the old one."""
+    write = Path.write_text
+
+    def full(path, *args, **options):
+        if "config.yaml" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **options)
+
+    before = (run / "config.yaml").read_text()
+    monkeypatch.setattr(Path, "write_text", full)
+    assert resume(run, "--steps=12") == 2
+    assert (run / "config.yaml").read_text() == before
