@@ -84,7 +84,8 @@ def main() -> None:
     answers = [generate(Seeds(range(s, s + args.n))(x0.shape[1:]), {"image": corrupt(x0)}) for s in first_seeds]
     images = (corrupt(x0), *answers, torch.stack(answers).mean(0))
     print("error of the corrupted image, of each answer, of their mean:", *(f"{rms_error(x, x0):.3f}" for x in images))
-    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n), args.out))
+    grid = pictures.make_grid(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n)
+    print(pictures.save_image(grid, args.out))
 
 
 if __name__ == "__main__":
