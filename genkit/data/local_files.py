@@ -20,7 +20,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.core import Codec, Condition, Data, Label, Spec
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.data.captions import Caption, read_captions
 from genkit.data.codecs import Identity, MinMax, Standardize
 from genkit.data.images import ImageSource
@@ -111,7 +111,7 @@ class ZipFiles:
         try:
             self.archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as e:
-            raise ValueError(f"{path}: cannot be opened as a zip: {one_line(e)}") from e
+            raise ValueError(f"{path}: cannot be opened as a zip: {format_error(e)}") from e
         self.names = sorted(n for n in self.archive.namelist() if is_image(n))
         if not self.names:
             raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
@@ -122,7 +122,7 @@ class ZipFiles:
             with self.lock:
                 return self.archive.read(name)
         except Exception as e:  # a wrong checksum, a password, an unknown compression: each has its own class
-            raise ValueError(f"{self.path}/{name}: cannot be read: {one_line(e)}") from e
+            raise ValueError(f"{self.path}/{name}: cannot be read: {format_error(e)}") from e
 
     def read(self, i: int) -> bytes:
         return self.read_member(self.names[i])
@@ -146,7 +146,7 @@ class ZipFiles:
                 return None
             classes = {name.replace("\\", "/"): label for name, label in pairs}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {one_line(e)}') from e
+            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {format_error(e)}') from e
         if len(classes) < len(pairs):
             raise ValueError(f"{location}: names an image twice")
         for name in self.names:
@@ -287,7 +287,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
                 )
             x, y = stored[keys[0]], stored[keys[1]] if keys[1] in stored.files else None
     except Exception as e:  # not a zip, a pickle (refused), truncated: each has its own class
-        raise ValueError(f"{path}: cannot be read: {one_line(e)}") from e
+        raise ValueError(f"{path}: cannot be read: {format_error(e)}") from e
     description = f"{path}: {keys[0]} is {x.dtype} {list(x.shape)}"
     if x.dtype == np.uint8:
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))
