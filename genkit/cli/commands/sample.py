@@ -37,8 +37,8 @@ class Sample(Sampling, LoadOptions):
     """Run directory, such as runs/latest."""
     n: Count | None = None
     """Number of samples, of each prompt. None: 64, or one of each of several prompts."""
-    label: Annotated[int, Ge(0)] | None = None
-    """Class to draw. None: all classes in turn."""
+    label: str | int | None = None
+    """Class to draw, by name or number (genkit info RUN lists them). None: all classes in turn."""
     prompt: tuple[str, ...] = ()
     """Prompts, for a model trained with captions. None: captions of its data in turn."""
     lora: str | None = None
