@@ -37,4 +37,4 @@ for step in range(args.steps):
 generate = flow.generator(nets, bind("heun", uniform(20), classifier_free(1.5)))
 label = torch.arange(1000) % 2
 x = generate(torch.randn(1000, 2), {"label": label})
-print(pictures.save(pictures.picture(x, {"label": label}), args.out))
+print(pictures.save_image(pictures.draw_samples(x, {"label": label}), args.out))

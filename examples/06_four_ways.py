@@ -71,7 +71,7 @@ def main() -> None:
 
     print("\n| policy | sampler steps | success | bits of 2 | training, CPU s |\n|---|---|---|---|---|")
     print("\n".join(rows))
-    print(pictures.save(tile(panels), args.out))
+    print(pictures.save_image(tile(panels), args.out))
 
 
 def tile(panels: list[Image.Image]) -> Image.Image:

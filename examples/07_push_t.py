@@ -106,7 +106,7 @@ def main() -> None:
         spans = [f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in estimates]
         cells = [row["policy"], row["sampler_steps"], row["seed"], *spans, row["train_cpu_seconds"]]
         print(f"| {' | '.join(map(str, cells))} |")
-    print(pictures.save(draw(episodes), args.out, optimize=True))
+    print(pictures.save_image(draw(episodes), args.out, optimize=True))
 
 
 if __name__ == "__main__":

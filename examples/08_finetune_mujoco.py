@@ -117,7 +117,7 @@ def draw(
         axes.set(xlabel="CPU seconds", ylabel="return of an episode", title=env)
         axes.legend()
 
-    picture = pictures.figure(plot, (12.8, 5) if strips else (7, 4))
+    picture = pictures.draw_figure(plot, (12.8, 5) if strips else (7, 4))
     if not strips:
         return picture
     width = strips[0].shape[1]
@@ -159,7 +159,7 @@ def main() -> None:
     for row in rows:
         returns = [f"{row[key]['value']:.0f}" for key in ("before", "after")]
         print(f"| {row['seed']} | {returns[0]} | {returns[1]} | {row['finetune_cpu_seconds']} |")
-    print(pictures.save(draw(args.env, rows, curves, strips), args.out))
+    print(pictures.save_image(draw(args.env, rows, curves, strips), args.out))
 
 
 if __name__ == "__main__":

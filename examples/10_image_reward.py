@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 import genkit
 from genkit.core import Draw
-from genkit.core.pictures import save
+from genkit.core.pictures import save_image
 from genkit.data import DATA
 from genkit.evaluation.metrics import Moments, frechet_distance
 from genkit.evaluation.metrics.features import Classifier, Extractor
@@ -118,7 +118,7 @@ def main() -> None:
     print("\n| seed | reward | in deviations | nats | Fréchet to eights | to the nearest class | precision | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
-    print(save(draw(runs[0], args.label), args.out, optimize=True))
+    print(save_image(draw(runs[0], args.label), args.out, optimize=True))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def main() -> None:
         results.append(run.codec.decode(x).cpu())
 
     x, scales = torch.cat(results), torch.arange(len(args.scales)).repeat_interleave(args.n)
-    image = pictures.mosaic(x, args.n) if x.ndim == 4 else pictures.picture(x, {"label": scales})
-    print(pictures.save(image, args.out))
+    image = pictures.make_grid(x, args.n) if x.ndim == 4 else pictures.draw_samples(x, {"label": scales})
+    print(pictures.save_image(image, args.out))
 
 
 if __name__ == "__main__":

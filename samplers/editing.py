@@ -79,7 +79,7 @@ def rms_error(x: Tensor, x0: Tensor, mask: Tensor | None = None) -> float:
 
 def save_rows(args: argparse.Namespace, run: genkit.Run, rows: list[Tensor]) -> None:
     """Write the picture, one row for each tensor ``[n, C, H, W]``, and print its path."""
-    print(pictures.save(pictures.mosaic(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -73,7 +73,7 @@ def main() -> None:
     data, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
     if len(data.spec.shape) != 3 or min(args.n, args.answers) < 1:
         raise ValueError(f"given {args.n} x {args.answers} of {data.spec.shape}; needs pictures [C, H, W], 1 or more")
-    Average(2).measured(data.spec.shape)  # refuses odd sizes
+    Average(2).output_shape(data.spec.shape)  # refuses odd sizes
     corrupt, flow = TASKS[args.task], Flow()
     nets = train(flow, data, corrupt, args.steps, args.seed)
 
@@ -84,7 +84,8 @@ def main() -> None:
     answers = [generate(Seeds(range(s, s + args.n))(x0.shape[1:]), {"image": corrupt(x0)}) for s in first_seeds]
     images = (corrupt(x0), *answers, torch.stack(answers).mean(0))
     print("error of the corrupted image, of each answer, of their mean:", *(f"{rms_error(x, x0):.3f}" for x in images))
-    print(pictures.save(pictures.mosaic(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n), args.out))
+    grid = pictures.make_grid(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n)
+    print(pictures.save_image(grid, args.out))
 
 
 if __name__ == "__main__":

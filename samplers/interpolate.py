@@ -44,8 +44,8 @@ def main() -> None:
     cond = {name: value.repeat_interleave(args.columns).to(run.device) for name, value in labels.items()}
     generate = run.generator(genkit.Sampling(sampler="heun", steps=args.steps, guidance=args.guidance))
     x = run.codec.decode(generate(noise.to(run.device), cond)).cpu()
-    image = pictures.mosaic(x, args.columns) if x.ndim == 4 else pictures.picture(x, {})
-    print(pictures.save(image, args.out))
+    image = pictures.make_grid(x, args.columns) if x.ndim == 4 else pictures.draw_samples(x, {})
+    print(pictures.save_image(image, args.out))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
         x, _ = run.sample(args.n, sampler=name, steps=args.steps, guidance=args.guidance, seed=args.seed)
         rows.append(x)
         print(f"{name:<10} {args.n} samples, {args.steps} steps")
-    print(pictures.save(pictures.mosaic(torch.cat(rows), columns=args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(torch.cat(rows), columns=args.n), args.out))
 
 
 if __name__ == "__main__":

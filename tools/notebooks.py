@@ -18,6 +18,14 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 SETUP = "%config InlineBackend.print_figure_kwargs = {'bbox_inches': 'tight', 'dpi': 76}"
 
 
+def is_noise(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is a warning of a library, or what a progress bar leaves behind."""
+    if output.output_type == "stream":
+        return bool(output.name == "stderr")
+    text = output.get("data", {}).get("text/plain")
+    return text is not None and not text.strip()
+
+
 def execute(path: Path) -> None:
     """Run every cell in a fresh kernel and write the outputs into ``path``."""
     notebook = nbformat.read(path, as_version=4)
@@ -26,6 +34,7 @@ def execute(path: Path) -> None:
     del notebook.cells[0]
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         cell.execution_count = number
+        cell.outputs = [output for output in cell.outputs if not is_noise(output)]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number

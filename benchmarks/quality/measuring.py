@@ -79,7 +79,7 @@ class Bench:
         folder = run.directory / "quality"
         timing, picture = folder / f"{path.stem}.json", folder / f"{path.stem}.png"
         if not (timing.is_file() and picture.is_file()):
-            pictures.save(run.sample(GRID_SAMPLES, sampling).grid(), picture)
+            pictures.save_image(run.sample(GRID_SAMPLES, sampling).grid(), picture)
             write_text(timing, json.dumps({"ms_per_sample": time_sampling(run, sampling)}) + "\n")
         return RunMeasurement(Card.load(path), json.loads(timing.read_text())["ms_per_sample"], picture)
 

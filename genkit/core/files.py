@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or a directory's entries to the disk."""
+    """Flush a file, or a directory's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -26,8 +26,8 @@ def sync(path: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; it is renamed to ``path`` if the block succeeds.
 
-    Parent directories are made. The content is on the disk before the rename. Each process has a temporary path of its
-    own; of two that write one file, the last wins.
+    Missing parent directories are created. The content is on the disk before the rename. Each process has its own
+    temporary path; if two write the same file, the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside ``path`` to fill; it is renamed to ``path`` if the block succeeds.
 
-    A directory that is there already is replaced. All content is on the disk before the rename.
+    An existing directory is replaced. All content is on the disk before the rename.
     """
     part = path.with_name(f".{path.name}-{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -64,14 +64,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that no part of it is ever seen under its name."""
+    """Remove a directory such that its name never points to a part of it."""
     hidden = path.with_name(f".{path.name}-{os.getpid()}.gone")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files and directories that processes which no longer run have left in ``folder``."""
+    """Remove temporary files and directories in ``folder`` whose processes no longer run."""
     for path in folder.glob(".*") if folder.is_dir() else ():
         match = re.fullmatch(r"\..*-(\d+)(\.part|\.gone)?", path.name)
         if match and not is_running(int(match[1])):
@@ -79,7 +79,7 @@ def sweep(folder: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process with this number runs on this machine."""
+    """Return whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -90,12 +90,12 @@ def is_running(pid: int) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` atomically; returns the path."""
+    """Write ``text`` atomically, and return the path."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def one_line(error: Exception) -> str:
-    """An error's message in one line, or the name of its type if it has none."""
+def format_error(error: Exception) -> str:
+    """Return an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Pictures of samples, and of a run's loss. Images become a grid, points a scatter plot, signals a sheet of curves."""
+"""Pictures of samples and losses: images become a grid, points a scatter plot, signals a sheet of curves."""
 
 from __future__ import annotations
 
@@ -13,53 +13,56 @@ from torch import Tensor
 
 from genkit.core.files import atomic_write
 
-SIDE = 64  # smaller images are enlarged to about this many pixels, by whole numbers
+MIN_SIDE = 64  # smaller images are enlarged to about this many pixels, by an integer factor
 
 
-def mosaic(images: Tensor, columns: int | None = None) -> Image.Image:
-    """uint8 ``[N, C, H, W]`` as one picture, row by row; C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+def make_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Arrange uint8 images ``[N, C, H, W]`` in a grid, row by row; C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
 
-    Small images are enlarged by whole numbers; a thin line parts them.
+    Small images are enlarged by an integer factor, and thin grey lines separate them. ``columns`` None makes the grid
+    about square. Raises ``ValueError`` for more than 4 channels.
     """
     n, c, h, w = images.shape
     columns = columns or max(1, round((n * h / w) ** 0.5))
-    scale, gap = max(1, SIDE // max(h, w)), max(1, SIDE // 32)
+    scale, gap = max(1, MIN_SIDE // max(h, w)), max(1, MIN_SIDE // 32)
     rows, high, wide = -(-n // columns), h * scale + gap, w * scale + gap
     sheet = np.full((rows * high + gap, columns * wide + gap, c), 128, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         r, k = divmod(i, columns)
         tile = image.repeat(scale, 0).repeat(scale, 1)
         sheet[gap + r * high : (r + 1) * high, gap + k * wide : (k + 1) * wide] = tile
-    return pil(sheet)
+    return to_pil(sheet)
 
 
-def pil(array: np.ndarray) -> Image.Image:
-    """uint8 ``[H, W, C]`` as a PIL image."""
+def to_pil(array: np.ndarray) -> Image.Image:
+    """Convert uint8 ``[H, W, C]`` to a PIL image. Raises ``ValueError`` unless C is 1 to 4."""
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(array.shape[2])
     if mode is None:
-        raise ValueError(f"a picture has 1 to 4 channels; given {array.shape[2]}; take --format npz")
+        raise ValueError(f"a picture has 1 to 4 channels; given {array.shape[2]}; try --format npz")
     return Image.fromarray(array[..., 0] if mode == "L" else array)
 
 
-def figure(draw: Callable[[Any], None], size: tuple[float, float] = (5, 5)) -> Image.Image:
-    """What ``draw(axes)`` plots, as a PIL image."""
-    return figures(lambda axes: draw(axes[0, 0]), (1, 1), size)
+def draw_figure(draw: Callable[[Any], None], size: tuple[float, float] = (5, 5)) -> Image.Image:
+    """Render what ``draw(axes)`` plots; ``size`` in inches of 100 pixels."""
+    return draw_figures(lambda axes: draw(axes[0, 0]), (1, 1), size)
 
 
-def figures(draw: Callable[[Any], None], shape: tuple[int, int], size: tuple[float, float], **how: Any) -> Image.Image:
-    """What ``draw(axes [rows, columns])`` plots, as a PIL image; ``how`` goes to matplotlib's ``subplots``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_figures(
+    draw: Callable[[Any], None], shape: tuple[int, int], size: tuple[float, float], **options: Any
+) -> Image.Image:
+    """Render what ``draw(axes [rows, columns])`` plots; ``options`` go to matplotlib's ``subplots``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=size, dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(fig)
-    draw(fig.subplots(*shape, squeeze=False, **how))
+    draw(fig.subplots(*shape, squeeze=False, **options))
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def scatter(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
-    """Points ``[N, D]``: their first two coordinates, coloured by class; a histogram where D = 1."""
+def plot_points(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
+    """Plot the first two coordinates of points ``[N, D]``, coloured by class; a histogram if D = 1."""
 
     def draw(axes: Any) -> None:
         x = points.numpy()
@@ -71,11 +74,11 @@ def scatter(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
         axes.set_aspect("equal")
         axes.set_title(f"{len(x)} samples")
 
-    return figure(draw)
+    return draw_figure(draw)
 
 
-def curves(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
-    """Signals ``[N, C, T]``, at most 16 of them, a colour a channel."""
+def plot_signals(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
+    """Plot up to 16 signals ``[N, C, T]`` above each other, with one colour per channel."""
 
     def draw(axes: Any) -> None:
         for i, signal in enumerate(signals[:16].numpy()):
@@ -83,11 +86,11 @@ def curves(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
                 axes.plot(line + 2.5 * i, color=f"C{c}", lw=1)
         axes.set_yticks([])
 
-    return figure(draw, (6, 8))
+    return draw_figure(draw, (6, 8))
 
 
-def in_turn(cond: Mapping[str, Tensor]) -> int | None:
-    """How many classes, or prompts, come in turn, so that each gets a column; None where not, or too many."""
+def detect_cycle(cond: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes or prompts (2 to 16) if they repeat in turn, so that each gets a grid column."""
     label, words = cond.get("label"), cond.get("text")
     if label is not None and len(label) > 1:
         num = int(label.max()) + 1
@@ -98,42 +101,43 @@ def in_turn(cond: Mapping[str, Tensor]) -> int | None:
     return num if 2 <= num <= 16 and bool((words == words[torch.arange(len(words)) % num]).all()) else None
 
 
-PICTURES: Mapping[int, Callable[..., Image.Image]] = {
-    1: scatter,
-    2: curves,
-    3: lambda x, cond: mosaic(x, in_turn(cond)),
+PLOTS: Mapping[int, Callable[..., Image.Image]] = {  # axes of one sample -> its picture
+    1: plot_points,
+    2: plot_signals,
+    3: lambda x, cond: make_grid(x, detect_cycle(cond)),
 }
 
 
-def picture(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
-    """The picture of decoded samples ``[N, *S]``."""
-    return PICTURES[x.ndim - 1](x, cond)
+def draw_samples(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
+    """Draw decoded samples ``[N, *S]``: points, signals or images."""
+    return PLOTS[x.ndim - 1](x, cond)
 
 
-def save(image: Image.Image, path: Path, **options: Any) -> Path:
-    """Write a picture so that no half of it can be left behind. ``ValueError`` for an ending that is no picture's."""
+def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
+    """Write an image atomically; ``options`` go to PIL. Raises ``ValueError`` for a suffix that is not an image's."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: {path.suffix or 'no ending'} is not a picture's; take .png")
+        raise ValueError(f"{path}: given {path.suffix or 'no suffix'}; allowed: the suffix of an image; try .png")
     with atomic_write(path) as part:
         image.save(part, format=kind, **options)
     return path
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> Path:
-    """An endless GIF that rests on its last frame."""
-    lasting = [milliseconds] * (len(frames) - 1) + [1500]
-    return save(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=lasting, loop=0)
+    """Write an endless GIF that pauses on its last frame."""
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    return save_image(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
 
 
-def loss_plot(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """``loss.png``: every phase's loss against the step, on a log scale where all are positive."""
+def plot_loss(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write a plot of each phase's loss over the steps, on a log scale if all losses are positive."""
 
     def draw(axes: Any) -> None:
         keys = sorted({k for r in records for k in r if k.endswith("/loss")})
         for key in keys:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=key, lw=1) if points else None
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key, lw=1)
         if all(r[k] > 0 for r in records for k in keys if r.get(k) is not None):
             axes.set_yscale("log")
         axes.set_xlabel("step")
@@ -142,4 +146,4 @@ def loss_plot(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
         if axes.lines:
             axes.legend()
 
-    return save(figure(draw, (7, 4)), path)
+    return save_image(draw_figure(draw, (7, 4)), path)

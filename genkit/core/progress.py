@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol
 
 
@@ -35,13 +36,14 @@ def reporting(progress: Progress | None, enabled: bool = True) -> Iterator[Progr
 
 @contextlib.contextmanager
 def terminal_progress() -> Iterator[Progress]:
-    """A progress bar on standard error, in a terminal or a notebook; silent elsewhere."""
+    """A progress bar on standard error, in a terminal or a notebook with ipywidgets; silent elsewhere."""
     from rich.console import Console  # lazy: needed in a terminal only
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
+    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None  # rich warns if it is missing
+    if not (in_notebook or (console.is_terminal and not console.is_jupyter)):
         yield silent
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())

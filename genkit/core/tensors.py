@@ -11,34 +11,38 @@ from torch import Tensor, nn
 
 
 def to_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``{"net.conv.weight": ...}``, on the CPU, each with its own memory."""
+    """Return ``{"net.conv.weight": ...}``: copies on the CPU that share no memory."""
     return {
         f"{name}.{k}": v.cpu().contiguous().clone() for name, net in nets.items() for k, v in net.state_dict().items()
     }
 
 
-def load_tensors(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], where: Path) -> None:
-    """Load ``stored`` into ``nets``; ``ValueError`` names the first tensor that is missing, new or misshapen."""
-    if odd := mismatched_keys(nets, stored):
-        raise ValueError(f"{where}: does not fit the run's config.yaml, first at {odd[0]}")
+def load_tensors(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], file: Path) -> None:
+    """Load the tensors of ``file`` into ``nets``.
+
+    Raises ``ValueError`` that names the first tensor that is missing, unknown or of another shape.
+    """
+    if mismatched := mismatched_keys(nets, stored):
+        raise ValueError(f"{file}: does not fit the run's config.yaml, first at {mismatched[0]}")
     for name, net in nets.items():
         net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
 
 
 def mismatched_keys(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors that are missing or new; where there are none, of those that are misshapen."""
-    wanted = {f"{name}.{k}": v.shape for name, net in nets.items() for k, v in net.state_dict().items()}
-    return sorted(wanted.keys() ^ stored.keys()) or [k for k in wanted if wanted[k] != stored[k].shape]
+    """Return the names of tensors that are missing or unknown; if there are none, those with another shape."""
+    shapes = {f"{name}.{k}": v.shape for name, net in nets.items() for k, v in net.state_dict().items()}
+    return sorted(shapes.keys() ^ stored.keys()) or [k for k in shapes if shapes[k] != stored[k].shape]
 
 
-def cache() -> Path:
-    """Where genkit keeps what it can make or fetch again: ``$GENKIT_CACHE``, else ``~/.cache/genkit``."""
+def cache_folder() -> Path:
+    """Return the folder for files that can be recreated or downloaded: ``$GENKIT_CACHE``, or ``~/.cache/genkit``."""
     return Path(os.environ.get("GENKIT_CACHE") or "~/.cache/genkit").expanduser()
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

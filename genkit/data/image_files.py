@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.data.captions import Caption, read_captions
 
@@ -112,7 +112,7 @@ class ZipFiles:
         try:
             self.archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as e:
-            raise ValueError(f"{path}: cannot be opened as a zip: {one_line(e)}") from e
+            raise ValueError(f"{path}: cannot be opened as a zip: {format_error(e)}") from e
         every = sorted(n for n in self.archive.namelist() if not n.endswith("/") and not is_hidden(n))
         self.names = [n for n in every if is_image(n)]
         self.others = [n for n in every if not is_image(n)]
@@ -125,7 +125,7 @@ class ZipFiles:
             with self.lock:
                 return self.archive.read(name)
         except Exception as e:  # a wrong checksum, a password, an unknown compression: each has its own class
-            raise ValueError(f"{self.path}/{name}: cannot be read: {one_line(e)}") from e
+            raise ValueError(f"{self.path}/{name}: cannot be read: {format_error(e)}") from e
 
     def read(self, i: int) -> bytes:
         return self.read_member(self.names[i])
@@ -158,7 +158,7 @@ class ZipFiles:
                 return None
             classes = {name.replace("\\", "/"): label for name, label in pairs}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {one_line(e)}') from e
+            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {format_error(e)}') from e
         if len(classes) < len(pairs):
             raise ValueError(f"{location}: names an image twice")
         for name in self.names:

@@ -19,7 +19,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
 from genkit.data.captions import FILES, CaptionReader, Captions, load_captions
@@ -101,7 +101,7 @@ def decode(
     except pil.UnidentifiedImageError as e:
         raise ValueError(f"{name}: is not an image that Pillow can read") from e
     except Exception as e:  # Pillow's plug-ins raise anything over a corrupt file
-        raise ValueError(f"{name}: cannot be decoded: {one_line(e)}") from e
+        raise ValueError(f"{name}: cannot be decoded: {format_error(e)}") from e
 
 
 def with_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.config import load_object
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.core.files import atomic_write, one_line, write_text
+from genkit.core.files import atomic_write, format_error, write_text
 from genkit.data.codecs import Identity
 from genkit.data.source import DataSource, Split, check_split
 
@@ -107,7 +107,7 @@ def read_index(root: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except ValueError as e:
-        raise ValueError(f"{path}: is not JSON: {one_line(e)}") from e
+        raise ValueError(f"{path}: is not JSON: {format_error(e)}") from e
     if not isinstance(index, dict) or not {"stage", "data", "splits"} <= set(index):
         raise ValueError(f"{path}: is not what genkit encode writes; it needs stage, data and splits")
     return index

@@ -13,7 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.core import Codec, Condition, Data, Label, Spec
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.data.captions import FILES
 from genkit.data.classes import abbreviate_list, class_kind, folder_classes, folder_labels, sort_naturally
@@ -190,7 +190,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
                 )
             x, y = stored[keys[0]], stored[keys[1]] if keys[1] in stored.files else None
     except Exception as e:  # not a zip, a pickle (refused), truncated: each has its own class
-        raise ValueError(f"{path}: cannot be read: {one_line(e)}") from e
+        raise ValueError(f"{path}: cannot be read: {format_error(e)}") from e
     description = f"{path}: {keys[0]} is {x.dtype} {list(x.shape)}"
     if x.dtype == np.uint8:
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))

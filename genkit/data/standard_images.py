@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Data, Label
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.data.images import ImageSource
 from genkit.data.in_memory import InMemory
 from genkit.data.local_files import Zip
@@ -66,7 +66,7 @@ class Torchvision(ImageSource):
             data = kind(root, train=split == "train")
         except Exception as e:  # damaged files fail in many ways, missing ones in one
             if "Dataset not found" not in str(e):
-                raise ValueError(f"{name}: {root / files} cannot be read: {one_line(e)}") from e
+                raise ValueError(f"{name}: {root / files} cannot be read: {format_error(e)}") from e
             data = download(kind, root, split, files)
         pixels, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
         if not 0 < len(pixels) == len(labels) or labels.min() < 0 or labels.max() >= len(data.classes):
@@ -88,7 +88,7 @@ def download(kind: Any, root: Path, split: Split, files: str) -> Any:
         problem = f"{kind.__name__}: not found in {root}, and cannot be downloaded"
         if is_new and not any(p.is_file() for p in root.rglob("*")):
             shutil.rmtree(root, ignore_errors=True)  # the empty folders that torchvision made
-        raise ValueError(f"{problem} ({one_line(e)}); {hint}") from e
+        raise ValueError(f"{problem} ({format_error(e)}); {hint}") from e
     finally:
         socket.setdefaulttimeout(timeout)
 

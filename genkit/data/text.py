@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.core import Spec, Text, Tokens
-from genkit.core.files import atomic_write, one_line
-from genkit.core.tensors import cache
+from genkit.core.files import atomic_write, format_error
+from genkit.core.tensors import cache_folder
 
 MAX_TOKENS = 512  # of encoders that know no limit
 FLOAT16_MAX = 65504.0
@@ -120,7 +120,7 @@ def open_encoder(name: str) -> TextEncoder:
         )
         return TextEncoder(name, hf.AutoTokenizer.from_pretrained(source, **safe, **subfolders[1]), model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
-        reason = one_line(e)[:160]
+        reason = format_error(e)[:160]
         kind = "the folder" if folder.is_dir() else "neither a folder nor available from the hub:"
         raise ValueError(
             f"encoder: {name} cannot be opened ({kind} {reason}); needs a text encoder of transformers with "
@@ -142,7 +142,7 @@ def canonical_name(name: str) -> str:
 def encode_cached(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
     """``encoder(texts)`` as ``{"text", "mask"}``, read from the cache or computed and stored there."""
     key = hashlib.sha256(json.dumps([encoder.sha256, *texts]).encode()).hexdigest()
-    path = cache() / "text" / f"{key[:32]}.safetensors"
+    path = cache_folder() / "text" / f"{key[:32]}.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError):  # missing or truncated

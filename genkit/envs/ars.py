@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 import numpy as np
 from annotated_types import Ge, Gt
 
-from genkit.core.files import one_line, write_text
+from genkit.core.files import format_error, write_text
 from genkit.envs import Env
 from genkit.envs.gym import Gym
 
@@ -58,7 +58,7 @@ class LinearPolicy:
             arrays = [np.asarray(record[name], float) for name in ARRAYS]
             a, do = arrays[0].shape
         except (OSError, ValueError, KeyError, TypeError) as e:
-            reason = one_line(e)
+            reason = format_error(e)
             raise ValueError(
                 f"expert: {path} is not a linear policy ({reason}); genkit demo --expert ars finds one"
             ) from e

@@ -92,7 +92,7 @@ class FourWays:
         """A figure of paths ``[T, 2]`` through the world, as a PIL image."""
         from matplotlib.patches import Circle  # lazy: speed
 
-        from genkit.core.pictures import figure
+        from genkit.core.pictures import draw_figure
 
         def plot(axes: Any) -> None:
             for centre in OBSTACLES:
@@ -104,7 +104,7 @@ class FourWays:
             axes.set_xticks([])
             axes.set_yticks([])
 
-        return figure(plot, (7, 4))
+        return draw_figure(plot, (7, 4))
 
     def frame(self, row: int) -> Any:
         """One row now, as a PIL image for films."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 
 INSTALL = {  # start of an environment's id -> the package that registers it, and how to install it
     "gym_pusht/": ("gym_pusht", 'pip install "gymnasium>=1.0" "gym-pusht==0.1.8"'),
@@ -127,10 +127,10 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
             flat = not isinstance(env.observation_space, gymnasium.spaces.Dict)
             return env if flat else gymnasium.wrappers.FlattenObservation(env)
     except gymnasium.error.DependencyNotInstalled as e:
-        reason = one_line(e)
+        reason = format_error(e)
         raise ValueError(f"env: {id} needs more than gymnasium ({reason}); for MuJoCo: {INSTALL_MUJOCO}") from None
     except gymnasium.error.Error as e:
-        reason = one_line(e)
+        reason = format_error(e)
         raise ValueError(
             f"env: given {id!r}, which gymnasium does not know ({reason}); allowed: four-ways, pusht, or an id that an "
             f"installed package registers{hint}"

@@ -15,12 +15,12 @@ from genkit import config
 from genkit.config.blocks import suggest
 from genkit.core import Data, Spec
 from genkit.core.progress import Progress, silent
-from genkit.core.tensors import sha256
+from genkit.core.tensors import cache_folder, sha256
 from genkit.evaluation import cards
 from genkit.evaluation.measurement import Measurement, measure, measure_reference, require_logits
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
 from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
-from genkit.evaluation.metrics.features import Extractor, Features, cache
+from genkit.evaluation.metrics.features import Extractor, Features
 from genkit.evaluation.ranks import SINGLE, Ranks
 from genkit.evaluation.sources import (
     DatasetSamples,
@@ -194,7 +194,7 @@ class Evaluator:
             keep=self.keep.union(*(metric.required_tensors for metric in self.metrics.values())),
             batch=self.batch,
             ranks=self.ranks,
-            partial=cache() / "partial",
+            partial=cache_folder() / "partial",
             progress=progress,
         )
 

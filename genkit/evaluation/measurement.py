@@ -18,9 +18,10 @@ from torch import Tensor
 
 from genkit.core.files import atomic_write
 from genkit.core.progress import Progress, silent
+from genkit.core.tensors import cache_folder
 from genkit.evaluation.cards import hash_json
 from genkit.evaluation.metrics import Moments, SampleStatistics
-from genkit.evaluation.metrics.features import Extraction, Extractor, cache
+from genkit.evaluation.metrics.features import Extraction, Extractor
 from genkit.evaluation.ranks import SINGLE, Ranks
 from genkit.evaluation.sources import DatasetSamples, SampleSource, split_into_blocks
 
@@ -207,13 +208,14 @@ def measure_reference(
 ) -> SampleStatistics:
     """:func:`measure` of stored samples, remembered in genkit's cache by the hash of their content and the features."""
     key = hash_json({"samples": reference.content_hash, "features": dict(extractor.settings), "n": n})
-    path = cache() / "reference" / f"{key[:24]}.npz"
+    path = cache_folder() / "reference" / f"{key[:24]}.npz"
     stored = ranks.once(Shard.load, path)
     if stored.moments is not None and all(stored.tensors[name] for name in keep):
         kept = {name: stored.tensors[name][0] for name in keep}
         return SampleStatistics(stored.moments, **kept, settings=extractor.settings)
     options: dict[str, Any] = {"keep": keep, "batch": batch, "ranks": ranks, "progress": progress}
-    statistics = measure(reference, extractor, n, partial=cache() / "partial", task="reference", **options).statistics
+    partial = cache_folder() / "partial"
+    statistics = measure(reference, extractor, n, partial=partial, task="reference", **options).statistics
     tensors = {name: getattr(statistics, name) for name in TENSORS}
     shard = Shard(statistics.moments, {name: [] if v is None else [v] for name, v in tensors.items()})
     ranks.once(shard.save, path)

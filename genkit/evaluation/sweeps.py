@@ -152,7 +152,8 @@ class SweepResult:
 
     def save_plot(self, path: str | Path | None = None) -> Path:
         """Draw the metric against the passes, and return the picture's path."""
-        return pictures.save(pictures.figure(self._draw, (7, 4.5)), self.plot_path if path is None else Path(path))
+        image = pictures.draw_figure(self._draw, (7, 4.5))
+        return pictures.save_image(image, self.plot_path if path is None else Path(path))
 
     def _draw(self, axes: Any) -> None:
         """Screened points in grey, confirmed ones with their intervals, the Pareto front as a line."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genkit.backbones.diffusers import class_of
 from genkit.core import Batch
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.data.codecs import Pixels
 from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
 from genkit.training.first_stage import ForeignStage
@@ -96,7 +96,7 @@ class DiffusersStage(ForeignStage):
         try:
             net = model.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
         except (OSError, ValueError, RuntimeError) as e:
-            raise ValueError(f"codec: {folder} cannot be read: {one_line(e)[:200]}") from e
+            raise ValueError(f"codec: {folder} cannot be read: {format_error(e)[:200]}") from e
         return DiffusersStage(str(folder), kind, settings, shape, net.float().to(device))
 
 

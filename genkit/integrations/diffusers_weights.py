@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones.diffusers import MODELS, Diffusers, DiffusersDenoiser, Model, class_of, shift_time_embedding
 from genkit.core import Objective
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.diffusion.paths import VP
 from genkit.objectives import DDPM
 
@@ -101,7 +101,7 @@ def download(name: str) -> Path:
         wanted = ["*.json", *(f"{p}/*.safetensors" for p in SUBFOLDERS), "diffusion_pytorch_model*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # of many kinds: no library, no network, no such repository
-        reason = one_line(e)[:150]
+        reason = format_error(e)[:150]
         raise ValueError(
             f"init: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
             "download it elsewhere and name its folder"
@@ -205,7 +205,7 @@ def init_from(
             model.folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"init: {model.folder} cannot be read: {one_line(e)[:200]}") from e
+        raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
     stored = {k: v.float() for k, v in net.state_dict().items()}
     if is_flow_matching(model.scheduler):
         stored |= remap_time_embedding(net, -1.0)  # from 1000 t to our timesteps * label - 1

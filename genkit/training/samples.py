@@ -40,17 +40,17 @@ class Samples:
         """The samples as PIL images. ``ValueError`` if they are not images."""
         if self.x.ndim != 4:
             raise ValueError(f"images: these samples have shape {tuple(self.x.shape[1:])}; take .x or .grid()")
-        return [pictures.pil(image) for image in self.x.permute(0, 2, 3, 1).numpy()]
+        return [pictures.to_pil(image) for image in self.x.permute(0, 2, 3, 1).numpy()]
 
     def grid(self) -> Image.Image:
         """All samples as one picture: a grid of images, a scatter plot of points, a sheet of curves."""
-        return pictures.picture(self.x, self.cond)
+        return pictures.draw_samples(self.x, self.cond)
 
     def animation(self, path: str | Path) -> Path:
         """Write the trajectory as a GIF. ``ValueError`` if none was recorded."""
         if not self.frames:
             raise ValueError("animation: no trajectory was recorded; draw with run.sample(..., trajectory=True)")
-        return pictures.save_gif([pictures.picture(x, self.cond) for x in self.frames], Path(path))
+        return pictures.save_gif([pictures.draw_samples(x, self.cond) for x in self.frames], Path(path))
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""

@@ -87,10 +87,10 @@ class Recorder:
         """Decoded samples ``[n, *S]`` as ``samples/step-N.png``."""
         if not self.main:
             return
-        image = pictures.picture(x, cond)
+        image = pictures.draw_samples(x, cond)
         if self.writer:
             self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        pictures.save(image, self.run / "samples" / f"step-{step:07d}.png")
+        pictures.save_image(image, self.run / "samples" / f"step-{step:07d}.png")
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Session:
                             keep=settings.keep_checkpoints, data=self.fingerprint)  # fmt: skip
             records = read_log(self.run)
             if records:
-                pictures.loss_plot(records, self.run / "loss.png")
+                pictures.plot_loss(records, self.run / "loss.png")
         self.accelerator.wait_for_everyone()
 
     def progress(self, report: Progress) -> Callable[[int, float | None], None]:

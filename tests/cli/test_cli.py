@@ -186,7 +186,7 @@ def test_mistakes_are_one_line(capsys, argv, says, tmp_path, monkeypatch):
         (["--grid=none"], "allowed: uniform"),
         (["--trajectory", "--n=9", "--batch=4"], "--batch 9"),
         (["--device=cuda"], "no such device"),
-        (["--out=grid.xyz", "--steps=1", "--n=1"], "take .png"),
+        (["--out=grid.xyz", "--steps=1", "--n=1"], "try .png"),
     ],
 )
 def test_mistakes_in_sampling_are_one_line(capsys, digits, argv, says):
@@ -214,7 +214,7 @@ def test_a_bug_is_not_taken_for_a_users_mistake():
 def test_mosaic(channels, mode):
     x = torch.zeros(5, channels, 32, 16, dtype=torch.uint8)
     x[3] = 200
-    image = pictures.mosaic(x, columns=3)
+    image = pictures.make_grid(x, columns=3)
     assert image.mode == mode
     a = np.asarray(image).reshape(image.height, image.width, -1)
     assert a.shape[:2] == (2 * (64 + 2) + 2, 3 * (32 + 2) + 2)
@@ -223,10 +223,10 @@ def test_mosaic(channels, mode):
 
 
 def test_signals_have_a_picture():
-    assert pictures.picture(torch.randn(3, 2, 12), {}).size[0] > 100
-    assert pictures.picture(torch.randn(30, 1), {}).size[0] > 100
+    assert pictures.draw_samples(torch.randn(3, 2, 12), {}).size[0] > 100
+    assert pictures.draw_samples(torch.randn(30, 1), {}).size[0] > 100
 
 
 def test_five_channels_are_refused():
     with pytest.raises(ValueError, match="1 to 4 channels"):
-        pictures.mosaic(torch.zeros(1, 5, 4, 4, dtype=torch.uint8))
+        pictures.make_grid(torch.zeros(1, 5, 4, 4, dtype=torch.uint8))

@@ -141,8 +141,8 @@ def test_info_and_training_pictures_show_prompts(worded, capsys):
     assert "text           up to 40 bytes, such as 'a handwritten zero', 'the digit one'" in capsys.readouterr().out
     assert (worded / "samples" / "step-0000002.png").is_file()
     turn = sample_conditions(load_run(worded).spec, 80)
-    assert pictures.in_turn(turn) == 10  # one column each
-    assert pictures.in_turn({"text": turn["text"][[0, 1, 1, 0]]}) is None
+    assert pictures.detect_cycle(turn) == 10  # one column each
+    assert pictures.detect_cycle({"text": turn["text"][[0, 1, 1, 0]]}) is None
 
 
 def test_evaluation_draws_the_captions_of_the_data_and_knows_their_class(worded, tmp_path):

@@ -104,12 +104,12 @@ def test_sampled_actions_are_drawn_at_three_moments(monkeypatch):
             return (self.sign * (10 * obs[:, 0, 0] + obs[:, 1, 0]))[:, None, None].repeat(1, 1, 4)
 
     kept: list[Any] = []
-    figures = pictures.figures
+    figures = pictures.draw_figures
 
     def keep(draw, shape, size, **options):
         return figures(lambda axes: (kept.append(axes), draw(axes)), shape, size, **options)
 
-    monkeypatch.setattr(pictures, "figures", keep)
+    monkeypatch.setattr(pictures, "draw_figures", keep)
     image = plot_actions(Both(), np.arange(9.0)[:, None])  # type: ignore[arg-type]
     assert image.width > 300
     for row, value in zip(kept[0], (0, 23, 56), strict=True):

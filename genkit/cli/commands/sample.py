@@ -115,7 +115,7 @@ def slug(prompts: tuple[str, ...]) -> str:
 
 def write_grid(samples: Samples, out: Path) -> list[Path]:
     """All samples as one picture."""
-    return [pictures.save(samples.grid(), out)]
+    return [pictures.save_image(samples.grid(), out)]
 
 
 def write_png(samples: Samples, out: Path) -> list[Path]:

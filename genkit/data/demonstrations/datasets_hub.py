@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 
 INSTALL = "pip install 'genkit[data]'"
@@ -71,7 +71,7 @@ class Minari(Recorded):
             values = {k: follow_path(episode.observations, path) for k, path in obs.items()}
             values |= {k: follow_path(episode.actions, path) for k, path in actions.items()}
         except Exception as e:  # h5py and pyarrow raise anything over a damaged file
-            raise ValueError(f"{self.root}: episode {i} cannot be read (truncated?): {one_line(e)}") from e
+            raise ValueError(f"{self.root}: episode {i} cannot be read (truncated?): {format_error(e)}") from e
         if not length:
             raise ValueError(f"{self.root}: episode {i} is empty")
         return {**values, "reward": episode.rewards}, length
@@ -84,7 +84,7 @@ def open_minari(root: str) -> Any:
         from minari.dataset.minari_storage import MinariStorage
         from minari.storage.datasets_root_dir import get_dataset_path
     except ImportError as e:
-        raise ValueError(f"{root}: reading it needs Minari ({one_line(e)}); install it: {INSTALL}") from None
+        raise ValueError(f"{root}: reading it needs Minari ({format_error(e)}); install it: {INSTALL}") from None
     folder = Path(root).expanduser()
     if not folder.is_dir():
         folder = get_dataset_path(root)
@@ -92,7 +92,7 @@ def open_minari(root: str) -> Any:
             try:
                 minari.download_dataset(root)
             except Exception as e:  # its storages raise anything without a network
-                reason = one_line(e)[:160]
+                reason = format_error(e)[:160]
                 raise ValueError(
                     f"{root}: is neither a folder nor in {folder.parent}, and cannot be downloaded ({reason}); "
                     "give --data.root a folder that contains metadata.json, or a Minari id"
@@ -105,7 +105,8 @@ def open_minari(root: str) -> Any:
             raise ValueError(f"metadata.json has no {missing[0]}")
         return minari.MinariDataset(inside)
     except Exception as e:
-        raise ValueError(f"{root}: is not a dataset that Minari {minari.__version__} reads: {one_line(e)[:200]}") from e
+        reason = format_error(e)[:200]
+        raise ValueError(f"{root}: is not a dataset that Minari {minari.__version__} reads: {reason}") from e
 
 
 def box_paths(space: Any, name: str, location: str) -> dict[str, tuple[Any, ...]]:
@@ -202,7 +203,7 @@ def lerobot_folder(root: str) -> Path:
     try:
         return Path(snapshot_download(root, repo_type="dataset", allow_patterns=["meta/*", "data/*"]))
     except Exception as e:  # its errors are requests', httpx's, OSError and its own
-        reason = one_line(e)[:160]
+        reason = format_error(e)[:160]
         raise ValueError(f"{root}: is not a folder, and cannot be downloaded from the hub ({reason}); {hint}") from e
 
 
@@ -213,7 +214,7 @@ def lerobot_info(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text())
         version, _ = str(info["codebase_version"]), (info["features"], int(info["total_episodes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: is missing or damaged ({one_line(e)}); a LeRobot dataset has one") from e
+        raise ValueError(f"{path}: is missing or damaged ({format_error(e)}); a LeRobot dataset has one") from e
     if not version.startswith(("v2", "v3")):
         raise ValueError(f"{path}: has format {version}; genkit reads v2 and v3: convert it with LeRobot's own tools")
     return info
@@ -241,7 +242,7 @@ def read_parquet(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             available = content.schema_arrow.names
             table = content.read(columns=[name for name in names if name in available])
         except Exception as e:  # pyarrow's own, OSError
-            raise ValueError(f"{file}: cannot be read (truncated?): {one_line(e)[:160]}") from e
+            raise ValueError(f"{file}: cannot be read (truncated?): {format_error(e)[:160]}") from e
         require_arrays(file, names, available)
         for name in names:
             parts[name].append(column_to_array(table, name, file))
@@ -285,5 +286,5 @@ def recorded_lengths(folder: Path, counted: np.ndarray) -> Sequence[int]:
             rows = [row for table in tables for row in table.to_pylist()]
         lengths = {int(row["episode_index"]): int(row["length"]) for row in rows}
     except Exception as e:  # pyarrow's own, OSError, ValueError, KeyError
-        raise ValueError(f"{folder}/meta: the record of episodes is damaged: {one_line(e)[:160]}") from e
+        raise ValueError(f"{folder}/meta: the record of episodes is damaged: {format_error(e)[:160]}") from e
     return [lengths.get(i, int(n)) for i, n in enumerate(counted)]

@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from annotated_types import Ge, Lt
 
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
 
@@ -183,7 +183,7 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             available = list(stored.files)
             arrays = {k: stored[k] for k in names if k in available}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        reason = one_line(e)
+        reason = format_error(e)
         raise ValueError(f"{path}: cannot be read as an .npz without pickles (truncated?): {reason}") from e
     require_arrays(path, names, available)
     return arrays
@@ -203,7 +203,7 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         place = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
         arrays = {k: np.asarray(group[place[k]][:]) for k in names if k in place}  # type: ignore[index]
     except Exception as e:  # zarr raises anything over a damaged store
-        reason = one_line(e)
+        reason = format_error(e)
         raise ValueError(f"{path}: is not a zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
     require_arrays(path, names, place)
     return arrays

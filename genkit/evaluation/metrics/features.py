@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from genkit.core import Data, Draw, Label
 from genkit.core.files import atomic_write
-from genkit.core.tensors import cache, sha256
+from genkit.core.tensors import cache_folder, sha256
 from genkit.evaluation.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
 
 Device = torch.device | str
@@ -197,7 +197,7 @@ class InceptionExtractor:
 
 def find_weights(given: str | None) -> Path:
     """``given``, or where clean-fid keeps the file, or genkit's cache, to which it is downloaded if necessary."""
-    places = [Path(given)] if given is not None else [p for p in (CLEAN_FID, cache() / NAME) if p.is_file()]
+    places = [Path(given)] if given is not None else [p for p in (CLEAN_FID, cache_folder() / NAME) if p.is_file()]
     return places[0] if places else download_weights()
 
 
@@ -205,7 +205,7 @@ def download_weights() -> Path:
     """Download the weights with clean-fid into genkit's cache, atomically. ``ValueError`` if that fails."""
     from cleanfid import downloads_helper  # lazy: slow to import
 
-    target, timeout = cache() / NAME, socket.getdefaulttimeout()
+    target, timeout = cache_folder() / NAME, socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ class Classifier(Features):
         for part in (x, y):
             content.update(part.numpy().tobytes())
         settings["sha256"] = content.hexdigest()
-        file = cache() / f"classifier-{settings['sha256'][:16]}.safetensors"
+        file = cache_folder() / f"classifier-{settings['sha256'][:16]}.safetensors"
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
             torch.default_generator.manual_seed(self.seed)
             network = SmallClassifier(x.shape[1:], classes)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from genkit.core.files import one_line
+from genkit.core.files import format_error
 
 NAME = "inception-2015-12-05.pt"
 DIM = 2048
@@ -39,7 +39,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
             network = torch.jit.load(str(file), map_location="cpu")
         return {k: v.detach() for k, v in (*network.named_parameters(), *network.named_buffers())}
     except Exception as e:  # both readers raise anything over a damaged file
-        why = one_line(e)[:100]
+        why = format_error(e)[:100]
         raise ValueError(f"weights: {file} cannot be read as {NAME}, or as safetensors: {why}") from e
 
 

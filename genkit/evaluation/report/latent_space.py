@@ -124,8 +124,8 @@ def draw_traversals(run: Run, samples: EncodedSamples, axes: PrincipalAxes) -> I
 def draw_rows(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
     """Decoded samples in rows of TRAVERSAL_STEPS: a scatter plot of vectors, curves of signals, a grid of images."""
     if x.ndim == 2:
-        return pictures.scatter(x, cond)
-    return pictures.curves(x[:TRAVERSAL_STEPS], cond) if x.ndim == 3 else pictures.mosaic(x, TRAVERSAL_STEPS)
+        return pictures.plot_points(x, cond)
+    return pictures.plot_signals(x[:TRAVERSAL_STEPS], cond) if x.ndim == 3 else pictures.make_grid(x, TRAVERSAL_STEPS)
 
 
 def draw_map(samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
@@ -150,7 +150,7 @@ def draw_map(samples: EncodedSamples, axes: PrincipalAxes) -> Image.Image:
         if 1 < len(classes) <= MAX_LEGEND:
             ax.legend(fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
-    return pictures.figure(draw, (7, 5))
+    return pictures.draw_figure(draw, (7, 5))
 
 
 def latent_figures(run: Run, n: int = NUM_SAMPLES) -> dict[str, Image.Image]:

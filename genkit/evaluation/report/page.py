@@ -273,7 +273,7 @@ def draw_latent_space(run: Path) -> dict[str, Path]:
     paths = {name: run / "space" / f"{step}-{name}.png" for name in ("traversals", "map")}
     if not all(path.is_file() for path in paths.values()):
         for name, image in latent_space.latent_figures(load_run(run)).items():
-            pictures.save(image, paths[name])
+            pictures.save_image(image, paths[name])
     return paths
 
 

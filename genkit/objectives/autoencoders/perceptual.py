@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.core import mean_flat
-from genkit.core.files import one_line
-from genkit.core.tensors import cache
+from genkit.core.files import format_error
+from genkit.core.tensors import cache_folder
 
 WIDTH = 32  # channels of the first layer of random features; each next one has twice as many
 
@@ -161,7 +161,7 @@ class VGG(PerceptualDistance):
 
     def find_weights(self) -> Path:
         """The file of the weights. ``ValueError`` says how to get it."""
-        caches = (Path(torch.hub.get_dir()) / "checkpoints" / self.file, cache() / self.file)
+        caches = (Path(torch.hub.get_dir()) / "checkpoints" / self.file, cache_folder() / self.file)
         for path in [Path(self.weights)] if self.weights is not None else caches:
             if path.is_file():
                 return path
@@ -232,7 +232,7 @@ def read_weights(path: Path, settings: VGG) -> Mapping[str, Tensor]:
             raise ValueError("it is no table of tensors")
         return cast(Mapping[str, Tensor], stored)
     except Exception as e:  # both readers raise anything over a damaged file
-        reason = one_line(e)[:100]
+        reason = format_error(e)[:100]
         raise ValueError(
             f"perceptual.weights: {path} cannot be read as {settings.file}, or as safetensors: {reason}"
         ) from e

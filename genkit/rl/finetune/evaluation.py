@@ -51,7 +51,7 @@ class SampleEvaluation:
                 decoded.append(run.codec.decode(x).cpu())
         reward, x = torch.cat(rewards), torch.cat(decoded)
         shown = min(self.n, PICTURE_SAMPLES)
-        pictures.save(pictures.picture(x[:shown], {k: v[:shown].cpu() for k, v in cond.items()}), picture)
+        pictures.save_image(pictures.draw_samples(x[:shown], {k: v[:shown].cpu() for k, v in cond.items()}), picture)
         results: dict[str, Any] = {
             "samples": self.n,
             "reward": Estimate.normal(float(reward.mean()), float(reward.var(correction=0)) / self.n)._asdict(),
@@ -81,4 +81,4 @@ def plot_reward_kl(records: Sequence[Mapping[str, Any]], path: Path) -> Path | N
         axes.set_ylabel(f"{name} of the noisy trajectories")
         axes.grid(alpha=0.3)
 
-    return pictures.save(pictures.figure(draw, (7, 4)), path)
+    return pictures.save_image(pictures.draw_figure(draw, (7, 4)), path)

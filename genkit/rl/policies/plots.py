@@ -65,4 +65,4 @@ def plot_actions(policy: Policy, path: np.ndarray) -> Image.Image:
             panel.set_xlabel("step from now on")
 
     columns = min(COLUMNS, chunks[0].shape[1])
-    return pictures.figures(draw, (len(moments), columns), (3.2 * columns + 0.6, 6.4), sharex=True, sharey="col")
+    return pictures.draw_figures(draw, (len(moments), columns), (3.2 * columns + 0.6, 6.4), sharex=True, sharey="col")

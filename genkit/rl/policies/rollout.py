@@ -143,7 +143,7 @@ class Rollouts:
         folder = Path(folder) if folder else self.policy.run.directory / "rollouts"
         files = [write_text(folder / f"{self.name}.json", json.dumps(self.summary(), indent=1) + "\n")]
         if draw:
-            files += [pictures.save(p, folder / f"{self.name}-{kind}.png") for kind, p in self.pictures().items()]
+            files += [pictures.save_image(p, folder / f"{self.name}-{kind}.png") for kind, p in self.pictures().items()]
         for i, frames in enumerate(self.episodes.frames):
             files.append(pictures.save_gif(frames, folder / f"{self.name}-episode{i}.gif"))
         return files
