@@ -86,6 +86,8 @@ def write_settings(command: Sample, run: Run, samples: Samples, out: Path) -> No
     """Everything that the samples depend on, as JSON beside them."""
     settings = config.dump(command) | {"sampler": command.sampler or run.objective.sampler, "nfe": samples.evaluations}
     settings |= {"rows_per_sample": samples.network_rows, "weights": run.weights, "genkit": __version__}
+    if command.label is not None and "label" in samples.cond:
+        settings["label"] = int(samples.cond["label"][0])
     path = out.with_suffix(".json") if out.suffix else out / "samples.json"
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
