@@ -54,9 +54,9 @@ def start(arguments: str, out: Path) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+        log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         os._exit(genkit(["train", *SMALL.split(), *arguments.split(), f"--out={out}"]))
     return pid
 
@@ -142,6 +142,7 @@ def main() -> int:
             if not same or (log != expected_log and not damaged):
                 print(f"chain {counts['chains']} ({name}): exit code {code}, weights {'equal' if same else 'DIFFER'}, "
                       f"log {'equal' if log == expected_log else 'DIFFERS'}", flush=True)  # fmt: skip
+                print("  " + "\n  ".join(out.with_suffix(".log").read_text().splitlines()[-3:]), flush=True)
             shutil.rmtree(out, ignore_errors=True)
     summary = {"seed": args.seed, **counts, "power_cuts": dict(cuts)}
     print(json.dumps(summary))

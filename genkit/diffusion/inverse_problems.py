@@ -1,12 +1,13 @@
 """Editing with any denoiser: linear inverse problems as guidance, and SDEdit.
 
-What is known is ``y = A x0 + sigma_y n``. Bayes' rule adds ``grad log p(y | x_t)`` to the score, which moves the
-expected data by ``sigma^2 / alpha`` of it (Tweedie's formula, on any path). :func:`pigdm` and :func:`dps` differ in
-what they take for ``p(x0 | x_t)``; both differentiate through the denoiser. They are ``Denoiser -> Denoiser``, so every
-sampler draws from the posterior, on diffusion's paths and on flow's alike, with other guidance or without:
+The measurement is ``y = A x0 + sigma_y n``. Bayes' rule adds ``grad log p(y | x_t)`` to the score, which moves the
+expected data by ``sigma^2 / alpha`` times that gradient (Tweedie's formula, on any path). :func:`pigdm` and :func:`dps`
+differ in the law that they assume for ``p(x0 | x_t)``; both differentiate through the denoiser. They are ``Denoiser ->
+Denoiser``, so every sampler draws from the posterior, on the paths of diffusion and of flow alike, with other guidance
+or without:
 
-    seen = measure(Mask(mask), x0, sigma_y=0.05)
-    bind("heun", 50, compose(classifier_free(2.0), pigdm(seen)))(denoise)(z, cond)
+    measurement = measure(Mask(mask), x0, sigma_y=0.05)
+    bind("heun", 50, compose(classifier_free(2.0), pigdm(measurement)))(denoise)(z, cond)
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Operator(ABC):
     """A linear map A from samples ``[B, *S]`` to measurements ``[B, *M]``."""
 
     @abstractmethod
-    def measured(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """M for samples of shape S. ``ValueError`` where the operator does not fit them."""
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """M for samples of shape S. ``ValueError`` if the operator does not fit them."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -44,19 +45,20 @@ class Operator(ABC):
 
     @abstractmethod
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
-        """``(r2 A A^T + s2 I)^-1 y`` with r2 ``[B]`` above 0; its pseudo-inverse where that is singular (s2 = 0)."""
+        """``(r2 A A^T + s2 I)^-1 y`` with r2 ``[B]`` above 0; by the pseudo-inverse if it is singular (s2 = 0)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mask(Operator):
-    """Inpainting: the numbers of a sample where ``mask``, Bool ``[*S]``, is True. The others come out as 0."""
+    """Inpainting: the numbers of a sample at which ``mask`` is True; the others become 0."""
 
     mask: Tensor
+    """Bool ``[*S]``"""
 
     def __post_init__(self) -> None:
         require("mask", self.mask.dtype, "torch.bool: True where a sample is known", self.mask.dtype == torch.bool)
 
-    def measured(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         given = tuple(self.mask.shape)
         require("mask", f"shape {given}", f"the shape of a sample, {tuple(shape)}", given == tuple(shape))
         return shape
@@ -68,7 +70,7 @@ class Mask(Operator):
         return self.forward(y)
 
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
-        return self.forward(y) / (expand(r2, y) + s2)  # A A^T = 1 where there is a measurement
+        return self.forward(y) / (expand(r2, y) + s2)  # A A^T = 1 at measured numbers
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ class Average(Operator):
     """Super-resolution: the mean of each ``factor x factor`` block of an image ``[C, H, W]``."""
 
     factor: int = 2
+    """side of a block, in pixels"""
 
     def __post_init__(self) -> None:
         require("factor", self.factor, "1 or more", self.factor >= 1)
 
-    def measured(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         f = self.factor
         require("factor", f"{f} for samples of shape {tuple(shape)}", "a divisor of the height and width of images",
                 len(shape) == 3 and all(n % f == 0 for n in shape[1:]))  # fmt: skip
@@ -93,7 +96,7 @@ class Average(Operator):
         return self.enlarge(y) / self.factor**2
 
     def enlarge(self, y: Tensor) -> Tensor:
-        """Each number as a block: the pseudo-inverse, and how a measurement looks."""
+        """Each number as a block: the pseudo-inverse, and a picture of a measurement."""
         return y.repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
 
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
@@ -102,52 +105,55 @@ class Average(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Blur(Operator):
-    """Deblurring: circular convolution of images ``[C, H, W]`` with ``kernel`` ``[h, w]``, by Fourier transform."""
+    """Deblurring: circular convolution of images ``[C, H, W]`` with a kernel, by Fourier transform."""
 
     kernel: Tensor
+    """``[h, w]``"""
 
     @classmethod
     def gaussian(cls, width: float = 1.0) -> Blur:
-        """A Gaussian of this standard deviation in pixels, cut at three of them, of sum 1."""
+        """A Gaussian kernel of this standard deviation in pixels, cut at three of them, with sum 1."""
         require("width", width, "above 0", 0 < width < math.inf)
         reach = math.ceil(3 * width)
         bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / width) ** 2)
         return cls(torch.outer(bell, bell) / bell.sum() ** 2)
 
-    def measured(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         require("blur", f"samples of shape {tuple(shape)}", "images [C, H, W]", len(shape) == 3)
         return shape
 
     def transfer(self, like: Tensor) -> Tensor:
-        """The kernel's Fourier transform; one wider than the image is wrapped around it, as its copies are."""
-        (h, w), (high, wide) = self.kernel.shape, like.shape[-2:]
-        rows = (torch.arange(h, device=like.device) - h // 2) % high
-        columns = (torch.arange(w, device=like.device) - w // 2) % wide
-        wrapped = torch.zeros(high * wide, dtype=like.dtype, device=like.device)
-        places = (rows[:, None] * wide + columns).flatten()
-        return torch.fft.rfft2(wrapped.index_add(0, places, self.kernel.to(like).flatten()).reshape(high, wide))
+        """The kernel's Fourier transform for images like this; a kernel wider than the image wraps around it."""
+        (h, w), (height, width) = self.kernel.shape, like.shape[-2:]
+        rows = (torch.arange(h, device=like.device) - h // 2) % height
+        columns = (torch.arange(w, device=like.device) - w // 2) % width
+        wrapped = torch.zeros(height * width, dtype=like.dtype, device=like.device)
+        pixels = (rows[:, None] * width + columns).flatten()
+        return torch.fft.rfft2(wrapped.index_add(0, pixels, self.kernel.to(like).flatten()).reshape(height, width))
 
-    def filter(self, x: Tensor, by: Tensor) -> Tensor:
-        return torch.fft.irfft2(torch.fft.rfft2(x) * by, s=x.shape[-2:])
+    def multiply(self, x: Tensor, transfer: Tensor) -> Tensor:
+        """``x`` with its Fourier transform multiplied by ``transfer``."""
+        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.filter(x, self.transfer(x))
+        return self.multiply(x, self.transfer(x))
 
     def transpose(self, y: Tensor) -> Tensor:
-        return self.filter(y, self.transfer(y).conj())
+        return self.multiply(y, self.transfer(y).conj())
 
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
         power = self.transfer(y).abs() ** 2
-        return self.filter(y, inverse(expand(r2, y) * power + s2, expand(r2, y) * power.max()))
+        return self.multiply(y, pseudo_inverse(expand(r2, y) * power + s2, expand(r2, y) * power.max()))
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(Operator):
-    """Any ``matrix`` ``[M, D]``, for vectors ``[D]``."""
+    """Any matrix, for vectors ``[D]``."""
 
     matrix: Tensor
+    """``[M, D]``"""
 
-    def measured(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         given = tuple(self.matrix.shape)
         require("matrix", f"shape {given}", f"(M, {shape[-1]}) for vectors of shape {tuple(shape)}",
                 len(given) == 2 and given[1:] == tuple(shape))  # fmt: skip
@@ -162,13 +168,13 @@ class Dense(Operator):
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
         matrix = self.matrix.to(y)
         powers, basis = torch.linalg.eigh(matrix @ matrix.T)
-        return (y @ basis * inverse(r2[:, None] * powers + s2, r2[:, None] * powers.max())) @ basis.T
+        return (y @ basis * pseudo_inverse(r2[:, None] * powers + s2, r2[:, None] * powers.max())) @ basis.T
 
 
-def inverse(powers: Tensor, largest: Tensor) -> Tensor:
-    """``1 / powers``, and 0 where they are below rounding: what A does not see says nothing."""
-    seen = powers > 8 * torch.finfo(powers.dtype).eps * largest
-    return torch.where(seen, 1 / powers, torch.zeros_like(powers))
+def pseudo_inverse(powers: Tensor, largest: Tensor) -> Tensor:
+    """``1 / powers``, but 0 for those below the rounding error of the ``largest``."""
+    nonzero = powers > 8 * torch.finfo(powers.dtype).eps * largest
+    return torch.where(nonzero, 1 / powers, torch.zeros_like(powers))
 
 
 # --------------------------------------------------------------------------------------------- measurements
@@ -185,8 +191,8 @@ class Measurement:
         require("y", "numbers that are not finite", "finite ones", bool(torch.isfinite(self.y).all()))
 
     def residual(self, x0: Tensor) -> Tensor:
-        """``y - A x0``. ``ValueError`` where the measurement does not fit the samples."""
-        needed = (len(x0), *self.operator.measured(tuple(x0.shape[1:])))
+        """``y - A x0``, ``[B, *M]``. ``ValueError`` if the measurement does not fit the samples."""
+        needed = (len(x0), *self.operator.output_shape(tuple(x0.shape[1:])))
         given = tuple(self.y.shape)
         require("y", f"shape {given}", f"{needed} for {needed[0]} samples of shape {tuple(x0.shape[1:])}",
                 given == needed)  # fmt: skip
@@ -194,8 +200,8 @@ class Measurement:
 
 
 def measure(operator: Operator, x0: Tensor, sigma_y: float = 0.0, noise: Noise | None = None) -> Measurement:
-    """What ``operator`` sees of ``x0`` ``[B, *S]``, with noise of standard deviation ``sigma_y``."""
-    shape = operator.measured(tuple(x0.shape[1:]))
+    """A measurement of ``x0`` ``[B, *S]`` by ``operator``, with noise of standard deviation ``sigma_y``."""
+    shape = operator.output_shape(tuple(x0.shape[1:]))
     y = operator.forward(x0)
     if sigma_y > 0:
         y = y + sigma_y * (noise(shape).to(y) if noise else torch.randn_like(y))
@@ -203,79 +209,79 @@ def measure(operator: Operator, x0: Tensor, sigma_y: float = 0.0, noise: Noise |
 
 
 # -------------------------------------------------------------------------------------------------- solvers
-Covariance = Callable[[Tensor], Tensor]  # v -> C v, with C that of x0 given x_t
-Shift = Callable[[Tensor, Tensor, Tensor, Covariance], Tensor]  # (x0_hat, alpha [B], sigma [B], covariance) -> its move
+Covariance = Callable[[Tensor], Tensor]  # v -> C v, with C the covariance of x0 given x_t
+Shift = Callable[[Tensor, Tensor, Tensor, Covariance], Tensor]  # (x0_hat, alpha [B], sigma [B], covariance) -> shift
 
 
-def pigdm(seen: Measurement, variance: float = 1.0) -> Guidance:
-    """Pseudoinverse guidance (Song et al. 2023, eq. 7): ``p(x0 | x_t)`` is taken for ``N(x0_hat, r2 I)``.
+def pigdm(measurement: Measurement, variance: float = 1.0) -> Guidance:
+    """Pseudoinverse guidance (Song et al. 2023, eq. 7), which assumes that ``p(x0 | x_t)`` is ``N(x0_hat, r2 I)``.
 
     ``grad log p(y | x_t) = J^T A^T (r2 A A^T + sigma_y^2 I)^-1 (y - A x0_hat)`` with ``J = d x0_hat / d x_t``. Data of
-    this ``variance`` have ``r2 = variance sigma^2 / (variance alpha^2 + sigma^2)``: exact for ``N(mean, variance I)``
-    (tests), on any path. The paper has variance 1 (section 3.3).
+    this ``variance`` have ``r2 = variance sigma^2 / (variance alpha^2 + sigma^2)``, which is exact for ``N(mean,
+    variance I)`` on any path (tests). The paper has variance 1 (section 3.3).
     """
     require("variance", variance, "above 0", 0 < variance < math.inf)
 
     def shift(x0: Tensor, alpha: Tensor, sigma: Tensor, covariance: Covariance) -> Tensor:
         r2 = variance * sigma**2 / (variance * alpha**2 + sigma**2)
-        weighed = seen.operator.solve(seen.residual(x0), r2, seen.sigma_y**2)
-        return covariance(seen.operator.transpose(weighed))
+        solution = measurement.operator.solve(measurement.residual(x0), r2, measurement.sigma_y**2)
+        return covariance(measurement.operator.transpose(solution))
 
-    return moving(shift)
+    return by_shift(shift)
 
 
-def dps(seen: Measurement, scale: float = 1.0) -> Guidance:
+def dps(measurement: Measurement, scale: float = 1.0) -> Guidance:
     """Diffusion posterior sampling (Chung et al. 2023, eq. 16): down the gradient of ``||y - A x0_hat(x_t)||^2``.
 
-    The paper's step (algorithm 1: ``zeta / ||y - A x0_hat||``, tuned for each task) belongs to 1000 ancestral steps;
-    a denoiser does not know how many there will be. Here, at ``scale`` 1, x0 moves to the minimum along the gradient of
-    ``||y - A x0||^2 / sigma_y^2 + (x0 - x0_hat)^T C^-1 (x0 - x0_hat)``, where C is the covariance of x0 given x_t that
-    the gradient carries (it is ``C A^T (y - A x0_hat)``), so C itself is never inverted. The residual never grows.
+    The paper's step (algorithm 1: ``zeta / ||y - A x0_hat||``, tuned for each task) belongs to 1000 ancestral steps,
+    and a denoiser does not know how many there will be. Here, at ``scale`` 1, x0 moves to the minimum along the
+    gradient of ``||y - A x0||^2 / sigma_y^2 + (x0 - x0_hat)^T C^-1 (x0 - x0_hat)``, where C is the covariance of x0
+    given x_t. The gradient is ``C A^T (y - A x0_hat)``, so C is never inverted. The residual never grows.
     """
     require("scale", scale, "0 … 1", 0 <= scale <= 1)
 
     def shift(x0: Tensor, alpha: Tensor, sigma: Tensor, covariance: Covariance) -> Tensor:
-        residual = seen.residual(x0)
-        way = covariance(seen.operator.transpose(residual))
-        effect = seen.operator.forward(way)
-        total = lambda v: v.flatten(1).sum(1)  # noqa: E731
-        along, square = total(residual * effect), total(effect**2)
-        curvature = square + seen.sigma_y**2 * along.clamp(min=0)
-        length = torch.where(square > 0, along / curvature, torch.zeros_like(along))
-        return scale * expand(length, way) * way
+        residual = measurement.residual(x0)
+        direction = covariance(measurement.operator.transpose(residual))
+        effect = measurement.operator.forward(direction)
+        decrease = (residual * effect).flatten(1).sum(1)
+        square = (effect**2).flatten(1).sum(1)
+        curvature = square + measurement.sigma_y**2 * decrease.clamp(min=0)
+        length = torch.where(square > 0, decrease / curvature, torch.zeros_like(decrease))
+        return scale * expand(length, direction) * direction
 
-    return moving(shift) if scale else lambda denoise: denoise
+    return by_shift(shift) if scale else lambda denoise: denoise
 
 
-def moving(shift: Shift) -> Guidance:
-    """Guidance by a move of the expected data.
+def by_shift(shift: Shift) -> Guidance:
+    """Guidance that moves the expected data by ``shift``.
 
-    ``covariance(v) = sigma^2 / alpha J^T v``, by one backward pass: J is ``alpha / sigma^2`` times the covariance of x0
-    given x_t (the second-order Tweedie formula). Where alpha = 0 that is a limit, and is asked for a little earlier.
+    ``covariance(v) = sigma^2 / alpha J^T v`` costs one backward pass: J is ``alpha / sigma^2`` times the covariance of
+    x0 given x_t (the second-order Tweedie formula). At alpha = 0 it is a limit, evaluated at a slightly smaller time.
 
-    A network's J is not that exact, and its error is enlarged by ``sigma^2 / alpha``: of a flow on digits the C of pure
-    noise came out at 0.64 (chart time 0.8), 0.66 (0.9), 1.1 (0.95), 2.7 (0.98), 68 (0.999). So for networks take
-    ``within(0, 0.9, pigdm(...))``; the few steps above that know next to nothing of x0 anyway.
+    A network's J is not that exact, and its error is multiplied by ``sigma^2 / alpha``: for a flow on digits the C of
+    pure noise came out at 0.64 (chart time 0.8), 0.66 (0.9), 1.1 (0.95), 2.7 (0.98), 68 (0.999). So take
+    ``within(0, 0.9, pigdm(...))`` for networks; the few steps above that know next to nothing of x0 anyway.
     """
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
         require_diffusion("measurement", path)
 
-        def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            asked = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
-            alpha, sigma = path.alpha(asked), path.sigma(asked)
+        def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            t_safe = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
+            alpha, sigma = path.alpha(t_safe), path.sigma(t_safe)
             with torch.enable_grad():
-                here = x.detach().requires_grad_()
-                hat = denoise(here, asked, cond).x0
+                x_grad = x.detach().requires_grad_()
+                x0_hat = denoise(x_grad, t_safe, cond).x0
 
             def covariance(v: Tensor) -> Tensor:
-                return expand(sigma**2 / alpha, x) * torch.autograd.grad(hat, here, v)[0]
+                return expand(sigma**2 / alpha, x) * torch.autograd.grad(x0_hat, x_grad, v)[0]
 
-            x0 = hat.detach() + shift(hat.detach(), alpha, sigma, covariance)
+            x0 = x0_hat.detach() + shift(x0_hat.detach(), alpha, sigma, covariance)
             return Prediction(x0, (x - expand(path.alpha(t), x) * x0) / expand(path.sigma(t), x))
 
-        return Wrapped(denoise, guided)
+        return Wrapped(denoise, predict)
 
     return guide
 
@@ -293,10 +299,10 @@ def sdedit(
     callback: Callback | None = None,
     **options: object,
 ) -> Tensor:
-    """SDEdit (Meng et al. 2022, algorithm 1): noise a picture to some time, and sample from there.
+    """SDEdit (Meng et al. 2022, algorithm 1): noise pictures ``x0`` ``[B, *S]`` to some time, and sample from there.
 
-    ``strength`` is that time in the chart, as a part of the way to ``times[0]``: at 1 a new sample, near 0 the picture.
-    The nodes of ``times`` below it are those of the sampler. ``noise`` gives each sample's own normals.
+    ``strength`` is that chart time as a fraction of that of ``times[0]``: 1 makes a new sample, near 0 the picture
+    stays. The sampler uses the nodes of ``times`` below it. ``noise`` draws each sample's own normals.
     """
     require("strength", strength, "above 0, up to 1", 0 < strength <= 1)
     require("sampler", sampler, ", ".join(SAMPLERS), sampler in SAMPLERS)

@@ -17,9 +17,9 @@ from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import Identity, LearnedCodec, Pixels
 from genkit.diffusion.samplers import (
-    Bound,
     Grid,
     Seeds,
+    VLBTerms,
     bits_per_dim,
     dequantise,
     log_prob,
@@ -185,7 +185,7 @@ def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) 
                 run.denoiser, x, cond, times=times, variance=settings.variance, pixels=pixels, noise=noise
             )
         parts.append([part.double().cpu() for part in bound])
-    bound = Bound(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    bound = VLBTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
     dims = math.prod(run.spec.shape)
 
     def in_bits(nats: Tensor) -> MeanEstimate:

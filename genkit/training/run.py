@@ -27,7 +27,7 @@ from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
-from genkit.training.sampling import Sampling, build_guidance, sample_conditions
+from genkit.training.sampling import Sampling, build_guidance, require_conditions, sample_conditions
 from genkit.training.settings import TrainSettings, stored_settings
 
 
@@ -148,6 +148,7 @@ class Run:
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
         conditions = dict(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
         spec.check(conditions, n)
+        require_conditions(self, conditions)
         frames: list[list[Tensor]] = []
 
         def record(step: int, x: Tensor, prediction: Any) -> None:

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.config import table
-from genkit.core import Guidance, Label, Spec
+from genkit.core import Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
 from genkit.data import codecs, text
 from genkit.diffusion.guidance import (
@@ -24,11 +24,13 @@ from genkit.diffusion.guidance import (
     within,
 )
 from genkit.diffusion.samplers import GRIDS
+from genkit.objectives.matching.matching import Matching
 
 if TYPE_CHECKING:
     from genkit.training.run import Run
 
 Count = Annotated[int, Ge(1)]
+BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,9 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
     if sampling.clip:
         if isinstance(run.codec, codecs.LearnedCodec):
             raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
+        if not isinstance(run.codec, BOUNDED_CODECS):
+            kind = type(run.codec).__name__
+            raise ValueError(f"clip: keeps predicted data in [-1, 1], and those of {kind} go beyond; leave it out")
         guides.append(clamp())
     return compose(*guides) if guides else None
 
@@ -127,13 +132,41 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     if weak is None:
         if not run.spec.cond:
             raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")
+        if not knows_null(run.objective):
+            raise ValueError(
+                f"guidance: given {scale}, but this model was never trained without its conditions: there is nothing "
+                "to guide away from; use 1, --autoguide, or train with --objective.cond-dropout 0.1"
+            )
         return classifier_free(scale, rule, passes or "together")
     if passes is not None:
         raise ValueError(f"passes: given {passes}, but autoguidance runs two networks, one after the other")
-    if (weak.directory, weak.weights) == (run.directory, run.weights):
+    if same_weights(weak, run):
         raise ValueError(f"autoguide: given {weak.weights}, the model itself; take an earlier step or a faster ema")
     require_same_samples("autoguide", run, weak)
     return autoguidance(weak.denoiser, scale, rule)
+
+
+def knows_null(objective: Objective) -> bool:
+    """Whether conditions were dropped in training, so that the learned null embedding means something."""
+    return not isinstance(objective, Matching) or objective.cond_dropout > 0 or objective.cond_dropout_each > 0
+
+
+def same_weights(a: Run, b: Run) -> bool:
+    """Whether two models are one: averages of different decay may still be equal early in training."""
+    if a.nets.keys() != b.nets.keys():
+        return False
+    for name in a.nets:
+        ours, theirs = a.nets[name].state_dict(), b.nets[name].state_dict()
+        if ours.keys() != theirs.keys() or not all(ours[k].equal(theirs[k].to(ours[k].device)) for k in ours):
+            return False
+    return True
+
+
+def require_conditions(run: Run, cond: Cond) -> None:
+    """``ValueError`` if a condition is absent of a model that was never trained without it."""
+    missing = [name for name in run.spec.cond if name not in cond]
+    if missing and not knows_null(run.objective):
+        raise ValueError(f"condition {missing[0]!r} is missing, and this model was never trained without it; give it")
 
 
 def add_classifier(run: Run, classifier: Run, scale: float) -> Guidance:

@@ -84,7 +84,7 @@ def matrix_of(function, shape):
 def test_operators_are_their_matrices(name):
     operator, shape = OPERATORS[name]
     a = matrix_of(operator.forward, shape)
-    out = operator.measured(shape)
+    out = operator.output_shape(shape)
     assert a.shape[0] == int(torch.tensor(out).prod())
     assert torch.allclose(matrix_of(operator.transpose, out), a.T, atol=1e-12)
     for s2 in (0.0, 0.09):
@@ -98,7 +98,7 @@ def test_operators_are_their_matrices(name):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_each_sample_has_its_own_r2(name):
     operator, shape = OPERATORS[name]
-    y, r2 = torch.randn(3, *operator.measured(shape), dtype=F64), torch.tensor([0.1, 1.0, 5.0], dtype=F64)
+    y, r2 = torch.randn(3, *operator.output_shape(shape), dtype=F64), torch.tensor([0.1, 1.0, 5.0], dtype=F64)
     rows = [operator.solve(y[i : i + 1], r2[i : i + 1], 0.1) for i in range(3)]
     assert torch.allclose(operator.solve(y, r2, 0.1), torch.cat(rows), atol=1e-12)
 

@@ -1,5 +1,6 @@
 """The metrics against closed forms, of Gaussians above all."""
 
+import importlib.util
 import itertools
 import math
 
@@ -375,14 +376,26 @@ def test_wasserstein_of_gaussians():
     assert line == pytest.approx(metrics.sliced_wasserstein2(1 + 2 * q[::10], q[::10], 3), rel=1e-9)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
-def test_repeated_points_change_nothing(n, m, dim):
-    """n points against m, each repeated to n m points: the sliced distance and, with POT, the exact one."""
+SIZES = (st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
+
+
+def repeated(n, m, dim):
+    """Sets of n and m points, and the same with each point repeated, so that both have n m points."""
     x, y = normal(n, dim), 1 + normal(m, dim, seed=1)
-    xx, yy = x.repeat(m, 1), y.repeat(n, 1)
-    assert metrics.sliced_wasserstein2(x, y, 20) == pytest.approx(metrics.sliced_wasserstein2(xx, yy, 20), rel=1e-9)
-    pytest.importorskip("ot")
-    assert metrics.wasserstein2(x, y) == pytest.approx(metrics.wasserstein2(xx, yy), rel=1e-9)
+    return (x, y), (x.repeat(m, 1), y.repeat(n, 1))
+
+
+@given(*SIZES)
+def test_repeated_points_do_not_change_the_sliced_distance(n, m, dim):
+    plain, twice = repeated(n, m, dim)
+    assert metrics.sliced_wasserstein2(*plain, 20) == pytest.approx(metrics.sliced_wasserstein2(*twice, 20), rel=1e-9)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ot") is None, reason="POT is not installed")
+@given(*SIZES)
+def test_repeated_points_do_not_change_the_exact_distance(n, m, dim):
+    plain, twice = repeated(n, m, dim)
+    assert metrics.wasserstein2(*plain) == pytest.approx(metrics.wasserstein2(*twice), rel=1e-9)
 
 
 def test_unequal_sets_without_pot(monkeypatch):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from genkit.cli.commands.finetune import main as finetune
 from genkit.cli.main import main as genkit
+from genkit.config import load_yaml
 from genkit.rl.finetune.loop import finetune as improve
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run, read_log
@@ -93,10 +94,19 @@ def test_one_call_returns_the_improved_run(moons, tmp_path, capsys):
     assert again.config.init == str(run.directory)
     more = improve(resume=run.directory, iterations=4, tensorboard=False)
     assert (more.step, more.before) == (4, run.before)
-    with pytest.raises(ValueError, match=r"itertions: unknown; .* did you mean iterations"):
+    with pytest.raises(ValueError, match=r"itertions: unknown.* did you mean iterations"):
         improve(moons, itertions=3)
     with pytest.raises(ValueError, match="run: not given"):
         improve()
+
+
+def test_precision_micro_batches_and_threads_are_settings(moons, tmp_path):
+    settings = {"reward": "tests.rl.test_finetune:first_number", "samples": 32, "iterations": 1, "eval_samples": 0}
+    run = improve(moons, **settings, precision="bf16", micro_batch=8, threads=1, device="cpu", out=str(tmp_path))
+    assert run.config.precision == "bf16"
+    assert all(p.dtype == torch.float32 for p in run.nets["net"].parameters())
+    stored = load_yaml(run.directory / "finetune.yaml")
+    assert (stored["micro_batch"], stored["device"]) == (8, "cpu")
 
 
 def test_a_function_is_a_reward_too(policy, tmp_path):

@@ -28,5 +28,5 @@ def test_one_call_returns_rollouts_and_prints_nothing(policy, tmp_path, capsys):
 def test_keywords_change_settings_and_mistakes_are_named(policy):
     settings = RolloutSettings(episodes=2, num_envs=2, max_steps=8)
     assert rollout(policy, settings, steps=1).settings == RolloutSettings(episodes=2, num_envs=2, max_steps=8, steps=1)
-    with pytest.raises(ValueError, match=r"step_s: unknown; .* did you mean steps"):
+    with pytest.raises(ValueError, match=r"step_s: unknown.* did you mean steps"):
         rollout(policy, settings, step_s=1)

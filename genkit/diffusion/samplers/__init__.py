@@ -1,8 +1,8 @@
 """Samplers: plain functions ``(denoise, x, times, cond, *, noise, callback) -> x``, and :func:`bind`.
 
-Euler's method is ``ddim`` with eta = 0. ``heun``, ``rk4`` and ``dopri5`` solve the ODE in the chart; ``dpmpp_2m``,
-``dpmpp_3m`` and ``unipc`` remember earlier evaluations; ``ancestral``, ``churn``, ``sde``, ``dpmpp_sde`` and
-``restart`` add noise.
+Euler's method is ``ddim`` with eta = 0. ``heun``, ``rk4`` and ``dopri5`` are one-step solvers of the ODE in the chart;
+``dpmpp_2m``, ``dpmpp_3m`` and ``unipc`` are multistep; ``ancestral``, ``churn``, ``sde``, ``dpmpp_sde`` and ``restart``
+add noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
 from genkit.diffusion.samplers.registry import COMMON_ARGUMENTS, SAMPLERS, SamplerInfo, ode_samplers, refuse_noise
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
 from genkit.diffusion.samplers.steps import Callback, CountingDenoiser, Seeds, nodes
-from genkit.diffusion.samplers.vlb import Bound, variational_bound
+from genkit.diffusion.samplers.vlb import VLBTerms, variational_bound
 
 
 def bind(
@@ -71,12 +71,12 @@ __all__ = [
     "COMMON_ARGUMENTS",
     "GRIDS",
     "SAMPLERS",
-    "Bound",
     "Callback",
     "CountingDenoiser",
     "Grid",
     "SamplerInfo",
     "Seeds",
+    "VLBTerms",
     "ancestral",
     "bind",
     "bits_per_dim",

@@ -1,7 +1,7 @@
-"""Grids: functions ``path -> times``, decreasing from 1 to 0. They belong to the chart, or to the noise level.
+"""Grids: functions ``path -> times``, decreasing from 1 to 0, regular in chart time, noise level or discrete time.
 
 Uniform t on a VP path costs Heun half an order; uniform tau keeps every solver's order on every path (tests). The last
-three, for models of discrete time, are uniform in t = k / timesteps all the same, because that is what others report.
+three, for models of discrete time, are uniform in t = k / timesteps nevertheless, to compare with what others report.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def karras_levels(num: int, low: float, high: float, rho: float = 7.0) -> list[f
 def _levels(num_steps: int, low: float, high: float, between: Callable[[int, float, float], Sequence[float]]) -> Grid:
     """Nodes at noise levels ``sigma / alpha``, ``high`` or the path's own end if that is lower, to ``low``, then 0.
 
-    The first node is t = 1 even where the path's end is noisier than ``high``: it is there that samples start.
+    The first node is t = 1 even if the path's end is noisier than ``high``, because samples start there.
     """
     _positive(num_steps)
     if not 0 < low < high:
@@ -68,37 +68,44 @@ def karras(num_steps: int, low: float = 0.002, high: float = 80.0, rho: float = 
 
 
 def logsnr(num_steps: int, low: float = 0.002, high: float = 80.0) -> Grid:
-    """Uniform in log-SNR, that is, geometric levels (Lu et al. 2022, section 3), cut to the same ends as ``karras``."""
-    return _levels(num_steps, low, high, lambda n, a, b: torch.logspace(
-        math.log10(b), math.log10(a), n, dtype=torch.float64).tolist())  # fmt: skip
+    """Uniform in log-SNR: geometric levels (Lu et al. 2022, section 3), with the same ends as ``karras``."""
+
+    def levels(n: int, a: float, b: float) -> list[float]:
+        return torch.logspace(math.log10(b), math.log10(a), n, dtype=torch.float64).tolist()
+
+    return _levels(num_steps, low, high, levels)
 
 
-def _discrete(num_steps: int, timesteps: int, counts: Callable[[], Tensor]) -> Grid:
+def _discrete(timesteps: int, k: Tensor) -> Grid:
+    """The times ``k / timesteps``, then 0."""
+    times = torch.cat([k.double() / timesteps, torch.zeros(1, dtype=torch.float64)])
+    return lambda path: times
+
+
+def _within(num_steps: int, timesteps: int) -> None:
     if _positive(num_steps) > timesteps:
         raise ValueError(f"steps: given {num_steps}; allowed 1 … {timesteps}, the model's own")
-    times = torch.cat([counts().double() / timesteps, torch.zeros(1, dtype=torch.float64)])
-    return lambda path: times
 
 
 def trailing(num_steps: int, timesteps: int = 1000) -> Grid:
     """Every T/n-th of the discrete times, counted from the noisy end (Lin et al. 2024, table 2)."""
-    return _discrete(num_steps, timesteps, lambda: (
-        torch.arange(num_steps, 0, -1, dtype=torch.float64) * timesteps / num_steps).round())  # fmt: skip
+    _within(num_steps, timesteps)
+    return _discrete(timesteps, (torch.arange(num_steps, 0, -1, dtype=torch.float64) * timesteps / num_steps).round())
 
 
 def linspace(num_steps: int, timesteps: int = 1000) -> Grid:
     """The discrete times from T to 1, both included, then 0 (Lin et al. 2024, table 2). One step: from T to 0."""
-    return _discrete(num_steps, timesteps, lambda: torch.linspace(
-        timesteps - 1, 0, num_steps, dtype=torch.float64).round() + 1)  # fmt: skip
+    _within(num_steps, timesteps)
+    return _discrete(timesteps, torch.linspace(timesteps - 1, 0, num_steps, dtype=torch.float64).round() + 1)
 
 
 def leading(num_steps: int, timesteps: int = 1000) -> Grid:
     """Every floor(T/n)-th of the discrete times, counted from the clean end: DDPM's usual (Lin et al. 2024, table 2).
 
-    It starts short of t = 1, where the data still show a little: kept to compare with what others report.
+    It starts short of t = 1, where some of the data is left: it is here to compare with what others report.
     """
-    return _discrete(num_steps, timesteps, lambda: (
-        torch.arange(num_steps - 1, -1, -1) * (timesteps // num_steps) + 1))  # fmt: skip
+    _within(num_steps, timesteps)
+    return _discrete(timesteps, torch.arange(num_steps - 1, -1, -1) * (timesteps // num_steps) + 1)
 
 
 GRIDS: Mapping[str, Callable[[int], Grid]] = {

@@ -1,4 +1,4 @@
-"""Inversion: from data to the noise that an ODE sampler would make it from."""
+"""Inversion: from data to the noise from which an ODE sampler makes it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from genkit.diffusion.samplers.steps import Callback, nodes
 
 
 @dataclass(frozen=True)
-class Mirror:
-    """A path seen from its other end, noise for data: ``tau' = 1 - tau``, at ``t' = 1 - t / 2``, so never at 0."""
+class ReversedPath:
+    """A path with noise and data exchanged: ``tau' = 1 - tau``, at ``t' = 1 - t / 2``, which is never 0."""
 
     inner: ProbabilityPath
 
@@ -27,14 +27,14 @@ class Mirror:
 
 
 @dataclass(frozen=True)
-class Mirrored:
-    """The denoiser to match: its ``x0`` is the noise."""
+class ReversedDenoiser:
+    """A denoiser on the reversed path: its ``x0`` is the noise."""
 
     inner: Denoiser
 
     @property
-    def path(self) -> Mirror:
-        return Mirror(self.inner.path)
+    def path(self) -> ReversedPath:
+        return ReversedPath(self.inner.path)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         x0, x1 = self.inner(x, (2 - 2 * t).clamp(max=1), cond)
@@ -52,13 +52,12 @@ def invert(
     callback: Callback | None = None,
     **options: object,
 ) -> Tensor:
-    """The ``x`` at ``times[0]`` from which the ODE leads to ``x0`` at ``times[-1]``, by any ODE sampler.
+    """The ``x`` ``[B, *S]`` at ``times[0]`` from which the ODE leads to ``x0`` at ``times[-1]``, by any ODE sampler.
 
-    The sampler runs as it is, on the mirrored path, where noise is the data.
-
-    At t = 0 nothing may be asked. The first step up, to the last node above 0, is therefore the limit ``x = alpha x0``
-    (there the expected noise is ``-sigma score``, which vanishes), then ``refine`` rounds of
-    ``x = alpha x0 + sigma x1(x)``, whose fixed point is the exact inverse of a sampler's last step.
+    The sampler runs unchanged, on the reversed path, on which noise is the data. No denoiser is evaluated at t = 0, so
+    the first step, to the last node above 0, is the limit ``x = alpha x0`` (the expected noise there is ``-sigma
+    score``, which vanishes), then ``refine`` rounds of ``x = alpha x0 + sigma x1(x)``, whose fixed point is the exact
+    inverse of a sampler's last step.
     """
     if sampler not in ode_samplers():
         raise ValueError(f"sampler: given {sampler!r}; allowed for inversion: {', '.join(ode_samplers())}")
@@ -72,4 +71,6 @@ def invert(
             x = first.alpha * x0 + first.sigma * denoise(x, first.time(x), cond).x1
     if len(t) == 1:
         return x
-    return SAMPLERS[sampler].function(Mirrored(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options)
+    return SAMPLERS[sampler].function(
+        ReversedDenoiser(denoise), x, 1 - t.flip(0) / 2, cond, callback=callback, **options
+    )

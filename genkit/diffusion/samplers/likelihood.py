@@ -4,8 +4,8 @@ In the chart ``du/dtau = v(u, tau) = E[x1 - x0 | u]`` from the data (tau = 0, wh
 
     log p(x) = log p_end(u_end) + int_0^end div v dtau,     p_end = N(0, tau_end^2 I),
 
-which is exact where the path ends in pure noise; VP and VE keep a trace of the data there, which is neglected. At
-tau = 0 nothing is asked: there the expected noise vanishes (it is ``-tau score``), so v = -u and div v = -D exactly.
+which is exact if the path ends in pure noise; VP and VE keep a trace of the data there, which is neglected. No denoiser
+is evaluated at tau = 0: there the expected noise vanishes (it is ``-tau score``), so v = -u and div v = -D exactly.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def log_prob(
     """``log p(x)`` in nats, ``[B]``, by Heun's method on the grid ``times`` (from 1 to 0, as a sampler's) backwards.
 
     ``divergence`` "exact" costs one backward pass for each dimension; "hutchinson" one for each of ``probes``
-    Rademacher vectors, drawn from ``noise`` by sample and kept all along (Grathwohl et al. 2019, eq. 8): unbiased.
-    ``solver`` "dopri5" takes its own steps after the grid's first, to the tolerances ``rtol`` and ``atol``.
+    Rademacher vectors, drawn from ``noise`` for each sample and kept throughout (Grathwohl et al. 2019, eq. 8), which
+    is unbiased. ``solver`` "dopri5" takes its own steps after the grid's first, to the tolerances ``rtol`` and
+    ``atol``.
     """
     require("divergence", repr(divergence), "exact, hutchinson", divergence in ("exact", "hutchinson"))
     require("solver", repr(solver), "heun, dopri5", solver in ("heun", "dopri5"))
@@ -53,7 +54,7 @@ def log_prob(
     require("atol", atol, "above 0", atol > 0)
     if not x.is_floating_point():
         raise ValueError(f"x: given {x.dtype}; a density needs floats: dequantise(x) first")
-    grid = nodes(denoise.path, times)[::-1]
+    grid = nodes(denoise.path, times)[::-1]  # from data to noise
     if grid[0].t != 0 or grid[-1].t != 1:
         raise ValueError(f"times: given {grid[-1].t:.3g} … {grid[0].t:.3g}; a likelihood needs the whole path, 1 … 0")
     directions = _directions(x, noise or default_noise(x), probes) if divergence == "hutchinson" else None
@@ -71,8 +72,8 @@ def log_prob(
 
 def _directions(x: Tensor, noise: Noise, probes: int) -> Tensor:
     """Rademacher vectors ``[probes, B, *S]``."""
-    drawn = torch.stack([noise(x.shape[1:]) for _ in range(probes)])
-    return torch.where(drawn < 0, -1.0, 1.0).to(x)
+    normals = torch.stack([noise(x.shape[1:]) for _ in range(probes)])
+    return torch.where(normals < 0, -1.0, 1.0).to(x)
 
 
 def _rates(denoise: Denoiser, cond: Cond, directions: Tensor | None) -> Rates:
@@ -90,22 +91,23 @@ def _rates(denoise: Denoiser, cond: Cond, directions: Tensor | None) -> Rates:
 
 def _divergence(v: Tensor, u: Tensor, directions: Tensor | None) -> Tensor:
     """``div v`` ``[B]``: the trace row by row, or the mean of ``e . (dv/du) e`` over the directions e."""
-    div, flat = torch.zeros(len(u), dtype=u.dtype, device=u.device), v.flatten(1)
+    div = torch.zeros(len(u), dtype=u.dtype, device=u.device)
+    flat = v.flatten(1)
     if directions is None:
         for i in range(flat.shape[1]):
             div = div + torch.autograd.grad(flat[:, i].sum(), u, retain_graph=True)[0].flatten(1)[:, i]
         return div
     for e in directions:
-        pulled = torch.autograd.grad(v, u, e, retain_graph=True)[0]
-        div = div + (pulled * e).flatten(1).sum(1) / len(directions)
+        product = torch.autograd.grad(v, u, e, retain_graph=True)[0]
+        div = div + (product * e).flatten(1).sum(1) / len(directions)
     return div
 
 
 def _dopri5(
     rates: Rates, denoise: Denoiser, u: Tensor, change: Tensor, taus: tuple[float, float], rtol: float, atol: float
 ) -> tuple[Tensor, Tensor]:
-    """Dormand & Prince's pair on ``(u, change)`` side by side, up to a last step that ends at the path's end."""
-    from torchdiffeq import odeint
+    """Dormand & Prince's pair on ``(u, change)`` together, up to a last step that ends at the path's end."""
+    from torchdiffeq import odeint  # lazy: it imports scipy
 
     def field(tau: Tensor, state: Tensor) -> Tensor:
         (node,) = nodes_at(denoise.path, [min(float(tau), taus[1])])
@@ -120,14 +122,14 @@ def _dopri5(
 
 
 # ------------------------------------------------------------------------------------------------ bits per dimension
-PIXEL = 127.5  # Pixels' scale: k of 0 .. 255 is k / 127.5 - 1 inside
+PIXEL = 127.5  # the pixel k of 0 .. 255 is k / 127.5 - 1 in the model's numbers
 
 
 def dequantise(pixels: Tensor, noise: Noise | None = None) -> Tensor:
-    """uint8 pixels as a density's numbers, ``(k + w) / 127.5 - 1`` with w uniform in [-1/2, 1/2).
+    """uint8 pixels ``[B, *S]`` as continuous numbers, ``(k + w) / 127.5 - 1`` with w uniform in [-1/2, 1/2).
 
-    Theis et al. 2016, section 3.1; centred, so that the model meets what it was trained on. ``noise`` gives normals by
-    sample, and w is their rank.
+    Theis et al. 2016, section 3.1; centred, so that the model sees what it was trained on. ``noise`` draws normals for
+    each sample, and w is their quantile.
     """
     if pixels.dtype != torch.uint8:
         raise ValueError(f"pixels: given {pixels.dtype}; allowed torch.uint8")
@@ -136,6 +138,8 @@ def dequantise(pixels: Tensor, noise: Noise | None = None) -> Tensor:
 
 
 class BitsPerDim(NamedTuple):
+    """Bits per dimension, and the standard error of their mean over the samples."""
+
     value: float
     stderr: float
 
@@ -143,8 +147,8 @@ class BitsPerDim(NamedTuple):
 def bits_per_dim(log_prob: Tensor, num_dims: int, scale: float = PIXEL) -> BitsPerDim:
     """From ``log p`` in nats ``[N]`` of dequantised samples: an upper bound on ``-log2 P(pixels) / num_dims``.
 
-    A bin is one wide in pixels, ``1 / scale`` in the model's numbers: hence ``+ log2(scale)``. The error bar is that of
-    the mean over the N samples. ``scale=1`` for data that were never discrete.
+    A bin is one pixel level wide, ``1 / scale`` in the model's numbers: hence ``+ log2(scale)``. ``scale=1`` for data
+    that were never discrete.
     """
     if log_prob.ndim != 1 or not log_prob.numel() or num_dims < 1:
         raise ValueError(f"log_prob: given {tuple(log_prob.shape)}, {num_dims} dimensions; needs [N] and 1 or more")

@@ -1,4 +1,4 @@
-"""Deterministic samplers of one step each: Runge-Kutta methods on ``du/dtau = x1 - x0``."""
+"""One-step samplers: Runge-Kutta methods on ``du/dtau = x1 - x0``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ Clock = Literal["tau", "sigma"]
 
 
 def posterior_variance(t: tuple[float, float], s: tuple[float, float]) -> float:
-    """``Var[x_s | x_t, x0]`` for ``(alpha, sigma)`` at t > s: Ho et al. 2020, eq. 7, for any Gaussian path.
+    """``Var[x_s | x_t, x0]`` from ``(alpha, sigma)`` at t > s: Ho et al. 2020, eq. 7, for any Gaussian path.
 
-    ``x_t = r x_s + noise`` with ``r = alpha_t / alpha_s``; so ``sigma_s^2 (sigma_t^2 - r^2 sigma_s^2) / sigma_t^2``.
+    ``x_t = r x_s + noise`` with ``r = alpha_t / alpha_s``, so it is ``sigma_s^2 (sigma_t^2 - r^2 sigma_s^2) /
+    sigma_t^2``.
     """
     r = t[0] / s[0] if s[0] else 0.0
     return max(0.0, s[1] ** 2 * (1 - (r * s[1] / t[1]) ** 2))
@@ -62,10 +63,11 @@ def ddim(
 def heun_step(
     denoise: Denoiser, x: Tensor, a: Node, b: Node, cond: Cond, clock: Clock = "tau"
 ) -> tuple[Tensor, Prediction]:
-    """One step of Heun's method from a to b, by the trapezoid rule in ``clock``; Euler's where b is the data.
+    """One step of Heun's method from a to b, by the trapezoid rule in ``clock``; Euler's if b is the data.
 
-    "tau": on ``du/dtau = x1 - x0``, u = x / (alpha + sigma). "sigma": on ``dy/dlevel = x1``, y = x / alpha, as Karras
-    et al. 2022 (eq. 4, algorithm 1); where the level is infinite (alpha = 0) that step is taken in tau.
+    "tau": on ``du/dtau = x1 - x0``, u = x / (alpha + sigma). "sigma": on ``dy/dlevel = x1``, y = x / alpha, as in
+    Karras et al. 2022 (eq. 4, algorithm 1); a step from an infinite level (alpha = 0) is taken in tau. Returns x at b
+    and the prediction at a.
     """
     p = denoise(x, a.time(x), cond)
     x = interpolate(b, p)  # Euler's method, whatever the clock
@@ -88,8 +90,11 @@ def heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1), in the chart. Two evaluations a step, one in the
-    last, which ends where no denoiser may be asked. ``clock="sigma"`` is EDM's own, see :func:`heun_step`."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1), in the chart.
+
+    Two evaluations a step, but one in the last, since no denoiser is evaluated at the data. ``clock="sigma"`` is EDM's
+    own, see :func:`heun_step`.
+    """
     require("clock", repr(clock), "tau, sigma", clock in ("tau", "sigma"))
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         x, prediction = heun_step(denoise, x, a, b, cond, clock)
@@ -109,12 +114,14 @@ def rk4(
 ) -> Tensor:
     """The classical fourth-order Runge-Kutta method (Kutta 1901), in the chart. Four evaluations a step.
 
-    A step that ends at the data may not ask there: it is Heun's third-order rule (Heun 1900), with three evaluations at
-    0, 1/3 and 2/3 of it. Its error h^4, made once, keeps the whole at order four.
+    A step that ends at the data must not be evaluated there: it is Heun's third-order rule (Heun 1900), with three
+    evaluations at 0, 1/3 and 2/3 of the step. Its error h^4 is made only once, so the method stays of order four.
     """
     grid = nodes(denoise.path, times)
-    inner = [(1 / 2,) if b.t > 0 else (1 / 3, 2 / 3) for b in grid[1:]]
-    taus = [a.tau + f * (b.tau - a.tau) for (a, b), at in zip(pairwise(grid), inner, strict=True) for f in at]
+    # the nodes inside all steps, found at once
+    taus = []
+    for a, b in pairwise(grid):
+        taus += [a.tau + f * (b.tau - a.tau) for f in ((1 / 2,) if b.t > 0 else (1 / 3, 2 / 3))]
     between = iter(nodes_at(denoise.path, taus))
 
     def slope(u: Tensor, n: Node) -> Tensor:
@@ -123,13 +130,13 @@ def rk4(
     for i, (a, b) in enumerate(pairwise(grid)):
         prediction = denoise(x, a.time(x), cond)
         h, u, k1 = b.tau - a.tau, x / a.scale, prediction.velocity
-        m = next(between)
+        inner = next(between)
         if b.t > 0:
-            k2 = slope(u + h / 2 * k1, m)
-            k3 = slope(u + h / 2 * k2, m)
+            k2 = slope(u + h / 2 * k1, inner)
+            k3 = slope(u + h / 2 * k2, inner)
             u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(u + h * k3, b))
         else:
-            k2 = slope(u + h / 3 * k1, m)
+            k2 = slope(u + h / 3 * k1, inner)
             u = u + h / 4 * (k1 + 3 * slope(u + 2 * h / 3 * k2, next(between)))
         x = b.scale * u
         if callback:
@@ -151,12 +158,12 @@ def dopri5(
 ) -> Tensor:
     """Dormand & Prince's adaptive 5(4) pair (1980) in the chart, through torchdiffeq.
 
-    It takes its own steps from ``times[0]`` to ``times[-1]``: of the grid only the two ends count. A grid that ends at
-    the data is solved to chart time ``tau_min``, and from there by one Euler step (error ``tau_min^2``), so nothing
-    is asked at t = 0. The samples of a batch share each step's size, set by the worst one's error: a sample depends on
-    its batch, though by no more than the tolerance. (The fixed-grid samplers do not depend on it at all.)
+    It takes its own steps from ``times[0]`` to ``times[-1]``; the rest of the grid has no effect. A grid that ends at
+    the data is solved to chart time ``tau_min``, and from there by one Euler step (error ``tau_min^2``), so nothing is
+    evaluated at t = 0. The samples of a batch share each step's size, set by the worst one's error, so a sample depends
+    on its batch by up to the tolerance. (Samples of the fixed-grid samplers do not depend on their batch.)
     """
-    from torchdiffeq import odeint  # brings scipy along: not at import
+    from torchdiffeq import odeint  # lazy: it imports scipy
 
     require("rtol", rtol, "above 0", rtol > 0)
     require("atol", atol, "above 0", atol > 0)
@@ -166,7 +173,7 @@ def dopri5(
     field = _Field(denoise, cond, (stop, first), callback)
     end = torch.tensor([stop.tau], dtype=torch.float64, device=x.device)
     span = torch.cat([end.new_tensor([first.tau]), end])
-    # a step must end at `stop`: the solver may not look past it
+    # a step must end at `stop`, for the solver must not look past it
     options = {"norm": worst_of_batch, "step_t": end}
     states = odeint(field, x / first.scale, span, rtol=rtol, atol=atol, method="dopri5", options=options)
     u = torch.as_tensor(states[-1])
@@ -177,13 +184,15 @@ def dopri5(
 
 
 def worst_of_batch(error: Tensor) -> Tensor:
-    """The root mean square of each sample's errors, and of these the largest."""
+    """The largest root-mean-square error of a sample, from errors ``[B, *S]``."""
     return error.flatten(1).square().mean(1).sqrt().max()
 
 
 class _Field:
-    """``du/dtau`` as torchdiffeq asks for it. It calls ``callback_accept_step`` after the last stage of a good step,
-    which for this pair is the step's own end."""
+    """``du/dtau`` for torchdiffeq, which calls ``callback_accept_step`` after the last stage of an accepted step.
+
+    For this pair the last stage is the step's own end.
+    """
 
     def __init__(self, denoise: Denoiser, cond: Cond, ends: tuple[Node, Node], callback: Callback | None):
         self.denoise, self.cond, self.ends, self.callback, self.steps = denoise, cond, ends, callback, 0

@@ -1,4 +1,4 @@
-"""Stochastic samplers."""
+"""Samplers that add noise."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ def ancestral(
 ) -> Tensor:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2) on any path and grid.
 
-    The mean is that of ``q(x_s | x_t, x0)`` (eq. 7); its variance is that of the posterior ("small", the choice for a
-    deterministic x0), ``beta = sigma_t^2 - r^2 sigma_s^2`` ("large", for normal data; section 3.2), or the one that the
-    model has "learned" in between (Nichol & Dhariwal 2021, eq. 15; :mod:`genkit.diffusion.posterior`). None: learned
-    where the
-    model has one, else small. On paths with alpha(1) = 0 "large" is the same as "small" in the first step, where beta
-    would be the whole of sigma_t^2.
+    The mean is that of ``q(x_s | x_t, x0)`` (eq. 7). ``variance`` is "small", the posterior's, right for a
+    deterministic x0; "large", ``beta = sigma_t^2 - r^2 sigma_s^2``, right for normal data (section 3.2); or "learned",
+    the model's own between these (Nichol & Dhariwal 2021, eq. 15; :mod:`genkit.diffusion.posterior`). None: learned if
+    the model has one, else small. On paths with alpha(1) = 0 "large" is the same as "small" in the first step, in which
+    beta would be all of sigma_t^2.
     """
     require("variance", repr(variance), "small, large, learned", variance in (None, "small", "large", "learned"))
     noise = noise or default_noise(x)
@@ -76,9 +75,9 @@ def sde(
     """The reverse SDE (Song et al. 2021, eq. 6) by Euler-Maruyama, in the chart.
 
     There ``g^2 = 2 tau / (1 - tau)`` and ``score = -x1 / tau``, so the drift is ``x1 - x0 - g^2 / 2 score``, whose last
-    term undoes the noise. ``eta`` scales both: any keeps the marginals (Song et al. 2021, appendix D.1), 0 is DDIM.
-    Where g is infinite (alpha = 0) the step is the limit ``alpha_b x0 + sigma_b z``; the last one, to the data, is
-    x0. At 50 uniform steps the samples' covariance was 6 times closer than in the clock of the VE SDE (measured).
+    term compensates the noise. ``eta`` scales both: any value keeps the marginals (Song et al. 2021, appendix D.1), 0
+    is DDIM. If g is infinite (alpha = 0) the step is the limit ``alpha_b x0 + sigma_b z``; the last step, to the data,
+    is x0. At 50 uniform steps the samples' covariance was 6 times closer than in the clock of the VE SDE (measured).
     """
     require("eta", eta, "0 or more", eta >= 0)
     noise = noise or default_noise(x)
@@ -114,14 +113,15 @@ def churn(
     """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) on any path, in noise levels ``sigma / alpha``.
 
     A node between ``s_tmin`` and ``s_tmax`` is first raised by the factor ``1 + min(s_churn / steps, sqrt(2) - 1)``,
-    though never above the path's own end; then Heun's step goes to the next. Defaults: the paper's for ImageNet-64
-    (table 5), but s_noise = 1, which keeps the marginals exact (its 1.003 makes up for a network's lost detail).
+    but not above the path's own end; then Heun's step goes to the next. Defaults: the paper's for ImageNet-64 (table
+    5), but s_noise = 1, which keeps the marginals exact (its 1.003 makes up for a network's lost detail).
     """
     require("s_churn", s_churn, "0 or more", s_churn >= 0)
     require("s_tmin, s_tmax", (s_tmin, s_tmax), "0 <= s_tmin <= s_tmax", 0 <= s_tmin <= s_tmax)
     require("s_noise", s_noise, "above 0", s_noise > 0)
     require("clock", repr(clock), "tau, sigma", clock in ("tau", "sigma"))
-    noise, grid = noise or default_noise(x), nodes(denoise.path, times)
+    noise = noise or default_noise(x)
+    grid = nodes(denoise.path, times)
     gamma = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
     levels = [n.level * (1 + gamma) for n in grid[:-1]]
     raised = nodes_at(denoise.path, [s / (1 + s) if math.isfinite(s) else 1.0 for s in levels])
@@ -162,18 +162,18 @@ def restart(
     require("low, high", (low, high), f"within the grid's levels, {ends[0]:.3g} … {ends[1]:.3g}",
             ends[0] < low and high <= ends[1])  # fmt: skip
     noise = noise or default_noise(x)
-    again = [*nodes_at(denoise.path, [s / (1 + s) for s in karras_levels(steps + 1, low, high)])]
+    loop = [*nodes_at(denoise.path, [s / (1 + s) for s in karras_levels(steps + 1, low, high)])]
     count = itertools.count()
 
-    def tick(_: int, x: Tensor, prediction: Prediction) -> None:
+    def count_step(_: int, x: Tensor, prediction: Prediction) -> None:
         if callback:
             callback(next(count), x, prediction)
 
-    def down(x: Tensor, part: list[Node]) -> Tensor:
+    def solve(x: Tensor, part: list[Node]) -> Tensor:
         times = torch.tensor([n.t for n in part], dtype=torch.float64)
-        return heun(denoise, x, times, cond, callback=tick)
+        return heun(denoise, x, times, cond, callback=count_step)
 
-    x = down(x, [n for n in grid if n.t > again[-1].t] + again[-1:])
+    x = solve(x, [n for n in grid if n.t > loop[-1].t] + loop[-1:])
     for _ in range(repeats):
-        x = down(renoise(x, again[-1], again[0], s_noise * noise(x.shape[1:])), again)
-    return down(x, again[-1:] + [n for n in grid if n.t < again[-1].t])
+        x = solve(renoise(x, loop[-1], loop[0], s_noise * noise(x.shape[1:])), loop)
+    return solve(x, loop[-1:] + [n for n in grid if n.t < loop[-1].t])

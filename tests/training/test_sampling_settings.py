@@ -1,0 +1,59 @@
+"""Settings of sampling that would do nothing, or harm, are refused in one line."""
+
+import pytest
+import torch
+
+import genkit
+from genkit.cli.main import main
+from genkit.training.run import load_run, open_reference
+
+SMALL = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=3", "--workers=0", "--no-tensorboard",
+         "--sample-every=0", "--device=cpu", "--ema", "0.9", "0.99"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run that was trained without its classes now and then, and one that never was."""
+    out = {}
+    for name, dropout in (("dropped", 0.2), ("always", 0.0)):
+        folder = tmp_path_factory.mktemp(name)
+        argv = ["train", "--data=moons", f"--objective.cond-dropout={dropout}", *SMALL, f"--out={folder}"]
+        assert main(argv) == 0
+        out[name] = load_run(folder / "latest", device="cpu")
+    return out
+
+
+def test_guidance_needs_a_null_that_was_trained(runs):
+    assert runs["dropped"].sample(2, steps=2, guidance=3.0).x.shape == (2, 2)
+    with pytest.raises(ValueError, match="never trained without its conditions"):
+        runs["always"].sample(2, steps=2, guidance=3.0)
+    assert runs["always"].sample(2, steps=2, label=1).x.shape == (2, 2)
+
+
+def test_a_condition_may_be_left_out_only_if_it_was_in_training(runs):
+    assert runs["dropped"].sample(2, steps=2, cond={}).x.shape == (2, 2)
+    with pytest.raises(ValueError, match="'label' is missing, and this model was never trained without it"):
+        runs["always"].sample(2, steps=2, cond={})
+
+
+def test_averages_that_are_still_equal_do_not_guide(runs):
+    """Decays are warmed up: after three steps 0.9 and 0.99 hold the same weights."""
+    run = runs["dropped"]
+    with pytest.raises(ValueError, match="the model itself"):
+        run.sample(2, steps=2, guidance=2.0, autoguide="ema:0.9")
+    weak = open_reference(run, "ema:none")
+    assert genkit.sample(run, 2, steps=2, guidance=2.0, weak=weak).x.shape == (2, 2)
+
+
+@pytest.mark.parametrize(("data", "allowed"), [("moons", False), ("digits", True)])
+def test_clipping_is_for_data_within_one(tmp_path, data, allowed):
+    assert main(["train", f"--data={data}", *SMALL, f"--out={tmp_path}"]) == 0
+    run = load_run(tmp_path / "latest", device="cpu")
+    batch = run.codec.encode(run.config.data.load("train").batch(torch.arange(4), None))
+    assert (float(batch.x.abs().max()) <= 1.001) == allowed
+    generate = lambda: run.generator(genkit.Sampling(clip=True))  # noqa: E731
+    if allowed:
+        assert generate()
+    else:
+        with pytest.raises(ValueError, match=r"clip: .* go beyond"):
+            generate()
