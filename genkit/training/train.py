@@ -32,7 +32,7 @@ from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
-from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
+from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -295,7 +295,7 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
     """``auto`` is bf16 if the device is fast at it, but fp32 for vectors, whose small networks gain nothing."""
     if name != "auto":
         return name
-    return "bf16" if len(spec.shape) > 1 and fast_bf16(device) else "fp32"
+    return "bf16" if len(spec.shape) > 1 and has_fast_bf16(device) else "fp32"
 
 
 def pick_threads(numbers: int) -> int:
