@@ -23,6 +23,7 @@ from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
+from genkit.data.classes import describe_classes
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
@@ -183,6 +184,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     for note in notes:
         recorder.say(note)
     if not finished:
+        if classes := describe_classes(dataset):
+            recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
     return Job(settings, accelerator, data, stream, state, session, lock)
 
