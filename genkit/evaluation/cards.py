@@ -22,7 +22,11 @@ from genkit.evaluation.metrics import Estimate
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
 OBSERVED = ("nfe", "passes", "seconds", "metric_seconds", "versions", "device", "ranks", "notes")
-LOCATIONS = ("reference.data", "reference.stats")  # names of the reference, whose sha256 is a setting too
+LOCATIONS = (
+    "reference.data",
+    "reference.stats",
+    "reference.run",
+)  # names of the reference, whose sha256 is a setting too
 PACKAGES = ("torch", "numpy", "scipy", "torchvision", "pillow")
 
 
@@ -233,7 +237,9 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 
 
 def describe_data(data: Mapping[str, Any]) -> str:
-    """``NAME:SPLIT`` of a data set, or the file of its statistics."""
+    """``NAME:SPLIT`` of a data set, the file of its statistics, or the run that the samples are of."""
+    if "run" in data:
+        return f"samples of {data['run']} at step {data.get('step')}"
     return data.get("stats") or f"{data.get('data')}:{data.get('split')}"
 
 

@@ -29,13 +29,14 @@ from genkit.evaluation.sources import (
     SampleSource,
     class_condition,
     open_run_data,
+    reference_settings,
     source_settings,
     split_into_blocks,
 )
 
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
-Reference = DatasetSamples | Path
-"""Stored samples, or an npz of statistics (mu, sigma)."""
+Reference = SampleSource | Path
+"""Stored samples, samples of another run, or an npz of statistics (mu, sigma)."""
 
 
 # ------------------------------------------------------------------------------------------------ choosing features
@@ -143,22 +144,23 @@ class Evaluator:
         Metrics and features that are not given are chosen by the kind of the samples. All ranks call this together.
         ``ValueError``, before any sample is drawn, if a metric has no meaning for these samples.
         """
-        dataset = reference if isinstance(reference, DatasetSamples) else None
-        spec = dataset.spec if dataset is not None and samples.label is None else samples.spec
+        source = None if isinstance(reference, Path) else reference
+        spec = source.spec if source is not None and samples.label is None else samples.spec
         chosen = choose_features(features or Auto(), resize, weights, spec)
         kind = next((name for name, known in EXTRACTORS.items() if known is type(chosen)), type(chosen).__name__)
         if metrics is None:
             metrics = find_metrics(default_metrics(samples.spec, kind, samples.label is not None))
         check_metrics(metrics, samples, reference)
-        if dataset is not None and dataset.spec.shape != samples.spec.shape and kind != "inception":
-            raise ValueError(f"reference: {dataset.name} has samples {list(dataset.spec.shape)}, {samples.name} "
+        if source is not None and source.spec.shape != samples.spec.shape and kind != "inception":
+            raise ValueError(f"reference: {source.name} has samples {list(source.spec.shape)}, {samples.name} "
                              f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
-        data = None if kind == "inception" else training_data(samples, dataset)
+        data = None if kind == "inception" else training_data(samples, source)
         extractor = load_extractor(chosen, device, data, ranks)
-        if dataset is not None and any("logits" in metric.required_tensors for metric in metrics.values()):
-            require_logits(extractor(dataset.rows(0, 1, 1).x), extractor)
+        needs_logits = any("logits" in metric.required_tensors for metric in metrics.values())
+        if isinstance(source, DatasetSamples) and needs_logits:
+            require_logits(extractor(source.rows(0, 1, 1).x), extractor)
         # hashing reads every file, so that a damaged one is found before the work
-        for stored in (samples, dataset):
+        for stored in (samples, source):
             if isinstance(stored, DatasetSamples) and stored.content_hash is None:
                 stored.content_hash = ranks.once(stored.hash)
         evaluator = cls(metrics, extractor, settings or MetricSettings(), torch.device(device), batch, ranks)
@@ -170,7 +172,10 @@ class Evaluator:
         if isinstance(reference, Path):
             self.reference, self.reference_settings = load_statistics(reference, self.extractor)
         elif reference is not None and any(metric.reference for metric in self.metrics.values()):
-            n = min(n or reference.limit, reference.limit)
+            limits = [number for number in (n, reference.limit) if number is not None]
+            if not limits:
+                raise ValueError(f"reference_n: given none; {reference.name} draws any number of samples, so name one")
+            n = min(limits)
             needs_samples = any(metric.needs_reference_samples for metric in self.metrics.values())
             self.reference = measure_reference(
                 reference,
@@ -181,7 +186,7 @@ class Evaluator:
                 ranks=self.ranks,
                 progress=progress,
             )
-            self.reference_settings = {**reference.identity(), "n": n}
+            self.reference_settings = {**reference_settings(reference), "n": n}
 
     def measure(self, samples: SampleSource, n: int, progress: Progress = silent) -> Measurement:
         """Measure ``n`` samples, on all ranks together. A killed process loses about half a minute of work."""
@@ -253,10 +258,10 @@ def train_extractor(features: Features, device: torch.device | str, data: Data |
     features.load(device, data)
 
 
-def training_data(samples: SampleSource, reference: DatasetSamples | None) -> Data | None:
+def training_data(samples: SampleSource, reference: SampleSource | None) -> Data | None:
     """The training split for features that learn: the reference's if it has classes, else the samples' own."""
     if reference is not None and class_condition(reference.spec) is not None:
-        return reference.training_split()
+        samples = reference
     if isinstance(samples, ModelSamples):
         return open_run_data(samples.run).data
     if isinstance(samples, Reconstructions):
