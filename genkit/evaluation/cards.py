@@ -22,11 +22,7 @@ from genkit.evaluation.metrics import Estimate
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
 OBSERVED = ("nfe", "passes", "seconds", "metric_seconds", "versions", "device", "ranks", "notes")
-LOCATIONS = (
-    "reference.data",
-    "reference.stats",
-    "reference.run",
-)  # names of the reference, whose sha256 is a setting too
+LOCATIONS = ("reference.data", "reference.stats", "reference.run")  # names; the hash of a reference counts
 PACKAGES = ("torch", "numpy", "scipy", "torchvision", "pillow")
 
 
