@@ -1,3 +1,5 @@
+"""`python -m genkit COMMAND ...` does the same as `genkit COMMAND ...`."""
+
 import sys
 
 from genkit.cli.main import main

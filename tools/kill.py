@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -57,7 +58,14 @@ def start(arguments: str, out: Path) -> int:
         log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os._exit(genkit(["train", *SMALL.split(), *arguments.split(), f"--out={out}"]))
+        code = 1
+        try:
+            code = genkit(["train", *SMALL.split(), *arguments.split(), f"--out={out}"])
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
     return pid
 
 
@@ -142,7 +150,7 @@ def main() -> int:
             if not same or (log != expected_log and not damaged):
                 print(f"chain {counts['chains']} ({name}): exit code {code}, weights {'equal' if same else 'DIFFER'}, "
                       f"log {'equal' if log == expected_log else 'DIFFERS'}", flush=True)  # fmt: skip
-                print("  " + "\n  ".join(out.with_suffix(".log").read_text().splitlines()[-3:]), flush=True)
+                print("  " + "\n  ".join(out.with_suffix(".log").read_text().splitlines()[-8:]), flush=True)
             shutil.rmtree(out, ignore_errors=True)
     summary = {"seed": args.seed, **counts, "power_cuts": dict(cuts)}
     print(json.dumps(summary))

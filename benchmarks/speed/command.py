@@ -31,7 +31,7 @@ from benchmarks.speed.measuring import (
 )
 from genkit.backbones import UNet
 from genkit.core.files import write_text
-from genkit.training.loop import fast_bf16
+from genkit.training.loop import has_fast_bf16
 
 PEAK_FLOPS = {  # bf16, dense
     "H200": 989e12,
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     cfg = UNet(width=args.width, mults=tuple(args.mults), num_blocks=args.blocks, attention=tuple(args.attention))
     factory = Factory(cfg, (3, args.size, args.size), device, args.lr)
-    bf16, machine = fast_bf16(device), Machine.of(device)
+    bf16, machine = has_fast_bf16(device), Machine.of(device)
     clock_name, clock = pick_clock(device, args.threads)
     images, source = load_images(args.data_root, args.size)
     batch = draw_batch(images, args.batch, torch.Generator().manual_seed(0), device)

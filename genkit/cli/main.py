@@ -87,11 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class MessagePrinter(logging.Handler):
-    """The library's messages (logger ``genkit``) on standard output."""
+    """The library's messages (logger ``genkit``) on standard output; warnings on standard error, by the first rank."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        print(record.getMessage(), flush=True)
+        if record.levelno < logging.WARNING:
+            print(record.getMessage(), flush=True)
+        elif os.environ.get("RANK", "0") == "0":
+            print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:

@@ -8,6 +8,8 @@ see the condition NAME.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,6 +33,24 @@ class Label:
     num: int
     names: tuple[str, ...] = ()
     centers: tuple[float, ...] = ()
+
+    def number(self, given: int | str, option: str = "label") -> int:
+        """The class that a number or a name stands for. Text is a name, or a number if no class has that name.
+
+        Raises ``ValueError`` that lists the classes.
+        """
+        if isinstance(given, str) and given in self.names:
+            return self.names.index(given)
+        is_number = not isinstance(given, str) or re.fullmatch(r"[0-9]{1,18}", given)
+        if is_number and 0 <= (number := int(given)) < self.num:
+            return number
+        allowed, words = f"0..{self.num - 1}", [name for i, name in enumerate(self.names) if name != str(i)]
+        if words:
+            allowed += " or a name: " + ", ".join(words[:20]) + (", ..." if len(words) > 20 else "")
+        close = difflib.get_close_matches(str(given), words, 1)
+        raise ValueError(
+            f"{option}: given {given}; allowed {allowed}" + (f"; did you mean {close[0]}?" if close else "")
+        )
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from genkit.core import Batch, Codec
 
+LARGEST_SHIFT = 2.0**15  # of numbers relative to their spread: beyond, float32 (24 bits) keeps less than 9 bits of it
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -57,11 +59,21 @@ class Affine(ABC):
         shape = (1, -1, *(1,) * (x.ndim - 2))
         return shift.to(x).reshape(shape), scale.to(x).reshape(shape)
 
+    @property
+    def needs_float64(self) -> bool:
+        """Whether float32 cannot hold decoded numbers: their shift is too large for their spread."""
+        shift, scale = self.shift_scale()
+        return bool(((shift.abs() > LARGEST_SHIFT * scale) & (scale > 0)).any())
+
     def encode(self, batch: Batch) -> Batch:
+        """The model's numbers, float32; float64 samples are cast after centring."""
         shift, scale = self._broadcast(batch.x)
-        return replace(batch, x=(batch.x - shift) / torch.where(scale > 0, scale, 1))
+        x = (batch.x - shift) / torch.where(scale > 0, scale, 1)
+        return replace(batch, x=x.float() if x.dtype == torch.float64 else x)
 
     def decode(self, x: Tensor) -> Tensor:
+        """The data's numbers, float64 if :attr:`needs_float64`."""
+        x = x.double() if self.needs_float64 else x
         shift, scale = self._broadcast(x)
         return x * scale + shift
 
@@ -170,6 +182,13 @@ class LearnedCodec(ABC):
 def decoded_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a decoded sample, if the model's samples have ``shape``."""
     return codec.shape if isinstance(codec, LearnedCodec) else shape
+
+
+def loses_digits(x: Tensor) -> list[int]:
+    """The dimensions of float64 numbers ``[N, C, ...]`` whose spread float32 does not resolve."""
+    x = _per_dimension(x)
+    error, spread = (x - x.float().double()).abs().amax(1), x.std(1, correction=0)
+    return ((error > spread / LARGEST_SHIFT * 32) & (x.amin(1) != x.amax(1))).nonzero().flatten().tolist()
 
 
 def _per_dimension(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
 from genkit.core.files import format_error
+from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
 from genkit.data.captions import FILES, CaptionReader, Captions, load_captions
 from genkit.data.codecs import Pixels
@@ -35,6 +36,7 @@ Channels = Literal[1, 3] | None
 
 PROGRESS_FROM = 2000  # images from which decoding shows a progress bar
 CHUNK = 64  # images that one task of the thread pool decodes
+PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately
 
 
@@ -54,6 +56,8 @@ def to_pixels(image: PILImage, size: Size = None, channels: Channels = None) -> 
     from PIL import ImageOps
 
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "I" and image.format == "TIFF":  # 32 bits, unlike the 16 that Pillow widens for other formats
+        raise ValueError("its pixels are 32-bit integers of unknown range; save 8 or 16 bits")
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.float64)
         if wide.min() < 0 or wide.max() > 65535:
@@ -80,12 +84,19 @@ def to_pixels(image: PILImage, size: Size = None, channels: Channels = None) -> 
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def decode(content: bytes, name: str, size: Size = None, channels: Channels = None) -> np.ndarray:
-    """:func:`to_pixels` of an encoded image. ``ValueError`` names it if it is no image, truncated or corrupt."""
+def decode(
+    content: bytes, name: str, size: Size = None, channels: Channels = None, paged: set[str] | None = None
+) -> np.ndarray:
+    """:func:`to_pixels` of an encoded image. ``ValueError`` names it if it is no image, truncated or corrupt.
+
+    Of an animation or a file of several pages the first is taken, and ``name`` is added to ``paged``.
+    """
     from PIL import Image as pil  # lazy: speed
 
     try:
         with pil.open(io.BytesIO(content)) as image:
+            if paged is not None and image.format in PAGED_FORMATS and getattr(image, "is_animated", False):
+                paged.add(name)
             return to_pixels(image, size, channels)
     except pil.UnidentifiedImageError as e:
         raise ValueError(f"{name}: is not an image that Pillow can read") from e
@@ -131,6 +142,9 @@ class OnDisk:
     flip: bool = False
     captions: Captions | None = None
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
+    paged: set[str] = field(default_factory=set, init=False)
+    """images of which only the first page is taken, as far as they were read"""
+    warned: bool = field(default=False, init=False)
 
     def __len__(self) -> int:
         return len(self.files.names)
@@ -139,7 +153,7 @@ class OnDisk:
         """Decoded images, uint8 ``[B, C, H, W]``. ``ValueError`` names a file that is corrupt or has another shape."""
         out = np.empty((len(indices), *self.spec.shape), dtype=np.uint8)
         for row, i in enumerate(indices):
-            pixels = decode(self.files.read(i), self.files.location(i), self.size, self.channels)
+            pixels = decode(self.files.read(i), self.files.location(i), self.size, self.channels, self.paged)
             if pixels.shape != self.spec.shape:
                 raise ValueError(self._describe_mismatch(i, pixels.shape))
             out[row] = pixels
@@ -156,6 +170,9 @@ class OnDisk:
 
     def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
         """Add conditions and augmentation to the pixels ``x`` that :meth:`read` returned for ``indices``."""
+        if self.paged and not self.warned:
+            self.warned = True
+            warn_once(f"{min(self.paged)}: has several pages; only the first of each such image is taken")
         batch = Batch(x, {k: v.index_select(0, indices) for k, v in self.cond.items()})
         batch = random_flip(batch, self.spec, draw) if self.flip else batch
         return batch if self.captions is None else self.captions.add(batch, indices, draw)
@@ -177,6 +194,9 @@ class OnDisk:
             done = pool.map(fill, starts)
             for _ in with_progress(done, len(starts), "decoding") if n > PROGRESS_FROM else done:
                 pass
+        if self.paged:
+            count = f"{len(self.paged)} of {n} images have"
+            warn_once(f"{count} several pages, of which only the first is taken, such as {min(self.paged)}")
         return InMemory(x, self.cond, self.spec, self.codec, self.flip, self.captions)
 
 

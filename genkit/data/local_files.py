@@ -1,17 +1,10 @@
-"""A person's own files: folders of images, zips of images, arrays in an ``.npz``.
-
-Nothing is unpickled, and nothing is extracted from an archive to the disk.
-"""
+"""A person's own files: folders of images, zips of images, arrays in an ``.npz``. Nothing is unpickled."""
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -21,28 +14,19 @@ from torch import Tensor
 
 from genkit.core import Codec, Condition, Data, Label, Spec
 from genkit.core.files import format_error
-from genkit.data.captions import Caption, read_captions
-from genkit.data.codecs import Identity, MinMax, Standardize
+from genkit.core.messages import warn_once
+from genkit.data.captions import FILES
+from genkit.data.classes import abbreviate_list, class_kind, folder_classes, folder_labels, sort_naturally
+from genkit.data.codecs import Identity, MinMax, Standardize, loses_digits
+from genkit.data.image_files import FolderFiles, ZipFiles, is_hidden, warn_of_others
 from genkit.data.images import ImageSource
 from genkit.data.in_memory import InMemory
 from genkit.data.source import Split, check_split
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TEST_NAMES = ("test", "val")
 
 
 # ------------------------------------------------------------------------------------------------- finding
-def is_image(name: str) -> bool:
-    """Whether a file is an image by its suffix, and not in a hidden folder or one that macOS adds."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or one of its folders is hidden, or added by macOS."""
-    return any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(name).parts)
-
-
 def find_split(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
     """Return the path of ``split`` and that of the training split, which determines the classes.
 
@@ -70,95 +54,7 @@ def find_split(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
     raise ValueError(f"{top}: has no test split; arrange it as {base}/train{suffix} and {base}/test{suffix}")
 
 
-def list_files(directory: Path, accept: Callable[[str], bool]) -> list[str]:
-    """The accepted files in a folder and its subfolders, sorted by path. Links are followed, but no folder twice."""
-    visited: set[str] = set()
-    names: list[str] = []
-    for base, folders, files in os.walk(directory, followlinks=True):
-        if (real := os.path.realpath(base)) in visited:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        visited.add(real)
-        names += (Path(base, name).relative_to(directory).as_posix() for name in files)
-    return sorted(name for name in names if accept(name))
-
-
 # ------------------------------------------------------------------------------------------------- images
-@dataclass(frozen=True, eq=False)
-class FolderFiles:
-    """The images of a folder, an ``ImageFiles``."""
-
-    root: Path
-    names: Sequence[str]
-
-    def read(self, i: int) -> bytes:
-        return (self.root / self.names[i]).read_bytes()
-
-    def location(self, i: int) -> str:
-        return str(self.root / self.names[i])
-
-    def captions(self) -> list[Caption]:
-        """The captions that lie beside the images."""
-        others = list_files(self.root, lambda name: not is_hidden(name) and not is_image(name))
-        return read_captions(self.names, others, lambda name: (self.root / name).read_bytes(), str(self.root))
-
-
-class ZipFiles:
-    """The images of one archive, an ``ImageFiles``, read member by member. ``ValueError`` names a corrupt member."""
-
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()  # a ZipFile is not made for several threads
-        try:
-            self.archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as e:
-            raise ValueError(f"{path}: cannot be opened as a zip: {format_error(e)}") from e
-        self.names = sorted(n for n in self.archive.namelist() if is_image(n))
-        if not self.names:
-            raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-
-    def read_member(self, name: str) -> bytes:
-        """Content of a member. ``ValueError`` if it is corrupt."""
-        try:
-            with self.lock:
-                return self.archive.read(name)
-        except Exception as e:  # a wrong checksum, a password, an unknown compression: each has its own class
-            raise ValueError(f"{self.path}/{name}: cannot be read: {format_error(e)}") from e
-
-    def read(self, i: int) -> bytes:
-        return self.read_member(self.names[i])
-
-    def location(self, i: int) -> str:
-        return f"{self.path}/{self.names[i]}"
-
-    def captions(self) -> list[Caption]:
-        """The captions that lie beside the images."""
-        others = [n for n in self.archive.namelist() if not is_hidden(n) and not is_image(n)]
-        return read_captions(self.names, others, self.read_member, str(self.path))
-
-    def labels(self) -> Tensor | None:
-        """The classes ``[N]`` of the images in ``dataset.json``; None without it or if it has none."""
-        if "dataset.json" not in self.archive.namelist():
-            return None
-        location = f"{self.path}/dataset.json"
-        try:
-            pairs = json.loads(self.read_member("dataset.json"))["labels"]
-            if pairs is None:
-                return None
-            classes = {name.replace("\\", "/"): label for name, label in pairs}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {format_error(e)}') from e
-        if len(classes) < len(pairs):
-            raise ValueError(f"{location}: names an image twice")
-        for name in self.names:
-            if name not in classes:
-                raise ValueError(f"{location}: gives no class to {name}")
-            if type(classes[name]) is not int or classes[name] < 0:
-                raise ValueError(f"{location}: the class of {name} is {classes[name]!r}; needs an integer from 0")
-        if len(classes) > len(self.names):
-            raise ValueError(f"{location}: {min(classes.keys() - set(self.names))} is not in the archive")
-        return torch.tensor([classes[name] for name in self.names])
-
-
 @dataclass(frozen=True, kw_only=True)
 class LocalImages(ImageSource):
     """Base of the sources of a person's own images."""
@@ -181,21 +77,18 @@ class Folder(LocalImages):
 
     def load(self, split: Split = "train") -> Data:
         path, train = find_split(self.root, split, "")
-        files = FolderFiles(path, list_files(path, is_image))
+        files = FolderFiles.open(path)
         refuse_run_pictures(path, files.names)
-        if not files.names:
-            raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
-        flat = any(is_image(p.name) for p in train.iterdir() if p.is_file())
-        if flat or len(classes) < 2 or not self.reads_labels:
+        warn_of_others(path, files.others, self.captions == (FILES,))
+        train_names = files.names if path == train else FolderFiles.open(train).names
+        classes = folder_classes(train_names) if self.reads_labels else ()
+        if not classes:
             return self.from_files(files, {}, {}, self.memory, files.captions)
-        class_of = [name.split("/")[0] for name in files.names]
-        for name, c in zip(files.names, class_of, strict=True):
-            if c not in classes:
-                raise ValueError(f"{path / name}: {c} is not one of the classes of {train}")
-        index = {c: i for i, c in enumerate(classes)}
-        label = torch.tensor([index[c] for c in class_of])
-        kind = Label(len(classes), tuple(classes))
+        folders = {p.name for p in train.iterdir() if p.is_dir() and not is_hidden(p.name)}
+        if empty := sort_naturally(folders - set(classes)):
+            warn_once(f"{train}: {len(empty)} folders hold no images and are no classes: {abbreviate_list(empty)}")
+        label = folder_labels(files.names, classes, path, train)
+        kind = Label(len(classes), classes)
         return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.captions)
 
 
@@ -221,34 +114,40 @@ def is_run_directory(path: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Zip(LocalImages):
-    """Images in a .zip, with classes if it contains ``dataset.json``: ``{"labels": [[name, class], ...]}`` or null.
+    """Images in a .zip, with classes as in a folder of images: two or more top folders without an image beside them.
 
-    The layout of StyleGAN and EDM. Members are read, never extracted. The test split is ``test.zip`` beside
-    ``train.zip``.
+    If it contains ``dataset.json``, ``{"labels": [[name, class], ...]}`` or null, that decides (the layout of StyleGAN
+    and EDM). Members are read, never extracted. The test split is ``test.zip`` beside ``train.zip``.
     """
 
     suffix: ClassVar[str] = ".zip"
 
     def load(self, split: Split = "train", class_names: tuple[str, ...] = ()) -> Data:
-        """``class_names`` are the names of the classes, which the archive itself does not hold."""
+        """``class_names`` are the names of the classes of ``dataset.json``, which does not hold them."""
         path, train = find_split(self.root, split, ".zip")
         files = ZipFiles(path)
-        label = files.labels() if self.reads_labels else None
-        if label is None:
+        warn_of_others(path, files.others, self.captions == (FILES,))
+        label = kind = None
+        if self.reads_labels:
+            train_files = files if path == train else ZipFiles(train)
+            label, kind = zip_classes(files, train_files, class_names)
+        if label is None or kind is None:
             return self.from_files(files, {}, {}, self.memory, files.captions)
-        train_label = label if path == train else ZipFiles(train).labels()
-        kind = class_kind(label, train_label, class_names, path, train)
         return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.captions)
 
 
-def class_kind(label: Tensor, train_label: Tensor | None, names: tuple[str, ...], path: Path, train: Path) -> Label:
-    """The classes of the training split. ``ValueError`` if this split has others."""
-    if train_label is None:
-        raise ValueError(f"{path}: has classes, but {train} has none")
-    num = len(names) or int(train_label.max()) + 1
-    if int(label.max()) >= num:
-        raise ValueError(f"{path}: has the class {int(label.max())}; {train} has 0..{num - 1}")
-    return Label(num, names)
+def zip_classes(files: ZipFiles, train: ZipFiles, names: tuple[str, ...]) -> tuple[Tensor | None, Label | None]:
+    """The classes ``[N]`` of the images in an archive and their kind, which the training split decides; or None."""
+    if files.has_index or train.has_index:
+        label = files.labels()
+        if label is None:
+            return None, None
+        return label, class_kind(label, label if files is train else train.labels(), names, files.path, train.path)
+    classes = folder_classes(train.names_below_top())
+    if not classes:
+        return None, None
+    label = folder_labels(files.names_below_top(), classes, files.path, train.path)
+    return label, Label(len(classes), classes)
 
 
 # ------------------------------------------------------------------------------------------------- arrays
@@ -298,7 +197,11 @@ class Npz(ImageSource):
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    """uint8 images or float32 numbers ``[N, ...]``, and classes ``[N]`` or None. ``ValueError`` names what is wrong."""
+    """uint8 images or numbers ``[N, ...]``, and classes ``[N]`` or None. ``ValueError`` names what is wrong.
+
+    Numbers are float32, or float64 where float32 would lose what distinguishes them (a time in seconds, say): the codec
+    casts them, after centring.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
             keys = ("x", "y") if "x" in stored.files else ("arr_0", "arr_1")
@@ -317,10 +220,13 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     if not fits or not x.size:
         raise ValueError(f"{description}; needs uint8 [N, H, W] or [N, H, W, 1 or 3], or float [N, D] or [N, C, T]")
     if x.dtype.kind == "f":
-        x = x.astype(np.float32)
+        exact = x.astype(np.float64)
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
         if len(bad):
             raise ValueError(f"{description}, of which {len(bad)} rows hold NaN or infinity, the first at {bad[0]}")
+        x = exact if loses_digits(torch.from_numpy(exact)) else x
     if y is None:
         return torch.from_numpy(x), None
     if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:

@@ -1,7 +1,8 @@
-"""Several ranks on a machine without GPUs.
+"""Several ranks (processes), also on a machine without GPUs.
 
-There `accelerate launch --num_processes N` starts a single process (it leaves CPU ranks to MPI). That single process
-can be told by its environment: a master address, but no rank. It then becomes `torchrun` with N processes, over gloo.
+On such a machine `accelerate launch --num_processes N` starts a single process, because it leaves CPU ranks to MPI. The
+environment of that process has a master address but no rank. genkit then replaces itself by `torchrun` with N
+processes, which communicate over gloo.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 
 def missing_ranks() -> int:
-    """How many processes `accelerate launch` was asked for and did not start; 1 when nothing is missing."""
+    """Return how many processes `accelerate launch` should have started; 1 if it started them all."""
     env = os.environ
     if "WORLD_SIZE" in env or not {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= env.keys():
         return 1
@@ -31,13 +32,13 @@ def missing_ranks() -> int:
         if name in ("--num_processes", "--num-processes"):
             return int(value or after)
     raise ValueError(
-        "accelerate launch: starts one process on a machine without GPUs; name --num_processes N on its command line, "
-        "or use: torchrun --nproc-per-node N -m genkit train ..."
+        "accelerate launch: starts one process on a machine without GPUs; give --num_processes N on its command line, "
+        "or use torchrun --nproc-per-node N -m genkit train ..."
     )
 
 
 def join_ranks(device: torch.device) -> Accelerator:
-    """This process among its ranks. They part before the interpreter ends, where threads of gloo may abort it."""
+    """Join the process group. It is left before the interpreter exits, where threads of gloo could abort it."""
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     if accelerator.num_processes > 1:
         atexit.register(leave_ranks)
@@ -45,12 +46,12 @@ def join_ranks(device: torch.device) -> Accelerator:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all ranks."""
+    """Return whether this is the process that writes and prints for all ranks."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def leave_ranks() -> None:
-    """End the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -59,7 +60,7 @@ def leave_ranks() -> None:
 def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
     """Replace every gradient by its sum over the ranks, for losses that do not pass through DDP.
 
-    A rank without a gradient of a parameter counts as 0.
+    A missing gradient counts as 0.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,8 +1,8 @@
-"""First stages of latent models, and the codec that they are: between samples and the latents that a model learns.
+"""First stages of latent diffusion (Rombach et al. 2022): a codec between samples and the latents that a model learns.
 
-Rombach et al. (2022). The weights of the first stage are copied into the folder of each run (and each cache) that uses
-them: once, not into every checkpoint, and not by reference, so that the folder works without the first stage's own.
-Everything else about it, with the sha256 of the weights, is in each ``state.json``.
+The weights of the first stage are copied into the folder of each run (and each cache) that uses them: once, not into
+every checkpoint, and not by reference, so that the folder still works when the first stage is gone. Everything else
+about it, with the SHA-256 of the weights, is in each ``state.json``.
 
     codec/first-stage.safetensors
 """
@@ -39,27 +39,27 @@ class FirstStage(ABC):
     """Frozen networks between samples ``[B, *shape]`` and latents ``[B, *latent]``."""
 
     name: str
-    """its origin, for messages"""
+    """path or name, for messages"""
     shape: tuple[int, ...]
     latent: tuple[int, ...]
     nets: Mapping[str, nn.Module]
 
     @abstractmethod
     def posterior(self, batch: Batch) -> Posterior:
-        """The posterior of samples that are not encoded yet."""
+        """Return the posterior of the latents of raw samples."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """The samples of latents ``[B, *latent]``."""
+        """Return the samples that latents ``[B, *latent]`` stand for."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the weights, ready for JSON; ``kind`` is its name in :func:`stage_class`."""
+        """Return everything but the weights, ready for JSON; ``kind`` selects the class in :func:`stage_class`."""
 
     @staticmethod
     @abstractmethod
     def from_dict(stored: Mapping[str, Any]) -> FirstStage:
-        """The stage of :meth:`to_dict`, without its weights."""
+        """Create the stage that :meth:`to_dict` describes, with untrained weights."""
 
     @cached_property
     def content(self) -> bytes:
@@ -68,7 +68,7 @@ class FirstStage(ABC):
 
     @cached_property
     def sha256(self) -> str:
-        """Checksum of the weights."""
+        """SHA-256 of the weights, in hexadecimal."""
         return hashlib.sha256(self.content).hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -84,24 +84,24 @@ class FirstStage(ABC):
 
 
 class ForeignStage(FirstStage):
-    """A first stage that another library saved: an entry of ``FOREIGN_STAGES``, for ``--codec KIND:WHERE``."""
+    """A first stage in another library's format, an entry of ``FOREIGN_STAGES``: ``--codec KIND:LOCATION``."""
 
     @staticmethod
     @abstractmethod
     def open(location: str, shape: tuple[int, ...], device: torch.device) -> ForeignStage:
-        """The stage at ``location`` for samples of ``shape``. Raise ``ValueError`` if there is none, or another one."""
+        """Open the stage at ``location`` for samples of ``shape``. Raises ``ValueError`` if none fits."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The settings that a first stage's networks are made of."""
+    """The settings that determine a first stage's networks."""
 
     objective: Objective = table("genkit.objectives:OBJECTIVES", "vae", kind="genkit.core:Objective")
     backbone: Backbone = table("genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone")
 
 
 class RunStage(FirstStage):
-    """A finished run of ``--objective=vae``, ``ae``, ``vq`` or ``autoencoder``."""
+    """A run of ``--objective=vae``, ``ae``, ``vq`` or ``autoencoder``."""
 
     def __init__(
         self,
@@ -139,7 +139,10 @@ class RunStage(FirstStage):
 def run_stage(
     name: str, objective: Objective, backbone: Backbone, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec
 ) -> RunStage:
-    """The first stage of a run. ``ValueError`` if it has no encoder, needs conditions, or is itself a latent model."""
+    """Return a run as a first stage.
+
+    Raises ``ValueError`` if it has no encoder, needs conditions or is itself a latent model.
+    """
     if not isinstance(objective, EncoderDecoder):
         kind = type(objective).__name__
         raise ValueError(f"codec: given {name}, a run of {kind}, which has no encoder; train one: --objective=vae")
@@ -151,37 +154,40 @@ def run_stage(
     return RunStage(name, objective, backbone, spec, codec, nets)
 
 
-FOREIGN_STAGES = {  # KIND of --codec KIND:WHERE -> "module:Class" of a higher room, imported when it is named
+FOREIGN_STAGES = {  # KIND of --codec KIND:LOCATION -> "module:Class" of a higher room, imported on demand
     "diffusers": "genkit.integrations.diffusers_stage:DiffusersStage",
 }
 
 
 def foreign_stage(name: str) -> tuple[type[ForeignStage] | None, str]:
-    """The class that serves ``--codec KIND:WHERE``, and WHERE; ``(None, name)`` for a run directory."""
-    kind, colon, where = name.partition(":")
-    return (load_object(FOREIGN_STAGES[kind]), where) if colon and kind in FOREIGN_STAGES else (None, name)
+    """Return the class and location of ``--codec KIND:LOCATION``, or ``(None, name)`` for a run directory."""
+    kind, colon, location = name.partition(":")
+    return (load_object(FOREIGN_STAGES[kind]), location) if colon and kind in FOREIGN_STAGES else (None, name)
 
 
 def stage_class(kind: str) -> type[FirstStage]:
-    """The class of a stored stage."""
+    """Return the class of a stored stage."""
     return RunStage if kind == "run" else load_object(FOREIGN_STAGES[kind])
 
 
 def read_stage(stored: Mapping[str, Any], folder: Path, device: torch.device) -> FirstStage:
-    """The stage whose weights :meth:`FirstStage.write` wrote. ``ValueError`` if they are missing or others."""
+    """Read a stage and the weights that :meth:`FirstStage.write` wrote to ``folder``.
+
+    Raises ``ValueError`` if they are missing or not the recorded ones.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; it holds the first stage, which decodes the latents")
+        raise ValueError(f"{path}: there is no such file; it holds the first stage, which is needed to decode latents")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != stored["sha256"]:
-        raise ValueError(f"{path}: is damaged or another first stage's (another sha256 than recorded)")
+        raise ValueError(f"{path}: is damaged, or of another first stage: its sha256 is not the recorded one")
     stage = stage_class(stored["kind"]).from_dict(stored)
     load_tensors(stage.nets, safetensors.torch.load(content), path)
     return stage.to(device)
 
 
 def require_fit(stage: FirstStage, shape: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` if samples of ``shape`` are not those that the first stage encodes."""
+    """Raise ``ValueError`` if the first stage does not encode samples of ``shape``."""
     if tuple(stage.shape) != tuple(shape):
         raise ValueError(f"codec: {stage.name} encodes samples {list(stage.shape)}; the data are {list(shape)}")
 
@@ -197,12 +203,12 @@ class LatentCodec(LearnedCodec):
         self.posterior: PosteriorUse = posterior
 
     def encode(self, batch: Batch) -> Batch:
-        """A draw of the posterior by the batch's own random numbers, or its mean; scaled."""
+        """Encode to scaled latents: a draw from the posterior with the batch's own random numbers, or its mean."""
         with torch.no_grad():
-            return self.scaled(self.stage.posterior(batch), batch)
+            return self.encode_posterior(self.stage.posterior(batch), batch)
 
-    def scaled(self, q: Posterior, batch: Batch) -> Batch:
-        """``batch`` with the scaled latents of posterior ``q``."""
+    def encode_posterior(self, q: Posterior, batch: Batch) -> Batch:
+        """Return ``batch`` with scaled latents from posterior ``q``."""
         z = q.sample(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
         return self.scaling.encode(replace(batch, x=z))
 
@@ -216,14 +222,14 @@ class LatentCodec(LearnedCodec):
 
 
 class CachedLatentCodec(LatentCodec):
-    """The same for samples that a cache stores as moments: mean and log variance, concatenated."""
+    """A latent codec for samples that a cache stores as moments: mean and log variance, concatenated."""
 
     def encode(self, batch: Batch) -> Batch:
-        return self.scaled(Posterior(*batch.x.chunk(2, 1)), batch)
+        return self.encode_posterior(Posterior(*batch.x.chunk(2, 1)), batch)
 
 
 def codec_from_dict(stored: Mapping[str, Any], folder: Path, device: torch.device) -> Codec:
-    """The codec of ``codecs.to_dict``, with the weights in ``folder`` if it has any."""
+    """Return the codec that ``codecs.to_dict`` describes, with the weights in ``folder`` if it has any."""
     if stored.get("name") != "latent":
         return codecs.from_dict(stored)
     stage = read_stage(stored["stage"], folder, device)
@@ -232,7 +238,7 @@ def codec_from_dict(stored: Mapping[str, Any], folder: Path, device: torch.devic
 
 @dataclass(eq=False)
 class LatentData:
-    """Data as a latent model sees them: the samples of ``data``, with the codec and the spec of latents."""
+    """Data for a latent model: the samples of ``data``, with the codec and the spec of their latents."""
 
     data: Data
     spec: Spec

@@ -25,7 +25,7 @@ from genkit.data.source import Split
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, foreign_stage
-from genkit.training.latent_statistics import latent_statistics
+from genkit.training.latent_statistics import compute_statistics
 from genkit.training.run import load_run, open_first_stage
 
 Count = Annotated[int, Ge(1)]
@@ -128,7 +128,7 @@ def write_split(
             written += 1
         shards[path.name] = sha256(path)
         progress("encoding", last, len(data))
-    statistics = latent_statistics(shard_posterior(read_shard(folder / name)) for name in shards)
+    statistics = compute_statistics(shard_posterior(read_shard(folder / name)) for name in shards)
     index["splits"][settings.split] = {
         "n": len(data),
         "views": views,

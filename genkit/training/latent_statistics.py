@@ -1,4 +1,4 @@
-"""Mean and variance of latents, for the normalisation of each channel."""
+"""Means and variances of latents, to normalise each channel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genkit.core.progress import Progress, silent
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training.first_stage import FirstStage
 
-MAX_SAMPLES = 10_000  # samples that a normalisation is measured on
+MAX_SAMPLES = 10_000  # samples that the statistics are measured on
 
 
 class LatentStatistics(NamedTuple):
@@ -30,34 +30,37 @@ class LatentStatistics(NamedTuple):
     within: Tensor
 
     def std(self, posterior: Literal["draw", "mean"]) -> Tensor:
-        """Standard deviation ``[C]`` of the posteriors' draws, or of their means."""
+        """Return the standard deviation ``[C]`` of the posteriors' draws, or of their means."""
         return (self.between + self.within if posterior == "draw" else self.between).sqrt()
 
     def to_dict(self) -> dict[str, Any]:
-        """The statistics, ready for JSON."""
+        """Return the statistics, ready for JSON."""
         return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self._asdict().items()}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> LatentStatistics:
-        """The statistics of :meth:`to_dict`."""
+        """Return the statistics that :meth:`to_dict` wrote."""
         mean, between, within = (torch.tensor(stored[k], dtype=torch.float64) for k in ("mean", "between", "within"))
         return LatentStatistics(stored["n"], mean, between, within)
 
 
-def latent_statistics(posteriors: Iterable[Posterior]) -> LatentStatistics:
-    """The statistics of all ``posteriors``, in one pass (Chan et al. 1979, eq. 2.1). ``ValueError`` without any."""
+def compute_statistics(posteriors: Iterable[Posterior]) -> LatentStatistics:
+    """Compute the statistics of all ``posteriors`` in one pass (Chan et al. 1979, eq. 2.1).
+
+    Raises ``ValueError`` if there are none.
+    """
     total: LatentStatistics | None = None
     for q in posteriors:
         mean, var = (v.double().movedim(1, 0).flatten(1).cpu() for v in (q.mean, q.log_var.exp()))
         part = LatentStatistics(mean.shape[1], mean.mean(1), mean.var(1, correction=0), var.mean(1))
-        total = part if total is None else merge(total, part)
+        total = part if total is None else merge_statistics(total, part)
     if total is None:
         raise ValueError("codec: there are no samples to measure the latents of")
     return total
 
 
-def merge(a: LatentStatistics, b: LatentStatistics) -> LatentStatistics:
-    """The statistics of two disjoint parts together."""
+def merge_statistics(a: LatentStatistics, b: LatentStatistics) -> LatentStatistics:
+    """Return the statistics of the union of two disjoint sets."""
     n = a.n + b.n
     share = b.n / n
 
@@ -71,20 +74,20 @@ def merge(a: LatentStatistics, b: LatentStatistics) -> LatentStatistics:
 def measure_latents(
     stage: FirstStage, data: Data, device: torch.device, batch: int = 256, progress: Progress = silent
 ) -> LatentStatistics:
-    """The statistics of the latents of ``data``, of ``MAX_SAMPLES`` evenly spaced samples if there are more."""
+    """Compute the statistics of the latents of ``data``, from at most ``MAX_SAMPLES`` evenly spaced samples."""
     n = min(MAX_SAMPLES, len(data))
 
     def posteriors() -> Iterable[Posterior]:
         for first in range(0, n, batch):
             rows = range(first, min(first + batch, n))
-            yield posterior_of(stage, data, torch.tensor(rows) * len(data) // n, rows, device)
+            yield encode_samples(stage, data, torch.tensor(rows) * len(data) // n, rows, device)
             progress("measuring latents", rows.stop, n)
 
-    return latent_statistics(posteriors())
+    return compute_statistics(posteriors())
 
 
-def posterior_of(stage: FirstStage, data: Data, indices: Tensor, rows: range, device: torch.device) -> Posterior:
-    """The posterior of the samples at ``indices``, with the random numbers of ``rows`` if the stage needs any."""
+def encode_samples(stage: FirstStage, data: Data, indices: Tensor, rows: range, device: torch.device) -> Posterior:
+    """Return the posterior of the samples at ``indices``, with the random numbers of ``rows``."""
     batch = data.batch(indices, Draw((0, 1), rows.start, rows.stop)).to(device)
     with torch.no_grad():
         return stage.posterior(replace(batch, draw=Draw((0,), rows.start, rows.stop, device)))

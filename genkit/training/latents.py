@@ -1,4 +1,4 @@
-"""Training on latents: the data as the model of a run sees them."""
+"""Training on latents: wraps data so that the model receives the latents of a first stage."""
 
 from __future__ import annotations
 
@@ -27,32 +27,42 @@ from genkit.training.settings import TrainSettings
 
 
 def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, resumed: Path | None) -> Data:
-    """``data`` as the model sees them: latents if ``--codec`` or cached latents say so, else the samples themselves.
+    """Return ``data`` with a codec to latents if there is a first stage (``--codec`` or cached latents), else ``data``.
 
-    Rank 0 measures the latents' mean and standard deviation and sends them to the others; a resumed run keeps its own.
+    Rank 0 measures the latents' mean and standard deviation and broadcasts them; a resumed run keeps those it has.
     Raises ``ValueError`` if the first stage does not fit the data.
     """
     cached = data if isinstance(data, InLatents) else None
     if settings.codec is None and cached is None:
         if settings.codec_posterior != "draw":
-            raise ValueError(f"codec_posterior: given {settings.codec_posterior}, but no codec; give --codec RUN")
+            raise ValueError(f"codec_posterior: given {settings.codec_posterior}, but no codec; give --codec RUN too")
         return data
     device = accelerator.device
+
+    # the first stage: that of the resumed run, of --codec or of the cache
     if resumed:
         record = read_state(find_checkpoint(resumed))["codec"]
         codec = codec_from_dict(record, resumed / "codec", device)
         if not isinstance(codec, LatentCodec):
-            raise ValueError(f"codec: {resumed.name} was trained without one, and goes on without; leave --codec out")
+            raise ValueError(f"codec: {resumed.name} was trained without one, and so is resumed; leave --codec out")
         stage = codec.stage
     else:
         stage, codec = open_stage(settings, data, device), None
+
+    # does it fit the data?
     if cached and stage.sha256 != cached.index["stage"]["sha256"]:
-        theirs, ours = cached.index["stage"]["sha256"][:12], stage.sha256[:12]
-        raise ValueError(f"codec: the latents in {cached.root} are of other weights (sha256 {theirs}) than "
-                         f"{stage.name} ({ours}); leave --codec out, or encode again")  # fmt: skip
+        cache_weights, stage_weights = cached.index["stage"]["sha256"][:12], stage.sha256[:12]
+        raise ValueError(
+            f"codec: the latents in {cached.root} were made with other weights (sha256 {cache_weights}) than those of "
+            f"{stage.name} ({stage_weights}); leave --codec out, or encode again"
+        )
     spec = replace(data.spec, shape=tuple(stage.latent))
     if images := [k for k, kind in spec.cond.items() if isinstance(kind, Image)]:
-        raise ValueError(f"codec: the condition {images[0]} is a picture of the sample's size, not of the latent's")
+        raise ValueError(
+            f"codec: the condition {images[0]} is an image of the samples' size, not of the latents'; leave --codec out"
+        )
+
+    # the scale of the latents, the same on every rank
     if codec is None:
         measured: list[Any] = [cached.statistics if cached else None]
         if cached is None and accelerator.is_main_process:
@@ -66,9 +76,9 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
 
 
 def open_stage(settings: TrainSettings, data: Data, device: torch.device) -> FirstStage:
-    """The first stage of ``--codec``, or the one that cached latents keep."""
+    """Return the first stage of ``--codec``, or the one that is stored with cached latents."""
     if not isinstance(data, InLatents):
         assert settings.codec is not None
         return open_first_stage(settings.codec, data.spec.shape, device)
-    kept = read_stage(data.index["stage"], data.root / "codec", device)
-    return kept if settings.codec is None else open_first_stage(settings.codec, kept.shape, device)
+    stored = read_stage(data.index["stage"], data.root / "codec", device)
+    return stored if settings.codec is None else open_first_stage(settings.codec, stored.shape, device)

@@ -1,12 +1,11 @@
-"""The training loop. It knows devices, ranks, optimisers and EMA; it knows no mathematics and names no objective."""
+"""The training loop: devices, ranks, optimisers and EMA. It contains no mathematics and names no objective."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit.core import Batch, Codec, Loss, Objective, Phase, seed_of
+from genkit.training.meter import Meter, SkippedSteps
 from genkit.training.settings import TrainSettings
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
@@ -23,18 +23,18 @@ Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> r
 
 @dataclass
 class State:
-    """All that a checkpoint holds: networks, their averages, one optimiser a phase, and how far they are."""
+    """Everything that a checkpoint holds: networks, their averages, an optimiser per phase, and the progress."""
 
     nets: dict[str, nn.Module]
     emas: dict[float, dict[str, nn.Module]]
     optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0
-    skipped: int = 0  # steps left out because a gradient was not finite
-    meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, so that it can be resumed
+    skipped: int = 0  # steps skipped because a gradient was not finite
+    meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, as Meter.dump returns it
 
     @property
     def slowest_average(self) -> dict[str, nn.Module]:
-        """The networks that samples are drawn from: the average of largest decay, or the raw ones without averages."""
+        """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
         return self.emas[max(self.emas)] if self.emas else self.nets
 
 
@@ -43,13 +43,13 @@ class Diverged(RuntimeError):
 
 
 def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """``("net.conv.weight", parameter)`` of all networks that the phase trains, in a fixed order."""
+    """Yield ``("net.conv.weight", parameter)`` of all networks that the phase trains, in a fixed order."""
     for name in phase.trains:
         yield from nets[name].named_parameters(prefix=name)
 
 
 def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings) -> State:
-    """The state before the first step."""
+    """Return the state before the first step."""
     emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
@@ -65,13 +65,13 @@ def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: Tr
 
 
 def copy_for_ema(net: nn.Module) -> nn.Module:
-    """A copy, which shares the buffers that are not saved: tables, and the weights that a LoRA does not train."""
+    """Copy a network, but share the buffers that are not saved: tables, and the frozen weights under a LoRA."""
     unsaved = {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
     return copy.deepcopy(net, unsaved)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
-    """The learning rate of ``step``: a linear warm-up, then constant or half a cosine (Loshchilov & Hutter 2017)."""
+    """Return the rate of ``step``: a linear warm-up, then constant or half a cosine (Loshchilov & Hutter 2017)."""
     warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     if settings.schedule == "constant" or step < settings.warmup:
         return settings.lr * warm
@@ -81,7 +81,7 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
-    """``ema += (1 - d) (net - ema)``, with ``d = min(decay, (1 + step) / (10 + step))`` while the run is young."""
+    """Average in place: ``ema += (1 - d) (net - ema)`` with ``d = min(decay, (1 + step) / (10 + step))``."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     for name, net in nets.items():
         old: list[Tensor] = list(ema[name].parameters())
@@ -93,15 +93,19 @@ def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], deca
 
 
 def local_batch_size(batch: int, world: int, name: str = "batch") -> int:
-    """The rows of a global batch that each rank takes. ``ValueError``, about the setting ``name``, if they differ."""
+    """Return the rows of a global batch that each rank takes.
+
+    Raises ``ValueError``, about the setting ``name``, if the ranks cannot share it equally.
+    """
     if batch % world:
         raise ValueError(f"{name}: given {batch} on {world} ranks; needs a multiple of {world}")
     return batch // world
 
 
-def micro_batches(local: int, micro: int | None) -> list[tuple[int, int]]:
-    size = micro or local
-    return [(i, min(i + size, local)) for i in range(0, local, size)]
+def split_batch(rows: int, size: int | None) -> list[tuple[int, int]]:
+    """Return ``(start, stop)`` of micro-batches of ``size`` rows; None: one micro-batch."""
+    size = size or rows
+    return [(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
 Log = Callable[[dict[str, Any]], None]
@@ -123,12 +127,13 @@ def fit(
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train ``state`` from ``state.step`` to ``settings.steps``; True if it got there, False if ``stop()`` ended it.
+    """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` ended it earlier.
 
-    A step is a pure function of (state, seed, step): a resumed run is bit-identical to one that never stopped. Each
-    phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; then come the
-    averages. Ranks share the global batch by rows. A non-finite gradient skips that optimizer step without a host
-    synchronisation; after ``settings.max_nonfinite_steps`` in a row :class:`Diverged` names the first bad layer.
+    A step is a pure function of (state, seed, step), so a resumed run is bit-identical to one that never stopped. Each
+    phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; the averages
+    are updated last. Ranks split the rows of the global batch. A gradient that is not finite skips that optimizer step,
+    without synchronising the device; after ``settings.max_nonfinite_steps`` in a row :class:`Diverged` names the first
+    bad layer.
     """
     loop = _Loop(objective, state, stream, codec, settings, accelerator)
     while state.step < settings.steps:
@@ -149,7 +154,7 @@ def fit(
         progress(state.step, loop.recent_loss())
         stopping = all_agree(accelerator, state.step, stop)
         with loop.meter.paused():
-            # the checkpoint comes first: whatever happens while pictures are drawn, the work is saved
+            # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
             if stopping or loop.is_due(settings.save_every):
                 loop.prepare_checkpoint()
                 save(state)
@@ -163,7 +168,7 @@ def fit(
 
 
 class _Loop:
-    """The parts of a step that :func:`fit` puts in order."""
+    """The parts of a training step; :func:`fit` calls them in order."""
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class _Loop:
         self.settings, self.accelerator = settings, accelerator
         self.device = accelerator.device
         self.local = local_batch_size(settings.batch, accelerator.num_processes)
-        self.pieces = micro_batches(self.local, settings.micro_batch)
+        self.pieces = split_batch(self.local, settings.micro_batch)
         self.bf16 = settings.precision == "bf16"
         self.skipped = SkippedSteps(self.device)
         if settings.compile:
@@ -192,9 +197,9 @@ class _Loop:
             net.train()
 
     def updates(self, step: int) -> Iterator[tuple[Phase, dict[str, nn.Module], int]]:
-        """The optimizer updates of one step: ``(phase, networks, number of the batch)``."""
+        """Yield the optimizer updates of one step: ``(phase, networks, number of the batch)``."""
         seed = seed_of(self.settings.seed, self.accelerator.process_index, step)
-        torch.manual_seed(seed)  # for what is not drawn by row: dropout
+        torch.manual_seed(seed)  # for the numbers that are not drawn per row: dropout
         draw = 0
         for phase in self.objective.phases:
             if step % phase.every:
@@ -207,12 +212,12 @@ class _Loop:
                 draw += 1
 
     def rows(self, step: int, draw: int, piece: tuple[int, int]) -> Batch:
-        """This rank's rows ``piece`` of a batch, encoded."""
+        """Return this rank's rows ``piece`` (start, stop) of a batch, encoded."""
         first = self.accelerator.process_index * self.local
         return self.codec.encode(self.stream(step, draw, first + piece[0], first + piece[1]).to(self.device))
 
     def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
-        """A context that keeps gradients on this rank, for all micro-batches but the last."""
+        """Return a context that keeps gradients on this rank, except for the last micro-batch."""
         stack = ExitStack()
         if piece is not self.pieces[-1]:
             for name in phase.trains:
@@ -220,7 +225,7 @@ class _Loop:
         return stack
 
     def backward(self, phase: Phase, batch: Batch, loss: Loss) -> None:
-        """Add the gradient of a micro-batch's share of the mean loss."""
+        """Accumulate the gradient of a micro-batch's share of the mean loss."""
         weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
         self.accelerator.backward(weighted.sum() / self.local)
         share = len(batch) / self.local
@@ -229,69 +234,48 @@ class _Loop:
             self.meter.add(f"{phase.name}/{key}", value.detach() * share, share)
 
     def optimize(self, phase: Phase, lr: float) -> None:
-        """Clip, and step the phase's optimizer unless the gradient is not finite."""
+        """Clip the gradient and step the phase's optimizer; skip the step if the gradient is not finite."""
         parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
         norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
         self.skipped.add(bad)
 
     def finish(self, step: int) -> None:
-        """What follows the optimizers: updates without a gradient, the averages, the check for divergence."""
+        """Finish a step: updates without a gradient, averages, and the check for divergence."""
         self.objective.after_step(self.state.nets, step)
         self.state.step += 1
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, step)
-        # off the CPU the count is read only when a log line synchronises the device anyway
+        # on an accelerator the count is read only when a log line synchronises the device anyway
         if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
-            layer = first_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
+            layer = find_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
     def is_due(self, every: int) -> bool:
-        """Whether the step just made is a multiple of ``every``, or the last."""
+        """Return whether the number of finished steps is a multiple of ``every``, or training is complete."""
         return self.state.step % every == 0 or self.state.step == self.settings.steps
 
     def record(self, lr: float) -> dict[str, Any]:
-        """A line of the log: means since the last one."""
+        """Return a line of the log, with means since the last one."""
         self.count_skipped()
-        return self.meter.read(self.accelerator, self.state, self.settings, lr)
+        return self.meter.read(self.accelerator, self.state.step, self.state.skipped, self.settings.batch, lr)
 
     def recent_loss(self) -> float | None:
-        """The first phase's mean loss since the last log line; on an accelerator, that of the last line."""
+        """Return the first phase's mean loss since the last log line; on an accelerator, the one in that line."""
         return self.meter.peek(self.objective.phases[0].name) if self.device.type == "cpu" else self.meter.last
 
     def prepare_checkpoint(self) -> None:
-        """Bring the state up to date, and check that all ranks agree on the weights."""
+        """Bring the state up to date, and check that the weights are the same on all ranks."""
         self.count_skipped()
         require_same(self.accelerator, self.state)
         self.state.meter = self.meter.dump(self.accelerator)
 
     def count_skipped(self) -> None:
-        """Add the skipped steps to the state's count."""
+        """Move the count of skipped steps into the state."""
         self.state.skipped += self.skipped.take()
-
-
-class SkippedSteps:
-    """A count of the steps skipped for a gradient that is not finite, kept on the device."""
-
-    def __init__(self, device: torch.device):
-        self.streak = torch.zeros((), device=device)
-        """such steps in a row, up to the last step"""
-        self.count = torch.zeros((), device=device)
-        """such steps since :meth:`take`"""
-
-    def add(self, bad: Tensor) -> None:
-        """Count a step: ``bad`` is 1.0 if it was skipped, else 0.0."""
-        self.streak = (self.streak + 1) * bad
-        self.count = self.count + bad
-
-    def take(self) -> int:
-        """The number of skipped steps since the last call."""
-        count = int(self.count)
-        self.count = torch.zeros_like(self.count)
-        return count
 
 
 def optimizer_step(
@@ -301,11 +285,11 @@ def optimizer_step(
     clip: float,
     bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip the gradients to norm ``clip`` (0: not at all) and step, unless they are not finite; then clear them.
+    """Clip the gradients to norm ``clip`` (0: no clipping) and step, unless they are not finite; then clear them.
 
-    ``bad``, 1.0 or 0.0, skips the step as well: the gradient of a network that is trained along is not finite. Returns
-    the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0: scalars on the device, which is not
-    synchronised.
+    ``bad`` = 1.0 skips the step too, for instance because the gradient of a network trained together with this one is
+    not finite. Returns the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0. Both are scalars
+    on the device, which is not synchronised.
     """
     norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     nonfinite = (~torch.isfinite(norm)).float()
@@ -317,8 +301,8 @@ def optimizer_step(
     return norm, bad
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16 by itself; a CPU that only emulates it is slower than in fp32."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether the device supports bf16 natively; a CPU that emulates it is slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -326,7 +310,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One optimiser step, left out where ``bad`` is 1: the fused kernels read the flag on the device themselves."""
+    """Step the optimizer unless ``bad`` is 1. The fused kernels read the flag on the device."""
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # the protocol of torch.amp.GradScaler
     optimizer.step()
     optimizer.found_inf = None  # type: ignore[attr-defined]
@@ -334,7 +318,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def require_same(accelerator: Accelerator, state: State) -> None:
-    """Before a checkpoint: every rank holds the same weights, to the last bit."""
+    """Assert that the weights are the same on every rank, to the last bit."""
     if accelerator.num_processes == 1:
         return
     parts = [p.double().sum() for net in state.nets.values() for p in net.parameters()]
@@ -344,7 +328,7 @@ def require_same(accelerator: Accelerator, state: State) -> None:
 
 
 def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> bool:
-    """Whether to end here. Ranks hear a signal at different steps, so they compare, every tenth step."""
+    """Return whether to stop. Ranks receive a signal at different steps, so they compare every tenth step."""
     if accelerator.num_processes == 1:
         return stop()
     if step % 10:
@@ -354,110 +338,34 @@ def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> 
 
 
 @torch.no_grad()
-def first_bad_layer(objective: Objective, state: State, batch: Batch, bf16: bool) -> str:
-    """The first module whose output is not finite on ``batch``; else the first parameter or the data itself."""
+def find_bad_layer(objective: Objective, state: State, batch: Batch, bf16: bool) -> str:
+    """Name what is not finite first: the data, a parameter, the output of a module on ``batch``, or a gradient."""
     if not bool(torch.isfinite(batch.x).all()):
         return "the data: a batch holds numbers that are not finite"
     for name, net in state.nets.items():
         for key, p in net.named_parameters(prefix=name):
             if not bool(torch.isfinite(p).all()):
                 return f"{key}, a weight"
-    found: list[str] = []
+    bad_modules: list[str] = []
     hooks = []
     for name, net in state.nets.items():
         for key, module in net.named_modules(prefix=name):
 
-            def look(_module: nn.Module, _args: Any, out: Any, key: str = key) -> None:
+            def check_output(_module: nn.Module, _args: Any, out: Any, key: str = key) -> None:
                 if isinstance(out, Tensor) and not bool(torch.isfinite(out).all()):
-                    found.append(key)
+                    bad_modules.append(key)
 
-            hooks.append(module.register_forward_hook(look))
+            hooks.append(module.register_forward_hook(check_output))
     with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
         for phase in objective.phases:
             objective.loss(phase.name, state.nets, batch)
     for hook in hooks:
         hook.remove()
-    return f"{found[0]}, its output" if found else "a gradient; all outputs are finite (try a lower --lr)"
-
-
-class Meter:
-    """Means since the last log line, kept on the device, and the time that training took."""
-
-    def __init__(self, device: torch.device, step: int, stored: Mapping[str, Any] | None = None):
-        """``stored`` is what :meth:`dump` returned at the checkpoint that training resumes from."""
-        stored = stored or {}
-        self.device = device
-        self.step = stored.get("step", step)
-        self.last: float | None = stored.get("last")
-        self.sums = {k: torch.tensor(v, device=device) for k, v in stored.get("sums", {}).items()}
-        self.counts: dict[str, float] = dict(stored.get("counts", {}))
-        now = time.perf_counter()
-        self.started = now - stored.get("seconds", 0.0)
-        self.mark = now - stored.get("since_mark", 0.0)
-
-    def dump(self, accelerator: Accelerator) -> dict[str, Any]:
-        """The unfinished line as JSON values: exact on one rank, the mean over several."""
-        keys = sorted(self.sums)
-        sums: list[float] = []
-        if keys:
-            means = torch.stack([self.sums[k].to(self.device) for k in keys])
-            sums = accelerator.reduce(means, "mean").tolist()  # type: ignore[union-attr]
-        now = time.perf_counter()
-        return {
-            "step": self.step,
-            "last": self.last,
-            "sums": dict(zip(keys, sums, strict=True)),
-            "counts": dict(self.counts),
-            "seconds": now - self.started,
-            "since_mark": now - self.mark,
-        }
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude what happens inside from ``samples_per_s``, which counts training alone."""
-        began = time.perf_counter()
-        yield
-        self.mark += time.perf_counter() - began
-
-    def clear(self) -> None:
-        """Begin the next line."""
-        self.sums = {}
-        self.counts = {}
-        self.mark = time.perf_counter()
-
-    def add(self, key: str, value: Tensor, count: float) -> None:
-        """Add ``value``, a scalar that stands for ``count`` of a mean's terms."""
-        value = value.detach().float()
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.counts[key] = self.counts.get(key, 0.0) + count
-
-    def peek(self, phase: str) -> float | None:
-        """The mean loss of a phase so far, or that of the last line. Synchronises the device."""
-        key = f"{phase}/loss"
-        return float(self.sums[key]) / self.counts[key] if key in self.sums else self.last
-
-    def read(self, accelerator: Accelerator, state: State, settings: TrainSettings, lr: float) -> dict[str, Any]:
-        """The line of the log, and a new beginning."""
-        keys = sorted(self.sums)
-        means = torch.stack([self.sums[k].to(self.device) / self.counts[k] for k in keys])
-        means = accelerator.reduce(means, "mean").tolist()  # type: ignore[union-attr]
-        now = time.perf_counter()
-        record: dict[str, Any] = {
-            "step": state.step,
-            "samples": state.step * settings.batch,
-            "seconds": round(now - self.started, 3),
-            "lr": lr,
-            "samples_per_s": round((state.step - self.step) * settings.batch / (now - self.mark), 1),
-            "skipped": state.skipped,
-            **{k: v if math.isfinite(v) else None for k, v in zip(keys, means, strict=True)},
-        }
-        self.last, self.step = next((v for k, v in record.items() if k.endswith("/loss")), None), state.step
-        self.clear()
-        return record
+    return f"{bad_modules[0]}, its output" if bad_modules else "a gradient; all outputs are finite (try a lower --lr)"
 
 
 def sample_rows(n: int, accelerator: Accelerator) -> Sequence[int]:
-    """This rank's share of samples 0..n-1, padded (by the last) so that every rank has as many."""
+    """Return this rank's share of samples 0..n-1, padded with the last so that all ranks have equally many."""
     share = -(-n // accelerator.num_processes)
     first = accelerator.process_index * share
     return [min(i, n - 1) for i in range(first, first + share)]

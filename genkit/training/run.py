@@ -122,7 +122,7 @@ class Run:
         n: int = 16,
         sampling: Sampling | None = None,
         *,
-        label: int | None = None,
+        label: int | str | None = None,
         prompt: str | Sequence[str] | None = None,
         cond: Cond | None = None,
         weak: Run | None = None,
@@ -136,8 +136,9 @@ class Run:
         """Draw ``n`` samples. Sample i has seed ``seed + i``, whatever the batch size.
 
         Settings are given as a :class:`Sampling`, or by name: ``run.sample(16, sampler="heun", steps=20, guidance=2)``.
-        Conditions are a class ``label``, a ``prompt`` (or several in turn; "" is null), or ``cond``, tensors
-        ``[n, ...]`` by name; without any of these the model's classes, or the captions that it kept, in turn.
+        Conditions are a class ``label`` (a number or a name), a ``prompt`` (or several in turn; "" is null), or
+        ``cond``, tensors ``[n, ...]`` by name; without any of these the model's classes, or the captions that it kept,
+        in turn.
         ``options`` go to the sampler. Raises ``ValueError`` for what does not fit the model.
         """
         sampling = replace(sampling or Sampling(), **settings)

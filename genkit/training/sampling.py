@@ -188,9 +188,9 @@ def require_same_samples(option: str, run: Run, other: Run) -> None:
 
 
 def sample_conditions(
-    spec: Spec, n: int, label: int | None = None, prompt: str | Sequence[str] | None = None
+    spec: Spec, n: int, label: int | str | None = None, prompt: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Conditions of ``n`` samples: the class ``label``, the ``prompt`` or several prompts in turn, or both.
+    """Conditions of ``n`` samples: the class ``label`` (number or name), the ``prompt`` (or several in turn), or both.
 
     If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without
     conditions. Any of several conditions that is left out is null.
@@ -202,9 +202,7 @@ def sample_conditions(
         raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
     if missing := ", ".join(k for k in spec.cond if k not in {**classes, **texts}):
         raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
-    for name, kind in classes.items():
-        if label is not None and not 0 <= label < kind.num:
-            raise ValueError(f"{name}: given {label}; allowed 0..{kind.num - 1}")
+    numbers = {} if label is None else {name: kind.number(label, name) for name, kind in classes.items()}
     unspecified = label is None and not prompts
     if classes and texts and unspecified:
         raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
@@ -214,5 +212,5 @@ def sample_conditions(
     if captions:
         cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
     if label is not None:
-        return {**cond, **{k: torch.full((n,), label) for k in classes}}
+        return {**cond, **{k: torch.full((n,), number) for k, number in numbers.items()}}
     return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}

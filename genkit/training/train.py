@@ -23,6 +23,7 @@ from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
+from genkit.data.classes import describe_classes
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
@@ -31,7 +32,7 @@ from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
-from genkit.training.loop import Diverged, State, fast_bf16, fit, initial_state, local_batch_size
+from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -183,6 +184,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     for note in notes:
         recorder.say(note)
     if not finished:
+        if classes := describe_classes(dataset):
+            recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
     return Job(settings, accelerator, data, stream, state, session, lock)
 
@@ -292,7 +295,7 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
     """``auto`` is bf16 if the device is fast at it, but fp32 for vectors, whose small networks gain nothing."""
     if name != "auto":
         return name
-    return "bf16" if len(spec.shape) > 1 and fast_bf16(device) else "fp32"
+    return "bf16" if len(spec.shape) > 1 and has_fast_bf16(device) else "fp32"
 
 
 def pick_threads(numbers: int) -> int:

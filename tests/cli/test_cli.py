@@ -206,7 +206,7 @@ def test_a_bug_is_not_taken_for_a_users_mistake():
 
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         inside()
-    assert not cli.ours(caught.value)
+    assert not cli.is_user_error(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- pictures

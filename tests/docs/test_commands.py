@@ -1,14 +1,17 @@
 """Every `genkit` command that a page, a configuration's head or a results file shows is one that genkit accepts."""
 
+import ast
 import contextlib
 import io
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import genkit
 from genkit.cli.main import COMMANDS
 from tests.support.commands import accept
 from tools import tables
@@ -86,3 +89,15 @@ def test_options_in_sentences_exist():
             if not {name, name.replace("-", "_")} & known:
                 unknown.add(f"{page.name}: --{option}")
     assert not unknown
+
+
+def test_names_in_python_blocks_exist():
+    """What a block imports can be imported, and `genkit.NAME` is public."""
+    for page in tables.pages():
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    module = import_module(str(node.module))
+                    assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], page
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "genkit":
+                    assert node.attr in genkit.__all__, f"{page}: genkit.{node.attr}"

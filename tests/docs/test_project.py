@@ -31,6 +31,11 @@ def test_the_map_is_in_the_order_of_the_import_contract():
     assert mapped == re.findall(r'"(\w+)"', contract)[::-1]
 
 
+def test_every_public_name_is_on_the_api_page():
+    page = read("docs/api/index.md")
+    assert not [name for name in genkit.__all__ if not re.search(rf"`{name}`", page)]
+
+
 def test_every_recipe_is_in_the_index():
     index = read("docs/contributing/index.md")
     for page in (ROOT / "docs/contributing").glob("*.md"):

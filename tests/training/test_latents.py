@@ -25,7 +25,7 @@ from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training.directory import read_log
 from genkit.training.first_stage import WEIGHTS, CachedLatentCodec, LatentCodec, RunStage
 from genkit.training.latent_cache import LatentCache, encode
-from genkit.training.latent_statistics import LatentStatistics, latent_statistics
+from genkit.training.latent_statistics import LatentStatistics, compute_statistics
 from genkit.training.run import load_run, open_first_stage
 from genkit.training.sampling import Sampling
 from tests.support.exact import ExactDenoiser, Mixture
@@ -79,7 +79,7 @@ def plane(n, seed=1):
 
 def codec_of(x, posterior="draw", stage=None):
     stage = stage or projection()
-    s = latent_statistics([stage.posterior(Batch(x))])
+    s = compute_statistics([stage.posterior(Batch(x))])
     return LatentCodec(stage, tuple(s.mean.tolist()), tuple(s.std(posterior).tolist()), posterior)
 
 
@@ -134,7 +134,7 @@ def posteriors(*sizes):
 
 def test_statistics_are_those_of_numpy_however_the_samples_are_cut():
     parts = posteriors(7, 1, 30)
-    got = latent_statistics(parts)
+    got = compute_statistics(parts)
     mean = torch.cat([q.mean for q in parts]).double().numpy()
     var = torch.cat([q.log_var for q in parts]).double().exp().numpy()
     axes = (0, 2, 3)
@@ -146,13 +146,13 @@ def test_statistics_are_those_of_numpy_however_the_samples_are_cut():
 
 def test_draws_of_posteriors_have_the_measured_deviation():
     (q,) = posteriors(4000)
-    s = latent_statistics([q])
+    s = compute_statistics([q])
     codec = LatentCodec(projection(), tuple(s.mean.tolist()), tuple(s.std("draw").tolist()))
-    drawn = codec.scaled(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
+    drawn = codec.encode_posterior(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
     assert torch.allclose(drawn.std((0, 2, 3)), torch.ones(3), atol=0.02)
     assert torch.allclose(drawn.mean((0, 2, 3)), torch.zeros(3), atol=0.02)
     still = LatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std, "mean")
-    assert not torch.allclose(still.scaled(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
+    assert not torch.allclose(still.encode_posterior(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
 
 
 def test_a_constant_channel_is_no_division_by_zero():
@@ -164,7 +164,7 @@ def test_a_constant_channel_is_no_division_by_zero():
 
 def test_no_samples_have_no_statistics():
     with pytest.raises(ValueError, match="there are no samples"):
-        latent_statistics([])
+        compute_statistics([])
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -249,7 +249,7 @@ def test_the_run_keeps_a_copy_of_its_first_stage_and_finds_it_damaged(trained, t
     path = moved / "codec" / WEIGHTS
     stored = load_file(path)
     save_file({k: v + 1 for k, v in stored.items()}, path)
-    with pytest.raises(ValueError, match="another sha256"):
+    with pytest.raises(ValueError, match="is damaged, or of another first stage"):
         load_run(moved)
     path.unlink()
     with pytest.raises(ValueError, match="there is no such file"):
@@ -469,7 +469,7 @@ BAD = {
     "other samples": (["--codec={vae}", "--data=moons"], r"encodes samples \[1, 8, 8\]; the data are \[2\]"),
     "another first stage": (
         ["--codec={vq}", "--data=latents", "--data.root={cache}"],
-        r"the latents in .* are of other weights \(sha256 \w{12}\)",
+        r"the latents in .* were made with other weights \(sha256 \w{12}\)",
     ),
     "no cache": (["--data=latents", "--data.root={vae}"], r"holds no latents.json; make a cache"),
     "no use": (["--codec-posterior=mean"], r"given mean, but no codec"),

@@ -9,8 +9,9 @@ import tyro
 from rich.console import Console
 
 from genkit.config import parse, to_yaml
-from genkit.core import Tokens
+from genkit.core import Label, Tokens
 from genkit.data import text
+from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
 from genkit.training.directory import read_log
 from genkit.training.run import load_run, read_lora_base
@@ -39,6 +40,9 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+    for name, kind in run.spec.cond.items():
+        if isinstance(kind, Label) and not kind.centers:
+            lines["classes" if name == "label" else f"classes of {name}"] = list_classes(kind)
     for name, kind in text.text_conditions(run.spec).items():
         by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"

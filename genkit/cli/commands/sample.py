@@ -37,8 +37,8 @@ class Sample(Sampling, LoadOptions):
     """Run directory, such as runs/latest."""
     n: Count | None = None
     """Number of samples, of each prompt. None: 64, or one of each of several prompts."""
-    label: Annotated[int, Ge(0)] | None = None
-    """Class to draw. None: all classes in turn."""
+    label: str | int | None = None
+    """Class to draw, by name or number (genkit info RUN lists them). None: all classes in turn."""
     prompt: tuple[str, ...] = ()
     """Prompts, for a model trained with captions. None: captions of its data in turn."""
     lora: str | None = None
@@ -86,6 +86,8 @@ def write_settings(command: Sample, run: Run, samples: Samples, out: Path) -> No
     """Everything that the samples depend on, as JSON beside them."""
     settings = config.dump(command) | {"sampler": command.sampler or run.objective.sampler, "nfe": samples.evaluations}
     settings |= {"rows_per_sample": samples.network_rows, "weights": run.weights, "genkit": __version__}
+    if command.label is not None and "label" in samples.cond:
+        settings["label"] = int(samples.cond["label"][0])
     path = out.with_suffix(".json") if out.suffix else out / "samples.json"
     path.write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
-from genkit.data.codecs import Actions, MinMax, Plans, Standardize
+from genkit.data.codecs import Actions, MinMax, Plans, Standardize, loses_digits
 from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
@@ -109,6 +109,15 @@ def check_episodes(episodes: Sequence[Episode], location: str) -> None:
             bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
             if len(bad):
                 raise ValueError(f"{location}: episode {i} has an {name} that is not finite, first at step {bad[0]}")
+    for name, arrays in (("observation", [e.obs for e in episodes]), ("action", [e.actions for e in episodes])):
+        for column in range(arrays[0].shape[1]):
+            values = torch.from_numpy(np.concatenate([a[:, column] for a in arrays]).astype(np.float64))
+            if loses_digits(values[:, None]):
+                span = f"{float(values.min()):.9g}..{float(values.max()):.9g}"
+                raise ValueError(
+                    f"{location}: column {column} of the {name}s is {span}, whose differences float32 does not hold; "
+                    "subtract a constant from it"
+                )
 
 
 class Windows(NamedTuple):

@@ -381,10 +381,10 @@ class RawExtractor:
         self.settings: Mapping[str, Any] = {"name": "raw", "units": "those of the decoded samples (pixels: 0..255)"}
 
     def __call__(self, x: Tensor) -> Extraction:
-        """``x`` ``[B, ...]`` as float32 ``[B, D]``, without logits."""
+        """``x`` ``[B, ...]`` as float32 ``[B, D]`` (float64 if it is that), without logits."""
         if x.ndim < 2:
             raise ValueError(f"raw: given shape {tuple(x.shape)}; needs samples [B, ...]")
-        features = x.to(self.device, torch.float32).flatten(1)
+        features = x.to(self.device, torch.promote_types(x.dtype, torch.float32)).flatten(1)
         if features.shape[1] != (self.dim or features.shape[1]):
             raise ValueError(f"raw: given samples of {features.shape[1]} numbers; needs {self.dim}")
         self.dim = features.shape[1]

@@ -17,7 +17,8 @@ from genkit.backbones import MLP
 from genkit.core import Batch, Denoiser, Draw, Objective, Spec, seed_of
 from genkit.rl.finetune.chain import Chain, find_denoiser
 from genkit.training.distributed import sum_gradients
-from genkit.training.loop import Diverged, SkippedSteps, State, micro_batches, optimizer_step, update_ema
+from genkit.training.loop import Diverged, State, optimizer_step, split_batch, update_ema
+from genkit.training.meter import SkippedSteps
 
 T = TypeVar("T")
 # (number of the batch, start, stop) -> its rows start..stop, demonstrations in the model's units
@@ -259,7 +260,7 @@ class Learner:
         counted = last > first
         if not counted:  # fewer rows than ranks: take part in the collective calls all the same
             first, last = min(first, total - 1), min(first, total - 1) + 1
-        bounds = [(first + a, first + b) for a, b in micro_batches(last - first, self.micro_batch)]
+        bounds = [(first + a, first + b) for a, b in split_batch(last - first, self.micro_batch)]
         return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
 
     # --------------------------------------------------------------------------------------------------- learning

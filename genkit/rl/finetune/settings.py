@@ -62,8 +62,9 @@ class FinetuneSettings:
     """Samples of one condition that are compared with each other (GRPO); 1: all are compared with all."""
     ema: Annotated[float, Ge(0), Lt(1)] = 0.99
     """EMA decay per gradient step."""
-    label: Annotated[int, Ge(0)] | None = None
-    """Improve only this class of a class-conditional model, if the reward is a function; None: all in turn."""
+    label: str | int | None = None
+    """Improve only this class (name or number) of a class-conditional model, if the reward is a function; None: all in
+    turn."""
     unconditional: bool = False
     """Improve the samples drawn without conditions, if the reward is a function."""
     max_kl: Annotated[float, Gt(0)] | None = None

@@ -258,7 +258,7 @@ class FunctionTask:
     codec: Codec
     samples: int
     group: int
-    label: int | None = None
+    label: int | str | None = None
     unconditional: bool = False
     differentiable: ClassVar[bool] = True
 

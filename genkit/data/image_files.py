@@ -1,0 +1,171 @@
+"""The images of a folder or a zip: which files count, and which are left out.
+
+Nothing is extracted from an archive to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from genkit.core.files import format_error
+from genkit.core.messages import warn_once
+from genkit.data.captions import Caption, read_captions
+
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx",
+)  # fmt: skip
+COMPANIONS = {  # files beside images that are no images, and that nobody misses
+    "dataset.json", "labels.txt", "samples.json", "captions.jsonl", "metadata.jsonl", "metadata.csv",
+    "Thumbs.db", "desktop.ini",
+}  # fmt: skip
+CAPTION_SUFFIXES = (".txt", ".jsonl", ".csv")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix, and not in a hidden folder or one that macOS adds."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or one of its folders is hidden, or added by macOS."""
+    return any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(name).parts)
+
+
+def list_files(directory: Path) -> list[str]:
+    """The files in a folder and its subfolders that are not hidden, sorted by path.
+
+    Links are followed, but no folder twice. ``ValueError`` names a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    visited: set[str] = set()
+    names: list[str] = []
+    for base, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(base)) in visited:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        visited.add(real)
+        names += (Path(base, name).relative_to(directory).as_posix() for name in files)
+    return sorted(name for name in names if not is_hidden(name))
+
+
+def warn_of_others(root: Path, others: Iterable[str], with_captions: bool) -> None:
+    """Say how many files that are no images were left out, by suffix."""
+    skipped = [PurePosixPath(name) for name in others]
+    skipped = [path for path in skipped if path.name not in COMPANIONS]
+    if with_captions:
+        skipped = [path for path in skipped if path.suffix.lower() not in CAPTION_SUFFIXES]
+    if skipped:
+        counts = Counter(path.suffix.lower() or path.name for path in skipped)
+        kinds = ", ".join(f"{n} x {suffix}" for suffix, n in counts.most_common(6))
+        warn_once(f"{root}: {len(skipped)} files are no images and were left out: {kinds}, such as {skipped[0]}")
+
+
+@dataclass(frozen=True, eq=False)
+class FolderFiles:
+    """The images of a folder, an ``ImageFiles``."""
+
+    root: Path
+    names: Sequence[str]
+    others: Sequence[str] = ()
+    """files that are no images"""
+
+    @staticmethod
+    def open(root: Path) -> FolderFiles:
+        """List a folder. ``ValueError`` if it holds no images."""
+        every = list_files(root)
+        names = [name for name in every if is_image(name)]
+        if not names:
+            raise ValueError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        return FolderFiles(root, names, [name for name in every if not is_image(name)])
+
+    def read(self, i: int) -> bytes:
+        return (self.root / self.names[i]).read_bytes()
+
+    def location(self, i: int) -> str:
+        return str(self.root / self.names[i])
+
+    def captions(self) -> list[Caption]:
+        """The captions that lie beside the images."""
+        return read_captions(self.names, self.others, lambda name: (self.root / name).read_bytes(), str(self.root))
+
+
+class ZipFiles:
+    """The images of one archive, an ``ImageFiles``, read member by member. ``ValueError`` names a corrupt member."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()  # a ZipFile is not made for several threads
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as e:
+            raise ValueError(f"{path}: cannot be opened as a zip: {format_error(e)}") from e
+        every = sorted(n for n in self.archive.namelist() if not n.endswith("/") and not is_hidden(n))
+        self.names = [n for n in every if is_image(n)]
+        self.others = [n for n in every if not is_image(n)]
+        if not self.names:
+            raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+
+    def read_member(self, name: str) -> bytes:
+        """Content of a member. ``ValueError`` if it is corrupt."""
+        try:
+            with self.lock:
+                return self.archive.read(name)
+        except Exception as e:  # a wrong checksum, a password, an unknown compression: each has its own class
+            raise ValueError(f"{self.path}/{name}: cannot be read: {format_error(e)}") from e
+
+    def read(self, i: int) -> bytes:
+        return self.read_member(self.names[i])
+
+    def location(self, i: int) -> str:
+        return f"{self.path}/{self.names[i]}"
+
+    def captions(self) -> list[Caption]:
+        """The captions that lie beside the images."""
+        return read_captions(self.names, self.others, self.read_member, str(self.path))
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is a ``dataset.json``, which decides on the classes, also by naming none."""
+        return "dataset.json" in self.others
+
+    def names_below_top(self) -> list[str]:
+        """The names of the images without the folders that all of them share: what a folder would be opened at."""
+        top = os.path.commonpath([os.path.dirname(name) for name in self.names])
+        return [name[len(top) + 1 :] if top else name for name in self.names]
+
+    def labels(self) -> Tensor | None:
+        """The classes ``[N]`` of the images in ``dataset.json``; None without it or if it has none."""
+        if not self.has_index:
+            return None
+        location = f"{self.path}/dataset.json"
+        try:
+            pairs = json.loads(self.read_member("dataset.json"))["labels"]
+            if pairs is None:
+                return None
+            classes = {name.replace("\\", "/"): label for name, label in pairs}
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f'{location}: needs {{"labels": [[name, class], ...]}} or null: {format_error(e)}') from e
+        if len(classes) < len(pairs):
+            raise ValueError(f"{location}: names an image twice")
+        for name in self.names:
+            if name not in classes:
+                raise ValueError(f"{location}: gives no class to {name}")
+            if type(classes[name]) is not int or classes[name] < 0:
+                raise ValueError(f"{location}: the class of {name} is {classes[name]!r}; needs an integer from 0")
+        if len(classes) > len(self.names):
+            raise ValueError(f"{location}: {min(classes.keys() - set(self.names))} is not in the archive")
+        return torch.tensor([classes[name] for name in self.names])
