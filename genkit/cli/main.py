@@ -1,4 +1,4 @@
-"""`genkit COMMAND ...`: finds the command, and turns a user's mistake into one line and exit code 2."""
+"""`genkit COMMAND ...`: run a command, and report a user's mistake in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-OURS = (PACKAGE, PACKAGE.parent / "benchmarks")  # code whose ValueErrors are a user's mistakes
+OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake
 
 COMMANDS = {  # name -> (module with main(argv), one line of help)
-    "train": ("genkit.cli.commands.train", "train any objective on any data; --resume RUN continues one"),
-    "sample": ("genkit.cli.commands.sample", "draw samples from a run, as a grid, PNG files or an npz"),
-    "eval": (
-        "genkit.cli.commands.evaluate",
-        "measure samples: FID, KID, precision and recall ..., of a run or of folders",
-    ),
-    "sweep": ("genkit.cli.commands.sweep", "which sampler, steps and guidance draw a run's samples well and fast"),
-    "likelihood": ("genkit.cli.commands.likelihood", "bits per dimension of held-out samples under a run"),
-    "encode": ("genkit.cli.commands.encode", "cache the latents of a data set, to train on them with --data=latents"),
-    "reflow": ("genkit.cli.commands.reflow", "a run's own pairs (noise, sample), to train a straighter flow on"),
-    "report": ("genkit.cli.commands.report", "a run on one HTML page: curves, samples, quality, settings"),
-    "export": ("genkit.cli.commands.export", "write a run as a pipeline of diffusers, or as a run that stands alone"),
-    "info": ("genkit.cli.commands.info", "say what a run is, how far it got and what it holds"),
-    "rollout": ("genkit.cli.commands.rollout", "let a trained policy act: success, return, ways taken, time per chunk"),
-    "demo": ("genkit.cli.commands.demo", "record an expert, as demonstrations to learn from"),
-    "finetune": ("genkit.cli.commands.finetune", "improve a run by the reward of an environment, or of a function"),
-    "bench": ("genkit.cli.commands.bench", "measure: quality, toy, reflow, prediction, order, overhead, speed"),
+    "train": ("genkit.cli.commands.train", "train an objective on a data set; --resume RUN continues a run"),
+    "sample": ("genkit.cli.commands.sample", "sample from a run: a grid, PNG files or an .npz"),
+    "eval": ("genkit.cli.commands.evaluate", "measure samples of a run or of folders: FID, KID, precision, recall ..."),
+    "sweep": ("genkit.cli.commands.sweep", "find the best sampler, steps and guidance for each cost"),
+    "likelihood": ("genkit.cli.commands.likelihood", "compute the bits per dimension of held-out samples under a run"),
+    "encode": ("genkit.cli.commands.encode", "cache the latents of a data set, for training with --data=latents"),
+    "reflow": ("genkit.cli.commands.reflow", "save a run's pairs (noise, sample), for training a straighter flow"),
+    "report": ("genkit.cli.commands.report", "write one HTML page about a run: curves, samples, metrics, settings"),
+    "export": ("genkit.cli.commands.export", "write a run as a diffusers pipeline, or as a standalone run"),
+    "info": ("genkit.cli.commands.info", "show what a run is, its progress and its settings"),
+    "rollout": ("genkit.cli.commands.rollout", "run a trained policy: success, return, modes, time per action chunk"),
+    "demo": ("genkit.cli.commands.demo", "record an expert's episodes as demonstrations"),
+    "finetune": ("genkit.cli.commands.finetune", "improve a run by the reward of an environment or of a function"),
+    "bench": ("genkit.cli.commands.bench", "run a benchmark: quality, toy, reflow, prediction, order, overhead, speed"),
 }
 
 
-def usage() -> str:
+def format_usage() -> str:
+    """Return the text of ``genkit --help``."""
     lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     return f"""usage: genkit COMMAND [options]
 
@@ -43,26 +41,26 @@ commands:
 {lines}
 
 examples:
-  genkit train --objective=flow                  handwritten digits, some minutes on a CPU
+  genkit train --objective=flow                  handwritten digits, a few minutes on a CPU
   genkit train --objective=ddpm --data=cifar10 --backbone.width 128
   genkit sample runs/latest --label 7 --n 16
   genkit eval runs/latest --metrics fid,kid,prdc --n 1000
-  genkit report runs/latest                      one HTML page of curves, samples and numbers
+  genkit report runs/latest                      one HTML page with curves, samples and numbers
   genkit COMMAND --help                          every option of a command, with its default
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code: 0, or 2 for a mistake in what was asked, or 130 after Ctrl-C."""
+    """Run a command. Returns the exit code: 0, 2 for a user's mistake, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    # Before torch is imported: threads that wait for each other sleep instead of spinning. On a core that another
-    # process holds, spinning made a step 5 to 20 times slower (docs/log.md).
+    # Set before torch is imported, so that waiting threads sleep instead of spinning. On a core that another process
+    # uses, spinning made a step 5 to 20 times slower (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(format_usage())
         return 0
     if argv[0] in ("-V", "--version"):
-        from genkit import __version__
+        from genkit import __version__  # lazy: needed for this option only
 
         print(f"genkit {__version__}")
         return 0
@@ -77,17 +75,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("genkit: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away: `genkit info ... | head`
+    except BrokenPipeError:  # the reader of the output has exited: `genkit info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as e:
-        if not ours(e) or os.environ.get("GENKIT_TRACEBACK"):
+        if not is_user_error(e) or os.environ.get("GENKIT_TRACEBACK"):
             raise
         return refuse(str(e) or type(e).__name__)
 
 
 class MessagePrinter(logging.Handler):
-    """The library's messages (logger ``genkit``) on standard output; warnings on standard error, by the first rank."""
+    """Prints the library's messages (logger ``genkit``) to standard output; the first rank's warnings to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
@@ -98,15 +96,18 @@ class MessagePrinter(logging.Handler):
 
 
 def show_messages() -> None:
-    """Print what the library says; where a bar cannot be drawn, its lines about progress too."""
+    """Print the library's messages. If standard error is not a terminal, and so shows no bar, print progress too."""
     logger = logging.getLogger("genkit")
     logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     if not any(isinstance(handler, MessagePrinter) for handler in logger.handlers):
         logger.addHandler(MessagePrinter())
 
 
-def ours(e: BaseException) -> bool:
-    """Whether genkit itself refused (a user's mistake), or the system did (a full disk, a missing right)."""
+def is_user_error(e: BaseException) -> bool:
+    """Return whether genkit itself raised the error, or the system did (a full disk, a missing permission).
+
+    Any other error is a bug, and keeps its traceback.
+    """
     if isinstance(e, OSError):
         return True
     trace = e.__traceback__
@@ -115,10 +116,11 @@ def ours(e: BaseException) -> bool:
     if trace is None:
         return False
     file = Path(trace.tb_frame.f_code.co_filename)
-    return any(file.is_relative_to(folder) for folder in OURS)
+    return any(file.is_relative_to(folder) for folder in OWN_CODE)
 
 
 def refuse(message: str) -> int:
+    """Print an error in one line to standard error, and return exit code 2."""
     print("genkit: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

@@ -96,6 +96,13 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def refuse_foreign(path: str | Path, mark: str) -> None:
+    """``ValueError`` if a file is there that does not contain ``mark``, which all that genkit writes there contains."""
+    path = Path(path).expanduser()
+    if path.is_file() and mark.encode() not in path.read_bytes():
+        raise ValueError(f"out: {path} exists, and genkit did not write it; give another --out, or move it")
+
+
 def format_error(error: Exception) -> str:
     """Return an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

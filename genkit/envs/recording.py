@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge
 
 from genkit.config import table
-from genkit.core.files import atomic_write
+from genkit.core.files import atomic_write, refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
 from genkit.envs import Env, Expert, make, make_expert
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
@@ -116,6 +116,7 @@ def record_demonstrations(
     path = Path(out or f"{settings.env.replace('/', '-')}.npz")
     if path.suffix != ".npz":
         raise ValueError(f"out: given {path}; a replay buffer is an .npz")
+    refuse_foreign(path, "episode_ends.npy")
     with reporting(progress) as report:
         demos = collect_episodes(settings, report)
     ends = np.cumsum([len(actions) for actions in demos.arrays["action"]])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from genkit import __version__
-from genkit.core.files import write_text
+from genkit.core.files import refuse_foreign, write_text
 from genkit.evaluation.metrics import Estimate
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
@@ -56,6 +56,7 @@ class Card:
         target = self.path if path is None else Path(path).expanduser()
         if target is None:
             raise ValueError("path: given none, and a card of stored samples has no default place; name a file")
+        refuse_foreign(target, '"metrics"')
         return write_text(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from genkit import config
 from genkit.config import narrow, table
 from genkit.core import Spec
 from genkit.core.device import pick_device
+from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
@@ -93,6 +94,8 @@ def evaluate(
     ranks = Ranks.of(accelerator)
     if settings.save_stats and not settings.save_stats.endswith(".npz"):
         raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz")
+    if settings.save_stats:
+        refuse_foreign(settings.save_stats, "sigma.npy")
     metrics = None if settings.metrics is None else find_metrics(settings.metrics)
     with accelerator.main_process_first():
         samples = open_samples(source, settings, accelerator.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genkit import config
 from genkit.core import Data, Draw
+from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import LearnedCodec
 from genkit.data.pairs import save_pairs
@@ -69,11 +70,12 @@ def reflow(
     settings = config.override(settings or ReflowSettings(), **changes)
     if not isinstance(run, Run):
         run = load_run(run, ema=settings.ema, step=settings.step, device=settings.device)
+    path = Path(out) if out else run.directory / f"pairs-step{run.step}.npz"
+    refuse_foreign(path, "about.npy")
     with reporting(progress) as report:
         x, x1, cond = draw_pairs(run, settings, report)
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{run.weights}: gives samples that are not finite; the run has diverged")
-    path = Path(out) if out else run.directory / f"pairs-step{run.step}.npz"
     provenance = {**asdict(settings), "run": str(run.directory), "weights": run.weights}
     save_pairs(path, x, x1, cond, run.spec, run.codec, provenance)
     return ReflowPairs(path, settings.n, run)

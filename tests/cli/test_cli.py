@@ -94,7 +94,7 @@ def test_sample_formats(run, tmp_path, capsys):
         assert z["arr_0"].shape == ((6, 8, 8, 1) if len(shape) == 3 else (6, 2))
         assert z["arr_0"].dtype == (np.uint8 if len(shape) == 3 else np.float32)
         assert (z["arr_1"] == 1).all()
-    settings = json.loads((tmp_path / "arrays.json").read_text())
+    settings = json.loads((tmp_path / "arrays.npz.json").read_text())
     assert (settings["sampler"], settings["steps"], settings["nfe"]) == ("heun", 2, 3)
     assert settings["rows_per_sample"] == 3
     assert str(arrays) in capsys.readouterr().out

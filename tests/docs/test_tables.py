@@ -53,3 +53,9 @@ def test_every_results_file_and_picture_is_shown():
     shown = {file for page in PAGES for _, file in local_links(page)}
     kept = [*(ROOT / "docs/results").glob("*.json"), *(ROOT / "docs/images").iterdir()]
     assert not [file.name for file in kept if file not in shown]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_line_begins_with_the_marker_of_a_value(page):
+    """Markdown would end the paragraph there."""
+    assert not re.search(r"^<!-- value", page.read_text(), re.MULTILINE)

@@ -278,7 +278,9 @@ def test_many_grids_are_thinned_and_damaged_ones_left_out(run):
 
 def test_samples_of_genkit_sample(run):
     picture(run / "samples" / "sample-step200-heun10-seed3-n4.png")
-    (run / "samples" / "sample-step200-heun10-seed3-n4.json").write_text('{"sampler": "heun", "nfe": 19, "seed": 3}')
+    (run / "samples" / "sample-step200-heun10-seed3-n4.png.json").write_text(
+        '{"sampler": "heun", "nfe": 19, "seed": 3}'
+    )
     page = check_page(render_run(run))
     assert "sample-step200-heun10-seed3-n4 · sampler heun · nfe 19 · seed 3" in page.text
 
@@ -295,7 +297,7 @@ def test_content_of_files_is_escaped(run, tmp_path):
         (run / "eval" / f"{nfe}.json").write_text(json.dumps(card | {"settings": {**card["settings"], "nfe": nfe}}))
     (run / "eval" / "not a <card>.json").write_text("{}")
     picture(run / "samples" / 'a"><script>.png')
-    (run / "samples" / 'a"><script>.json').write_text(json.dumps({"sampler": bad}))
+    (run / "samples" / 'a"><script>.png.json').write_text(json.dumps({"sampler": bad}))
     page = check_page(render_run(run))
     assert '<b>bold<b> & "q"' in page.texts
     assert page.text.count("alert(1)") > 6

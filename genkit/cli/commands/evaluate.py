@@ -10,6 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.core.files import refuse_foreign
 from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
 from genkit.evaluation.cards import version_differences
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"eval: given {' '.join(command.source) or 'nothing'}; needs RUN, or A B, or A --reference B")
     if reference:
         command = replace(command, reference=reference[0])
+    if command.out:
+        refuse_foreign(command.out, '"metrics"')
     try:
         card = evaluate(source, command)
     except (ValueError, OSError):

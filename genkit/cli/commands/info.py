@@ -1,4 +1,4 @@
-"""`genkit info RUN`: what a run is, how far it got and what it holds."""
+"""`genkit info RUN`: show what a run is, its progress and its settings."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from genkit.training.run import load_run, read_lora_base
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a run is, how far it got and what it holds."""
+    """Show what a run is, its progress and its settings."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """a run directory, such as runs/latest"""
+    """Run directory, such as runs/latest."""
 
 
 def main(argv: list[str]) -> int:
-    asked = parse(Info, argv, prog="genkit info")
-    run = load_run(asked.run)
+    """Run the command. Returns the exit code."""
+    command = parse(Info, argv, prog="genkit info")
+    run = load_run(command.run)
     records = read_log(run.directory)
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
     saved = sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))
     cond = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in run.spec.cond.items()) or "none"
+
+    # what every run has
     lines = {
         "run": run.directory,
         "step": f"{run.step} of {run.config.steps}, batch {run.config.batch}",
@@ -40,6 +43,8 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+
+    # what only some runs have: classes, captions, LoRA, a first stage, a log
     for name, kind in run.spec.cond.items():
         if isinstance(kind, Label) and not kind.centers:
             lines["classes" if name == "label" else f"classes of {name}"] = list_classes(kind)
@@ -48,15 +53,16 @@ def main(argv: list[str]) -> int:
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
         base = read_lora_base(run.directory)
-        lines["lora"] = f"rank {run.config.lora.rank}, merged here into {base['run']} ({base['weights']})"
+        lines["lora"] = f"rank {run.config.lora.rank}, merged into {base['run']} ({base['weights']})"
     if isinstance(run.codec, LearnedCodec):
         lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
         last = records[-1]
-        told = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
-        numbers = [f"{k} {v:.5g}" for k, v in told.items() if isinstance(v, float)]
+        shown = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
+        numbers = [f"{k} {v:.5g}" for k, v in shown.items() if isinstance(v, float)]
         rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []
         lines["last log line"] = ", ".join([f"step {last['step']}", *numbers, *rate])
+
     console = Console(highlight=False, soft_wrap=True)
     for key, value in lines.items():
         console.print(f"{key:<14} {value}", markup=False)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from genkit import __version__, config
 from genkit.config import load_yaml
 from genkit.core import pictures
-from genkit.core.files import write_text
+from genkit.core.files import refuse_foreign, write_text
 from genkit.evaluation.cards import Card, flatten, to_number, to_text
 from genkit.evaluation.report import latent_space
 from genkit.evaluation.report.html import (
@@ -65,6 +65,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     path = Path(out) if out else directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
+    refuse_foreign(path, 'content="genkit')
     return write_text(path, render_run(directory, {"Latent space": latent_space_parts(directory)}))
 
 
@@ -161,7 +162,7 @@ def other_sample_parts(run: Path) -> list[Markup]:
     """The pictures of ``genkit sample`` in the run's directory, newest last, with their settings."""
     paths = [path for path in (run / "samples").glob("*.png") if not path.name.startswith("step-")]
     chosen = sorted(paths, key=lambda path: (path.stat().st_mtime, path.name))[-OTHER_PICTURES:]
-    captions = [" · ".join([path.stem, *sampling_facts(path.with_suffix(".json"))]) for path in chosen]
+    captions = [" · ".join([path.stem, *sampling_facts(path.with_name(path.name + ".json"))]) for path in chosen]
     images, errors = embed_pictures(zip(chosen, captions, strict=True))
     parts = [render_gallery(images, "Samples")] if images else []
     if len(chosen) < len(paths):
