@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -188,10 +189,19 @@ def compare(a: Card, b: Card) -> list[MetricComparison]:
 
 
 def setting_differences(a: Card, b: Card) -> list[str]:
-    """The settings besides the weights in which two cards differ: ``["n: 1000 and 2000", ...]``."""
+    """The settings besides the weights in which two cards differ: ``["n: 1000 and 2000", ...]``, one entry a block."""
+    entries: dict[str, list[str]] = {}
+    for entry in list_differences(comparable_settings(a), comparable_settings(b)):
+        entries.setdefault(re.split(r"[.:]", entry, maxsplit=1)[0], []).append(entry)
+    more = {block: f" (and {len(found) - 1} more)" if len(found) > 1 else "" for block, found in entries.items()}
+    return [found[0] + more[block] for block, found in entries.items()]
+
+
+def comparable_settings(card: Card) -> dict[str, Any]:
+    """The settings, by dotted name, that must be equal in two cards that are compared."""
     ignored = (*WEIGHTS, *OBSERVED)
-    settings = [flatten({k: v for k, v in card.settings.items() if k not in ignored}) for card in (a, b)]
-    return list_differences(*({k: v for k, v in s.items() if k not in LOCATIONS} for s in settings))
+    settings = flatten({k: v for k, v in card.settings.items() if k not in ignored})
+    return {k: v for k, v in settings.items() if k not in LOCATIONS}
 
 
 def version_differences(a: Card, b: Card) -> list[str]:

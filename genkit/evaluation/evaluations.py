@@ -116,6 +116,7 @@ def evaluate(
             resize=settings.resize,
             weights=settings.weights,
             settings=settings.metric_settings,
+            n=n,
             reference_n=settings.reference_n or default_reference_n(samples.spec, n, reference),
             batch=settings.batch,
             device=accelerator.device,

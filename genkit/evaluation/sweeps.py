@@ -212,6 +212,7 @@ def sweep(
             resize=settings.resize,
             weights=settings.weights,
             settings=settings.metric_settings,
+            n=min(settings.n, settings.confirm_n),
             reference_n=default_reference_n(first.spec, settings.confirm_n, reference),
             batch=settings.batch,
             device=accelerator.device,
