@@ -148,14 +148,14 @@ def test_draws_of_posteriors_have_the_measured_deviation():
     (q,) = posteriors(4000)
     s = compute_statistics([q])
     codec = LatentCodec(projection(), tuple(s.mean.tolist()), tuple(s.std("draw").tolist()))
-    drawn = codec.encode_posterior(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
-    assert torch.allclose(drawn.std((0, 2, 3)), torch.ones(3), atol=0.02)
-    assert torch.allclose(drawn.mean((0, 2, 3)), torch.zeros(3), atol=0.02)
+    encoded = codec.encode_posterior(q, Batch(q.mean, draw=Draw((0,), 0, 4000))).x
+    assert torch.allclose(encoded.std((0, 2, 3)), torch.ones(3), atol=0.02)
+    assert torch.allclose(encoded.mean((0, 2, 3)), torch.zeros(3), atol=0.02)
     still = LatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std, "mean")
     assert not torch.allclose(still.encode_posterior(q, Batch(q.mean)).x.std((0, 2, 3)), torch.ones(3), atol=0.02)
 
 
-def test_a_constant_channel_is_no_division_by_zero():
+def test_a_constant_channel_does_not_divide_by_zero():
     codec = codec_of(plane(1).repeat(5, 1))
     z = codec.encode(Batch(plane(1))).x
     assert bool(torch.isfinite(z).all())
@@ -210,7 +210,7 @@ def stage_of(run):
     return open_first_stage(str(run), (1, 8, 8), CPU)
 
 
-def test_a_run_of_latents_says_what_it_decodes_to_and_draws_pictures(trained):
+def test_a_latent_run_samples_decoded_images(trained):
     run = load_run(trained["flow"])
     assert (run.spec.shape, run.data_spec.shape) == ((3, 2, 2), (1, 8, 8))
     x, cond = run.sample(6, steps=3)
@@ -234,7 +234,7 @@ def test_the_statistics_of_training_are_numpys_of_all_samples(trained):
     assert np.allclose(codec.scaling.std, np.sqrt(mean.var((0, 2, 3)) + var.mean((0, 2, 3))), rtol=1e-5)
 
 
-def test_the_run_keeps_a_copy_of_its_first_stage_and_finds_it_damaged(trained, tmp_path):
+def test_the_run_keeps_a_copy_of_its_first_stage_and_detects_damage(trained, tmp_path):
     """Elsewhere, without the first stage's own folder, it draws the same."""
     moved = tmp_path / "moved"
     shutil.copytree(trained["flow"], moved, symlinks=True)
@@ -271,30 +271,30 @@ def test_a_fresh_process_draws_without_the_first_stage(trained, tmp_path):
         assert np.array_equal(stored["arr_0"], x.permute(0, 2, 3, 1).numpy())
 
 
-def test_training_goes_on_as_if_it_had_not_stopped(trained, tmp_path):
+def test_resume_is_bit_identical_on_latents(trained, tmp_path):
     args = ["train", "--objective=flow", f"--codec={trained['vae']}", f"--out={tmp_path}", "--schedule=constant", *TINY]
     assert cli.main([*args, "--steps=2"]) == 0
     first = (tmp_path / "latest").resolve()
     assert cli.main(["train", "--resume", str(first), "--steps=4"]) == 0
     assert cli.main([*args, "--steps=4"]) == 0
-    whole = (tmp_path / "latest").resolve()
-    assert whole != first
-    a, b = (load_file(run / "latest" / "nets.safetensors") for run in (first, whole))
+    uncut = (tmp_path / "latest").resolve()
+    assert uncut != first
+    a, b = (load_file(run / "latest" / "nets.safetensors") for run in (first, uncut))
     assert all(a[k].equal(b[k]) for k in b)
 
 
 @pytest.mark.parametrize("name", ["vae", "vq"])
-def test_how_a_batch_is_cut_changes_no_latent(trained, name):
+def test_latents_do_not_depend_on_micro_batches(trained, name):
     stage, data = stage_of(trained[name]), DATA["digits"]().load("train")
     stream = Stream(data, 24, seed=5)
     codec = LatentCodec(stage, (0.0,) * 3, (1.0,) * 3)
-    whole = codec.encode(stream(3, 0, 0, 24)).x
+    uncut = codec.encode(stream(3, 0, 0, 24)).x
     parts = [codec.encode(stream(3, 0, *rows)).x for rows in ((0, 5), (5, 16), (16, 24))]
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
+    assert torch.allclose(torch.cat(parts), uncut, atol=1e-5)
     if name == "vae":
         still = LatentCodec(stage, (0.0,) * 3, (1.0,) * 3, "mean")
-        assert float((still.encode(stream(3, 0, 0, 24)).x - whole).abs().max()) > 1e-2  # it is a draw
-        assert not torch.allclose(codec.encode(stream(4, 0, 0, 24)).x, whole)
+        assert float((still.encode(stream(3, 0, 0, 24)).x - uncut).abs().max()) > 1e-2  # it is a draw
+        assert not torch.allclose(codec.encode(stream(4, 0, 0, 24)).x, uncut)
 
 
 def test_a_codebook_decodes_the_entries_nearest_to_a_drawn_latent(trained):
@@ -310,11 +310,11 @@ def test_a_codebook_decodes_the_entries_nearest_to_a_drawn_latent(trained):
 
 def test_black_and_white_vaes_are_shown_black_and_white():
     """The encoder of a Bernoulli law has seen nothing else."""
-    seen = []
+    inputs = []
 
     class Net(nn.Module):
         def forward(self, x, cond=NO_COND):
-            seen.append(x)
+            inputs.append(x)
             return torch.zeros(len(x), 4)
 
     from genkit.objectives.autoencoders.likelihoods import LIKELIHOODS
@@ -322,7 +322,7 @@ def test_black_and_white_vaes_are_shown_black_and_white():
     objective = VAE(latent=(2,), likelihood=LIKELIHOODS["bernoulli"]())
     stage = RunStage("b", objective, Projection(), Spec((1, 2, 2)), Pixels(), {"encoder": Net(), "decoder": Net()})
     stage.posterior(Batch(torch.randint(0, 256, (9, 1, 2, 2), dtype=torch.uint8)))
-    assert set(seen[0].unique().tolist()) == {-1.0, 1.0}
+    assert set(inputs[0].unique().tolist()) == {-1.0, 1.0}
 
 
 # ------------------------------------------------------------------------------------------------------------ caches
@@ -361,7 +361,7 @@ def test_training_on_a_cache_is_training_on_the_samples(trained, cache, tmp_path
     assert int((one - other).abs().max()) <= 2
 
 
-def test_encoding_goes_on_where_it_stopped(trained, cache, tmp_path, capsys):
+def test_an_interrupted_encoding_continues(trained, cache, tmp_path, capsys):
     out = tmp_path / "cache"
     shutil.copytree(cache, out)
     argv = ["encode", str(trained["vae"]), "--data=digits", f"--out={out}", "--shard=500"]
@@ -435,8 +435,8 @@ def test_evaluation_measures_reconstructions_by_row(trained, capsys):
     assert "nfe" not in card["settings"]
     assert [p for p in (trained["vq"] / "eval").iterdir() if json.loads(p.read_text()) == card]
     assert cli.main([*argv[:-1], "--reconstruct=train"]) == 0  # another split, another card
-    said = capsys.readouterr().out
-    assert "reconstructions of digits:train" in said
+    output = capsys.readouterr().out
+    assert "reconstructions of digits:train" in output
     assert len(list((trained["vq"] / "eval").iterdir())) == 2
 
 
@@ -449,16 +449,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_rebuilt_is_told_in_one_line(trained, tmp_path, capsys, name):
+def test_what_cannot_be_reconstructed_is_refused_in_one_line(trained, tmp_path, capsys, name):
     argv, expected = REFUSED[name]
     if "{mlp}" in argv:
         assert cli.main(["train", "--objective=flow", f"--out={tmp_path}", "--steps=1", *TINY]) == 0
         capsys.readouterr()
     argv = [a.format(mlp=tmp_path / "latest", **trained) for a in argv]
     assert cli.main(["eval", *argv, "--n=20", "--features=raw", "--metrics=fid"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert expected in said
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert expected in error
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -488,29 +488,29 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_told_in_one_line(trained, cache, tmp_path, capsys, name):
+def test_a_mistake_is_refused_in_one_line(trained, cache, tmp_path, capsys, name):
     argv, expected = BAD[name]
     argv = [a.format(cache=cache, **trained) for a in argv]
     if argv[0].startswith("--"):
         argv = ["train", "--objective=flow", f"--out={tmp_path}", "--steps=1", *argv]
     assert cli.main(argv) == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert re.search(expected, said), said
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert re.search(expected, error), error
     assert not list(tmp_path.iterdir())
 
 
-def test_latents_that_do_not_fit_the_backbone_are_told_in_one_line(trained, tmp_path, capsys):
+def test_latents_that_do_not_fit_the_backbone_are_refused_in_one_line(trained, tmp_path, capsys):
     assert (
         cli.main(["train", "--objective=ae", "--objective.latent=4", f"--out={tmp_path}/ae", "--steps=1", *SAME]) == 0
     )
     capsys.readouterr()
     argv = ["train", "--objective=flow", f"--codec={tmp_path}/ae/latest", f"--out={tmp_path}/flow", "--backbone=dit"]
     assert cli.main(argv) == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert "codec" in said
-    assert "(4,)" in said
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "codec" in error
+    assert "(4,)" in error
 
 
 # --------------------------------------------------------------------------------------------------------- diffusers
@@ -562,20 +562,20 @@ def test_an_autoencoder_of_diffusers_is_a_codec(kind, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_diffusers_cannot_give_is_told_in_one_line(tmp_path, capsys):
+def test_an_unsuitable_diffusers_folder_is_refused_in_one_line(tmp_path, capsys):
     foreign("AutoencoderKL", tmp_path / "kl")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    for where, data, expected in (
+    for folder, data, expected in (
         ("none", "digits", "holds no config.json"),
         ("unet", "digits", "holds a UNet2DModel; allowed: AutoencoderKL, AutoencoderTiny, VQModel"),
         ("kl", "moons", "is for pictures of 1 channels; the data are [2]"),
     ):
-        argv = ["train", f"--data={data}", f"--codec=diffusers:{tmp_path}/{where}", f"--out={tmp_path}/runs"]
+        argv = ["train", f"--data={data}", f"--codec=diffusers:{tmp_path}/{folder}", f"--out={tmp_path}/runs"]
         assert cli.main(argv) == 2
-        said = capsys.readouterr().err.strip()
-        assert expected in said
-        assert len(said.splitlines()) == 1
+        error = capsys.readouterr().err.strip()
+        assert expected in error
+        assert len(error.splitlines()) == 1
     argv = ["train", "--data=digits", "--data.size=9", f"--codec=diffusers:{tmp_path}/kl", f"--out={tmp_path}/runs"]
     assert cli.main(argv) == 2
     assert "choose a size that it halves evenly" in capsys.readouterr().err

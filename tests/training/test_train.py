@@ -45,9 +45,15 @@ SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=fal
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
-def genkit(*args, cwd, check=True, **how):
+def genkit(*args, cwd, check=True, **options):
     done = subprocess.run(
-        [sys.executable, "-m", "genkit", *args], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **how
+        [sys.executable, "-m", "genkit", *args],
+        cwd=cwd,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -82,7 +88,7 @@ def test_resume_is_bit_identical(tmp_path, objective):
     anchored = ["--data=four-ways", "--data.n=8", "--data.anchors=4"]
     data = paired if OBJECTIVES[objective]().needs_pairs else anchored if objective == "anchored" else []
     args = [f"--objective={objective}", "--steps=14", "--ema", "0.9", "0.99", *data]
-    whole = in_process(tmp_path / "a", *args)
+    uncut = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
     # go back to step 6, as a kill at step 13 would leave it
     symlink(half / "latest", "checkpoints/step-0000006")
@@ -90,21 +96,21 @@ def test_resume_is_bit_identical(tmp_path, objective):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
     resumed = in_process(tmp_path / "b", "--resume", str(half), *data)
     assert resumed == half
-    assert same(whole, half) == []
+    assert same(uncut, half) == []
     steps = [r["step"] for r in read_log(half)]
     assert steps == sorted(set(steps)), "a line of the log was written twice"
-    losses = [[v for r in read_log(run)[1:] for k, v in r.items() if k.endswith("/loss")] for run in (whole, half)]
+    losses = [[v for r in read_log(run)[1:] for k, v in r.items() if k.endswith("/loss")] for run in (uncut, half)]
     assert losses[0][-1] == losses[1][-1]
 
 
-def test_resume_takes_the_unet_up_bit_identically(tmp_path):
+def test_resume_of_the_unet_is_bit_identical(tmp_path):
     args = ["--data=digits", "--backbone.width=16", "--batch=8", "--backbone.dropout=0.1", "--save-every=2"]
-    whole = in_process(tmp_path / "a", *args, "--steps=5")
+    uncut = in_process(tmp_path / "a", *args, "--steps=5")
     cut = in_process(tmp_path / "b", *args, "--steps=5")
     for step in ("0000004", "0000005"):
         os.rename(cut / "checkpoints" / f"step-{step}", cut / f"gone-{step}")
     assert main(["--resume", str(cut)]) == 0
-    assert same(whole, cut) == []
+    assert same(uncut, cut) == []
 
 
 def test_a_resumed_run_can_go_further(tmp_path):
@@ -114,14 +120,14 @@ def test_a_resumed_run_can_go_further(tmp_path):
     assert len(list((tmp_path / "runs").glob("0*"))) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, how):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "genkit", "train", *SMALL, "--steps=100000"],
         cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(tmp_path / "runs/latest/log.jsonl", process)
-    process.send_signal(how)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     command = re.search(r"genkit train --resume (\S+)", out)
@@ -185,12 +191,12 @@ def test_two_ranks_equal_one(tmp_path):
     assert len(list((tmp_path / "two/runs").glob("0*"))) == 1, "both ranks made a directory"
 
 
-def test_ranks_that_drift_apart_are_found():
+def test_ranks_whose_weights_differ_are_refused():
     class Two:
         num_processes = 2
 
-        def gather(self, mine):
-            return torch.cat([mine, mine + drift])
+        def gather(self, sums):
+            return torch.cat([sums, sums + drift])
 
     state = State({"net": nn.Linear(2, 2)}, {}, {})
     drift = 0.0
@@ -201,16 +207,16 @@ def test_ranks_that_drift_apart_are_found():
 
 
 def test_micro_batches_equal_one_batch(tmp_path):
-    whole = in_process(tmp_path / "a", "--steps=8")
+    uncut = in_process(tmp_path / "a", "--steps=8")
     cut = in_process(tmp_path / "b", "--steps=8", "--micro-batch=5")
-    a, b = weights(whole), weights(cut)
+    a, b = weights(uncut), weights(cut)
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], atol=2e-5), key
 
 
 @pytest.mark.slow
-def test_compiled_training_is_the_same_and_tensorboard_hears_of_it(tmp_path):
+def test_compiled_training_gives_the_same_weights_and_tensorboard_events(tmp_path):
     plain = in_process(tmp_path / "a", "--steps=6")
     compiled = in_process(tmp_path / "b", "--steps=6", "--compile", "--tensorboard")
     a, b = weights(plain), weights(compiled)
@@ -268,7 +274,7 @@ def toy(objective, steps=4, **changes):
     return cfg, data, state
 
 
-def test_a_phase_moves_only_its_own_networks_and_keeps_its_rhythm():
+def test_a_phase_trains_only_its_own_networks_at_its_own_steps():
     cfg, data, state = toy(Duel(), steps=1)
     steps = {"first": [], "second": []}
     for k in range(4):
@@ -287,13 +293,13 @@ def test_a_phase_moves_only_its_own_networks_and_keeps_its_rhythm():
 
 def test_repeats_see_different_data():
     cfg, data, state = toy(Duel(), steps=1)
-    seen = []
+    batches = []
     stream = Stream(data, 16, 0)
-    spy = lambda *a: seen.append(stream(*a)) or seen[-1]  # noqa: E731
+    spy = lambda *a: batches.append(stream(*a)) or batches[-1]  # noqa: E731
     fit(Duel(), state, spy, Identity(), cfg, Accelerator(cpu=True))
-    assert len(seen) == 3
-    assert not torch.equal(seen[0].x, seen[1].x)
-    assert not torch.equal(seen[0].normal(), seen[1].normal())
+    assert len(batches) == 3
+    assert not torch.equal(batches[0].x, batches[1].x)
+    assert not torch.equal(batches[0].normal(), batches[1].normal())
 
 
 @dataclass(frozen=True)
@@ -427,7 +433,7 @@ def test_the_config_repeats_the_run(tmp_path):
     assert same(run, again) == []
 
 
-def test_damage_is_found(tmp_path):
+def test_damage_is_detected(tmp_path):
     run = in_process(tmp_path, "--steps=2")
     file = next((run / "latest").resolve().glob("ema-*.safetensors"))
     content = bytearray(file.read_bytes())
@@ -437,7 +443,7 @@ def test_damage_is_found(tmp_path):
         load_run(run)
 
 
-def test_old_checkpoints_go_and_runs_are_numbered(tmp_path):
+def test_old_checkpoints_are_removed_and_runs_are_numbered(tmp_path):
     first = in_process(tmp_path, "--steps=5", "--save-every=1", "--keep-checkpoints=2")
     assert sorted(p.name for p in (first / "checkpoints").iterdir()) == ["step-0000004", "step-0000005"]
     second = in_process(tmp_path, "--steps=1")
@@ -472,13 +478,13 @@ def test_a_log_cut_by_a_kill_is_read_up_to_there(tmp_path):
 
 def test_sample_i_of_a_run_does_not_depend_on_the_batch(tmp_path):
     run = load_run(in_process(tmp_path, "--data=digits", "--backbone.width=16", "--steps=2", "--batch=4"))
-    whole, cond = run.sample(9, sampler="ancestral", steps=4)
+    uncut, cond = run.sample(9, sampler="ancestral", steps=4)
     parts, _ = run.sample(9, sampler="ancestral", steps=4, batch=2)
-    assert whole.dtype == torch.uint8
-    assert (whole.int() - parts.int()).abs().max() <= 1
+    assert uncut.dtype == torch.uint8
+    assert (uncut.int() - parts.int()).abs().max() <= 1
     later, _ = run.sample(3, sampler="ancestral", steps=4, seed=6, cond={"label": cond["label"][6:9]})
-    assert (whole[6:].int() - later.int()).abs().max() <= 1
-    assert len(whole.unique(dim=0)) == 9
+    assert (uncut[6:].int() - later.int()).abs().max() <= 1
+    assert len(uncut.unique(dim=0)) == 9
 
 
 def test_ddpm_is_saved_with_its_schedule(tmp_path):
@@ -494,14 +500,14 @@ def moved(a, b):
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-def test_a_run_begins_with_the_weights_of_another(tmp_path):
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
     """The slowest average of it, for the network and all its own averages; said in config.yaml and env.json."""
     first = in_process(tmp_path / "a", "--steps=20", "--lr=1e-2", "--ema", "0.5", "0.999", "--seed=3")
     second = in_process(tmp_path / "b", "--steps=1", "--lr=1e-12", f"--init={tmp_path}/a/runs/latest", "--ema=0.999")
     slow = load_file(first / "latest" / "ema-0.999.safetensors")
     for file in ("nets", "ema-0.999"):
-        found = load_file(second / "latest" / f"{file}.safetensors")
-        assert all(torch.allclose(found[k], slow[k], atol=1e-6) for k in slow)
+        loaded = load_file(second / "latest" / f"{file}.safetensors")
+        assert all(torch.allclose(loaded[k], slow[k], atol=1e-6) for k in slow)
     fresh = in_process(tmp_path / "c", "--steps=1", "--lr=1e-12")
     assert moved(second, first) < 1e-6 < 1e-2 < moved(fresh, first)
     assert f"init: {first}" in (second / "config.yaml").read_text()
@@ -510,18 +516,18 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
     assert json.loads((first / "env.json").read_text())["init"] is None
 
 
-def test_a_resumed_run_does_not_begin_again(tmp_path, capsys):
+def test_resume_does_not_load_the_initial_weights_again(tmp_path, capsys):
     """Bit-identical to one that never stopped, even if the run that it began with is gone; --init is refused there."""
     first = in_process(tmp_path / "a", "--steps=3", "--lr=1e-2")
-    whole = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
+    uncut = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
     cut = in_process(tmp_path / "c", "--steps=6", "--save-every=3", f"--init={first}")
     symlink(cut / "latest", "checkpoints/step-0000003")
     os.rename(cut / "checkpoints/step-0000006", cut / "gone")
     os.rename(first, tmp_path / "elsewhere")
     in_process(tmp_path / "c", "--resume", str(cut))
-    assert same(whole, cut) == []
+    assert same(uncut, cut) == []
     with pytest.raises(ValueError, match="leave --init out"):
-        main(["--resume", str(cut), "--init", str(whole)])
+        main(["--resume", str(cut), "--init", str(uncut)])
 
 
 @pytest.mark.parametrize(
@@ -532,7 +538,7 @@ def test_a_resumed_run_does_not_begin_again(tmp_path, capsys):
         (["--init=nowhere"], "does not exist"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, change, message):
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, change, message):
     first = in_process(tmp_path / "a", "--steps=1")
     with pytest.raises(ValueError, match=message) as refused:
         in_process(tmp_path / "b", "--steps=1", f"--init={first}", *change)
@@ -540,10 +546,10 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, c
     assert not (tmp_path / "b").exists()
 
 
-def test_pairs_are_needed_before_a_run_is_made(tmp_path):
-    for how in ("--objective=distillation", "--objective.coupling=given"):
+def test_missing_pairs_are_refused_before_anything_is_written(tmp_path):
+    for option in ("--objective=distillation", "--objective.coupling=given"):
         with pytest.raises(ValueError, match="hold no pairs"):
-            in_process(tmp_path / "b", how)
+            in_process(tmp_path / "b", option)
     assert not (tmp_path / "b").exists()
 
 
@@ -552,15 +558,15 @@ AWARE = ["--objective.time-distribution=loss-aware", "--batch=128", "--steps=30"
 
 
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
-    whole = in_process(tmp_path / "a", *AWARE)
+    uncut = in_process(tmp_path / "a", *AWARE)
     cut = in_process(tmp_path / "b", *AWARE, "--save-every=24")
     symlink(cut / "latest", "checkpoints/step-0000024")
     os.rename(cut / "checkpoints/step-0000030", cut / "gone")
     in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
-    assert same(whole, cut) == []
-    shares = load_run(whole).nets["history"].probabilities()
+    assert same(uncut, cut) == []
+    shares = load_run(uncut).nets["history"].probabilities()
     assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
-    begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}", "--objective=flow")  # without a memory
+    begun = in_process(tmp_path / "c", "--steps=1", f"--init={uncut}", "--objective=flow")  # without a memory
     again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")
     assert load_run(again).nets["history"].num_losses.sum() == 128
 
