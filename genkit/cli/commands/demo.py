@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import narrow, parse
+from genkit.config.paths import PathText
 from genkit.envs.recording import DemoSettings, record_demonstrations
 
 console = Console(highlight=False, soft_wrap=True)
@@ -19,7 +20,7 @@ class Demo(DemoSettings):
 
     env: Positional[str]
     """The environment: four-ways, or an id of gymnasium, such as HalfCheetah-v5."""
-    out: str | None = None
+    out: PathText | None = None
     """The .npz; None: ENV.npz."""
 
 
