@@ -1,4 +1,4 @@
-"""Families of networks with three cuts each: ``denoiser``, ``encoder``, ``decoder`` (``genkit.core.Backbone``)."""
+"""Backbones: families of networks that make a denoiser, an encoder and a decoder (``genkit.core.Backbone``)."""
 
 from genkit.backbones.diffusers import Diffusers
 from genkit.backbones.dit import DiT

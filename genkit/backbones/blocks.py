@@ -1,7 +1,7 @@
-"""The blocks that the families share: norms, attention, residual blocks, resampling, padding.
+"""Blocks that the families share: norms, attention, residual blocks, resampling, padding.
 
 Under autocast the norms stay in the dtype of their input (their statistics are float32 inside the kernel) instead of
-going through float32 tensors.
+converting to float32 tensors.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ from torch import Tensor, nn
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
-def zero(layer: nn.Module) -> nn.Module:
-    """The layer with all its parameters at zero: a residual branch that starts as the identity."""
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The layer with all its parameters set to zero, so that a residual branch starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def remat(function: Callable[..., Tensor], active: bool, *args) -> Tensor:
-    """``function(*args)``, its activations computed again in the backward pass if ``active`` (Chen et al. 2016)."""
+    """``function(*args)``, with its activations recomputed in the backward pass if ``active`` (Chen et al. 2016)."""
     if active and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 
 
 def pad_to(x: Float[Tensor, "b c *size"], size: Sequence[int]) -> Tensor:
-    """Zeros after the end of each axis up to ``size``: the border that convolutions see anyway, and deterministic
-    (the gradient of replicated borders is not, on CUDA)."""
+    """Append zeros to each spatial axis up to ``size``: the border that convolutions see anyway.
+
+    Their gradient is deterministic; that of replicated borders is not, on CUDA.
+    """
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.pad(x, [n for have, want in zip(x.shape[:1:-1], reversed(size), strict=True) for n in (0, want - have)])
+    padding: list[int] = []
+    for have, want in zip(x.shape[:1:-1], reversed(size), strict=True):
+        padding += [0, want - have]
+    return F.pad(x, padding)
 
 
 def crop_to(x: Float[Tensor, "b c *padded"], size: Sequence[int]) -> Tensor:
@@ -53,9 +58,9 @@ def num_groups(channels: int) -> int:
 
 
 def group_norm(x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias: Float[Tensor, "b c"]) -> Tensor:
-    """``weight norm(x) + bias``, with a weight and a bias of each sample.
+    """``weight norm(x) + bias``, with a weight and a bias for each sample.
 
-    The batch stands as further groups of one sample, so that weight and bias ride inside the kernel; its backward pass
+    The batch is passed as further groups of one sample, so that the kernel applies weight and bias; its backward pass
     is also 5 to 8 times faster on CPUs than that of the plain call.
     """
     with torch.autocast(x.device.type, enabled=False):
@@ -85,9 +90,9 @@ def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Floa
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over ``[B, heads, N, d]`` (Vaswani et al. 2017, eq. 1).
 
-    Written out on the CPU up to the size where the fused kernel wins (measured, forward and backward: 128 keys in
-    float32, 1024 in bf16, where it is 1.2 to 4 times faster at the usual 16 to 256). The fused kernels have no second
-    and no forward-mode derivative: for a gradient penalty or ``torch.func.jvp``, call the network under
+    Written out on the CPU up to the size at which the fused kernel is faster (measured, forward and backward: 128 keys
+    in float32, 1024 in bf16; at the usual 16 to 256 it is 1.2 to 4 times faster written out). The fused kernels have no
+    second and no forward-mode derivative: for a gradient penalty or ``torch.func.jvp``, call the network under
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -106,7 +111,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None
 class Attention(nn.Module):
     """Multi-head attention ``[B, N, dim] -> [B, N, dim]``, to itself, or to a context ``[B, L, context]`` with a mask.
 
-    One head where ``head_size`` does not divide ``dim``.
+    One head if ``head_size`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, head_size: int, context: int = 0):
@@ -117,11 +122,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"], context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        split = lambda y: y.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads)).permute(2, 0, 3, 1, 4)  # noqa: E731
-        projected = split(self.kv(x if self.q is None else context)).unbind(0)
-        q, k, v = projected if self.q is None else (*split(self.q(x)).unbind(0), *projected)
+        projected = self._split_heads(self.kv(x if self.q is None else context))
+        q, k, v = projected if self.q is None else (*self._split_heads(self.q(x)), *projected)
         y = attend(q, k, v, None if mask is None else mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, y: Float[Tensor, "b n kd"]) -> Sequence[Tensor]:
+        """``[B, N, k dim]`` as k tensors ``[B, heads, N, dim / heads]``."""
+        size = self.out.in_features // self.heads
+        return y.unflatten(-1, (-1, self.heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MapAttention(nn.Module):
@@ -131,11 +140,11 @@ class MapAttention(nn.Module):
         super().__init__()
         self.norm = GroupNorm(channels)
         self.self_attention = Attention(channels, head_size)
-        zero(self.self_attention.out)
+        zero_init(self.self_attention.out)
         self.cross_norm = nn.LayerNorm(channels) if context else None
         self.cross = Attention(channels, head_size, context) if context else None
         if self.cross:
-            zero(self.cross.out)
+            zero_init(self.cross.out)
 
     def forward(
         self, x: Float[Tensor, "b c *size"], tokens: Tensor | None = None, mask: Tensor | None = None
@@ -158,7 +167,7 @@ class ResBlock(nn.Module):
         self.norm1 = GroupNorm(inp)
         self.conv1 = CONV[dims](inp, out, 3, padding=1)
         self.emb = nn.Linear(emb, 2 * out)
-        self.conv2 = zero(CONV[dims](out, out, 3, padding=1))
+        self.conv2 = zero_init(CONV[dims](out, out, 3, padding=1))
         self.skip = CONV[dims](inp, out, 1) if inp != out else None
         self.dropout = dropout
 
@@ -193,15 +202,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def positive(family: str, **fields: Sequence[int]) -> None:
-    """``ValueError`` unless every field holds numbers, all of them at least 1."""
+def require_positive(family: str, **fields: Sequence[int]) -> None:
+    """``ValueError`` unless every field holds one or more numbers, all of them at least 1."""
     for name, numbers in fields.items():
         if not numbers or min(numbers) < 1:
             given = numbers[0] if len(numbers) == 1 else tuple(numbers)
             raise ValueError(f"{family}: {name} is {given}; needs {'at least one number, ' if not numbers else ''}>= 1")
 
 
-def fraction(family: str, **fields: float) -> None:
+def require_fraction(family: str, **fields: float) -> None:
     """``ValueError`` unless every field is in [0, 1)."""
     for name, value in fields.items():
         if not 0 <= value < 1:

@@ -1,11 +1,11 @@
-"""diffusers' own networks as denoisers of our objectives: pretrained ones are fine-tuned, trained ones are exported.
+"""Networks of diffusers as denoisers: to fine-tune pretrained ones, and to export trained ones.
 
-They are told the time by an index into DDPM's table of 1000: theirs, n = 0 .. 999, is our label (n + 1) / 1000, so they
-see ``1000 label - 1``, for every objective (a label log(sigma) / 4 too). It need not be whole: they embed it by
-sinusoids. :func:`shift_time_embedding` turns weights that were trained so into weights that want to see ``1000 label``,
-the convention of diffusers' flow-matching schedulers.
+They embed an index into DDPM's table of 1000 times: theirs, n = 0 .. 999, is our label (n + 1) / 1000, so they get
+``1000 label - 1``, for every objective (a label log(sigma) / 4 too). It need not be an integer, since they embed it by
+sinusoids. :func:`shift_time_embedding` turns weights that were trained so into weights that expect ``1000 label``, the
+convention of diffusers' flow-matching schedulers.
 
-diffusers itself takes seconds to import, and is imported when a network is made.
+Importing diffusers takes seconds, so it is imported when a network is made.
 """
 
 from __future__ import annotations
@@ -22,41 +22,43 @@ from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, key
+from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
 from genkit.core import NO_COND, Backbone, Cond, Label, Spec, Tokens
 
-WHOLE = 1e-3  # float32 holds 1000 t - 1 to 1e-4: an index that is nearer to a whole number than this is meant as one
+INTEGER_TOLERANCE = 1e-3  # float32 holds 1000 t - 1 to 1e-4: an index this near to an integer is rounded to it
 
 
 # --------------------------------------------------------------------------------------------- their configurations
 @dataclass(frozen=True)
-class Model(ABC):
-    """One of diffusers' classes. Its fields have diffusers' names; sizes of samples and conditions come from the data.
+class NetworkConfig(ABC):
+    """The configuration of one of diffusers' classes, with diffusers' names.
 
-    ``more`` holds the settings that have no field here.
+    The sizes of samples and conditions come from the data; ``more`` holds the settings that have no field here.
     """
 
-    kind: ClassVar[str]
+    class_name: ClassVar[str]
     """its name in diffusers"""
-    from_data: ClassVar[tuple[str, ...]] = ("sample_size", "in_channels", "out_channels")
-    """settings that the data decide"""
-    alone: ClassVar[bool] = False
-    """whether diffusers has a pipeline that draws with it and nothing else"""
-    only: ClassVar[Mapping[str, Any]] = {}
-    """settings that change what the network is told, with the one value that we can serve"""
+    set_by_data: ClassVar[tuple[str, ...]] = ("sample_size", "in_channels", "out_channels")
+    """settings that follow from the data"""
+    has_own_pipeline: ClassVar[bool] = False
+    """whether diffusers has a pipeline of this network and a scheduler only"""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """settings that change the network's inputs, with the one value that is supported"""
 
     more: tuple[str, ...] = ()
     """further settings of diffusers' class, each name=JSON, such as norm_eps=1e-6"""
 
     def __post_init__(self) -> None:
-        for name, value in self.further().items():
-            if name in self.from_data:
-                raise ValueError(f"more: given {name}, which the data decide; leave it out")
-            if name in self.only and value != self.only[name]:
-                raise ValueError(f"more: given {name}={value}; genkit serves only {json.dumps(self.only[name])} there")
+        for name, value in self.further_settings().items():
+            if name in self.set_by_data:
+                raise ValueError(f"more: given {name}, which follows from the data; leave it out")
+            if name in self.fixed and value != self.fixed[name]:
+                raise ValueError(
+                    f"more: given {name}={value}; genkit supports only {json.dumps(self.fixed[name])} there"
+                )
 
-    def further(self) -> dict[str, Any]:
-        """``more``, read."""
+    def further_settings(self) -> dict[str, Any]:
+        """The settings in ``more``, by name."""
         out = {}
         for item in self.more:
             name, equals, value = item.partition("=")
@@ -69,64 +71,66 @@ class Model(ABC):
         return out
 
     def settings(self) -> dict[str, Any]:
-        """All that diffusers' class is given besides ``from_data``."""
-        mine = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "more"}
-        return {**mine, **self.further()}
+        """The settings of diffusers' class, except ``set_by_data``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "more"}
+        return {**own, **self.further_settings()}
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Model:
-        """The one of a config.json; what is not a field here, or not of a field's type, goes into ``more``."""
-        usual = {k: p.default for k, p in inspect.signature(class_of(cls.kind).__init__).parameters.items()}
-        mine = {f.name: f.default for f in fields(cls) if f.name != "more"}
+    def from_config(cls, stored: Mapping[str, Any]) -> NetworkConfig:
+        """From a config.json; a setting that is no field here, or not of a field's type, goes into ``more``."""
+        defaults = {
+            k: p.default for k, p in inspect.signature(diffusers_class(cls.class_name).__init__).parameters.items()
+        }
+        own = {f.name: f.default for f in fields(cls) if f.name != "more"}
         values, more = {}, []
-        for name, value in {**usual, **stored}.items():
+        for name, value in {**defaults, **stored}.items():
             value = tuple(value) if isinstance(value, list) else value
-            if name not in usual or name in ("self", "kwargs", *cls.from_data):
+            if name not in defaults or name in ("self", "kwargs", *cls.set_by_data):
                 continue
-            if name in mine and type(value) is type(mine[name]):
+            if name in own and type(value) is type(own[name]):
                 values[name] = value
-            elif name in mine or value != usual[name]:
+            elif name in own or value != defaults[name]:
                 more.append(f"{name}={json.dumps(value)}")
         return cls(**values, more=tuple(more))
 
     @abstractmethod
-    def sizes(self, spec: Spec) -> dict[str, Any]:
-        """The settings ``from_data``, but for the output's channels. ``ValueError`` for data that it cannot serve."""
+    def data_settings(self, spec: Spec) -> dict[str, Any]:
+        """The settings ``set_by_data`` except the output's channels. ``ValueError`` for data that it cannot serve."""
 
     @abstractmethod
-    def ask(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, seen: Sequence[Any]) -> Tensor:
-        """The answer of diffusers' network; ``seen`` are tokens and their mask."""
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
+        """The output of diffusers' network; ``context`` is the tokens and their mask, or empty."""
 
-    def multiple(self) -> int:
-        """What the sides of pictures have to be multiples of."""
+    def size_multiple(self) -> int:
+        """The number that the sides of pictures have to be multiples of."""
         return 1
 
-    def context(self) -> int:
-        """How many numbers a token of its cross-attention has; 0 where it has none."""
+    def context_dim(self) -> int:
+        """The numbers of a token of its cross-attention; 0 if it has none."""
         return 0
 
 
 @dataclass(frozen=True)
-class UNet2D(Model):
+class UNet2D(NetworkConfig):
     """diffusers' UNet2DModel: that of DDPM (Ho et al. 2020) and of its successors without text."""
 
-    kind: ClassVar[str] = "UNet2DModel"
-    alone: ClassVar[bool] = True
-    from_data: ClassVar[tuple[str, ...]] = (*Model.from_data, "num_class_embeds")
-    only: ClassVar[Mapping[str, Any]] = {"time_embedding_type": "positional", "class_embed_type": None}
+    class_name: ClassVar[str] = "UNet2DModel"
+    has_own_pipeline: ClassVar[bool] = True
+    set_by_data: ClassVar[tuple[str, ...]] = (*NetworkConfig.set_by_data, "num_class_embeds")
+    fixed: ClassVar[Mapping[str, Any]] = {"time_embedding_type": "positional", "class_embed_type": None}
 
     block_out_channels: tuple[Annotated[int, Ge(1)], ...] = (32, 64, 128)
     """channels of each level; each level halves the size"""
     layers_per_block: Annotated[int, Ge(1)] = 1
     """residual blocks of a level"""
     down_block_types: tuple[str, ...] = ()
-    """a name for each level, downwards; without: DownBlock2D, and AttnDownBlock2D at the last"""
+    """a name for each level, downwards; (): DownBlock2D, and AttnDownBlock2D at the last"""
     up_block_types: tuple[str, ...] = ()
-    """upwards; without: as downwards"""
+    """a name for each level, upwards; (): as downwards"""
     attention_head_dim: Annotated[int, Ge(1)] = 32
     """channels of an attention head"""
     norm_num_groups: Annotated[int, Ge(1)] = 8
-    """groups of the norms; has to divide all channels"""
+    """groups of the norms, a divisor of all channels"""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """inside residual blocks"""
 
@@ -138,15 +142,15 @@ class UNet2D(Model):
                  "up_block_types": self.up_block_types or (up_first, *[up] * (levels - 1))}  # fmt: skip
         return {**super().settings(), **names}
 
-    def sizes(self, spec: Spec) -> dict[str, Any]:
-        found = classes(spec)
-        rows = {"num_class_embeds": found[1] + 1} if found else {}
+    def data_settings(self, spec: Spec) -> dict[str, Any]:
+        classes = class_condition(spec)
+        rows = {"num_class_embeds": classes[1] + 1} if classes else {}
         return {"sample_size": list(spec.shape[1:]), "in_channels": spec.shape[0], **rows}
 
-    def ask(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, seen: Sequence[Any]) -> Tensor:
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
         return net(x, time, class_labels=label).sample
 
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -154,10 +158,10 @@ class UNet2D(Model):
 class UNet2DCondition(UNet2D):
     """diffusers' UNet2DConditionModel: that of latent diffusion (Rombach et al. 2022), with cross-attention."""
 
-    kind: ClassVar[str] = "UNet2DConditionModel"
-    alone: ClassVar[bool] = False
-    only: ClassVar[Mapping[str, Any]] = {
-        **UNet2D.only, "addition_embed_type": None, "encoder_hid_dim_type": None, "encoder_hid_dim": None
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    has_own_pipeline: ClassVar[bool] = False
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **UNet2D.fixed, "addition_embed_type": None, "encoder_hid_dim_type": None, "encoder_hid_dim": None
     }  # fmt: skip
     usual: ClassVar[tuple[str, str, str, str]] = (
         "CrossAttnDownBlock2D",
@@ -167,28 +171,28 @@ class UNet2DCondition(UNet2D):
     )
 
     attention_head_dim: Annotated[int, Ge(1)] = 8
-    """heads of each attention (diffusers' name is wrong, and is kept)"""
+    """heads of each attention (diffusers' name is wrong)"""
     cross_attention_dim: Annotated[int, Ge(1)] = 64
-    """numbers of a token; that of the data's tokens"""
+    """numbers of a token of the data"""
 
-    def ask(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, seen: Sequence[Any]) -> Tensor:
-        tokens, mask = seen
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
+        tokens, mask = context
         return net(x, time, tokens, class_labels=label, encoder_attention_mask=mask).sample
 
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         return 1
 
-    def context(self) -> int:
+    def context_dim(self) -> int:
         return self.cross_attention_dim
 
 
 @dataclass(frozen=True)
-class DiT2D(Model):
+class DiT2D(NetworkConfig):
     """diffusers' DiTTransformer2DModel: the diffusion transformer (Peebles & Xie 2023), for square pictures."""
 
-    kind: ClassVar[str] = "DiTTransformer2DModel"
-    from_data: ClassVar[tuple[str, ...]] = (*Model.from_data, "num_embeds_ada_norm")
-    only: ClassVar[Mapping[str, Any]] = {"norm_type": "ada_norm_zero"}
+    class_name: ClassVar[str] = "DiTTransformer2DModel"
+    set_by_data: ClassVar[tuple[str, ...]] = (*NetworkConfig.set_by_data, "num_embeds_ada_norm")
+    fixed: ClassVar[Mapping[str, Any]] = {"norm_type": "ada_norm_zero"}
 
     num_attention_heads: Annotated[int, Ge(1)] = 4
     """heads of each attention"""
@@ -201,49 +205,49 @@ class DiT2D(Model):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """inside the blocks"""
 
-    def sizes(self, spec: Spec) -> dict[str, Any]:
+    def data_settings(self, spec: Spec) -> dict[str, Any]:
         if spec.shape[1] != spec.shape[2]:
             raise ValueError(f"diffusers: dit takes square pictures; given {list(spec.shape)}; try --backbone=dit")
-        found = classes(spec)
+        classes = class_condition(spec)
         return {
             "sample_size": spec.shape[1],
             "in_channels": spec.shape[0],
-            "num_embeds_ada_norm": found[1] if found else 1,
+            "num_embeds_ada_norm": classes[1] if classes else 1,
         }
 
-    def ask(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, seen: Sequence[Any]) -> Tensor:
-        null = torch.ones(len(x), dtype=torch.long, device=x.device)  # without classes: the last of two rows
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
+        null = torch.ones(len(x), dtype=torch.long, device=x.device)  # without classes: the second of two rows
         return net(x, time, class_labels=null if label is None else label).sample
 
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         return self.patch_size
 
 
-MODELS: dict[str, type[Model]] = {"unet2d": UNet2D, "unet2d-condition": UNet2DCondition, "dit": DiT2D}
+MODELS: dict[str, type[NetworkConfig]] = {"unet2d": UNet2D, "unet2d-condition": UNet2DCondition, "dit": DiT2D}
 
 
-def class_of(kind: str) -> Any:
-    import diffusers  # takes seconds
+def diffusers_class(name: str) -> Any:
+    """The class of this name in diffusers."""
+    import diffusers  # lazy: it takes seconds
 
-    return getattr(diffusers, kind)
+    return getattr(diffusers, name)
 
 
 # -------------------------------------------------------------------------------------------------------- the family
 @dataclass(frozen=True)
 class Diffusers(Backbone):
-    """One of diffusers' networks, for pictures or latents ``(C, H, W)``: unet2d, unet2d-condition or dit."""
+    """One of diffusers' networks, for pictures or latents ``(C, H, W)``."""
 
     cuts: ClassVar[tuple[str, ...]] = ("denoiser",)
-    routes: ClassVar[tuple[str, ...]] = ("global", "tokens")  # which of them, the model decides
+    routes: ClassVar[tuple[str, ...]] = ("global", "tokens")  # the model decides which of them
     axes: ClassVar[tuple[int, ...]] = (2,)
 
-    model: Model = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
-    """which, and its settings under diffusers' names"""
+    model: NetworkConfig = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
+    """unet2d, unet2d-condition or dit, and its settings under diffusers' names"""
     timesteps: Annotated[int, Ge(1)] = 1000
-    """how many times they count: they see timesteps * label - 1"""
+    """number of times that the network counts; it gets timesteps * label - 1"""
     learned_sigma: bool = False
-    """the network puts out twice the channels, as DiT's released weights do; the half for the variance is carried along
-    and not used"""
+    """the network has twice the output channels, as DiT's released weights do; the half for the variance is not used"""
     checkpoint: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
 
@@ -251,33 +255,33 @@ class Diffusers(Backbone):
         return DiffusersDenoiser(self, spec)
 
 
-def classes(spec: Spec) -> tuple[str, int] | None:
+def class_condition(spec: Spec) -> tuple[str, int] | None:
     """The name of the class condition and the number of classes, which is also the row of the null class."""
     return next(((k, v.num) for k, v in spec.cond.items() if isinstance(v, Label)), None)
 
 
-def on_tokens(spec: Spec) -> Spec:
-    """The conditions that cross-attention sees."""
+def token_spec(spec: Spec) -> Spec:
+    """The spec with only the conditions that cross-attention sees."""
     return Spec(spec.shape, {k: v for k, v in spec.cond.items() if EMBEDDERS[type(v)].route == "tokens"})
 
 
-def require_served(model: Model, spec: Spec) -> None:
-    """``ValueError`` where diffusers' network has no place for the samples or their conditions."""
+def require_served(model: NetworkConfig, spec: Spec) -> None:
+    """``ValueError`` if diffusers' network cannot take the samples or their conditions."""
     if len(spec.shape) != 3:
         raise ValueError(f"diffusers: given samples of shape {spec.shape}; allowed (C, H, W); try --backbone=mlp")
-    if any(n % model.multiple() for n in spec.shape[1:]):
+    if any(n % model.size_multiple() for n in spec.shape[1:]):
         size = "x".join(map(str, spec.shape[1:]))
         raise ValueError(
-            f"diffusers: pictures of {size} are not multiples of {model.multiple()}; take another --data.size, fewer "
-            "levels or smaller patches"
+            f"diffusers: pictures of {size} are not multiples of {model.size_multiple()}; take another --data.size, "
+            "fewer levels or smaller patches"
         )
-    context, tokens, found = model.context(), on_tokens(spec).cond, classes(spec)
+    context, tokens, classes = model.context_dim(), token_spec(spec).cond, class_condition(spec)
     for name, kind in spec.cond.items():
-        if not (name in tokens and context) and name != (found and found[0]):
+        if not (name in tokens and context) and name != (classes and classes[0]):
             takes = "one Label, Tokens and Text" if context else "one Label"
             raise ValueError(
-                f"diffusers: {model.kind} takes {takes}; condition {name!r} is of kind {type(kind).__name__}; leave it "
-                "out, or try --backbone=unet"
+                f"diffusers: {model.class_name} takes {takes}; condition {name!r} is of kind {type(kind).__name__}; "
+                "leave it out, or try --backbone=unet"
             )
         if isinstance(kind, Tokens) and kind.dim != context:
             raise ValueError(
@@ -287,16 +291,16 @@ def require_served(model: Model, spec: Spec) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the network
-class AsTheyAre(TokensEmbed):
-    """Tokens that go to cross-attention without a layer before it, as pretrained weights expect them."""
+class RawTokensEmbed(TokensEmbed):
+    """Tokens that go to cross-attention without a layer in between, as pretrained weights expect."""
 
     def __init__(self, kind: Tokens, dim: int):
         super().__init__(kind, dim)
         self.layer = nn.Identity()
 
 
-class Nothing(nn.Module):
-    """In place of a time: diffusers' networks embed theirs themselves."""
+class NoTimeEmbed(nn.Module):
+    """Zeros in place of a time embedding: diffusers' networks embed the time themselves."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -306,19 +310,19 @@ class Nothing(nn.Module):
         return torch.zeros(self.dim)
 
 
-class Sequences(nn.Module):
-    """What cross-attention sees: tokens ``[B, L, dim]`` and their mask ``[B, L]``; without any, a learned one."""
+class ContextTokens(nn.Module):
+    """The tokens ``[B, L, dim]`` of cross-attention and their mask ``[B, L]``; one learned token if there are none."""
 
     def __init__(self, spec: Spec, dim: int):
         super().__init__()
-        self.spec = on_tokens(spec)
+        self.spec = token_spec(spec)
         self.null = None if self.spec.cond else nn.Parameter(torch.randn(1, 1, dim))
         self.cond = Conditioner(self.spec, dim, time=False) if self.spec.cond else None
         if self.cond:
-            self.cond.start = Nothing(dim)  # pyright: ignore[reportAttributeAccessIssue]
+            self.cond.start = NoTimeEmbed(dim)  # pyright: ignore[reportAttributeAccessIssue]
             for name, kind in self.spec.cond.items():
                 if isinstance(kind, Tokens):
-                    self.cond.embed[key(name)] = AsTheyAre(kind, dim)
+                    self.cond.embed[module_name(name)] = RawTokensEmbed(kind, dim)
 
     def forward(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         if self.cond is None:
@@ -338,29 +342,32 @@ class DiffusersDenoiser(nn.Module):
     def __init__(self, cfg: Diffusers, spec: Spec):
         super().__init__()
         require_served(cfg.model, spec)
-        self.cfg, self.spec, self.classes = cfg, spec, classes(spec)
+        self.cfg, self.spec, self.classes = cfg, spec, class_condition(spec)
         channels = spec.shape[0] * (2 if cfg.learned_sigma else 1)
-        settings = {**cfg.model.settings(), **cfg.model.sizes(spec), "out_channels": channels}
+        settings = {**cfg.model.settings(), **cfg.model.data_settings(spec), "out_channels": channels}
         try:
-            self.model: nn.Module = class_of(cfg.model.kind)(**settings)
+            self.model: nn.Module = diffusers_class(cfg.model.class_name)(**settings)
         except (ValueError, TypeError, NotImplementedError, ZeroDivisionError) as e:
-            raise ValueError(f"diffusers: {cfg.model.kind} cannot be made: {' '.join(str(e).split())[:300]}") from e
+            raise ValueError(
+                f"diffusers: {cfg.model.class_name} cannot be made: {' '.join(str(e).split())[:300]}"
+            ) from e
         for module in self.model.modules():
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0  # type: ignore[assignment]  # conditions are dropped by our draws, and by row
         if cfg.checkpoint:
             self.model.enable_gradient_checkpointing()  # type: ignore[operator]  # of diffusers, not of nn.Module
-        self.sequences = Sequences(spec, cfg.model.context()) if cfg.model.context() else None
+        self.sequences = ContextTokens(spec, cfg.model.context_dim()) if cfg.model.context_dim() else None
 
     def forward(
         self, x: Float[Tensor, "b c h w"], label: Float[Tensor, " b"], cond: Cond = NO_COND
     ) -> Float[Tensor, "b c h w"]:
-        seen = () if self.sequences is None else self.sequences(x, cond)
-        out = self.cfg.model.ask(self.model, x, index_of(label, self.cfg.timesteps), self.label(x, cond), seen)
+        context = () if self.sequences is None else self.sequences(x, cond)
+        time = timestep_index(label, self.cfg.timesteps)
+        out = self.cfg.model.call(self.model, x, time, self.class_row(x, cond), context)
         return out[:, : x.shape[1]] if self.cfg.learned_sigma else out
 
-    def label(self, x: Tensor, cond: Cond) -> Tensor | None:
-        """The row of each sample's class ``[B]``, that of the null class where it has none."""
+    def class_row(self, x: Tensor, cond: Cond) -> Tensor | None:
+        """The row of each sample's class in the embedding, ``[B]``; that of the null class for samples without one."""
         if self.classes is None:
             return None
         name, null = self.classes
@@ -371,11 +378,11 @@ class DiffusersDenoiser(nn.Module):
         return label
 
 
-def index_of(label: Float[Tensor, " b"], timesteps: int = 1000) -> Float[Tensor, " b"]:
-    """diffusers' index of our time label: n of ``t = (n + 1) / timesteps``, exactly where it is a whole number."""
+def timestep_index(label: Float[Tensor, " b"], timesteps: int = 1000) -> Float[Tensor, " b"]:
+    """diffusers' index n of our time label ``t = (n + 1) / timesteps``; exact if it is an integer."""
     n = timesteps * label - 1
-    whole = n.detach().round()
-    return torch.where((n.detach() - whole).abs() < WHOLE, n + (whole - n.detach()), n)
+    rounded = n.detach().round()
+    return torch.where((n.detach() - rounded).abs() < INTEGER_TOLERANCE, n + (rounded - n.detach()), n)
 
 
 @torch.no_grad()

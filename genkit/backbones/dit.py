@@ -12,7 +12,17 @@ from annotated_types import Ge, Lt, MultipleOf
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import CONV, Attention, crop_to, fraction, modulate, pad_to, positive, remat, zero
+from genkit.backbones.blocks import (
+    CONV,
+    Attention,
+    crop_to,
+    modulate,
+    pad_to,
+    remat,
+    require_fraction,
+    require_positive,
+    zero_init,
+)
 from genkit.backbones.embed import Conditioner, Routed, grid_positions
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
@@ -26,22 +36,27 @@ class DiT(Backbone):
     Sizes that ``patch`` does not divide are padded with zeros inside and cropped again.
     """
 
-    width: Annotated[int, Ge(4), MultipleOf(4)] = (
-        128  # 6 blocks of 128: 2M parameters, as much work as the default U-Net
-    )
+    width: Annotated[int, Ge(4), MultipleOf(4)] = 128
+    """features of a token; 6 blocks of 128 have 2M parameters and cost as much as the default U-Net"""
     depth: Annotated[int, Ge(1)] = 6
-    patch: Annotated[int, Ge(1)] = 2  # 16 tokens at 8x8, 256 at 32x32; 1 for short signals (action chunks)
-    head_size: Annotated[int, Ge(1)] = 64  # as in the paper's larger models
-    ratio: Annotated[int, Ge(1)] = 4  # hidden width of the MLP, in widths
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # off, as in the paper
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    """blocks"""
+    patch: Annotated[int, Ge(1)] = 2
+    """side of a patch, which is one token: 16 tokens at 8x8, 256 at 32x32; 1 for short signals (action chunks)"""
+    head_size: Annotated[int, Ge(1)] = 64
+    """features of an attention head; 64 as in the paper's larger models"""
+    ratio: Annotated[int, Ge(1)] = 4
+    """hidden width of the MLP, in widths"""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """dropout inside the blocks; 0 as in the paper"""
+    checkpoint: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
 
     def __post_init__(self):
-        positive("DiT", width=(self.width,), depth=(self.depth,), patch=(self.patch,))
-        positive("DiT", head_size=(self.head_size,), ratio=(self.ratio,))
+        require_positive("DiT", width=(self.width,), depth=(self.depth,), patch=(self.patch,))
+        require_positive("DiT", head_size=(self.head_size,), ratio=(self.ratio,))
         if self.width % 4:
             raise ValueError(f"DiT: width is {self.width}; needs a multiple of 4, for sine and cosine on two axes")
-        fraction("DiT", dropout=self.dropout)
+        require_fraction("DiT", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return DiTDenoiser(self, spec)
@@ -54,7 +69,7 @@ class DiT(Backbone):
 
 
 def xavier(layer: nn.Module) -> None:
-    """The paper's initialisation of linear layers: Xavier weights, zero biases."""
+    """Initialise a linear layer as the paper does: Xavier weights, zero biases."""
     if isinstance(layer, nn.Linear):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -74,9 +89,9 @@ class DiTBlock(nn.Module):
         self.layer2 = nn.Linear(cfg.ratio * d, d)
         self.dropout = cfg.dropout
         self.apply(xavier)
-        zero(self.emb)
+        zero_init(self.emb)
         if self.cross:
-            zero(self.cross.out)
+            zero_init(self.cross.out)
 
     def forward(self, h: Float[Tensor, "b n d"], emb: Float[Tensor, "b d"], tokens: Tensor | None, mask: Tensor | None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.emb(emb).chunk(6, 1)
@@ -90,7 +105,7 @@ class DiTBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Patches, positions, conditions and blocks: what the three cuts share."""
+    """Patches, positions, conditions and blocks, which all networks of the family share."""
 
     def __init__(self, cfg: DiT, spec: Spec, channels: int, time: bool):
         super().__init__()
@@ -109,14 +124,15 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(cfg, d if self.cond.has_tokens else 0) for _ in range(cfg.depth))
         self.emb_last = nn.Linear(d, 2 * d)
         self.cond.apply(xavier)
-        zero(self.emb_last)
+        zero_init(self.emb_last)
 
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
+        """The embedded conditions, with the activation that every block would otherwise apply itself."""
         c = self.cond(like, self.size, label, cond)
         return c._replace(emb=F.silu(c.emb))
 
     def forward(self, x: Tensor | None, tokens: Tensor | None, c: Routed) -> Float[Tensor, "b d *grid"]:
-        """From a map ``x`` ``[B, C, *size]``, or from ``tokens`` ``[B, N, D]``; Image conditions join either here."""
+        """From a map ``x`` ``[B, C, *size]`` or from ``tokens`` ``[B, N, D]``; Image conditions are added to either."""
         h = (self.positions if tokens is None else tokens + self.positions).expand(len(c.emb), -1, -1)
         if self.patches is not None:
             maps = torch.cat([v for v in (x, c.channels) if v is not None], 1)
@@ -133,7 +149,7 @@ class DiTDenoiser(nn.Module):
     def __init__(self, cfg: DiT, spec: Spec):
         super().__init__()
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
-        self.last = zero(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
+        self.last = zero_init(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
 
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
@@ -147,7 +163,7 @@ class DiTEncoder(nn.Module):
     def __init__(self, cfg: DiT, spec: Spec, out: tuple[int, ...]):
         super().__init__()
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=False)
-        check_code(self.trunk, cfg, out)
+        require_grid(self.trunk, cfg, out)
         self.is_map = len(out) > 1
         self.last = CONV[1](cfg.width, out[0], 1)
 
@@ -158,12 +174,12 @@ class DiTEncoder(nn.Module):
 
 
 class DiTDecoder(nn.Module):
-    """``(z [B, *inp], cond) -> [B, *S]``: a vector is added to each token's position, a map gives a token a place."""
+    """``(z [B, *inp], cond) -> [B, *S]``: a vector is added to every token, a map gives one vector to each token."""
 
     def __init__(self, cfg: DiT, spec: Spec, inp: tuple[int, ...]):
         super().__init__()
         self.trunk = Trunk(cfg, spec, 0, time=False)
-        check_code(self.trunk, cfg, inp)
+        require_grid(self.trunk, cfg, inp)
         self.first = nn.Linear(inp[0], cfg.width)
         self.last = TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch)
 
@@ -173,9 +189,10 @@ class DiTDecoder(nn.Module):
         return crop_to(self.last(h), self.trunk.size)
 
 
-def check_code(trunk: Trunk, cfg: DiT, code: tuple[int, ...]) -> None:
-    if len(code) > 1 and tuple(code[1:]) != trunk.grid:
+def require_grid(trunk: Trunk, cfg: DiT, latent: tuple[int, ...]) -> None:
+    """``ValueError`` if a latent map has another size than the grid of tokens."""
+    if len(latent) > 1 and tuple(latent[1:]) != trunk.grid:
         raise ValueError(
-            f"DiT: given a code of size {tuple(code[1:])}; patch {cfg.patch} on {trunk.size} makes {trunk.grid}; "
-            f"try --backbone.patch={max(1, math.ceil(trunk.size[0] / code[1]))}"
+            f"DiT: given a latent of size {tuple(latent[1:])}; patch {cfg.patch} on {trunk.size} makes {trunk.grid}; "
+            f"try --backbone.patch={max(1, math.ceil(trunk.size[0] / latent[1]))}"
         )

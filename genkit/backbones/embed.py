@@ -1,12 +1,11 @@
-"""Time, positions and conditions as numbers a network can use.
+"""Embeddings of time, positions and conditions.
 
-A condition takes one of three routes, and its kind alone says which (``EMBEDDERS``): summed into the global embedding
+A condition takes one of three routes, which follows from its kind (``EMBEDDERS``): summed into the global embedding
 that scales and shifts every block (Label, Vector, Frames), concatenated to the sample's channels (Image), or a sequence
 for cross-attention (Tokens, Text). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022),
-which stands where its key is absent and for each sample whose ``cond["keep"]``, or ``cond["keep.NAME"]``, is False. The
-choice is made by ``torch.where`` and never by a branch on values, so that all its parameters take part in the graph
-whenever the key is there: ``DistributedDataParallel`` needs that.
-"""
+which replaces it if its key is absent, and for each sample with ``cond["keep"]`` or ``cond["keep.NAME"]`` False. The
+choice is made by ``torch.where``, never by a branch on values, so that all its parameters take part in the graph
+whenever the key is there, as ``DistributedDataParallel`` needs."""
 
 from __future__ import annotations
 
@@ -58,15 +57,17 @@ class TimeEmbed(nn.Module):
 class Embedder(nn.Module):
     """A condition's embedding with its learned null: ``embed(value, keep [B])``."""
 
-    route: str  # "global", "channels" or "tokens"
-    masked = False  # whether ``cond["mask"]`` says which of its tokens exist
+    route: str
+    """global, channels or tokens"""
+    masked = False
+    """whether ``cond["mask"]`` says which of its tokens exist"""
 
     def __init__(self, kind: Any, dim: int):
         super().__init__()
         self.null = nn.Parameter(torch.randn(dim))
 
-    def exist(self, value: Tensor) -> Bool[Tensor, "b l"]:
-        """Which tokens of a sequence there are, before any mask."""
+    def token_mask(self, value: Tensor) -> Bool[Tensor, "b l"]:
+        """The tokens of a sequence that exist, before any mask."""
         return torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
 
 
@@ -84,7 +85,7 @@ class LabelEmbed(Embedder):
 
 
 class VectorEmbed(Embedder):
-    """An array ``[B, *shape] -> [B, dim]``: shifted, scaled and limited as its kind says, then two layers."""
+    """Numbers ``[B, *shape] -> [B, dim]``: shifted, scaled and clipped as their kind says, then two layers."""
 
     route = "global"
     shift: Tensor
@@ -92,10 +93,10 @@ class VectorEmbed(Embedder):
 
     def __init__(self, kind: Vector, dim: int):
         super().__init__(kind, dim)
-        for name, numbers, without in (("shift", kind.shift, 0.0), ("scale", kind.scale, 1.0)):
+        for name, numbers, default in (("shift", kind.shift, 0.0), ("scale", kind.scale, 1.0)):
             if numbers and len(numbers) != kind.shape[-1]:
                 raise ValueError(f"vector: given {len(numbers)} numbers of {name} for a last axis of {kind.shape[-1]}")
-            self.register_buffer(name, torch.tensor(numbers or without), persistent=False)  # the spec keeps them
+            self.register_buffer(name, torch.tensor(numbers or default), persistent=False)  # they are in the spec
         self.limit = math.inf if kind.limit is None else kind.limit
         self.layers = nn.Sequential(nn.Linear(math.prod(kind.shape), dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -105,7 +106,7 @@ class VectorEmbed(Embedder):
 
 
 class ImageEmbed(Embedder):
-    """A picture ``[B, C, *size]``, as it is; its null is one learned colour."""
+    """A picture ``[B, C, *size]``, unchanged; its null is one learned colour."""
 
     route = "channels"
 
@@ -132,12 +133,11 @@ class TokensEmbed(Embedder):
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block (Xiong et al. 2020, figure 1b), ``[B, L, dim]``; what ``mask`` hides is not seen.
+class TextBlock(nn.Module):
+    """Pre-norm transformer block (Xiong et al. 2020, figure 1b), ``[B, L, dim]``, which ignores masked tokens.
 
-    Its positions come from a convolution of each channel (Chu et al. 2023, section 3.2): a word means the same wherever
-    it stands, also where none stood in training.
-    """
+    Its positions come from a convolution of each channel (Chu et al. 2023, section 3.2), so a word means the same at
+    any position, also at positions that were empty in training."""
 
     def __init__(self, dim: int, head_size: int, span: int):
         super().__init__()
@@ -153,10 +153,10 @@ class Block(nn.Module):
 
 
 class TextEmbed(Embedder):
-    """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer that is trained along.
+    """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer, trained with the network.
 
-    Each byte is first seen with its neighbours (a convolution, Kim et al. 2016, section 2.2): a letter alone means
-    nothing. Padding is never seen, so its length changes nothing.
+    Each byte is first combined with its neighbours (a convolution, Kim et al. 2016, section 2.2), since a letter alone
+    means nothing. Padding is ignored, so its length does not matter.
     """
 
     route = "tokens"
@@ -166,31 +166,30 @@ class TextEmbed(Embedder):
         super().__init__(kind, dim)
         self.table = nn.Embedding(257, self.WIDTH)
         self.spell = nn.Conv1d(self.WIDTH, self.WIDTH, self.SPAN, padding=self.SPAN // 2)
-        self.blocks = nn.ModuleList(Block(self.WIDTH, self.HEAD, self.SPAN) for _ in range(self.DEPTH))
+        self.blocks = nn.ModuleList(TextBlock(self.WIDTH, self.HEAD, self.SPAN) for _ in range(self.DEPTH))
         self.norm = nn.LayerNorm(self.WIDTH)
         self.layer = nn.Linear(self.WIDTH, dim)
 
-    def exist(self, value: Tensor) -> Bool[Tensor, "b l"]:
+    def token_mask(self, value: Tensor) -> Bool[Tensor, "b l"]:
         return value != 0
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
-        there = self.exist(value)
-        h = self.table(value.long()) * there[..., None]
+        exists = self.token_mask(value)
+        h = self.table(value.long()) * exists[..., None]
         h = h + F.gelu(self.spell(h.transpose(1, 2)).transpose(1, 2))
         first = torch.arange(value.shape[1], device=value.device) == 0
         for block in self.blocks:
-            h = block(h, there | first)  # an empty text attends to something, though nobody will see it
+            h = block(h, exists | first)  # an empty text attends to its first token, which is ignored later
         tokens = self.layer(self.norm(h))
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
 class FramesEmbed(Embedder):
-    """Pictures ``[B, To, C, H, W] -> [B, dim]``: a small convolutional network that is trained along.
+    """Pictures ``[B, To, C, H, W] -> [B, dim]``: a small convolutional network, trained with the network.
 
     Each frame is halved by convolutions (with GroupNorm, which averaged weights need: Chi et al. 2023, section 3.2) to
-    a map of shorter side 8, and all of that map is read, so that a place stays a place (maps of 4, and no GroupNorm,
-    were blind for longer at the start); then the frames together.
-    """
+    a map of shorter side 8. A linear layer reads the whole map, so positions are kept; then the frames are combined.
+    (With maps of side 4, or without GroupNorm, learning started later.)"""
 
     route = "global"
     WIDTHS, SMALLEST = (16, 32, 64, 64), 8
@@ -199,22 +198,23 @@ class FramesEmbed(Embedder):
         super().__init__(kind, dim)
         to, inp, *size = kind.shape
         layers: list[nn.Module] = []
-        widths = iter(self.WIDTHS)
-        while (min(size) > self.SMALLEST or not layers) and (width := next(widths, None)):
+        for width in self.WIDTHS:
+            if layers and min(size) <= self.SMALLEST:
+                break
             layers += [CONV[2](inp, width, 3, stride=2, padding=1), GroupNorm(width), nn.SiLU()]
             inp, size = width, [-(-n // 2) for n in size]
         if max(size) > 4 * self.SMALLEST:
             h, w = kind.shape[2:]
-            most = self.SMALLEST * 2 ** len(self.WIDTHS)
+            largest = self.SMALLEST * 2 ** len(self.WIDTHS)
             raise ValueError(f"frames: given pictures of {h}x{w}, too large or too long for this encoder; make them "
-                             f"{most}x{most} or less")  # fmt: skip
+                             f"{largest}x{largest} or less")  # fmt: skip
         self.see = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inp * math.prod(size), dim))
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(to * dim, dim))
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         x = value.to(self.null.dtype) / 127.5 - 1
-        seen = self.see(x.flatten(0, 1)).unflatten(0, value.shape[:2])
-        return torch.where(keep[:, None], self.layers(seen.flatten(1)), self.null)
+        features = self.see(x.flatten(0, 1)).unflatten(0, value.shape[:2])
+        return torch.where(keep[:, None], self.layers(features.flatten(1)), self.null)
 
 
 EMBEDDERS: dict[type, type[Embedder]] = {
@@ -238,7 +238,7 @@ class Routed(NamedTuple):
 
 
 class Constant(nn.Module):
-    """What stands for the time in encoders and decoders, which have none: their blocks are those of the denoiser."""
+    """A learned constant in place of the time embedding in encoders and decoders, which share the denoiser's blocks."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -259,30 +259,33 @@ class Conditioner(nn.Module):
         for name, kind in spec.cond.items():
             embedder = EMBEDDERS[type(kind)]
             self.names[embedder.route].append(name)
-            self.embed[key(name)] = embedder(kind, dim)
+            self.embed[module_name(name)] = embedder(kind, dim)
         self.num_channels = sum(e.null.numel() for _, e in self._on("channels"))
         self.has_tokens = bool(self.names["tokens"])
 
     def _on(self, route: str) -> list[tuple[str, Embedder]]:
-        return [(name, cast(Embedder, self.embed[key(name)])) for name in self.names[route]]
+        return [(name, cast(Embedder, self.embed[module_name(name)])) for name in self.names[route]]
 
     def forward(self, like: Float[Tensor, "b ..."], size: Sequence[int], label: Tensor | None, cond: Cond) -> Routed:
-        """``like`` gives batch size and device; ``size`` is that of a sample's picture, for the null of an Image."""
+        """``like`` gives batch size and device; ``size`` is a picture's, for the null of an Image."""
+        # the samples that see each condition
         batch = len(like)
         everyone = torch.ones(batch, dtype=torch.bool, device=like.device)
         sees_any = cond.get("keep", everyone)
         keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
+        # global embedding
         emb = self.start(label).expand(batch, -1)
         for name, embed in self._on("global"):
             emb = emb + (embed(cond[name], keep[name]) if name in cond else embed.null)
 
-        channels = [
-            embed(cond[name], keep[name]) if name in cond
-            else embed.null.view(-1, *(1,) * len(size)).expand(batch, -1, *size)
-            for name, embed in self._on("channels")
-        ]  # fmt: skip
+        # further channels
+        channels = []
+        for name, embed in self._on("channels"):
+            null = embed.null.view(-1, *(1,) * len(size)).expand(batch, -1, *size)
+            channels.append(embed(cond[name], keep[name]) if name in cond else null)
 
+        # tokens and their mask
         tokens, masks, mask = [], [], cond.get("mask")
         for name, embed in self._on("tokens"):
             if name not in cond:
@@ -290,10 +293,10 @@ class Conditioner(nn.Module):
                 masks.append(everyone[:, None])
                 continue
             tokens.append(embed(cond[name], keep[name]))
-            seen = keep[name][:, None] & embed.exist(cond[name])
-            if embed.masked and mask is not None:  # it belongs to the first such sequence there, as in Spec.check
-                seen, mask = seen & mask, None
-            masks += [~seen.any(1, keepdim=True), seen]  # the null is seen where nothing else is: no row is all masked
+            visible = keep[name][:, None] & embed.token_mask(cond[name])
+            if embed.masked and mask is not None:  # it belongs to the first such sequence in cond, as in Spec.check
+                visible, mask = visible & mask, None
+            masks += [~visible.any(1, keepdim=True), visible]  # the null is visible if nothing else is
         return Routed(
             emb,
             torch.cat(channels, 1) if channels else None,
@@ -302,8 +305,8 @@ class Conditioner(nn.Module):
         )
 
 
-def key(name: str) -> str:
-    """A name of a condition ("observation.state", "type") as one that a module may have."""
+def module_name(name: str) -> str:
+    """The name of a condition ("observation.state", "type") as a module may have it."""
     return "on_" + name.replace(".", "-")
 
 

@@ -1,9 +1,8 @@
-"""LoRA: a change of low rank is learned beside layers that stay as they are (Hu et al. 2022), by the peft library.
+"""LoRA: learn a change of low rank beside layers that stay as they are (Hu et al. 2022), by the peft library.
 
-The seam with the rest of genkit is what a network calls its own: :func:`adapt` turns every weight that is not trained
-into a buffer that is not saved. What then trains, averages, resumes and stores parameters finds the adapter alone. To
-draw, :func:`merge` adds the change to the weights, and the network is again what it was made as.
-"""
+:func:`adapt` turns every weight that is not trained into a buffer that is not saved, so everything that trains,
+averages, resumes and stores parameters finds the adapter only. For sampling, :func:`merge` adds the change to the
+weights, and the network has its original modules again."""
 
 from __future__ import annotations
 
@@ -20,22 +19,22 @@ from torch import Tensor, nn
 
 from genkit.core.tensors import load_tensors, mismatched_keys
 
-CAN = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what peft has a change for, of the layers that our networks have
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)  # the layers of our networks that peft can adapt
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Train changes of low rank of a run's layers, not all weights (Hu et al. 2022, eq. 3); needs --init."""
+    """Train low-rank changes of a run's layers instead of all weights (Hu et al. 2022, eq. 3); needs --init."""
 
     rank: Annotated[int, Ge(1)] | None = None
-    """r of the change (alpha / r) B A of a weight; None: no LoRA, all weights are trained"""
+    """r of the change (alpha / r) B A of a weight; None: no LoRA"""
     alpha: Annotated[float, Gt(0)] | None = None
     """strength of the change; None: the rank, so that its factor is 1"""
     layers: str | None = None
-    """regular expression, found anywhere in the names of the layers that change; None: all linear layers. "." takes the
-    convolutions too"""
+    """regular expression that matches anywhere in the names of the adapted layers; None: all linear layers. "." adds
+    the convolutions"""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """of what the change sees"""
+    """dropout on the input of the change"""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -50,14 +49,15 @@ class LoRA:
 
     @property
     def active(self) -> bool:
+        """Whether an adapter is trained."""
         return self.rank is not None
 
     def targets(self, name: str, net: nn.Module) -> list[str]:
-        """The layers of ``net`` that change."""
+        """The names of the layers of ``net`` that are adapted."""
         if self.layers is None:
             return [k for k, m in net.named_modules() if k and isinstance(m, nn.Linear)]
         pattern = re.compile(self.layers)
-        return [k for k, m in net.named_modules() if k and isinstance(m, CAN) and pattern.search(f"{name}.{k}")]
+        return [k for k, m in net.named_modules() if k and isinstance(m, ADAPTABLE) and pattern.search(f"{name}.{k}")]
 
 
 LORA: dict[str, type[LoRA]] = {"lora": LoRA}
@@ -65,19 +65,19 @@ Frozen = list[tuple[nn.Module, str]]  # buffers, by their modules and names, whi
 
 
 def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> Frozen:
-    """Put an adapter beside the layers of ``nets``, in place, whose change is none at first; freeze all else.
+    """Add an adapter to the layers of ``nets``, in place, with zero change at first; freeze everything else.
 
-    ``strength`` multiplies the change. ``ValueError`` where no layer has a name that fits, or peft is missing.
+    ``strength`` multiplies the change. ``ValueError`` if no layer's name matches, or peft is missing.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError('lora: needs the peft library; install it with: pip install "genkit[lora]"')
     assert lora.rank is not None
     targets = {name: lora.targets(name, net) for name, net in nets.items()}
     if not any(targets.values()):
-        every = [f"{n}.{k}" for n, net in nets.items() for k, m in net.named_modules() if isinstance(m, CAN)]
-        shown = ", ".join([*every[:3], "..."]) if every else "none"
+        adaptable = [f"{n}.{k}" for n, net in nets.items() for k, m in net.named_modules() if isinstance(m, ADAPTABLE)]
+        shown = ", ".join([*adaptable[:3], "..."]) if adaptable else "none"
         raise ValueError(f"lora: no layer has a name with {lora.layers or 'a linear layer'!r} in it; there are {shown}")
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+    from peft import LoraConfig, inject_adapter_in_model  # lazy: it takes seconds
 
     alpha = (lora.alpha or lora.rank) * strength
     for name, net in nets.items():
@@ -88,22 +88,22 @@ def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> F
             inject_adapter_in_model(settings, net)
         else:
             net.requires_grad_(False)
-    return [frozen for net in nets.values() for frozen in freeze(net)]
+    return [entry for net in nets.values() for entry in freeze(net)]
 
 
 def freeze(net: nn.Module) -> Frozen:
-    """Turn the parameters that need no gradient into buffers that are not saved; which they were."""
-    found: Frozen = []
+    """Turn the parameters that need no gradient into buffers that are not saved; return them."""
+    frozen: Frozen = []
     for module in net.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if not p.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, p.detach(), persistent=False)
-                found.append((module, name))
-    names = {id(b) for m, k in found for b in [m.get_buffer(k)]}
+                frozen.append((module, name))
+    names = {id(b) for m, k in frozen for b in [m.get_buffer(k)]}
     # DistributedDataParallel would send them to all ranks at every step; they are the same everywhere, and stay so
     net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore[assignment]
-    return found
+    return frozen
 
 
 def thaw(frozen: Frozen) -> None:
@@ -116,21 +116,21 @@ def thaw(frozen: Frozen) -> None:
 
 @torch.no_grad()
 def merge(
-    nets: Mapping[str, nn.Module], lora: LoRA, stored: Mapping[str, Tensor], where: Path, strength: float = 1.0
+    nets: Mapping[str, nn.Module], lora: LoRA, stored: Mapping[str, Tensor], file: Path, strength: float = 1.0
 ) -> None:
-    """Add the change that ``stored`` holds, times ``strength``, to the weights of ``nets``, in place.
+    """Add the change in ``stored``, read from ``file``, times ``strength``, to the weights of ``nets``, in place.
 
-    ``ValueError`` where it is a change of other layers; ``nets`` are then of no use any more.
+    ``ValueError`` if it is a change of other layers; ``nets`` are then unusable.
     """
     frozen = adapt(nets, lora, strength)
     if odd := mismatched_keys(nets, stored):
-        raise ValueError(f"lora: {where} changes other layers than this model has, first at {odd[0]}")
-    load_tensors(nets, stored, where)
-    from peft.tuners.tuners_utils import BaseTunerLayer
+        raise ValueError(f"lora: {file} changes other layers than this model has, first at {odd[0]}")
+    load_tensors(nets, stored, file)
+    from peft.tuners.tuners_utils import BaseTunerLayer  # lazy: it takes seconds
 
     for net in nets.values():
-        found: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
-        for name, layer in found:
+        adapted: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in adapted:
             layer.merge()
             parent, _, last = name.rpartition(".")
             setattr(net.get_submodule(parent), last, layer.get_base_layer())

@@ -11,7 +11,7 @@ from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import fraction, modulate, positive, remat, zero
+from genkit.backbones.blocks import modulate, remat, require_fraction, require_positive, zero_init
 from genkit.backbones.embed import Conditioner, require_routes
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
@@ -20,20 +20,24 @@ from genkit.core import NO_COND, Backbone, Cond, Spec
 class MLP(Backbone):
     """Residual blocks ``h + gate W2 silu(W1 adaLN(h))``: the DiT block (Peebles & Xie 2023) without its attention.
 
-    Takes Label, Vector and Frames conditions.
+    It takes Label, Vector and Frames conditions.
     """
 
     routes: ClassVar[tuple[str, ...]] = ("global",)
     axes: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
-    width: Annotated[int, Ge(1)] = 256  # 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states
+    width: Annotated[int, Ge(1)] = 256
+    """features of a layer; 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states"""
     depth: Annotated[int, Ge(1)] = 4
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # off: it costs as much as a layer on a CPU
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    """residual blocks"""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """dropout inside the blocks; it costs as much as a layer on a CPU"""
+    checkpoint: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
 
     def __post_init__(self):
-        positive("MLP", width=(self.width,), depth=(self.depth,))
-        fraction("MLP", dropout=self.dropout)
+        require_positive("MLP", width=(self.width,), depth=(self.depth,))
+        require_fraction("MLP", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return MLPDenoiser(MLPNet(self, spec, spec.shape, spec.shape, time=True))
@@ -46,9 +50,11 @@ class MLP(Backbone):
 
 
 class MLPBlock(nn.Module):
+    """adaLN-Zero block of one hidden layer, ``[B, 1, width] -> [B, 1, width]``."""
+
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.emb = zero(nn.Linear(width, 3 * width))  # adaLN-Zero: the gate starts at 0, the block as the identity
+        self.emb = zero_init(nn.Linear(width, 3 * width))  # adaLN-Zero: the gate starts at 0, the block as the identity
         self.layer1 = nn.Linear(width, width)
         self.layer2 = nn.Linear(width, width)
         self.dropout = dropout
@@ -62,7 +68,7 @@ class MLPBlock(nn.Module):
 
 
 class MLPNet(nn.Module):
-    """``[B, *inp] -> [B, *out]``. No norm before the last layer: the answer may grow with its input."""
+    """``[B, *inp] -> [B, *out]``. There is no norm before the last layer, so the output may grow with the input."""
 
     def __init__(self, cfg: MLP, spec: Spec, inp: tuple[int, ...], out: tuple[int, ...], time: bool = False):
         super().__init__()
@@ -82,12 +88,12 @@ class MLPNet(nn.Module):
 
 
 class MLPDenoiser(nn.Module):
-    """The denoiser's order of arguments; its last layer starts at zero."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
 
     def __init__(self, net: MLPNet):
         super().__init__()
         self.net = net
-        zero(net.last)
+        zero_init(net.last)
 
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND

@@ -20,11 +20,11 @@ from genkit.backbones.blocks import (
     ResBlock,
     Upsample,
     crop_to,
-    fraction,
     pad_to,
-    positive,
     remat,
-    zero,
+    require_fraction,
+    require_positive,
+    zero_init,
 )
 from genkit.backbones.embed import Conditioner, Routed
 from genkit.core import NO_COND, Backbone, Cond, Spec
@@ -34,26 +34,29 @@ from genkit.core import NO_COND, Backbone, Cond, Spec
 class UNet(Backbone):
     """U-Net (Ho et al. 2020; the residual blocks of Dhariwal & Nichol 2021), for ``(C, T)`` and ``(C, H, W)``.
 
-    Levels whose shorter side would fall under 4 are left out, so one default serves 8x8 (two levels) and 32x32 (three).
-    Sizes that do not halve evenly are padded with zeros inside and cropped again.
+    Levels with a shorter side under 4 are left out, so one default serves 8x8 (two levels) and 32x32 (three). Sizes
+    that do not halve evenly are padded with zeros inside and cropped again.
     """
 
-    width: Annotated[int, Ge(1)] = 32  # channels at full size; on digits 48 needs more CPU seconds to the same loss
-    mults: tuple[Annotated[int, Ge(1)], ...] = (
-        1,
-        2,
-        4,
-    )  # channels of each level, in widths; each level halves the size
-    num_blocks: Annotated[int, Ge(1)] = 1  # residual blocks of a level on the way down; one more on the way up
-    attention: tuple[Annotated[int, Ge(1)], ...] = (16,)  # levels of these shorter sides attend; the middle always does
-    head_size: Annotated[int, Ge(1)] = 64  # 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # off: it costs as much as a convolution on a CPU
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    width: Annotated[int, Ge(1)] = 32
+    """channels at full size; on digits 48 needs more CPU seconds to the same loss"""
+    mults: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4)
+    """channels of each level, in widths; each level halves the size"""
+    num_blocks: Annotated[int, Ge(1)] = 1
+    """residual blocks of a level on the way down; one more on the way up"""
+    attention: tuple[Annotated[int, Ge(1)], ...] = (16,)
+    """shorter sides of the levels with attention; the middle always has it"""
+    head_size: Annotated[int, Ge(1)] = 64
+    """channels of an attention head; 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs"""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """dropout inside residual blocks; it costs as much as a convolution on a CPU"""
+    checkpoint: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
 
     def __post_init__(self):
-        positive("UNet", width=(self.width,), mults=self.mults)
-        positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,))
-        fraction("UNet", dropout=self.dropout)
+        require_positive("UNet", width=(self.width,), mults=self.mults)
+        require_positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,))
+        require_fraction("UNet", dropout=self.dropout)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return UNetDenoiser(self, spec)
@@ -65,10 +68,11 @@ class UNet(Backbone):
         return UNetDecoder(self, spec, inp)
 
 
-class Plan:
-    """The sizes and channels of a U-Net of this configuration on data of this shape."""
+class Layout:
+    """The sizes and channels of a U-Net's levels on data of this shape, down to a latent of shape ``latent`` if
+    given."""
 
-    def __init__(self, cfg: UNet, spec: Spec, code: tuple[int, ...] | None = None):
+    def __init__(self, cfg: UNet, spec: Spec, latent: tuple[int, ...] | None = None):
         if len(spec.shape) - 1 not in CONV:
             raise ValueError(
                 f"UNet: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp"
@@ -78,22 +82,23 @@ class Plan:
         self.dims = len(self.size)
         shrunk = [tuple(-(-n // 2**i) for n in self.size) for i in range(len(cfg.mults))]
         levels = max(i + 1 for i, s in enumerate(shrunk) if i == 0 or min(s) >= 4)
-        if code is not None and len(code) > 1:  # a map: stop at its level, at whatever size it asks for
-            if code[1:] not in shrunk:
+        if latent is not None and len(latent) > 1:  # a map: stop at the level of its size
+            if latent[1:] not in shrunk:
                 allowed = ", ".join("x".join(map(str, s)) for s in shrunk)
-                raise ValueError(f"UNet: given a code of size {code[1:]}; {len(cfg.mults)} mults reach {allowed}")
-            levels = shrunk.index(code[1:]) + 1
+                raise ValueError(f"UNet: given a latent of size {latent[1:]}; {len(cfg.mults)} mults reach {allowed}")
+            levels = shrunk.index(latent[1:]) + 1
         self.sizes = [tuple(n * 2 ** (levels - 1 - i) for n in shrunk[levels - 1]) for i in range(levels)]
         self.channels = [cfg.width * m for m in cfg.mults[:levels]]
         self.emb = 4 * cfg.width
         self.attends = [min(s) in cfg.attention for s in self.sizes]
 
     def stage(self, inp: int, out: int, attend: bool, tokens: bool, up: bool = False) -> Stage:
+        """A stage from ``inp`` to ``out`` channels."""
         return Stage(self.cfg, self.dims, inp, out, self.emb, attend, self.emb if tokens else 0, up)
 
 
 class Stage(nn.Module):
-    """A residual block, attention where its level attends, and twice the size after the last block of a level."""
+    """A residual block, attention if its level has it, and upsampling after the last block of a level."""
 
     def __init__(self, cfg: UNet, dims: int, inp: int, out: int, emb: int, attend: bool, context: int, up: bool):
         super().__init__()
@@ -111,36 +116,39 @@ class Stage(nn.Module):
         return remat(self._forward, self.checkpoint, x, c.emb, c.tokens, c.mask)
 
 
-class Descent(nn.Module):
-    """The way down, ``[B, inp, *size] -> [B, C, *bottom]``, and what each of its steps leaves for the way up."""
+class DownPath(nn.Module):
+    """The way down, ``[B, inp, *size] -> [B, C, *bottom]``, and the skip connections for the way up."""
 
-    def __init__(self, plan: Plan, inp: int, tokens: bool):
+    def __init__(self, layout: Layout, inp: int, tokens: bool):
         super().__init__()
-        have = plan.channels[0]
-        self.first = CONV[plan.dims](inp, have, 3, padding=1)
-        self.steps, self.left = nn.ModuleList(), [have]
-        for i, (out, attend) in enumerate(zip(plan.channels, plan.attends, strict=True)):
+        have = layout.channels[0]
+        self.first = CONV[layout.dims](inp, have, 3, padding=1)
+        self.steps = nn.ModuleList()
+        self.skip_channels = [have]
+        for i, (out, attend) in enumerate(zip(layout.channels, layout.attends, strict=True)):
             if i:
-                self.steps.append(Downsample(plan.dims, have))
-                self.left.append(have)
-            for _ in range(plan.cfg.num_blocks):
-                self.steps.append(plan.stage(have, out, attend, tokens))
-                self.left.append(have := out)
+                self.steps.append(Downsample(layout.dims, have))
+                self.skip_channels.append(have)
+            for _ in range(layout.cfg.num_blocks):
+                self.steps.append(layout.stage(have, out, attend, tokens))
+                self.skip_channels.append(have := out)
 
     def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
-        left = [h := self.first(x)]
+        h = self.first(x)
+        skips = [h]
         for step in self.steps:
-            left.append(h := step(h, c))
-        return h, left
+            h = step(h, c)
+            skips.append(h)
+        return h, skips
 
 
 class Middle(nn.Module):
     """Block, attention, block at the smallest size."""
 
-    def __init__(self, plan: Plan, tokens: bool):
+    def __init__(self, layout: Layout, tokens: bool):
         super().__init__()
-        channels = plan.channels[-1]
-        self.stages = nn.ModuleList(plan.stage(channels, channels, attend, tokens) for attend in (True, False))
+        channels = layout.channels[-1]
+        self.stages = nn.ModuleList(layout.stage(channels, channels, attend, tokens) for attend in (True, False))
 
     def forward(self, h: Tensor, c: Routed) -> Tensor:
         for stage in self.stages:
@@ -148,23 +156,24 @@ class Middle(nn.Module):
         return h
 
 
-class Ascent(nn.Module):
-    """The way up, ``[B, C, *bottom] -> [B, out, *size]``. ``left``: the channels each block finds beside its input."""
+class UpPath(nn.Module):
+    """The way up, ``[B, C, *bottom] -> [B, out, *size]``, with ``skip_channels`` of skip connections, last block
+    first."""
 
-    def __init__(self, plan: Plan, out: int, left: list[int], tokens: bool):
+    def __init__(self, layout: Layout, out: int, skip_channels: list[int], tokens: bool):
         super().__init__()
-        left, have = list(left), plan.channels[-1]
+        skip_channels, have = list(skip_channels), layout.channels[-1]
         self.stages = nn.ModuleList()
-        for i in reversed(range(len(plan.channels))):
-            for last in [False] * plan.cfg.num_blocks + [True]:
-                inp, have = have + left.pop(), plan.channels[i]
-                self.stages.append(plan.stage(inp, have, plan.attends[i], tokens, up=last and i > 0))
+        for i in reversed(range(len(layout.channels))):
+            for last in [False] * layout.cfg.num_blocks + [True]:
+                inp, have = have + skip_channels.pop(), layout.channels[i]
+                self.stages.append(layout.stage(inp, have, layout.attends[i], tokens, up=last and i > 0))
         self.norm = GroupNorm(have)
-        self.last = CONV[plan.dims](have, out, 3, padding=1)
+        self.last = CONV[layout.dims](have, out, 3, padding=1)
 
-    def forward(self, h: Tensor, left: list[Tensor] | list[Tensor | None], c: Routed) -> Tensor:
-        for stage, beside in zip(self.stages, reversed(left), strict=True):
-            h = stage(h if beside is None else torch.cat([h, beside], 1), c)
+    def forward(self, h: Tensor, skips: list[Tensor] | list[Tensor | None], c: Routed) -> Tensor:
+        for stage, skip in zip(self.stages, reversed(skips), strict=True):
+            h = stage(h if skip is None else torch.cat([h, skip], 1), c)
         return self.last(F.silu(self.norm(h)))
 
 
@@ -173,19 +182,19 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, cfg: UNet, spec: Spec):
         super().__init__()
-        self.plan = Plan(cfg, spec)
-        self.cond = Conditioner(spec, self.plan.emb)
-        self.down = Descent(self.plan, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
-        self.middle = Middle(self.plan, self.cond.has_tokens)
-        self.up = Ascent(self.plan, spec.shape[0], self.down.left, self.cond.has_tokens)
-        zero(self.up.last)
+        self.layout = Layout(cfg, spec)
+        self.cond = Conditioner(spec, self.layout.emb)
+        self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
+        self.middle = Middle(self.layout, self.cond.has_tokens)
+        self.up = UpPath(self.layout, spec.shape[0], self.down.skip_channels, self.cond.has_tokens)
+        zero_init(self.up.last)
 
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
     ) -> Float[Tensor, "b ..."]:
-        c = route(self.cond, self.plan, x, label, cond)
-        h, left = self.down(joined(x, c, self.plan), c)
-        return crop_to(self.up(self.middle(h, c), left, c), self.plan.size)
+        c = embed_conditions(self.cond, self.layout, x, label, cond)
+        h, skips = self.down(with_channels(x, c, self.layout), c)
+        return crop_to(self.up(self.middle(h, c), skips, c), self.layout.size)
 
 
 class UNetEncoder(nn.Module):
@@ -196,53 +205,53 @@ class UNetEncoder(nn.Module):
 
     def __init__(self, cfg: UNet, spec: Spec, out: tuple[int, ...]):
         super().__init__()
-        self.plan = Plan(cfg, spec, out)
-        self.cond = Conditioner(spec, self.plan.emb, time=False)
-        self.down = Descent(self.plan, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
-        self.middle = Middle(self.plan, self.cond.has_tokens)
-        channels = self.plan.channels[-1]
+        self.layout = Layout(cfg, spec, out)
+        self.cond = Conditioner(spec, self.layout.emb, time=False)
+        self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
+        self.middle = Middle(self.layout, self.cond.has_tokens)
+        channels = self.layout.channels[-1]
         self.norm = GroupNorm(channels)
-        flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.plan.sizes[-1]), out[0]))
-        self.last = flat if len(out) == 1 else CONV[self.plan.dims](channels, out[0], 3, padding=1)
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.layout.sizes[-1]), out[0]))
+        self.last = flat if len(out) == 1 else CONV[self.layout.dims](channels, out[0], 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
-        c = route(self.cond, self.plan, x, None, cond)
-        h, _ = self.down(joined(x, c, self.plan), c)
+        c = embed_conditions(self.cond, self.layout, x, None, cond)
+        h, _ = self.down(with_channels(x, c, self.layout), c)
         return self.last(F.silu(self.norm(self.middle(h, c))))
 
 
 class UNetDecoder(nn.Module):
     """``(z [B, *inp], cond) -> [B, *S]``: a projection and the way up.
 
-    Nothing was left on a way down; an Image condition stands beside the first block of full size.
+    There are no skip connections; an Image condition is concatenated at the first block of full size.
     """
 
     def __init__(self, cfg: UNet, spec: Spec, inp: tuple[int, ...]):
         super().__init__()
-        self.plan = plan = Plan(cfg, spec, inp)
-        self.cond = Conditioner(spec, plan.emb, time=False)
-        bottom = (plan.channels[-1], *plan.sizes[-1])
+        self.layout = layout = Layout(cfg, spec, inp)
+        self.cond = Conditioner(spec, layout.emb, time=False)
+        bottom = (layout.channels[-1], *layout.sizes[-1])
         flat = nn.Sequential(nn.Linear(inp[0], math.prod(bottom)), nn.Unflatten(1, bottom))
-        self.first = flat if len(inp) == 1 else CONV[plan.dims](inp[0], bottom[0], 3, padding=1)
-        self.middle = Middle(plan, self.cond.has_tokens)
+        self.first = flat if len(inp) == 1 else CONV[layout.dims](inp[0], bottom[0], 3, padding=1)
+        self.middle = Middle(layout, self.cond.has_tokens)
         per_level = cfg.num_blocks + 1
-        self.blank = len(plan.channels) * per_level - per_level
-        left = [0] * cfg.num_blocks + [self.cond.num_channels] + [0] * self.blank
-        self.up = Ascent(plan, spec.shape[0], left, self.cond.has_tokens)
+        self.blank = len(layout.channels) * per_level - per_level
+        skip_channels = [0] * cfg.num_blocks + [self.cond.num_channels] + [0] * self.blank
+        self.up = UpPath(layout, spec.shape[0], skip_channels, self.cond.has_tokens)
 
     def forward(self, z: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
-        c = route(self.cond, self.plan, z, None, cond)
-        beside = None if c.channels is None else pad_to(c.channels, self.plan.sizes[0])
-        left = [*[None] * self.plan.cfg.num_blocks, beside, *[None] * self.blank]
-        return crop_to(self.up(self.middle(self.first(z), c), left, c), self.plan.size)
+        c = embed_conditions(self.cond, self.layout, z, None, cond)
+        image = None if c.channels is None else pad_to(c.channels, self.layout.sizes[0])
+        skips = [*[None] * self.layout.cfg.num_blocks, image, *[None] * self.blank]
+        return crop_to(self.up(self.middle(self.first(z), c), skips, c), self.layout.size)
 
 
-def route(conditioner: Conditioner, plan: Plan, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
-    """The conditions, with the activation that every block would otherwise apply to the embedding itself."""
-    c = conditioner(like, plan.size, label, cond)
+def embed_conditions(embed: Conditioner, layout: Layout, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
+    """The embedded conditions, with the activation that every block would otherwise apply itself."""
+    c = embed(like, layout.size, label, cond)
     return c._replace(emb=F.silu(c.emb))
 
 
-def joined(x: Tensor, c: Routed, plan: Plan) -> Tensor:
+def with_channels(x: Tensor, c: Routed, layout: Layout) -> Tensor:
     """The sample and its Image conditions as one padded map."""
-    return pad_to(x if c.channels is None else torch.cat([x, c.channels.to(x.dtype)], 1), plan.sizes[0])
+    return pad_to(x if c.channels is None else torch.cat([x, c.channels.to(x.dtype)], 1), layout.sizes[0])

@@ -66,13 +66,15 @@ class Vector:
 
     They are given in the data's own units. Networks see ``(value - shift) / scale``, clamped to ``[-limit, limit]``
     (None: not clamped); ``shift`` and ``scale`` have one number per entry of the last axis, () meaning unchanged. They
-    are stored here so that they travel with the model.
+    are stored here so that they travel with the model. ``entries`` names what the last axis is composed of, in this
+    order, () if it is one thing: the entries of an observation that is a dictionary.
     """
 
     shape: tuple[int, ...]
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     limit: float | None = None
+    entries: tuple[str, ...] = ()
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
@@ -203,7 +205,14 @@ def _require_bool(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
     """A spec as JSON values; :func:`spec_from_dict` is the inverse."""
     names = {kind: name for name, kind in KINDS.items()}
-    return {"shape": list(spec.shape), "cond": {k: {"kind": names[type(v)], **asdict(v)} for k, v in spec.cond.items()}}
+
+    def describe(kind: Condition) -> dict[str, Any]:
+        values = asdict(kind)
+        if not values.get("entries", True):  # as before there were any
+            del values["entries"]
+        return {"kind": names[type(kind)], **values}
+
+    return {"shape": list(spec.shape), "cond": {k: describe(v) for k, v in spec.cond.items()}}
 
 
 def spec_from_dict(d: Mapping[str, Any]) -> Spec:

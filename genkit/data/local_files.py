@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -79,6 +79,7 @@ class Folder(LocalImages):
     def load(self, split: Split = "train") -> Data:
         path, train = find_split(self.root, split, "")
         files = FolderFiles.open(path)
+        refuse_run_pictures(path, files.names)
         warn_of_others(path, files.others, self.captions == (FILES,))
         train_names = files.names if path == train else FolderFiles.open(train).names
         classes = folder_classes(train_names) if self.reads_labels else ()
@@ -90,6 +91,26 @@ class Folder(LocalImages):
         label = folder_labels(files.names, classes, path, train)
         kind = Label(len(classes), classes)
         return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.captions)
+
+
+def refuse_run_pictures(folder: Path, names: Sequence[str]) -> None:
+    """``ValueError`` if one of the images ``names`` in ``folder`` is a plot or a grid in the directory of a run.
+
+    What ``genkit sample --format png`` wrote, ``000000.png`` and so on, is data, also inside a run.
+    """
+    for parent in sorted({Path(name).parent for name in names if not Path(name).stem.isdecimal()}):
+        directory = (folder / parent).resolve()
+        run = next((p for p in (directory, *directory.parents) if is_run_directory(p)), None)
+        if run is not None:
+            raise ValueError(
+                f"{folder}: has the plots and grids of the run {run}, which are no data; draw samples first: "
+                f"genkit sample {run} --format png"
+            )
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether training wrote this directory: a configuration with an environment or a log."""
+    return (path / "config.yaml").is_file() and any((path / name).is_file() for name in ("env.json", "log.jsonl"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -54,6 +54,11 @@ class DataSource(ABC):
     def environment(self) -> str:
         """The name of the environment that the demonstrations come from; "" if unknown, or if they are none."""
         return ""
+
+    @property
+    def environment_arguments(self) -> Sequence[str]:
+        """Keyword arguments of that environment, each as NAME=VALUE."""
+        return ()
 
     @property
     def random_flip(self) -> bool:

@@ -36,10 +36,12 @@ class Affine(Prediction):
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The predicted data, ``[B, *S]``."""
         return weighted(self.clean[0], self.x, self.clean[1], self.out)
 
     @cached_property
     def x1(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The predicted noise, ``[B, *S]``."""
         return weighted(self.noise[0], self.x, self.noise[1], self.out)
 
 

@@ -1,6 +1,7 @@
 """Environments in which policies act: N copies side by side, all of one kind (:class:`Env`).
 
-``ENVS`` are those that genkit knows by name; every other name is an id of gymnasium (``genkit.envs.gym``).
+``ENVS`` are those that genkit knows by name; every other name is an id of gymnasium (``genkit.envs.gym``), which may
+name the module that registers it: ``my_robot:Reach-v0``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import yaml
 
 from genkit.config import load_object
 
@@ -65,22 +67,48 @@ EXPERTS: Mapping[str, Mapping[str, str]] = {  # start of an environment's name -
 EXPERT_ENVS = [f"{name}..." if name.endswith("_") else name for name in EXPERTS]  # for messages
 
 
-def make(name: str, num: int, **options: Any) -> Env:
-    """Make ``num`` copies of an environment. ``ValueError`` says what to install, or which names are allowed."""
+def plain_id(name: str) -> str:
+    """An environment's name without the module that registers it: ``Reach-v0`` for ``my_robot:Reach-v0``."""
+    return name.rpartition(":")[2]
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """``["reward_type=dense", "size=3"]`` as keyword arguments; values are read as YAML. ``ValueError`` for others."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in arguments:
+            raise ValueError(f"env_args: {text!r} is not NAME=VALUE, each name once; try reward_type=dense")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"env_args: {text!r} has a value that is not YAML; quote it: {name}='\"...\"'") from None
+    return arguments
+
+
+def make(name: str, num: int, *, max_steps: int | None = None, entries: Sequence[str] = (), **arguments: Any) -> Env:
+    """Make ``num`` copies of an environment with these keyword arguments.
+
+    ``max_steps`` is the time limit of an episode; None: the environment's. ``entries`` are those of observations that
+    are dictionaries, in the order of the policy's training. ``ValueError`` says what to install, or what is allowed.
+    """
     if num < 1:
         raise ValueError(f"env: given {num} copies; needs at least one")
+    limit = {} if max_steps is None else {"max_steps": max_steps}
     if name in ENVS:
-        return load_object(ENVS[name])(num, **options)
+        if arguments:
+            raise ValueError(f"env_args: {name} takes none, given {', '.join(arguments)}; leave them out")
+        return load_object(ENVS[name])(num, **limit)
     if not name:
         raise ValueError(f"env: not given, and the run's data name none; allowed: {', '.join(ENVS)}, a gymnasium id")
     close = difflib.get_close_matches(name, ENVS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, **options)
+    return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, entries=entries, **limit, **arguments)
 
 
 def make_expert(env: str, name: str, num: int) -> Expert:
     """The expert ``name`` for ``num`` copies of an environment. ``ValueError`` if there is none."""
-    experts = next((names for start, names in EXPERTS.items() if env.startswith(start)), {})
+    experts = next((names for start, names in EXPERTS.items() if plain_id(env).startswith(start)), {})
     if name not in experts:
         allowed = ", ".join(experts)
         allowed = allowed or f"none for {env!r}; there are experts for {', '.join(EXPERT_ENVS)}, and ars finds one"

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from annotated_types import Ge, Gt
 
 from genkit.core.files import format_error, write_text
-from genkit.envs import Env
+from genkit.envs import Env, plain_id
 from genkit.envs.gym import Gym
 
 TARGETS = {"HalfCheetah-v5": 2000.0, "Hopper-v5": 1300.0}  # mean returns; seeds 2 and 1 reach them in half a CPU minute
@@ -72,7 +72,7 @@ class LinearPolicy:
 class SearchSettings:
     """Settings of the search; the defaults are close to the paper's tables."""
 
-    target: Annotated[float, Gt(0)] | None = None
+    target: float | None = None
     """mean return at which the search ends; None: one that genkit knows to be in reach"""
     rounds: Annotated[int, Ge(1)] = 300
     """rounds after which it gives up"""
@@ -92,9 +92,9 @@ class SearchSettings:
 
     def target_for(self, env: str) -> float:
         """The mean return to reach. ``ValueError`` if none is given or known."""
-        if self.target is None and env not in TARGETS:
+        if self.target is None and plain_id(env) not in TARGETS:
             raise ValueError(f"expert.target: not given, and none is known for {env}; say which mean return is enough")
-        return TARGETS[env] if self.target is None else self.target
+        return TARGETS[plain_id(env)] if self.target is None else self.target
 
 
 class SearchCallback(Protocol):
@@ -107,19 +107,20 @@ def ignore(done: int, mean_return: float) -> None:
     """A ``SearchCallback`` that does nothing."""
 
 
-def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore) -> LinearPolicy:
-    """Find a linear policy for an environment of gymnasium. ``ValueError`` if none reaches the target.
+def search(env: str, settings: SearchSettings, callback: SearchCallback = ignore, **arguments: Any) -> LinearPolicy:
+    """Find a linear policy for an environment of gymnasium, made with these keyword arguments. ``ValueError`` if none
+    reaches the target.
 
     Observations are standardised by those met so far. Whenever the mean return of a round is the best so far, the
     policy in its centre acts in as many episodes; the first that reaches the target ends the search: an expert that is
     good enough, not the best there is.
     """
     target = settings.target_for(env)
-    envs = Gym(2 * settings.directions, env)
+    envs = Gym(2 * settings.directions, env, **arguments)
     low, high = (np.asarray(v, float) for v in (envs.action_space.low, envs.action_space.high))
     if not np.isfinite([low, high]).all():
         raise ValueError(f"expert: the actions of {env} have no bounds; a search needs them")
-    bonus = SURVIVAL_BONUS.get(env, 0.0) if settings.survival_bonus is None else settings.survival_bonus
+    bonus = SURVIVAL_BONUS.get(plain_id(env), 0.0) if settings.survival_bonus is None else settings.survival_bonus
     rng, stats = np.random.default_rng(settings.seed), RunningStats(envs.obs_dim)
     weight = np.zeros((envs.action_dim, envs.obs_dim))
     best_mean, best_centre = -np.inf, -np.inf

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from genkit.core.files import format_error
 
+logger = logging.getLogger("genkit")
 INSTALL = {  # start of an environment's id -> the package that registers it, and how to install it
     "gym_pusht/": ("gym_pusht", 'pip install "gymnasium>=1.0" "gym-pusht==0.1.8"'),
     "PointMaze": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
@@ -33,9 +36,20 @@ class Gym:
     last info in other places since 1.0).
     """
 
-    def __init__(self, num: int, id: str, *, hint: str = "", **options: Any):
+    def __init__(
+        self,
+        num: int,
+        id: str,
+        *,
+        hint: str = "",
+        max_steps: int | None = None,
+        entries: Sequence[str] = (),
+        **arguments: Any,
+    ):
         self.num, self.id = num, id
-        self.envs = [create(id, hint, **options) for _ in range(num)]
+        if max_steps is not None:  # gymnasium's own limit, or it would end longer episodes
+            arguments["max_episode_steps"] = max_steps
+        self.envs = [create(id, hint, entries, **arguments) for _ in range(num)]
         first = self.envs[0]
         self.observation_space, self.action_space = first.observation_space, first.action_space
         for name, space in (("observations", first.observation_space), ("actions", first.action_space)):
@@ -102,16 +116,20 @@ class Gym:
         return np.stack(images).transpose(0, 3, 1, 2)
 
 
-def create(id: str, hint: str = "", **options: Any) -> Any:
-    """One environment; observations that are dictionaries are flattened, in the order of their names.
+def create(id: str, hint: str = "", entries: Sequence[str] = (), **arguments: Any) -> Any:
+    """One environment, made with these keyword arguments. ``id`` may name a module to import first: ``module:Env-v0``.
 
-    ``ValueError`` says what to install, or which names are allowed.
+    Observations that are dictionaries are flattened, ``entries`` first to last; without them in the order of the names.
+    ``ValueError`` says what to install, which names are allowed, or which argument is refused.
     """
     try:
         import gymnasium  # lazy: optional
     except ImportError:
         raise ValueError(f'env: {id} needs gymnasium; install it: pip install "genkit[policy]"{hint}') from None
-    module, install = next((v for k, v in INSTALL.items() if id.startswith(k)), ("", ""))
+    own_module, _, plain = id.rpartition(":")
+    if own_module:
+        import_environments(id, own_module)
+    module, install = next((v for k, v in INSTALL.items() if plain.startswith(k)), ("", ""))
     if module:
         try:
             package = importlib.import_module(module)
@@ -123,9 +141,9 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
     try:
         with warnings.catch_warnings(), mute_mujoco():
             warnings.simplefilter("ignore", DeprecationWarning)
-            env = gymnasium.make(id, **render_options(id), **options)
+            env = gymnasium.make(plain, **render_options(plain), **arguments)
             flat = not isinstance(env.observation_space, gymnasium.spaces.Dict)
-            return env if flat else gymnasium.wrappers.FlattenObservation(env)
+            return env if flat else flatten_observations(env, id, entries)
     except gymnasium.error.DependencyNotInstalled as e:
         reason = format_error(e)
         raise ValueError(f"env: {id} needs more than gymnasium ({reason}); for MuJoCo: {INSTALL_MUJOCO}") from None
@@ -133,8 +151,67 @@ def create(id: str, hint: str = "", **options: Any) -> Any:
         reason = format_error(e)
         raise ValueError(
             f"env: given {id!r}, which gymnasium does not know ({reason}); allowed: four-ways, pusht, or an id that an "
-            f"installed package registers{hint}"
+            f"installed package registers, or module:id, whose module registers it{hint}"
         ) from None
+    except TypeError as e:
+        if not arguments:
+            raise
+        given = ", ".join(f"{k}={v}" for k, v in arguments.items())
+        raise ValueError(f"env_args: {id} refuses {given} ({format_error(e)}); leave out what it does not know") from e
+
+
+def import_environments(id: str, module: str) -> None:
+    """Import the module that registers an environment. An error inside it is its author's and keeps its traceback."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if not f"{module}.".startswith(f"{e.name}."):
+            raise
+        raise ValueError(f"env: given {id}; there is no module {e.name}; is it on PYTHONPATH?") from None
+
+
+def flatten_observations(env: Any, id: str, entries: Sequence[str]) -> Any:
+    """An environment whose dictionaries are flattened to ``entries``, as a policy was trained, or to all by order of
+    their names: an environment may list them in another order than a recording does.
+
+    ``entries`` may have dots for what is inside other dictionaries. ``ValueError`` if only some of them are there.
+    """
+    import gymnasium  # lazy: optional
+
+    space = env.observation_space
+    names = list(dict.fromkeys(str(entry).partition(".")[0] for entry in entries))
+    missing = [name for name in names if name not in space.spaces]
+    if missing and len(missing) < len(names):
+        known = ", ".join(space.spaces)
+        raise ValueError(f"env: observations of {id} have no {missing[0]!r}, which the policy was trained on: {known}")
+    if missing:
+        order = ", ".join(sorted(space.spaces))
+        logger.warning(f"{id}: the policy was trained on {', '.join(names)}; it is given {order}, in this order")
+    ordered = order_entries(space, [] if missing else names)
+    if ordered != space or list_entries(ordered) != list_entries(space):
+        env = gymnasium.wrappers.TransformObservation(env, keep_observation, ordered)
+    return gymnasium.wrappers.FlattenObservation(env)
+
+
+def order_entries(space: Any, names: Sequence[str] = ()) -> Any:
+    """A gymnasium space whose dictionaries have their entries by name, at all depths; with ``names``, these only."""
+    inside = getattr(space, "spaces", None)
+    if not isinstance(inside, Mapping):
+        return space
+    return type(space)(OrderedDict((k, order_entries(inside[k])) for k in names or sorted(inside)))
+
+
+def list_entries(space: Any) -> list[str]:
+    """The names of all entries of a gymnasium space of dictionaries, in their order."""
+    inside = getattr(space, "spaces", None)
+    if not isinstance(inside, Mapping):
+        return []
+    return [name for key, value in inside.items() for name in [key, *list_entries(value)]]
+
+
+def keep_observation(obs: Any) -> Any:
+    """The observation itself, of which flattening takes the entries that the space lists."""
+    return obs
 
 
 def render_options(id: str) -> dict[str, str]:
@@ -190,8 +267,9 @@ class PushT(Gym):
     pixels of 512."""
 
     def __init__(self, num: int, max_steps: int = 300):
-        super().__init__(num, "gym_pusht/PushT-v0", obs_type="state", visualization_width=256, visualization_height=256)
-        self.obs_dim, self.max_steps = 20, max_steps
+        size: dict[str, Any] = {"visualization_width": 256, "visualization_height": 256}
+        super().__init__(num, "gym_pusht/PushT-v0", max_steps=max_steps, obs_type="state", **size)
+        self.obs_dim = 20
         self.obs = np.zeros((num, self.obs_dim))
 
     def observe(self, raw: Any) -> np.ndarray:

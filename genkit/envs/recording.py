@@ -14,7 +14,7 @@ from annotated_types import Ge
 from genkit.config import table
 from genkit.core.files import atomic_write, refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
-from genkit.envs import Env, Expert, make, make_expert
+from genkit.envs import Env, Expert, make, make_expert, parse_arguments, plain_id
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
 
 MAX_COPIES = 100  # copies of the environment that run at once
@@ -27,15 +27,16 @@ class ExpertSource(ABC):
     """How an expert is obtained: an entry of ``EXPERT_SOURCES``, a frozen dataclass of settings."""
 
     @abstractmethod
-    def open(self, env: str, num: int, progress: Progress = silent) -> Expert:
-        """The expert for ``num`` copies of an environment. Raise ``ValueError`` if there is none."""
+    def open(self, env: str, num: int, progress: Progress = silent, **arguments: Any) -> Expert:
+        """The expert for ``num`` copies of an environment, made with these keyword arguments. Raise ``ValueError`` if
+        there is none."""
 
 
 @dataclass(frozen=True)
 class Scripted(ExpertSource):
     """The expert that is written for the environment."""
 
-    def open(self, env: str, num: int, progress: Progress = silent) -> Expert:
+    def open(self, env: str, num: int, progress: Progress = silent, **arguments: Any) -> Expert:
         return make_expert(env, "scripted", num)
 
 
@@ -43,11 +44,11 @@ class Scripted(ExpertSource):
 class ARS(SearchSettings, ExpertSource):
     """A linear policy that a random search finds (Mania, Guy & Recht 2018)."""
 
-    def open(self, env: str, num: int, progress: Progress = silent) -> Expert:
+    def open(self, env: str, num: int, progress: Progress = silent, **arguments: Any) -> Expert:
         def report(done: int, mean_return: float) -> None:
             progress(f"rounds of search, mean return {mean_return:.0f}", done, self.rounds)
 
-        return search(env, self, report)
+        return search(env, self, report, **arguments)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Saved(ExpertSource):
     path: str = ""
     """the .json that a recording with ars wrote"""
 
-    def open(self, env: str, num: int, progress: Progress = silent) -> Expert:
+    def open(self, env: str, num: int, progress: Progress = silent, **arguments: Any) -> Expert:
         return LinearPolicy.load(self.path)
 
 
@@ -70,7 +71,9 @@ class DemoSettings:
     """Which episodes of an expert are recorded."""
 
     env: str
-    """The environment: four-ways, or an id of gymnasium, such as HalfCheetah-v5."""
+    """The environment: four-ways, an id of gymnasium, such as HalfCheetah-v5, or module:id of your own."""
+    env_args: tuple[str, ...] = ()
+    """Keyword arguments of an environment of gymnasium: reward_type=dense."""
     expert: ExpertSource = table(
         "genkit.envs.recording:EXPERT_SOURCES", "scripted", kind="genkit.envs.recording:ExpertSource"
     )
@@ -113,7 +116,7 @@ def record_demonstrations(
     ``out`` is the .npz; None: the environment's name. A linear expert is saved beside it. ``ValueError`` if there is no
     expert, it does not fit the environment, or it does not succeed once in several waves.
     """
-    path = Path(out or f"{settings.env.replace('/', '-')}.npz")
+    path = Path(out or f"{plain_id(settings.env).replace('/', '-')}.npz")
     if path.suffix != ".npz":
         raise ValueError(f"out: given {path}; a replay buffer is an .npz")
     refuse_foreign(path, "episode_ends.npy")
@@ -148,8 +151,9 @@ def collect_episodes(settings: DemoSettings, progress: Progress = silent) -> Dem
     ``ValueError`` as for :func:`record_demonstrations`.
     """
     num = min(settings.episodes, MAX_COPIES)
-    expert = settings.expert.open(settings.env, num, progress)
-    env = make(settings.env, num)
+    arguments = parse_arguments(settings.env_args)
+    expert = settings.expert.open(settings.env, num, progress, **arguments)
+    env = make(settings.env, num, **arguments)
     if isinstance(expert, LinearPolicy) and expert.weight.shape != (env.action_dim, env.obs_dim):
         a, do = expert.weight.shape
         dims = f"{settings.env} has {env.obs_dim} and {env.action_dim}"

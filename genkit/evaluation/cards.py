@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from genkit.evaluation.metrics import Estimate
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
 OBSERVED = ("nfe", "passes", "seconds", "metric_seconds", "versions", "device", "ranks", "notes")
-LOCATIONS = ("reference.data", "reference.stats")  # names of the reference, whose sha256 is a setting too
+LOCATIONS = ("reference.data", "reference.stats", "reference.run")  # names; the hash of a reference counts
 PACKAGES = ("torch", "numpy", "scipy", "torchvision", "pillow")
 
 
@@ -188,10 +189,19 @@ def compare(a: Card, b: Card) -> list[MetricComparison]:
 
 
 def setting_differences(a: Card, b: Card) -> list[str]:
-    """The settings besides the weights in which two cards differ: ``["n: 1000 and 2000", ...]``."""
+    """The settings besides the weights in which two cards differ: ``["n: 1000 and 2000", ...]``, one entry a block."""
+    entries: dict[str, list[str]] = {}
+    for entry in list_differences(comparable_settings(a), comparable_settings(b)):
+        entries.setdefault(re.split(r"[.:]", entry, maxsplit=1)[0], []).append(entry)
+    more = {block: f" (and {len(found) - 1} more)" if len(found) > 1 else "" for block, found in entries.items()}
+    return [found[0] + more[block] for block, found in entries.items()]
+
+
+def comparable_settings(card: Card) -> dict[str, Any]:
+    """The settings, by dotted name, that must be equal in two cards that are compared."""
     ignored = (*WEIGHTS, *OBSERVED)
-    settings = [flatten({k: v for k, v in card.settings.items() if k not in ignored}) for card in (a, b)]
-    return list_differences(*({k: v for k, v in s.items() if k not in LOCATIONS} for s in settings))
+    settings = flatten({k: v for k, v in card.settings.items() if k not in ignored})
+    return {k: v for k, v in settings.items() if k not in LOCATIONS}
 
 
 def version_differences(a: Card, b: Card) -> list[str]:
@@ -234,7 +244,9 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 
 
 def describe_data(data: Mapping[str, Any]) -> str:
-    """``NAME:SPLIT`` of a data set, or the file of its statistics."""
+    """``NAME:SPLIT`` of a data set, the file of its statistics, or the run that the samples are of."""
+    if "run" in data:
+        return f"samples of {data['run']} at step {data.get('step')}"
     return data.get("stats") or f"{data.get('data')}:{data.get('split')}"
 
 

@@ -7,7 +7,7 @@ card.save()
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
 from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import (
+    REFERENCE_SEED,
     SPLITS,
     DataOptions,
     ModelSamples,
@@ -54,9 +55,10 @@ class EvaluationSettings(Sampling, LoadOptions):
     n: Annotated[int, Ge(2)] | None = None
     """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
     reference: PathText | None = None
-    """train or test of the run's own data, any data source, or an .npz of mu and sigma; None: train."""
+    """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma; None: train."""
     reference_n: Annotated[int, Ge(2)] | None = None
-    """Number of reference samples; None: all images; as many vectors as are measured, but at least 2000."""
+    """Number of reference samples; None: all images; as many vectors as are measured, but at least 2000; of another
+    run as many as are measured."""
     features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """Feature space of distances. auto: classifier for small grey images, inception for others, raw for vectors."""
     resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
@@ -98,7 +100,9 @@ def evaluate(
     metrics = None if settings.metrics is None else find_metrics(settings.metrics)
     with accelerator.main_process_first():
         samples = open_samples(source, settings, accelerator.device)
-        reference = open_reference(settings.reference, samples, settings.data)
+        reference = open_reference(
+            settings.reference, samples, settings.data, narrow(settings, Sampling), accelerator.device
+        )
     if metrics is None and reference is None and settings.save_stats:
         metrics = {}
     n = settings.n or samples.limit or default_n(samples.spec)
@@ -113,7 +117,8 @@ def evaluate(
             resize=settings.resize,
             weights=settings.weights,
             settings=settings.metric_settings,
-            reference_n=settings.reference_n or default_reference_n(samples.spec, n),
+            n=n,
+            reference_n=settings.reference_n or default_reference_n(samples.spec, n, reference),
             batch=settings.batch,
             device=accelerator.device,
             ranks=ranks,
@@ -133,8 +138,10 @@ def default_n(spec: Spec) -> int:
     return DEFAULT_IMAGES if is_image(spec) else DEFAULT_VECTORS
 
 
-def default_reference_n(spec: Spec, n: int) -> int | None:
+def default_reference_n(spec: Spec, n: int, reference: Reference | None = None) -> int | None:
     """The number of reference samples for ``n`` samples if none is given; None: all."""
+    if isinstance(reference, ModelSamples):
+        return n
     return None if is_image(spec) else max(n, MIN_REFERENCE_VECTORS)
 
 
@@ -187,8 +194,14 @@ def require_defaults(settings: EvaluationSettings, base: type, samples: str) -> 
             raise ValueError(f"{f.name}: has no effect on {samples}")
 
 
-def open_reference(name: str | None, samples: SampleSource, options: DataOptions) -> Reference | None:
-    """The reference that ``name`` names; without a name the training split of a run's own data, else None."""
+def open_reference(
+    name: str | None, samples: SampleSource, options: DataOptions, sampling: Sampling, device: torch.device
+) -> Reference | None:
+    """The reference that ``name`` names; without a name the training split of a run's own data, else None.
+
+    Samples of another run are drawn with the settings ``sampling``, from other seeds than the samples that are measured
+    against them.
+    """
     of_run = isinstance(samples, ModelSamples | Reconstructions)
     if of_run and (not name or name in SPLITS):
         return open_run_data(samples.run, name or "train", options)
@@ -197,4 +210,14 @@ def open_reference(name: str | None, samples: SampleSource, options: DataOptions
     if name in SPLITS:
         raise ValueError(f"reference: given {name}, a split of a run's data, but {samples.name} is not a run")
     path = Path(name).expanduser()
+    if is_run(path):
+        return open_reference_run(path, sampling, device)
     return path if is_statistics_file(path) else open_data(name, options)
+
+
+def open_reference_run(path: Path, sampling: Sampling, device: torch.device) -> ModelSamples:
+    """Samples of a run as a reference. A model that draws in one pass takes only the seed of ``sampling``."""
+    run, seed = load_run(path, device=device.type), sampling.seed + REFERENCE_SEED
+    if run.objective.sampler is None:
+        return ModelSamples(run, Sampling(seed=seed, batch=sampling.batch), hash_weights(run))
+    return ModelSamples(run, replace(sampling, seed=seed), hash_weights(run))

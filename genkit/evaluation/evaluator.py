@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC
 from collections.abc import Mapping
@@ -29,13 +30,14 @@ from genkit.evaluation.sources import (
     SampleSource,
     class_condition,
     open_run_data,
+    reference_settings,
     source_settings,
     split_into_blocks,
 )
 
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
-Reference = DatasetSamples | Path
-"""Stored samples, or an npz of statistics (mu, sigma)."""
+Reference = SampleSource | Path
+"""Stored samples, samples of another run, or an npz of statistics (mu, sigma)."""
 
 
 # ------------------------------------------------------------------------------------------------ choosing features
@@ -132,6 +134,7 @@ class Evaluator:
         resize: str | None = None,
         weights: str | None = None,
         settings: MetricSettings | None = None,
+        n: int | None = None,
         reference_n: int | None = None,
         batch: int = 64,
         device: torch.device | str = "cpu",
@@ -141,27 +144,32 @@ class Evaluator:
         """An evaluator for ``samples`` and others of their kind, against ``reference``.
 
         Metrics and features that are not given are chosen by the kind of the samples. All ranks call this together.
-        ``ValueError``, before any sample is drawn, if a metric has no meaning for these samples.
+        ``ValueError``, before any sample is drawn, if a metric has no meaning for these samples, or cannot be computed
+        of ``n`` of them (None: any number).
         """
-        dataset = reference if isinstance(reference, DatasetSamples) else None
-        spec = dataset.spec if dataset is not None and samples.label is None else samples.spec
+        source = None if isinstance(reference, Path) else reference
+        spec = source.spec if source is not None and samples.label is None else samples.spec
         chosen = choose_features(features or Auto(), resize, weights, spec)
         kind = next((name for name, known in EXTRACTORS.items() if known is type(chosen)), type(chosen).__name__)
         if metrics is None:
             metrics = find_metrics(default_metrics(samples.spec, kind, samples.label is not None))
         check_metrics(metrics, samples, reference)
-        if dataset is not None and dataset.spec.shape != samples.spec.shape and kind != "inception":
-            raise ValueError(f"reference: {dataset.name} has samples {list(dataset.spec.shape)}, {samples.name} "
+        if source is not None and source.spec.shape != samples.spec.shape and kind != "inception":
+            raise ValueError(f"reference: {source.name} has samples {list(source.spec.shape)}, {samples.name} "
                              f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
-        data = None if kind == "inception" else training_data(samples, dataset)
+        data = None if kind == "inception" else training_data(samples, source)
         extractor = load_extractor(chosen, device, data, ranks)
-        if dataset is not None and any("logits" in metric.required_tensors for metric in metrics.values()):
-            require_logits(extractor(dataset.rows(0, 1, 1).x), extractor)
+        settings = settings or MetricSettings()
+        check_counts(metrics, extractor.dim or math.prod(samples.spec.shape), settings, n,
+                     None if source is None else smallest(reference_n, source.limit))  # fmt: skip
+        needs_logits = any("logits" in metric.required_tensors for metric in metrics.values())
+        if isinstance(source, DatasetSamples) and needs_logits:
+            require_logits(extractor(source.rows(0, 1, 1).x), extractor)
         # hashing reads every file, so that a damaged one is found before the work
-        for stored in (samples, dataset):
+        for stored in (samples, source):
             if isinstance(stored, DatasetSamples) and stored.content_hash is None:
                 stored.content_hash = ranks.once(stored.hash)
-        evaluator = cls(metrics, extractor, settings or MetricSettings(), torch.device(device), batch, ranks)
+        evaluator = cls(metrics, extractor, settings, torch.device(device), batch, ranks)
         evaluator.set_reference(reference, reference_n, progress)
         return evaluator
 
@@ -170,7 +178,9 @@ class Evaluator:
         if isinstance(reference, Path):
             self.reference, self.reference_settings = load_statistics(reference, self.extractor)
         elif reference is not None and any(metric.reference for metric in self.metrics.values()):
-            n = min(n or reference.limit, reference.limit)
+            n = smallest(n, reference.limit)
+            if n is None:
+                raise ValueError(f"reference_n: given none; {reference.name} draws any number of samples, so name one")
             needs_samples = any(metric.needs_reference_samples for metric in self.metrics.values())
             self.reference = measure_reference(
                 reference,
@@ -181,7 +191,7 @@ class Evaluator:
                 ranks=self.ranks,
                 progress=progress,
             )
-            self.reference_settings = {**reference.identity(), "n": n}
+            self.reference_settings = {**reference_settings(reference), "n": n}
 
     def measure(self, samples: SampleSource, n: int, progress: Progress = silent) -> Measurement:
         """Measure ``n`` samples, on all ranks together. A killed process loses about half a minute of work."""
@@ -218,15 +228,27 @@ class Evaluator:
         return samples.run.directory / "eval" / cards.file_name(self.card_settings(samples, n))
 
     def make_card(self, samples: SampleSource, n: int, measurement: Measurement) -> cards.Card:
-        """Compute the metrics of a measurement. ``ValueError`` if one of them is not finite."""
+        """Compute the metrics of a measurement. One that cannot be computed leaves a note and the others.
+
+        ``ValueError`` if none can, or none is finite.
+        """
         start = time.perf_counter()
         generated = measurement.statistics.to(self.device)
         reference = self.reference.to(self.device) if self.reference else None
         estimates: dict[str, Estimate] = {}
-        for metric in self.metrics.values():
-            estimates |= metric.compute(generated, reference if metric.reference else None, self.settings)
-        estimates = cards.require_finite(estimates)
-        notes = [metric.warn(n) for metric in self.metrics.values() if metric.warn]
+        notes: list[str | None] = []
+        errors: list[ValueError] = []
+        for name, metric in self.metrics.items():
+            try:
+                values = metric.compute(generated, reference if metric.reference else None, self.settings)
+                estimates |= cards.require_finite(values)
+            except ValueError as e:  # the samples were costly, and the other metrics are as good as before
+                errors.append(e)
+                notes.append(f"{name} is missing: {e}")
+            else:
+                notes.append(metric.warn(n) if metric.warn else None)
+        if errors and not estimates:
+            raise errors[0]
         observed = {
             "seconds": round(measurement.seconds, 2),
             "metric_seconds": round(time.perf_counter() - start, 2),
@@ -253,10 +275,10 @@ def train_extractor(features: Features, device: torch.device | str, data: Data |
     features.load(device, data)
 
 
-def training_data(samples: SampleSource, reference: DatasetSamples | None) -> Data | None:
+def training_data(samples: SampleSource, reference: SampleSource | None) -> Data | None:
     """The training split for features that learn: the reference's if it has classes, else the samples' own."""
     if reference is not None and class_condition(reference.spec) is not None:
-        return reference.training_split()
+        samples = reference
     if isinstance(samples, ModelSamples):
         return open_run_data(samples.run).data
     if isinstance(samples, Reconstructions):
@@ -276,6 +298,30 @@ def check_metrics(metrics: Mapping[str, Metric], samples: SampleSource, referenc
             raise ValueError(f"{name}: needs a reference; name one with --reference, such as cifar10:train")
         if metric.needs_reference_samples and isinstance(reference, Path):
             raise ValueError(f"{name}: needs the reference's samples; {reference} has only mu and sigma; take fid")
+
+
+def check_counts(
+    metrics: Mapping[str, Metric], dim: int, settings: MetricSettings, n: int | None, reference_n: int | None
+) -> None:
+    """``ValueError`` that names every metric that cannot be computed of ``n`` samples against ``reference_n``.
+
+    ``dim`` is the number of features. A number that is None is not known.
+    """
+    sides = [("n", n, {name: metric.min_samples(dim, settings) for name, metric in metrics.items()})]
+    needed = {name: metric.min_reference(dim, settings) for name, metric in metrics.items() if metric.reference}
+    sides.append(("reference_n", reference_n, needed))
+    for option, given, least in sides:
+        missing = {name: number for name, number in least.items() if given is not None and given < number}
+        if missing:
+            text = ", ".join(f"{name} needs at least {number}" for name, number in missing.items())
+            flag = option.replace("_", "-")
+            raise ValueError(f"{option}: given {given}; of {dim} features {text}; "
+                             f"take --{flag} {max(missing.values())}, or leave them out")  # fmt: skip
+
+
+def smallest(*numbers: int | None) -> int | None:
+    """The smallest of the numbers that are known; None if none is."""
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def load_statistics(path: Path, extractor: Extractor) -> tuple[SampleStatistics, dict[str, Any]]:

@@ -197,7 +197,7 @@ def merge_rows(shards: Sequence[Shard], blocks: Sequence[range], name: str) -> T
 
 
 def measure_reference(
-    reference: DatasetSamples,
+    reference: SampleSource,
     extractor: Extractor,
     n: int,
     *,
@@ -206,8 +206,9 @@ def measure_reference(
     ranks: Ranks = SINGLE,
     progress: Progress = silent,
 ) -> SampleStatistics:
-    """:func:`measure` of stored samples, remembered in genkit's cache by the hash of their content and the features."""
-    key = hash_json({"samples": reference.content_hash, "features": dict(extractor.settings), "n": n})
+    """:func:`measure` of a reference, remembered in genkit's cache by the hash of its content and the features."""
+    content = reference.content_hash if isinstance(reference, DatasetSamples) else hash_json(reference.identity())
+    key = hash_json({"samples": content, "features": dict(extractor.settings), "n": n})
     path = cache_folder() / "reference" / f"{key[:24]}.npz"
     stored = ranks.once(Shard.load, path)
     if stored.moments is not None and all(stored.tensors[name] for name in keep):

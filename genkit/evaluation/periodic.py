@@ -50,6 +50,7 @@ class PeriodicEvaluation:
             None if cfg.eval_metrics is None else find_metrics(cfg.eval_metrics),
             FEATURES[cfg.eval_features](),
             weights=cfg.eval_weights,
+            n=cfg.eval_n,
             reference_n=default_reference_n(data.spec, cfg.eval_n),
             batch=min(cfg.batch, MAX_BATCH),
             device=accelerator.device,

@@ -25,6 +25,7 @@ from genkit.training.sampling import Sampling, sample_conditions
 
 SPLITS = ("train", "test")
 HASH_ROWS = 512  # samples hashed at a time
+REFERENCE_SEED = 1_000_000_007  # added to the seed of a run that is the reference: its noise is nobody else's
 
 
 class SampleRows(NamedTuple):
@@ -370,6 +371,13 @@ def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
             settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
     settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
     return settings
+
+
+def reference_settings(reference: SampleSource) -> dict[str, Any]:
+    """What a reference is, for the card: a data set's name and hash, or a run's weights and sampling."""
+    if isinstance(reference, DatasetSamples):
+        return reference.identity()
+    return source_settings(reference)
 
 
 def hash_weights(run: Run) -> str:

@@ -62,7 +62,7 @@ class SweepSettings:
     num_confirm_extra: Annotated[int, Ge(0)] = 2
     """Combinations that are confirmed besides the Pareto front: the next best."""
     reference: PathText = "train"
-    """train or test of the run's own data, any data source, or an .npz of mu and sigma."""
+    """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma."""
     features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """Feature space of distances."""
     resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
@@ -203,7 +203,7 @@ def sweep(
         known = [value for known_metric in METRICS.values() for value in known_metric.values]
         raise ValueError(f"metric: given {metric!r}; allowed: {', '.join(known)}{suggest(metric, known)}")
     with accelerator.main_process_first():
-        reference = open_reference(settings.reference, first, settings.data)
+        reference = open_reference(settings.reference, first, settings.data, first.sampling, accelerator.device)
     with reporting(progress, ranks.is_main) as report, use_threads(first.run.config.threads):
         evaluator = Evaluator.create(
             first,
@@ -213,7 +213,8 @@ def sweep(
             resize=settings.resize,
             weights=settings.weights,
             settings=settings.metric_settings,
-            reference_n=default_reference_n(first.spec, settings.confirm_n),
+            n=min(settings.n, settings.confirm_n),
+            reference_n=default_reference_n(first.spec, settings.confirm_n, reference),
             batch=settings.batch,
             device=accelerator.device,
             ranks=ranks,

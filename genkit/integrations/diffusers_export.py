@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from torch import nn
 
-from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, Model, class_of
+from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConfig, diffusers_class
 from genkit.core import Objective
 from genkit.data.codecs import LearnedCodec
 from genkit.diffusion.paths import Linear
@@ -50,14 +50,14 @@ class ToDiffusers(ExportFormat):
             net.load_state_dict(net.state_dict() | remap_time_embedding(net, schedule.time_shift))
 
         latent = isinstance(run.codec, LearnedCodec)
-        part = "transformer" if family.model.kind.startswith("DiT") else "unet"
-        if family.model.alone and not latent:
-            class_of(schedule.pipeline)(unet=net, scheduler=schedule.scheduler).save_pretrained(folder)
+        part = "transformer" if family.model.class_name.startswith("DiT") else "unet"
+        if family.model.has_own_pipeline and not latent:
+            diffusers_class(schedule.pipeline)(unet=net, scheduler=schedule.scheduler).save_pretrained(folder)
         else:
             net.save_pretrained(folder / part)  # type: ignore[operator]  # of diffusers, not of nn.Module
             schedule.scheduler.save_pretrained(folder / "scheduler")
 
-        is_pipeline = family.model.alone and not (classes or latent or family.learned_sigma)
+        is_pipeline = family.model.has_own_pipeline and not (classes or latent or family.learned_sigma)
         lines = schedule.pipeline_usage() if is_pipeline else schedule.loop_usage(part, classes)
         if latent:
             lines.append("It draws scaled latents; genkit decodes them (run.codec.decode).")
@@ -82,17 +82,17 @@ def single_network(run: Run) -> DiffusersDenoiser:
     return networks[0]
 
 
-def single_class(denoiser: DiffusersDenoiser, model: Model, label: int) -> nn.Module:
+def single_class(denoiser: DiffusersDenoiser, model: NetworkConfig, label: int) -> nn.Module:
     """The network of one class, without a table of classes: the class's row is added to the time embedding's bias."""
-    if denoiser.classes is None or not model.alone:
-        problem = "has no classes" if denoiser.classes is None else f"is a {model.kind}, which needs classes"
+    if denoiser.classes is None or not model.has_own_pipeline:
+        problem = "has no classes" if denoiser.classes is None else f"is a {model.class_name}, which needs classes"
         raise ValueError(f"to.label: given {label}; this network {problem}; leave it out")
     num = denoiser.classes[1]
     if label >= num:
         raise ValueError(f"to.label: given {label}; allowed 0..{num - 1}")
     config: Any = denoiser.model.config
     settings = {k: v for k, v in dict(config).items() if not k.startswith("_")}
-    net = class_of(model.kind)(**{**settings, "num_class_embeds": None})
+    net = diffusers_class(model.class_name)(**{**settings, "num_class_embeds": None})
     weights = denoiser.model.state_dict()
     row = weights.pop("class_embedding.weight")[label]
     bias = "time_embedding.linear_2.bias"
@@ -144,7 +144,7 @@ def ddpm_schedule(objective: Objective, family: Diffusers) -> Schedule:
     if objective.timesteps != family.timesteps:
         counts = f"the network counts {family.timesteps} times, the objective {objective.timesteps}"
         raise refusal(f"{counts}; train with --backbone.timesteps {objective.timesteps}")
-    scheduler = class_of("DDIMScheduler")(
+    scheduler = diffusers_class("DDIMScheduler")(
         num_train_timesteps=objective.timesteps,
         beta_start=objective.beta_min,
         beta_end=objective.beta_max,
@@ -170,7 +170,7 @@ def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
     if odd := [name for name, fit in fits.items() if not fit]:
         allowed = {"path": "linear", "prediction": "velocity", "source": "normal"}[odd[0]]
         raise refusal(f"diffusers' flow matching has another {odd[0]} than this run; allowed: {allowed}")
-    scheduler = class_of("FlowMatchEulerDiscreteScheduler")(num_train_timesteps=family.timesteps)
+    scheduler = diffusers_class("FlowMatchEulerDiscreteScheduler")(num_train_timesteps=family.timesteps)
     code = "scheduler.set_timesteps(sigmas=[1 - i / 20 for i in range(20)])  # --sampler ddim --steps 20"
     return Schedule(scheduler, "DDPMPipeline", 1.0, "--sampler ddim --grid linspace --steps 28", 28, code)
 

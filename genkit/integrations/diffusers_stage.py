@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkit.backbones.diffusers import class_of
+from genkit.backbones.diffusers import diffusers_class
 from genkit.core import Batch
 from genkit.core.files import format_error
 from genkit.data.codecs import Pixels
@@ -105,4 +105,4 @@ def autoencoder_class(kind: str, location: str) -> Any:
     if kind not in POSTERIORS:
         allowed = ", ".join(POSTERIORS)
         raise ValueError(f"codec: {location} holds a {kind or 'model without a class'}; allowed: {allowed}")
-    return class_of(kind)
+    return diffusers_class(kind)

@@ -20,14 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from genkit import config
-from genkit.backbones.diffusers import MODELS, Diffusers, DiffusersDenoiser, Model, class_of, shift_time_embedding
+from genkit.backbones.diffusers import (
+    MODELS,
+    Diffusers,
+    DiffusersDenoiser,
+    NetworkConfig,
+    diffusers_class,
+    shift_time_embedding,
+)
 from genkit.core import Objective
 from genkit.core.files import format_error
 from genkit.diffusion.paths import VP
 from genkit.objectives import DDPM
 
 SUBFOLDERS = ("unet", "transformer")  # of a pipeline, which may contain the network
-CLASSES = {**{m.kind: m for m in MODELS.values()}, "Transformer2DModel": MODELS["dit"]}  # the second: DiT's releases
+CLASSES = {
+    **{m.class_name: m for m in MODELS.values()},
+    "Transformer2DModel": MODELS["dit"],
+}  # the second: DiT's releases
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
 BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
 CLASS_TABLE = re.compile(r"(class_embedding|class_embedder\.embedding_table)\.weight$")
@@ -44,7 +54,7 @@ class SavedModel:
     scheduler: Mapping[str, Any] | None
 
     @property
-    def network(self) -> type[Model]:
+    def network(self) -> type[NetworkConfig]:
         """The kind of network, an entry of ``MODELS``."""
         return CLASSES[self.settings["_class_name"]]
 
@@ -128,7 +138,7 @@ def init_defaults(location: str) -> dict[str, Any]:
     settings = model.settings
     timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
     learned_sigma = settings.get("out_channels") == 2 * settings.get("in_channels", 0)
-    network = model.network.of({k: v for k, v in settings.items() if not k.startswith("_")})
+    network = model.network.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
     backbone = config.dump(Blocks(backbone=Diffusers(network, timesteps, learned_sigma)))["backbone"]
     objective = objective_of(model)
     return {"backbone": backbone, **({"objective": objective} if objective else {})}
@@ -159,7 +169,7 @@ def objective_of(model: SavedModel) -> dict[str, Any] | None:
 
 def has_same_alphas(path: VP, scheduler: Mapping[str, Any]) -> bool:
     """Whether the path passes through the scheduler's own alphas; ``trained_betas``, for instance, may differ."""
-    theirs = class_of("DDIMScheduler").from_config(dict(scheduler)).alphas_cumprod.double()
+    theirs = diffusers_class("DDIMScheduler").from_config(dict(scheduler)).alphas_cumprod.double()
     t = torch.arange(1, path.timesteps + 1, dtype=torch.float64) / path.timesteps
     return len(theirs) == len(t) and bool(torch.allclose(path.alpha(t) ** 2, theirs, rtol=1e-3, atol=1e-6))
 
@@ -201,7 +211,7 @@ def init_from(
     target = single_network(nets, model)
     weights = model.weights
     try:
-        net = class_of(model.network.kind).from_pretrained(
+        net = diffusers_class(model.network.class_name).from_pretrained(
             model.folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError) as e:
@@ -233,7 +243,7 @@ def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> Diffuser
     target, kind = networks[0], model.network
     if type(target.cfg.model) is not kind:
         raise ValueError(
-            f"init: {model.name} is a {kind.kind}; the backbone is a {target.cfg.model.kind}; "
+            f"init: {model.name} is a {kind.class_name}; the backbone is a {target.cfg.model.class_name}; "
             "leave --backbone.model out"
         )
     channels, shape = model.settings.get("in_channels"), list(target.spec.shape)

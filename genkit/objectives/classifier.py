@@ -1,4 +1,4 @@
-"""A classifier of noised samples, by whose gradient other models are guided."""
+"""A classifier of noisy samples, whose gradient guides other models."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from genkit.diffusion.paths import Linear, chart, mix
 
 @dataclass(frozen=True)
 class Classifier(Objective):
-    """``p(y | x_t)`` by cross-entropy on samples noised along a path (Dhariwal & Nichol 2021, section 4.1).
+    """``p(y | x_t)`` by cross-entropy on noisy samples of a path (Dhariwal & Nichol 2021, section 4.1).
 
-    It draws nothing itself: ``genkit sample MODEL --classifier THIS`` guides a model of the same path by its gradient.
+    It draws no samples: ``genkit sample MODEL --classifier THIS`` guides a model on the same path by its gradient.
     """
 
     sampler: ClassVar[str | None] = None
@@ -40,9 +40,9 @@ class Classifier(Objective):
     usage: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
 
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
-    """the path of the models it is to guide; vp for ddpm"""
+    """the path of the models that it will guide; vp for ddpm"""
     label: str = "label"
-    """which condition of the data it tells from a sample"""
+    """name of the condition that it predicts"""
 
     @property
     def phases(self) -> Sequence[Phase]:
@@ -52,7 +52,7 @@ class Classifier(Objective):
         return {"net": backbone.encoder(Spec(spec.shape, {"t": Vector((1,))}), (self.kind(spec).num,))}
 
     def kind(self, spec: Spec) -> Label:
-        """The classes. ``ValueError`` where the data has none of this name."""
+        """The classes. ``ValueError`` if the data has no classes of this name."""
         classes = {k: v for k, v in spec.cond.items() if isinstance(v, Label)}
         if self.label not in classes:
             has = ", ".join(classes) or "none; take data with classes, such as digits or moons"
@@ -62,11 +62,11 @@ class Classifier(Objective):
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         t, y = 1 - batch.uniform(), batch.cond[self.label]
         out = logits(nets["net"], self.path, mix(self.path, batch.x, batch.normal(), t), t)
-        right = (out.argmax(1) == y).float()
-        return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": right.mean()})
+        accuracy = (out.argmax(1) == y).float().mean()
+        return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": accuracy})
 
     def classify(self, nets: Mapping[str, nn.Module]) -> NoisyClassifier:
-        """What :func:`genkit.diffusion.guidance.by_classifier` takes."""
+        """The trained classifier, for :func:`genkit.diffusion.guidance.by_classifier`."""
         return NetClassifier(nets["net"], self.path, self.label)
 
     def generator(
@@ -76,8 +76,10 @@ class Classifier(Objective):
 
 
 def logits(net: nn.Module, path: ProbabilityPath, x: Tensor, t: Tensor) -> Tensor:
-    """Class scores ``[B, K]``. The network sees ``alpha x / (alpha^2 + sigma^2)``, the best linear guess of unit data,
-    and chart time: then ``sigma^2 / alpha grad`` stays bounded up to pure noise, where alpha may be 0."""
+    """Class scores ``[B, K]``.
+
+    The network sees ``alpha x / (alpha^2 + sigma^2)``, the best linear estimate of data of unit variance, and chart
+    time: then ``sigma^2 / alpha grad`` stays bounded up to pure noise, where alpha may be 0."""
     alpha, sigma = (expand(f(t), x) for f in (path.alpha, path.sigma))
     return net(alpha / (alpha**2 + sigma**2) * x, {"t": chart(path, t)[0][:, None]}).float()
 

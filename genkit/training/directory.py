@@ -95,8 +95,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return parse_log(run)[0]
 
 
-def rewind_log(run: Path, step: int) -> int:
-    """Drop the records after ``step``: what a killed run did past its last checkpoint is done again.
+def rewind_log(run: Path, step: int, results: str | None = None) -> int:
+    """Drop the records after ``step``: what a killed run did past its last checkpoint is done again. So are ``results``
+    of a finished run, the records with entries of this name (``after/success``).
 
     Returns the number of unreadable lines; if there are any, the old file is kept as ``log.jsonl.bak``.
     """
@@ -104,5 +105,7 @@ def rewind_log(run: Path, step: int) -> int:
     if unreadable:
         shutil.copyfile(run / "log.jsonl", run / "log.jsonl.bak")
     kept = [r for r in records if r["step"] <= step]
+    if results is not None:
+        kept = [r for r in kept if not any(name.startswith(f"{results}/") for name in r)]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     return unreadable

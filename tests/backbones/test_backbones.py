@@ -129,11 +129,11 @@ def test_codes_as_maps(size):
 
 def test_the_default_unet_suits_small_and_larger_images():
     small, large = (UNet().denoiser(Spec((c, s, s))) for c, s in ((1, 8), (3, 32)))
-    assert small.plan.sizes == [(8, 8), (4, 4)]
-    assert large.plan.sizes == [(32, 32), (16, 16), (8, 8)]
+    assert small.layout.sizes == [(8, 8), (4, 4)]
+    assert large.layout.sizes == [(32, 32), (16, 16), (8, 8)]
     assert all(0.7e6 < sum(p.numel() for p in net.parameters()) < 3e6 for net in (small, large))
-    assert UNet().denoiser(Spec((1, 5))).plan.sizes == [(5,)]
-    assert all(min(UNet().denoiser(Spec((1, 4, n))).plan.sizes[-1]) >= 4 for n in (4, 9, 64))
+    assert UNet().denoiser(Spec((1, 5))).layout.sizes == [(5,)]
+    assert all(min(UNet().denoiser(Spec((1, 4, n))).layout.sizes[-1]) >= 4 for n in (4, 9, 64))
 
 
 def test_the_mask_belongs_to_the_first_sequence_there():

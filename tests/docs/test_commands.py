@@ -13,7 +13,7 @@ import pytest
 
 import genkit
 from genkit.cli.main import COMMANDS
-from tests.support.commands import accept
+from tests.support.commands import accept, read_head_commands
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,7 @@ def from_pages():
 
 def from_configs():
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
-        for line in file.read_text().splitlines():
-            if found := re.match(r"# *(?:command:|expect:)? *(genkit [^:;(]*)", line):
-                yield file.relative_to(ROOT), found[1].removesuffix(" gives").rstrip("., ")
+        yield from ((file.relative_to(ROOT), command) for command in read_head_commands(file))
 
 
 def from_results():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genkit import config
 from genkit.backbones import MLP
 from genkit.cli.commands.finetune import main as finetune_main
 from genkit.cli.commands.train import main as train
@@ -30,7 +29,6 @@ from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Critic, Learner
 from genkit.rl.finetune.loop import CHECKPOINT_SEED
 from genkit.rl.finetune.noise import FixedNoise
-from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
 from genkit.training.run import load_run
@@ -239,18 +237,6 @@ def test_networks_see_no_observation_that_is_further_than_the_limit():
             torch.nn.init.normal_(p)
         assert torch.equal(critic(near), critic(far)) is same
     assert DATA["four-ways"](n=2).load().spec.cond["obs"].limit == 5
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
-def test_settings_of_fine_tuning_parse_and_say_what_to_expect(path):
-    bonuses = config.parse(
-        FinetuneSettings, ["runs/latest", "--config", str(path)], prog="genkit finetune", description=""
-    )
-    assert bonuses.run == "runs/latest"
-    assert isinstance(bonuses.method, DPPO)
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    for word in ("command:", "hardware:", "minutes:", "expect:"):
-        assert word in header, word
 
 
 def test_best_and_patience():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genkit.backbones import Diffusers
-from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, index_of
+from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, timestep_index
 from genkit.cli import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 from genkit.core.tensors import sha256
@@ -53,9 +53,9 @@ def denoiser(model, spec=PICTURES, **settings):
 @pytest.mark.parametrize("timesteps", [1000, 50])
 def test_our_time_is_their_index_exactly(timesteps):
     t = torch.arange(1, timesteps + 1) / timesteps
-    assert torch.equal(index_of(t, timesteps), torch.arange(float(timesteps)))
+    assert torch.equal(timestep_index(t, timesteps), torch.arange(float(timesteps)))
     between = torch.tensor([0.12345, 0.9])
-    assert torch.allclose(index_of(between), 1000 * between - 1)
+    assert torch.allclose(timestep_index(between), 1000 * between - 1)
 
 
 @pytest.mark.parametrize("model", [UNET, DIT, CROSS])
@@ -63,10 +63,10 @@ def test_a_shifted_time_embedding_gives_the_same(model, x):
     """The rotation behind the sinusoids: the changed network at n + 1 equals the old one at n, for any n."""
     net = denoiser(model, Spec((1, 8, 8)))
     n, extra = torch.tensor([0.0, 12.5, 998.0]), net.sequences(x, {}) if net.sequences else ()
-    old = model.ask(net.model, x, n, None, extra)
+    old = model.call(net.model, x, n, None, extra)
     net.model.load_state_dict(net.model.state_dict() | remap_time_embedding(net.model, 1.0))
-    assert torch.allclose(model.ask(net.model, x, n + 1, None, extra), old, atol=2e-4)
-    assert not torch.allclose(model.ask(net.model, x, n, None, extra), old, atol=1e-2)
+    assert torch.allclose(model.call(net.model, x, n + 1, None, extra), old, atol=2e-4)
+    assert not torch.allclose(model.call(net.model, x, n, None, extra), old, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ the conditions
@@ -75,8 +75,8 @@ def test_classes_are_theirs_and_the_null_class_is_the_row_after_the_last(model, 
     net, t = denoiser(model), torch.tensor([0.1, 0.5, 1.0])
     label, n = torch.tensor([3, 0, 9]), torch.tensor([99.0, 499.0, 999.0])
     extra = net.sequences(x, {}) if net.sequences else ()
-    assert torch.equal(net(x, t, {"label": label}), model.ask(net.model, x, n, label, extra))
-    null = model.ask(net.model, x, n, torch.full((N,), 10), extra)
+    assert torch.equal(net(x, t, {"label": label}), model.call(net.model, x, n, label, extra))
+    null = model.call(net.model, x, n, torch.full((N,), 10), extra)
     assert torch.equal(net(x, t, {}), null)
     keep = torch.tensor([True, False, True])
     for name in ("keep", "keep.label"):
@@ -139,7 +139,7 @@ def test_missing_cuts_and_unknown_settings_are_refused():
     for cut in ("encoder", "decoder"):
         with pytest.raises(ValueError, match=f"has no {cut}, only denoiser; choose another --backbone"):
             getattr(Diffusers(), cut)(PICTURES, (2,))
-    for more, words in (("a", "name=JSON"), ("in_channels=1", "the data decide"),
+    for more, words in (("a", "name=JSON"), ("in_channels=1", "follows from the data"),
                         ('time_embedding_type="fourier"', "positional")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             UNet2D(more=(more,))
@@ -151,13 +151,13 @@ def test_their_config_json_makes_the_same_network(model):
     odd = {"norm_eps": 1e-6, "attention_bias": False} if model is DIT else {"norm_eps": 1e-6, "downsample_padding": 0}
     settings = {**model.settings(), **odd, "in_channels": 3, "_class_name": "x", "unheard_of": 1}
     settings["attention_head_dim"] = [2, 2] if model is CROSS else settings["attention_head_dim"]
-    read = type(model).of(json.loads(json.dumps(settings)))
+    read = type(model).from_config(json.loads(json.dumps(settings)))
     kept = read.settings()
     assert {k: kept[k] for k in odd} == odd
     assert kept["attention_head_dim"] == settings["attention_head_dim"]
     assert "in_channels" not in kept
     assert "unheard_of" not in kept
-    assert type(model).of({}).more == (), "a default was kept as if it were a choice"
+    assert type(model).from_config({}).more == (), "a default was kept as if it were a choice"
 
 
 def test_diffusers_is_imported_only_where_a_network_is_made():

@@ -486,6 +486,6 @@ def test_a_memory_does_not_depend_on_how_the_batch_is_cut():
             for a, b in pieces:
                 objective.loss("denoise", nets, Batch(x[a:b], draw=Draw((step,), a, b)))
             objective.after_step(nets, step)
-    assert float(whole["history"].seen.min()) >= LossHistory.MEMORY
+    assert float(whole["history"].num_losses.min()) >= LossHistory.MEMORY
     assert torch.allclose(whole["history"].probabilities(), cut["history"].probabilities(), rtol=1e-5)
     assert float(whole["history"].probabilities().std()) > 0

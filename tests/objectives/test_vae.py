@@ -242,8 +242,8 @@ def test_a_conditional_vae_draws_the_requested_class():
         (lambda: Autoencoder(top_k=16), r"top_k: given 16; allowed 1\.\.15"),
         (lambda: Autoencoder(mask_prob=1.0), "mask_prob 1.0"),
         (lambda: Autoencoder(latent=(1,), sparsity_weight=0.1), "a latent of one number"),
-        (lambda: VAE(latent=(4, 5, 5)).networks(UNet(), Spec((1, 8, 8))), r"UNet: given a code of size \(5, 5\)"),
-        (lambda: VQ(latent=(4, 7, 7)).networks(DiT(), Spec((1, 8, 8))), r"DiT: given a code of size \(7, 7\)"),
+        (lambda: VAE(latent=(4, 5, 5)).networks(UNet(), Spec((1, 8, 8))), r"UNet: given a latent of size \(5, 5\)"),
+        (lambda: VQ(latent=(4, 7, 7)).networks(DiT(), Spec((1, 8, 8))), r"DiT: given a latent of size \(7, 7\)"),
         (lambda: VAE(likelihood=Bernoulli()).networks(MLP(), Spec((2,))), "bernoulli is a law of pixels"),
         (lambda: VAE().generator({}, lambda denoise: denoise), "sampler: has no effect on VAE"),
         (lambda: VQ().generator({}), "vq: draws nothing"),
@@ -290,7 +290,7 @@ def test_settings_out_of_range_are_refused_by_the_command_line(tmp_path, capsys)
     for flags, reason in (
         (["--objective=vae", "--objective.beta=-1"], "beta"),
         (["--objective=vq", "--objective.codebook-size=0"], "codebook-size"),
-        (["--objective=vae", "--objective.latent", "4", "3", "3", "--backbone=unet"], "code of size"),
+        (["--objective=vae", "--objective.latent", "4", "3", "3", "--backbone=unet"], "latent of size"),
     ):
         assert cli.main(["train", *flags, "--data=digits", f"--out={tmp_path}", "--steps=1"]) == 2
         said = capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import CONV, GroupNorm, ResBlock, zero
+from genkit.backbones.blocks import CONV, GroupNorm, ResBlock, zero_init
 from genkit.backbones.embed import Conditioner, require_routes
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
@@ -43,7 +43,7 @@ class ResNetDenoiser(nn.Module):
         self.first = CONV[dims](spec.shape[0], cfg.width, 3, padding=1)
         self.blocks = nn.ModuleList(ResBlock(dims, cfg.width, cfg.width, cfg.width) for _ in range(cfg.depth))
         self.norm = GroupNorm(cfg.width)
-        self.last = zero(CONV[dims](cfg.width, spec.shape[0], 3, padding=1))
+        self.last = zero_init(CONV[dims](cfg.width, spec.shape[0], 3, padding=1))
 
     def forward(self, x: Tensor, label: Tensor, cond: Cond = NO_COND) -> Tensor:
         emb = F.silu(self.cond(x, (), label, cond).emb)

@@ -1,7 +1,10 @@
 """What the commands of the command line accept, without doing their work."""
 
+import itertools
+import re
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +64,15 @@ def flag_parsers(name: str) -> Iterator[FlagParser]:
         if "table" in f.metadata:
             choices += [{field: {"name": entry}} for entry in load_object(f.metadata["table"])]
     yield from (FlagParser(parse_block(cls, choice), help=False) for choice in choices)
+
+
+def read_head(file: Path) -> list[str]:
+    """The lines of the comment at the beginning of a YAML file, without ``# `` and indentation."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    return [line.removeprefix("#").strip() for line in lines]
+
+
+def read_head_commands(file: Path) -> list[str]:
+    """The ``genkit`` commands in the head of a YAML file. Each begins a line; a backslash continues it."""
+    text = "\n".join(read_head(file)).replace("\\\n", "")
+    return re.findall(r"^(?:command: +)?(genkit .*)$", text, re.MULTILINE)

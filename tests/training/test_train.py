@@ -562,7 +562,7 @@ def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     assert float(shares.max() / shares.min()) > 1.5, "times were still drawn alike"
     begun = in_process(tmp_path / "c", "--steps=1", f"--init={whole}", "--objective=flow")  # without a memory
     again = in_process(tmp_path / "d", *AWARE[:2], "--steps=1", f"--init={begun}")
-    assert load_run(again).nets["history"].seen.sum() == 128
+    assert load_run(again).nets["history"].num_losses.sum() == 128
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -19,7 +20,7 @@ class Demo(DemoSettings):
     """Record an expert."""
 
     env: Positional[str]
-    """The environment: four-ways, or an id of gymnasium, such as HalfCheetah-v5."""
+    """The environment: four-ways, an id of gymnasium, such as HalfCheetah-v5, or module:id of your own."""
     out: PathText | None = None
     """The .npz; None: ENV.npz."""
 
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         reuse = f"--expert=saved --expert.path={recording.expert_path} uses it again"
         console.print(f"{recording.expert_path}  {recording.expert_origin}; {reuse}", markup=False)
     frames = " --data.frames img" if command.pixels else ""
-    train = f"genkit train --data=replay --data.root {recording.path} --data.env {command.env}{frames}"
+    arguments = f" --data.env-args {shlex.join(command.env_args)}" if command.env_args else ""
+    train = f"genkit train --data=replay --data.root {recording.path} --data.env {command.env}{arguments}{frames}"
     console.print(f"next     {train}", markup=False)
     return 0

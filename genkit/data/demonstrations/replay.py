@@ -113,6 +113,10 @@ class Recorded(Demonstrations):
         """The arrays, or columns of arrays, that are observed."""
         return self.observed
 
+    def observed_entries(self) -> tuple[str, ...]:
+        columns = tuple(self.observed_columns())
+        return columns if len(columns) > 1 else ()
+
     def read_columns(self, columns: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
         """Columns ``[N, D]`` of all steps, and ``episode_ends``."""
         ranges = [ColumnRange.parse(text) for text in columns]

@@ -218,7 +218,9 @@ class Demonstrations(DataSource):
     anchors: Annotated[int, Ge(0)] = 0
     """typical chunks (k-means), of which each chunk gets the nearest as its class "anchor", for --objective=anchored"""
     env: str = ""
-    """the environment in which a policy is evaluated"""
+    """the environment in which a policy is evaluated: four-ways, pusht, an id of gymnasium, or module:id of your own"""
+    env_args: tuple[str, ...] = ()
+    """keyword arguments of that environment: reward_type=dense"""
 
     default_backbone: ClassVar[str] = "mlp"
     usage: ClassVar[str] = "genkit rollout {run}"
@@ -237,12 +239,20 @@ class Demonstrations(DataSource):
     def environment(self) -> str:
         return self.env
 
+    @property
+    def environment_arguments(self) -> Sequence[str]:
+        return self.env_args
+
     @abstractmethod
     def episodes(self, split: Split) -> Sequence[Episode]:
         """The recordings. Raise ``ValueError`` if something is missing or damaged."""
 
     def reference_columns(self) -> tuple[int, ...]:
         """The columns of an observation that the actions are relative to; () if they are absolute."""
+        return ()
+
+    def observed_entries(self) -> tuple[str, ...]:
+        """The names of the entries of an observation, in their order; () if it has one, or they have no names."""
         return ()
 
     def load(self, split: Split = "train") -> InMemory:
@@ -266,7 +276,8 @@ class Demonstrations(DataSource):
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
         if train.states.shape[1]:
-            cond["obs"], kinds["obs"] = self.observed_states(windows), self.fit_vector(self.observed_states(train))
+            kind = self.fit_vector(self.observed_states(train))
+            cond["obs"], kinds["obs"] = self.observed_states(windows), replace(kind, entries=self.observed_entries())
         if "goal" in self.conditions:
             cond["goal"], kinds["goal"] = windows.states[:, :, -1], self.fit_vector(train.states[:, :, -1])
         if windows.returns is not None and train.returns is not None:

@@ -15,7 +15,13 @@ from scipy.linalg import LinAlgError, eigh
 from torch import Tensor
 
 from genkit.evaluation.metrics.estimate import LEVEL, Estimate, check_rows
-from genkit.evaluation.metrics.metric import Metric, MetricSettings, SampleStatistics, require_tensor
+from genkit.evaluation.metrics.metric import (
+    Metric,
+    MetricSettings,
+    SampleStatistics,
+    require_tensor,
+    two_samples,
+)
 from genkit.evaluation.metrics.moments import CHUNK, Moments, require_same_dim
 
 COMPARABLE_N = 10_000  # with fewer samples the bias of the FID exceeds most differences between models
@@ -129,7 +135,7 @@ def frechet_infinity(x: Tensor, reference: Moments, seed: int = 0, level: float 
     The interval is for the distance itself. Below N = 10 D the line bends and its interval misses, so there is none.
     ``ValueError`` if a half has no more rows than features: then the distance is not linear in 1/N at all.
     """
-    least, n = 2 * reference.dim + 1, len(check_rows(x, "features", 2))
+    least, n = min_infinity_samples(reference.dim), len(check_rows(x, "features", 2))
     if n < least:
         raise ValueError(
             f"fid_inf: given {n} samples of {reference.dim} features; needs at least {least}: draw more, "
@@ -140,6 +146,11 @@ def frechet_infinity(x: Tensor, reference: Moments, seed: int = 0, level: float 
     halves = [frechet_distance(Moments.of(x[part]), reference) for part in order.tensor_split(2)]
     limit = 2 * value - sum(halves) / 2
     return Estimate.normal(limit, float(influence.var()) / n, level) if n >= 10 * reference.dim else Estimate(limit)
+
+
+def min_infinity_samples(dim: int, settings: MetricSettings | None = None) -> int:
+    """The smallest number of samples of :func:`frechet_infinity`: each half needs more rows than features."""
+    return 2 * dim + 1
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -162,5 +173,20 @@ def compute_fid_inf(
     return {"fid_inf": frechet_infinity(features, moments, settings.seed, settings.level)}
 
 
-FID = Metric(compute_fid, needs="moments", direction="lower", values=("fid",), warn=bias_warning)
-FID_INF = Metric(compute_fid_inf, needs="features", direction="lower", values=("fid_inf",))
+FID = Metric(
+    compute_fid,
+    needs="moments",
+    direction="lower",
+    values=("fid",),
+    min_samples=two_samples,
+    min_reference=two_samples,
+    warn=bias_warning,
+)
+FID_INF = Metric(
+    compute_fid_inf,
+    needs="features",
+    direction="lower",
+    values=("fid_inf",),
+    min_samples=min_infinity_samples,
+    min_reference=two_samples,
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genkit.evaluation.metrics.estimate import LEVEL, Estimate, check_pair
-from genkit.evaluation.metrics.metric import Metric, MetricSettings, SampleStatistics, require_features
+from genkit.evaluation.metrics.metric import Metric, MetricSettings, SampleStatistics, require_features, two_samples
 
 CHUNK = 2**24  # entries of a distance matrix held at once
 
@@ -110,5 +110,7 @@ def compute_mmd(
     return {"mmd": mmd(x, y, level=settings.level)}
 
 
-KID = Metric(compute_kid, needs="features", direction="lower", values=("kid",))
-MMD = Metric(compute_mmd, needs="samples", direction="lower", values=("mmd",))
+KID = Metric(compute_kid, needs="features", direction="lower", values=("kid",),
+             min_samples=two_samples, min_reference=two_samples)  # fmt: skip
+MMD = Metric(compute_mmd, needs="samples", direction="lower", values=("mmd",),
+             min_samples=two_samples, min_reference=two_samples)  # fmt: skip

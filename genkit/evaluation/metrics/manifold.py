@@ -68,4 +68,16 @@ def compute_prdc(
     return prdc(real, fake, settings.k, settings.level)
 
 
-PRDC = Metric(compute_prdc, needs="features", direction="higher", values=("precision", "recall", "density", "coverage"))
+def min_neighbours(dim: int, settings: MetricSettings) -> int:
+    """The smallest number of samples that all have k other ones."""
+    return settings.k + 1
+
+
+PRDC = Metric(
+    compute_prdc,
+    needs="features",
+    direction="higher",
+    values=("precision", "recall", "density", "coverage"),
+    min_samples=min_neighbours,
+    min_reference=min_neighbours,
+)

@@ -72,6 +72,16 @@ class MetricSettings:
     """Confidence level of the intervals."""
 
 
+def one_sample(dim: int, settings: MetricSettings) -> int:
+    """The smallest number of samples of a metric that can be computed of any number."""
+    return 1
+
+
+def two_samples(dim: int, settings: MetricSettings) -> int:
+    """The smallest number of samples of a metric that needs a spread."""
+    return 2
+
+
 Compute = Callable[[SampleStatistics, SampleStatistics | None, MetricSettings], dict[str, Estimate]]
 
 
@@ -86,7 +96,8 @@ class Metric:
       ``settings.level`` for the noise of drawing the samples (at this N, against this reference), or without bounds.
     - It is a deterministic function of its arguments: random numbers come from ``settings.seed``.
     - It raises ``ValueError`` in one line for tensors that are missing (:func:`require_tensor`), malformed or not
-      finite (:func:`~genkit.evaluation.metrics.estimate.check_rows`). It does not modify its arguments.
+      finite (:func:`~genkit.evaluation.metrics.estimate.check_rows`), and for fewer samples than ``min_samples`` and
+      ``min_reference`` say. It does not modify its arguments.
     """
 
     compute: Compute
@@ -99,6 +110,10 @@ class Metric:
     """The names of the numbers that ``compute`` returns; usually just the metric's own."""
     reference: bool = True
     """Whether the samples are compared with a reference."""
+    min_samples: Callable[[int, MetricSettings], int] = one_sample
+    """The smallest number of samples with D features that ``compute`` takes, as a function of D and the settings."""
+    min_reference: Callable[[int, MetricSettings], int] = one_sample
+    """The smallest number of samples of the reference, likewise."""
     warn: Callable[[int], str | None] | None = None
     """A one-line note for the card if N samples are too few for this metric, else None."""
 

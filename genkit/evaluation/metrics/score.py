@@ -70,5 +70,17 @@ def compute_accuracy(
     return {"accuracy": accuracy(logits, labels, settings.level)}
 
 
-INCEPTION_SCORE = Metric(compute_inception_score, needs="logits", direction="higher", values=("is",), reference=False)
+def one_per_split(dim: int, settings: MetricSettings) -> int:
+    """The smallest number of samples of which each split has one."""
+    return max(1, settings.splits)
+
+
+INCEPTION_SCORE = Metric(
+    compute_inception_score,
+    needs="logits",
+    direction="higher",
+    values=("is",),
+    reference=False,
+    min_samples=one_per_split,
+)
 ACCURACY = Metric(compute_accuracy, needs="labels", direction="higher", values=("accuracy",), reference=False)

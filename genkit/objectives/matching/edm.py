@@ -44,6 +44,7 @@ class EDM(Matching):
 
     @property
     def path(self) -> VE:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The variance-exploding path."""
         return VE(sigma_max=self.sigma_max)  # sigma_min only says how fast time runs, and times follow sigma here
 
     @property
@@ -52,6 +53,7 @@ class EDM(Matching):
 
     @property
     def loss_weight(self) -> EDMWeight:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """EDM's lambda(sigma)."""
         return EDMWeight(self.sigma_data)
 
     def sample_times(self, batch: Batch) -> Tensor:

@@ -45,8 +45,8 @@ class PathSample(NamedTuple):
     t: Tensor
     x0: Tensor
     x1: Tensor
-    drawn: Tensor | None = None
-    """loss-aware times as they were drawn, before :meth:`Matching.quantize_times`"""
+    raw_t: Tensor | None = None
+    """loss-aware times before :meth:`Matching.quantize_times`"""
 
 
 class Matching(Objective):
@@ -113,10 +113,10 @@ class Matching(Objective):
 
     def sample_path(self, batch: Batch, nets: Mapping[str, nn.Module]) -> PathSample:
         """A random point of each sample's path."""
-        drawn = history_of(nets).sample(batch) if self.time_distribution.loss_aware else None
-        t = self.sample_times(batch) if drawn is None else self.quantize_times(drawn)
+        raw_t = history_of(nets).sample(batch) if self.time_distribution.loss_aware else None
+        t = self.sample_times(batch) if raw_t is None else self.quantize_times(raw_t)
         x0, x1 = self.endpoints(batch, t)
-        return PathSample(mix(self.path, x0, x1, t), t, x0, x1, drawn)
+        return PathSample(mix(self.path, x0, x1, t), t, x0, x1, raw_t)
 
     # --------------------------------------------------------------------------------------------------- its loss
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
@@ -147,15 +147,15 @@ class Matching(Objective):
 
     def weighted(self, nets: Mapping[str, nn.Module], sample: PathSample, losses: Tensor) -> Tensor:
         """Losses ``[B]`` times :meth:`importance_weight`; loss-aware times remember them."""
-        if sample.drawn is not None and torch.is_grad_enabled():
-            history_of(nets).record(sample.drawn, losses.detach())
+        if sample.raw_t is not None and torch.is_grad_enabled():
+            history_of(nets).record(sample.raw_t, losses.detach())
         return self.importance_weight(nets, sample) * losses
 
     def importance_weight(self, nets: Mapping[str, nn.Module], sample: PathSample) -> Tensor:
         """One over the density of loss-aware times, so that the mean loss is that of uniform times; else 1. ``[B]``."""
-        if sample.drawn is None:
+        if sample.raw_t is None:
             return torch.ones_like(sample.t)
-        return history_of(nets).weight(sample.drawn)
+        return history_of(nets).weight(sample.raw_t)
 
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.time_distribution.loss_aware:

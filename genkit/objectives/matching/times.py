@@ -128,19 +128,19 @@ class LossHistory(nn.Module):
 
     BINS, MEMORY, UNIFORM_SHARE = 100, 10.0, 1e-3  # the share is that of the paper's code
     mean: Tensor
-    seen: Tensor
+    num_losses: Tensor
     sums: Tensor
     counts: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("mean", "seen", "sums", "counts"):
+        for name in ("mean", "num_losses", "sums", "counts"):
             self.register_buffer(name, torch.zeros(self.BINS, dtype=torch.float64))
 
     def probabilities(self) -> Tensor:
         """The probability of each bin, ``[BINS]``; they sum to 1."""
         roots = self.mean.sqrt()
-        complete = (self.seen >= self.MEMORY).all() & (roots.sum() > 0)
+        complete = (self.num_losses >= self.MEMORY).all() & (roots.sum() > 0)
         p = torch.where(complete, roots / roots.sum().clamp(min=1e-300), 1 / self.BINS)
         return (1 - self.UNIFORM_SHARE) * p + self.UNIFORM_SHARE / self.BINS
 
@@ -173,9 +173,9 @@ class LossHistory(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.counts)
-        old = self.seen.clamp(max=self.MEMORY)
+        old = self.num_losses.clamp(max=self.MEMORY)
         total = old + self.counts
         self.mean.copy_(torch.where(total > 0, (old * self.mean + self.sums) / total.clamp(min=1), 0))
-        self.seen.copy_(total)
+        self.num_losses.copy_(total)
         self.sums.zero_()
         self.counts.zero_()

@@ -45,7 +45,9 @@ class FinetuneSettings:
     iterations: Count = 60
     """Rounds of collecting experience and learning from it."""
     env: str | None = None
-    """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
+    """Environment: four-ways, pusht, a gymnasium id or module:id of your own; None: that of the demonstrations."""
+    env_args: tuple[str, ...] = ()
+    """Keyword arguments of an environment of gymnasium: reward_type=dense; they add to those of the demonstrations."""
     mode: Annotated[int, Ge(0)] | None = None
     """Reward only episodes of this mode, in an environment that has several."""
     num_envs: Count = 100

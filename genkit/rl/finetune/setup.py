@@ -15,7 +15,7 @@ from genkit.config.blocks import find_name
 from genkit.core import Batch
 from genkit.data import Stream
 from genkit.data.codecs import Actions
-from genkit.envs import Env, make
+from genkit.envs import Env
 from genkit.rl.finetune.chain import Chain, find_denoiser
 from genkit.rl.finetune.env_rewards import REWARDS, SingleModeReward
 from genkit.rl.finetune.experience import Task
@@ -66,9 +66,10 @@ def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[T
     """The source of rewards and, for an environment, the policy. ``ValueError`` for settings that have no effect."""
     if settings.reward in REWARDS:
         return build_environment_task(settings, base, world)
-    if settings.mode is not None or settings.env is not None or settings.terminate_out_of_range is not None:
+    given = (settings.mode, settings.env, settings.terminate_out_of_range, settings.env_args or None)
+    if any(value is not None for value in given):
         raise ValueError(
-            "env, mode, terminate_out_of_range: have no effect if the reward is a function; leave them out"
+            "env, env_args, mode, terminate_out_of_range: have no effect if the reward is a function; leave them out"
         )
     if settings.label is not None and not is_class_conditional(base.spec):
         raise ValueError(f"label: given {settings.label}, but this model has no classes; leave it out")
@@ -109,7 +110,7 @@ def build_environment_task(settings: FinetuneSettings, base: Run, world: int) ->
 
 def build_env(settings: FinetuneSettings, policy: Policy, num: int) -> Env:
     """``num`` worlds with the rewards that the settings ask for."""
-    env = REWARDS[settings.reward](make(settings.env or policy.env, num))
+    env = REWARDS[settings.reward](policy.make_env(num, settings.env, settings.env_args))
     return env if settings.mode is None else SingleModeReward(env, settings.mode)
 
 

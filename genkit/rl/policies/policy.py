@@ -23,6 +23,7 @@ from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, c
 from genkit.diffusion.checks import require_finite
 from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
+from genkit.envs import Env, make, parse_arguments
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
 
@@ -192,6 +193,21 @@ class Policy:
     def env(self) -> str:
         """Name of the environment of the demonstrations; "" if they name none."""
         return self.run.config.data.environment
+
+    def make_env(
+        self, num: int, env: str | None = None, arguments: Sequence[str] = (), max_steps: int | None = None
+    ) -> Env:
+        """``num`` worlds whose observations have the entries that it was trained on.
+
+        ``env`` None is the environment of the demonstrations, with the keyword arguments that they name; ``arguments``,
+        each NAME=VALUE, replace or add to these. ``ValueError`` says what does not fit.
+        """
+        own = env is None or env == self.env
+        known = parse_arguments(self.run.config.data.environment_arguments) if own else {}
+        kind = self.run.spec.cond.get("obs")
+        entries = kind.entries if isinstance(kind, Vector) else ()
+        merged = known | parse_arguments(arguments)
+        return make(env or self.env, num, max_steps=max_steps, entries=entries, **merged)
 
     @property
     def details(self) -> dict[str, Any]:

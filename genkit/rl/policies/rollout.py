@@ -22,7 +22,7 @@ from genkit.core.device import DeviceName
 from genkit.core.files import write_text
 from genkit.core.progress import Progress, reporting
 from genkit.diffusion.value_guidance import value_guidance
-from genkit.envs import Env, make
+from genkit.envs import Env
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.episodes import Episodes, frames_argument, run_episodes, see
 from genkit.rl.policies.planner import Planner
@@ -41,7 +41,9 @@ class RolloutSettings:
     """Settings of a policy's episodes in an environment."""
 
     env: str | None = None
-    """Environment: four-ways, pusht or a gymnasium id; None: that of the demonstrations."""
+    """Environment: four-ways, pusht, a gymnasium id or module:id of your own; None: that of the demonstrations."""
+    env_args: tuple[str, ...] = ()
+    """Keyword arguments of an environment of gymnasium: reward_type=dense; they add to those of the demonstrations."""
     episodes: Count = 50
     """Number of episodes."""
     seed: Annotated[int, Ge(0)] = 100_000
@@ -179,8 +181,8 @@ def rollout(
     policy = load_policy(run, settings)
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
-    limit = {} if settings.max_steps is None else {"max_steps": settings.max_steps}
-    env = make(settings.env or policy.env, min(settings.num_envs, settings.episodes), **limit)
+    num = min(settings.num_envs, settings.episodes)
+    env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     explained_variance = fit_q(policy, env, settings) if settings.fit_q else None
     policy = with_q(policy, settings)
