@@ -31,6 +31,7 @@ class Rollout(RolloutSettings):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Rollout, argv, prog="genkit rollout", description="Let a policy act in its environment.")
     settings = RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
     if command.json:
