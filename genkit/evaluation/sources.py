@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit import config
+from genkit.config.paths import PathText
 from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
@@ -92,7 +93,7 @@ def split_into_blocks(n: int, batch: int, least: int = 16) -> Sequence[range]:
 class DataOptions:
     """Where named data sets are stored, and how images are read."""
 
-    root: str | None = None
+    root: PathText | None = None
     """The folder of cifar10, mnist ...; None: data."""
     size: Size = None
     """Resize the largest centred crop of this shape (H, or H W) to it; None: keep the size."""
