@@ -11,6 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.evaluation import SweepResult, SweepSettings, sweep
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
@@ -22,7 +23,7 @@ class Sweep(SweepSettings):
     """Find the averages, guidance, samplers and steps that draw well and fast: screen with few samples, confirm with
     many."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's directory, such as runs/latest."""
     json: bool = False
     """Print only JSON."""

@@ -39,9 +39,9 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
     if resumed == "":
         raise ValueError("resume: given an empty text; needs a run directory, such as runs/latest, or auto")
     if resumed is not None and resumed != "auto":
-        if peek_option(argv, "config"):
+        if peek_option(argv, "config") is not None:
             raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
-        if peek_option(argv, "init"):
+        if peek_option(argv, "init") is not None:
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         argv = ["--config", str(find_run(resumed) / "config.yaml"), *argv]
     init = None if resumed not in (None, "auto") else peek_option(argv, "init") or stored_init(argv)
