@@ -172,14 +172,17 @@ def fit_budget(
     """
     if settings.n is not None:
         return settings
-    pilot, seconds, largest = 1, 0.0, min(settings.batch, available)
+    clock: list[float] = []
+
+    def record_time(what: str, done: int, total: int | None) -> None:
+        clock.append(time.perf_counter())
+
+    pilot, largest = 1, min(settings.batch, available)
     while True:
         progress("timing", pilot, largest)
-        clock: list[float] = []  # starts when the data have been loaded, at the first report
-        estimate(
-            run, replace(settings, n=pilot, batch=pilot), lambda *_, clock=clock: clock.append(time.perf_counter())
-        )
-        seconds = time.perf_counter() - clock[0]
+        clock.clear()
+        estimate(run, replace(settings, n=pilot, batch=pilot), record_time)
+        seconds = time.perf_counter() - clock[0]  # without loading the data, after which comes the first report
         if seconds > PILOT_SECONDS or pilot >= largest:
             break
         pilot = min(2 * pilot, largest)
