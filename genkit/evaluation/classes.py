@@ -35,10 +35,12 @@ def proportional_classes(counts: Tensor, n: int) -> Tensor:
     return torch.tensor(classes, dtype=torch.int64)
 
 
-def describe_classes(counts: Tensor, names: tuple[str, ...], drawn: bool) -> str:
+def describe_classes(counts: Tensor, names: tuple[str, ...], matched: bool) -> str:
     """A note for the card: the proportions of the reference, and its empty classes by name."""
     largest, smallest = int(counts.max()), int(counts[counts > 0].min())
-    what = "samples are drawn in these proportions" if drawn else "the samples have others, which distances measure too"
+    what = (
+        "samples are drawn in these proportions" if matched else "the samples have others, which distances measure too"
+    )
     note = f"classes of the reference have {smallest} to {largest} samples each; {what}"
     empty = [names[i] if names else str(i) for i in (counts == 0).nonzero().flatten().tolist()]
     if not empty:

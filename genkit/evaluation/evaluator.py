@@ -232,12 +232,12 @@ class Evaluator:
                 return None  # conditions of the training data come in its proportions
             if same:
                 samples.class_counts = counts
-            return describe_classes(counts, kind.names or (), drawn=same)
+            return describe_classes(counts, kind.names or (), matched=same)
         own = samples.dataset if isinstance(samples, Reconstructions) else samples
         own_counts = own.class_counts if isinstance(own, DatasetSamples) else None
         if own_counts is None or (same and shares_distance(own_counts, counts) <= TOLERANCE):
             return None
-        return describe_classes(counts, kind.names or (), drawn=False)
+        return describe_classes(counts, kind.names or (), matched=False)
 
     def card_settings(self, samples: SampleSource, n: int) -> dict[str, Any]:
         """The settings of a card that are known before the work."""

@@ -131,6 +131,11 @@ class SweepResult:
         return pareto_front(self.points)
 
     @property
+    def title(self) -> str:
+        """What tables and plots call the metric, by the features that it is measured in."""
+        return self.points[0].card.title(self.metric)
+
+    @property
     def n(self) -> int:
         """The number of samples of ``points``."""
         return self.points[0].card.settings["n"]
@@ -174,7 +179,7 @@ class SweepResult:
             place = (point.passes, point.value)
             axes.annotate(text, place, xytext=(3, 5), textcoords="offset points", fontsize=7)
         axes.set_xlabel("network passes per sample")
-        axes.set_ylabel(self.metric)
+        axes.set_ylabel(self.title)
         axes.set_xscale("log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()

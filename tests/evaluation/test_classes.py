@@ -82,5 +82,5 @@ def test_what_cannot_be_matched_is_said(tmp_path):
 
 
 def test_classes_without_samples_are_named():
-    note = describe_classes(torch.tensor([3, 0, 5]), ("cat", "dog", "owl"), drawn=True)
+    note = describe_classes(torch.tensor([3, 0, 5]), ("cat", "dog", "owl"), matched=True)
     assert note.endswith("without a sample in the reference: dog")

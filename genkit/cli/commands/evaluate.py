@@ -83,7 +83,7 @@ def compare_cards(command: Evaluate) -> int:
         return 0
     table = Table("metric", "A", "B", "B - A", "intervals")
     for c in comparisons:
-        table.add_row(c.metric, str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
+        table.add_row(a.title(c.metric), str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
     for letter, path in zip("AB", paths, strict=True):
         print(f"{letter}  {path}")
     Console(highlight=False).print(table)

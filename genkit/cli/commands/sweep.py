@@ -55,7 +55,7 @@ def print_result(result: SweepResult, screened_n: int, picture: Path) -> None:
     for failure in result.failures:
         console.print(f"left out: {failure}", markup=False)
     front = result.front
-    table = Table("NFE", "passes", result.metric, "sampler", "steps", "guidance", "interval", "ema", "Pareto")
+    table = Table("NFE", "passes", result.title, "sampler", "steps", "guidance", "interval", "ema", "Pareto")
     for point in sorted(result.points, key=lambda p: (p.passes, p.cost)):
         s = point.settings
         interval = "–" if s["guidance_interval"] is None else "{:g}–{:g}".format(*s["guidance_interval"])
