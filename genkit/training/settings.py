@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Lt
 
 from genkit.config import from_dict, load_yaml, table
 from genkit.config.paths import PathText
+from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
 
 if TYPE_CHECKING:
@@ -121,9 +122,10 @@ class TrainSettings:
     """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
 
 
-def stored_settings(run: Path) -> TrainSettings:
-    """The settings in a run's ``config.yaml``. ``ValueError`` if it is empty or damaged."""
+def stored_settings(run: Path, trust: bool = False) -> TrainSettings:
+    """The settings in a run's ``config.yaml``. ``ValueError`` if it is empty, damaged or needs code (``trust``)."""
     tree = load_yaml(run / "config.yaml")
     if not tree:
         raise ValueError(f"run: {run / 'config.yaml'} is empty, so the run's settings are lost; restore the file")
+    require_trust(TrainSettings, tree, run / "config.yaml", trust)
     return from_dict(TrainSettings, tree)

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from genkit import __version__, config
+from genkit import __version__
 from genkit.config import load_yaml
 from genkit.core import pictures
 from genkit.core.files import refuse_foreign, write_text
@@ -39,7 +39,7 @@ from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run
 from genkit.training.run import load_run
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import stored_settings
 
 TRAINING_GRIDS = 12  # grids of samples on a page, spread evenly over the training
 OTHER_PICTURES = 8
@@ -296,7 +296,7 @@ def latent_space_parts(run: Path) -> list[Markup]:
 def has_code(run: Path) -> bool:
     """Whether the run's objective is an autoencoder; False if its configuration is of another version."""
     try:
-        return isinstance(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")).objective, EncoderDecoder)
+        return isinstance(stored_settings(run).objective, EncoderDecoder)
     except ValueError:
         return False
 
