@@ -82,7 +82,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     for path in complete:
         if step_of(path) == step:
             return path
-    saved = ", ".join(p.name.removeprefix("step-").lstrip("0") for p in complete)
+    saved = ", ".join(str(step_of(p)) for p in complete)
     raise ValueError(f"step: given {step}; saved: {saved}")
 
 
