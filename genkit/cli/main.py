@@ -16,7 +16,10 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.cli.commands.train", "train an objective on a data set; --resume RUN continues a run"),
     "sample": ("genkit.cli.commands.sample", "sample from a run: a grid, PNG files or an .npz"),
     "eval": ("genkit.cli.commands.evaluate", "measure samples of a run or of folders: FID, KID, precision, recall ..."),
-    "sweep": ("genkit.cli.commands.sweep", "find the best sampler, steps and guidance for each cost"),
+    "sweep": (
+        "genkit.cli.commands.sweep",
+        "find the best sampler, steps and guidance for each cost in network passes",
+    ),
     "likelihood": ("genkit.cli.commands.likelihood", "compute the bits per dimension of held-out samples under a run"),
     "encode": ("genkit.cli.commands.encode", "cache the latents of a data set, for training with --data=latents"),
     "reflow": ("genkit.cli.commands.reflow", "save a run's pairs (noise, sample), for training a straighter flow"),
@@ -46,6 +49,7 @@ examples:
   genkit sample runs/latest --label 7 --n 16
   genkit eval runs/latest --metrics fid,kid,prdc --n 1000
   genkit report runs/latest                      one HTML page with curves, samples and numbers
+  genkit COMMAND RUN --trust                     import the classes of other packages that RUN names
   genkit COMMAND --help                          every option of a command, with its default
 """
 
@@ -69,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return refuse(f"command: given {name!r}; allowed: {', '.join(COMMANDS)}{hint}")
+    if "--trust" in argv:
+        os.environ["GENKIT_TRUST"] = "1"
+        argv = [token for token in argv if token != "--trust"]
     show_messages()
     try:
         return importlib.import_module(COMMANDS[name][0]).main(argv[1:])

@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
@@ -34,7 +35,7 @@ T = TypeVar("T")
 Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
 Channels = Literal[1, 3] | None
 
-PROGRESS_FROM = 2000  # images from which decoding shows a progress bar
+PROGRESS_FROM = 2000  # number of images above which decoding shows a progress bar
 CHUNK = 64  # images that one task of the thread pool decodes
 PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately
@@ -220,7 +221,7 @@ class ImageSource(DataSource):
     """templates such as "a handwritten {label}", one drawn each time; or files: texts beside the images"""
     text_length: Annotated[int, Ge(1)] = 256
     """bytes of the longest caption or prompt that the model reads"""
-    encoder: str | None = None
+    encoder: PathText | None = None
     """a frozen text encoder of transformers, a folder or hub id; None: bytes and an encoder trained with the model"""
 
     @property

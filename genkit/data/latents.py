@@ -22,6 +22,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from genkit.config import load_object
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import atomic_write, format_error, write_text
 from genkit.data.codecs import Identity
@@ -35,7 +36,7 @@ class InLatents:
     """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
 
     ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the
-    ``codec`` does nothing. ``statistics`` are those of the latents' channels.
+    ``codec`` is the identity. ``statistics`` are those of the latents' channels.
     """
 
     moments: Tensor
@@ -65,7 +66,7 @@ class Latents(DataSource):
 
     default_backbone: ClassVar[str] = "dit"
 
-    root: str = "latents"
+    root: PathText = "latents"
     """the folder"""
 
     def load(self, split: Split = "train") -> InLatents:
@@ -119,7 +120,7 @@ def write_index(root: Path, index: Mapping[str, Any]) -> None:
 
 
 def write_shard(path: Path, content: Mapping[str, Tensor], origin: Mapping[str, str]) -> None:
-    """Write a shard; ``origin`` says what it was made of, for :func:`is_shard`."""
+    """Write a shard; ``origin`` records what it was made from, for :func:`is_shard`."""
     with atomic_write(path) as part:
         save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=shard_metadata(origin))
 
@@ -130,7 +131,7 @@ def shard_metadata(origin: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_shard(path: Path, origin: Mapping[str, str]) -> bool:
-    """Whether this shard exists and was made of ``origin``."""
+    """Whether this shard exists and was made from ``origin``."""
     if not path.is_file():
         return False
     try:

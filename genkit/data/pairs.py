@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.data import codecs
@@ -21,7 +22,7 @@ from genkit.data.source import DataSource, Split, check_split
 
 @dataclass(eq=False)
 class InPairs:
-    """Samples in memory, each with its source ``x1`` ``[N, *S]`` in the model's numbers."""
+    """Samples in memory, each with its source ``x1`` ``[N, *S]`` in the model's units."""
 
     samples: InMemory
     x1: Tensor
@@ -46,7 +47,7 @@ def save_pairs(
     codec: Codec,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's numbers, with all that training needs.
+    """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's units, with all that training needs.
 
     ``provenance`` records how they were drawn.
     """
@@ -61,7 +62,7 @@ def save_pairs(
 class Pairs(DataSource):
     """Pairs that ``genkit reflow RUN`` made, for ``--objective.coupling=given``."""
 
-    root: str
+    root: PathText
     """the .npz file"""
 
     def load(self, split: Split = "train") -> InPairs:

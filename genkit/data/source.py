@@ -5,6 +5,7 @@ docs/contributing/data-source.md shows how to add one.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,7 +32,7 @@ class DataSource(ABC):
     exist, and evaluation changes them:
 
     ``root: str``                  the file or folder that is read
-    ``size``, ``channels``         the shape that images are brought to; None: as stored
+    ``size``, ``channels``         the shape to which images are converted; None: as stored
     ``flip: bool``                 mirror half of the images of a batch at random
     ``labels: bool``               condition on the class of each sample
     ``captions``, ``encoder``      condition on text, and the frozen text encoder that reads it
@@ -82,6 +83,13 @@ class DataSource(ABC):
     def with_fields(self: S, **settings: Any) -> S:
         """A copy with these settings, without those that this source has no field for."""
         return replace(self, **self.applicable(settings))
+
+    def with_absolute_root(self: S) -> S:
+        """A copy whose ``root``, if it is a path that exists, does not depend on the working directory."""
+        root = getattr(self, "root", None)
+        if not isinstance(root, str) or not root or not os.path.exists(os.path.expanduser(root)):
+            return self
+        return self.with_fields(root=os.path.abspath(os.path.expanduser(root)))
 
     def unaugmented(self: S) -> S:
         """A copy without random augmentation."""

@@ -28,10 +28,10 @@ def create_run(out: str | Path, name: str) -> Path:
 
     Raises ``ValueError`` if ``out/latest``, which will point at it when it has a checkpoint, is a file of the user's.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if (out / "latest").exists() and not (out / "latest").is_symlink():
         raise ValueError(
-            f"out: {out / 'latest'} is in the way: genkit keeps this name for a link; move it, or give --out"
+            f"out: {out / 'latest'} is in the way: genkit needs this name for a link; move it, or give --out"
         )
     out.mkdir(parents=True, exist_ok=True)
     while True:
@@ -47,7 +47,7 @@ def create_run(out: str | Path, name: str) -> Path:
 def symlink(link: Path, target: str) -> None:
     """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a file or directory has that name."""
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: is in the way: genkit keeps this name for a link; move it")
+        raise ValueError(f"{link}: is in the way: genkit needs this name for a link; move it")
     new = link.with_name(f".{link.name}-{os.getpid()}")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
@@ -56,7 +56,9 @@ def symlink(link: Path, target: str) -> None:
 
 def find_run(path: str | Path) -> Path:
     """The resolved run directory at ``path``. ``ValueError`` says what is there instead."""
-    run = Path(path)
+    if not str(path):
+        raise ValueError("run: given an empty text; needs a run directory, such as runs/latest")
+    run = Path(path).expanduser()
     if (run / "config.yaml").is_file():
         return run.resolve()
     if not run.exists():
@@ -93,8 +95,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return parse_log(run)[0]
 
 
-def rewind_log(run: Path, step: int) -> int:
-    """Drop the records after ``step``: what a killed run did past its last checkpoint is done again.
+def rewind_log(run: Path, step: int, results: str | None = None) -> int:
+    """Drop the records after ``step``: what a killed run did past its last checkpoint is done again. So are ``results``
+    of a finished run, the records with entries of this name (``after/success``).
 
     Returns the number of unreadable lines; if there are any, the old file is kept as ``log.jsonl.bak``.
     """
@@ -102,5 +105,7 @@ def rewind_log(run: Path, step: int) -> int:
     if unreadable:
         shutil.copyfile(run / "log.jsonl", run / "log.jsonl.bak")
     kept = [r for r in records if r["step"] <= step]
+    if results is not None:
+        kept = [r for r in kept if not any(name.startswith(f"{results}/") for name in r)]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     return unreadable

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.config.paths import PathText
 from genkit.core import mean_flat
 from genkit.core.files import format_error
 from genkit.core.tensors import cache_folder
@@ -41,7 +42,7 @@ def feature_distance(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 class GradientDifference(nn.Module):
     """The mean absolute difference of the pictures' finite differences (Mathieu et al. 2016, eq. 6, alpha 1).
 
-    It is averaged over sizes from the whole to 2x2. It compares edges, and nothing of what they show.
+    It is averaged over sizes from the whole to 2x2. It compares edges only, not what they show.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class GradientDifference(nn.Module):
 class RandomFeatures(nn.Module):
     """:func:`feature_distance` in three layers of random filters.
 
-    The filters come from a fixed seed and are never trained: no file is needed, and none is as good as VGG's.
+    The filters come from a fixed seed and are never trained: no file is needed, but VGG's features are better.
     """
 
     def __init__(self, channels: int):
@@ -141,7 +142,7 @@ class RandomFilterDistance(PerceptualDistance):
 class VGG(PerceptualDistance):
     """Features of torchvision's VGG (Simonyan & Zisserman 2015), from a local file; LPIPS without learned weights."""
 
-    weights: str | None = None
+    weights: PathText | None = None
     """torchvision's file, or safetensors with the same names; None: in the cache of torch or of genkit"""
 
     letter: ClassVar[str]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.rl.finetune.learner import Learner
-from genkit.training.checkpoint import list_checkpoints, read_tensors, restore, save_checkpoint
+from genkit.training.checkpoint import read_tensors, restore, save_checkpoint
 from genkit.training.run import Run
 
 EXTRA = "finetune.safetensors"
@@ -22,9 +22,9 @@ class BestCheckpoint:
     """The checkpoint with the largest mean return so far."""
 
     step: int = 0
-    """its iteration; 0: none was evaluated"""
+    """its iteration; 0: the start"""
     value: float = -math.inf
-    """its mean return"""
+    """its mean return; -inf: none was evaluated"""
     worse: int = 0
     """evaluated checkpoints since"""
 
@@ -34,6 +34,11 @@ class BestCheckpoint:
             self.step, self.value, self.worse = step, value, 0
         else:
             self.worse += 1
+
+    @property
+    def chosen(self) -> int | None:
+        """The iteration of the best checkpoint; None if none was evaluated."""
+        return None if self.value == -math.inf else self.step
 
     def is_stale(self, patience: int | None) -> bool:
         """Whether ``patience`` checkpoints (None: any number) have not been better."""
@@ -61,7 +66,7 @@ def save_finetuning(directory: Path, learner: Learner, base: Run, best: BestChec
         seed=learner.seed,
         keep=KEEP,
         extra={EXTRA: extra},
-        best=best.step or None,
+        best=best.chosen,
     )
 
 
@@ -73,9 +78,8 @@ def auxiliary_tensors(name: str, net: nn.Module, optimizer: torch.optim.Optimize
     return tensors
 
 
-def restore_finetuning(directory: Path, learner: Learner, best: BestCheckpoint) -> None:
-    """Load the newest checkpoint into ``learner`` and ``best``, in place."""
-    checkpoint = list_checkpoints(directory)[-1]
+def restore_finetuning(checkpoint: Path, learner: Learner, best: BestCheckpoint) -> None:
+    """Load a checkpoint into ``learner`` and ``best``, in place."""
     restore(checkpoint, learner.state, learner.objective)
     stored = read_tensors(checkpoint, EXTRA)
     learner.draws, learner.reward_std = int(stored["draws"]), float(stored["reward_std"])

@@ -16,9 +16,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
+from genkit.config.trust import require_trust
 from genkit.core import seed_of
 from genkit.core.device import pick_device
-from genkit.core.files import write_text
+from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
@@ -40,12 +41,15 @@ from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
+from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
+from genkit.training.resume import resume_point
 from genkit.training.run import Run, load_run
 from genkit.training.session import Recorder, environment
 
 logger = logging.getLogger("genkit")
 CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: neither trained on nor reported
+WARN_KL = 100.0  # nats from the pretrained model after which little of it is left
 LINE = ("reward", "return", "success", "mode_entropy_bits", "kl_reference", "clipped", "diffusion_loss", "loss")
 RESULTS = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
 
@@ -78,6 +82,7 @@ def finetune(
     directory = find_run(resume) if resume is not None else None
     if settings is None:
         stored = config.load_yaml(settings_file(directory)) if directory else {}
+        require_trust(FinetuneSettings, stored, directory)
         settings = config.from_dict(FinetuneSettings, stored)
     settings = config.override(settings, **changes)
     if isinstance(run, Run):
@@ -89,7 +94,13 @@ def finetune(
             raise ValueError("run: not given; say which: genkit finetune runs/latest")
         accelerator = join_ranks(pick_device(settings.device))
         base = load_run(settings.run, device=accelerator.device.type)
-    return FineTuning(settings, base, accelerator, directory).run(progress)
+    lock = RunLock(directory) if directory and accelerator.is_main_process else None
+    job = FineTuning(settings, base, accelerator, directory, lock)
+    try:
+        return job.run(progress)
+    finally:
+        if job.lock:
+            job.lock.release()
 
 
 def settings_file(directory: Path) -> Path:
@@ -103,8 +114,18 @@ def settings_file(directory: Path) -> Path:
 class FineTuning:
     """One fine-tuning run, from the weights of another one, ``base``."""
 
-    def __init__(self, settings: FinetuneSettings, base: Run, accelerator: Accelerator, resumed: Path | None = None):
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        base: Run,
+        accelerator: Accelerator,
+        resumed: Path | None = None,
+        lock: RunLock | None = None,
+    ):
+        """``resumed`` is the directory of the run to continue, for which the main process holds the ``lock``."""
         self.settings, self.base, self.accelerator, self.resumed = settings, base, accelerator, resumed
+        self.lock = lock
+        notes: list[str] = []
         world = accelerator.num_processes
         torch.set_num_threads(choose_threads(settings, base, world))
         torch.manual_seed(settings.seed)
@@ -112,11 +133,15 @@ class FineTuning:
         self.task, self.policy = build_task(settings, base, world)
         settings.method.check(chain, self.task)
         self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
-        self.best = BestCheckpoint()
-        if resumed:
-            restore_finetuning(resumed, self.learner, self.best)
+        self.best, self.warned = BestCheckpoint(), False
+        # None: a new run, or one that was killed before its first checkpoint and begins again
+        self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
+        if self.checkpoint:
+            restore_finetuning(self.checkpoint, self.learner, self.best)
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
+        for note in notes:
+            self.recorder.say(note)
         self.quality = self.image_quality()
 
     @property
@@ -131,8 +156,10 @@ class FineTuning:
             reporting(progress, self.accelerator.is_main_process) as report,
             self.recorder.tensorboard(self.settings.tensorboard, self.learner.state.step),
         ):
-            if self.resumed is None:
+            if self.checkpoint is None:
                 self.record_results("before", self.evaluate("before", self.averaged))
+                if self.chooses_checkpoint:  # the start is a candidate too
+                    self.save_checkpoint()
             try:
                 self.iterate(report)
             except Diverged as e:
@@ -146,13 +173,15 @@ class FineTuning:
             if directory is None:
                 old_name = self.base.directory.name.partition("-")[2]
                 directory = create_run(settings.out, settings.name or f"{old_name}-{method_name(settings)}")
-                (directory / "env.json").write_text(json.dumps(environment(self.accelerator), indent=1))
-                new_settings = train_settings(settings, self.base)
-                (directory / "config.yaml").write_text(config.to_yaml(new_settings))
+                self.lock = RunLock(directory)
+                write_text(directory / "env.json", json.dumps(environment(self.accelerator), indent=1))
             else:
-                rewind_log(directory, self.learner.state.step)
+                sweep(directory)
+                rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after")
             stored = replace(settings, run=str(self.base.directory), resume=None)
-            (directory / "finetune.yaml").write_text(config.to_yaml(stored))
+            write_text(directory / "finetune.yaml", config.to_yaml(stored))
+            if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
+                write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
         shared = broadcast_object_list([directory])[0]
         assert shared is not None
         return shared
@@ -180,6 +209,7 @@ class FineTuning:
                 self.save()
                 self.recorder.say(f"stopped  at iteration {i}: kl_reference {divergence['kl_reference']:.3g}")
                 break
+            self.warn_of_divergence(divergence.get("kl_reference", 0))
             logs = {**experience.logs, **divergence, **settings.method.update(learner, task, experience, i)}
             learner.refuse_divergence(self.base.config.max_nonfinite_steps)
             learner.state.step += 1
@@ -187,7 +217,14 @@ class FineTuning:
             clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
             self.log({"step": i + 1, **clocks, **logs}, report)
             if (i + 1) % settings.save_every == 0 or i + 1 == settings.iterations:
-                self.checkpoint()
+                self.save_checkpoint()
+
+    def warn_of_divergence(self, kl: float) -> None:
+        """Say once that the model is no longer like the pretrained one."""
+        if kl > WARN_KL and not self.warned:
+            self.warned = True
+            self.recorder.say(f"warning  kl_reference is {kl:.3g} nats: the samples have left the pretrained model's; "
+                              f"try a lower --method.lr, or stop there: --max-kl {WARN_KL:g}")  # fmt: skip
 
     def log(self, record: dict[str, Any], report: Progress) -> None:
         """A line of the log, and progress."""
@@ -198,10 +235,15 @@ class FineTuning:
         if self.recorder.main and (step % 5 == 0 or step == 1):
             logger.debug(f"iteration {step}/{iterations}  {line}")
 
-    def checkpoint(self) -> None:
+    @property
+    def chooses_checkpoint(self) -> bool:
+        """Whether the run is the best of its checkpoints, rather than the newest."""
+        return self.settings.checkpoint_eval_episodes > 0 and self.policy is not None
+
+    def save_checkpoint(self) -> None:
         """Write a checkpoint, evaluated first if a best one is to be chosen."""
         episodes = self.settings.checkpoint_eval_episodes
-        if episodes and self.policy is not None:
+        if self.chooses_checkpoint:
             seeds = range(CHECKPOINT_SEED, CHECKPOINT_SEED + episodes)
             results = self.on_main_process(lambda: evaluate_policy(self.settings, self.base, self.averaged, seeds))
             self.best.update(self.learner.state.step, self.record_results("checkpoint", results))
@@ -258,6 +300,8 @@ class FineTuning:
 
     def conclude(self) -> FinetunedRun:
         """Evaluate the run as it is from now on, and return it."""
+        if self.best.chosen == 0 and self.learner.state.step:
+            self.recorder.say("chosen   the start: no checkpoint had a better return; try a lower --method.lr")
         run = load_run(self.directory, ema=self.settings.ema, device=self.accelerator.device.type)
         after = self.evaluate("after", run.nets)
         self.record_results("after", after)

@@ -1,0 +1,115 @@
+"""Fine-tuning that is killed, damaged or started twice, and the start as the best checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genkit.cli.commands.finetune import main as finetune
+from genkit.rl.finetune import loop
+from genkit.training.checkpoint import find_checkpoint, list_checkpoints
+from genkit.training.directory import find_run, read_log
+from genkit.training.lock import RunLock
+from genkit.training.run import load_run
+
+TINY = ["--num-envs", "4", "--num-steps", "2", "--eval-episodes", "4", "--method.batch", "32", "--method.warmup", "0",
+        "--save-every", "1", "--no-tensorboard", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(policy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    finetune([str(policy), "--iterations", "3", "--out", str(out), *TINY])
+    return find_run(out / "latest")
+
+
+def assert_same_run(a: Path, b: Path):
+    first, second = find_checkpoint(a), find_checkpoint(b)
+    assert first.name == second.name
+    for file in ("nets.safetensors", "ema-0.99.safetensors", "optim.safetensors", "finetune.safetensors"):
+        x, y = load_file(first / file), load_file(second / file)
+        assert all(torch.equal(x[k], y[k]) for k in x), file
+    clocks = {"seconds", "cpu_seconds"}
+    plain = [
+        [{k: v for k, v in r.items() if "ms_per" not in k and k not in clocks} for r in read_log(p)] for p in (a, b)
+    ]
+    assert plain[0] == plain[1]
+
+
+KILLED = {  # what is running when the process dies
+    "before the first evaluation": ("evaluate", 0),
+    "in the first iteration": ("iterate", 0),
+    "in the last evaluation": ("conclude", 0),
+    "at the second checkpoint": ("save_checkpoint", 1),
+}
+
+
+@pytest.mark.parametrize(("method", "calls"), KILLED.values(), ids=KILLED)
+def test_a_killed_run_continues_as_if_it_had_not_been(policy, whole, tmp_path, monkeypatch, method, calls):
+    original, count = getattr(loop.FineTuning, method), []
+
+    def killed(self, *args):
+        count.append(1)
+        if len(count) > calls:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(loop.FineTuning, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune([str(policy), "--iterations", "3", "--out", str(tmp_path), *TINY])
+    monkeypatch.undo()
+    run = next(p for p in tmp_path.iterdir() if p.is_dir() and not p.is_symlink())
+    finetune(["--resume", str(run)])
+    assert_same_run(whole, run)
+
+
+def test_results_are_logged_once_however_often_a_run_is_resumed(whole):
+    before = read_log(whole)
+    finetune(["--resume", str(whole)])
+    finetune(["--resume", str(whole)])
+    assert [r["step"] for r in read_log(whole)] == [r["step"] for r in before]
+    assert sum("after/return" in r for r in read_log(whole)) == 1
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(policy, whole, tmp_path, caplog):
+    caplog.set_level("INFO", logger="genkit")
+    finetune([str(policy), "--iterations", "3", "--out", str(tmp_path), *TINY])
+    run = find_run(tmp_path / "latest")
+    newest = list_checkpoints(run)[-1] / "finetune.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    finetune(["--resume", str(run)])
+    assert "step-0000003 is damaged (finetune.safetensors); it is skipped" in caplog.text
+    assert_same_run(whole, run)
+
+
+def test_one_process_at_a_time_and_no_file_is_written_in_place(policy, tmp_path, monkeypatch):
+    names, original = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: (names.append(self.name), original(self, *a, **k))[1])
+    finetune([str(policy), "--iterations", "1", "--out", str(tmp_path), *TINY])
+    run = find_run(tmp_path / "latest")
+    assert not {"config.yaml", "finetune.yaml", "env.json", "before.json", "after.json"} & set(names)
+    assert not (run / ".lock-owner").exists()
+    lock = RunLock(run)
+    with pytest.raises(ValueError, match=r"is being trained by process \d+"):
+        finetune(["--resume", str(run)])
+    lock.release()
+
+
+@pytest.mark.parametrize(("returns", "chosen"), [((3, 2, 1, 0), 0), ((1, 0, 3, 2), 2), ((1, 2, 3, 4), 3)])
+def test_the_start_is_a_candidate(policy, tmp_path, monkeypatch, returns, chosen):
+    left = list(returns)
+    monkeypatch.setattr(loop, "evaluate_policy", lambda *args: {"return": {"value": float(left.pop(0))}})
+    finetune([str(policy), "--iterations", "3", "--checkpoint-eval-episodes", "4", "--method.lr", "0.01",
+              "--out", str(tmp_path), *TINY, "--eval-episodes", "0"])  # fmt: skip
+    run, old = load_run(tmp_path / "latest"), load_run(policy)
+    assert run.step == chosen
+    pairs = zip(run.nets["net"].parameters(), old.nets["net"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) == (chosen == 0)
+
+
+def test_a_model_that_leaves_its_origin_is_mentioned_once(policy, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="genkit")
+    monkeypatch.setattr(loop, "WARN_KL", -1.0)
+    finetune([str(policy), "--iterations", "2", "--out", str(tmp_path), *TINY])
+    assert caplog.text.count("warning  kl_reference is") == 1
