@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -17,5 +18,14 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def check_name(name: str) -> str:
+    """``name`` if it can name a directory. ``ValueError`` if it is empty or holds a slash or a control character."""
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f-\x9f]", name):
+        raise ValueError("a name is not empty and holds no slash and no control character")
+    return name
+
+
+NameText = Annotated[str, AfterValidator(check_name)]
+"""The type of a setting that names a run directory."""
 PathText = Annotated[str, AfterValidator(expand_path)]
 """The type of every setting that is a path, or a path or a name: runs, files, folders, roots of data sets."""

@@ -29,6 +29,7 @@ COMPANIONS = {  # known files beside images that are not images; no warning ment
     "dataset.json", "labels.txt", "samples.json", "captions.jsonl", "metadata.jsonl", "metadata.csv",
     "Thumbs.db", "desktop.ini",
 }  # fmt: skip
+MAX_MEMBER = 2**29  # bytes of an archive's member: an image of 178 million pixels is smaller, a bomb is not
 CAPTION_SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
@@ -121,6 +122,8 @@ class ZipFiles:
 
     def read_member(self, name: str) -> bytes:
         """Content of a member. ``ValueError`` if it is corrupt."""
+        if (size := self.archive.getinfo(name).file_size) > MAX_MEMBER:
+            raise ValueError(f"{self.path}/{name}: inflates to {size / 2**20:.0f} MiB; allowed {MAX_MEMBER >> 20} MiB")
         try:
             with self.lock:
                 return self.archive.read(name)

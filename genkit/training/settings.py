@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from genkit.config import from_dict, load_yaml, table
-from genkit.config.paths import PathText
+from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
 
@@ -77,7 +77,7 @@ class TrainSettings:
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     out: PathText = "runs"
     """Directory in which the run directory is made."""
-    name: str | None = None
+    name: NameText | None = None
     """Name of the run. None: data-objective-backbone."""
     save_every: Count = changeable(500)
     """Steps between checkpoints."""

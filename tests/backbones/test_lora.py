@@ -247,7 +247,7 @@ def test_what_makes_no_sense_is_one_line(tmp_path, base, tuned, capsys):
     init = ["train", *QUICK, f"--out={tmp_path}/none", "--lora.rank=2"]
     capsys.readouterr()
     for argv, words in (
-        ([*init], "say whose: --init RUN"),
+        ([*init], "name it with --init RUN"),
         ([*init, f"--init={base}", "--lora.rank=0"], "--lora.rank: given 0"),
         ([*init, f"--init={base}", "--lora.layers=nowhere"], "no layer has a name with 'nowhere'"),
         ([*init, f"--init={base}", "--backbone.width=16"], "does not fit, first at net."),

@@ -84,3 +84,9 @@ def test_empty_texts_are_refused():
     for flag in ("--out=", "--config=", "--init=", "--codec=", "--resume="):
         with pytest.raises(ValueError, match="empty text"):
             parse(TrainSettings, [flag])
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\nb", "\x1b[31mred", "a\0b", "a\\b", "\x7f"])
+def test_a_name_is_one_plain_line(name):
+    with pytest.raises(ValueError, match="name: given"):
+        parse(TrainSettings, ["--name", name])

@@ -206,3 +206,10 @@ def test_demonstrations_whose_digits_would_be_lost_are_refused():
     obs[:, 1] += 1.7e9
     with refuses("a: column 1 of the observations", "subtract"):
         check_episodes([Episode(obs, actions)], "a")
+
+
+def test_a_member_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    root = make_zip(tmp_path / "a.zip", {"a.png": picture(0)})
+    monkeypatch.setattr("genkit.data.image_files.MAX_MEMBER", 40)
+    with refuses(tmp_path / "a.zip" / "a.png", "inflates to"):
+        DATA["zip"](root=root).load()

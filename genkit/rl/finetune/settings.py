@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt
 from tyro.conf import Positional
 
 from genkit.config import table
-from genkit.config.paths import PathText
+from genkit.config.paths import NameText, PathText
 from genkit.core.device import DeviceName
 from genkit.training.settings import Count
 
@@ -99,7 +99,7 @@ class FinetuneSettings:
     """Write scalars for TensorBoard, besides log.jsonl."""
     out: PathText = "runs"
     """Directory in which the new run's directory is made."""
-    name: str | None = None
+    name: NameText | None = None
     """Name of the new run; None: that of the old one and the method's."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
