@@ -46,6 +46,7 @@ examples:
   genkit sample runs/latest --label 7 --n 16
   genkit eval runs/latest --metrics fid,kid,prdc --n 1000
   genkit report runs/latest                      one HTML page with curves, samples and numbers
+  genkit COMMAND RUN --trust                     import the classes of other packages that RUN names
   genkit COMMAND --help                          every option of a command, with its default
 """
 
@@ -69,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return refuse(f"command: given {name!r}; allowed: {', '.join(COMMANDS)}{hint}")
+    if "--trust" in argv:
+        os.environ["GENKIT_TRUST"] = "1"
+        argv = [token for token in argv if token != "--trust"]
     show_messages()
     try:
         return importlib.import_module(COMMANDS[name][0]).main(argv[1:])

@@ -87,7 +87,7 @@ def find_class(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, 
     known = {k.replace("_", "-"): cls for k, cls in registry.items()}
     if str(name).replace("_", "-") in known:
         return known[str(name).replace("_", "-")], {}
-    if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(name):
+    if "fallback" in meta and isinstance(name, str) and "\0" not in name and os.path.exists(os.path.expanduser(name)):
         try:
             entry, settings = load_object(meta["fallback"])(name)
         except ValueError as e:
@@ -273,7 +273,9 @@ def check_value(hint: Any, given: object, path: str) -> Any:
     except pydantic.ValidationError as e:
         errors = e.errors(include_url=False)
     item_path = path + "".join(f"[{i}]" for i in errors[0]["loc"] if isinstance(i, int))
-    problems = dict.fromkeys(re.sub("^(Input|Value) ", "", x["msg"]).replace("Tuple", "the list") for x in errors)
+    problems = dict.fromkeys(
+        re.sub("^(Input|Value)( error,)? ", "", x["msg"]).replace("Tuple", "the list") for x in errors
+    )
     names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
     optional = " (or null)" if type(None) in find_types(hint) else ""
     wrong = errors[0]["input"]
@@ -351,7 +353,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises ``ConfigError``, with the line number if it is known, if the file cannot be read or is not a mapping.
     """
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(os.path.expanduser(path), encoding="utf-8") as f:
             tree = yaml.load(f, UniqueKeyLoader)
     except OSError as e:
         raise ConfigError(str(path), f"cannot be read ({e.strerror})") from None

@@ -66,6 +66,8 @@ def parse(
     ``ConfigError`` for a user's mistake; ``--help`` prints and exits with 0.
     """
     file = peek_option(argv, "config")
+    if file == "":
+        raise ConfigError("", "--config: given an empty text; name a YAML file (is a variable of the shell unset?)")
     tree = merge_trees(defaults or {}, load_yaml(file) if file else {})
     flags: set[str] = set()  # the dotted paths that the command line gives
     try:

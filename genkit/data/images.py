@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
@@ -220,7 +221,7 @@ class ImageSource(DataSource):
     """templates such as "a handwritten {label}", one drawn each time; or files: texts beside the images"""
     text_length: Annotated[int, Ge(1)] = 256
     """bytes of the longest caption or prompt that the model reads"""
-    encoder: str | None = None
+    encoder: PathText | None = None
     """a frozen text encoder of transformers, a folder or hub id; None: bytes and an encoder trained with the model"""
 
     @property

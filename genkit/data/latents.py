@@ -22,6 +22,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from genkit.config import load_object
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import atomic_write, format_error, write_text
 from genkit.data.codecs import Identity
@@ -65,7 +66,7 @@ class Latents(DataSource):
 
     default_backbone: ClassVar[str] = "dit"
 
-    root: str = "latents"
+    root: PathText = "latents"
     """the folder"""
 
     def load(self, split: Split = "train") -> InLatents:

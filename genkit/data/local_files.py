@@ -12,6 +12,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Codec, Condition, Data, Label, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
@@ -59,7 +60,7 @@ def find_split(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
 class LocalImages(ImageSource):
     """Base of the sources of a person's own images."""
 
-    root: str = "data"
+    root: PathText = "data"
     """the training split, or the folder that contains both splits"""
     memory: Annotated[float, Ge(0)] = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
@@ -172,7 +173,7 @@ class Npz(ImageSource):
 
     suffix: ClassVar[str] = ".npz"
 
-    root: str = "data.npz"
+    root: PathText = "data.npz"
     """the file, or a folder that contains train.npz and test.npz"""
     codec: Literal["standardize", "min-max", "identity"] | None = None
     """how numbers are scaled for the model; None: standardize"""

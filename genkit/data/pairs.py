@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.data import codecs
@@ -61,7 +62,7 @@ def save_pairs(
 class Pairs(DataSource):
     """Pairs that ``genkit reflow RUN`` made, for ``--objective.coupling=given``."""
 
-    root: str
+    root: PathText
     """the .npz file"""
 
     def load(self, split: Split = "train") -> InPairs:

@@ -5,6 +5,7 @@ docs/contributing/data-source.md shows how to add one.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -82,6 +83,13 @@ class DataSource(ABC):
     def with_fields(self: S, **settings: Any) -> S:
         """A copy with these settings, without those that this source has no field for."""
         return replace(self, **self.applicable(settings))
+
+    def with_absolute_root(self: S) -> S:
+        """A copy whose ``root``, if it is a path that exists, does not depend on the working directory."""
+        root = getattr(self, "root", None)
+        if not isinstance(root, str) or not root or not os.path.exists(os.path.expanduser(root)):
+            return self
+        return self.with_fields(root=os.path.abspath(os.path.expanduser(root)))
 
     def unaugmented(self: S) -> S:
         """A copy without random augmentation."""

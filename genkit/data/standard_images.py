@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.config.paths import PathText
 from genkit.core import Data, Label
 from genkit.core.files import format_error
 from genkit.data.images import ImageSource
@@ -50,7 +51,7 @@ class Digits(ImageSource):
 class Torchvision(ImageSource):
     """Base of the data sets that torchvision reads, and downloads if they are missing."""
 
-    root: str = "data"
+    root: PathText = "data"
     """the folder that holds the data set's own folder"""
 
     def read(self, name: str, files: str, split: Split) -> tuple[Tensor, Tensor, tuple[str, ...]]:

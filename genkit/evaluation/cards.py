@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from genkit import __version__
 from genkit.core.files import refuse_foreign, write_text
-from genkit.evaluation.metrics import Estimate
+from genkit.evaluation.metrics import Estimate, metric_title
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
 OBSERVED = ("nfe", "passes", "seconds", "metric_seconds", "versions", "device", "ranks", "notes")
@@ -91,10 +91,16 @@ class Card:
         notes = self.settings.get("notes")
         return [to_text(note) for note in notes] if isinstance(notes, list) else []
 
+    def title(self, metric: str) -> str:
+        """What tables call one of the metrics: ``fid`` in Inception's features, ``fd (raw)`` in raw ones."""
+        features = self.settings.get("features")
+        name = features.get("name") if isinstance(features, Mapping) else None
+        return metric_title(metric, None if name is None else to_text(name))
+
     def summary(self) -> str:
         """The metrics, how the samples were made, and the notes, in a few lines."""
-        width = max(map(len, self.metrics), default=0)
-        lines = [f"{name:<{width}}  {estimate}" for name, estimate in self.metrics.items()]
+        width = max((len(self.title(name)) for name in self.metrics), default=0)
+        lines = [f"{self.title(name):<{width}}  {estimate}" for name, estimate in self.metrics.items()]
         return "\n".join([*lines, describe_settings(self.settings), *(f"note: {note}" for note in self.notes)])
 
     __repr__ = summary

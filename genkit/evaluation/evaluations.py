@@ -16,6 +16,7 @@ from annotated_types import Ge
 
 from genkit import config
 from genkit.config import narrow, table
+from genkit.config.paths import PathText
 from genkit.core import Spec
 from genkit.core.device import pick_device
 from genkit.core.files import refuse_foreign
@@ -53,7 +54,7 @@ class EvaluationSettings(Sampling, LoadOptions):
     """Names separated by commas: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
     n: Annotated[int, Ge(2)] | None = None
     """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
-    reference: str | None = None
+    reference: PathText | None = None
     """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma; None: train."""
     reference_n: Annotated[int, Ge(2)] | None = None
     """Number of reference samples; None: all images; as many vectors as are measured, but at least 2000; of another
@@ -62,13 +63,13 @@ class EvaluationSettings(Sampling, LoadOptions):
     """Feature space of distances. auto: classifier for small grey images, inception for others, raw for vectors."""
     resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
     """Short for --features.resize: how images are resized for Inception."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Short for --features.weights: the file of Inception's weights."""
     metric_settings: Any = table("genkit.evaluation:METRIC_SETTINGS", "default")
     """Settings of the metrics."""
     data: Any = table("genkit.evaluation:DATA_OPTIONS", "default")
     """Where named data sets are stored, and how images are read."""
-    save_stats: str | None = None
+    save_stats: PathText | None = None
     """Write mu and sigma of the samples' features to this .npz, to be used as a reference later."""
 
 

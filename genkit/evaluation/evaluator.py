@@ -14,10 +14,11 @@ import torch
 
 from genkit import config
 from genkit.config.blocks import suggest
-from genkit.core import Data, Spec
+from genkit.core import Data, Label, Spec
 from genkit.core.progress import Progress, silent
 from genkit.core.tensors import cache_folder, sha256
 from genkit.evaluation import cards
+from genkit.evaluation.classes import TOLERANCE, describe_classes, need_proportions, shares_distance
 from genkit.evaluation.measurement import Measurement, measure, measure_reference, require_logits
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
 from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
@@ -122,6 +123,8 @@ class Evaluator:
     """the reference, for the card"""
     keep: frozenset[str] = frozenset()
     """tensors to keep even if no metric needs them: the features give the FID its interval"""
+    class_source: SampleSource | None = None
+    """the reference, whose proportions of classes the samples get"""
 
     @classmethod
     def create(
@@ -168,8 +171,9 @@ class Evaluator:
         # hashing reads every file, so that a damaged one is found before the work
         for stored in (samples, source):
             if isinstance(stored, DatasetSamples) and stored.content_hash is None:
-                stored.content_hash = ranks.once(stored.hash)
+                stored.content_hash, stored.class_counts = ranks.once(stored.scan)
         evaluator = cls(metrics, extractor, settings, torch.device(device), batch, ranks)
+        evaluator.class_source = source
         evaluator.set_reference(reference, reference_n, progress)
         return evaluator
 
@@ -197,6 +201,7 @@ class Evaluator:
         """Measure ``n`` samples, on all ranks together. A killed process loses about half a minute of work."""
         if n < 2:
             raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
+        self.match_classes(samples)
         return measure(
             samples,
             self.extractor,
@@ -208,8 +213,35 @@ class Evaluator:
             progress=progress,
         )
 
+    def match_classes(self, samples: SampleSource) -> str | None:
+        """Give samples of a model the classes of the reference, if it has the same ones in unequal proportions.
+
+        Returns a note for the card if the proportions are unequal, whether they could be matched or not.
+        """
+        source = self.class_source
+        uses_reference = any(metric.reference for metric in self.metrics.values())
+        if not isinstance(source, DatasetSamples) or source.class_counts is None or not uses_reference:
+            return None
+        label, counts = samples.label, source.class_counts
+        kind = source.spec.cond[source.label] if source.label else None
+        if label is None or not isinstance(kind, Label):
+            return None  # a model without classes learns the proportions too
+        same = samples.spec.cond[label] == kind or getattr(samples.spec.cond[label], "num", None) == kind.num
+        if isinstance(samples, ModelSamples):
+            if samples.conditions is not None or not need_proportions(counts):
+                return None  # conditions of the training data come in its proportions
+            if same:
+                samples.class_counts = counts
+            return describe_classes(counts, kind.names or (), matched=same)
+        own = samples.dataset if isinstance(samples, Reconstructions) else samples
+        own_counts = own.class_counts if isinstance(own, DatasetSamples) else None
+        if own_counts is None or (same and shares_distance(own_counts, counts) <= TOLERANCE):
+            return None
+        return describe_classes(counts, kind.names or (), matched=False)
+
     def card_settings(self, samples: SampleSource, n: int) -> dict[str, Any]:
         """The settings of a card that are known before the work."""
+        self.match_classes(samples)
         return {
             **source_settings(samples),
             "n": n,
@@ -236,7 +268,7 @@ class Evaluator:
         generated = measurement.statistics.to(self.device)
         reference = self.reference.to(self.device) if self.reference else None
         estimates: dict[str, Estimate] = {}
-        notes: list[str | None] = []
+        notes: list[str | None] = [self.match_classes(samples)]
         errors: list[ValueError] = []
         for name, metric in self.metrics.items():
             try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from genkit import config
@@ -36,6 +38,7 @@ from genkit.training.sampling import LoadOptions
 
 Count = Annotated[int, Ge(1)]
 Estimator = Literal["ode", "vlb", "iwae"]
+PILOT_SECONDS = 2.0  # of work that is timed before the number of samples is chosen
 SCALES = {Pixels: 127.5, Identity: 1.0}  # from model numbers to the unit in which a density is quoted
 LATENT_KEY = 2  # last number of the random key of latent draws
 DEFAULT_HEUN_STEPS, DEFAULT_CHAIN_STEPS, DEFAULT_DRAWS = 64, 1000, 64
@@ -46,7 +49,9 @@ class LikelihoodSettings(LoadOptions):
     """How the likelihood of held-out samples is estimated."""
 
     n: Count | None = None
-    """Number of samples of the split; None: all."""
+    """Number of samples of the split; None: all, or as many as --max-minutes allows."""
+    max_minutes: Annotated[float, Gt(0)] = 5.0
+    """About the longest time without --n: the first few samples are timed, and the rest that does not fit left out."""
     split: Literal["train", "test"] = "test"
     """Which samples."""
     bound: Estimator | None = None
@@ -91,19 +96,26 @@ class LikelihoodResult:
     """one line on the numbers"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """all settings, ready for JSON"""
+    available: int | None = None
+    """samples of the split"""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON has it."""
-        return {**self.details, "bits_per_dim": asdict(self.bits_per_dim), "settings": dict(self.settings)}
+        return {**self.details, "bits_per_dim": asdict(self.bits_per_dim), "settings": dict(self.settings),
+                "available": self.available}  # fmt: skip
 
     def summary(self) -> str:
         """The result in two lines."""
         stderr = math.nan if self.bits_per_dim.stderr is None else self.bits_per_dim.stderr
         number = f"{self.bits_per_dim.value:.4f} ± {stderr:.4f} bits per dimension"
-        about = f"{self.settings.get('split')}, {self.n} samples"
+        left_out = f" of {self.available}" if self.available and self.available > self.n else ""
+        about = f"{self.settings.get('split')}, {self.n}{left_out} samples"
         return f"{number} ({about})\n{self.description}, {self.settings.get('weights')}"
 
     __repr__ = summary
+
+
+EstimatorFunction = Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]
 
 
 def likelihood(
@@ -134,13 +146,57 @@ def likelihood(
     if bound is None:
         raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
     with reporting(progress) as report, use_threads(run.config.threads):
-        result = ESTIMATORS[bound](run, settings, report)
+        available = len(run.config.data.load(settings.split))
+        fitted = fit_budget(run, settings, ESTIMATORS[bound], available, report)
+        result = ESTIMATORS[bound](run, fitted, report)
     if not math.isfinite(result.bits_per_dim.value):
         raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
     stored = {"bound": bound, "n": result.n, "run": run.directory.name, "weights": run.weights}
     return LikelihoodResult(
-        result.bits_per_dim, result.details, result.n, result.description, {**asdict(settings), **stored}
+        result.bits_per_dim,
+        result.details,
+        result.n,
+        result.description,
+        {**asdict(settings), **stored},
+        available,
     )
+
+
+def fit_budget(
+    run: Run, settings: LikelihoodSettings, estimate: EstimatorFunction, available: int, progress: Progress
+) -> LikelihoodSettings:
+    """The settings with as many of the ``available`` samples as fit into ``max_minutes``; unchanged if all do.
+
+    Twice as many samples as before are timed until that takes seconds, or is a batch. The seconds for a sample fall
+    with the size of the batch, so the estimate errs on the long side. A number that is given is not changed.
+    """
+    if settings.n is not None:
+        return settings
+    clock: list[float] = []
+
+    def record_time(what: str, done: int, total: int | None) -> None:
+        clock.append(time.perf_counter())
+
+    pilot, largest = 1, min(settings.batch, available)
+    while True:
+        progress("timing", pilot, largest)
+        clock.clear()
+        estimate(run, replace(settings, n=pilot, batch=pilot), record_time)
+        seconds = time.perf_counter() - clock[0]  # without loading the data, after which comes the first report
+        if seconds > PILOT_SECONDS or pilot >= largest:
+            break
+        pilot = min(2 * pilot, largest)
+    fitting = int(60 * settings.max_minutes / (seconds / pilot))
+    if fitting >= available:
+        return settings
+    n = max(2, fitting)
+    minutes = seconds / pilot * available / 60
+    logging.getLogger("genkit").warning(
+        f"likelihood: the first {n} of {available} {settings.split} samples, which take about {settings.max_minutes:g} "
+        f"minutes; all would take about {minutes:.0f}: --n {available}, or --max-minutes"
+    )
+    # smaller batches, so that the progress moves every few seconds
+    return replace(settings, n=n, batch=min(settings.batch, max(1, pilot)))
 
 
 # ------------------------------------------------------------------------------------------------------- estimators
@@ -229,7 +285,7 @@ def estimate_by_iwae(run: Run, settings: LikelihoodSettings, progress: Progress)
     return LikelihoodResult(without_nan(bits), details, len(bounds.elbo), description)
 
 
-ESTIMATORS: Mapping[str, Callable[[Run, LikelihoodSettings, Progress], LikelihoodResult]] = {
+ESTIMATORS: Mapping[str, EstimatorFunction] = {
     "ode": estimate_by_ode,
     "vlb": estimate_by_vlb,
     "iwae": estimate_by_iwae,
@@ -277,6 +333,7 @@ def read_batches(
     """Samples in the model's own numbers, their conditions, and a noise source with each sample's own seed."""
     data = run.config.data.load(settings.split)
     n = min(settings.n or len(data), len(data))
+    progress("likelihood", 0, n)
     for first in range(0, n, settings.batch):
         last = min(first + settings.batch, n)
         noise = Seeds([settings.seed + i for i in range(first, last)], run.device)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from genkit import config
+from genkit.config.paths import PathText
 from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
 from genkit.diffusion.samplers import CountingDenoiser, Seeds
+from genkit.evaluation.classes import proportional_classes
 from genkit.training.run import Run, average_name, with_classes
 from genkit.training.sampling import Sampling, sample_conditions
 
@@ -91,7 +93,7 @@ def split_into_blocks(n: int, batch: int, least: int = 16) -> Sequence[range]:
 class DataOptions:
     """Where named data sets are stored, and how images are read."""
 
-    root: str | None = None
+    root: PathText | None = None
     """The folder of cifar10, mnist ...; None: data."""
     size: Size = None
     """Resize the largest centred crop of this shape (H, or H W) to it; None: keep the size."""
@@ -109,6 +111,8 @@ class DatasetSamples:
     """which can load the other split"""
     split: str = "train"
     content_hash: str | None = None
+    class_counts: Tensor | None = None
+    """``[K]``, the number of samples of each class; known once the content has been hashed"""
 
     @property
     def spec(self) -> Spec:
@@ -135,14 +139,21 @@ class DatasetSamples:
 
     def hash(self) -> str:
         """The sha256 of all samples and classes. It reads every file, so damaged ones are found before the work."""
+        return self.scan()[0]
+
+    def scan(self) -> tuple[str, Tensor | None]:
+        """:meth:`hash`, and the number of samples of each class ``[K]`` if there are classes."""
         digest = hashlib.sha256(str((tuple(self.spec.shape), len(self.data))).encode())
+        kind = self.spec.cond[self.label] if self.label else None
+        counts = torch.zeros(kind.num, dtype=torch.int64) if isinstance(kind, Label) else None
         for first in range(0, len(self.data), HASH_ROWS):
             batch = self._batch(torch.arange(first, min(first + HASH_ROWS, len(self.data))))
             digest.update(batch.x.contiguous().numpy().tobytes())
-            if self.label:
+            if self.label and counts is not None:
                 digest.update(batch.cond[self.label].contiguous().numpy().tobytes())
-        self.content_hash = digest.hexdigest()
-        return self.content_hash
+                counts += torch.bincount(batch.cond[self.label].flatten().long(), minlength=len(counts))
+        self.content_hash, self.class_counts = digest.hexdigest(), counts
+        return self.content_hash, counts
 
     def _batch(self, indices: Tensor) -> Batch:
         return self.data.batch(indices, Draw((0,), 0, len(indices)))
@@ -195,7 +206,7 @@ def is_statistics_file(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------ samples of a run
 @dataclass(eq=False)
 class ModelSamples:
-    """Samples of a model. Row i has seed ``sampling.seed + i``; classes come in turn.
+    """Samples of a model. Row i has seed ``sampling.seed + i``; classes come in turn, or as ``class_counts`` has them.
 
     A model with more conditions than a class takes those of its training data in turn.
     """
@@ -205,6 +216,8 @@ class ModelSamples:
     weights_sha256: str = ""
     """of the weights' file, or of what the file would be"""
     conditions: Data | None = None
+    class_counts: Tensor | None = None
+    """``[K]``, proportions of the classes; None: equal ones"""
 
     def __post_init__(self) -> None:
         if not self.run.objective.is_generative:
@@ -258,7 +271,9 @@ class ModelSamples:
 
     def identity(self) -> dict[str, Any]:
         """Weights, sampling, codec, objective and backbone."""
+        proportions = {} if self.class_counts is None else {"class_counts": self.class_counts.tolist()}
         return {
+            **proportions,
             "weights_sha256": self.weights_sha256,
             "sampling": sampling_settings(self),
             "codec": codecs.to_dict(self.run.codec),
@@ -270,7 +285,10 @@ class ModelSamples:
     def cond(self, rows: range) -> dict[str, Tensor]:
         """The conditions of some rows, on the CPU."""
         if self.conditions is None:
-            return {name: v[rows.start :] for name, v in sample_conditions(self.model_spec, rows.stop).items()}
+            cond = {name: v[rows.start :] for name, v in sample_conditions(self.model_spec, rows.stop).items()}
+            if self.class_counts is not None and self.label is not None:
+                cond[self.label] = proportional_classes(self.class_counts, rows.stop)[rows.start :]
+            return cond
         batch = self.conditions.batch(torch.tensor(rows) % len(self.conditions), Draw((0,), rows.start, rows.stop))
         return dict(self.conditions.codec.encode(batch).cond)
 
@@ -369,6 +387,8 @@ def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
         if other is not None:
             settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
     settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
+    if samples.class_counts is not None:
+        settings["classes"] = "in the proportions of the reference"
     return settings
 
 

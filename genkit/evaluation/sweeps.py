@@ -19,6 +19,7 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
+from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.progress import Progress, reporting
@@ -60,13 +61,13 @@ class SweepSettings:
     """Samples that the best combinations are measured with again."""
     num_confirm_extra: Annotated[int, Ge(0)] = 2
     """Combinations that are confirmed besides the Pareto front: the next best."""
-    reference: str = "train"
+    reference: PathText = "train"
     """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma."""
     features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """Feature space of distances."""
     resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
     """Short for --features.resize."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Short for --features.weights."""
     metric_settings: Any = table("genkit.evaluation:METRIC_SETTINGS", "default")
     """Settings of the metrics."""
@@ -130,6 +131,11 @@ class SweepResult:
         return pareto_front(self.points)
 
     @property
+    def title(self) -> str:
+        """What tables and plots call the metric, by the features that it is measured in."""
+        return self.points[0].card.title(self.metric)
+
+    @property
     def n(self) -> int:
         """The number of samples of ``points``."""
         return self.points[0].card.settings["n"]
@@ -173,7 +179,7 @@ class SweepResult:
             place = (point.passes, point.value)
             axes.annotate(text, place, xytext=(3, 5), textcoords="offset points", fontsize=7)
         axes.set_xlabel("network passes per sample")
-        axes.set_ylabel(self.metric)
+        axes.set_ylabel(self.title)
         axes.set_xscale("log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()

@@ -15,6 +15,7 @@ from annotated_types import Ge
 from genkit import config
 from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
+from genkit.config.paths import PathText
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
@@ -57,7 +58,7 @@ class ExportSettings:
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
     step: Annotated[int, Ge(0)] | None = None
     """Checkpoint. None: the newest."""
-    lora: str | None = None
+    lora: PathText | None = None
     """Merge the adapter of this run of --lora.rank into the weights."""
     lora_scale: float | None = None
     """Scale of that adapter, or of a LoRA run's own; None: 1."""

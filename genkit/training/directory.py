@@ -28,7 +28,7 @@ def create_run(out: str | Path, name: str) -> Path:
 
     Raises ``ValueError`` if ``out/latest``, which will point at it when it has a checkpoint, is a file of the user's.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if (out / "latest").exists() and not (out / "latest").is_symlink():
         raise ValueError(
             f"out: {out / 'latest'} is in the way: genkit keeps this name for a link; move it, or give --out"
@@ -56,7 +56,9 @@ def symlink(link: Path, target: str) -> None:
 
 def find_run(path: str | Path) -> Path:
     """The resolved run directory at ``path``. ``ValueError`` says what is there instead."""
-    run = Path(path)
+    if not str(path):
+        raise ValueError("run: given an empty text; needs a run directory, such as runs/latest")
+    run = Path(path).expanduser()
     if (run / "config.yaml").is_file():
         return run.resolve()
     if not run.exists():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from genkit import config
 from genkit.config import load_object, table
+from genkit.config.trust import require_trust
 from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
 from genkit.core.files import atomic_write
 from genkit.core.tensors import load_tensors, to_tensors
@@ -130,6 +131,7 @@ class RunStage(FirstStage):
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> RunStage:
+        require_trust(Networks, stored, "codec")
         networks = config.from_dict(Networks, {k: stored[k] for k in ("objective", "backbone")})
         objective, spec = cast(EncoderDecoder, networks.objective), spec_from_dict(stored["spec"])
         nets = objective.networks(networks.backbone, spec)

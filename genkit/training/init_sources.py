@@ -9,8 +9,10 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from genkit import config
+from genkit.config.trust import require_trust
 from genkit.core import Objective
 from genkit.training.directory import find_run
+from genkit.training.settings import TrainSettings
 
 
 class InitSource(Protocol):
@@ -52,7 +54,9 @@ def init_defaults(init: str) -> dict[str, Any]:
     if source:
         return source.init_defaults(where)
     stored = config.load_yaml(find_run(init) / "config.yaml")
-    return {k: stored[k] for k in ("objective", "backbone") if k in stored}
+    blocks = {k: stored[k] for k in ("objective", "backbone") if k in stored}
+    require_trust(TrainSettings, blocks, init)
+    return blocks
 
 
 def canonical_init(init: str) -> str:

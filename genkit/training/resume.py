@@ -100,7 +100,8 @@ def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
     changeable = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
-    out = Path(settings.out)
+    settings = dataclasses.replace(settings, data=settings.data.with_absolute_root())
+    out = Path(settings.out).expanduser()
     for path in sorted(out.glob("*-*"), reverse=True) if out.is_dir() else ():
         if path.is_symlink() or not (path / "config.yaml").is_file():
             continue

@@ -211,16 +211,18 @@ def load_run(
     device: str = "auto",
     adapter: str | Path | None = None,
     adapter_scale: float | None = None,
+    trust: bool = False,
 ) -> Run:
     """The model of a run directory, at its latest checkpoint or the one of ``step``.
 
     ``ema`` is a decay that the run kept ("0.999"), or "none" for the raw weights; None is the largest decay. A LoRA run
     is merged into its base's weights, and so is a further LoRA run, the ``adapter``; ``adapter_scale`` scales the
-    adapter, or the run's own one if no other is given. Reads safetensors, JSON and YAML only. Raises ``ValueError`` if
-    something is missing or damaged.
+    adapter, or the run's own one if no other is given. Reads safetensors, JSON and YAML only;
+    a run that names classes of other packages is refused unless you ``trust`` it, for their code runs. Raises
+    ``ValueError`` if something is missing or damaged.
     """
     run, target = find_run(path), pick_device(device)
-    cfg = stored_settings(run)
+    cfg = stored_settings(run, trust)
     checkpoint = find_checkpoint(run, step)
     record = read_state(checkpoint)
     file = weights_file(cfg, None if ema is None else str(ema))

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from genkit.config import table
+from genkit.config.paths import PathText
 from genkit.core import Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
 from genkit.data import codecs, text
@@ -49,9 +50,9 @@ class Sampling:
     """Guide only at noise levels LOW HIGH, in sigma / (alpha + sigma); elsewhere one pass is saved. None: always."""
     guidance_passes: Literal["together", "apart"] | None = None
     """Conditional and unconditional pass as one batch, or one after the other in half the memory. None: together."""
-    autoguide: str | None = None
+    autoguide: PathText | None = None
     """Guide away from a weaker model instead of the unconditional one: a run, or ema:DECAY or step:N of this run."""
-    classifier: str | None = None
+    classifier: PathText | None = None
     """Guide by the gradient of this classifier, a run of --objective=classifier on the same path."""
     classifier_scale: float | None = None
     """Weight of the classifier's gradient. None: 1, which is Bayes' rule."""

@@ -185,7 +185,7 @@ class Session:
         parts = {"": "value", "_low": "low", "_high": "high"}
         record = {f"eval/{k}{end}": getattr(e, part) for k, e in card.metrics.items() for end, part in parts.items()}
         append_log(self.run, {"step": state.step, **{k: v for k, v in record.items() if v is not None}})
-        values = {k: e.value for k, e in card.metrics.items()}
+        values = {card.title(k): e.value for k, e in card.metrics.items()}
         self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
         self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 

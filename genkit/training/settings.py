@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from genkit.config import from_dict, load_yaml, table
+from genkit.config.paths import PathText
+from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class TrainSettings:
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
     threads: Count | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
-    out: str = "runs"
+    out: PathText = "runs"
     """Directory in which the run directory is made."""
     name: str | None = None
     """Name of the run. None: data-objective-backbone."""
@@ -91,7 +93,7 @@ class TrainSettings:
     """Steps of the objective's default sampler in evaluations."""
     eval_features: str = changeable("auto")
     """Feature extractor of evaluations: auto, classifier, inception or raw."""
-    eval_weights: str | None = changeable(None)
+    eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
     log_every: Count = changeable(50)
     """Steps between lines of the log."""
@@ -103,26 +105,27 @@ class TrainSettings:
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
     tensorboard: bool = changeable(True)
     """Write scalars and images for TensorBoard, besides log.jsonl."""
-    codec: str | None = None
+    codec: PathText | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
     deviation 1: give edm --objective.sigma-data 1."""
     codec_posterior: Literal["draw", "mean"] = "draw"
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
-    init: str | None = None
+    init: PathText | None = None
     """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
     given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
-    resume: str | None = None
+    resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
     step: Annotated[int, Ge(0)] | None = None
     """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest sound one."""
 
 
-def stored_settings(run: Path) -> TrainSettings:
-    """The settings in a run's ``config.yaml``. ``ValueError`` if it is empty or damaged."""
+def stored_settings(run: Path, trust: bool = False) -> TrainSettings:
+    """The settings in a run's ``config.yaml``. ``ValueError`` if it is empty, damaged or needs code (``trust``)."""
     tree = load_yaml(run / "config.yaml")
     if not tree:
         raise ValueError(f"run: {run / 'config.yaml'} is empty, so the run's settings are lost; restore the file")
+    require_trust(TrainSettings, tree, run / "config.yaml", trust)
     return from_dict(TrainSettings, tree)

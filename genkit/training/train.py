@@ -198,7 +198,8 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     if settings.lora.active and not settings.init:
         raise ValueError("lora: changes weights that are there already; say whose: --init RUN")
     torch.set_num_threads(threads)
-    settings = replace(settings, precision=precision, threads=threads, resume=None)
+    source = settings.data.with_absolute_root()
+    settings = replace(settings, precision=precision, threads=threads, resume=None, data=source)
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None

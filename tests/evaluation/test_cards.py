@@ -89,4 +89,4 @@ def test_a_card_needs_a_place(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"sampler": "heun"}, {"features": {"name": "raw"}, "n": 3, "notes": ["few"]}])
 def test_any_card_has_a_readable_repr(settings):
     card = parse_card(json.dumps({"metrics": {"fid": {"value": 1.25, "low": 1, "high": 2}}, "settings": settings}))
-    assert repr(card).startswith("fid  1.25 [1, 2]\n")
+    assert repr(card).startswith(f"{card.title('fid')}  1.25 [1, 2]\n")

@@ -193,7 +193,7 @@ def test_numbers_of_the_cards(run):
     ]
     assert "[11.25, 13.50]" in page.text
     assert "[0.9750, –]" in page.text
-    assert "fid ↓" in page.text
+    assert "fd (classifier) ↓" in page.text
     assert "accuracy ↑" in page.text
     assert "features.name classifier" in page.text
     assert not [s for s in page.all("svg") if "evaluations" in s["aria-label"]]  # one card: nothing to plot against
@@ -206,7 +206,7 @@ def test_quality_against_evaluations(run):
         card = {"metrics": {"fid": {"value": fid}}, "settings": settings}
         (run / "eval" / f"{sampler}-{nfe}.json").write_text(json.dumps(card))
     page = check_page(render_run(run))
-    label = next(s["aria-label"] for s in page.all("svg") if s["aria-label"].startswith("fid against"))
+    label = next(s["aria-label"] for s in page.all("svg") if s["aria-label"].startswith("fd (classifier) against"))
     assert "sampler ddim: 50.50 at 5, 4.750 at 50; sampler heun: 12.35 at 19, 3.250 at 39" in label
     heads = [t for t in page.texts if t in ("sampler", "nfe", "n", "steps", "step")]
     assert heads.count("sampler") == 1

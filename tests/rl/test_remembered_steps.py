@@ -15,8 +15,8 @@ from genkit.training.directory import find_run
 @pytest.fixture(scope="module")
 def tuned(policy, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned")
-    finetune([str(policy), "--steps", "2", "--grid", "logsnr", "--act-steps", "1", "--iterations", "1", "--num-envs", "4",
-              "--num-steps", "2", "--eval-episodes", "0", "--no-tensorboard", "--device=cpu",
+    finetune([str(policy), "--steps", "2", "--grid", "logsnr", "--act-steps", "1", "--iterations", "1",
+              "--num-envs", "4", "--num-steps", "2", "--eval-episodes", "0", "--no-tensorboard", "--device=cpu",
               "--out", str(out)])  # fmt: skip
     return find_run(out / "latest")
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import narrow, parse
+from genkit.config.paths import PathText
 from genkit.envs.recording import DemoSettings, record_demonstrations
 
 console = Console(highlight=False, soft_wrap=True)
@@ -20,7 +21,7 @@ class Demo(DemoSettings):
 
     env: Positional[str]
     """The environment: four-ways, an id of gymnasium, such as HalfCheetah-v5, or module:id of your own."""
-    out: str | None = None
+    out: PathText | None = None
     """The .npz; None: ENV.npz."""
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import narrow, parse
+from genkit.config.paths import PathText
 from genkit.training.latent_cache import EncodeSettings, encode
 
 console = Console(highlight=False, soft_wrap=True)
@@ -17,9 +18,9 @@ console = Console(highlight=False, soft_wrap=True)
 class Encode(EncodeSettings):
     """Cache the latents of a data set."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """A run with a code (of vae, ae, vq or autoencoder), such as runs/latest; or diffusers:DIR."""
-    out: str | None = None
+    out: PathText | None = None
     """The folder; None: latents in the run's folder."""
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.core.files import refuse_foreign
 from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
 from genkit.evaluation.cards import version_differences
@@ -22,11 +23,11 @@ OVERLAP = {True: "overlap", False: "disjoint", None: "unknown"}
 class Evaluate(EvaluationSettings):
     """Measure samples against a reference: of a run, of a folder, zip or npz, or of a data set such as cifar10:test."""
 
-    source: Positional[tuple[str, ...]] = ()
+    source: Positional[tuple[PathText, ...]] = ()
     """RUN, or A B: the samples, and the reference; with --compare two cards or runs."""
     compare: bool = False
     """Show two cards side by side that differ only in the weights."""
-    out: str | None = None
+    out: PathText | None = None
     """The card's file; None: in the run's eval folder; the card of stored samples is only printed."""
     json: bool = False
     """Print only JSON."""
@@ -82,7 +83,7 @@ def compare_cards(command: Evaluate) -> int:
         return 0
     table = Table("metric", "A", "B", "B - A", "intervals")
     for c in comparisons:
-        table.add_row(c.metric, str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
+        table.add_row(a.title(c.metric), str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
     for letter, path in zip("AB", paths, strict=True):
         print(f"{letter}  {path}")
     Console(highlight=False).print(table)

@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import narrow, parse
+from genkit.config.paths import PathText
 from genkit.integrations.export import ExportSettings, export
 
 console = Console(highlight=False, soft_wrap=True)
@@ -17,9 +18,9 @@ console = Console(highlight=False, soft_wrap=True)
 class Export(ExportSettings):
     """Write a run for use elsewhere."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's folder, such as runs/latest."""
-    out: Positional[str]
+    out: Positional[PathText]
     """The new folder."""
 
 

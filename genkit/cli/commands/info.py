@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from genkit.config import parse, to_yaml
+from genkit.config.paths import PathText
 from genkit.core import Label, Tokens
 from genkit.data import text
 from genkit.data.classes import list_classes
@@ -21,7 +22,7 @@ from genkit.training.run import load_run, read_lora_base
 class Info:
     """Show what a run is, its progress and its settings."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[PathText, tyro.conf.Positional]
     """Run directory, such as runs/latest."""
 
 

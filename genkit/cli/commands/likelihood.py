@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.evaluation import LikelihoodSettings, likelihood
 
 
@@ -15,7 +16,7 @@ from genkit.evaluation import LikelihoodSettings, likelihood
 class Likelihood(LikelihoodSettings):
     """Bits per dimension of held-out samples: an upper bound on their code length."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's directory, such as runs/latest."""
     json: bool = False
     """Print only JSON."""

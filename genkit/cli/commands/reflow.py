@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import narrow, parse
+from genkit.config.paths import PathText
 from genkit.core import Objective
 from genkit.diffusion.paths import Linear
 from genkit.objectives import Flow
@@ -20,9 +21,9 @@ console = Console(highlight=False, soft_wrap=True)
 class Reflow(ReflowSettings):
     """Draw pairs (source, sample) from a run, for training with --objective.coupling=given."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's folder, such as runs/latest."""
-    out: str | None = None
+    out: PathText | None = None
     """The .npz file; None: pairs-step<N>.npz in the run's folder."""
 
 

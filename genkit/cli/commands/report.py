@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.evaluation.report import write_report
 
 
@@ -17,9 +18,9 @@ class Report:
     """One HTML page of a run: curves, samples, quality, settings and, of an autoencoder, its latent space. The page
     needs no network and no other file."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's directory, such as runs/latest."""
-    out: str | None = None
+    out: PathText | None = None
     """The page, FILE.html; None: report.html in the run's directory."""
     open: Literal["no", "yes"] = "no"
     """Show it in a browser."""

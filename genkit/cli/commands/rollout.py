@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.rl.policies.rollout import RolloutSettings, rollout
 
 console = Console(highlight=False, soft_wrap=True)
@@ -19,17 +20,18 @@ console = Console(highlight=False, soft_wrap=True)
 class Rollout(RolloutSettings):
     """Let a policy act, and measure what it reaches."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's folder, such as runs/latest."""
     picture: bool = True
     """Draw the paths taken, if the environment can, and the actions that the policy would take in the first episode."""
-    out: str | None = None
+    out: PathText | None = None
     """Folder for the results; None: rollouts in the run's folder."""
     json: bool = False
     """Print JSON only."""
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
     command = parse(Rollout, argv, prog="genkit rollout", description="Let a policy act in its environment.")
     settings = RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
     if command.json:

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from genkit import config
 from genkit.cli.sample_output import destination, require_free, write_samples
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.core.progress import reporting
 from genkit.data import text
 from genkit.training.run import load_run
@@ -27,7 +28,7 @@ Count = Annotated[int, Ge(1)]
 class Sample(Sampling, LoadOptions):
     """Draw samples from a run."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """Run directory, such as runs/latest."""
     n: Count | None = None
     """Number of samples, of each prompt. None: 64, or one of each of several prompts."""
@@ -35,13 +36,13 @@ class Sample(Sampling, LoadOptions):
     """Class to draw, by name or number (genkit info RUN lists them). None: all classes in turn."""
     prompt: tuple[str, ...] = ()
     """Prompts, for a model trained with captions. None: captions of its data in turn."""
-    lora: str | None = None
+    lora: PathText | None = None
     """Add the adapter of this LoRA run (--lora.rank), trained from this run or from another with the same layers."""
     lora_scale: float | None = None
     """Strength of that adapter, or of a LoRA run's own. None: 1; 0: the base model."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture, one file a sample, or arrays."""
-    out: str | None = None
+    out: PathText | None = None
     """Output path. None: in the run's samples directory."""
     trajectory: bool = False
     """Also write a GIF of the trajectory from noise to sample."""

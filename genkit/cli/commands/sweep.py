@@ -11,6 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from genkit.config import parse
+from genkit.config.paths import PathText
 from genkit.evaluation import SweepResult, SweepSettings, sweep
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
@@ -22,7 +23,7 @@ class Sweep(SweepSettings):
     """Find the averages, guidance, samplers and steps that draw well and fast: screen with few samples, confirm with
     many."""
 
-    run: Positional[str]
+    run: Positional[PathText]
     """The run's directory, such as runs/latest."""
     json: bool = False
     """Print only JSON."""
@@ -54,7 +55,7 @@ def print_result(result: SweepResult, screened_n: int, picture: Path) -> None:
     for failure in result.failures:
         console.print(f"left out: {failure}", markup=False)
     front = result.front
-    table = Table("NFE", "passes", result.metric, "sampler", "steps", "guidance", "interval", "ema", "Pareto")
+    table = Table("NFE", "passes", result.title, "sampler", "steps", "guidance", "interval", "ema", "Pareto")
     for point in sorted(result.points, key=lambda p: (p.passes, p.cost)):
         s = point.settings
         interval = "–" if s["guidance_interval"] is None else "{:g}–{:g}".format(*s["guidance_interval"])

@@ -15,7 +15,7 @@ from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 from genkit.training.init_sources import init_defaults
 from genkit.training.run import Run
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -39,10 +39,11 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
     if resumed == "":
         raise ValueError("resume: given an empty text; needs a run directory, such as runs/latest, or auto")
     if resumed is not None and resumed != "auto":
-        if peek_option(argv, "config"):
+        if peek_option(argv, "config") is not None:
             raise ValueError("resume: a run continues with its own config.yaml; leave --config out")
-        if peek_option(argv, "init"):
+        if peek_option(argv, "init") is not None:
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
+        stored_settings(find_run(resumed))  # refuses foreign code before the file is parsed with the command line
         argv = ["--config", str(find_run(resumed) / "config.yaml"), *argv]
     init = None if resumed not in (None, "auto") else peek_option(argv, "init") or stored_init(argv)
     defaults = init_defaults(init) if init else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from genkit.config.paths import PathText
 from genkit.core.files import format_error
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 
@@ -25,7 +26,7 @@ INSTALL = "pip install 'genkit[data]'"
 class Minari(Recorded):
     """A dataset of Minari: episodes of a gymnasium environment, without the observation after the last action."""
 
-    root: str
+    root: PathText
     """its folder, or an id such as D4RL/pointmaze/umaze-v2, which is downloaded if it is missing"""
     observed: tuple[str, ...] = ()
     """if observations are dictionaries, the observed entries in this order; (): all that are not images"""
@@ -140,7 +141,7 @@ def follow_path(values: Any, path: Sequence[Any]) -> Any:
 class LeRobot(Recorded):
     """A dataset of LeRobot, format v2 or v3: the numbers in its parquet files. (Videos are not read.)"""
 
-    root: str
+    root: PathText
     """its folder, which contains meta/info.json, or a hub id such as lerobot/pusht_keypoints"""
     observed: tuple[str, ...] = ("observation.state",)
     """observed features, or some of their columns: observation.state[0:2]"""

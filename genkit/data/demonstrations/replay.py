@@ -18,6 +18,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from annotated_types import Ge, Lt
 
+from genkit.config.paths import PathText
 from genkit.core.files import format_error
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
@@ -77,7 +78,7 @@ def single_column(values: np.ndarray, name: str, location: str) -> np.ndarray:
 class Recorded(Demonstrations):
     """Base of the sources of recorded episodes: named arrays of all their steps."""
 
-    root: str
+    root: PathText
     """the file or folder"""
     observed: tuple[str, ...] = ("obs",)
     """observed arrays, or some of their columns: state[0:2]; none if images are enough"""
@@ -238,7 +239,7 @@ def read_replay_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarr
 class Replay(Recorded):
     """A replay buffer of any environment: an .npz, or diffusion_policy's .zarr, with ``episode_ends``."""
 
-    root: str
+    root: PathText
     """the file"""
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:

@@ -36,6 +36,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
+FRECHET_TITLES = {"fid": "fd", "fid_inf": "fd_inf"}  # a Fréchet distance is an FID only in Inception's features
+
+
 def find_metric(value: str) -> str | None:
     """The name of the metric that gives the number ``value`` (``prdc`` for ``recall``), or None."""
     return next((name for name, metric in METRICS.items() if value in metric.values), None)
@@ -45,6 +48,17 @@ def metric_direction(value: str) -> Direction | None:
     """Whether lower or higher is better for the number ``value`` (``recall``, say); None if no metric gives it."""
     name = find_metric(value)
     return None if name is None else METRICS[name].direction
+
+
+def metric_title(value: str, features: str | None) -> str:
+    """What tables and plots call the number ``value`` in these features: ``fid`` in Inception's, ``fd (raw)`` in raw.
+
+    Vectors are their own features, and an accuracy is no distance: their names stay as they are.
+    """
+    name = find_metric(value)
+    if name is None or METRICS[name].needs in ("samples", "labels") or features in (None, "inception"):
+        return value
+    return f"{FRECHET_TITLES.get(value, value)} ({features})"
 
 
 __all__ = [
@@ -66,6 +80,7 @@ __all__ = [
     "inception_score",
     "kid",
     "metric_direction",
+    "metric_title",
     "mmd",
     "prdc",
     "proportion",

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from genkit.config.paths import PathText
 from genkit.core import Data, Draw, Label
 from genkit.core.files import atomic_write
 from genkit.core.tensors import cache_folder, sha256
@@ -144,7 +145,7 @@ class Inception(Features):
 
     resize: Resize = "clean"
     """How images become 299x299; FIDs of different modes do not compare (Parmar et al. 2022)."""
-    weights: str | None = None
+    weights: PathText | None = None
     """The file inception-2015-12-05.pt, or safetensors; None: where clean-fid keeps it, or genkit's cache."""
     fast: bool = False
     """Use bf16: to monitor a training, not to publish."""

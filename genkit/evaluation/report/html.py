@@ -242,10 +242,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def format_metric(name: str) -> str:
-    """The name of a metric, with an arrow in the direction of better values if genkit knows the metric."""
+def format_metric(name: str, title: str | None = None) -> str:
+    """The name of a metric, or its ``title``, with an arrow in the direction of better values if genkit knows it."""
     direction = metric_direction(name)
-    return name if direction is None else f"{name} {ARROWS[direction]}"
+    return title or name if direction is None else f"{title or name} {ARROWS[direction]}"
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

@@ -7,17 +7,17 @@ only the first is required. The page says what is missing or damaged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from genkit import __version__, config
+from genkit import __version__
 from genkit.config import load_yaml
 from genkit.core import pictures
 from genkit.core.files import refuse_foreign, write_text
-from genkit.evaluation.cards import Card, flatten, to_number, to_text
+from genkit.evaluation.cards import Card, comparable_settings, describe_data, flatten, to_number, to_text
 from genkit.evaluation.report import latent_space
 from genkit.evaluation.report.html import (
     embed_pictures,
@@ -33,18 +33,17 @@ from genkit.evaluation.report.html import (
     render_tiles,
     render_value,
 )
-from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe
+from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe, titled_metrics
 from genkit.evaluation.report.records import LogSummary, Point, read_cards, read_log
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run
 from genkit.training.run import load_run
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import stored_settings
 
 TRAINING_GRIDS = 12  # grids of samples on a page, spread evenly over the training
 OTHER_PICTURES = 8
-# settings of cards that separate one curve from another
-CURVE_SETTINGS = ("step", "ema", "sampler", "grid", "guidance", "label", "n", "features.name", "features.resize")
+CURVE_WEIGHTS = ("step", "ema", "weights_sha256")  # with all that eval --compare refuses, they separate curves
 LONG_TEXT = 40  # characters; settings with longer values get no column of their own
 CURVE_TITLES = {"grad_norm": "gradient norm", "lr": "learning rate", "samples_per_s": "samples per second"}
 LATENT_SPACE_NOTE = (
@@ -203,7 +202,7 @@ def card_parts(cards: Sequence[Card]) -> list[Markup]:
     parts = [card_table(cards, metrics, columns)]
     if notes := list(dict.fromkeys(note for card in cards for note in card.notes)):
         parts.append(render("lines", lines=notes))
-    parts += plot_metrics_by_nfe(metrics, group_by_curve(cards, varying))
+    parts += plot_metrics_by_nfe(metrics, group_by_curve(cards))
     # settings that all cards share are listed once; if some differing ones had no column, each card lists its own
     shared = {key: value for key, value in settings[0].items() if key not in varying}
     if shared:
@@ -218,10 +217,11 @@ def card_parts(cards: Sequence[Card]) -> list[Markup]:
 
 def card_table(cards: Sequence[Card], metrics: Sequence[str], columns: Sequence[str]) -> Markup:
     """One row a card: its metrics, then the settings in ``columns``."""
-    titles = [format_metric(name) for name in metrics]
+    titled = titled_metrics(metrics, cards)
+    titles = [format_metric(name, title) for name, title in titled]
     rows = []
     for card in cards:
-        values = [render_value(card.metrics.get(name)) for name in metrics]
+        values = [render_value(card.metrics.get(name) if card.title(name) == title else None) for name, title in titled]
         settings = [to_text(card.flat_settings[key]) if key in card.flat_settings else "–" for key in columns]
         rows.append([card.name, *values, *settings])
     caption = "Values with their intervals if known; ↓ lower is better, ↑ higher is better. "
@@ -236,15 +236,48 @@ def varying_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({to_text(s[key]) if key in s else None for s in settings}) > 1]
 
 
-def group_by_curve(cards: Sequence[Card], varying: Iterable[str]) -> dict[str, list[Card]]:
-    """The cards with a known number of evaluations, by the label of their curve: the other settings that vary."""
-    separating = [key for key in varying if key in CURVE_SETTINGS]
-    groups: dict[str, list[Card]] = {}
-    for card in cards:
-        if card.nfe is not None:
-            label = ", ".join(f"{key} {to_text(card.flat_settings.get(key))}" for key in separating)
-            groups.setdefault(label, []).append(card)
-    return groups
+def group_by_curve(cards: Sequence[Card]) -> dict[str, list[Card]]:
+    """The cards with a known number of evaluations, by the label of their curve.
+
+    A curve has cards that differ in the number of steps alone: of the same weights, and in nothing else that
+    ``eval --compare`` refuses.
+    """
+    cards = [card for card in cards if card.nfe is not None]
+    settings = [curve_settings(card) for card in cards]
+    varying = varying_keys(settings)
+    groups: dict[tuple[str, ...], list[Card]] = {}
+    for card, its_settings in zip(cards, settings, strict=True):
+        groups.setdefault(tuple(to_text(its_settings.get(key)) for key in varying), []).append(card)
+    curves: dict[str, list[Card]] = {}
+    for group in groups.values():
+        label = unique = curve_label(group[0], varying)
+        while unique in curves:  # cards that differ only in what has no name, such as the content of their data
+            unique = f"{label} ({1 + sum(name.startswith(label) for name in curves)})"
+        curves[unique] = group
+    return curves
+
+
+def curve_settings(card: Card) -> dict[str, Any]:
+    """The settings that are the same along a curve."""
+    weights = {key: card.settings[key] for key in CURVE_WEIGHTS if key in card.settings}
+    settings = weights | comparable_settings(card)
+    settings.pop("steps", None)
+    return settings
+
+
+def curve_label(card: Card, varying: Sequence[str]) -> str:
+    """What tells a curve from the others: a block by its name, anything else by its value."""
+    words: dict[str, None] = {}
+    for key in varying:
+        block, _, name = key.partition(".")
+        if block == "reference" and isinstance(card.settings.get(block), Mapping):
+            words["against " + describe_data(card.settings[block])] = None
+        elif block == "features" and isinstance(card.settings.get(block), Mapping):
+            features = card.settings[block]
+            words[" ".join(to_text(features[k]) for k in ("name", "resize") if k in features) + " features"] = None
+        elif key != "weights_sha256":
+            words[f"{name or key} {to_text(card.flat_settings.get(key))}"] = None
+    return ", ".join(words)
 
 
 # --------------------------------------------------------------------------------------------------- latent space
@@ -263,7 +296,7 @@ def latent_space_parts(run: Path) -> list[Markup]:
 def has_code(run: Path) -> bool:
     """Whether the run's objective is an autoencoder; False if its configuration is of another version."""
     try:
-        return isinstance(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")).objective, EncoderDecoder)
+        return isinstance(stored_settings(run).objective, EncoderDecoder)
     except ValueError:
         return False
 

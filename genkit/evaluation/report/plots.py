@@ -126,7 +126,10 @@ def summarise_curve(key: str, curve: Sequence[Point]) -> str:
 
 
 def plot_metric_by_nfe(
-    metric: str, series: Mapping[str, list[tuple[float, Estimate]]], floor: Estimate | None = None
+    metric: str,
+    series: Mapping[str, list[tuple[float, Estimate]]],
+    floor: Estimate | None = None,
+    title: str | None = None,
 ) -> Markup:
     """A metric against the number of network evaluations (NFE) a sample; ``floor`` is the value of real data."""
     values = [e.value for points in series.values() for _, e in points] + ([floor.value] if floor else [])
@@ -149,7 +152,7 @@ def plot_metric_by_nfe(
         if metric_direction(metric) == "lower" and min(values) > 0 and max(values) > 8 * min(values):
             use_log_scale(axes.yaxis, values)
         axes.set_xlabel("network evaluations per sample (NFE)")
-        axes.set_ylabel(shorten(metric))
+        axes.set_ylabel(shorten(title or metric))
         if len(series) > 1 or floor:
             axes.legend(frameon=False, fontsize=8)
 
@@ -158,24 +161,31 @@ def plot_metric_by_nfe(
         for name, points in series.items()
     )
     real = f"; real data: {format_number(floor.value)}" if floor else ""
-    alt = f"{metric} against the number of network evaluations. {summary}{real}"
-    return render_plot(draw, format_metric(metric), alt)
+    alt = f"{title or metric} against the number of network evaluations. {summary}{real}"
+    return render_plot(draw, format_metric(metric, title), alt)
+
+
+def titled_metrics(metrics: Iterable[str], cards: Iterable[Card]) -> list[tuple[str, str]]:
+    """Each metric with each of the titles that it has in ``cards``, by the features that it was measured in."""
+    titles = {(metric, card.title(metric)): None for card in cards for metric in card.metrics}
+    return [(metric, title) for metric in metrics for name, title in titles if name == metric]
 
 
 def plot_metrics_by_nfe(
     metrics: Iterable[str], groups: Mapping[str, Sequence[Card]], floor: Mapping[str, Estimate] | None = None
 ) -> list[Markup]:
-    """One plot for each metric that was measured at two or more numbers of evaluations, all in one block.
+    """One plot for each metric and kind of features with two or more numbers of evaluations, all in one block.
 
     ``groups`` are the cards of each curve by its label, ``floor`` the metrics of real data.
     """
     plots = []
-    for metric in metrics:
-        series = {
-            name: [(card.nfe, card.metrics[metric]) for card in cards if card.nfe and metric in card.metrics]
-            for name, cards in groups.items()
-        }
-        series = {name: points for name, points in series.items() if points}
+    cards = [card for group in groups.values() for card in group]
+    for metric, title in titled_metrics(metrics, cards):
+        series: dict[str, list[tuple[float, Estimate]]] = {}
+        for name, group in groups.items():
+            for card in group:
+                if card.nfe and metric in card.metrics and card.title(metric) == title:
+                    series.setdefault(name, []).append((card.nfe, card.metrics[metric]))
         if len({nfe for points in series.values() for nfe, _ in points}) > 1:
-            plots.append(plot_metric_by_nfe(metric, series, (floor or {}).get(metric)))
+            plots.append(plot_metric_by_nfe(metric, series, (floor or {}).get(metric), title))
     return [render("plots", plots=plots)] if plots else []

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.config.paths import PathText
 from genkit.core import mean_flat
 from genkit.core.files import format_error
 from genkit.core.tensors import cache_folder
@@ -141,7 +142,7 @@ class RandomFilterDistance(PerceptualDistance):
 class VGG(PerceptualDistance):
     """Features of torchvision's VGG (Simonyan & Zisserman 2015), from a local file; LPIPS without learned weights."""
 
-    weights: str | None = None
+    weights: PathText | None = None
     """torchvision's file, or safetensors with the same names; None: in the cache of torch or of genkit"""
 
     letter: ClassVar[str]

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
+from genkit.config.trust import require_trust
 from genkit.core import seed_of
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
@@ -82,6 +83,7 @@ def finetune(
     directory = find_run(resume) if resume is not None else None
     if settings is None:
         stored = config.load_yaml(settings_file(directory)) if directory else {}
+        require_trust(FinetuneSettings, stored, directory)
         settings = config.from_dict(FinetuneSettings, stored)
     settings = config.override(settings, **changes)
     if isinstance(run, Run):

@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Lt
 from tyro.conf import Positional
 
 from genkit.config import table
+from genkit.config.paths import PathText
 from genkit.core.device import DeviceName
 from genkit.training.settings import Count
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class FinetuneSettings:
     """Improve a trained model by a reward."""
 
-    run: Positional[str] = ""
+    run: Positional[PathText] = ""
     """Directory of the run to improve, such as runs/latest."""
     reward: str = "env"
     """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
@@ -97,11 +98,11 @@ class FinetuneSettings:
     """Rows per forward pass of a gradient step on one rank, to save memory; None: all at once."""
     tensorboard: bool = True
     """Write scalars for TensorBoard, besides log.jsonl."""
-    out: str = "runs"
+    out: PathText = "runs"
     """Directory in which the new run's directory is made."""
     name: str | None = None
     """Name of the new run; None: that of the old one and the method's."""
-    resume: str | None = None
+    resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
 
     @property

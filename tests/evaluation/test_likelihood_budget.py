@@ -1,0 +1,73 @@
+"""The likelihood ends in minutes by default, and says what it left out; a number that is given is measured."""
+
+import json
+import logging
+import time
+
+import pytest
+
+from genkit.cli import main as cli
+from genkit.evaluation import likelihood, likelihoods
+from genkit.evaluation.likelihoods import ESTIMATORS
+from tests.support.evaluation import train
+
+SECONDS = 0.02  # that a slow model takes for a sample
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A run of a small VAE."""
+    argv = ["--objective=vae", "--data=digits", "--backbone=mlp", "--backbone.width=8", "--steps=1"]
+    return train(tmp_path_factory.mktemp("vae"), *argv)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every estimator takes some time for each sample; how many it was given."""
+    counts = []
+
+    def slow_down(estimate):
+        def run_slowly(run, settings, progress):
+            counts.append(settings.n)
+            result = estimate(run, settings, progress)
+            time.sleep(SECONDS * result.n)
+            return result
+
+        return run_slowly
+
+    monkeypatch.setattr(likelihoods, "ESTIMATORS", {name: slow_down(f) for name, f in ESTIMATORS.items()})
+    monkeypatch.setattr(likelihoods, "PILOT_SECONDS", 0.05)
+    return counts
+
+
+def options(bound):
+    """Cheap settings of an estimator."""
+    return {"draws": 2} if bound == "iwae" else {"steps": 2}
+
+
+@pytest.mark.parametrize("bound", ESTIMATORS)
+def test_every_estimator_ends_in_time_and_says_what_it_left_out(bound, moons, vae, slow, caplog):
+    run, budget = (vae if bound == "iwae" else moons), 0.5
+    with caplog.at_level(logging.INFO, "genkit"):
+        start = time.perf_counter()
+        result = likelihood(run, bound=bound, max_minutes=budget / 60, device="cpu", **options(bound))
+    assert time.perf_counter() - start < 8 * budget
+    assert 2 <= result.n <= budget / SECONDS < result.available
+    assert f"the first {result.n} of {result.available} test samples" in caplog.text
+    assert f"{result.n} of {result.available} samples" in result.summary()
+    same = likelihood(run, bound=bound, n=result.n, device="cpu", **options(bound))
+    assert result.bits_per_dim.value == pytest.approx(same.bits_per_dim.value, rel=1e-4)
+
+
+def test_a_number_that_is_given_is_measured(moons, slow):
+    assert likelihood(moons, n=12, steps=2, max_minutes=0.001, device="cpu").n == 12
+    assert slow == [12], "nothing was timed"
+
+
+def test_what_fits_is_measured_as_if_there_were_no_limit(moons, capsys):
+    """All samples in batches of the usual size: the same number, bit for bit."""
+    assert cli.main(["likelihood", str(moons), "--steps=2", "--json", "--device=cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    everything = likelihood(moons, n=result["available"], steps=2, device="cpu")
+    assert result["bits_per_dim"]["value"] == everything.bits_per_dim.value
+    assert result["settings"]["n"] == result["available"]
