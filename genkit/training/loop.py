@@ -79,10 +79,23 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def ema_decay(decay: float, step: int) -> float:
+    """The decay rate at ``step``: ``decay``, after a warm-up in which the average spans a fixed share of training.
+
+    ``(1 + s) / (1 + c + s)`` is a power-function average (Karras et al. 2024, section 3.1) of exponent c: it spans
+    about 1 / c of the training. ``c = 27 / log10(1 / (1 - decay))`` is 9 for 0.999 and 6.75 for 0.9999, so that
+    averages of different decay differ from the first steps on.
+    """
+    if decay == 0:
+        return 0.0
+    exponent = round(27 / math.log10(1 / (1 - decay)), 6)
+    return min(decay, (1 + step) / (1 + exponent + step))
+
+
 @torch.no_grad()
 def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
-    """Average in place: ``ema += (1 - d) (net - ema)`` with ``d = min(decay, (1 + step) / (10 + step))``."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
+    """Average in place: ``ema += (1 - d) (net - ema)`` with ``d`` of :func:`ema_decay`."""
+    weight = 1 - ema_decay(decay, step)
     for name, net in nets.items():
         old: list[Tensor] = list(ema[name].parameters())
         new: list[Tensor] = list(net.parameters())

@@ -5,6 +5,7 @@ import torch
 
 import genkit
 from genkit.cli.main import main
+from genkit.training.loop import ema_decay
 from genkit.training.run import load_run, open_reference
 
 SMALL = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=3", "--workers=0", "--no-tensorboard",
@@ -36,11 +37,13 @@ def test_a_condition_may_be_left_out_only_if_it_was_in_training(runs):
         runs["always"].sample(2, steps=2, cond={})
 
 
-def test_averages_that_are_still_equal_do_not_guide(runs):
-    """Decays are warmed up: after three steps 0.9 and 0.99 hold the same weights."""
+def test_only_another_model_guides(runs):
+    """Averages of different decay differ from the first steps on; weights are compared, not their names."""
     run = runs["dropped"]
     with pytest.raises(ValueError, match="the model itself"):
-        run.sample(2, steps=2, guidance=2.0, autoguide="ema:0.9")
+        run.sample(2, steps=2, guidance=2.0, weak=load_run(run.directory, device="cpu"))
+    plain, guided = run.sample(2, steps=2), run.sample(2, steps=2, guidance=3.0, autoguide="ema:0.9")
+    assert not plain.x.allclose(guided.x)
     weak = open_reference(run, "ema:none")
     assert genkit.sample(run, 2, steps=2, guidance=2.0, weak=weak).x.shape == (2, 2)
 
@@ -57,3 +60,13 @@ def test_clipping_is_for_data_within_one(tmp_path, data, allowed):
     else:
         with pytest.raises(ValueError, match=r"clip: .* go beyond"):
             generate()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999])
+def test_each_average_has_its_own_warm_up(decay):
+    rates = [ema_decay(decay, step) for step in range(0, 200_000, 97)]
+    assert rates == sorted(rates)
+    assert rates[-1] == decay
+    for step in (1, 60, 5000):
+        slower = ema_decay(1 - (1 - decay) / 10, step)
+        assert slower > ema_decay(decay, step) or slower == decay

@@ -383,7 +383,7 @@ def test_average_is_an_exponential_mean_with_a_young_phase():
     old, new = ema["n"].weight.clone(), net["n"].weight.clone()
     update_ema(ema, net, 0.9, 10_000)
     assert torch.allclose(ema["n"].weight, 0.9 * old + 0.1 * new)
-    update_ema(ema, net, 0.9, 0)  # young: (1 + 0) / (10 + 0)
+    update_ema(ema, net, 0.999, 0)  # young: (1 + 0) / (10 + 0)
     assert torch.allclose(ema["n"].weight, 0.1 * (0.9 * old + 0.1 * new) + 0.9 * new)
 
 
