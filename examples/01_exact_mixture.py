@@ -4,7 +4,7 @@
 
 Prints how far each deterministic sampler is from the exact solution as its steps double: the error of a first-order
 method halves, that of a second-order method falls to a quarter. On every path the same numbers come out, because all
-of them solve the same equation in the chart (see genkit/paths.py).
+of them solve the same equation in the chart (see genkit/diffusion/paths.py).
 """
 
 import math

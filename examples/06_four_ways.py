@@ -69,7 +69,7 @@ def main() -> None:
         title = f"{name}, {sampler_steps} step{plural}: success {success.mean():.2f}, {bits:.2f} bits"
         panels.append(world.draw(episodes.paths[:80], colours, title))
 
-    print("\n| policy | sampler steps | success | bits of 2 | training, CPU s |\n|---|---|---|---|---|")
+    print("\n| policy | sampler steps | success | mode entropy, bits | training, CPU s |\n|---|---|---|---|---|")
     print("\n".join(rows))
     print(pictures.save_image(tile(panels), args.out))
 

@@ -97,7 +97,7 @@ def main() -> None:
                 }
             )
 
-    print("| seed | run | success | bits of 2 | held-out loss | CPU s |\n|---|---|---|---|---|---|")
+    print("| seed | run | success | mode entropy, bits | held-out loss | CPU s |\n|---|---|---|---|---|---|")
     for row in rows:
         spans = [f"{row[key][0]:.3f} to {row[key][1]:.3f}" for key in ("success", "bits", "held_out_loss")]
         print(f"| {row['seed']} | {row['name']} | {' | '.join(spans)} | {row['cpu_seconds']} |")

@@ -34,7 +34,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--images", help="a folder, .zip or .npz; default: held-out images of the run's data")
     parser.add_argument("--sampler", default="heun", choices=SAMPLERS)
-    parser.add_argument("--steps", type=int, default=40, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=40, help="number of sampler steps")
     parser.add_argument("--n", type=int, default=10, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(out))
@@ -42,7 +42,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
 
 
 def add_restoration_arguments(parser: argparse.ArgumentParser, noise: float) -> None:
-    parser.add_argument("--noise", type=float, default=noise, help="standard deviation of the measurement, in [-1, 1]")
+    parser.add_argument("--noise", type=float, default=noise, help="standard deviation; pixels lie in [-1, 1]")
     parser.add_argument("--methods", nargs="+", default=["pigdm", "dps"], choices=METHODS)
 
 
@@ -70,7 +70,7 @@ def restore(args: argparse.Namespace, run: genkit.Run, measurement: Measurement,
 
 
 def rms_error(x: Tensor, x0: Tensor, mask: Tensor | None = None) -> float:
-    """Root mean square difference of images in [-1, 1], where ``mask`` is True if there is one."""
+    """Root mean square difference of images in [-1, 1], over the pixels of ``mask`` if it is given."""
     difference = x.clamp(-1, 1) - x0
     if mask is not None:
         difference = difference[:, mask]

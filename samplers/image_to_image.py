@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", default="digits", help="a name of genkit.data.DATA, a folder, .zip or .npz")
     parser.add_argument("--task", default="enlarge", choices=TASKS)
-    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--steps", type=int, default=600, help="number of training steps")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--n", type=int, default=10, help="number of held-out images")
     parser.add_argument("--answers", type=int, default=3, help="samples for each image")

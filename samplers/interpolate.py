@@ -1,4 +1,4 @@
-"""Walk between samples: spherical interpolation of their noise, drawn with a deterministic sampler.
+"""Interpolate between samples: spherical interpolation of their noise, drawn with a deterministic sampler.
 
     python samplers/interpolate.py runs/latest --label 3 --rows 5 --columns 10 --out interpolation.png
 

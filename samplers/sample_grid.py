@@ -2,7 +2,7 @@
 
     python samplers/sample_grid.py runs/latest --samplers ddim heun dpmpp_2m --steps 10 --out grid.png
 
-Copy this file and change it: it is all there is to sampling from Python.
+Copy this file and change it: it shows all that sampling from Python needs.
 """
 
 import argparse

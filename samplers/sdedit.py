@@ -1,4 +1,4 @@
-"""Make variations of real images: noise them up to some time, and sample from there (SDEdit, Meng et al. 2022).
+"""Make variations of real images: add noise up to some time, and sample from there (SDEdit, Meng et al. 2022).
 
     python samplers/sdedit.py runs/latest --strengths 0.3 0.5 0.7 0.9 --out variations.png
     python samplers/sdedit.py runs/latest --label 8 --guidance 2          # turn them into eights

@@ -2,7 +2,7 @@
 
     python tools/front_page.py
 
-Left: samples of configs/fashion_flow.yaml, a column a class. Right: paths of `genkit bench toy` from moons to eight
+Left: samples of configs/fashion_flow.yaml, one column per class. Right: paths of `genkit bench toy` from moons to eight
 Gaussians, without and with optimal transport, and episodes of the flow policy of examples/06_four_ways.py.
 """
 

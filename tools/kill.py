@@ -115,7 +115,7 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
 
 
 def main() -> int:
-    """Run the campaign; the number of chains that differ decides the exit code."""
+    """Run all chains. Returns the exit code: 1 if one differs from its uninterrupted run."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--power-cuts", type=int, default=20)

@@ -1,4 +1,4 @@
-"""Measure the shape of the code: rooms, circles, length of functions, documentation, hops from a command to its core.
+"""Measure the structure of the code: rooms, import contracts, length of functions, documentation, depth of call chains.
 
     python tools/measure.py [--chains]      # --chains also prints the functions on the way
 
@@ -57,8 +57,8 @@ def module_functions_documented() -> tuple[int, int]:
     return documented, total
 
 
-def circles() -> int:
-    """Broken contracts of import-linter; the layers leave no room for a circle between rooms."""
+def broken_contracts() -> int:
+    """1 if import-linter finds a broken contract, else 0; its layers exclude import cycles between rooms."""
     text = subprocess.run(["lint-imports"], capture_output=True, text=True, cwd=PACKAGE.parent).stdout
     return 0 if ", 0 broken" in text else 1
 
@@ -121,7 +121,7 @@ def main() -> None:
     modules = [len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")]
     rows = {
         "rooms": len(list(PACKAGE.glob("*/__init__.py"))),
-        "broken import contracts": circles(),
+        "broken import contracts": broken_contracts(),
         **{f"hops, {label}": len(names) for label, names in chains.items()},
         "lines of a function: median, 99th percentile, longest": f"{statistics.median(sizes):.0f}, "
         f"{sizes[int(0.99 * len(sizes))]}, {sizes[-1]}",

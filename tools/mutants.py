@@ -2,12 +2,10 @@
 
     python tools/mutants.py [--only paths] [--first 0] [--last 20]
 
-`tests/mutants/ROOM.yaml` lists them: a file, what stands there (`old`), what is planted (`new`), and the tests that
-must
-notice. Each is planted in a copy of the tree, and its tests run until one fails. Survivors are printed, and the exit
-code
-is their number. A fault takes about half a minute, so this is not part of the test run; `tests/tools/test_mutants.py`
-checks that each fault still finds its line.
+`tests/mutants/ROOM.yaml` lists them: a file, the original text (`old`), its replacement (`new`), and the tests that
+must detect it. Each is planted in a copy of the tree, and its tests run until one fails. Survivors are printed, and the
+exit code is their number. A fault takes about half a minute, so this is not part of the test run;
+`tests/tools/test_mutants.py` checks that the line of each fault still exists.
 """
 
 from __future__ import annotations
@@ -47,17 +45,17 @@ def survives(tree: Path, fault: Fault) -> bool:
     """Whether no test fails with the fault planted in `tree`."""
     file, old, new, tests = fault
     path = tree / file
-    sound = path.read_text()
-    path.write_text(sound.replace(old, new, 1))
+    original = path.read_text()
+    path.write_text(original.replace(old, new, 1))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *shlex.split(tests)]
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=600)
         return done.returncode == 0
     except subprocess.TimeoutExpired:
-        return False  # an endless loop is noticed
+        return False  # an endless loop counts as detected
     finally:
-        path.write_text(sound)
+        path.write_text(original)
 
 
 def main() -> int:

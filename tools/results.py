@@ -132,7 +132,7 @@ def gan_modes() -> str:
         runs = list(seeds.values())
         near = ", ".join(f"{100 * run['near']:.0f} %" for run in runs)
         rows.append([name, ", ".join(str(run["modes"]) for run in runs), near])
-    return table(["GAN loss (one number a seed)", "modes of 8", "samples near a mode"], rows)
+    return table(["GAN loss (one number per seed)", "modes of 8", "samples near a mode"], rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- toys
@@ -187,7 +187,7 @@ def reflow() -> str:
         rows.append([label, *cells])
     real = [number(mean(plane["real"]["one"]), 3), "", number(mean(pictures["real"]["one"]), 2), ""]
     rows.append(["real data", *real])
-    header = ["", "plane, W2: one step", "25 of Heun", "digits, Fréchet distance: one step", "25 of Heun"]
+    header = ["", "plane, W2: one step", "25 Heun steps", "digits, Fréchet distance: one step", "25 Heun steps"]
     return table(header, rows)
 
 
@@ -233,7 +233,7 @@ def finetune_four_ways() -> str:
         [str(run["seed"]), change(run["success"][1], 3), change(run["bits"][1], 2), str(run["cpu_seconds"])]
         for run in load("finetune-four-ways")["seeds"]
     ]
-    return table(["seed", "success on unseen starts", "bits of 2", "CPU s"], rows)
+    return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
 def mixed() -> str:
@@ -244,7 +244,7 @@ def mixed() -> str:
         cells = [spread([run[key][1] for run in runs], places) for key, places in
                  (("success", 2), ("bits", 2), ("held_out_loss", 4))]  # fmt: skip
         rows.append([name.replace("lambda", "λ ="), *cells])
-    return table(["", "success", "bits of 2", "loss on held-out demonstrations"], rows)
+    return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
 def rwr() -> str:
@@ -252,7 +252,7 @@ def rwr() -> str:
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
         for row in load("rwr-four-ways")["rows"]
     ]
-    return table(["", "success", "bits of 2", "loss on held-out demonstrations"], rows)
+    return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
 def q_function() -> str:
@@ -265,7 +265,7 @@ def q_function() -> str:
             ", ".join(number(v, places) for v in column) for column, places in zip(columns, (3, 2, 1), strict=True)
         ]
         rows.append([label, *texts])
-    return table(["one number a seed", "success", "bits of 2", "CPU s for 400 episodes"], rows)
+    return table(["one number per seed", "success", "mode entropy, bits (at most 2)", "CPU s for 400 episodes"], rows)
 
 
 def mujoco() -> str:
@@ -276,7 +276,7 @@ def mujoco() -> str:
         seconds = ", ".join(str(run["finetune_cpu_seconds"]) for run in results["seeds"])
         label = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5"}[name]
         rows.append([f"[{label}]({name}.json)", spread(before, 0), spread(after, 0), seconds])
-    return table(["", "return before", "after", "CPU s, one number a seed"], rows)
+    return table(["", "return before", "after", "CPU s of each seed"], rows)
 
 
 def ddpo() -> str:
@@ -340,7 +340,7 @@ def overhead() -> str:
         [name, number(run["genkit_us"], 1), number(run["diffusers_us"], 1), f"{run['ratio']:.1f}x"]
         for name, run in load("overhead")["overhead"].items()
     ]
-    return table(["sampler", "genkit, µs a step", "diffusers, µs a step", "ratio"], rows)
+    return table(["sampler", "genkit, µs per step", "diffusers, µs per step", "ratio"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- README

@@ -101,9 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None
     score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
-    with torch.autocast(
-        "cpu", enabled=False
-    ):  # or softmax would answer in float32; inside, its kernel sums in it anyway
+    with torch.autocast("cpu", enabled=False):  # under autocast softmax returns float32; its kernel sums in it anyway
         weights = score.softmax(-1)
     return weights @ v
 
@@ -181,7 +179,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, by a convolution of stride 2."""
+    """Halve the size, by a convolution of stride 2."""
 
     def __init__(self, dims: int, channels: int):
         super().__init__()
@@ -192,7 +190,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, by repetition and a convolution."""
+    """Double the size, by repetition and a convolution."""
 
     def __init__(self, dims: int, channels: int):
         super().__init__()

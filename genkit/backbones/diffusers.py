@@ -1,9 +1,9 @@
 """Networks of diffusers as denoisers: to fine-tune pretrained ones, and to export trained ones.
 
-They embed an index into DDPM's table of 1000 times: theirs, n = 0 .. 999, is our label (n + 1) / 1000, so they get
-``1000 label - 1``, for every objective (a label log(sigma) / 4 too). It need not be an integer, since they embed it by
-sinusoids. :func:`shift_time_embedding` turns weights that were trained so into weights that expect ``1000 label``, the
-convention of diffusers' flow-matching schedulers.
+diffusers' networks embed an index n = 0 .. 999 of DDPM's 1000 time steps. The same time has the label (n + 1) / 1000
+here, so they are given ``1000 label - 1``, for every objective (also for a label log(sigma) / 4). It need not be an
+integer, since they embed it by sinusoids. :func:`shift_time_embedding` turns weights that were trained this way into
+weights that expect ``1000 label``, the convention of diffusers' flow-matching schedulers.
 
 Importing diffusers takes seconds, so it is imported when a network is made.
 """
@@ -77,7 +77,7 @@ class NetworkConfig(ABC):
 
     @classmethod
     def from_config(cls, stored: Mapping[str, Any]) -> NetworkConfig:
-        """From a config.json; a setting that is no field here, or not of a field's type, goes into ``more``."""
+        """From a config.json; a setting without a field here, or not of its type, goes into ``more``."""
         defaults = {
             k: p.default for k, p in inspect.signature(diffusers_class(cls.class_name).__init__).parameters.items()
         }
@@ -102,11 +102,11 @@ class NetworkConfig(ABC):
         """The output of diffusers' network; ``context`` is the tokens and their mask, or empty."""
 
     def size_multiple(self) -> int:
-        """The number that the sides of pictures have to be multiples of."""
+        """The number of which the sides of pictures must be multiples."""
         return 1
 
     def context_dim(self) -> int:
-        """The numbers of a token of its cross-attention; 0 if it has none."""
+        """The dimension of the tokens of its cross-attention; 0 if it has none."""
         return 0
 
 
@@ -171,9 +171,9 @@ class UNet2DCondition(UNet2D):
     )
 
     attention_head_dim: Annotated[int, Ge(1)] = 8
-    """heads of each attention (diffusers' name is wrong)"""
+    """heads of each attention layer (diffusers' name is wrong)"""
     cross_attention_dim: Annotated[int, Ge(1)] = 64
-    """numbers of a token of the data"""
+    """dimension of the data's tokens"""
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
         tokens, mask = context
@@ -245,7 +245,7 @@ class Diffusers(Backbone):
     model: NetworkConfig = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
     """unet2d, unet2d-condition or dit, and its settings under diffusers' names"""
     timesteps: Annotated[int, Ge(1)] = 1000
-    """number of times that the network counts; it gets timesteps * label - 1"""
+    """number of time steps of the network, which is given timesteps * label - 1"""
     learned_sigma: bool = False
     """the network has twice the output channels, as DiT's released weights do; the half for the variance is not used"""
     checkpoint: bool = False
@@ -353,7 +353,7 @@ class DiffusersDenoiser(nn.Module):
             ) from e
         for module in self.model.modules():
             if type(module).__name__ == "LabelEmbedding":
-                module.dropout_prob = 0.0  # type: ignore[assignment]  # conditions are dropped by our draws, and by row
+                module.dropout_prob = 0.0  # type: ignore[assignment]  # genkit drops conditions itself, row by row
         if cfg.checkpoint:
             self.model.enable_gradient_checkpointing()  # type: ignore[operator]  # of diffusers, not of nn.Module
         self.sequences = ContextTokens(spec, cfg.model.context_dim()) if cfg.model.context_dim() else None
@@ -389,9 +389,9 @@ def timestep_index(label: Float[Tensor, " b"], timesteps: int = 1000) -> Float[T
 def shift_time_embedding(
     weight: Float[Tensor, "e d"], rates: Float[Tensor, " h"], cosine_first: bool, by: float
 ) -> Tensor:
-    """The first layer behind the sinusoids of n, for sinusoids of ``n + by``: a rotation of each pair.
+    """The first layer after the sinusoids of n, converted to sinusoids of ``n + by``: a rotation of each pair.
 
-    ``cos(w n) = cos(w (n + by)) cos(w by) + sin(w (n + by)) sin(w by)``, and so for the sine.
+    ``cos(w n) = cos(w (n + by)) cos(w by) + sin(w (n + by)) sin(w by)``, and likewise for the sine.
     """
     h = len(rates)
     first, second, rest = weight.double().split([h, h, weight.shape[1] - 2 * h], 1)

@@ -144,7 +144,7 @@ class Trunk(nn.Module):
 
 
 class DiTDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
 
     def __init__(self, cfg: DiT, spec: Spec):
         super().__init__()

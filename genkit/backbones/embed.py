@@ -189,7 +189,7 @@ class FramesEmbed(Embedder):
 
     Each frame is halved by convolutions (with GroupNorm, which averaged weights need: Chi et al. 2023, section 3.2) to
     a map of shorter side 8. A linear layer reads the whole map, so positions are kept; then the frames are combined.
-    (With maps of side 4, or without GroupNorm, learning started later.)"""
+    With maps of side 4, or without GroupNorm, it took longer to start learning."""
 
     route = "global"
     WIDTHS, SMALLEST = (16, 32, 64, 64), 8
@@ -229,7 +229,8 @@ EMBEDDERS: dict[type, type[Embedder]] = {
 
 # ------------------------------------------------------------------------------------------------ all conditions
 class Routed(NamedTuple):
-    """The conditions of one batch: global ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens`` ``[B, L, E]``."""
+    """The conditions of one batch, by route: ``emb`` (global) ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens``
+    ``[B, L, E]`` with their ``mask`` ``[B, L]``."""
 
     emb: Tensor
     channels: Tensor | None

@@ -1,7 +1,7 @@
-"""LoRA: learn a change of low rank beside layers that stay as they are (Hu et al. 2022), by the peft library.
+"""LoRA: learn a change of low rank of layers that are frozen (Hu et al. 2022), with the peft library.
 
-:func:`adapt` turns every weight that is not trained into a buffer that is not saved, so everything that trains,
-averages, resumes and stores parameters finds the adapter only. For sampling, :func:`merge` adds the change to the
+:func:`adapt` turns every weight that is not trained into a buffer that is not saved, so the code that trains,
+averages, resumes and stores parameters sees the adapter only. For sampling, :func:`merge` adds the change to the
 weights, and the network has its original modules again."""
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LoRA:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank: given {self.rank}; allowed 1 and above, or none for no LoRA")
         given = {"alpha": self.alpha, "layers": self.layers, "dropout": self.dropout}
-        if self.rank is None and (idle := [k for k, v in given.items() if v]):
-            raise ValueError(f"{idle[0]}: has no effect without a rank; give --lora.rank, say 8")
+        if self.rank is None and (unused := [k for k, v in given.items() if v]):
+            raise ValueError(f"{unused[0]}: has no effect without a rank; give --lora.rank, say 8")
         try:
             re.compile(self.layers or "")
         except re.error as e:

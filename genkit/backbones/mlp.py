@@ -88,7 +88,7 @@ class MLPNet(nn.Module):
 
 
 class MLPDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
 
     def __init__(self, net: MLPNet):
         super().__init__()

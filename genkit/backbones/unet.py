@@ -39,7 +39,7 @@ class UNet(Backbone):
     """
 
     width: Annotated[int, Ge(1)] = 32
-    """channels at full size; on digits 48 needs more CPU seconds to the same loss"""
+    """channels at full size; on digits 48 needs more CPU seconds for the same loss"""
     mults: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4)
     """channels of each level, in widths; each level halves the size"""
     num_blocks: Annotated[int, Ge(1)] = 1
@@ -178,7 +178,7 @@ class UpPath(nn.Module):
 
 
 class UNetDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
 
     def __init__(self, cfg: UNet, spec: Spec):
         super().__init__()

@@ -16,7 +16,10 @@ COMMANDS = {  # name -> (module with main(argv), one line of help)
     "train": ("genkit.cli.commands.train", "train an objective on a data set; --resume RUN continues a run"),
     "sample": ("genkit.cli.commands.sample", "sample from a run: a grid, PNG files or an .npz"),
     "eval": ("genkit.cli.commands.evaluate", "measure samples of a run or of folders: FID, KID, precision, recall ..."),
-    "sweep": ("genkit.cli.commands.sweep", "find the best sampler, steps and guidance for each cost"),
+    "sweep": (
+        "genkit.cli.commands.sweep",
+        "find the best sampler, steps and guidance for each cost in network passes",
+    ),
     "likelihood": ("genkit.cli.commands.likelihood", "compute the bits per dimension of held-out samples under a run"),
     "encode": ("genkit.cli.commands.encode", "cache the latents of a data set, for training with --data=latents"),
     "reflow": ("genkit.cli.commands.reflow", "save a run's pairs (noise, sample), for training a straighter flow"),

@@ -5,7 +5,7 @@ A *table* is a field whose value is an instance of one of several dataclasses. I
     path: ProbabilityPath = table("genkit.diffusion.paths:PATHS", "linear")
 
 ``table``     "module:NAME" of the registry, a plain dict name -> dataclass, imported when it is first needed;
-``kind``      "module:Class", the base class that dataclasses from outside must derive from;
+``kind``      "module:Class", the base class that external dataclasses must derive from;
 ``fallback``  "module:function", called with a name that is not in the registry but exists as a path. It returns
               ``(registry name, settings)``; this is how a bare folder can be a data set;
 ``follows``   "field.attribute": if no name is given, the class is the one that this attribute of a sibling field's
@@ -14,7 +14,7 @@ A *table* is a field whose value is an instance of one of several dataclasses. I
 A field that is not a table may have ``follows`` too. The attribute is then a mapping that may hold a default for it.
 
 In YAML a table is a name or a block: ``path: vp`` or ``path: {name: vp, beta_max: 10}``. A block without ``name``
-changes settings of the default. A name may also be ``package.module:Class``, a dataclass from outside. Nothing else in
+changes settings of the default. A name may also be ``package.module:Class``, an external dataclass. Nothing else in
 a configuration is ever imported or executed.
 """
 
@@ -40,7 +40,7 @@ ABSENT: Any = dataclasses.MISSING  # "no value given", where None is a value
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration, in one line: ``path`` is the dotted path of the setting, ``problem`` the rest."""
+    """An error in a configuration, in one line: ``path`` is the dotted path of the setting, ``problem`` the rest."""
 
     def __init__(self, path: str, problem: str):
         super().__init__(" ".join(f"{path}: {problem}".split()) if path else " ".join(problem.split()))
@@ -204,7 +204,7 @@ def parse_object(meta: Mapping[str, Any], given: Any, path: str) -> Block:
 def follow_class(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: Any) -> Any:
     """Return the default block of a table that ``follows`` a sibling, or ``value`` if the sibling names no class."""
     sibling, attribute = meta["follows"].split(".")
-    name = getattr(values[sibling].cls, attribute, ABSENT)  # optional for a class from outside
+    name = getattr(values[sibling].cls, attribute, ABSENT)  # optional for an external class
     return value if name is ABSENT else parse_table(meta, name, path, value)
 
 
@@ -321,7 +321,7 @@ def to_plain(value: Any) -> Any:
 
 
 def find_name(meta: Mapping[str, Any], cls: type) -> str:
-    """Return the name of ``cls`` in its table, or ``package.module:Class`` if it comes from outside."""
+    """Return the name of ``cls`` in its table, or ``package.module:Class`` if it is external."""
     registry = load_object(meta["table"])
     return next((k for k, v in registry.items() if v is cls), f"{cls.__module__}:{cls.__qualname__}")
 

@@ -1,4 +1,4 @@
-"""The vocabulary of genkit: protocols, conditions, batches. Read this room first; every other one speaks its words.
+"""Definitions that all of genkit shares: protocols, conditions, batches. Read this package first.
 
 Conventions, for the whole package:
 
@@ -6,7 +6,7 @@ Conventions, for the whole package:
   converted where they enter the package.
 - ``x0`` is data, ``x1`` the source (noise), ``x = alpha(t) x0 + sigma(t) x1`` a point on the path between them,
   ``tau = sigma / (alpha + sigma)`` its chart time, ``z`` a standard normal, ``cond`` the conditions.
-- Images are float in [-1, 1] inside, uint8 (or [0, 1]) outside.
+- Images are floats in [-1, 1] inside the package, uint8 (or floats in [0, 1]) outside.
 - Shapes: ``B`` samples in a batch, ``S`` the shape of one sample, ``L`` tokens, ``K`` sampler steps.
 """
 

@@ -53,10 +53,10 @@ class Draw:
 class Batch:
     """Samples ``x`` ``[B, *S]`` with conditions, optional loss weights ``[B]`` and random numbers.
 
-    ``draw`` None takes numbers from torch's global generator, as suits interactive use. ``x1`` is the source that
-    belongs to each sample, in the model's own numbers, if the data come in such pairs. ``step`` counts the training
-    steps before this one, for losses that change over training (a KL weight that rises, a discriminator that starts
-    late); None, outside training, means the end of it.
+    If ``draw`` is None, random numbers come from torch's global generator, for interactive use. ``x1`` is the source
+    of each sample, in the model's units, if the data are pairs (source, sample). ``step`` counts the training steps
+    before this one, for losses that change over training (a KL weight that rises, a discriminator that starts late);
+    None, outside training, stands for the end of training.
     """
 
     x: Tensor
@@ -76,7 +76,7 @@ class Batch:
         return value.to(self.x) if self.x.is_floating_point() else value
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), ``[B, *shape]``, in the dtype of ``x`` if that is floating."""
+        """Uniform numbers in [0, 1), ``[B, *shape]``, in the dtype of ``x`` if that is a floating-point type."""
         value = self.draw.uniform(*shape) if self.draw else torch.rand(len(self), *shape, device=self.x.device)
         return value.to(self.x) if self.x.is_floating_point() else value
 

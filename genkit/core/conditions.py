@@ -1,6 +1,6 @@
 """Conditions, and the layout of a sample.
 
-A condition is a named tensor in ``cond``. One that is absent is null: the network uses a learned embedding instead.
+A condition is a named tensor in ``cond``. An absent condition is null: the network uses a learned embedding instead.
 Some names are reserved. ``cond["mask"]``, Bool ``[B, L]``, marks the tokens that exist. ``cond["keep"]``, Bool ``[B]``,
 marks the *samples* that see their conditions at all (False: null), and ``cond["keep.NAME"]``, Bool ``[B]``, those that
 see the condition NAME.
@@ -26,8 +26,8 @@ RESERVED = ("keep", "mask")
 class Label:
     """A class index: ``cond[name]`` is Int ``[B]`` in [0, num).
 
-    ``centers`` holds one sample per class, flattened one after the other in the model's own numbers, if a class stands
-    for a sample (the anchor near which an action chunk lies).
+    ``centers`` holds one sample per class, flattened and concatenated, in the model's units, if a class stands for a
+    sample (the anchor near which an action chunk lies).
     """
 
     num: int
@@ -116,7 +116,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Text:
-    """Text, read byte by byte: ``cond[name]`` Int ``[B, L]``, L up to ``length``, of UTF-8 bytes plus 1, padded with 0.
+    """Text as UTF-8 bytes: ``cond[name]`` is Int ``[B, L]``, each byte plus 1, padded with 0; L is at most ``length``.
 
     No byte of UTF-8 is above 244, so uint8 holds them. A row of zeros, the empty text, is null. ``examples`` are some
     captions of the data.
@@ -208,7 +208,7 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
     def describe(kind: Condition) -> dict[str, Any]:
         values = asdict(kind)
-        if not values.get("entries", True):  # as before there were any
+        if not values.get("entries", True):  # omitted if empty, as in specs written before the field existed
             del values["entries"]
         return {"kind": names[type(kind)], **values}
 

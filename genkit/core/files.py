@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, also after a kill or a power cut."""
+"""Atomic writes: a file or directory is complete or absent, even after a kill or a power cut."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory such that its name never points to a part of it."""
+    """Remove a directory; it is renamed first, so that ``path`` is never an incomplete directory."""
     hidden = path.with_name(f".{path.name}-{os.getpid()}.gone")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -97,7 +97,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def refuse_foreign(path: str | Path, mark: str) -> None:
-    """``ValueError`` if a file is there that does not contain ``mark``, which all that genkit writes there contains."""
+    """``ValueError`` if ``path`` is a file without ``mark``, which is in every file that genkit writes there."""
     path = Path(path).expanduser()
     if path.is_file() and mark.encode() not in path.read_bytes():
         raise ValueError(f"out: {path} exists, and genkit did not write it; give another --out, or move it")

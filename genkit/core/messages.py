@@ -1,4 +1,4 @@
-"""Messages for the user, by the logger ``genkit``, which the command line prints."""
+"""Messages for the user, through the logger ``genkit``, which the command line prints."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ logger = logging.getLogger("genkit")
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(text: str) -> None:
-    """Warn of something, once a process however often it is met (data are loaded again for an evaluation)."""
+    """Log a warning once per process, however often it occurs (evaluation loads the data again, for example)."""
     logger.warning("note     %s", text)

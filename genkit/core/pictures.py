@@ -90,7 +90,7 @@ def plot_signals(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
 
 
 def detect_cycle(cond: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes or prompts (2 to 16) if they repeat in turn, so that each gets a grid column."""
+    """Return the number of classes or prompts if 2 to 16 of them repeat in a cycle, one grid column each; else None."""
     label, words = cond.get("label"), cond.get("text")
     if label is not None and len(label) > 1:
         num = int(label.max()) + 1
@@ -114,7 +114,7 @@ def draw_samples(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
-    """Write an image atomically; ``options`` go to PIL. Raises ``ValueError`` for a suffix that is not an image's."""
+    """Write an image atomically; ``options`` go to PIL. Raises ``ValueError`` for a suffix of no image format."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: given {path.suffix or 'no suffix'}; allowed: the suffix of an image; try .png")

@@ -1,7 +1,7 @@
 """Progress of long work, as a callback, so that the library prints nothing.
 
 Library functions take ``progress: Progress | None``. None shows a bar in a terminal or a notebook and nothing
-elsewhere; :func:`silent` shows nothing; any other callable does what it likes.
+elsewhere; :func:`silent` shows nothing; any other callable is called with each update.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 @contextlib.contextmanager
 def reporting(progress: Progress | None, enabled: bool = True) -> Iterator[Progress]:
-    """``progress`` itself, or a bar on standard error if it is None; ``enabled`` False: silence (on other ranks)."""
+    """``progress`` itself, or a bar on standard error if it is None; nothing if not ``enabled`` (on other ranks)."""
     if not enabled:
         yield silent
     elif progress is not None:

@@ -1,4 +1,4 @@
-"""Protocols: what paths, networks, denoisers, objectives, codecs and data have to offer."""
+"""Interfaces of paths, networks, denoisers, objectives, codecs and data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimizer step: the networks it trains, its repeats per training step, and every how many steps it runs."""
+    """One optimizer step: the networks it trains, its repeats, and the interval in training steps (``every``)."""
 
     name: str
     trains: tuple[str, ...]
@@ -77,7 +77,7 @@ class Parametrization(Protocol):
 
 
 class Denoiser(Protocol):
-    """``(x, t, cond)`` to :class:`Prediction`, on a path; samplers and guidance know nothing more of a model."""
+    """``(x, t, cond)`` to :class:`Prediction`, on a path; all that samplers and guidance use of a model."""
 
     @property
     def path(self) -> ProbabilityPath: ...
@@ -101,7 +101,7 @@ class Generator(Protocol):
 class Backbone(ABC):
     """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
 
-    Class attributes declare what the family can do, and tests hold it to that. Two fields are optional, and have the
+    Class attributes declare what the family can do, and tests check it. Two fields are optional, and have the
     same meaning in every family: ``dropout``, a probability in [0, 1), acts in training only and is 0 by default;
     ``checkpoint`` recomputes activations in the backward pass and is off by default.
 
@@ -114,7 +114,7 @@ class Backbone(ABC):
     """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
     "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
-    """The numbers of axes after the first that samples may have: 0 for vectors, 1 for signals, 2 for images."""
+    """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
 
     @abstractmethod
     def denoiser(self, spec: Spec) -> nn.Module:
@@ -141,7 +141,7 @@ class Objective(ABC):
     is_generative: ClassVar[bool] = True
     """whether it draws samples; a classifier, which guides other models, does not"""
     likelihood_method: ClassVar[str | None] = None
-    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: not at all"""
+    """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
     policy_steps: ClassVar[int] = 4
@@ -177,7 +177,7 @@ class Objective(ABC):
         return False
 
     def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
-        """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without a code."""
+        """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without an encoder."""
         return None
 
     def noise_shape(self, spec: Spec) -> tuple[int, ...]:
@@ -185,10 +185,10 @@ class Objective(ABC):
         return spec.shape
 
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:  # noqa: B027  # most need nothing
-        """Called on every rank after the optimizers' step ``step``, before the averages are updated.
+        """Called on every rank after training step ``step``, before the averaged weights are updated.
 
         Update here what changes without a gradient, such as the running means of a codebook. The loss only accumulates
-        into buffers, so that the result does not depend on how a batch is cut into micro-batches and ranks.
+        into buffers, so that the result does not depend on how a batch is split into micro-batches and ranks.
         """
 
     def warning(self, record: Mapping[str, Any]) -> str | None:
@@ -217,7 +217,7 @@ class HasELBO(Protocol):
 
 
 class Codec(Protocol):
-    """Converts between the data's samples (uint8 pixels, actions in metres) and the model's numbers, of order one."""
+    """Converts between the data's samples (uint8 pixels, actions in metres) and the model's units, of order one."""
 
     def encode(self, batch: Batch) -> Batch: ...
     def decode(self, x: Tensor) -> Tensor: ...

@@ -1,8 +1,8 @@
-"""Captions: templates that are filled with class names, or texts that lie beside the images.
+"""Captions: templates that are filled with class names, or text files beside the images.
 
 The caption of an image ``a.png`` is the content of ``a.txt``. Or one file at the top of the folder or zip holds all
 captions: ``captions.jsonl`` or ``metadata.jsonl`` with one line ``{"file_name": "a.png", "text": "a handwritten
-seven"}`` an image, or ``metadata.csv`` with the columns ``file_name`` and ``text``, as in Hugging Face's imagefolder.
+seven"}`` per image, or ``metadata.csv`` with the columns ``file_name`` and ``text``, as in Hugging Face's imagefolder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CaptionReader = Callable[[], Sequence[Caption]]
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, whose tensors have one row a caption."""
+    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, which has one row per caption."""
 
     rows: Tensor
     table: Mapping[str, Tensor]
@@ -124,7 +124,7 @@ def captions_from_files(read_files: CaptionReader | None) -> tuple[list[Caption]
 def read_captions(
     images: Sequence[str], others: Sequence[str], read: Callable[[str], bytes], root: str
 ) -> list[Caption]:
-    """Return the caption of each image. ``ValueError`` names a file whose caption is missing, double or of no image.
+    """Return the caption of each image. ``ValueError`` names a caption that is missing, double or without image.
 
     ``images`` and ``others`` are file names below ``root``; ``read`` returns the content of one of ``others``.
     """

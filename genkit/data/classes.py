@@ -13,11 +13,11 @@ from genkit.core import Label
 from genkit.core.messages import warn_once
 
 MAX_CLASSES = 2**20  # an embedding has a row for each; more are identifiers that were taken for classes
-MAX_LISTED = 20  # classes that a line names
+MAX_LISTED = 20  # classes that are listed in one message
 
 
 def sort_naturally(names: Iterable[str]) -> list[str]:
-    """Names as a person counts them: 2 before 10, class2 before class10; whole numbers by their value."""
+    """Names in natural order: 2 before 10, class2 before class10; whole numbers by their value."""
     names = sorted(names)
     if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
         return sorted(names, key=int)

@@ -1,4 +1,4 @@
-"""Codecs: between samples as they are stored (uint8 pixels, actions in metres) and the model's numbers of order one.
+"""Codecs convert between stored samples (uint8 pixels, actions in metres) and the model's units, of order one.
 
 A codec is a small frozen dataclass of numbers, stored as JSON beside the weights:
 ``from_dict(json.loads(json.dumps(to_dict(codec)))) == codec``.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Codec
 
-LARGEST_SHIFT = 2.0**15  # of numbers relative to their spread: beyond, float32 (24 bits) keeps less than 9 bits of it
+LARGEST_SHIFT = 2.0**15  # in units of the spread, of which float32 (24 bits) keeps less than 9 bits beyond this
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Affine(ABC):
         return bool(((shift.abs() > LARGEST_SHIFT * scale) & (scale > 0)).any())
 
     def encode(self, batch: Batch) -> Batch:
-        """The model's numbers, float32; float64 samples are cast after centring."""
+        """Samples in the model's units, float32; float64 samples are cast after centring."""
         shift, scale = self._broadcast(batch.x)
         x = (batch.x - shift) / torch.where(scale > 0, scale, 1)
         return replace(batch, x=x.float() if x.dtype == torch.float64 else x)
 
     def decode(self, x: Tensor) -> Tensor:
-        """The data's numbers, float64 if :attr:`needs_float64`."""
+        """Samples in the data's units, float64 if :attr:`needs_float64`."""
         x = x.double() if self.needs_float64 else x
         shift, scale = self._broadcast(x)
         return x * scale + shift

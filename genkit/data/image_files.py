@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx",
 )  # fmt: skip
-COMPANIONS = {  # files beside images that are no images, and that nobody misses
+COMPANIONS = {  # known files beside images that are not images; no warning mentions them
     "dataset.json", "labels.txt", "samples.json", "captions.jsonl", "metadata.jsonl", "metadata.csv",
     "Thumbs.db", "desktop.ini",
 }  # fmt: skip
@@ -139,11 +139,11 @@ class ZipFiles:
 
     @property
     def has_index(self) -> bool:
-        """Whether there is a ``dataset.json``, which decides on the classes, also by naming none."""
+        """Whether there is a ``dataset.json``, which determines the classes, even if it has none."""
         return "dataset.json" in self.others
 
     def names_below_top(self) -> list[str]:
-        """The names of the images without the folders that all of them share: what a folder would be opened at."""
+        """The names of the images without the folders that all of them share."""
         top = os.path.commonpath([os.path.dirname(name) for name in self.names])
         return [name[len(top) + 1 :] if top else name for name in self.names]
 

@@ -35,7 +35,7 @@ T = TypeVar("T")
 Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
 Channels = Literal[1, 3] | None
 
-PROGRESS_FROM = 2000  # images from which decoding shows a progress bar
+PROGRESS_FROM = 2000  # number of images above which decoding shows a progress bar
 CHUNK = 64  # images that one task of the thread pool decodes
 PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately

@@ -36,7 +36,7 @@ class InLatents:
     """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
 
     ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the
-    ``codec`` does nothing. ``statistics`` are those of the latents' channels.
+    ``codec`` is the identity. ``statistics`` are those of the latents' channels.
     """
 
     moments: Tensor
@@ -120,7 +120,7 @@ def write_index(root: Path, index: Mapping[str, Any]) -> None:
 
 
 def write_shard(path: Path, content: Mapping[str, Tensor], origin: Mapping[str, str]) -> None:
-    """Write a shard; ``origin`` says what it was made of, for :func:`is_shard`."""
+    """Write a shard; ``origin`` records what it was made from, for :func:`is_shard`."""
     with atomic_write(path) as part:
         save_file({k: v.cpu().contiguous() for k, v in content.items()}, part, metadata=shard_metadata(origin))
 
@@ -131,7 +131,7 @@ def shard_metadata(origin: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_shard(path: Path, origin: Mapping[str, str]) -> bool:
-    """Whether this shard exists and was made of ``origin``."""
+    """Whether this shard exists and was made from ``origin``."""
     if not path.is_file():
         return False
     try:

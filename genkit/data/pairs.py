@@ -22,7 +22,7 @@ from genkit.data.source import DataSource, Split, check_split
 
 @dataclass(eq=False)
 class InPairs:
-    """Samples in memory, each with its source ``x1`` ``[N, *S]`` in the model's numbers."""
+    """Samples in memory, each with its source ``x1`` ``[N, *S]`` in the model's units."""
 
     samples: InMemory
     x1: Tensor
@@ -47,7 +47,7 @@ def save_pairs(
     codec: Codec,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's numbers, with all that training needs.
+    """Write pairs ``x``, ``x1`` ``[N, *S]`` in the model's units, with all that training needs.
 
     ``provenance`` records how they were drawn.
     """

@@ -32,7 +32,7 @@ class DataSource(ABC):
     exist, and evaluation changes them:
 
     ``root: str``                  the file or folder that is read
-    ``size``, ``channels``         the shape that images are brought to; None: as stored
+    ``size``, ``channels``         the shape to which images are converted; None: as stored
     ``flip: bool``                 mirror half of the images of a batch at random
     ``labels: bool``               condition on the class of each sample
     ``captions``, ``encoder``      condition on text, and the frozen text encoder that reads it

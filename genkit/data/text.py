@@ -23,7 +23,7 @@ from genkit.core import Spec, Text, Tokens
 from genkit.core.files import atomic_write, format_error
 from genkit.core.tensors import cache_folder
 
-MAX_TOKENS = 512  # of encoders that know no limit
+MAX_TOKENS = 512  # of encoders without a limit of their own
 FLOAT16_MAX = 65504.0
 
 

@@ -1,4 +1,4 @@
-"""Guidance: functions that turn a denoiser into another one. Samplers do not know of it.
+"""Guidance: functions that turn a denoiser into another one. Samplers need not know.
 
 Guidance moves the predicted data; the predicted noise follows, so that ``x = alpha x0 + sigma x1`` stays true
 (:func:`shift_data`). One scale extrapolates from a worse estimate to a better one. A :class:`Rule` says how (linear,
@@ -37,13 +37,13 @@ def shift_data(p: Prediction, path: ProbabilityPath, t: Tensor, shift: Tensor) -
 
 
 def compose(*guidances: Guidance) -> Guidance:
-    """One guidance after another, the first nearest to the network."""
+    """Several guidances, applied in this order: the first is nearest to the network."""
     return lambda denoise: reduce(lambda d, guidance: guidance(d), guidances, denoise)
 
 
 # ---------------------------------------------------------------------------------------------------- rules
 class Rule(ABC):
-    """How to go from a worse estimate of the data through a better one by ``scale``; at scale 1, to the better one."""
+    """How to extrapolate from a worse estimate of the data through a better one; ``scale`` 1 gives the better one."""
 
     @abstractmethod
     def __call__(self, good: Tensor, bad: Tensor, scale: float, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -60,13 +60,13 @@ class Extrapolate(Rule):
 
 @dataclass(frozen=True)
 class Rescale(Rule):
-    """Linear extrapolation, then each sample's standard deviation brought back (Lin et al. 2024, section 3.4).
+    """Linear extrapolation, then each sample's standard deviation is restored (Lin et al. 2024, section 3.4).
 
-    It is that of the predicted data, which means the same for every parametrisation and on every path.
+    It is the standard deviation of the predicted data, so the rule is the same for every parametrisation and path.
     """
 
     phi: Annotated[float, Gt(0), Le(1)] = 0.7
-    """fraction of the added deviation that is removed; 0.7 is the paper's choice"""
+    """fraction of the change in standard deviation that is undone; 0.7 is the paper's choice"""
 
     def __post_init__(self) -> None:
         require("phi", self.phi, "above 0, up to 1", 0 < self.phi <= 1)
@@ -92,7 +92,7 @@ class APG(Rule):
     threshold: Annotated[float, Ge(0)] = 0.0
     """largest norm of the difference over a whole sample (the paper's r); 0: no limit"""
     momentum: Annotated[float, Gt(-1), Lt(1)] = 0.0
-    """weight of the past differences, negative (the paper's beta, -0.5 or -0.75 there); 0: no memory"""
+    """weight of past differences; negative (the paper's beta, -0.5 or -0.75 there); 0: no memory"""
 
     def __post_init__(self) -> None:
         require("parallel", self.parallel, "0 or more", 0 <= self.parallel < math.inf)
@@ -155,7 +155,7 @@ def unconditional(denoise: Denoiser) -> Callable[[Tensor, Tensor, Cond], Predict
 
 @dataclass
 class Guided:
-    """A denoiser extrapolated along a pair."""
+    """A denoiser extrapolated by a rule from the worse prediction of a pair through the better one."""
 
     inner: Denoiser
     pair: DenoiserPair

@@ -2,7 +2,7 @@
 
 The measurement is ``y = A x0 + sigma_y n``. Bayes' rule adds ``grad log p(y | x_t)`` to the score, which moves the
 expected data by ``sigma^2 / alpha`` times that gradient (Tweedie's formula, on any path). :func:`pigdm` and :func:`dps`
-differ in the law that they assume for ``p(x0 | x_t)``; both differentiate through the denoiser. They are ``Denoiser ->
+differ in the form that they assume of ``p(x0 | x_t)``; both differentiate through the denoiser. They are ``Denoiser ->
 Denoiser``, so every sampler draws from the posterior, on the paths of diffusion and of flow alike, with other guidance
 or without:
 
@@ -50,7 +50,7 @@ class Operator(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Operator):
-    """Inpainting: the numbers of a sample at which ``mask`` is True; the others become 0."""
+    """Inpainting: the entries of a sample at which ``mask`` is True; the others become 0."""
 
     mask: Tensor
     """Bool ``[*S]``"""
@@ -259,9 +259,9 @@ def by_shift(shift: Shift) -> Guidance:
     ``covariance(v) = sigma^2 / alpha J^T v`` costs one backward pass: J is ``alpha / sigma^2`` times the covariance of
     x0 given x_t (the second-order Tweedie formula). At alpha = 0 it is a limit, evaluated at a slightly smaller time.
 
-    A network's J is not that exact, and its error is multiplied by ``sigma^2 / alpha``: for a flow on digits the C of
-    pure noise came out at 0.64 (chart time 0.8), 0.66 (0.9), 1.1 (0.95), 2.7 (0.98), 68 (0.999). So take
-    ``within(0, 0.9, pigdm(...))`` for networks; the few steps above that know next to nothing of x0 anyway.
+    A network's J is not exact, and its error is multiplied by ``sigma^2 / alpha``: for a flow on digits the C of pure
+    noise came out at 0.64 (chart time 0.8), 0.66 (0.9), 1.1 (0.95), 2.7 (0.98), 68 (0.999). So use
+    ``within(0, 0.9, pigdm(...))`` for networks; at noisier steps x_t says almost nothing about x0 anyway.
     """
 
     def guide(denoise: Denoiser) -> Denoiser:
@@ -301,8 +301,8 @@ def sdedit(
 ) -> Tensor:
     """SDEdit (Meng et al. 2022, algorithm 1): noise pictures ``x0`` ``[B, *S]`` to some time, and sample from there.
 
-    ``strength`` is that chart time as a fraction of that of ``times[0]``: 1 makes a new sample, near 0 the picture
-    stays. The sampler uses the nodes of ``times`` below it. ``noise`` draws each sample's own normals.
+    ``strength`` is that chart time as a fraction of that of ``times[0]``: 1 draws a new sample, near 0 the picture
+    is kept. The sampler uses the nodes of ``times`` below it. ``noise`` draws each sample's own normals.
     """
     require("strength", strength, "above 0, up to 1", 0 < strength <= 1)
     require("sampler", sampler, ", ".join(SAMPLERS), sampler in SAMPLERS)

@@ -1,7 +1,7 @@
 """Parametrisations: what a network predicts. Each makes a :class:`~genkit.core.Prediction` from its output.
 
-All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and everything that a solver makes of them,
-are sums ``p x + q out`` of the network's input and output (:class:`Affine`). A parametrisation that divides by alpha is
+All follow from ``x = alpha x0 + sigma x1`` by linear algebra, so both ends, and what a solver computes from them, are
+sums ``p x + q out`` of the network's input and output (:class:`Affine`). A parametrisation that divides by alpha is
 refused on a path with ``alpha(1) = 0``, because the network's output would not determine the data there.
 """
 

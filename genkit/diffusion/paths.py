@@ -293,7 +293,7 @@ class SharedTime(Tensor):
 
 @lru_cache(maxsize=256)
 def shared_time(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> SharedTime:
-    """``t`` for each of ``rows`` samples, as samplers ask for it."""
+    """``t`` for each of ``rows`` samples, for samplers."""
     time = torch.tensor([t], dtype=dtype, device=device).expand(rows).as_subclass(SharedTime)
     time.value = t
     return time

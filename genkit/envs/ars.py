@@ -35,7 +35,7 @@ class LinearPolicy:
     high: np.ndarray
     """[A], largest action"""
     origin: str = ""
-    """how it was found, for people"""
+    """how it was found, in words"""
 
     def reset(self, seeds: Sequence[int]) -> None: ...
 
@@ -77,7 +77,7 @@ class SearchSettings:
     rounds: Annotated[int, Ge(1)] = 300
     """rounds after which it gives up"""
     directions: Annotated[int, Ge(1)] = 8
-    """random directions of a round, each tried in both senses"""
+    """random directions per round, each tried with both signs"""
     top_directions: Annotated[int, Ge(1)] = 4
     """the best of these directions, which the update uses"""
     step_size: Annotated[float, Gt(0)] = 0.02
@@ -86,7 +86,7 @@ class SearchSettings:
     """standard deviation of the weights that are tried"""
     survival_bonus: Annotated[float, Ge(0)] | None = None
     """subtracted from each step's reward during the search, because a policy that is paid for standing learns to stand
-    still (section 4.1 of the paper); None: the amount that the environment pays in each step but that of a fall"""
+    still (section 4.1 of the paper); None: the environment's bonus for each step without a fall, if known"""
     seed: Annotated[int, Ge(0)] = 0
     """seed of directions and episodes"""
 

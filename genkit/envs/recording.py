@@ -18,7 +18,7 @@ from genkit.envs import Env, Expert, make, make_expert, parse_arguments, plain_i
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
 
 MAX_COPIES = 100  # copies of the environment that run at once
-MAX_WAVES = 4  # waves without a single success after which the expert is given up
+MAX_WAVES = 4  # batches of episodes without a success after which the recording fails
 EARLY_END = 0.05  # fraction of the time limit before which a terminated episode counts as a failure
 
 

@@ -82,7 +82,7 @@ class Card:
 
     @property
     def nfe(self) -> float | None:
-        """Network evaluations a sample, if the samples are a run's."""
+        """Network evaluations per sample, if the samples are a run's."""
         return to_number(self.settings.get("nfe"))
 
     @property

@@ -213,7 +213,7 @@ def estimate_by_ode(run: Run, settings: LikelihoodSettings, progress: Progress) 
 
 
 def log_probs(run: Run, settings: LikelihoodSettings, progress: Progress) -> Tensor:
-    """``log p`` in nats of the model's own numbers, ``[N]``, each sample with its own conditions."""
+    """``log p`` in nats in the model's own units, ``[N]``, each sample with its own conditions."""
     times = uniform(settings.steps or DEFAULT_HEUN_STEPS)(run.denoiser.path)
     options: dict[str, Any] = {
         "divergence": settings.divergence,
@@ -330,7 +330,7 @@ def mean_of(nats: Tensor) -> MeanEstimate:
 def read_batches(
     run: Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
 ) -> Iterator[tuple[Tensor, Cond, Seeds]]:
-    """Samples in the model's own numbers, their conditions, and a noise source with each sample's own seed."""
+    """Samples in the model's own units, their conditions, and a noise source with each sample's own seed."""
     data = run.config.data.load(settings.split)
     n = min(settings.n or len(data), len(data))
     progress("likelihood", 0, n)

@@ -26,7 +26,7 @@ from genkit.training.sampling import Sampling, sample_conditions
 
 SPLITS = ("train", "test")
 HASH_ROWS = 512  # samples hashed at a time
-REFERENCE_SEED = 1_000_000_007  # added to the seed of a run that is the reference: its noise is nobody else's
+REFERENCE_SEED = 1_000_000_007  # added to the seed of a run that is the reference: no evaluated samples share its noise
 
 
 class SampleRows(NamedTuple):

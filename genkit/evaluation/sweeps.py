@@ -39,7 +39,7 @@ SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Which combinations are measured, with how many samples, and what with."""
+    """Which combinations are measured, with how many samples, and by which metric."""
 
     metric: str | None = None
     """The number to optimise, such as fid, kid, recall or w2; None: fid for images, w2 for vectors."""

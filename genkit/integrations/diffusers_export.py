@@ -108,7 +108,7 @@ class Schedule:
     pipeline: Literal["DDIMPipeline", "DDPMPipeline"]
     """the pipeline that runs it with a unet2d"""
     time_shift: float
-    """by how much larger diffusers' times are than genkit's"""
+    """offset of diffusers' times from genkit's"""
     options: str
     """options of genkit sample that draw the same image"""
     steps: int

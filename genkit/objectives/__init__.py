@@ -1,4 +1,4 @@
-"""Objectives: what is learned. A new one is one file, and one line in this dict."""
+"""Objectives: what is learned. To add one, write one file and one line in ``OBJECTIVES``."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[str], None] = lambda text: None) -> Path:
     """The newest checkpoint whose files all have their recorded checksums, or the one of ``step``.
 
-    ``note`` hears of every damaged one that is passed over. ``ValueError`` if none is sound.
+    ``note`` is called for each damaged one that is skipped. ``ValueError`` if none is intact.
     """
     candidates = [find_checkpoint(run, step)] if step is not None else list_checkpoints(run)[::-1]
     for checkpoint in candidates:
@@ -66,9 +66,9 @@ def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[st
         ]
         if not damaged:
             return checkpoint
-        note(f"{checkpoint.name} is damaged ({damaged[0]}); it is passed over")
+        note(f"{checkpoint.name} is damaged ({damaged[0]}); it is skipped")
     tried = ", ".join(p.name for p in candidates) or "none"
-    raise ValueError(f"run: given {run}, which has no sound checkpoint; tried: {tried}")
+    raise ValueError(f"run: given {run}, which has no intact checkpoint; tried: {tried}")
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Path:

@@ -31,7 +31,7 @@ def create_run(out: str | Path, name: str) -> Path:
     out = Path(out).expanduser()
     if (out / "latest").exists() and not (out / "latest").is_symlink():
         raise ValueError(
-            f"out: {out / 'latest'} is in the way: genkit keeps this name for a link; move it, or give --out"
+            f"out: {out / 'latest'} is in the way: genkit needs this name for a link; move it, or give --out"
         )
     out.mkdir(parents=True, exist_ok=True)
     while True:
@@ -47,7 +47,7 @@ def create_run(out: str | Path, name: str) -> Path:
 def symlink(link: Path, target: str) -> None:
     """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a file or directory has that name."""
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: is in the way: genkit keeps this name for a link; move it")
+        raise ValueError(f"{link}: is in the way: genkit needs this name for a link; move it")
     new = link.with_name(f".{link.name}-{os.getpid()}")
     new.unlink(missing_ok=True)
     new.symlink_to(target)

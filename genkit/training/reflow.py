@@ -82,11 +82,11 @@ def reflow(
 
 
 def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Samples ``x`` and sources ``x1`` ``[n, *S]`` in the model's numbers, and the conditions, those of the training
+    """Samples ``x`` and sources ``x1`` ``[n, *S]`` in the model's units, and the conditions, those of the training
     data in turn."""
     objective = run.objective
     if not isinstance(objective, Matching):
-        raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to make straight")
+        raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to straighten")
     if isinstance(run.codec, LearnedCodec):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
     generate = run.generator(Sampling(sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance))

@@ -30,10 +30,10 @@ def settings_difference(old: TrainSettings, new: TrainSettings) -> dict[str, tup
 
 
 def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettings:
-    """``new`` for resuming ``run``: how long, how often and how fast may change, what the weights mean may not.
+    """``new`` for resuming ``run``: how long, how often, how fast may change, what determines the weights may not.
 
     A data set that has moved may be given another ``root``; its content is compared by :func:`compare_fingerprints`.
-    ``note`` hears of each change. Raises ``ValueError`` for a change that would make other weights of the run.
+    ``note`` is called for each change. Raises ``ValueError`` for a change that would alter the trained weights.
     """
     old = stored_settings(run)
     # what the settings leave open was decided when the run began
@@ -126,7 +126,7 @@ def data_fingerprint(data: Data) -> dict[str, Any]:
 
 
 def compare_fingerprints(stored: Mapping[str, Any], current: Mapping[str, Any], note: Note) -> None:
-    """``ValueError`` if the samples or their classes mean something else now; ``note`` hears of other differences."""
+    """``ValueError`` if the samples or their classes mean something else now; ``note`` is called for others."""
     if not stored:
         return
     # through JSON, as the stored one went

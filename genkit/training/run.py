@@ -93,7 +93,7 @@ class Run:
         callback: Callable[..., None] | None = None,
         **options: Any,
     ) -> Generator:
-        """``(z, cond, noise) -> x`` in the model's own numbers; ``run.codec.decode`` makes them samples.
+        """``(z, cond, noise) -> x`` in the model's own units; ``run.codec.decode`` decodes them to samples.
 
         ``options`` go to the sampler (``eta`` of ddim), and so does ``callback(step, x, prediction)``. ``weak`` and
         ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps

@@ -53,7 +53,7 @@ class Samples:
         return pictures.save_gif([pictures.draw_samples(x, self.cond) for x in self.frames], Path(path))
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """The PNG that a notebook displays."""
         return self.grid()._repr_png_()  # type: ignore[attr-defined]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from genkit.training.run import Run
 
 Count = Annotated[int, Ge(1)]
-BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's numbers
+BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
 
 
 @dataclass(frozen=True, kw_only=True)

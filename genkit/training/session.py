@@ -37,7 +37,7 @@ logger = logging.getLogger("genkit")
 Evaluate = Callable[[State, Path], Any]  # (state, run directory) -> a Card on the main process, None on the others
 
 
-class DrawingStopped(Exception):  # not an error
+class DrawingStopped(Exception):  # control flow, not an error
     """A picture was not finished because training is to stop."""
 
 

@@ -119,7 +119,7 @@ class TrainSettings:
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
     step: Annotated[int, Ge(0)] | None = None
-    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest sound one."""
+    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -65,7 +65,7 @@ def train(
 
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
-    sound checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
+    intact checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
     the newest run that these settings began. Messages go to the logger ``genkit``. Raises ``ValueError`` for settings
     that do not fit together or cannot change when a run is resumed, and if training diverged.
     """
@@ -144,7 +144,7 @@ class Job:
 
 
 def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
-    """Everything up to the first step: ranks, data, networks, state, run directory. Mistakes are found here."""
+    """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here."""
     accelerator = join_ranks(pick_device(settings.device))
     main, notes = accelerator.is_main_process, []
     lock = RunLock(resumed) if resumed and main else None
@@ -196,7 +196,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     threads = settings.threads or pick_threads(rows * math.prod(data.spec.shape))
     precision = pick_precision(settings.precision, accelerator.device, data.spec)
     if settings.lora.active and not settings.init:
-        raise ValueError("lora: changes weights that are there already; say whose: --init RUN")
+        raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     settings = replace(settings, precision=precision, threads=threads, resume=None, data=source)

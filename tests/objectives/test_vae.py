@@ -244,7 +244,7 @@ def test_a_conditional_vae_draws_the_requested_class():
         (lambda: Autoencoder(latent=(1,), sparsity_weight=0.1), "a latent of one number"),
         (lambda: VAE(latent=(4, 5, 5)).networks(UNet(), Spec((1, 8, 8))), r"UNet: given a latent of size \(5, 5\)"),
         (lambda: VQ(latent=(4, 7, 7)).networks(DiT(), Spec((1, 8, 8))), r"DiT: given a latent of size \(7, 7\)"),
-        (lambda: VAE(likelihood=Bernoulli()).networks(MLP(), Spec((2,))), "bernoulli is a law of pixels"),
+        (lambda: VAE(likelihood=Bernoulli()).networks(MLP(), Spec((2,))), "bernoulli is a distribution of pixels"),
         (lambda: VAE().generator({}, lambda denoise: denoise), "sampler: has no effect on VAE"),
         (lambda: VQ().generator({}), "vq: draws nothing"),
         (lambda: Autoencoder().generator({}), "ae: draws nothing"),

@@ -29,7 +29,7 @@ class ResNet(Backbone):
 
 
 class ResNetDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero at the start."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
 
     def __init__(self, cfg: ResNet, spec: Spec):
         super().__init__()

@@ -80,7 +80,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(policy, whole, tmp_path, cap
     newest = list_checkpoints(run)[-1] / "finetune.safetensors"
     newest.write_bytes(newest.read_bytes()[:-3])
     finetune(["--resume", str(run)])
-    assert "step-0000003 is damaged (finetune.safetensors); it is passed over" in caplog.text
+    assert "step-0000003 is damaged (finetune.safetensors); it is skipped" in caplog.text
     assert_same_run(whole, run)
 
 

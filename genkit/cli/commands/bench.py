@@ -20,7 +20,10 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
     "quality": ("benchmarks.quality", "objectives with the same network, data and budget, evaluated in the same way"),
     "order": ("benchmarks.order", "the convergence order of every solver, on a mixture in closed form"),
     "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, and the published numbers"),
-    "prediction": ("benchmarks.prediction", "predicting x0, eps or velocity, for a plane in 512 dimensions"),
+    "prediction": (
+        "benchmarks.prediction",
+        "predicting x0, eps or velocity, for a spiral in up to 512 dimensions",
+    ),
     "reflow": ("benchmarks.reflow", "one-step samples of 1-, 2- and 3-rectified flow, and distilled"),
 }
 

@@ -26,7 +26,7 @@ class Evaluate(EvaluationSettings):
     source: Positional[tuple[PathText, ...]] = ()
     """RUN, or A B: the samples, and the reference; with --compare two cards or runs."""
     compare: bool = False
-    """Show two cards side by side that differ only in the weights."""
+    """Show two cards side by side; refused if they differ in more than the weights."""
     out: PathText | None = None
     """The card's file; None: in the run's eval folder; the card of stored samples is only printed."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""`genkit likelihood RUN`: how probable held-out samples are under a model, in bits per dimension."""
+"""`genkit likelihood RUN`: the likelihood of held-out samples under a model, in bits per dimension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`genkit rollout RUN`: a trained policy in its environment, with success, return and the time that it takes."""
+"""`genkit rollout RUN`: a trained policy in its environment, with success, return and time per action chunk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Rollout(RolloutSettings):
-    """Let a policy act, and measure what it reaches."""
+    """Let a policy act in its environment, and measure success and return."""
 
     run: Positional[PathText]
     """The run's folder, such as runs/latest."""

@@ -59,7 +59,7 @@ def parse_lines(lines: Sequence[bytes]) -> tuple[list[Any], bool]:
 
 
 def read_log(path: Path, points: int = POINTS) -> LogSummary:
-    """Summarise a ``log.jsonl`` in at most ``points`` points a curve.
+    """Summarise a ``log.jsonl`` in at most ``points`` points per curve.
 
     The file is thinned while it is read, so a million lines need no more memory than a few hundred. A missing file
     gives an empty summary.

@@ -39,8 +39,8 @@ from genkit.objectives.adversarial.losses import (
 )
 from genkit.objectives.autoencoders.autoencoder import LatentShape
 
-NUM_FEATURES = 128  # that a condition is projected on: as many as in Miyato & Koyama's last layer for 32x32
-FIRST_WARNING = 500  # steps after which the players should be even; at first, the discriminator has it easy
+NUM_FEATURES = 128  # on which a condition is projected: as many as in Miyato & Koyama's last layer for 32x32
+FIRST_WARNING = 500  # steps after which the players should be even; at first, the discriminator is expected to win
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class GAN(Objective):
     """shape of z: D for a vector, or C h w for a map that fits the backbone"""
     conditioning: Literal["auto", "projection", "embedding"] = "auto"
     """how the discriminator uses the condition: as a direction of its features (projection; Miyato & Koyama 2018, eq.
-    3)
-    or inside its blocks (embedding; CGAN, Mirza & Osindero 2014); auto: projection, but embedding of pictures and
+    3) or inside its blocks (embedding; CGAN, Mirza & Osindero 2014); auto: projection, but embedding of pictures and
     tokens"""
     spectral_norm: bool = False
     """keep the spectral norm of the discriminator's weights at 1 or less (Miyato et al. 2018)"""

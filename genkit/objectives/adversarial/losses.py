@@ -204,7 +204,7 @@ class SpectralNorm(nn.Module):
 
     Weights under 1 stay as they are (Gouk et al. 2021, eq. 9), since residual blocks start at 0. The power iteration
     advances in :meth:`iterate`, once a step, and not in the forward pass as in ``torch.nn.utils``, so the result does
-    not depend on how a batch is cut.
+    not depend on how a batch is split.
     """
 
     u: Tensor

@@ -98,7 +98,7 @@ class EncoderDecoder(Objective):
 
 @dataclass(frozen=True)
 class Autoencoder(EncoderDecoder):
-    """Reconstruction through a small latent. It has no law to draw samples from.
+    """Reconstruction through a small latent. It has no distribution to draw latents from.
 
     Plain; denoising (Vincent et al. 2008) with ``noise_std`` or ``mask_prob``; sparse with ``sparsity_weight`` or
     ``top_k``. The loss is a mean over the numbers of a sample.
@@ -112,7 +112,7 @@ class Autoencoder(EncoderDecoder):
     reconstruction_loss: ReconstructionLoss = "l2"
     """error between sample and reconstruction: squared (l2) or absolute (l1)"""
     noise_std: Annotated[float, Ge(0)] = 0.0
-    """denoising: standard deviation of normal noise on the encoder's input, in the model's numbers"""
+    """denoising: standard deviation of normal noise on the encoder's input, in the model's units"""
     mask_prob: Annotated[float, Ge(0), Lt(1)] = 0.0
     """denoising: probability that the encoder sees a number as 0 (Vincent et al. 2008, section 2.3)"""
     sparsity_weight: Annotated[float, Ge(0)] = 0.0
@@ -167,7 +167,7 @@ class Autoencoder(EncoderDecoder):
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        raise ValueError("ae: draws nothing: it knows no law of its latents; a VAE does: genkit train --objective=vae")
+        raise ValueError("ae: draws nothing: its latents have no distribution; try genkit train --objective=vae")
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:

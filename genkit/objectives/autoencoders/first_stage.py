@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion (Rombach et al. 2022): an autoencoder whose decoded latents look right."""
+"""The first stage of latent diffusion (Rombach et al. 2022): an autoencoder trained for realistic pictures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
 
 class Bottleneck(ABC):
-    """What the encoder's output means, and what keeps latents near a law that a model can learn."""
+    """What the encoder's output means, and what keeps the distribution of latents easy to learn."""
 
     codec_networks: ClassVar[tuple[str, ...]] = ()
     """names of the networks that encoding and decoding need besides encoder and decoder"""
@@ -107,7 +107,7 @@ class VectorQuantizer(Bottleneck):
     ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
     """decay of the running means per step"""
     restart_threshold: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """restart an entry that is used less than this fraction of the mean at a vector of the batch; 0: never"""
+    """restart an entry, at a vector of the batch, if its use is below this fraction of the mean; 0: never"""
 
     def __post_init__(self) -> None:
         refuse_codebook(self.codebook_size, self.commitment_weight, self.ema_decay, self.restart_threshold)
@@ -202,10 +202,9 @@ def last_layer(decoder: nn.Module) -> nn.Parameter:
 class FirstStage(EncoderDecoder):
     """An autoencoder for latent diffusion (Rombach et al. 2022, section 3.1), for ``--codec``.
 
-    Its loss is the error of numbers, a perceptual distance and, from step ``adversarial_start`` on, what a
-    discriminator of patches makes of the reconstructions. Conditions are left to the model of latents, so its networks
-    see none. The log has ``error``, ``perceptual`` (0: identical), the bottleneck's terms and, with a discriminator,
-    its ``weight``.
+    Its loss is the reconstruction error, a perceptual distance and, from step ``adversarial_start`` on, the loss
+    against a patch discriminator. Conditions are left to the model of latents, so its networks see none. The log has
+    ``error``, ``perceptual`` (0: identical), the bottleneck's terms and, with a discriminator, its ``weight``.
     """
 
     is_generative: ClassVar[bool] = False
@@ -347,5 +346,5 @@ class FirstStage(EncoderDecoder):
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
         raise ValueError(
-            "autoencoder: draws nothing: it knows no law of its latents; a model of them does: genkit train --codec RUN"
+            "autoencoder: draws nothing: its latents have no distribution; train a model: genkit train --codec RUN"
         )

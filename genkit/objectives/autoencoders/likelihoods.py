@@ -1,4 +1,4 @@
-"""``p(x | z)``: the law of a sample given a decoder's output. Log-probabilities are summed over the dimensions."""
+"""``p(x | z)``: the distribution of a sample given a decoder's output. Log-probabilities are summed over dimensions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genkit.core import NO_COND, Backbone, Batch, Cond, Spec
 
-LEVEL = 1 / 255  # half the distance of two neighbouring grey levels in [-1, 1]
+LEVEL = 1 / 255  # half the distance between two neighbouring grey levels in [-1, 1]
 FLOOR = math.log(LEVEL)  # no learned scale is smaller: a density of pixels would grow without end
 ScaleName = Literal["fixed", "shared", "each"]
 
@@ -48,7 +48,7 @@ class DecoderHead(nn.Module):
 
 
 class Likelihood(ABC):
-    """A conditional law of a sample. Configuration only; a learned scale lives in the :class:`DecoderHead`."""
+    """A conditional distribution of a sample. Configuration only; a learned scale lives in the :class:`DecoderHead`."""
 
     is_discrete: ClassVar[bool] = False
     """whether :meth:`log_prob` is of the pixels themselves, not a density of continuous numbers"""
@@ -57,7 +57,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def decoder_head(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> DecoderHead:
-        """The decoder ``(z, cond) -> DecoderOutput``. ``ValueError`` if this law does not suit the samples."""
+        """The decoder ``(z, cond) -> DecoderOutput``. ``ValueError`` if it does not suit the samples."""
 
     @abstractmethod
     def log_prob(self, out: DecoderOutput, x: Tensor) -> Tensor:
@@ -68,15 +68,15 @@ class Likelihood(ABC):
         return batch.x
 
     def mean(self, out: DecoderOutput) -> Tensor:
-        """``E[x | z]`` in the model's numbers, ``[B, *S]``."""
+        """``E[x | z]`` in the model's units, ``[B, *S]``."""
         return out.location
 
     def check(self, spec: Spec) -> None:
-        """``ValueError`` for samples that cannot have this law."""
+        """``ValueError`` for samples that cannot have this distribution."""
         if self.needs_images and len(spec.shape) < 3:
             name = type(self).__name__.lower()
             raise ValueError(
-                f"likelihood: {name} is a law of pixels; given samples of shape {spec.shape}; "
+                f"likelihood: {name} is a distribution of pixels; given samples of shape {spec.shape}; "
                 "try --objective.likelihood=gaussian"
             )
 
@@ -86,7 +86,7 @@ class Gaussian(Likelihood):
     """``N(x; f(z), sigma^2)``, independent dimensions (Kingma & Welling 2014, appendix C.2)."""
 
     std: Annotated[float, Gt(0)] = 0.5
-    """sigma, in the model's numbers (pixels lie in [-1, 1]); the initial value if it is learned"""
+    """sigma, in the model's units (pixels lie in [-1, 1]); the initial value if it is learned"""
     scale: ScaleName = "shared"
     """fixed; shared: one learned number (Rybkin et al. 2021, sigma-VAE); each: predicted for each dimension"""
 
@@ -133,7 +133,7 @@ class Bernoulli(Likelihood):
 
 @dataclass(frozen=True)
 class DiscretisedLogistic(Likelihood):
-    """The mass that a logistic law puts on each of 256 grey levels (Kingma et al. 2016, eq. 10 and appendix C.2)."""
+    """A logistic distribution's mass on each of 256 grey levels (Kingma et al. 2016, eq. 10 and appendix C.2)."""
 
     is_discrete: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True

@@ -42,7 +42,7 @@ def feature_distance(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 class GradientDifference(nn.Module):
     """The mean absolute difference of the pictures' finite differences (Mathieu et al. 2016, eq. 6, alpha 1).
 
-    It is averaged over sizes from the whole to 2x2. It compares edges, and nothing of what they show.
+    It is averaged over sizes from the whole to 2x2. It compares edges only, not what they show.
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class GradientDifference(nn.Module):
 class RandomFeatures(nn.Module):
     """:func:`feature_distance` in three layers of random filters.
 
-    The filters come from a fixed seed and are never trained: no file is needed, and none is as good as VGG's.
+    The filters come from a fixed seed and are never trained: no file is needed, but VGG's features are better.
     """
 
     def __init__(self, channels: int):

@@ -70,7 +70,7 @@ class Codebook(nn.Module):
         """Count the vectors ``z`` ``[B, C, *grid]`` towards their entries, and keep some for restarts.
 
         Those of highest ``priority``, random in (0, 1], ``[B, *grid]``, are kept: a choice by row, however the batch is
-        cut.
+        split.
         """
         flat = z.movedim(1, -1).flatten(0, -2).to(self.codes)
         index, priority = index.flatten(), priority.flatten().to(flat)
@@ -151,7 +151,7 @@ class VQ(EncoderDecoder):
     ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
     """decay of the running means per step"""
     restart_threshold: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """restart an entry that is used less than this fraction of the mean at a vector of the batch (random restarts,
+    """restart an entry, at a vector of the batch, if its use is below this fraction of the mean (random restarts,
     Dhariwal et al. 2020, section 3.1); 0: never"""
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class VQ(EncoderDecoder):
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
-        raise ValueError("vq: draws nothing: it knows no law of its latents; a VAE does: genkit train --objective=vae")
+        raise ValueError("vq: draws nothing: its latents have no distribution; try genkit train --objective=vae")
 
 
 def straight_through(z: Tensor, vectors: Tensor) -> Tensor:

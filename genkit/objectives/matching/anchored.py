@@ -41,7 +41,7 @@ class AnchorBank(nn.Module):
 class AnchoredFlow(Flow):
     """A flow from ``N(anchor, std^2)``, where the anchor is one of the k-means centres of the data (``data.anchors``).
 
-    In training each sample starts from the centre nearest to it. A head, trained beside by cross-entropy, learns the
+    In training each sample starts from the centre nearest to it. A head, trained jointly by cross-entropy, learns the
     probability of each centre under the conditions, and a sample's own seed draws from it. As the choice between modes
     is made before the first step, one or two steps are enough where a normal source needs 8 to 16.
     """
@@ -49,7 +49,7 @@ class AnchoredFlow(Flow):
     prediction: PredictionName = "x0"
     """what the network predicts"""
     std: Annotated[float, Gt(0)] = 0.3
-    """standard deviation about an anchor, in the model's numbers"""
+    """standard deviation about an anchor, in the model's units"""
     anchor: str = "anchor"
     """the condition that holds the index of the nearest centre"""
     policy_steps: ClassVar[int] = 1

@@ -1,11 +1,11 @@
 """Couplings of sources and samples: ``(batch, x1, path, t) -> (x0, x1)``, the ends of each sample's path.
 
-A coupling sees the rows of one micro-batch on one rank, so its result depends on how a batch is cut. Samples stay in
+A coupling sees the rows of one micro-batch on one rank, so its result depends on how a batch is split. Samples stay in
 their rows and only the sources move, so conditions, weights and times belong to the same sample as before.
 
-Couplings other than ``independent`` change the law of x1 given x: ``E[x1 | x]`` is no longer a multiple of the score.
+Couplings other than ``independent`` change the distribution of x1 given x: ``E[x1 | x]`` is no multiple of the score.
 The ODE is right for all of them, the SDE is not. With conditions, a coupling must not make x1 depend on the condition,
-because sampling does not know of it (Cheng & Schwing 2025). So ``ot`` keeps sources within their class. It cannot do so
+because sampling draws x1 without it (Cheng & Schwing 2025). So ``ot`` keeps sources within their class. It cannot do so
 for conditions that are not classes, nor can ``sb`` at all: prefer ``independent`` there.
 """
 

@@ -54,7 +54,7 @@ class DDPM(Matching):
     loss_weight: LossWeight = field(
         default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
     )
-    """how much each time counts: constant, min-snr, p2 or edm"""
+    """weight of each time in the loss: constant, min-snr, p2 or edm"""
     time_distribution: TimeDistribution = field(
         default_factory=Uniform, metadata={"table": "genkit.objectives.matching.times:TIME_DISTRIBUTIONS"}
     )

@@ -63,7 +63,7 @@ class Matching(Objective):
     loss_space: LossSpace
     """the quantity whose squared error is minimised"""
     loss_weight: LossWeight = Constant()
-    """how much each time counts, besides what ``loss_space`` implies"""
+    """weight of each time in the loss, besides what ``loss_space`` implies"""
     time_distribution: TimeDistribution = Uniform()
     """how training times are drawn"""
     source: Source = Normal()
@@ -146,7 +146,7 @@ class Matching(Objective):
         return (weight.sqrt() * LOSS_SPACES[self.loss_space](linear)).clamp(-MAX_ERROR_SCALE, MAX_ERROR_SCALE)
 
     def weighted(self, nets: Mapping[str, nn.Module], sample: PathSample, losses: Tensor) -> Tensor:
-        """Losses ``[B]`` times :meth:`importance_weight`; loss-aware times remember them."""
+        """Losses ``[B]`` times :meth:`importance_weight`; the history of loss-aware times records them."""
         if sample.raw_t is not None and torch.is_grad_enabled():
             history_of(nets).record(sample.raw_t, losses.detach())
         return self.importance_weight(nets, sample) * losses

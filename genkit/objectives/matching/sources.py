@@ -80,8 +80,8 @@ class Anchored:
 class DatasetSource:
     """Another data set: a flow from data to data, without pairs.
 
-    Of its N samples, z stands for number ``N Phi(z_1)``, with Phi the normal distribution function and z_1 the first
-    number of z.
+    z selects sample number ``floor(N Phi(z_1))`` of its N samples, with Phi the normal distribution function and z_1
+    the first number of z.
     """
 
     data: Any = field(

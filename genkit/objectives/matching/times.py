@@ -39,7 +39,7 @@ class TimeDistribution(ABC):
 
 @dataclass(frozen=True)
 class Uniform(TimeDistribution):
-    """All times alike."""
+    """All times are equally likely."""
 
     def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
         return 1 - batch.uniform()  # (0, 1]
@@ -88,7 +88,7 @@ class Beta(TimeDistribution):
 
 @dataclass(frozen=True)
 class LossAware(TimeDistribution):
-    """More of the times with large losses, weighted back to uniform (Nichol & Dhariwal 2021, section 3.3)."""
+    """More times with large losses, reweighted to uniform (Nichol & Dhariwal 2021, section 3.3)."""
 
     loss_aware: ClassVar[bool] = True
 
@@ -123,7 +123,7 @@ class LossHistory(nn.Module):
     many. Losses are weighted by the inverse density, so their mean is the same as with uniform times.
 
     :meth:`record` only gathers and :meth:`update` applies, once a step and over all ranks, so the result does not
-    depend on how a batch is cut into micro-batches and ranks.
+    depend on how a batch is split into micro-batches and ranks.
     """
 
     BINS, MEMORY, UNIFORM_SHARE = 100, 10.0, 1e-3  # the share is that of the paper's code

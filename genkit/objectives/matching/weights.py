@@ -17,7 +17,7 @@ LossSpace = Literal["x0", "eps", "velocity"]
 
 
 class LossWeight(Protocol):
-    """How much each time counts."""
+    """The weight of each time in the loss."""
 
     space: ClassVar[LossSpace | None]
     """the quantity whose squared error it multiplies; None: any"""
@@ -29,7 +29,7 @@ class LossWeight(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """All times alike, in the space of the loss: ``L_simple`` (Ho et al. 2020, eq. 14) for eps."""
+    """Weight 1 at all times, in the space of the loss: ``L_simple`` (Ho et al. 2020, eq. 14) for eps."""
 
     space: ClassVar[LossSpace | None] = None
 
@@ -67,7 +67,7 @@ class P2:
 class EDMWeight:
     """EDM's ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the error of x0 (Karras et al. 2022, table 1).
 
-    Sigma is the noise level, here ``sigma / alpha``. An output of Karras' preconditioning then counts 1 at all times.
+    Sigma is the noise level, here ``sigma / alpha``. Outputs of Karras' preconditioning then have weight 1.
     """
 
     sigma_data: Annotated[float, Gt(0)] = 0.5

@@ -15,7 +15,7 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of T decisions in N worlds; all are ``[T, N]``.
+    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of T decisions in N environments, ``[T, N]``.
 
     ``values`` are those of the observations decided on, ``next_values`` those of the observations that followed,
     *before* any reset: if a time limit cut an episode (``ended`` but not ``terminated``), its last state still has a

@@ -1,7 +1,7 @@
 """A sampler as a Markov chain of Gaussian steps: shared by sampling, log-probabilities and training by reward.
 
-Step k goes from one node of the grid to the next. Its law is ``N(alpha x0 + kept x1, std^2)``, where x0 and x1 are the
-denoiser's predictions at the node where it starts, alpha is that of the node where it ends, and an
+Step k goes from one node of the grid to the next. Its distribution is ``N(alpha x0 + kept x1, std^2)``: x0 and x1
+are the denoiser's predictions at the node where it starts, alpha is that of the node where it ends, and an
 :class:`~genkit.rl.finetune.noise.ExplorationNoise` gives ``kept`` and ``std``. So every sampler is two numbers a step,
 and a log-probability cannot be taken on another grid than the sample was drawn on.
 """
@@ -27,7 +27,7 @@ from genkit.rl.finetune.noise import ExplorationNoise, FixedNoise, Sigma
 
 
 class Transition(NamedTuple):
-    """One step: it starts at ``node`` and has the law ``N(alpha x0 + kept x1, std^2)``."""
+    """One step: it starts at ``node`` and has the distribution ``N(alpha x0 + kept x1, std^2)``."""
 
     node: Node
     alpha: float
@@ -150,7 +150,7 @@ class Chain:
     ) -> Tensor:
         """``log N(x; mean, std^2)`` ``[B]`` with each row at its step ``k`` [B]; ``std`` None is the chain's own.
 
-        ``used`` [*S] marks the numbers of a sample that the environment gets to see (1, else 0); in the last step the
+        ``used`` [*S] marks the entries of a sample that the environment receives (1, else 0); in the last step the
         others are left out. They had no effect, and their log-probability would only add noise to the gradient.
         """
         if std is None:

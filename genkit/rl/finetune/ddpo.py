@@ -38,10 +38,10 @@ class DDPO(DPPO):
     """Weight of the objective's own loss on the data."""
     kl: Annotated[float, Ge(0)] = 0.05
     """Price of one nat of KL divergence from the model before any reward, in standard deviations of the first rewards:
-    the optimum is that model's law times ``exp(R / (kl deviation))``."""
+    the optimum is that model's density times ``exp(R / (kl deviation))``."""
     stop_kl: Annotated[float, Gt(0)] = 0.3
-    """End an iteration early after an epoch in which the KL divergence of a step from its law when drawn is larger than
-    this on average, in nats."""
+    """End an iteration early after an epoch in which the KL divergence of a step from its distribution when drawn
+    is larger than this on average, in nats."""
 
     def scale_advantages(self, learner: Learner, advantages: Tensor) -> Tensor:
         learner.reward_std = learner.reward_std or max(1e-8, float(advantages.std(correction=0)))

@@ -36,7 +36,7 @@ def step_means(chain: Chain, denoise: Denoiser, experience: Experience, rows: sl
 def trajectory_kl(
     chain: Chain, means: Tensor, others: Tensor, last: int | None = None, stds: Tensor | None = None
 ) -> Tensor:
-    """KL divergence in nats, ``[M]``, between two laws of the ``last`` steps (None: all) with means [K, M, *S].
+    """KL divergence in nats, ``[M]``, of two distributions of the ``last`` steps (None: all) with means [K, M, *S].
 
     Both have the same deviations, ``stds`` [K, M, *S] or the chain's, so each step contributes
     ``|mean - other|^2 / (2 std^2)``, evaluated along the given trajectories.

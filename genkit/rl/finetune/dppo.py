@@ -48,7 +48,7 @@ class DPPO(RewardMethod):
     ft_denoising_steps: Annotated[int, Ge(1)] | None = 1
     """Train only this many last steps, K' in the paper; None: all. On four ways the gradients of two halves of 4,000
     decisions had a cosine of 0.2 at the last of four steps and of 0 before it (docs/log.md): training all steps learned
-    nothing and lost the modes, between which the early steps choose."""
+    nothing and lost the modes, among which the early steps choose."""
     denoise_gamma: UnitInterval = 0.95
     """Discount from one denoising step to the one before."""
     clip_advantage_quantile: Annotated[float, Ge(0), Lt(0.5)] = 0.0
@@ -60,8 +60,8 @@ class DPPO(RewardMethod):
     kl: Annotated[float, Ge(0)] = 0.0
     """Weight of the KL divergence from the model before any reward, in nats per step."""
     stop_kl: Annotated[float, Gt(0)] = 0.03
-    """End an iteration early after an epoch in which the KL divergence of a step from its law when drawn, in nats over
-    all numbers of a sample, is larger than this on average."""
+    """End an iteration early after an epoch in which the KL divergence of a step from its distribution when drawn,
+    in nats over all entries of a sample, is larger than this on average."""
     lr_ramp: Annotated[int, Ge(0)] = 0
     """Iterations after the warmup over which lr rises linearly: Adam's first steps are large and follow a single batch,
     which a trained policy may not survive."""
@@ -119,8 +119,8 @@ class DPPO(RewardMethod):
     def loss(self, learner: Learner, experience: Experience, targets: Targets, share: Share) -> tuple[Tensor, Tensor]:
         """The mean loss of rows ``k * M + m``: denoising step k (from the first that is trained) of trajectory m.
 
-        Also returns, float64 ``[3]``, means of the surrogate, of the KL divergence from the law that drew the rows, and
-        of whether a ratio was clipped.
+        Also returns, float64 ``[3]``, means of the surrogate, of the KL divergence from the policy that drew the rows,
+        and of whether a ratio was clipped.
         """
         chain, trajectory, count = learner.chain, experience.trajectory, len(targets.advantages)
         k, m = targets.first + share.rows // count, share.rows % count

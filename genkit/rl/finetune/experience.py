@@ -27,7 +27,7 @@ class Experience(NamedTuple):
     """[M], the critic's targets; None if there is no critic"""
     logs: dict[str, float]
     used: Tensor | None = None
-    """1 for the numbers of a sample that the environment got to see, else 0, [*S]; None: all"""
+    """1 for the entries of a sample that the environment received, else 0, [*S]; None: all"""
     reference_means: Tensor | None = None
     """the steps' means under the model before any reward, [K, M, *S]; None: not computed yet"""
 

@@ -114,7 +114,7 @@ class Share:
         """Behaviour cloning: the objective's own loss on this share of ``n`` demonstrations, a scalar whose mean over
         the shares, by their ``weight``, is the mean over the demonstrations.
 
-        It is summed over the numbers of a sample, as a log-probability is, so that their relative weight is the same
+        It is summed over the entries of a sample, as a log-probability is, so that their relative weight is the same
         for long and short chunks.
         """
         learner = self.learner

@@ -20,7 +20,7 @@ Sigma = Callable[[Tensor, Tensor, Cond], Tensor]  # (x [B, *S], step k Int [B], 
 
 
 class ExplorationNoise(ABC):
-    """The law of a step from node ``a`` to node ``b``: ``N(alpha_b x0 + kept x1, std^2)``."""
+    """The distribution of a step from node ``a`` to node ``b``: ``N(alpha_b x0 + kept x1, std^2)``."""
 
     needs_diffusion: ClassVar[bool]
     """whether it needs a diffusion, whose predicted noise gives the score"""

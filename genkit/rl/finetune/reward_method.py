@@ -35,7 +35,7 @@ class RewardMethod(ABC):
     critic_epochs: Annotated[int, Ge(1)] = 5
     """Passes of the critic over the decisions of an iteration."""
     critic_batch: Annotated[int, Ge(1)] | None = None
-    """Rows of a gradient step of the critic; None: as batch."""
+    """Rows of a gradient step of the critic; None: the same as batch."""
     batch: Annotated[int, Ge(1)] = 1024
     """Rows of a gradient step."""
     bc_batch: Annotated[int, Ge(1)] = 256

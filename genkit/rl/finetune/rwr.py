@@ -28,8 +28,8 @@ def reward_weights(rewards: Tensor, tau: float, max_weight: float = float("inf")
 class RWR(RewardMethod):
     """Regress onto the samples, weighted by ``exp(A / tau)`` with A in standard deviations, and onto demonstrations.
 
-    Without the demonstrations every iteration multiplies the law by the weights again, and it collapses: on four ways
-    20 iterations left 0.99 of 1.99 bits of mode entropy, and 1.98 with them (docs/results/rwr-four-ways.json).
+    Without the demonstrations every iteration multiplies the density by the weights again, and it collapses: on four
+    ways 20 iterations left 0.99 of 1.99 bits of mode entropy, and 1.98 with them (docs/results/rwr-four-ways.json).
     """
 
     tau: Annotated[float, Gt(0)] = 1.0

@@ -52,18 +52,18 @@ class FinetuneSettings:
     mode: Annotated[int, Ge(0)] | None = None
     """Reward only episodes of this mode, in an environment that has several."""
     num_envs: Count = 100
-    """Worlds side by side, over all ranks together."""
+    """Parallel environments, over all ranks together."""
     num_steps: Count = 40
-    """Decisions in each world per iteration."""
+    """Decisions (action chunks) in each environment per iteration."""
     act_steps: Count | None = None
-    """Actions of a chunk that are carried out; None: as in training."""
+    """Actions of each chunk that are executed before the next decision; None: as in training."""
     terminate_out_of_range: Annotated[float, Gt(0)] | None = None
-    """End a training episode when any observation is more than this many standard scales from the demonstrations'
-    middle (a fallen robot, say). Evaluation is not affected. None: never."""
+    """End a training episode when any observation is more than this many scales of the demonstrations from
+    their centre (a fallen robot, say). Evaluation is not affected. None: never."""
     samples: Count = 512
     """Samples per iteration over all ranks together, if the reward is a function."""
     group: Count = 1
-    """Samples of one condition that are compared with each other (GRPO); 1: all are compared with all."""
+    """Samples per condition whose rewards are normalised together (GRPO); 1: all samples are normalised together."""
     ema: Annotated[float, Ge(0), Lt(1)] = 0.99
     """EMA decay per gradient step."""
     label: str | int | None = None
@@ -80,7 +80,7 @@ class FinetuneSettings:
     eval_seed: Annotated[int, Ge(0)] = 100_000
     """Seed of the first of these episodes or samples."""
     checkpoint_eval_episodes: Annotated[int, Ge(0)] = 0
-    """Episodes at the start and at each checkpoint, without noise, from seeds of their own: the run is then the one of
+    """Episodes at the start and at each checkpoint, without noise, from separate seeds: the run is then the one of
     these with the best return; 0: the run is the newest checkpoint."""
     patience: Count | None = None
     """Stop after this many checkpoints without a better return; None: never."""

@@ -39,7 +39,7 @@ def method_name(settings: FinetuneSettings) -> str:
 
 
 def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:
-    """CPU threads of a rank. A policy's networks are called for few worlds at a time, where one thread is fastest."""
+    """CPU threads of a rank. A policy's networks are called with small batches, for which one thread is fastest."""
     if settings.threads or settings.reward in REWARDS:
         return settings.threads or 1
     return pick_threads(settings.method.batch // world * math.prod(base.spec.shape))
@@ -88,7 +88,7 @@ def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[T
 
 
 def build_environment_task(settings: FinetuneSettings, base: Run, world: int) -> tuple[Task, Policy]:
-    """This rank's worlds, and the policy that acts in them."""
+    """This rank's environments, and the policy that acts in them."""
     if settings.label is not None or settings.unconditional:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
     policy = Policy.load(base, steps=settings.sampler_steps, act_steps=settings.act_steps, grid=settings.grid)
@@ -109,7 +109,7 @@ def build_environment_task(settings: FinetuneSettings, base: Run, world: int) ->
 
 
 def build_env(settings: FinetuneSettings, policy: Policy, num: int) -> Env:
-    """``num`` worlds with the rewards that the settings ask for."""
+    """``num`` copies of the environment, with the rewards that the settings ask for."""
     env = REWARDS[settings.reward](policy.make_env(num, settings.env, settings.env_args))
     return env if settings.mode is None else SingleModeReward(env, settings.mode)
 

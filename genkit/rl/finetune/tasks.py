@@ -34,7 +34,7 @@ class FinishedEpisode(NamedTuple):
     decision: int
     """after which decision of the iteration"""
     row: int
-    """in which world"""
+    """in which environment"""
     total: float
     """return"""
     success: bool
@@ -42,7 +42,7 @@ class FinishedEpisode(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """One decision of N worlds and its outcome."""
+    """One decision in each of N environments, and its outcome."""
 
     cond: Cond
     trajectory: DenoisingTrajectory
@@ -56,8 +56,8 @@ class Decision(NamedTuple):
 
 @dataclass
 class EnvironmentTask:
-    """N worlds, in each of which the policy makes ``num_steps`` decisions an iteration. Episodes continue from one
-    iteration to the next. ``env`` holds this rank's share of the worlds: as many on every rank.
+    """N parallel environments, in each of which the policy makes ``num_steps`` decisions an iteration. Episodes go on
+    from one iteration to the next. ``env`` holds this rank's share of the environments, equally many on every rank.
 
     The first episode of row i is cut after its share of the time limit, so that the rows do not all reach their limits
     at the same time; a cut is a truncation, and is bootstrapped from.
@@ -102,7 +102,7 @@ class EnvironmentTask:
 
     @torch.no_grad()
     def collect(self, learner: Learner, iteration: int) -> Experience:
-        """``num_steps`` decisions in every world, scored by generalised advantages."""
+        """``num_steps`` decisions in every environment, with generalised advantage estimates."""
         n, device = self.env.num * learner.world, learner.device
         noise = seeded_noise(n, learner.generator(iteration, 0), device, rows=learner.own_rows(n))
         decisions: list[Decision] = []
@@ -132,7 +132,7 @@ class EnvironmentTask:
         return Experience(trajectory, cond, advantages.flatten(), returns.flatten(), logs, used)
 
     def decide(self, learner: Learner, noise: Callable[[Sequence[int]], Tensor]) -> Decision:
-        """Draw a chunk of actions for every world and carry it out."""
+        """Draw a chunk of actions for every environment and execute it."""
         obs_steps = obs_steps_of(learner)
         obs = torch.from_numpy(np.stack(self.history, 1)).float().to(learner.device)
         z = noise(learner.spec.shape)

@@ -29,7 +29,7 @@ class Actor(Protocol):
 
     @property
     def action_dim(self) -> int:
-        """Numbers of an action."""
+        """Dimension of an action."""
         ...
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -116,7 +116,7 @@ INITIAL: dict[str, Any] = {"success": False, "coverage": -math.inf, "mode": -1}
 
 
 def require_compatible(policy: Actor, env: Env) -> None:
-    """``ValueError`` unless a policy and an environment have as many observed numbers and numbers of action."""
+    """``ValueError`` unless a policy and an environment have equal dimensions of observations and actions."""
     obs_dim = policy.obs_shape[1] or env.obs_dim  # a policy that sees pictures alone gets no numbers
     if (obs_dim, policy.action_dim) != (env.obs_dim, env.action_dim):
         raise ValueError(
@@ -251,7 +251,7 @@ def require_actions(chunk: np.ndarray, env: Env, alive: np.ndarray) -> None:
 
 
 def see(policy: Actor, env: Env) -> np.ndarray | None:
-    """The pictures ``[N, C, H, W]`` of the worlds now, at the policy's size; None for a policy that sees none."""
+    """The images ``[N, C, H, W]`` of the environments now, at the policy's size; None for a policy that sees none."""
     shape = getattr(policy, "frame_shape", None)
     if shape is None:
         return None

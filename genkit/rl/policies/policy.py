@@ -57,7 +57,7 @@ def default_steps(run: Run) -> int:
 
 
 def executed_mask(shape: Sequence[int], obs_steps: int, act_steps: int) -> Tensor:
-    """1 for the numbers of a chunk ``[A, T]`` that are carried out, else 0: the first ``obs_steps - 1`` are past."""
+    """1 for the entries of a chunk ``[A, T]`` that are executed, else 0: the first ``obs_steps - 1`` are past."""
     mask = torch.zeros(*shape)
     mask[:, obs_steps - 1 : obs_steps - 1 + act_steps] = 1
     return mask
@@ -220,7 +220,7 @@ class Policy:
 
     @property
     def action_dim(self) -> int:
-        """Numbers of an action."""
+        """Dimension of an action."""
         return self.run.spec.shape[0]
 
     @property
@@ -231,7 +231,7 @@ class Policy:
     def make_env(
         self, num: int, env: str | None = None, arguments: Sequence[str] = (), max_steps: int | None = None
     ) -> Env:
-        """``num`` worlds whose observations have the entries that it was trained on.
+        """``num`` copies whose observations have the entries that it was trained on.
 
         ``env`` None is the environment of the demonstrations, with the keyword arguments that they name; ``arguments``,
         each NAME=VALUE, replace or add to these. ``ValueError`` says what does not fit.

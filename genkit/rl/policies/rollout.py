@@ -37,7 +37,7 @@ from genkit.training.settings import Count
 logger = logging.getLogger("genkit")
 # settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
 NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film"}
-Q_SEED = 3 * 2**28  # the first seed of the episodes that Q is learned from: neither trained on nor measured with
+Q_SEED = 3 * 2**28  # first seed of the episodes that Q is learned from; used neither in training nor in evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class RolloutSettings:
     guidance: float = 1.0
     """Guidance scale toward these conditions; 1: none."""
     best_of: Count = 1
-    """Chunks drawn for each decision; the one with the largest Q is carried out."""
+    """Chunks drawn for each decision; the one with the largest Q is executed."""
     q_guidance: Annotated[float, Ge(0)] = 0.0
     """Draw chunks from the policy's distribution times exp(q_guidance Q), Q in deviations of the returns; 0: off."""
     fit_q: Annotated[int, Ge(0)] = 0
@@ -69,11 +69,11 @@ class RolloutSettings:
     gamma: Annotated[float, Gt(0), Le(1)] = 0.95
     """Discount of Q from one decision to the next."""
     act_steps: Count | None = None
-    """Actions of a chunk that are carried out, counted from now; None: as in training."""
+    """Actions of each chunk that are executed before the next decision; None: as in training."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
-    """Worlds side by side."""
+    """Parallel environments."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
     step: Annotated[int, Ge(0)] | None = None
@@ -93,7 +93,7 @@ class Rollouts:
     episodes: Episodes
     settings: RolloutSettings
     chunk_ms: float
-    """median time to draw one chunk for one world, in milliseconds"""
+    """median time to draw one chunk for one environment, in milliseconds"""
     q_explained_variance: float | None = None
     """share of held-out returns' variance that a newly learned Q explains"""
 
@@ -266,7 +266,7 @@ def with_q(policy: Policy, settings: RolloutSettings) -> Policy:
 
 
 def chunk_latency(policy: Policy, env: Env, obs: np.ndarray, repeats: int = 20) -> float:
-    """Milliseconds to draw one chunk for one world: the median of ``repeats`` calls, after one that does not count."""
+    """Milliseconds to draw one chunk for one environment: median of ``repeats`` calls, after a warm-up."""
     obs_steps, obs_dim = policy.obs_shape
     window = np.repeat(obs[:1, None, :obs_dim], obs_steps, 1)
     frames = {k: v[:1] for k, v in frames_argument([see(policy, env)] * obs_steps).items()}
