@@ -144,6 +144,8 @@ class Objective(ABC):
     """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    policy_steps: ClassVar[int] = 4
+    """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
 

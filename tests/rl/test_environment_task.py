@@ -8,7 +8,7 @@ from genkit.backbones import MLP
 from genkit.core import Spec, Vector
 from genkit.data.codecs import Actions
 from genkit.diffusion.paths import Linear
-from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.chain import Chain, seeded_noise
 from genkit.rl.finetune.learner import Critic
 from genkit.rl.finetune.noise import FixedNoise
 from genkit.rl.finetune.tasks import EnvironmentTask
@@ -96,3 +96,14 @@ def test_an_episode_that_is_lost_ends_and_is_not_bootstrapped(terminates):
     assert experience.cond["obs"].flatten().tolist() == [0, 2, 0, 2]
     assert experience.advantages.tolist() == [goes_on, end] * 2
     assert experience.logs == {"reward": 8.0, "episodes": 2.0, "return": 4.0}
+
+
+def test_the_last_stack_of_an_episode_is_the_last_that_was_observed():
+    """Two observations are seen, and the episode ends after two of four steps: at 5 and 6, not 6 and 6."""
+    spec = Spec((1, 5), {"obs": Vector((2, 1))})
+    task, learner = make_task(Clock(1, 6), 1, 2, act_steps=4, spec=spec)
+    noise = seeded_noise(1, learner.generator(0, 0), learner.device)
+    with torch.no_grad():
+        first, second = (task.decide(learner, noise) for _ in range(2))
+    assert first.next_obs.flatten().tolist() == [3, 4]
+    assert (second.next_obs.flatten().tolist(), second.ended.tolist()) == ([5, 6], [True])

@@ -30,11 +30,12 @@ def assert_same_run(a: Path, b: Path):
     for file in ("nets.safetensors", "ema-0.99.safetensors", "optim.safetensors", "finetune.safetensors"):
         x, y = load_file(first / file), load_file(second / file)
         assert all(torch.equal(x[k], y[k]) for k in x), file
-    clocks = {"seconds", "cpu_seconds"}
-    plain = [
-        [{k: v for k, v in r.items() if "ms_per" not in k and k not in clocks} for r in read_log(p)] for p in (a, b)
-    ]
-    assert plain[0] == plain[1]
+    assert log_without_clocks(a) == log_without_clocks(b)
+
+
+def log_without_clocks(run: Path):
+    clocks = ("seconds", "cpu_seconds")
+    return [{k: v for k, v in r.items() if "ms_per" not in k and k not in clocks} for r in read_log(run)]
 
 
 KILLED = {  # what is running when the process dies

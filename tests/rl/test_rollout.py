@@ -1,10 +1,11 @@
 """``genkit.rollout``: one call, an object with a summary, pictures and files."""
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 
-from genkit.rl.policies.rollout import RolloutSettings, rollout
+from genkit.rl.policies.rollout import Rollouts, RolloutSettings, rollout
 
 
 def test_one_call_returns_rollouts_and_prints_nothing(policy, tmp_path, capsys):
@@ -17,8 +18,9 @@ def test_one_call_returns_rollouts_and_prints_nothing(policy, tmp_path, capsys):
     assert rollouts.pictures().keys() == {"paths", "actions"}
     assert str(rollouts).startswith("4 episodes, success")
     files = rollouts.save(tmp_path)
+    name = "step30-k4-seed100000-n4-max_steps=16-num_envs=2"
     assert [f.name for f in files] == [
-        f"step30-k4-seed100000-n4{end}" for end in (".json", "-paths.png", "-actions.png", "-episode0.gif")
+        f"{name}{end}" for end in (".json", "-paths.png", "-actions.png", "-episode0.gif")
     ]
     assert json.loads(files[0].read_text())["return"] == summary["return"]
     assert [f.suffix for f in rollouts.save(tmp_path / "plain", draw=False)] == [".json", ".gif"]
@@ -30,3 +32,28 @@ def test_keywords_change_settings_and_mistakes_are_named(policy):
     assert rollout(policy, settings, steps=1).settings == RolloutSettings(episodes=2, num_envs=2, max_steps=8, steps=1)
     with pytest.raises(ValueError, match=r"step_s: unknown.* did you mean steps"):
         rollout(policy, settings, step_s=1)
+
+
+def test_a_file_name_holds_every_setting(policy):
+    """Two rollouts that differ in any setting have different files."""
+    first = rollout(policy, episodes=2, num_envs=2, max_steps=4)
+    other = {
+        "env": "pusht", "sampler": "heun", "conditions": ("skill=2",), "act_steps": 1, "max_steps": 5, "ema": "none",
+        "env_args": ("a=b/c",), "device": "mps",
+    }  # fmt: skip
+    names = {first.name}
+    for f in fields(RolloutSettings):
+        if f.name in ("step", "steps", "film"):  # the checkpoint and K are named as they are used
+            continue
+        value = other.get(f.name)
+        settings = replace(first.settings, **{f.name: getattr(first.settings, f.name) + 1 if value is None else value})
+        names.add(Rollouts(first.policy, first.env, first.episodes, settings, 1.0).name)
+    assert len(names) == 1 + len(fields(RolloutSettings)) - 3
+    assert rollout(policy, episodes=2, num_envs=2, max_steps=4, steps=2).name not in names
+    long = (
+        replace(first.settings, env_args=("text=" + "x" * 300,)),
+        replace(first.settings, env_args=("t=" + "x" * 301,)),
+    )
+    named = [Rollouts(first.policy, first.env, first.episodes, s, 1.0).name for s in long]
+    assert named[0] != named[1]
+    assert all(len(name) < 200 and "/" not in name for name in [*named, *names])

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     run = finetune(settings=settings, resume=resume)
     if is_main_process():
-        command = "rollout" if settings.reward in REWARDS else "sample"
-        console.print(f"next     genkit {command} {run.directory} --steps {settings.steps}", markup=False)
+        sample = f"sample {run.directory} --steps {settings.sampler_steps}"
+        command = f"rollout {run.directory}" if settings.reward in REWARDS else sample
+        console.print(f"next     genkit {command}", markup=False)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Gt
@@ -52,6 +52,7 @@ class AnchoredFlow(Flow):
     """standard deviation about an anchor, in the model's units"""
     anchor: str = "anchor"
     """the condition that holds the index of the nearest centre"""
+    policy_steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

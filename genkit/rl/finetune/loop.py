@@ -24,6 +24,7 @@ from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
 from genkit.rl.finetune.divergence import compare_with_reference
+from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
 from genkit.rl.finetune.settings import FinetuneSettings
@@ -38,7 +39,7 @@ from genkit.rl.finetune.setup import (
 )
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -94,6 +95,10 @@ def finetune(
             raise ValueError("run: not given; say which: genkit finetune runs/latest")
         accelerator = join_ranks(pick_device(settings.device))
         base = load_run(settings.run, device=accelerator.device.type)
+    if settings.steps is None:
+        settings = replace(
+            settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
+        )
     lock = RunLock(directory) if directory and accelerator.is_main_process else None
     job = FineTuning(settings, base, accelerator, directory, lock)
     try:
@@ -180,6 +185,9 @@ class FineTuning:
                 rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after")
             stored = replace(settings, run=str(self.base.directory), resume=None)
             write_text(directory / "finetune.yaml", config.to_yaml(stored))
+            if self.policy is not None:
+                acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
+                write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
         shared = broadcast_object_list([directory])[0]
@@ -273,7 +281,7 @@ class FineTuning:
                 self.task,
                 settings.eval_samples,
                 settings.eval_seed,
-                settings.steps,
+                settings.sampler_steps,
                 settings.grid,
                 self.learner.demos,
                 self.quality,
@@ -317,7 +325,7 @@ def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Mo
     """Results of the policy with these networks, without noise: one episode for each seed. The return is the sum of the
     rewards that were learned from; the largest reward of a step is left out unless it is the environment's own."""
     policy = Policy.load(
-        replace(base, nets=nets), steps=settings.steps, act_steps=settings.act_steps, grid=settings.grid
+        replace(base, nets=nets), steps=settings.sampler_steps, act_steps=settings.act_steps, grid=settings.grid
     )
     results = run_episodes(policy, build_env(settings, policy, min(50, len(seeds))), seeds).summary()
     return {k: v for k, v in results.items() if settings.reward == "env" or k != "best_reward"}

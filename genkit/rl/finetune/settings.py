@@ -38,8 +38,9 @@ class FinetuneSettings:
     """Noise added to the sampler's steps, for exploration."""
     min_std: Annotated[float, Ge(0)] = 0.05
     """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
-    steps: Count = 4
-    """Sampler steps; the fine-tuned model must be sampled with the same number."""
+    steps: Count | None = None
+    """Sampler steps; the fine-tuned model needs the same number, which its policies use by default. None: those of the
+    policy that is improved (1 of an anchored flow), else 4."""
     grid: str = "uniform"
     """Grid of the steps: a name in genkit.diffusion.samplers.GRIDS."""
     iterations: Count = 60
@@ -79,8 +80,8 @@ class FinetuneSettings:
     eval_seed: Annotated[int, Ge(0)] = 100_000
     """Seed of the first of these episodes or samples."""
     checkpoint_eval_episodes: Annotated[int, Ge(0)] = 0
-    """Episodes at each checkpoint, without noise, from separate seeds: the run is then the checkpoint with the
-    best return; 0: the run is the newest checkpoint."""
+    """Episodes at the start and at each checkpoint, without noise, from separate seeds: the run is then the one of
+    these with the best return; 0: the run is the newest checkpoint."""
     patience: Count | None = None
     """Stop after this many checkpoints without a better return; None: never."""
     save_every: Count = 10
@@ -103,3 +104,8 @@ class FinetuneSettings:
     """Name of the new run; None: that of the old one and the method's."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
+
+    @property
+    def sampler_steps(self) -> int:
+        """``steps``, or the usual number if it is left open."""
+        return self.steps or 4

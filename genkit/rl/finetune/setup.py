@@ -49,9 +49,9 @@ def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
     """The denoising chain, with the network of learned noise. ``ValueError`` if the method cannot train that noise."""
     path = find_denoiser(base.objective, base.nets).path
     noise, method = settings.exploration_noise, settings.method
-    chain = Chain.on_grid(path, settings.steps, noise, settings.min_std, settings.grid)
+    chain = Chain.on_grid(path, settings.sampler_steps, noise, settings.min_std, settings.grid)
     torch.manual_seed(settings.seed)
-    sigma = noise.network(base.spec, settings.steps)
+    sigma = noise.network(base.spec, settings.sampler_steps)
     if sigma is None:
         return chain
     if not method.needs_log_prob:
@@ -91,7 +91,7 @@ def build_environment_task(settings: FinetuneSettings, base: Run, world: int) ->
     """This rank's environments, and the policy that acts in them."""
     if settings.label is not None or settings.unconditional:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
-    policy = Policy.load(base, steps=settings.steps, act_steps=settings.act_steps, grid=settings.grid)
+    policy = Policy.load(base, steps=settings.sampler_steps, act_steps=settings.act_steps, grid=settings.grid)
     if type(policy) is not Policy:
         raise ValueError(f"run: {base.directory.name} plans, or sees pictures; allowed: policies of actions given obs")
     env = build_env(settings, policy, local_batch_size(settings.num_envs, world, "num_envs"))

@@ -142,7 +142,6 @@ class EnvironmentTask:
         chunk = self.codec.to_absolute(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
         reward, terminated, ended = self.act(actions)
-        del self.history[:-obs_steps]
         return Decision(start.cond, trajectory, np.stack(self.history, 1), reward, terminated, ended)
 
     def advantages(
@@ -184,10 +183,16 @@ class EnvironmentTask:
             out_of_range = distance > (self.terminate_out_of_range or math.inf)
             terminated |= out_of_range & ~ended
             self.age += ~ended
+            self.remember(obs, ended)
             ended |= terminates | truncates | out_of_range
-            self.history.append(obs)
         self.total += total
         return total, terminated, ended | (self.age >= self.limit)
+
+    def remember(self, obs: np.ndarray, ended: np.ndarray) -> None:
+        """Append observations ``[N, Do]`` to the history. That of rows that had ``ended`` before stays as it was, since
+        the critic bootstraps from it."""
+        earlier = [np.where(ended[:, None], a, b) for a, b in zip(self.history, self.history[1:], strict=False)]
+        self.history = [*earlier, np.where(ended[:, None], self.history[-1], obs)]
 
     def restart(self, learner: Learner, decision: int, ended: np.ndarray) -> list[FinishedEpisode]:
         """Begin new episodes in the rows that have ended; the results of those that were not cut."""

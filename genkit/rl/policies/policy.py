@@ -1,12 +1,14 @@
 """A trained run that acts.
 
-policy = Policy.load("runs/latest", steps=4)
+policy = Policy.load("runs/latest")
 policy.reset(seeds=[100000])
 actions = policy.act(obs)          # [N, To, Do] -> [N, Ta, A], in the environment's units
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +29,31 @@ from genkit.envs import Env, make, parse_arguments
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
 
+logger = logging.getLogger("genkit")
+ACTING_FILE = "policy.json"  # in the directory of a fine-tuned policy: how it acted in training
 POLICY_CLASSES: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
     (Actions, False): "genkit.rl.policies.policy:Policy",
     (Actions, True): "genkit.rl.policies.policy:VisualPolicy",
     (Plans, False): "genkit.rl.policies.planner:Planner",
     (Plans, True): "genkit.rl.policies.planner:Planner",
 }
+
+
+def read_acting(run: Run) -> dict[str, Any]:
+    """``steps``, ``grid`` and ``act_steps`` that a fine-tuned policy acted with in training; empty for other runs."""
+    file = run.directory / ACTING_FILE
+    if not file.is_file():
+        return {}
+    try:
+        acting = json.loads(file.read_text())
+        return {"steps": int(acting["steps"]), "grid": str(acting["grid"]), "act_steps": int(acting["act_steps"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file}: is damaged; write it again: genkit finetune --resume {run.directory}") from None
+
+
+def default_steps(run: Run) -> int:
+    """The sampler steps of a policy if none are asked for: those that it was fine-tuned with, else its objective's."""
+    return read_acting(run).get("steps", run.objective.policy_steps)
 
 
 def executed_mask(shape: Sequence[int], obs_steps: int, act_steps: int) -> Tensor:
@@ -94,13 +115,15 @@ class Policy:
     """source of each row's random numbers (:meth:`reset`); None: torch's global generator"""
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     """conditions besides obs, each as one row"""
+    steps: int = 1
+    """sampler steps for each chunk; 1 for a one-pass objective"""
 
     @classmethod
     def load(
         cls,
         run: str | Path | Run,
         *,
-        steps: int = 4,
+        steps: int | None = None,
         sampler: str | None = None,
         act_steps: int | None = None,
         ema: str | None = None,
@@ -114,9 +137,10 @@ class Policy:
         """The policy of a run that was trained on demonstrations, of the class that fits its samples and observations.
 
         ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
-        ``act_steps`` None is the data's. ``conditions`` are those besides obs: ``{"skill": [2]}``. ``guidance``
-        strengthens them if the run was trained without each of them too (cond_dropout_each), else all together;
-        ``options`` are further fields of :class:`Sampling`.
+        ``steps`` and ``act_steps`` None are those that a fine-tuned policy acted with in training, else the
+        objective's and the data's; another ``steps`` than it was trained with is warned of. ``conditions`` are those
+        besides obs: ``{"skill": [2]}``. ``guidance`` strengthens them if the run was trained without each of them too
+        (cond_dropout_each), else all together; ``options`` are further fields of :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
         run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
@@ -133,6 +157,12 @@ class Policy:
             raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
                              "it, or train one that can do without: --objective.cond-dropout-each 0.2")  # fmt: skip
         guides = [guide] if guide else []
+        acting = read_acting(run)
+        options = {"grid": acting["grid"], **options} if "grid" in acting else options
+        if steps is None:
+            steps = default_steps(run)
+        elif steps != acting.get("steps", steps):
+            logger.warning(f"steps: given {steps}, but {run.directory.name} was fine-tuned with {acting['steps']}")
         if run.objective.sampler is not None:
             options |= {"sampler": sampler or "ddim", "steps": steps}
             if guidance != 1 and tensors and droppable:
@@ -143,10 +173,14 @@ class Policy:
         sampling = Sampling(**options, guidance=guidance)
         outer = compose(*guides) if guides else None
         if act_steps is None:
+            act_steps = acting.get("act_steps")
+        if act_steps is None:
             data = run.config.data
             act_steps = data.act_steps if isinstance(data, Demonstrations) else run.spec.shape[1] - obs_steps + 1
         check_horizons(obs_steps, run.spec.shape[1], act_steps)
-        return kind(run, run.generator(sampling, outer=outer), act_steps, conditions=tensors, **kind.extra_fields(run))
+        generate = run.generator(sampling, outer=outer)
+        used = steps if run.objective.sampler is not None else 1
+        return kind(run, generate, act_steps, conditions=tensors, steps=used, **kind.extra_fields(run))
 
     @classmethod
     def require_suitable(cls, run: Run) -> None:

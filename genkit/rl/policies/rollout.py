@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,8 @@ from genkit.training.run import Run
 from genkit.training.settings import Count
 
 logger = logging.getLogger("genkit")
+# settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
+NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film"}
 Q_SEED = 3 * 2**28  # first seed of the episodes that Q is learned from; used neither in training nor in evaluation
 
 
@@ -48,8 +52,8 @@ class RolloutSettings:
     """Number of episodes."""
     seed: Annotated[int, Ge(0)] = 100_000
     """Episode i starts and draws from seed + i."""
-    steps: Count = 4
-    """Sampler steps for each chunk of actions."""
+    steps: Count | None = None
+    """Sampler steps for each chunk of actions; None: those of fine-tuning, else 1 of an anchored flow, else 4."""
     sampler: str | None = None
     """A name in genkit.diffusion.samplers.SAMPLERS; None: ddim, one evaluation a step."""
     conditions: tuple[str, ...] = ()
@@ -101,7 +105,7 @@ class Rollouts:
             **episodes,
             "ms_per_chunk": self.chunk_ms,
             "ms_per_batch": episodes["ms_per_chunk"],
-            "steps": self.settings.steps if run.objective.sampler else 1,
+            "steps": self.policy.steps,
             **q,
             **self.policy.details,
             "weights": run.weights,
@@ -129,13 +133,21 @@ class Rollouts:
 
     @property
     def name(self) -> str:
-        """A file name, without suffix, that is different for other settings."""
+        """A file name, without suffix, that is different for other settings, except for the number of films."""
         s = self.settings
-        parts = [f"step{self.policy.run.step}", f"k{s.steps if self.policy.run.objective.sampler else 1}"]
+        parts = [f"step{self.policy.run.step}", f"k{self.policy.steps}"]
         parts += [f"best{s.best_of}"] if s.best_of > 1 else []
         parts += [f"q{s.q_guidance:g}"] if s.q_guidance else []
         parts += [*s.conditions, *([f"w{s.guidance:g}"] if s.guidance != 1 else [])]
-        return "-".join([*parts, f"seed{s.seed}", f"n{s.episodes}"])
+        parts += [f"seed{s.seed}", f"n{s.episodes}"]
+        for f in fields(s):
+            value = getattr(s, f.name)
+            if f.name not in NAMED and value != f.default:
+                text = " ".join(value) if isinstance(value, tuple) else str(value)
+                parts.append(f"{f.name}={text}")
+        name = "-".join(parts)
+        short = re.sub(r"[^\w.,=+-]", "_", name)[:150]
+        return short if short == name else f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     def save(self, folder: str | Path | None = None, *, draw: bool = True) -> list[Path]:
         """Write the summary as JSON, the pictures (if ``draw``) and the films into ``folder``; the files.
@@ -227,7 +239,8 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
 
 def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
     """The settings that a saved Q must have been learned with, to apply to this policy."""
-    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": settings.env or policy.env}
+    env = " ".join([settings.env or policy.env, *settings.env_args])
+    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": env}
 
 
 def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
@@ -235,7 +248,7 @@ def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
     data = collect_decisions(policy, env, range(Q_SEED, Q_SEED + settings.fit_q), settings.gamma)
     used = executed_mask(policy.run.spec.shape, policy.obs_shape[0], policy.act_steps)
     q, explained = learn_q(policy.run.spec, used, data)
-    about = {"steps": settings.steps, "gamma": settings.gamma, "episodes": settings.fit_q, "explained": explained}
+    about = {"steps": policy.steps, "gamma": settings.gamma, "episodes": settings.fit_q, "explained": explained}
     file = save_q(policy.run.directory, q, q_requirements(policy, settings) | about)
     logger.info(f"{file}: {len(data.returns)} decisions, explains {explained:.2f} of held-out returns")
     return explained

@@ -1,0 +1,63 @@
+"""How a policy acts is stored with its run: sampler steps, their grid and the actions of a chunk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from genkit.cli.commands.finetune import main as finetune
+from genkit.cli.commands.train import main as train
+from genkit.cli.main import main as genkit
+from genkit.rl.policies.policy import Policy
+from genkit.training.directory import find_run
+
+
+@pytest.fixture(scope="module")
+def tuned(policy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    finetune([str(policy), "--steps", "2", "--grid", "logsnr", "--act-steps", "1", "--iterations", "1",
+              "--num-envs", "4", "--num-steps", "2", "--eval-episodes", "0", "--no-tensorboard", "--device=cpu",
+              "--out", str(out)])  # fmt: skip
+    return find_run(out / "latest")
+
+
+def act(policy):
+    policy.reset([5])
+    return policy.act(np.zeros(policy.obs_shape, np.float32)[None])
+
+
+def test_a_fine_tuned_policy_acts_as_it_was_trained(tuned, policy, caplog):
+    usual = Policy.load(tuned)
+    assert (usual.steps, usual.act_steps) == (2, 1)
+    assert np.array_equal(act(usual), act(Policy.load(tuned, steps=2, grid="logsnr", act_steps=1)))
+    assert not np.array_equal(act(usual), act(Policy.load(tuned, grid="uniform")))
+    assert not caplog.text
+    assert Policy.load(tuned, steps=3).steps == 3
+    assert "given 3, but" in caplog.text
+    assert "was fine-tuned with 2" in caplog.text
+    assert (Policy.load(policy).steps, Policy.load(policy).act_steps) == (4, Policy.load(policy, steps=4).act_steps)
+
+
+def test_rollouts_and_further_fine_tuning_take_it_over(tuned, tmp_path, capsys):
+    assert genkit(["rollout", str(tuned), "--episodes", "2", "--max-steps", "4", "--json", "--no-picture"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 2
+    finetune([str(tuned), "--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--eval-episodes", "0",
+              "--no-tensorboard", "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
+    again = Policy.load(tmp_path / "latest")
+    assert (again.steps, again.act_steps) == (2, 1)
+
+
+def test_an_anchored_flow_takes_one_step(tmp_path):
+    train(["--objective=anchored", "--data=four-ways", "--data.n=20", "--data.anchors=4", "--backbone.width=16",
+           "--backbone.depth=1", "--steps=2", "--sample-every=0", "--no-tensorboard", "--device=cpu", "--workers=0",
+           "--out", str(tmp_path)])  # fmt: skip
+    assert Policy.load(tmp_path / "latest").steps == 1
+
+
+def test_a_damaged_record_is_refused(tuned):
+    file = tuned / "policy.json"
+    content = file.read_text()
+    file.write_text(content[:9])
+    with pytest.raises(ValueError, match="is damaged"):
+        Policy.load(tuned)
+    file.write_text(content)
