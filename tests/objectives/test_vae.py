@@ -279,7 +279,7 @@ def test_a_trained_vae_draws_and_refuses_samplers(trained, tmp_path, capsys):
     assert (whole[6:].int() - later.int()).abs().max() <= 1
     assert len(whole.unique(dim=0)) == 9
     assert cli.main(["sample", str(run), "--n=4", f"--out={tmp_path / 'four.png'}"]) == 0
-    assert json.loads((tmp_path / "four.json").read_text())["nfe"] == 1
+    assert json.loads((tmp_path / "four.png.json").read_text())["nfe"] == 1
     for flags, name in ((["--sampler=heun"], "sampler"), (["--guidance=2"], "guidance"), (["--clip"], "clip")):
         capsys.readouterr()
         assert cli.main(["sample", str(run), "--n=4", f"--out={tmp_path / 'no.png'}", *flags]) == 2

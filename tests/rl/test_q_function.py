@@ -87,7 +87,8 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
         results[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "q_explained_variance" in results["best"]
     assert (policy / "q.safetensors").is_file()
-    assert (policy / "rollouts" / "step30-k4-best4-seed100000-n8.json").is_file()
-    assert (policy / "rollouts" / "step30-k4-q2-seed100000-n8.json").is_file()
+    names = [p.name for p in (policy / "rollouts").glob("*.json")]
+    assert any("best4" in name and "seed100000-n8" in name for name in names), names
+    assert any("-q2-" in name and "seed100000-n8" in name for name in names), names
     with pytest.raises(ValueError, match="was learned with act_steps"):
         rollout([*some, "--best-of", "4", "--act-steps", "2"])
