@@ -34,14 +34,14 @@ NARROW = 0.02
 WIDE = {"noise": SIGMA, "steps": 4000}
 HARD = {"noise": NARROW, "steps": 800}  # about as many passes of the networks as WIDE
 # weaker penalties than for images: the modes are much narrower than the data
-BOTH = {"r1": 0.02, "r2": 0.02, "every": 2}
+BOTH = {"r1": 0.02, "r2": 0.02, "penalty_every": 2}
 LOSSES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # settings of the loss, and of data and length
     "minimax": ({"name": "minimax"}, WIDE),
-    "non-saturating, R1": ({"name": "non-saturating", "r1": 0.04, "every": 2}, WIDE),
+    "non-saturating, R1": ({"name": "non-saturating", "r1": 0.04, "penalty_every": 2}, WIDE),
     "non-saturating, R1 and R2": ({"name": "non-saturating", **BOTH}, WIDE),
-    "relativistic, R1 and R2": ({"name": "relativistic", "r1": 0.01, "r2": 0.01, "every": 2}, WIDE),
-    "minimax, narrow": ({"name": "minimax", "critic_steps": 5}, HARD),
-    "non-saturating, narrow": ({"name": "non-saturating", "r1": 0.0, "critic_steps": 5}, HARD),
+    "relativistic, R1 and R2": ({"name": "relativistic", "r1": 0.01, "r2": 0.01, "penalty_every": 2}, WIDE),
+    "minimax, narrow": ({"name": "minimax", "discriminator_steps": 5}, HARD),
+    "non-saturating, narrow": ({"name": "non-saturating", "r1": 0.0, "discriminator_steps": 5}, HARD),
 }
 
 
@@ -67,7 +67,7 @@ def train(name: str, seed: int, **changes: Any) -> tuple[Tensor, dict[str, Any]]
     loss, task = LOSSES[name]
     steps, sigma = task["steps"], task["noise"]
     settings = {
-        "objective": {"name": "gan", "latent": [8], "game": {**loss, **changes}},
+        "objective": {"name": "gan", "latent": [8], "gan_loss": {**loss, **changes}},
         "backbone": {"name": "mlp", "width": 64, "depth": 2},
         "data": {"name": "8gaussians", "noise": sigma, "labels": False},
         "steps": steps,

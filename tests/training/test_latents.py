@@ -569,7 +569,7 @@ def test_an_unsuitable_diffusers_folder_is_refused_in_one_line(tmp_path, capsys)
     for folder, data, expected in (
         ("none", "digits", "holds no config.json"),
         ("unet", "digits", "holds a UNet2DModel; allowed: AutoencoderKL, AutoencoderTiny, VQModel"),
-        ("kl", "moons", "is for pictures of 1 channels; the data are [2]"),
+        ("kl", "moons", "is for images of 1 channels; the data are [2]"),
     ):
         argv = ["train", f"--data={data}", f"--codec=diffusers:{tmp_path}/{folder}", f"--out={tmp_path}/runs"]
         assert cli.main(argv) == 2
@@ -578,7 +578,7 @@ def test_an_unsuitable_diffusers_folder_is_refused_in_one_line(tmp_path, capsys)
         assert len(error.splitlines()) == 1
     argv = ["train", "--data=digits", "--data.size=9", f"--codec=diffusers:{tmp_path}/kl", f"--out={tmp_path}/runs"]
     assert cli.main(argv) == 2
-    assert "choose a size that it halves evenly" in capsys.readouterr().err
+    assert "choose a size that it can halve evenly" in capsys.readouterr().err
     for pickled in (tmp_path / "kl").glob("*.safetensors"):
         torch.save({}, pickled.with_suffix(".bin"))
         pickled.unlink()
