@@ -46,6 +46,11 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def is_intact(path: Path, recorded: str) -> bool:
+    """Whether a file is there and has the recorded checksum."""
+    return path.is_file() and sha256(path) == recorded
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     named = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
@@ -62,7 +67,7 @@ def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[st
         damaged = [
             name
             for name, recorded in read_state(checkpoint)["sha256"].items()
-            if not (checkpoint / name).is_file() or sha256(checkpoint / name) != recorded
+            if not is_intact(checkpoint / name, recorded)
         ]
         if not damaged:
             return checkpoint
@@ -151,7 +156,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     recorded = read_state(checkpoint)["sha256"]
     if name not in recorded:
         raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
-    if not path.is_file() or sha256(path) != recorded[name]:
+    if not is_intact(path, recorded[name]):
         raise ValueError(f"{path}: is damaged (another sha256 than recorded); take an earlier checkpoint: --step N")
     return load_file(path)
 

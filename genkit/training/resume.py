@@ -21,6 +21,7 @@ from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
 Note = Callable[[str], None]
+CHANGEABLE = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
 
 
 def settings_difference(old: TrainSettings, new: TrainSettings) -> dict[str, tuple[Any, Any]]:
@@ -40,11 +41,10 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
     new = dataclasses.replace(new, resume=None, step=None, precision=precision, threads=threads)
-    changeable = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
-        elif name not in changeable:
+        elif name not in CHANGEABLE:
             raise ValueError(
                 f"{name}: given {describe(after)}, but {run.name} was trained with {describe(before)}; a resumed run "
                 f"keeps its {name}: leave it out, or begin another run from these weights with --init {run}"
@@ -98,7 +98,6 @@ def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
 
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
-    changeable = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
     settings = dataclasses.replace(settings, data=settings.data.with_absolute_root())
     out = Path(settings.out).expanduser()
@@ -109,7 +108,7 @@ def find_resumable(settings: TrainSettings) -> Path | None:
             difference = settings_difference(stored_settings(path), settings)
         except ValueError:
             continue
-        if not set(difference) - changeable - resolved:
+        if not set(difference) - CHANGEABLE - resolved:
             return find_run(path)
     return None
 
