@@ -32,6 +32,7 @@ from genkit.evaluation.sources import ModelSamples, hash_weights
 from genkit.training.distributed import join_ranks
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import Sampling
+from genkit.training.settings import CheckpointStep
 
 Count = Annotated[int, Ge(1)]
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
@@ -75,8 +76,8 @@ class SweepSettings:
     """Where a data set that --reference names is stored."""
     seed: Annotated[int, Ge(0)] = 0
     """Sample i has seed + i."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Which checkpoint; None: the newest."""
+    step: CheckpointStep | None = None
+    """Which checkpoint, by its step or "best" (of train --keep-best); None: the newest."""
     batch: Count = 64
     """Samples at a time."""
     device: DeviceName = "auto"

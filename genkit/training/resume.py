@@ -17,7 +17,7 @@ from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
 from genkit.training.loop import learning_rate
-from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.settings import CheckpointStep, TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
 Note = Callable[[str], None]
@@ -76,7 +76,7 @@ def keep_old_config(run: Path, step: int) -> None:
         shutil.copyfile(run / "config.yaml", path)
 
 
-def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
+def resume_point(run: Path, step: CheckpointStep | None, note: Note) -> Path | None:
     """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none yet.
 
     Checkpoints later than ``step`` are set aside in ``checkpoints/superseded``.

@@ -26,6 +26,7 @@ from genkit.diffusion.guidance import (
 )
 from genkit.diffusion.samplers import GRIDS
 from genkit.objectives.matching.matching import Matching
+from genkit.training.settings import CheckpointStep
 
 if TYPE_CHECKING:
     from genkit.training.run import Run
@@ -80,8 +81,8 @@ class LoadOptions:
 
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Checkpoint. None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
 

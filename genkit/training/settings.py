@@ -12,6 +12,7 @@ from genkit.config import from_dict, load_yaml, table
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
+from genkit.core.durations import DurationText
 
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+CheckpointStep = Annotated[int, Ge(0)] | Literal["best"]
 
 
 def by_objective(default: Any) -> Any:
@@ -95,6 +97,18 @@ class TrainSettings:
     """Feature extractor of evaluations: auto, classifier, inception or raw."""
     eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    val_every: Annotated[int, Ge(0)] = changeable(0)
+    """Steps between validations: the loss of held-out samples (the test split), the same ones with the same noise each
+    time, for the slowest average and the raw weights. 0: never."""
+    val_n: Count = changeable(1000)
+    """Held-out samples per validation, over all ranks together."""
+    keep_best: str | None = changeable(None)
+    """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
+    patience: Count | None = changeable(None)
+    """Stop after this many evaluations in a row without a better value of --keep-best. None: never."""
+    max_time: DurationText | None = changeable(None)
+    """Stop after this time, as a signal would: 90s, 10m, 2h30m. It counts from the start of this process's training;
+    a run that is resumed has as much again. None: never."""
     log_every: Count = changeable(50)
     """Steps between lines of the log."""
     keep_checkpoints: Count = changeable(3)
@@ -118,8 +132,9 @@ class TrainSettings:
     resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
-    step: Annotated[int, Ge(0)] | None = None
-    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
+    step: CheckpointStep | None = None
+    """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
+    intact one."""
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -28,6 +28,7 @@ from genkit.diffusion.samplers import Seeds
 from genkit.envs import Env, make, parse_arguments
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
+from genkit.training.settings import CheckpointStep
 
 logger = logging.getLogger("genkit")
 ACTING_FILE = "policy.json"  # in the directory of a fine-tuned policy: how it acted in training
@@ -127,7 +128,7 @@ class Policy:
         sampler: str | None = None,
         act_steps: int | None = None,
         ema: str | None = None,
-        step: int | None = None,
+        step: CheckpointStep | None = None,
         device: str = "cpu",
         conditions: Mapping[str, Sequence[float]] | None = None,
         guidance: float = 1.0,

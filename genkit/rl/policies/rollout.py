@@ -32,7 +32,7 @@ from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
-from genkit.training.settings import Count
+from genkit.training.settings import CheckpointStep, Count
 
 logger = logging.getLogger("genkit")
 # settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
@@ -76,8 +76,8 @@ class RolloutSettings:
     """Parallel environments."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Checkpoint to use; None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint to use, by its step or "best" (of train --keep-best); None: the newest."""
     film: Annotated[int, Ge(0)] = 0
     """Number of first episodes to film, as one GIF each."""
     device: DeviceName = "cpu"
