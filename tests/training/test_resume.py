@@ -174,6 +174,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, trained, capsy
     assert same(weights(run), weights(trained))
 
 
+def test_damaged_checkpoints_are_set_aside_and_count_no_longer(run, trained, capsys):
+    """One that stayed would be newer than what is saved next, and make it be removed."""
+    damage(run / "checkpoints" / "step-0000010" / "nets.safetensors", "cut")
+    assert resume(run, "--keep-checkpoints=1", "--save-every=2", "--steps=12") == 0
+    assert "1 later checkpoint is set aside in" in capsys.readouterr().out
+    assert [p.name for p in list_checkpoints(run)] == ["step-0000012"]
+    assert [p.name for p in (run / "checkpoints" / "damaged").iterdir()] == ["step-0000010"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again(run, trained, capsys):
+    for path in list_checkpoints(run):
+        damage(path / "optim.safetensors", "empty")
+    assert resume(run, "--step=9") == 2
+    assert "has no intact checkpoint" in capsys.readouterr().err
+    assert resume(run) == 0
+    assert "no intact checkpoint is left: the run begins again at step 0" in capsys.readouterr().out
+    assert same(weights(run), weights(trained))
+    assert [*map(without_clocks, read_log(run))] == [*map(without_clocks, read_log(trained))]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"step": 10}', "\xff"])
 def test_a_checkpoint_whose_record_is_damaged_is_incomplete(run, trained, content):
     (run / "checkpoints" / "step-0000010" / "state.json").write_text(content, encoding="latin-1")
