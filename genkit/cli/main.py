@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from genkit.cli.escape import printable
+
 PACKAGE = Path(__file__).parents[1]
 OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake
 
@@ -119,9 +121,9 @@ class MessagePrinter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         if record.levelno < logging.WARNING:
-            print(record.getMessage(), flush=True)
+            print(printable(record.getMessage()), flush=True)
         elif os.environ.get("RANK", "0") == "0":
-            print(record.getMessage(), file=sys.stderr, flush=True)
+            print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:
@@ -150,7 +152,7 @@ def is_user_error(e: BaseException) -> bool:
 
 def refuse(message: str) -> int:
     """Print an error in one line to standard error, and return exit code 2."""
-    print("genkit: " + " ".join(message.split()), file=sys.stderr)
+    print("genkit: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 
 

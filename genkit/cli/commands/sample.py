@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
-from rich.console import Console
 from tyro.conf import Positional
 
 from genkit import config
+from genkit.cli.output import console
 from genkit.cli.sample_output import destination, require_free, write_samples
 from genkit.config import parse
 from genkit.config.paths import PathText
@@ -20,7 +20,6 @@ from genkit.data import text
 from genkit.training.run import load_run
 from genkit.training.sampling import LoadOptions, Sampling
 
-console = Console(highlight=False, soft_wrap=True)
 Count = Annotated[int, Ge(1)]
 
 
