@@ -24,6 +24,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import tyro
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from tyro.constructors import (
     MISSING_NONPROP,
     ConstructorRegistry,
@@ -48,9 +49,12 @@ from genkit.config.blocks import (
     load_yaml,
     parse_block,
 )
+from genkit.config.names import NameIn
+from genkit.config.paths import expand_path
 
 T = TypeVar("T")
 TRUTH_VALUES = {"true", "false", "yes", "no", "on", "off"}
+LARGE = 1e5  # a bound beyond it only keeps numbers within a machine's range; the help does not mention it
 
 
 def parse(
@@ -188,8 +192,19 @@ def as_raw(hint: Any) -> Any:
     """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values."""
     spec = get_syntax(hint)
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    raw = replace(spec, instance_from_str=RawValues, choices=None)
+    raw = replace(spec, instance_from_str=RawValues, choices=None, metavar=format_metavar(spec.metavar, hint))
     return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
+
+
+def format_metavar(metavar: str, hint: Any) -> str:
+    """Return tyro's ``metavar`` without the None that leaving the flag out means, or the names of a registry."""
+    names = [mark for mark in find_marks(hint) if isinstance(mark, NameIn)]
+    if names:
+        return "{" + ",".join(names[0].names()) + "}" + (f"[{names[0].separator}...]" if names[0].separator else "")
+    metavar = metavar.replace("{None}|", "").replace("{None,", "{")
+    if any(getattr(mark, "func", None) is expand_path for mark in find_marks(hint)):
+        metavar = metavar.replace("STR", "PATH")
+    return metavar[1:-1] if re.fullmatch(r"\{[A-Z]+( [A-Z]+)*\}", metavar) else metavar
 
 
 @dataclass(frozen=True)
@@ -213,6 +228,7 @@ class FlagParser:
     def __init__(self, block: Block, help: bool):
         # a missing value is reported by from_dict, more clearly than by tyro
         self.required = MISSING_NONPROP if help else None
+        self.help = help
         self.settings: dict[str, Setting] = {}
         self.tables: list[str] = []
         self.specs: dict[type, StructConstructorSpec] = {}
@@ -223,22 +239,45 @@ class FlagParser:
     def add_block(self, block: Block, path: str, specs: list[StructFieldSpec]) -> type:
         """Register the flags of ``block`` after ``specs``, and return the type that stands for it in tyro."""
         docs = read_field_docs(block.cls)
+        flags: list[tuple[StructFieldSpec, str]] = [(spec, "") for spec in specs]
+        inner: list[StructFieldSpec] = []
         for name, f in get_fields(block.cls).items():
-            inner_path, value, doc = join_path(path, name), block.values.get(name, ABSENT), docs.get(name)
+            inner_path, value = join_path(path, name), block.values.get(name, ABSENT)
+            doc, heading = docs.get(name, ("", ""))
             if "table" in f.metadata:
                 # two entries: a flag for the name, and the block of the class that it selects
                 self.tables.append(inner_path)
                 names = "{" + ",".join(load_object(f.metadata["table"])) + "}"
-                specs.append(self.make_text_flag(f"{name} NAME", name, names, find_name(f.metadata, value.cls), doc))
-                kind: Any = self.add_block(value, inner_path, [])
-                value, doc = kind(), (inspect.getdoc(value.cls) or "").partition("\n")[0]
+                default = find_name(f.metadata, value.cls)
+                flags.append((self.make_text_flag(f"{name} NAME", name, names, default, doc), heading))
+                kind = self.add_block(value, inner_path, [])
+                doc = (inspect.getdoc(value.cls) or "").partition("\n")[0].replace("``", "")
+                inner.append(StructFieldSpec(name, kind, kind(), doc))
             else:
                 setting = self.settings[inner_path] = Setting(get_hints(block.cls)[name], value)
                 kind = bool if setting.hint is bool else as_raw(setting.hint)
-            specs.append(StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc))
+                doc = add_sentence(doc, describe_bounds(setting.hint))
+                flags.append((StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc), heading))
         stand_in = type(block.cls.__name__, (), {})
-        self.specs[stand_in] = StructConstructorSpec(dict, tuple(specs))
+        self.specs[stand_in] = StructConstructorSpec(dict, (*self.group_flags(flags), *inner))
         return stand_in
+
+    def group_flags(self, specs: list[tuple[StructFieldSpec, str]]) -> list[StructFieldSpec]:
+        """Return the flags under the headings that the help shows them with.
+
+        A heading is a block in tyro, whose flags have no prefix. Only the help has such blocks.
+        """
+        out: dict[str, list[StructFieldSpec]] = {}
+        for spec, heading in specs:
+            is_positional = tyro.conf.Positional in get_args(spec.type)
+            out.setdefault("" if is_positional or not self.help else heading, []).append(spec)
+        plain = out.pop("", [])
+        for heading, inner in out.items():
+            stand_in = type(heading, (), {})
+            flags = [replace(spec, type=Annotated[spec.type, tyro.conf.OmitArgPrefixes]) for spec in inner]
+            self.specs[stand_in] = StructConstructorSpec(dict, tuple(flags))
+            plain.append(StructFieldSpec(heading, stand_in, stand_in(), ""))
+        return plain
 
     def make_text_flag(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
         """Return a flag that pass 1 has read. tyro needs it for ``--help`` and to know that it takes a value."""
@@ -330,20 +369,58 @@ def switch_error(path: str, on: bool) -> ConfigError:
 
 
 @functools.cache
-def read_field_docs(cls: type) -> dict[str, str]:
-    """Return the help of each field: the text under it, or after it, in the source of a dataclass and its bases."""
-    docs = {}
+def read_field_docs(cls: type) -> dict[str, tuple[str, str]]:
+    """Return the help and the heading of each field, from the source of a dataclass and its bases.
+
+    The help is the text under a field, or the comment after it. A comment line ``# -- logging`` begins a heading.
+    """
+    docs: dict[str, tuple[str, str]] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
         try:
             source = textwrap.dedent(inspect.getsource(cast(type, base)))
         except OSError:  # a class typed at a prompt
             continue
+        lines = source.splitlines()
+        headings = {i: match[1] for i, line in enumerate(lines, 1) if (match := re.fullmatch(r"    # -- (.+)", line))}
         body = cast(ast.ClassDef, ast.parse(source).body[0]).body
         for field, after in itertools.zip_longest(body, body[1:]):
+            group = next((title for i, title in reversed(headings.items()) if i < field.lineno), "")
             match field, after:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
+                    docs[name] = " ".join(text.replace("``", "").split()), group
                 case ast.AnnAssign(target=ast.Name(id=name), end_lineno=int(line), end_col_offset=int(column)), _:
-                    rest = source.splitlines()[line - 1].encode()[column:].decode()
-                    docs[name] = rest.partition("#")[2].strip()
+                    rest = lines[line - 1].encode()[column:].decode()
+                    docs[name] = rest.partition("#")[2].strip(), group
     return docs
+
+
+def find_marks(hint: Any) -> list[Any]:
+    """Return the annotations of a type and of the types that it is made of, ``annotated_types.Ge(1)`` and the like."""
+    inner = [mark for part in get_args(hint) if part is not Ellipsis for mark in find_marks(part)]
+    return [*inner, *hint.__metadata__] if get_origin(hint) is Annotated else inner
+
+
+def add_sentence(doc: str, sentence: str) -> str:
+    """Return ``doc`` with one more sentence, which may be empty."""
+    if not doc or not sentence:
+        return doc or sentence
+    return f"{doc}{'' if doc.endswith(('.', '!', '?')) else '.'} {sentence}"
+
+
+def describe_bounds(hint: Any) -> str:
+    """Return the bounds of a number as a sentence: ``"At least 1."``; empty without bounds that a user may meet."""
+    texts: list[str] = []
+    for mark in find_marks(hint):
+        match mark:
+            case Ge(ge=low):
+                texts.append(f"at least {low}")
+            case Gt(gt=low):
+                texts.append(f"above {low}")
+            case Le(le=high) if abs(float(cast(Any, high))) < LARGE:
+                texts.append(f"at most {high}")
+            case Lt(lt=high) if abs(float(cast(Any, high))) < LARGE:
+                texts.append(f"below {high}")
+            case MultipleOf(multiple_of=step):
+                texts.append(f"a multiple of {step}")
+    text = ", ".join(dict.fromkeys(texts))
+    return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -31,7 +31,7 @@ from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import ModelSamples, hash_weights
 from genkit.training.distributed import join_ranks
 from genkit.training.run import Run, average_name, load_run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import GridName, SamplerName, Sampling
 
 Count = Annotated[int, Ge(1)]
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
@@ -49,12 +49,12 @@ class SweepSettings:
     """Guidance scales; 1: none."""
     interval: tuple[str, ...] = ("all",)
     """Noise levels at which guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
-    sampler: tuple[str, ...] = ()
-    """Names in genkit.diffusion.samplers.SAMPLERS; empty: the objective's default."""
+    sampler: tuple[SamplerName, ...] = ()
+    """Samplers; empty: the objective's default."""
     steps: tuple[Count, ...] = (5, 10, 20)
     """Steps of the samplers."""
-    grid: str = "uniform"
-    """Placement of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
     n: Annotated[int, Ge(2)] = 500
     """Samples that each combination is screened with."""
     confirm_n: Annotated[int, Ge(2)] = 5000

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from genkit.config import from_dict, load_yaml, table
+from genkit.config.names import NameIn
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
@@ -35,6 +36,7 @@ def changeable(default: Any) -> Any:
 class TrainSettings:
     """Train a model."""
 
+    # -- model and data
     objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
     backbone: Backbone = table(
@@ -45,6 +47,7 @@ class TrainSettings:
         "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
     )
     """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
+    # -- optimization
     steps: Count = changeable(2000)
     """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""
     batch: Count = 64
@@ -65,6 +68,7 @@ class TrainSettings:
     """Largest gradient norm. 0: no clipping."""
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
+    # -- computation
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
     compile: bool = changeable(False)
@@ -75,6 +79,7 @@ class TrainSettings:
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
     threads: Count | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
+    # -- saving and logging
     out: PathText = "runs"
     """Directory in which the run directory is made."""
     name: NameText | None = None
@@ -83,28 +88,33 @@ class TrainSettings:
     """Steps between checkpoints."""
     sample_every: Annotated[int, Ge(0)] = changeable(500)
     """Steps between grids of samples. 0: never."""
+    # -- evaluation during training
     eval_every: Annotated[int, Ge(0)] = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
     eval_n: Annotated[int, Ge(2)] = changeable(1000)
     """Samples per evaluation, over all ranks together."""
-    eval_metrics: str | None = changeable(None)
+    eval_metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = changeable(None)
     """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
     eval_steps: Count = changeable(20)
     """Steps of the objective's default sampler in evaluations."""
-    eval_features: str = changeable("auto")
-    """Feature extractor of evaluations: auto, classifier, inception or raw."""
+    eval_features: Annotated[str, NameIn("genkit.evaluation:FEATURES")] = changeable("auto")
+    """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    # -- saving and logging
     log_every: Count = changeable(50)
     """Steps between lines of the log."""
     keep_checkpoints: Count = changeable(3)
     """Number of newest checkpoints to keep."""
+    # -- computation
     workers: Annotated[int, Ge(0)] = changeable(2)
     """Data-loading processes. 0: load in this process."""
     max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
+    # -- saving and logging
     tensorboard: bool = changeable(True)
     """Write scalars and images for TensorBoard, besides log.jsonl."""
+    # -- latents, starting weights and resuming
     codec: PathText | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
     deviation 1: give edm --objective.sigma-data 1."""

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from genkit.config import table
 from genkit.config.paths import NameText, PathText
 from genkit.core.device import DeviceName
+from genkit.training.sampling import GridName
 from genkit.training.settings import Count
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class FinetuneSettings:
 
     run: Positional[PathText] = ""
     """Directory of the run to improve, such as runs/latest."""
+    # -- model and method
     reward: str = "env"
     """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
     environment's reward from step to step, and 1 for success; or package.module:function, (samples [B, ...], cond) to
@@ -41,8 +43,9 @@ class FinetuneSettings:
     steps: Count | None = None
     """Sampler steps; the fine-tuned model needs the same number, which its policies use by default. None: those of the
     policy that is improved (1 of an anchored flow), else 4."""
-    grid: str = "uniform"
-    """Grid of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
+    # -- experience
     iterations: Count = 60
     """Rounds of collecting experience and learning from it."""
     env: str | None = None
@@ -73,6 +76,7 @@ class FinetuneSettings:
     """Improve the samples drawn without conditions, if the reward is a function."""
     max_kl: Annotated[float, Gt(0)] | None = None
     """Stop when the KL divergence of the sampler from the pretrained model's exceeds this, in nats; None: never."""
+    # -- evaluation
     eval_episodes: Annotated[int, Ge(0)] = 200
     """Episodes before and after, without noise, from seeds that are not trained on; 0: none."""
     eval_samples: Annotated[int, Ge(0)] = 500
@@ -84,6 +88,7 @@ class FinetuneSettings:
     these with the best return; 0: the run is the newest checkpoint."""
     patience: Count | None = None
     """Stop after this many checkpoints without a better return; None: never."""
+    # -- saving and computation
     save_every: Count = 10
     """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same."""
     seed: Annotated[int, Ge(0)] = 0

@@ -32,6 +32,7 @@ from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
+from genkit.training.sampling import SamplerName
 from genkit.training.settings import Count
 
 logger = logging.getLogger("genkit")
@@ -54,8 +55,8 @@ class RolloutSettings:
     """Episode i starts and draws from seed + i."""
     steps: Count | None = None
     """Sampler steps for each chunk of actions; None: those of fine-tuning, else 1 of an anchored flow, else 4."""
-    sampler: str | None = None
-    """A name in genkit.diffusion.samplers.SAMPLERS; None: ddim, one evaluation a step."""
+    sampler: SamplerName | None = None
+    """Sampler. None: ddim, one evaluation a step."""
     conditions: tuple[str, ...] = ()
     """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
     guidance: float = 1.0
