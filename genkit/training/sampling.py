@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
 from genkit.config import table
 from genkit.config.names import NameIn
+from genkit.config.numbers import Count, Natural, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
@@ -31,7 +31,6 @@ from genkit.objectives.matching.matching import Matching
 if TYPE_CHECKING:
     from genkit.training.run import Run
 
-Count = Annotated[int, Ge(1)]
 SamplerName = Annotated[str, NameIn("genkit.diffusion.samplers:SAMPLERS")]
 GridName = Annotated[str, NameIn("genkit.diffusion.samplers:GRIDS")]
 BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
@@ -46,7 +45,7 @@ class Sampling:
     """Sampler. None: the objective's default (heun)."""
     steps: Count = 20
     """Number of sampler steps."""
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     """Scale w of classifier-free guidance, uncond + w (cond - uncond), or away from --autoguide. 1: no guidance."""
     guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
     """Guidance rule: linear, rescale (restores the standard deviation) or apg (projected and limited)."""
@@ -64,7 +63,7 @@ class Sampling:
     """Time grid of the steps."""
     clip: bool = False
     """Clip the predicted data to [-1, 1] at every step."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Sample i has seed + i, whatever the batch size."""
     batch: Count = 64
     """Samples per batch."""
@@ -85,7 +84,7 @@ class LoadOptions:
     # -- weights and device
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
+    step: Natural | None = None
     """Checkpoint. None: the newest."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""

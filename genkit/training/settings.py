@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge
 
 from genkit.config import from_dict, load_yaml, table
 from genkit.config.names import NameIn
+from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
@@ -17,9 +18,6 @@ from genkit.core.device import DeviceName
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
-
-Count = Annotated[int, Ge(1)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 def by_objective(default: Any) -> Any:
@@ -54,17 +52,17 @@ class TrainSettings:
     """Samples per step, over all ranks together."""
     micro_batch: Count | None = changeable(None)
     """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at once."""
-    lr: Annotated[float, Gt(0)] = changeable(1e-3)
+    lr: Positive = changeable(1e-3)
     """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
-    warmup: Annotated[int, Ge(0)] = by_objective(100)
+    warmup: Natural = by_objective(100)
     """Steps of linear learning-rate warmup."""
     schedule: Literal["constant", "cosine"] = by_objective("cosine")
     """Learning rate after the warmup: constant, or half a cosine down to 0."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW)."""
     betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
     """Adam's decay rates. 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
-    clip: Annotated[float, Ge(0)] = 1.0
+    clip: NonNegative = 1.0
     """Largest gradient norm. 0: no clipping."""
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
@@ -73,11 +71,11 @@ class TrainSettings:
     """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
     compile: bool = changeable(False)
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed. Every random number is a function of (seed, step, row) only."""
     device: DeviceName = changeable("auto")
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
-    threads: Count | None = changeable(None)
+    threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     # -- saving and logging
     out: PathText = "runs"
@@ -86,10 +84,10 @@ class TrainSettings:
     """Name of the run. None: data-objective-backbone."""
     save_every: Count = changeable(500)
     """Steps between checkpoints."""
-    sample_every: Annotated[int, Ge(0)] = changeable(500)
+    sample_every: Natural = changeable(500)
     """Steps between grids of samples. 0: never."""
     # -- evaluation during training
-    eval_every: Annotated[int, Ge(0)] = changeable(0)
+    eval_every: Natural = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
     eval_n: Annotated[int, Ge(2)] = changeable(1000)
     """Samples per evaluation, over all ranks together."""
@@ -107,7 +105,7 @@ class TrainSettings:
     keep_checkpoints: Count = changeable(3)
     """Number of newest checkpoints to keep."""
     # -- computation
-    workers: Annotated[int, Ge(0)] = changeable(2)
+    workers: Natural = changeable(2)
     """Data-loading processes. 0: load in this process."""
     max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
@@ -128,7 +126,7 @@ class TrainSettings:
     resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
-    step: Annotated[int, Ge(0)] | None = None
+    step: Natural | None = None
     """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
 
 
