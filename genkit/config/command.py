@@ -15,13 +15,14 @@ import contextlib
 import difflib
 import functools
 import inspect
+import io
 import itertools
 import operator
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import tyro
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
@@ -82,6 +83,57 @@ def parse(
         return from_dict(cls, tree)
     except ConfigError as e:
         raise locate_error(e, file, tree, flags) from None
+
+
+def format_completion(commands: Mapping[str, type | None], shell: str, prog: str) -> str:
+    """Return a shell's completion script for a program whose first argument names a command.
+
+    ``commands`` maps each name to the class of its settings, or to None if only the name can be completed. The options
+    of blocks are those of the default classes.
+    """
+    specs: dict[type, StructConstructorSpec] = {}
+    kinds = []
+    for name, cls in commands.items():
+        if cls is None:
+            stand_in = type(name, (), {})
+            specs[stand_in] = StructConstructorSpec(dict, ())
+        else:
+            parser = FlagParser(parse_block(cls, {}), help=True, choices=True)
+            specs |= parser.specs
+            stand_in = parser.root
+        kinds.append(Annotated[stand_in, tyro.conf.subcommand(name, prefix_name=False)])
+    registry = ConstructorRegistry()
+    registry.struct_rule(lambda info: specs.get(info.type))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        tyro.cli(
+            functools.reduce(operator.or_, kinds),
+            args=["--tyro-write-completion", shell, "-"],
+            prog=prog,
+            registry=registry,
+        )
+    return output.getvalue()
+
+
+def describe_choices(cls: type) -> str:
+    """Return what the names of a command's blocks stand for, a line each, from the classes' docstrings."""
+    sections = []
+    for name, f in get_fields(cls).items():
+        registry = load_object(f.metadata["table"]) if "table" in f.metadata else {}
+        if len(registry) > 1:
+            width = max(map(len, registry)) + 2
+            summaries = {key: (inspect.getdoc(kind) or "").partition("\n\n")[0] for key, kind in registry.items()}
+            lines = [f"  {key:<{width}}{shorten(text, 110 - width)}" for key, text in summaries.items()]
+            sections.append("\n".join([f"\n{to_flag(name)}:", *lines, ""]))
+    return "".join(sections)
+
+
+def shorten(text: str, width: int) -> str:
+    """Return the first sentence of ``text`` without reST's quotes, cut to ``width`` characters."""
+    sentence = re.split(r"(?<!al\.)(?<!eq\.)(?<!Fig\.)(?<=[.:]) ", " ".join(re.sub(r":\w+:|[`~]", "", text).split()))[
+        0
+    ].rstrip(".:")
+    return textwrap.shorten(sentence, width, placeholder=" ...")
 
 
 def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +240,16 @@ def get_syntax(hint: Any) -> PrimitiveConstructorSpec:
     return spec
 
 
-def as_raw(hint: Any) -> Any:
-    """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values."""
+def as_raw(hint: Any, choices: bool = False) -> Any:
+    """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values.
+
+    With ``choices``, tyro still knows the names that the text may be.
+    """
     spec = get_syntax(hint)
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    raw = replace(spec, instance_from_str=RawValues, choices=None, metavar=format_metavar(spec.metavar, hint))
+    names = next((tuple(mark.names()) for mark in find_marks(hint) if isinstance(mark, NameIn)), spec.choices)
+    known = tuple(name for name in names if name != "None") if choices and names else None
+    raw = replace(spec, instance_from_str=RawValues, choices=known, metavar=format_metavar(spec.metavar, hint))
     return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
 
 
@@ -225,10 +282,11 @@ class Setting:
 class FlagParser:
     """The flags of a configuration. tyro sees a stand-in type for each block and fills it as a plain dict."""
 
-    def __init__(self, block: Block, help: bool):
+    def __init__(self, block: Block, help: bool, choices: bool = False):
         # a missing value is reported by from_dict, more clearly than by tyro
         self.required = MISSING_NONPROP if help else None
         self.help = help
+        self.choices = choices  # whether tyro knows the names that a text may be, to complete them
         self.settings: dict[str, Setting] = {}
         self.tables: list[str] = []
         self.specs: dict[type, StructConstructorSpec] = {}
@@ -249,13 +307,16 @@ class FlagParser:
                 self.tables.append(inner_path)
                 names = "{" + ",".join(load_object(f.metadata["table"])) + "}"
                 default = find_name(f.metadata, value.cls)
-                flags.append((self.make_text_flag(f"{name} NAME", name, names, default, doc), heading))
+                names_hint: Any = str | None
+                if self.choices:
+                    names_hint = Literal[tuple(load_object(f.metadata["table"]))] | None
+                flags.append((self.make_text_flag(f"{name} NAME", name, names, default, doc, names_hint), heading))
                 kind = self.add_block(value, inner_path, [])
                 doc = (inspect.getdoc(value.cls) or "").partition("\n")[0].replace("``", "")
                 inner.append(StructFieldSpec(name, kind, kind(), doc))
             else:
                 setting = self.settings[inner_path] = Setting(get_hints(block.cls)[name], value)
-                kind = bool if setting.hint is bool else as_raw(setting.hint)
+                kind = bool if setting.hint is bool else as_raw(setting.hint, self.choices)
                 doc = add_sentence(doc, describe_bounds(setting.hint))
                 flags.append((StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc), heading))
         stand_in = type(block.cls.__name__, (), {})
@@ -279,9 +340,11 @@ class FlagParser:
             plain.append(StructFieldSpec(heading, stand_in, stand_in(), ""))
         return plain
 
-    def make_text_flag(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
+    def make_text_flag(
+        self, key: str, name: str, metavar: str, value: str | None, doc: str | None, hint: Any = str | None
+    ) -> StructFieldSpec:
         """Return a flag that pass 1 has read. tyro needs it for ``--help`` and to know that it takes a value."""
-        hint = Annotated[as_raw(str | None), tyro.conf.arg(name=name, metavar=metavar)]
+        hint = Annotated[as_raw(hint, self.choices), tyro.conf.arg(name=name, metavar=metavar)]
         return StructFieldSpec(key, cast(Any, hint), value, doc)
 
     def read(self, argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
