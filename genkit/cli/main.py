@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from genkit.core.shortage import explain_shortage
+from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
 OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake
@@ -159,7 +159,7 @@ examples:
 def format_epilog(name: str) -> str:
     """Return what the help of a command ends with: the meaning of its names, and examples."""
     from genkit.config.blocks import load_object  # lazy: needed for this option only
-    from genkit.config.command import describe_choices  # lazy: needed for this option only
+    from genkit.config.help_text import describe_choices  # lazy: needed for this option only
 
     command = COMMANDS[name]
     choices = describe_choices(load_object(command.settings)) if command.settings else ""

@@ -10,7 +10,6 @@ themselves pass the same checks as YAML, so a mistake reads the same in both pla
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import functools
@@ -19,13 +18,11 @@ import io
 import itertools
 import operator
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import tyro
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from tyro.constructors import (
     MISSING_NONPROP,
     ConstructorRegistry,
@@ -50,12 +47,11 @@ from genkit.config.blocks import (
     load_yaml,
     parse_block,
 )
+from genkit.config.help_text import add_sentence, describe_bounds, find_marks, format_metavar, read_field_docs
 from genkit.config.names import NameIn
-from genkit.config.paths import expand_path
 
 T = TypeVar("T")
 TRUTH_VALUES = {"true", "false", "yes", "no", "on", "off"}
-LARGE = 1e5  # a bound beyond it only keeps numbers within a machine's range; the help does not mention it
 
 
 def parse(
@@ -113,27 +109,6 @@ def format_completion(commands: Mapping[str, type | None], shell: str, prog: str
             registry=registry,
         )
     return output.getvalue()
-
-
-def describe_choices(cls: type) -> str:
-    """Return what the names of a command's blocks stand for, a line each, from the classes' docstrings."""
-    sections = []
-    for name, f in get_fields(cls).items():
-        registry = load_object(f.metadata["table"]) if "table" in f.metadata else {}
-        if len(registry) > 1:
-            width = max(map(len, registry)) + 2
-            summaries = {key: (inspect.getdoc(kind) or "").partition("\n\n")[0] for key, kind in registry.items()}
-            lines = [f"  {key:<{width}}{shorten(text, 110 - width)}" for key, text in summaries.items()]
-            sections.append("\n".join([f"\n{to_flag(name)}:", *lines, ""]))
-    return "".join(sections)
-
-
-def shorten(text: str, width: int) -> str:
-    """Return the first sentence of ``text`` without reST's quotes, cut to ``width`` characters."""
-    sentence = re.split(r"(?<!al\.)(?<!eq\.)(?<!Fig\.)(?<=[.:]) ", " ".join(re.sub(r":\w+:|[`~]", "", text).split()))[
-        0
-    ].rstrip(".:")
-    return textwrap.shorten(sentence, width, placeholder=" ...")
 
 
 def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,17 +226,6 @@ def as_raw(hint: Any, choices: bool = False) -> Any:
     known = tuple(name for name in names if name != "None") if choices and names else None
     raw = replace(spec, instance_from_str=RawValues, choices=known, metavar=format_metavar(spec.metavar, hint))
     return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
-
-
-def format_metavar(metavar: str, hint: Any) -> str:
-    """Return tyro's ``metavar`` without the None that leaving the flag out means, or the names of a registry."""
-    names = [mark for mark in find_marks(hint) if isinstance(mark, NameIn)]
-    if names:
-        return "{" + ",".join(names[0].names()) + "}" + (f"[{names[0].separator}...]" if names[0].separator else "")
-    metavar = metavar.replace("{None}|", "").replace("{None,", "{")
-    if any(getattr(mark, "func", None) is expand_path for mark in find_marks(hint)):
-        metavar = metavar.replace("STR", "PATH")
-    return metavar[1:-1] if re.fullmatch(r"\{[A-Z]+( [A-Z]+)*\}", metavar) else metavar
 
 
 @dataclass(frozen=True)
@@ -429,61 +393,3 @@ def switch_error(path: str, on: bool) -> ConfigError:
     if on:
         return ConfigError("", f"{flag} takes no value; give it alone, or {flag}=false to switch it off")
     return ConfigError("", f"{opposite} takes no value; give it alone, or {flag} to switch it on")
-
-
-@functools.cache
-def read_field_docs(cls: type) -> dict[str, tuple[str, str]]:
-    """Return the help and the heading of each field, from the source of a dataclass and its bases.
-
-    The help is the text under a field, or the comment after it. A comment line ``# -- logging`` begins a heading.
-    """
-    docs: dict[str, tuple[str, str]] = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
-        try:
-            source = textwrap.dedent(inspect.getsource(cast(type, base)))
-        except OSError:  # a class typed at a prompt
-            continue
-        lines = source.splitlines()
-        headings = {i: match[1] for i, line in enumerate(lines, 1) if (match := re.fullmatch(r"    # -- (.+)", line))}
-        body = cast(ast.ClassDef, ast.parse(source).body[0]).body
-        for field, after in itertools.zip_longest(body, body[1:]):
-            group = next((title for i, title in reversed(headings.items()) if i < field.lineno), "")
-            match field, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.replace("``", "").split()), group
-                case ast.AnnAssign(target=ast.Name(id=name), end_lineno=int(line), end_col_offset=int(column)), _:
-                    rest = lines[line - 1].encode()[column:].decode()
-                    docs[name] = rest.partition("#")[2].strip(), group
-    return docs
-
-
-def find_marks(hint: Any) -> list[Any]:
-    """Return the annotations of a type and of the types that it is made of, ``annotated_types.Ge(1)`` and the like."""
-    inner = [mark for part in get_args(hint) if part is not Ellipsis for mark in find_marks(part)]
-    return [*inner, *hint.__metadata__] if get_origin(hint) is Annotated else inner
-
-
-def add_sentence(doc: str, sentence: str) -> str:
-    """Return ``doc`` with one more sentence, which may be empty."""
-    if not doc or not sentence:
-        return doc or sentence
-    return f"{doc}{'' if doc.endswith(('.', '!', '?')) else '.'} {sentence}"
-
-
-def describe_bounds(hint: Any) -> str:
-    """Return the bounds of a number as a sentence: ``"At least 1."``; empty without bounds that a user may meet."""
-    texts: list[str] = []
-    for mark in find_marks(hint):
-        match mark:
-            case Ge(ge=low):
-                texts.append(f"at least {low}")
-            case Gt(gt=low):
-                texts.append(f"above {low}")
-            case Le(le=high) if abs(float(cast(Any, high))) < LARGE:
-                texts.append(f"at most {high}")
-            case Lt(lt=high) if abs(float(cast(Any, high))) < LARGE:
-                texts.append(f"below {high}")
-            case MultipleOf(multiple_of=step):
-                texts.append(f"a multiple of {step}")
-    text = ", ".join(dict.fromkeys(texts))
-    return f"{text[0].upper()}{text[1:]}." if text else ""
