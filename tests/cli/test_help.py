@@ -82,7 +82,7 @@ $f genkit "${COMP_WORDS[$COMP_CWORD]}" "${COMP_WORDS[$((COMP_CWORD-1))]}"
 printf '%s\n' "${COMPREPLY[@]}"
 """,
     "fish": r"""
-source $argv[1]; complete -C (string join ' ' $argv[2..-1]) | string split -f1 \t
+source $argv[1]; complete -C (string join -- ' ' $argv[2..-1])
 """,
 }
 
@@ -101,8 +101,8 @@ def test_completion(capsys, tmp_path, shell):
 
     def complete(*words):
         (tmp_path / "ask").write_text(COMPLETE[shell])
-        done = subprocess.run([shell, tmp_path / "ask", script, *words], capture_output=True, text=True, check=True)
-        return set(done.stdout.split())
+        done = subprocess.run([shell, tmp_path / "ask", script, *words], capture_output=True, text=True)
+        return {line.split("\t")[0] for line in done.stdout.splitlines() if line}
 
     assert complete("genkit", "s") == {"sample", "sweep"}
     assert complete("genkit", "sample", "--sampler", "dpm") == {"dpmpp_2m", "dpmpp_3m", "dpmpp_sde"}
