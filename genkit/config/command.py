@@ -273,7 +273,7 @@ class FlagParser:
                 default = find_name(f.metadata, value.cls)
                 names_hint: Any = str | None
                 if self.choices:
-                    names_hint = Literal[tuple(load_object(f.metadata["table"]))] | None
+                    names_hint = Literal[tuple(load_object(f.metadata["table"]))]
                 flags.append((self.make_text_flag(f"{name} NAME", name, names, default, doc, names_hint), heading))
                 kind = self.add_block(value, inner_path, [])
                 doc = (inspect.getdoc(value.cls) or "").partition("\n")[0].replace("``", "")
