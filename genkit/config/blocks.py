@@ -282,7 +282,8 @@ def check_value(hint: Any, given: object, path: str) -> Any:
         re.sub("^(Input|Value)( error,)? ", "", x["msg"]).replace("Tuple", "the list") for x in errors
     )
     names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
-    optional = " (or null)" if type(None) in find_types(hint) else ""
+    is_name = any("allowed:" in problem for problem in problems)
+    optional = " (or null)" if type(None) in find_types(hint) and not is_name else ""
     wrong = errors[0]["input"]
     raise ConfigError(item_path, f"given {abbreviate(wrong)}; {' or '.join(problems)}{optional}{suggest(wrong, names)}")
 

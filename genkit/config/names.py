@@ -31,7 +31,7 @@ class NameIn:
         known = self.names()
         for name in text.split(self.separator) if self.separator else [text]:
             if name.strip() not in known:
-                what = f"{name.strip()!r} is unknown; " if self.separator else ""
+                what = f"{name.strip()!r} is unknown; " if name != text else ""
                 raise ValueError(f"{what}allowed: {', '.join(known)}{suggest(name, known)}")
         return text
 
