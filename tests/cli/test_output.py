@@ -71,7 +71,7 @@ def run(tmp_path_factory):
 
 COMMANDS = {
     "train": ["train", "--resume", "{run}", "--steps=3"],
-    "data": ["train", "--data={top}", "--data.size=99999999", "--out={out}"],
+    "data": ["train", "--data={top}", "--data.captions=files", "--out={out}"],
     "info": ["info", "{run}"],
     "sample": ["sample", "{run}", "--n=2", "--steps=1", "--label", EVIL + "1", "--out={out}/" + EVIL + ".png"],
     "label": ["sample", "{run}", "--n=2", "--steps=1", "--label", EVIL],

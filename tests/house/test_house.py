@@ -151,7 +151,9 @@ def test_commands_print_through_the_console_that_escapes():
             continue
         for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
             if isinstance(call.func, ast.Name) and call.func.id == "print":
-                assert ast.unparse(call.args[0]).startswith(("json.dumps(", "f'usage:")), f"{path}:{call.lineno}"
+                assert ast.unparse(call.args[0]).startswith(("json.dumps(", "f'usage:", "format_completion(")), (
+                    f"{path}:{call.lineno}"
+                )
 
 
 def test_tests_mirror_the_rooms_and_are_short():
