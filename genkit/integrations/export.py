@@ -14,12 +14,12 @@ import torch
 from genkit import config
 from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
+from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
 from genkit.training.run import Run, load_run
-from genkit.training.settings import CheckpointStep
 
 
 class ExportFormat(ABC):

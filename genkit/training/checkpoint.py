@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.links import follow_links, set_link
@@ -17,7 +18,6 @@ from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.training.best import read_best
 from genkit.training.loop import State, phase_parameters
-from genkit.training.settings import CheckpointStep
 
 STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from genkit import config
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
 from genkit.training.loop import learning_rate
-from genkit.training.settings import CheckpointStep, TrainSettings, stored_settings
+from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
 Note = Callable[[str], None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.backbones import lora
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
@@ -28,7 +29,7 @@ from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_sta
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import Sampling, build_guidance, require_conditions, sample_conditions
-from genkit.training.settings import CheckpointStep, TrainSettings, stored_settings
+from genkit.training.settings import TrainSettings, stored_settings
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from rich.console import Console
-
 from genkit import config
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
 from genkit.core import Label
@@ -16,8 +15,6 @@ from genkit.training.distributed import is_main_process, missing_ranks, start_ra
 from genkit.training.init_sources import init_defaults
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:

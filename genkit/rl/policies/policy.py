@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genkit.config import load_object
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
@@ -28,7 +29,6 @@ from genkit.diffusion.samplers import Seeds
 from genkit.envs import Env, make, parse_arguments
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
-from genkit.training.settings import CheckpointStep
 
 logger = logging.getLogger("genkit")
 ACTING_FILE = "policy.json"  # in the directory of a fine-tuned policy: how it acted in training
