@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
-from genkit.core import Codec, Data, Spec
+from genkit.core import Codec, Data, Direction, Spec
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -231,9 +232,8 @@ def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestChec
             raise ValueError(f"patience: given {settings.patience}, but no metric to improve; give --keep-best, say "
                              "--keep-best val/loss --val-every 100")  # fmt: skip
         return None
-    known = validation_metrics(settings) | {
-        f"eval/{k}": v for k, v in (evaluator.directions if evaluator else {}).items()
-    }
+    evaluated: Mapping[str, Direction] = evaluator.directions if evaluator else {}
+    known = {**validation_metrics(settings), **{f"eval/{name}": value for name, value in evaluated.items()}}
     return choose_metric(settings.keep_best, known, {"val": settings.val_every, "eval": settings.eval_every})
 
 
