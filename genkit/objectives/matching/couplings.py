@@ -17,7 +17,6 @@ from typing import Annotated, ClassVar, Protocol
 
 import torch
 from annotated_types import Gt
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from genkit.core import Batch, Cond, ProbabilityPath, expand
@@ -64,6 +63,8 @@ class OptimalTransport:
     needs_pairs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
+        from scipy.optimize import linear_sum_assignment  # lazy: half a second
+
         cost = torch.nan_to_num(squared_distances(batch.x, x1))
         other = other_class(batch.cond, cost)
         _, order = linear_sum_assignment((cost + other * (1 + len(cost) * cost.max())).cpu().numpy())
