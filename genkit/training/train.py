@@ -24,6 +24,7 @@ from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
 from genkit.data.classes import describe_classes
+from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
@@ -44,7 +45,7 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
-from genkit.training.sampling import sample_conditions
+from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
 from genkit.training.settings import TrainSettings, stored_settings
 
@@ -179,7 +180,7 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
     lock = lock or (RunLock(directory) if main else None)
     recorder = Recorder(directory, accelerator)
-    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), recorder,
+    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
                       evaluator, fingerprint)  # fmt: skip
     for note in notes:
         recorder.say(note)
@@ -304,13 +305,14 @@ def pick_threads(numbers: int) -> int:
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
 
 
-def grid_conditions(spec: Spec, stream: Stream) -> dict[str, Tensor]:
+def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
     """Conditions of the pictures: classes or captions in turn; other kinds come from the first batch of data."""
+    n = grid_size(replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape)), GRID_SIZE)
     try:
-        return sample_conditions(spec, GRID_SIZE)
+        return sample_conditions(data.spec, n)
     except ValueError:
-        cond = stream(0, 0, 0, min(GRID_SIZE, stream.batch_size)).cond
-        return {k: torch.cat([v.cpu()] * -(-GRID_SIZE // len(v)))[:GRID_SIZE] for k, v in cond.items()}
+        cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
+        return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}
 
 
 def slug(name: str) -> str:
