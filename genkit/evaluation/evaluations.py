@@ -7,6 +7,7 @@ card.save()
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from genkit.evaluation.sources import (
     REFERENCE_SEED,
     SPLITS,
     DataOptions,
+    DatasetSamples,
     ModelSamples,
     Reconstructions,
     SampleSource,
@@ -42,6 +44,7 @@ from genkit.training.sampling import LoadOptions, Sampling
 
 DEFAULT_IMAGES, DEFAULT_VECTORS = 10_000, 2_000  # samples of a run if no number is given
 MIN_REFERENCE_VECTORS = 2_000
+logger = logging.getLogger("genkit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,36 @@ def open_reference(
     path = Path(name).expanduser()
     if is_run(path):
         return open_reference_run(path, sampling, device)
-    return path if is_statistics_file(path) else open_data(name, options)
+    if is_statistics_file(path):
+        return path
+    return open_data_like(samples, name, options) if of_run else open_data(name, options)
+
+
+def open_data_like(samples: SampleSource, name: str, options: DataOptions) -> DatasetSamples:
+    """Stored samples by name; images of another shape than ``samples`` are converted to it unless ``options`` say how.
+
+    A message says so.
+    """
+    if not is_image(samples.spec) or options.size is not None or options.channels is not None:
+        return open_data(name, options)
+    problem = None
+    try:
+        stored = open_data(name, options)
+        if not is_image(stored.spec) or stored.spec.shape == samples.spec.shape:
+            return stored
+    except ValueError as e:  # images of several sizes, say
+        problem = e
+    channels, *size = samples.spec.shape
+    try:
+        converted = open_data(name, config.override(options, size=size, channels=channels))
+    except ValueError as e:
+        raise problem or e from None
+    if converted.spec.shape != samples.spec.shape:  # a source without these settings
+        return converted
+    logger.info(
+        "note     %s: its images are converted to %s, as the run's are", name, "x".join(map(str, (channels, *size)))
+    )
+    return converted
 
 
 def open_reference_run(path: Path, sampling: Sampling, device: torch.device) -> ModelSamples:

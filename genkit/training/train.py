@@ -22,7 +22,7 @@ from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
-from genkit.data import Stream
+from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
 from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
@@ -157,6 +157,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
             checkpoint = resume_point(resumed, step, notes.append)
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
+    else:
+        settings = replace(settings, data=settings.data.with_default_held_out())
     with accelerator.main_process_first():
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
@@ -185,6 +187,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     for note in notes:
         recorder.say(note)
     if not finished:
+        if held_out := describe_held_out(dataset):
+            recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
@@ -279,6 +283,17 @@ def summary(
     ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
     size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
     return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
+
+
+def describe_held_out(data: Data) -> str | None:
+    """One line on the samples that are kept for evaluation; None if there are none."""
+    if not isinstance(data, InMemory | OnDisk) or not data.num_held_out:
+        return None
+    total = len(data) + data.num_held_out
+    return (
+        f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
+        "(--data.held-out 0: all)"
+    )
 
 
 def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
