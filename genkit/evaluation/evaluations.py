@@ -7,7 +7,6 @@ card.save()
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ from genkit.config.paths import PathText
 from genkit.core import Spec
 from genkit.core.device import pick_device
 from genkit.core.files import refuse_foreign
+from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
@@ -44,7 +44,6 @@ from genkit.training.sampling import LoadOptions, Sampling
 
 DEFAULT_IMAGES, DEFAULT_VECTORS = 10_000, 2_000  # samples of a run if no number is given
 MIN_REFERENCE_VECTORS = 2_000
-logger = logging.getLogger("genkit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +240,8 @@ def open_data_like(samples: SampleSource, name: str, options: DataOptions) -> Da
         raise problem or e from None
     if converted.spec.shape != samples.spec.shape:  # a source without these settings
         return converted
-    logger.info(
-        "note     %s: its images are converted to %s, as the run's are", name, "x".join(map(str, (channels, *size)))
-    )
+    shape = "x".join(map(str, samples.spec.shape))
+    warn_once(f"{name}: its images are converted to {shape}, as the run's are (--data.size, --data.channels)")
     return converted
 
 
