@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor
 
+from genkit.config.numbers import Fraction
 from genkit.data.captions import Caption, CaptionReader
 from genkit.data.images import ImageFiles
 from genkit.data.source import Split
 
 DEFAULT_SHARE = 0.1
 SCALE = 2**64
-HeldOut = Annotated[float, Ge(0), Lt(1)] | None
+HeldOut = Fraction | None
 """The type of the setting ``held_out`` of a source; None is decided when training begins."""
 
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.numbers import NonNegative
 from genkit.config.paths import PathText
 from genkit.core import Codec, Condition, Data, Label, Spec
+from genkit.core.arrays import open_npz
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.data.captions import FILES
@@ -99,7 +100,7 @@ class LocalSource(ImageSource):
 class LocalImages(LocalSource):
     """Base of the sources of a person's own images in files."""
 
-    memory: Annotated[float, Ge(0)] = 2.0
+    memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
 
     def from_split(
@@ -260,7 +261,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     casts them, after centring.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_npz(path) as stored:
             keys = ("x", "y") if "x" in stored.files else ("arr_0", "arr_1")
             if keys[0] not in stored.files:
                 raise ValueError(
