@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
-from genkit.core import Codec, Data, Direction, Spec
+from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -237,8 +236,9 @@ def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestChec
             raise ValueError(f"patience: given {settings.patience}, but no metric to improve; give --keep-best, say "
                              "--keep-best val/loss --val-every 100")  # fmt: skip
         return None
-    evaluated: Mapping[str, Direction] = evaluator.directions if evaluator else {}
-    known = {**validation_metrics(settings), **{f"eval/{name}": value for name, value in evaluated.items()}}
+    known = validation_metrics(settings)
+    for name, direction in evaluator.directions.items() if evaluator else ():
+        known[f"eval/{name}"] = direction
     return choose_metric(settings.keep_best, known, {"val": settings.val_every, "eval": settings.eval_every})
 
 
