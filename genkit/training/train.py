@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
+from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
-from genkit.data import Stream
+from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
+from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
-from genkit.training.directory import create_run, find_run, rewind_log, symlink
+from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
@@ -44,7 +45,7 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
-from genkit.training.sampling import sample_conditions
+from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
 from genkit.training.settings import TrainSettings, stored_settings
 
@@ -74,10 +75,17 @@ def train(
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
     settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
-    job = prepare(settings, find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None)
+    resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
+    with contextlib.ExitStack() as locks:
+        job = prepare(settings, resumed, locks)
+        run_job(job, progress)
+    return job.trained_run()
+
+
+def run_job(job: Job, progress: Progress | None) -> None:
+    """Train until the last step, or until a signal. ``ValueError`` if training diverges."""
     session, settings, accelerator = job.session, job.settings, job.accelerator
     with (
-        job.locked(),
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process) as report,
         session.recorder.tensorboard(settings.tensorboard, job.state.step),
@@ -101,7 +109,6 @@ def train(
         except Diverged as e:
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
-    return job.trained_run()
 
 
 @dataclass
@@ -115,17 +122,6 @@ class Job:
     stream: Stream
     state: State
     session: Session
-    lock: RunLock | None
-    """on the run directory, in the main process"""
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Release the run directory's lock at the end."""
-        try:
-            yield
-        finally:
-            if self.lock:
-                self.lock.release()
 
     def draw_reconstructions(self, state: State) -> None:
         """The pictures of an objective that draws no samples."""
@@ -143,11 +139,15 @@ class Job:
                    self.accelerator.device)  # fmt: skip
 
 
-def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
-    """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here."""
+def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
+    """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here.
+
+    ``locks`` gets the run directory's lock, in the main process.
+    """
     accelerator = join_ranks(pick_device(settings.device))
     main, notes = accelerator.is_main_process, []
-    lock = RunLock(resumed) if resumed and main else None
+    if resumed and main:
+        locks.enter_context(RunLock(resumed))
     checkpoint, stored = None, settings
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
@@ -156,6 +156,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
             checkpoint = resume_point(resumed, step, notes.append)
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
+    else:
+        settings = replace(settings, data=settings.data.with_default_held_out())
     with accelerator.main_process_first():
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
@@ -177,17 +179,20 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
-    lock = lock or (RunLock(directory) if main else None)
+    if main and not resumed:
+        locks.enter_context(RunLock(directory))
     recorder = Recorder(directory, accelerator)
-    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), recorder,
+    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
                       evaluator, fingerprint)  # fmt: skip
     for note in notes:
         recorder.say(note)
     if not finished:
+        if held_out := describe_held_out(dataset):
+            recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
-    return Job(settings, accelerator, data, stream, state, session, lock)
+    return Job(settings, accelerator, data, stream, state, session)
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
@@ -266,7 +271,7 @@ def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> N
         notes.append(f"note     {unreadable} lines of log.jsonl cannot be read; the old file is kept as log.jsonl.bak")
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
-    symlink(run.parent / "latest", run.name)
+    set_link(run.parent / "latest", run.name)
 
 
 def summary(
@@ -278,6 +283,17 @@ def summary(
     ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
     size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
     return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
+
+
+def describe_held_out(data: Data) -> str | None:
+    """One line on the samples that are kept for evaluation; None if there are none."""
+    if not isinstance(data, InMemory | OnDisk) or not data.num_held_out:
+        return None
+    total = len(data) + data.num_held_out
+    return (
+        f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
+        "(--data.held-out 0: all)"
+    )
 
 
 def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
@@ -304,13 +320,14 @@ def pick_threads(numbers: int) -> int:
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
 
 
-def grid_conditions(spec: Spec, stream: Stream) -> dict[str, Tensor]:
+def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
     """Conditions of the pictures: classes or captions in turn; other kinds come from the first batch of data."""
+    n = grid_size(replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape)), GRID_SIZE)
     try:
-        return sample_conditions(spec, GRID_SIZE)
+        return sample_conditions(data.spec, n)
     except ValueError:
-        cond = stream(0, 0, 0, min(GRID_SIZE, stream.batch_size)).cond
-        return {k: torch.cat([v.cpu()] * -(-GRID_SIZE // len(v)))[:GRID_SIZE] for k, v in cond.items()}
+        cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
+        return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}
 
 
 def slug(name: str) -> str:
