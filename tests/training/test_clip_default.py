@@ -16,7 +16,7 @@ from genkit.diffusion.paths import end_time
 from genkit.diffusion.samplers import Seeds
 from genkit.evaluation import Card
 from genkit.training.run import load_run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import Sampling, grid_size
 from genkit.training.session import GRID_SIZE
 
 TINY = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=1", "--workers=0", "--no-tensorboard",
@@ -48,7 +48,7 @@ def test_pixels_are_clipped_by_default_and_not_if_told_so(run):
 
 def test_the_picture_and_the_card_of_training_are_those_of_the_commands(run, tmp_path):
     picture = next((run.directory / "samples").glob("*.png"))
-    samples = run.sample(GRID_SIZE)
+    samples = run.sample(grid_size(run.data_spec, GRID_SIZE))
     pictures.save_image(samples.grid(), tmp_path / "again.png")
     assert Image.open(picture).tobytes() == Image.open(tmp_path / "again.png").tobytes()
     card = Card.load(next((run.directory / "eval").glob("*.json")))
