@@ -25,6 +25,7 @@ from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
 from genkit.data.classes import describe_classes
 from genkit.objectives.matching.couplings import paired_source
+from genkit.training.annotations import annotate
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log, symlink
 from genkit.training.distributed import join_ranks
@@ -148,7 +149,7 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     accelerator = join_ranks(pick_device(settings.device))
     main, notes = accelerator.is_main_process, []
     lock = RunLock(resumed) if resumed and main else None
-    checkpoint, stored = None, settings
+    checkpoint, stored, given = None, settings, settings
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
         settings = continued_settings(resumed, settings, notes.append)
@@ -178,6 +179,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
     lock = lock or (RunLock(directory) if main else None)
+    if main and (given.note or given.tags):
+        annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), recorder,
                       evaluator, fingerprint)  # fmt: skip
@@ -199,7 +202,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
-    settings = replace(settings, precision=precision, threads=threads, resume=None, data=source)
+    settings = replace(settings, precision=precision, threads=threads, resume=None, note=None, tags=(), data=source)
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None
