@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -81,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         argv = [token for token in argv if token != "--trust"]
     show_messages()
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(argv[1:])
+        with terminate_as_interrupt():
+            return importlib.import_module(COMMANDS[name][0]).main(argv[1:])
     except KeyboardInterrupt:
         print("genkit: interrupted", file=sys.stderr)
         return 130
@@ -92,6 +97,23 @@ def main(argv: list[str] | None = None) -> int:
         if not is_user_error(e) or os.environ.get("GENKIT_TRACEBACK"):
             raise
         return refuse(str(e) or type(e).__name__)
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does: temporary files are removed, exit code 130.
+
+    Ranks end at once, as before: they may wait for one that has ended.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ranks or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class MessagePrinter(logging.Handler):

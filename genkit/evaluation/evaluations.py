@@ -20,6 +20,7 @@ from genkit.config.paths import PathText
 from genkit.core import Spec
 from genkit.core.device import pick_device
 from genkit.core.files import refuse_foreign
+from genkit.core.links import follow_links
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
@@ -153,7 +154,7 @@ def run_threads(samples: SampleSource) -> int | None:
 # -------------------------------------------------------------------------------------------- opening what is named
 def is_run(name: str | Path) -> bool:
     """Whether this is the directory of a run."""
-    return (Path(name).expanduser() / "config.yaml").is_file()
+    return (follow_links(Path(name).expanduser()) / "config.yaml").is_file()
 
 
 def open_samples(

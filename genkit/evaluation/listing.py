@@ -16,6 +16,7 @@ from genkit.config.blocks import suggest
 from genkit.evaluation.cards import setting_differences, to_number, to_text
 from genkit.evaluation.metrics import METRICS, metric_direction
 from genkit.evaluation.run_records import Headline, RunRecord, block_name, read_run
+from genkit.training.directory import follow_links
 
 logger = logging.getLogger("genkit")
 MAX_DEPTH = 3  # levels of directories below a given one in which runs are looked for
@@ -67,7 +68,7 @@ def find_runs(directories: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for directory in directories:
-        top = Path(directory).expanduser()
+        top = follow_links(Path(directory).expanduser())
         if not top.is_dir():
             raise ValueError(f"list: given {directory}, which is no directory; runs are in --out of genkit train")
         for path in walk_runs(top, MAX_DEPTH):

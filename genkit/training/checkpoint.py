@@ -12,9 +12,9 @@ from torch import Tensor
 
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
+from genkit.core.links import follow_links, set_link
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
-from genkit.training.directory import symlink
 from genkit.training.loop import State, phase_parameters
 
 STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
@@ -82,7 +82,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     if not complete:
         raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
     if step is None:
-        latest = run / "latest"
+        latest = follow_links(run / "latest")
         return latest.resolve() if is_complete(latest) else complete[-1]
     for path in complete:
         if step_of(path) == step:
@@ -141,33 +141,37 @@ def save_checkpoint(
         }
         (part / "state.json").write_text(json.dumps(record, indent=1))
     chosen = final if best is None else final.with_name(f"step-{best:07d}")
-    symlink(run / "latest", f"checkpoints/{chosen.name}")
+    set_link(run / "latest", f"checkpoints/{chosen.name}")
     if first:
-        symlink(run.parent / "latest", run.name)
+        set_link(run.parent / "latest", run.name)
     for old in list_checkpoints(run)[:-keep]:
         if old != chosen:
             remove_directory(old)
     return final
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint. ``ValueError`` if it is missing or its checksum is wrong."""
+def read_tensors(checkpoint: Path, name: str, verify: bool = True) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint. ``ValueError`` if it is missing or, unless ``verify`` is off, its
+    checksum is wrong."""
     path = checkpoint / name
     recorded = read_state(checkpoint)["sha256"]
     if name not in recorded:
         raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
-    if not is_intact(path, recorded[name]):
+    if verify and not is_intact(path, recorded[name]):
         raise ValueError(f"{path}: is damaged (another sha256 than recorded); take an earlier checkpoint: --step N")
     return load_file(path)
 
 
 def restore(checkpoint: Path, state: State, objective: Objective) -> None:
-    """Load a checkpoint into ``state``, in place: networks, averages, optimizers and step."""
+    """Load a checkpoint into ``state``, in place: networks, averages, optimizers and step.
+
+    Its checksums are those that :func:`find_sound_checkpoint` has compared.
+    """
     record = read_state(checkpoint)
-    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
+    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors", verify=False), checkpoint)
     for decay, nets in state.emas.items():
-        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
-    stored = read_tensors(checkpoint, "optim.safetensors")
+        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors", verify=False), checkpoint)
+    stored = read_tensors(checkpoint, "optim.safetensors", verify=False)
     for phase in objective.phases:
         for name, p in phase_parameters(phase, state.nets):
             prefix = f"{phase.name}/{name}/"

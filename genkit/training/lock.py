@@ -15,7 +15,8 @@ PATIENCE = 0.2  # seconds to wait for a lock, which is_locked of another process
 
 
 class RunLock:
-    """The right to write into a run directory. It ends with :meth:`release`, or with the process.
+    """The right to write into a run directory. It ends with the ``with`` block, :meth:`release` or the
+    process.
 
     Raises ``ValueError`` that names the process that has it.
     """
@@ -29,6 +30,12 @@ class RunLock:
             name = self.owner.read_text().strip() if self.owner.is_file() else "another process"
             raise ValueError(f"run: {run} is being trained by {name}; wait for it, or stop it first") from None
         self.owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let others write."""

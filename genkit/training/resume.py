@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +77,34 @@ def keep_old_config(run: Path, step: int) -> None:
 
 
 def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
-    """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none yet.
+    """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none.
 
-    Checkpoints later than ``step`` are set aside in ``checkpoints/superseded``.
+    Later checkpoints are set aside, in ``checkpoints/superseded``, or ``damaged`` if they are: they count no longer.
     """
     if step is None and not list_checkpoints(run):
         note("note     no checkpoint was saved yet: the run begins again at step 0")
         return None
-    checkpoint = find_sound_checkpoint(run, step, lambda text: note(f"note     {text}"))
-    later = [p for p in list_checkpoints(run) if step_of(p) > step_of(checkpoint)]
-    if step is not None and later:
-        folder = run / "checkpoints" / "superseded"
-        folder.mkdir(exist_ok=True)
-        for path in later:
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-            path.rename(folder / path.name)
-        note(f"note     {len(later)} later checkpoints are set aside in {folder}")
+    try:
+        checkpoint = find_sound_checkpoint(run, step, lambda text: note(f"note     {text}"))
+    except ValueError:
+        if step is not None:
+            raise
+        note("note     no intact checkpoint is left: the run begins again at step 0")
+        checkpoint = None
+    later = [p for p in list_checkpoints(run) if checkpoint is None or step_of(p) > step_of(checkpoint)]
+    if later:
+        folder = run / "checkpoints" / ("damaged" if step is None else "superseded")
+        set_aside(later, folder)
+        note(f"note     {len(later)} later checkpoint{'s are' if len(later) > 1 else ' is'} set aside in {folder}")
     return checkpoint
+
+
+def set_aside(paths: Iterable[Path], folder: Path) -> None:
+    """Move files or directories into ``folder``, over those of the same names."""
+    folder.mkdir(exist_ok=True)
+    for path in paths:
+        shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.rename(folder / path.name)
 
 
 def find_resumable(settings: TrainSettings) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
+from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
 from genkit.data import Stream
 from genkit.data.classes import describe_classes
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
-from genkit.training.directory import create_run, find_run, rewind_log, symlink
+from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_defaults, init_notes
@@ -75,10 +75,17 @@ def train(
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
     settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
-    job = prepare(settings, find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None)
+    resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
+    with contextlib.ExitStack() as locks:
+        job = prepare(settings, resumed, locks)
+        run_job(job, progress)
+    return job.trained_run()
+
+
+def run_job(job: Job, progress: Progress | None) -> None:
+    """Train until the last step, or until a signal. ``ValueError`` if training diverges."""
     session, settings, accelerator = job.session, job.settings, job.accelerator
     with (
-        job.locked(),
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process) as report,
         session.recorder.tensorboard(settings.tensorboard, job.state.step),
@@ -102,7 +109,6 @@ def train(
         except Diverged as e:
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
-    return job.trained_run()
 
 
 @dataclass
@@ -116,17 +122,6 @@ class Job:
     stream: Stream
     state: State
     session: Session
-    lock: RunLock | None
-    """on the run directory, in the main process"""
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Release the run directory's lock at the end."""
-        try:
-            yield
-        finally:
-            if self.lock:
-                self.lock.release()
 
     def draw_reconstructions(self, state: State) -> None:
         """The pictures of an objective that draws no samples."""
@@ -144,11 +139,15 @@ class Job:
                    self.accelerator.device)  # fmt: skip
 
 
-def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
-    """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here."""
+def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
+    """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here.
+
+    ``locks`` gets the run directory's lock, in the main process.
+    """
     accelerator = join_ranks(pick_device(settings.device))
     main, notes = accelerator.is_main_process, []
-    lock = RunLock(resumed) if resumed and main else None
+    if resumed and main:
+        locks.enter_context(RunLock(resumed))
     checkpoint, stored, given = None, settings, settings
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
@@ -178,7 +177,8 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
-    lock = lock or (RunLock(directory) if main else None)
+    if main and not resumed:
+        locks.enter_context(RunLock(directory))
     if main and (given.note or given.tags):
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
@@ -190,7 +190,7 @@ def prepare(settings: TrainSettings, resumed: Path | None) -> Job:
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
-    return Job(settings, accelerator, data, stream, state, session, lock)
+    return Job(settings, accelerator, data, stream, state, session)
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
@@ -269,7 +269,7 @@ def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> N
         notes.append(f"note     {unreadable} lines of log.jsonl cannot be read; the old file is kept as log.jsonl.bak")
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
-    symlink(run.parent / "latest", run.name)
+    set_link(run.parent / "latest", run.name)
 
 
 def summary(

@@ -21,12 +21,13 @@ from genkit import config
 from genkit.backbones import MLP
 from genkit.cli.commands.train import main
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat, spec_from_dict, spec_to_dict
+from genkit.core.links import set_link
 from genkit.data import Stream
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
 from genkit.training.checkpoint import read_tensors
-from genkit.training.directory import read_log, rewind_log, symlink
+from genkit.training.directory import read_log, rewind_log
 from genkit.training.loop import (
     Diverged,
     State,
@@ -91,7 +92,7 @@ def test_resume_is_bit_identical(tmp_path, objective):
     uncut = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
     # go back to step 6, as a kill at step 13 would leave it
-    symlink(half / "latest", "checkpoints/step-0000006")
+    set_link(half / "latest", "checkpoints/step-0000006")
     for step in ("0000012", "0000014"):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
     resumed = in_process(tmp_path / "b", "--resume", str(half), *data)
@@ -521,7 +522,7 @@ def test_resume_does_not_load_the_initial_weights_again(tmp_path, capsys):
     first = in_process(tmp_path / "a", "--steps=3", "--lr=1e-2")
     uncut = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
     cut = in_process(tmp_path / "c", "--steps=6", "--save-every=3", f"--init={first}")
-    symlink(cut / "latest", "checkpoints/step-0000003")
+    set_link(cut / "latest", "checkpoints/step-0000003")
     os.rename(cut / "checkpoints/step-0000006", cut / "gone")
     os.rename(first, tmp_path / "elsewhere")
     in_process(tmp_path / "c", "--resume", str(cut))
@@ -560,7 +561,7 @@ AWARE = ["--objective.time-distribution=loss-aware", "--batch=128", "--steps=30"
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     uncut = in_process(tmp_path / "a", *AWARE)
     cut = in_process(tmp_path / "b", *AWARE, "--save-every=24")
-    symlink(cut / "latest", "checkpoints/step-0000024")
+    set_link(cut / "latest", "checkpoints/step-0000024")
     os.rename(cut / "checkpoints/step-0000030", cut / "gone")
     in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
     assert same(uncut, cut) == []

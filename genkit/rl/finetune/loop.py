@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -100,13 +101,10 @@ def finetune(
         settings = replace(
             settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
         )
-    lock = RunLock(directory) if directory and accelerator.is_main_process else None
-    job = FineTuning(settings, base, accelerator, directory, lock)
-    try:
-        return job.run(progress)
-    finally:
-        if job.lock:
-            job.lock.release()
+    with contextlib.ExitStack() as locks:
+        if directory and accelerator.is_main_process:
+            locks.enter_context(RunLock(directory))
+        return FineTuning(settings, base, accelerator, locks, directory).run(progress)
 
 
 def settings_file(directory: Path) -> Path:
@@ -125,12 +123,14 @@ class FineTuning:
         settings: FinetuneSettings,
         base: Run,
         accelerator: Accelerator,
+        locks: contextlib.ExitStack,
         resumed: Path | None = None,
-        lock: RunLock | None = None,
     ):
-        """``resumed`` is the directory of the run to continue, for which the main process holds the ``lock``."""
+        """``resumed`` is the directory of the run to continue, whose lock is one of ``locks``; else that of the new
+        directory becomes one.
+        """
         self.settings, self.base, self.accelerator, self.resumed = settings, base, accelerator, resumed
-        self.lock = lock
+        self.locks = locks
         notes: list[str] = []
         world = accelerator.num_processes
         torch.set_num_threads(choose_threads(settings, base, world))
@@ -179,7 +179,7 @@ class FineTuning:
             if directory is None:
                 old_name = self.base.directory.name.partition("-")[2]
                 directory = create_run(settings.out, settings.name or f"{old_name}-{method_name(settings)}")
-                self.lock = RunLock(directory)
+                self.locks.enter_context(RunLock(directory))
                 write_text(directory / "env.json", json.dumps(environment(self.accelerator), indent=1))
             else:
                 sweep(directory)
