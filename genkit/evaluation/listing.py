@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from genkit.config.blocks import suggest
+from genkit.core.links import follow_links
 from genkit.evaluation.cards import setting_differences, to_number, to_text
 from genkit.evaluation.metrics import METRICS, metric_direction
 from genkit.evaluation.run_records import Headline, RunRecord, block_name, read_run
-from genkit.training.directory import follow_links
 
 logger = logging.getLogger("genkit")
 MAX_DEPTH = 3  # levels of directories below a given one in which runs are looked for
@@ -64,20 +64,23 @@ def list_runs(
 def find_runs(directories: Iterable[str | Path]) -> list[Path]:
     """The run directories at or below ``directories``, each once, in the order of their names.
 
-    Hidden directories and links are not entered, and neither are runs. ``ValueError`` if one does not exist.
+    Hidden directories are not entered, and neither are runs. ``ValueError`` if one does not exist.
     """
-    found: dict[Path, None] = {}
+    found: list[Path] = []
+    entered: set[Path] = set()
     for directory in directories:
         top = follow_links(Path(directory).expanduser())
         if not top.is_dir():
             raise ValueError(f"list: given {directory}, which is no directory; runs are in --out of genkit train")
-        for path in walk_runs(top, MAX_DEPTH):
-            found[path.resolve()] = None
-    return list(found)
+        found += walk_runs(top.resolve(), MAX_DEPTH, entered)
+    return found
 
 
-def walk_runs(folder: Path, depth: int) -> Iterator[Path]:
-    """The run directories at and below ``folder``."""
+def walk_runs(folder: Path, depth: int, entered: set[Path]) -> Iterator[Path]:
+    """The run directories at and below the resolved ``folder``, except those in ``entered``, to which all are added."""
+    if folder in entered:  # links may form a loop, and name a run twice
+        return
+    entered.add(folder)
     if (folder / "config.yaml").is_file():
         if is_own(folder):
             yield folder
@@ -87,13 +90,13 @@ def walk_runs(folder: Path, depth: int) -> Iterator[Path]:
     if depth == 0:
         return
     try:
-        inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as e:
         logger.warning(f"note     {folder}: left out ({e.strerror})")
         return
     for name in inner:
         if not name.startswith("."):
-            yield from walk_runs(folder / name, depth - 1)
+            yield from walk_runs((folder / name).resolve(), depth - 1, entered)
 
 
 def is_own(folder: Path) -> bool:
