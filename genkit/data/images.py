@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.numbers import Count, Width
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
 from genkit.core.files import format_error
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 T = TypeVar("T")
-Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
+Size = Width | tuple[Width, Width] | None
 Channels = Literal[1, 3] | None
 
 PROGRESS_FROM = 2000  # number of images above which decoding shows a progress bar
@@ -219,7 +219,7 @@ class ImageSource(DataSource):
     """condition on the class of each image, if there are classes; None: unless there are captions"""
     captions: tuple[str, ...] = ()
     """templates such as "a handwritten {label}", one drawn each time; or files: texts beside the images"""
-    text_length: Annotated[int, Ge(1)] = 256
+    text_length: Count = 256
     """bytes of the longest caption or prompt that the model reads"""
     encoder: PathText | None = None
     """a frozen text encoder of transformers, a folder or hub id; None: bytes and an encoder trained with the model"""

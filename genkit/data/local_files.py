@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.numbers import NonNegative
 from genkit.config.paths import PathText
 from genkit.core import Codec, Condition, Data, Label, Spec
 from genkit.core.files import format_error
@@ -62,7 +62,7 @@ class LocalImages(ImageSource):
 
     root: PathText = "data"
     """the training split, or the folder that contains both splits"""
-    memory: Annotated[float, Ge(0)] = 2.0
+    memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
 
 

@@ -19,9 +19,10 @@ from functools import reduce
 from typing import Annotated, Protocol
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Gt, Le, Lt
 from torch import Tensor
 
+from genkit.config.numbers import NonNegative
 from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.checks import require, require_finite
 from genkit.diffusion.paths import require_diffusion
@@ -87,9 +88,9 @@ class APG(Rule):
     D is ``good - bad`` plus its momentum, with its norm limited and its part along ``good``, which saturates, weakened.
     """
 
-    parallel: Annotated[float, Ge(0)] = 0.0
+    parallel: NonNegative = 0.0
     """factor of the part along the prediction (the paper's eta); 1: unchanged"""
-    threshold: Annotated[float, Ge(0)] = 0.0
+    threshold: NonNegative = 0.0
     """largest norm of the difference over a whole sample (the paper's r); 0: no limit"""
     momentum: Annotated[float, Gt(-1), Lt(1)] = 0.0
     """weight of past differences; negative (the paper's beta, -0.5 or -0.75 there); 0: no memory"""

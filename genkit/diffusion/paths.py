@@ -17,9 +17,10 @@ from functools import lru_cache, partial
 from typing import Annotated, Literal, Protocol
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt, Lt
 from torch import Tensor
 
+from genkit.config.numbers import Count, Positive
 from genkit.core import ProbabilityPath, expand
 
 
@@ -65,7 +66,7 @@ class VP:
 
     betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
     """the noise schedule"""
-    timesteps: Annotated[int, Ge(1)] = 1000
+    timesteps: Count = 1000
     """T, the number of discrete times"""
     beta_min: Annotated[float, Gt(0), Lt(1)] = 1e-4
     """first beta of the linear schedules"""
@@ -140,9 +141,9 @@ class SubVP:
     ``beta(t)`` grows linearly from beta_min to beta_max; the defaults are the paper's (appendix C).
     """
 
-    beta_min: Annotated[float, Gt(0)] = 0.1
+    beta_min: Positive = 0.1
     """beta(0)"""
-    beta_max: Annotated[float, Gt(0)] = 20.0
+    beta_max: Positive = 20.0
     """beta(1)"""
 
     def __post_init__(self) -> None:
@@ -171,9 +172,9 @@ class VE:
     table 1.
     """
 
-    sigma_min: Annotated[float, Gt(0)] = 0.002
+    sigma_min: Positive = 0.002
     """noise level from which sigma grows geometrically"""
-    sigma_max: Annotated[float, Gt(0)] = 80.0
+    sigma_max: Positive = 80.0
     """noise level at t = 1"""
 
     def __post_init__(self) -> None:
@@ -214,7 +215,7 @@ class Shifted:
 
     path: ShiftablePath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path that is shifted"""
-    shift: Annotated[float, Gt(0)] = 3.0
+    shift: Positive = 3.0
     """factor of the noise level; 3 is Esser et al.'s choice for 1024 x 1024, compared with 256 x 256"""
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from annotated_types import Ge
 
 from genkit import config
 from genkit.config import narrow, table
+from genkit.config.names import NameIn
 from genkit.config.paths import PathText
 from genkit.core import Spec
 from genkit.core.device import pick_device
@@ -49,10 +50,11 @@ MIN_REFERENCE_VECTORS = 2_000
 class EvaluationSettings(Sampling, LoadOptions):
     """How samples are drawn, and what they are measured with and against."""
 
+    # -- what is measured
     reconstruct: Literal["train", "test"] | None = None
     """Measure the run's reconstructions of this split (of a VAE, a first stage, a codec) instead of its samples."""
-    metrics: str | None = None
-    """Names separated by commas: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
+    metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = None
+    """Metrics, separated by commas; None: those that suit the data."""
     n: Annotated[int, Ge(2)] | None = None
     """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
     reference: PathText | None = None

@@ -19,6 +19,7 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
+from genkit.config.numbers import Count, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
@@ -32,9 +33,8 @@ from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import ModelSamples, hash_weights
 from genkit.training.distributed import join_ranks
 from genkit.training.run import Run, average_name, load_run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import GridName, SamplerName, Sampling
 
-Count = Annotated[int, Ge(1)]
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
 
 
@@ -50,17 +50,17 @@ class SweepSettings:
     """Guidance scales; 1: none."""
     interval: tuple[str, ...] = ("all",)
     """Noise levels at which guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
-    sampler: tuple[str, ...] = ()
-    """Names in genkit.diffusion.samplers.SAMPLERS; empty: the objective's default."""
+    sampler: tuple[SamplerName, ...] = ()
+    """Samplers; empty: the objective's default."""
     steps: tuple[Count, ...] = (5, 10, 20)
     """Steps of the samplers."""
-    grid: str = "uniform"
-    """Placement of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
     n: Annotated[int, Ge(2)] = 500
     """Samples that each combination is screened with."""
     confirm_n: Annotated[int, Ge(2)] = 5000
     """Samples that the best combinations are measured with again."""
-    num_confirm_extra: Annotated[int, Ge(0)] = 2
+    num_confirm_extra: Natural = 2
     """Combinations that are confirmed besides the Pareto front: the next best."""
     reference: PathText = "train"
     """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma."""
@@ -74,9 +74,9 @@ class SweepSettings:
     """Settings of the metrics."""
     data: Any = table("genkit.evaluation:DATA_OPTIONS", "default")
     """Where a data set that --reference names is stored."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Sample i has seed + i."""
-    step: Annotated[int, Ge(0)] | None = None
+    step: Natural | None = None
     """Which checkpoint; None: the newest."""
     batch: Count = 64
     """Samples at a time."""

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from annotated_types import Ge
 from torch import nn
 
 from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConfig, diffusers_class
+from genkit.config.numbers import Natural
 from genkit.core import Objective
 from genkit.data.codecs import LearnedCodec
 from genkit.diffusion.paths import Linear
@@ -32,7 +32,7 @@ class ToDiffusers(ExportFormat):
     linear betas, by 4e-4 with scaled-linear ones, and not at all with cosine betas, zero_snr or a flow.
     """
 
-    label: Annotated[int, Ge(0)] | None = None
+    label: Natural | None = None
     """for a network with classes: write only this class, as a network without; None: all of them"""
 
     def write(self, run: Run, folder: Path) -> list[str]:

@@ -7,14 +7,14 @@ import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 
 from genkit import config
 from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
+from genkit.config.numbers import Natural
 from genkit.config.paths import PathText
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
@@ -56,7 +56,7 @@ class ExportSettings:
     """Format: diffusers, a pipeline; run, a run of the exported weights only."""
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
+    step: Natural | None = None
     """Checkpoint. None: the newest."""
     lora: PathText | None = None
     """Merge the adapter of this run of --lora.rank into the weights."""

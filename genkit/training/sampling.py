@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
 from genkit.config import table
+from genkit.config.names import NameIn
+from genkit.config.numbers import Count, Natural, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
@@ -30,7 +31,8 @@ from genkit.objectives.matching.matching import Matching
 if TYPE_CHECKING:
     from genkit.training.run import Run
 
-Count = Annotated[int, Ge(1)]
+SamplerName = Annotated[str, NameIn("genkit.diffusion.samplers:SAMPLERS")]
+GridName = Annotated[str, NameIn("genkit.diffusion.samplers:GRIDS")]
 BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
 
 
@@ -38,12 +40,13 @@ BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] 
 class Sampling:
     """Sampler, guidance and seeds. A one-pass model (a VAE, a GAN) takes ``seed`` and ``batch`` only."""
 
-    sampler: str | None = None
-    """Name in genkit.diffusion.samplers.SAMPLERS. None: the objective's default (heun)."""
+    # -- sampler and guidance
+    sampler: SamplerName | None = None
+    """Sampler. None: the objective's default (heun)."""
     steps: Count = 20
     """Number of sampler steps."""
-    guidance: float = 1.0
-    """Guidance scale, from the unconditional prediction (or --autoguide's) through the model's own. 1: no guidance."""
+    guidance: Scale = 1.0
+    """Scale w of classifier-free guidance, uncond + w (cond - uncond), or away from --autoguide. 1: no guidance."""
     guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
     """Guidance rule: linear, rescale (restores the standard deviation) or apg (projected and limited)."""
     guidance_interval: tuple[float, float] | None = None
@@ -56,11 +59,11 @@ class Sampling:
     """Guide by the gradient of this classifier, a run of --objective=classifier on the same path."""
     classifier_scale: float | None = None
     """Weight of the classifier's gradient. None: 1, which is Bayes' rule."""
-    grid: str = "uniform"
-    """Time grid, a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
     clip: bool = False
     """Clip the predicted data to [-1, 1] at every step."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Sample i has seed + i, whatever the batch size."""
     batch: Count = 64
     """Samples per batch."""
@@ -78,9 +81,10 @@ class Sampling:
 class LoadOptions:
     """Which weights of a run to load, and where to."""
 
+    # -- weights and device
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
+    step: Natural | None = None
     """Checkpoint. None: the newest."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge
 from rich.console import Console
 from tyro.conf import Positional
 
 from genkit import config
 from genkit.cli.sample_output import destination, require_free, write_samples
 from genkit.config import parse
+from genkit.config.numbers import Count
 from genkit.config.paths import PathText
 from genkit.core.progress import reporting
 from genkit.data import text
@@ -21,7 +21,6 @@ from genkit.training.run import load_run
 from genkit.training.sampling import LoadOptions, Sampling
 
 console = Console(highlight=False, soft_wrap=True)
-Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)

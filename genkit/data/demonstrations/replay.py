@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Lt
 
+from genkit.config.numbers import Fraction, Seed
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
@@ -92,9 +92,9 @@ class Recorded(Demonstrations):
     """an array of whole numbers, the kind of each step's episode, for the condition skill"""
     relative_to: str | None = None
     """one of ``observed``, whose newest value actions are relative to; None: they are absolute"""
-    held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
+    held_out: Fraction = 0.0
     """fraction of the episodes, drawn by ``seed``, that is the test split; 0: all are for training"""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """seed of the choice of test episodes"""
 
     def __post_init__(self) -> None:

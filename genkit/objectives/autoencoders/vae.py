@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 
+from genkit.config.numbers import Natural, NonNegative
 from genkit.core import (
     ELBO,
     NO_COND,
@@ -48,11 +48,11 @@ class VAE(EncoderDecoder):
         default_factory=Gaussian, metadata={"table": "genkit.objectives.autoencoders.likelihoods:LIKELIHOODS"}
     )
     """p(x | z): gaussian, bernoulli (black and white) or discretised-logistic (256 grey levels)"""
-    beta: Annotated[float, Ge(0)] = 1.0
+    beta: NonNegative = 1.0
     """weight of the KL term; 1 is the bound itself, more disentangles the latent, less makes sharper samples"""
-    anneal_steps: Annotated[int, Ge(0)] = 0
+    anneal_steps: Natural = 0
     """steps over which beta rises from 0 (Bowman et al. 2016, section 3.1)"""
-    free_bits: Annotated[float, Ge(0)] = 0.0
+    free_bits: NonNegative = 0.0
     """nats of each number of z that cost nothing (Kingma et al. 2016, eq. 15), by sample, not by mini-batch"""
 
     def __post_init__(self) -> None:

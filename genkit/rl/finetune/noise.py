@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
+from genkit.config.numbers import Count, NonNegative
 from genkit.core import Cond, Spec
 from genkit.diffusion.samplers.ode import posterior_variance
 from genkit.diffusion.samplers.steps import Node
@@ -63,7 +64,7 @@ class SDENoise(ExplorationNoise):
     On the linear path it is that of Flow-GRPO (Liu et al. 2025) with ``eta = a^2 / 2``: their a = 0.7 is 0.245.
     """
 
-    eta: Annotated[float, Ge(0)] = 0.25
+    eta: NonNegative = 0.25
     needs_diffusion: ClassVar[bool] = True
 
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
@@ -82,7 +83,7 @@ class FixedNoise(ExplorationNoise):
     It suits every source, few steps, and the last step too; after training the noise is left out.
     """
 
-    std: Annotated[float, Ge(0)] = 0.15
+    std: NonNegative = 0.15
     needs_diffusion: ClassVar[bool] = False
 
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
@@ -98,10 +99,10 @@ class LearnedNoise(ExplorationNoise):
     mean. After training it is left out, like that of ``fixed``.
     """
 
-    std: Annotated[float, Ge(0)] = 0.15
+    std: NonNegative = 0.15
     spread: Annotated[float, Gt(1)] = 3.0
     """bounds: std / spread and std * spread"""
-    width: Annotated[int, Ge(1)] = 64
+    width: Count = 64
     """width of the network"""
     needs_diffusion: ClassVar[bool] = False
     learned: ClassVar[bool] = True
