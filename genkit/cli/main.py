@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from genkit.cli.escape import printable
 from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
@@ -258,9 +259,9 @@ class MessagePrinter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         if record.levelno < logging.WARNING:
-            print(record.getMessage(), flush=True)
+            print(printable(record.getMessage()), flush=True)
         elif os.environ.get("RANK", "0") == "0":
-            print(record.getMessage(), file=sys.stderr, flush=True)
+            print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:
@@ -296,7 +297,7 @@ def refuse(message: str) -> int:
 
 def report_error(message: str, code: int) -> int:
     """Print an error in one line to standard error, and return ``code``."""
-    print("genkit: " + " ".join(message.split()), file=sys.stderr)
+    print("genkit: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 

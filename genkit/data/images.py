@@ -7,7 +7,10 @@ of a whole batch is one tensor operation.
 from __future__ import annotations
 
 import io
+import math
 import os
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +41,7 @@ Channels = Literal[1, 3] | None
 PROGRESS_FROM = 2000  # number of images above which decoding shows a progress bar
 CHUNK = 64  # images that one task of the thread pool decodes
 PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
+OPENING = threading.Lock()  # filters of warnings are not made for several threads
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately
 
 
@@ -85,6 +89,15 @@ def to_pixels(image: PILImage, size: Size = None, channels: Channels = None) -> 
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def open_image(content: bytes, formats: Sequence[str] | None = None) -> PILImage:
+    """``PIL.Image.open`` of an encoded image, of one of ``formats``, without Pillow's warning of a large image."""
+    from PIL import Image as pil  # lazy: speed
+
+    with OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+        return pil.open(io.BytesIO(content), formats=formats)
+
+
 def decode(
     content: bytes, name: str, size: Size = None, channels: Channels = None, paged: set[str] | None = None
 ) -> np.ndarray:
@@ -95,7 +108,9 @@ def decode(
     from PIL import Image as pil  # lazy: speed
 
     try:
-        with pil.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
+            if image.width * image.height > (pil.MAX_IMAGE_PIXELS or math.inf):
+                warn_once(f"{name}: has {image.width}x{image.height} pixels; it is decoded all the same")
             if paged is not None and image.format in PAGED_FORMATS and getattr(image, "is_animated", False):
                 paged.add(name)
             return to_pixels(image, size, channels)

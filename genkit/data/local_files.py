@@ -14,6 +14,7 @@ from torch import Tensor
 from genkit.config.numbers import NonNegative
 from genkit.config.paths import PathText
 from genkit.core import Codec, Condition, Data, Label, Spec
+from genkit.core.arrays import open_npz
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.data.captions import FILES
@@ -204,7 +205,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     casts them, after centring.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_npz(path) as stored:
             keys = ("x", "y") if "x" in stored.files else ("arr_0", "arr_1")
             if keys[0] not in stored.files:
                 raise ValueError(

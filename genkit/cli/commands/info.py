@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from genkit.cli.commands.note import list_annotations
+from genkit.cli.output import console
 from genkit.config import parse, to_yaml
 from genkit.config.paths import PathText
 from genkit.core import Label, Tokens
@@ -66,10 +66,7 @@ def main(argv: list[str]) -> int:
         rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []
         lines["last log line"] = ", ".join([f"step {last['step']}", *numbers, *rate])
 
-    annotations = list_annotations(read_annotations(run.directory))
-
-    console = Console(highlight=False, soft_wrap=True)
-    for key, value in [*lines.items(), *annotations]:
+    for key, value in [*lines.items(), *list_annotations(read_annotations(run.directory))]:
         console.print(f"{key:<14} {value}", markup=False)
     console.print("\n" + to_yaml(run.config), markup=False)
     return 0

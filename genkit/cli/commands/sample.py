@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from rich.console import Console
 from tyro.conf import Positional
 
 from genkit import config
+from genkit.cli.output import console
 from genkit.cli.sample_output import destination, require_free, write_samples
 from genkit.config import parse
 from genkit.config.numbers import Count
@@ -19,8 +19,6 @@ from genkit.core.progress import reporting
 from genkit.data import text
 from genkit.training.run import load_run
 from genkit.training.sampling import LoadOptions, Sampling
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from rich.console import Console
-
 from genkit import config
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
 from genkit.core import Label
@@ -17,8 +16,6 @@ from genkit.training.init_sources import init_defaults
 from genkit.training.run import Run
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import train
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:

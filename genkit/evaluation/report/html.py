@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from genkit import __version__
+from genkit.data.images import open_image
 from genkit.evaluation.cards import to_text
 from genkit.evaluation.metrics import Estimate, metric_direction
 
@@ -267,7 +268,7 @@ def embed_picture(image: Image.Image | Path, caption: str) -> Picture:
     else:
         data = image.read_bytes()
         try:
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+            with open_image(data, ["PNG"]) as opened:
                 opened.load()
                 width, height = opened.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
