@@ -110,16 +110,21 @@ def set_aside(paths: Iterable[Path], folder: Path) -> None:
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
-    settings = dataclasses.replace(settings, data=settings.data.with_absolute_root())
+    # a run that is older than held-out shares has the data as they are given
+    alternatives = [
+        dataclasses.replace(settings, data=source.with_absolute_root())
+        for source in (settings.data.with_default_held_out(), settings.data)
+    ]
     out = Path(settings.out).expanduser()
     for path in sorted(out.glob("*-*"), reverse=True) if out.is_dir() else ():
         if path.is_symlink() or not (path / "config.yaml").is_file():
             continue
         try:
-            difference = settings_difference(stored_settings(path), settings)
+            stored = stored_settings(path)
+            differences = [set(settings_difference(stored, given)) for given in alternatives]
         except ValueError:
             continue
-        if not set(difference) - CHANGEABLE - resolved:
+        if any(not difference - CHANGEABLE - resolved for difference in differences):
             return find_run(path)
     return None
 

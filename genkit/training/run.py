@@ -27,7 +27,7 @@ from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
-from genkit.training.sampling import Sampling, build_guidance, require_conditions, sample_conditions
+from genkit.training.sampling import Sampling, build_guidance, picture_names, require_conditions, sample_conditions
 from genkit.training.settings import TrainSettings, stored_settings
 
 
@@ -170,7 +170,8 @@ class Run:
                 calls.append(count.calls)
                 report("sampling", rows.stop, n)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
-        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, steps)
+        names = picture_names(spec, prompt)
+        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, names, steps)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.

@@ -15,6 +15,7 @@ from genkit.config.numbers import Count, Natural, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
+from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
 from genkit.diffusion.guidance import (
     LINEAR,
@@ -219,3 +220,24 @@ def sample_conditions(
     if label is not None:
         return {**cond, **{k: torch.full((n,), number) for k, number in numbers.items()}}
     return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}
+
+
+def picture_names(spec: Spec, prompt: str | Sequence[str] | None = None) -> tuple[str, ...]:
+    """The headings of a grid: the names of the classes if there are classes, else the prompts that come in turn."""
+    for kind in spec.cond.values():
+        if isinstance(kind, Label):
+            return kind.names
+    return (prompt,) if isinstance(prompt, str) else tuple(prompt or text.caption_examples(spec))
+
+
+def grid_size(spec: Spec, about: int) -> int:
+    """The number of samples, near ``about``, whose picture has full rows; ``about`` itself if they are no images.
+
+    Large images are fewer: half as many beyond 32x32, a quarter beyond 64x64.
+    """
+    if len(spec.shape) != 3:
+        return about
+    _, height, width = spec.shape
+    about //= 1 if height * width <= 32**2 else 2 if height * width <= 64**2 else 4
+    groups = [kind.num for kind in spec.cond.values() if isinstance(kind, Label)]
+    return full_grid_size(groups[0] if groups else len(text.caption_examples(spec)) or 1, about, height / width)

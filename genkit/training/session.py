@@ -12,27 +12,30 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from genkit import __version__
 from genkit.core import Batch, Codec, Spec, pictures
 from genkit.core.progress import Progress
+from genkit.data.codecs import decoded_shape
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.directory import append_log, read_log
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
+from genkit.training.sampling import grid_size, picture_names
 from genkit.training.settings import TrainSettings
 
-GRID_SIZE = 80  # samples of the pictures made while training: eight of each of ten classes
+GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
 Evaluate = Callable[[State, Path], Any]  # (state, run directory) -> a Card on the main process, None on the others
 
@@ -83,11 +86,14 @@ class Recorder:
             if value is not None:
                 self.writer.add_scalar(key, value, step)
 
-    def picture(self, x: Tensor, cond: Mapping[str, Tensor], step: int) -> None:
-        """Decoded samples ``[n, *S]`` as ``samples/step-N.png``."""
+    def picture(self, x: Tensor, cond: Mapping[str, Tensor], step: int, names: Sequence[str] = ()) -> None:
+        """Decoded samples ``[n, *S]`` as ``samples/step-N.png``; ``names`` of their classes or prompts."""
         if not self.main:
             return
-        image = pictures.draw_samples(x, cond)
+        self.save_picture(pictures.draw_samples(x, cond, names), step)
+
+    def save_picture(self, image: Image.Image, step: int) -> None:
+        """A picture as ``samples/step-N.png``, and for TensorBoard."""
         if self.writer:
             self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
         pictures.save_image(image, self.run / "samples" / f"step-{step:07d}.png")
@@ -102,7 +108,7 @@ class Session:
     spec: Spec
     codec: Codec
     cond: Mapping[str, Tensor]
-    """conditions of the ``GRID_SIZE`` samples that are drawn while training"""
+    """conditions of the ``num_drawn`` samples that are drawn while training"""
     recorder: Recorder
     evaluator: Evaluate | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +121,16 @@ class Session:
     def run(self) -> Path:
         """The run directory."""
         return self.recorder.run
+
+    @property
+    def num_drawn(self) -> int:
+        """The number of samples of a picture, eight of each of ten classes."""
+        return next((len(value) for value in self.cond.values()), grid_size(self.data_spec, GRID_SIZE))
+
+    @property
+    def data_spec(self) -> Spec:
+        """Layout of a decoded sample."""
+        return replace(self.spec, shape=decoded_shape(self.codec, self.spec.shape))
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of the log, and the objective's warning about it, once."""
@@ -130,7 +146,7 @@ class Session:
 
     def sample(self, state: State) -> None:
         """Draw the same seeds and conditions each time, from the slowest average; each rank draws its share."""
-        rows = list(sample_rows(GRID_SIZE, self.accelerator))
+        rows = list(sample_rows(self.num_drawn, self.accelerator))
         nets = state.slowest_average
         objective, device = self.settings.objective, self.accelerator.device
         callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
@@ -148,8 +164,8 @@ class Session:
         finally:
             for net in state.nets.values():
                 net.train()
-        samples = self.accelerator.gather(share)[:GRID_SIZE].cpu()  # type: ignore[index]
-        self.recorder.picture(samples, self.cond, state.step)
+        samples = self.accelerator.gather(share)[: self.num_drawn].cpu()  # type: ignore[index]
+        self.recorder.picture(samples, self.cond, state.step, picture_names(self.spec))
 
     def stop_drawing(self, *_: Any) -> None:
         """A sampler's callback that ends it if a signal has come."""
@@ -166,11 +182,10 @@ class Session:
             decoded = self.settings.objective.reconstruct(nets, encoded)
         for net in state.nets.values():
             net.train()
-        if decoded is not None:
-            kind = torch.arange(2).repeat_interleave(len(decoded))
+        if decoded is not None and self.recorder.main:
             originals = self.codec.decode(encoded.x) if isinstance(self.codec, CachedLatentCodec) else batch.x
-            x = torch.cat([originals, self.codec.decode(decoded)]).cpu()
-            self.recorder.picture(x, {"label": kind}, state.step)
+            image = pictures.draw_pairs(originals.cpu(), self.codec.decode(decoded).cpu())
+            self.recorder.save_picture(image, state.step)
 
     def evaluate(self, state: State) -> None:
         """Write a card, a line of the log and scalars. A model that cannot be measured now goes on training."""

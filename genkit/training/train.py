@@ -22,8 +22,9 @@ from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
-from genkit.data import Stream
+from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
+from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
@@ -45,7 +46,7 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
-from genkit.training.sampling import sample_conditions
+from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
 from genkit.training.settings import TrainSettings, stored_settings
 
@@ -156,6 +157,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             checkpoint = resume_point(resumed, step, notes.append)
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
+    else:
+        settings = replace(settings, data=settings.data.with_default_held_out())
     with accelerator.main_process_first():
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
@@ -182,11 +185,13 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if main and (given.note or given.tags):
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
-    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data.spec, stream), recorder,
+    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
                       evaluator, fingerprint)  # fmt: skip
     for note in notes:
         recorder.say(note)
     if not finished:
+        if held_out := describe_held_out(dataset):
+            recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
         recorder.say(summary(settings, directory, nets, data, accelerator))
@@ -283,6 +288,17 @@ def summary(
     return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
 
 
+def describe_held_out(data: Data) -> str | None:
+    """One line on the samples that are kept for evaluation; None if there are none."""
+    if not isinstance(data, InMemory | OnDisk) or not data.num_held_out:
+        return None
+    total = len(data) + data.num_held_out
+    return (
+        f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
+        "(--data.held-out 0: all)"
+    )
+
+
 def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
     """New networks. ``ValueError`` if they cannot serve the data, which may be latents."""
     try:
@@ -307,13 +323,14 @@ def pick_threads(numbers: int) -> int:
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
 
 
-def grid_conditions(spec: Spec, stream: Stream) -> dict[str, Tensor]:
+def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
     """Conditions of the pictures: classes or captions in turn; other kinds come from the first batch of data."""
+    n = grid_size(replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape)), GRID_SIZE)
     try:
-        return sample_conditions(spec, GRID_SIZE)
+        return sample_conditions(data.spec, n)
     except ValueError:
-        cond = stream(0, 0, 0, min(GRID_SIZE, stream.batch_size)).cond
-        return {k: torch.cat([v.cpu()] * -(-GRID_SIZE // len(v)))[:GRID_SIZE] for k, v in cond.items()}
+        cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
+        return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}
 
 
 def slug(name: str) -> str:
