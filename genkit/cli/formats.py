@@ -1,16 +1,8 @@
-"""Ages, sizes and foreign texts as the tables of the command line show them."""
+"""Ages and sizes as the tables of the command line show them."""
 
 from __future__ import annotations
 
-import re
 import time
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """``text`` on one line: control characters, which a terminal would obey, become question marks."""
-    return CONTROL.sub("?", text)
 
 
 def format_bytes(number: float) -> str:

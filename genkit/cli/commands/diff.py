@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from genkit.cli.formats import printable
+from genkit.cli.escape import printable
+from genkit.cli.output import SafeConsole
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation.cards import to_text
@@ -48,11 +48,11 @@ def main(argv: list[str]) -> int:
     if command.json:
         print(json.dumps(differences.to_dict()))
     else:
-        print_differences(differences, Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH))
+        print_differences(differences, SafeConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     return 0
 
 
-def print_differences(differences: RunDifferences, console: Console) -> None:
+def print_differences(differences: RunDifferences, console: SafeConsole) -> None:
     """A table of what differs, one of the metrics, and what cannot be compared."""
     table = new_table("", differences)
     for part, title in TITLES.items():

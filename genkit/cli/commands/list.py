@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from genkit.cli.formats import format_age, format_bytes, printable
+from genkit.cli.escape import printable
+from genkit.cli.formats import format_age, format_bytes
+from genkit.cli.output import SafeConsole
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation.listing import FIELDS, incomparable, list_runs
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     if command.json:
         print(json.dumps([run.to_dict() for run in runs]))
         return 0
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = SafeConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if not runs:
         of = " that meet the conditions" if command.where else ""
         console.print(f"no runs{of} in {', '.join(command.directories)}", markup=False)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from genkit.cli.formats import printable
+from genkit.cli.escape import printable
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.training.annotations import Annotations, NoteText, TagText, annotate
@@ -36,7 +37,10 @@ def main(argv: list[str]) -> int:
         command.run, command.text, tags=command.tag, remove_tags=command.remove_tag, clear_notes=command.clear
     )
     lines = list_annotations(annotations)
-    print("\n".join(f"{name:<6} {value}" for name, value in lines) or "no notes and no tags")
+    for name, value in lines:
+        console.print(f"{name:<6} {value}", markup=False)
+    if not lines:
+        console.print("no notes and no tags", markup=False)
     return 0
 
 
