@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import Draw
 from genkit.data import DATA
 
@@ -67,7 +68,7 @@ def measure(run: genkit.Run, new: Path, seed: int) -> dict[str, Any]:
     """Metrics of 1,000 samples against the held-out new digits, and the size of what was trained."""
     card = genkit.evaluate(run, reference=f"{new / 'train.npz'}:test", n=1000, seed=1000 * seed)
     metrics = card.to_dict()["metrics"]
-    weights = run.directory / "latest" / "nets.safetensors"
+    weights = (run.directory / run.weights).with_name("nets.safetensors")
     with safe_open(weights, "np") as stored:
         parameters = sum(int(np.prod(stored.get_slice(name).get_shape())) for name in stored.keys())  # noqa: SIM118
     return {
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,14 +15,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
+from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Label, Spec, Tokens
 
 INTEGER_TOLERANCE = 1e-3  # float32 holds 1000 t - 1 to 1e-4: an index this near to an integer is rounded to it
@@ -119,19 +119,19 @@ class UNet2D(NetworkConfig):
     set_by_data: ClassVar[tuple[str, ...]] = (*NetworkConfig.set_by_data, "num_class_embeds")
     fixed: ClassVar[Mapping[str, Any]] = {"time_embedding_type": "positional", "class_embed_type": None}
 
-    block_out_channels: tuple[Annotated[int, Ge(1)], ...] = (32, 64, 128)
+    block_out_channels: tuple[Width, ...] = (32, 64, 128)
     """channels of each level; each level halves the size"""
-    layers_per_block: Annotated[int, Ge(1)] = 1
+    layers_per_block: Layers = 1
     """residual blocks of a level"""
     down_block_types: tuple[str, ...] = ()
     """a name for each level, downwards; (): DownBlock2D, and AttnDownBlock2D at the last"""
     up_block_types: tuple[str, ...] = ()
     """a name for each level, upwards; (): as downwards"""
-    attention_head_dim: Annotated[int, Ge(1)] = 32
+    attention_head_dim: Width = 32
     """channels of an attention head"""
-    norm_num_groups: Annotated[int, Ge(1)] = 8
+    norm_num_groups: Width = 8
     """groups of the norms, a divisor of all channels"""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Fraction = 0.0
     """inside residual blocks"""
 
     usual: ClassVar[tuple[str, str, str, str]] = ("DownBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "UpBlock2D")
@@ -170,9 +170,9 @@ class UNet2DCondition(UNet2D):
         "CrossAttnUpBlock2D",
     )
 
-    attention_head_dim: Annotated[int, Ge(1)] = 8
+    attention_head_dim: Width = 8
     """heads of each attention layer (diffusers' name is wrong)"""
-    cross_attention_dim: Annotated[int, Ge(1)] = 64
+    cross_attention_dim: Width = 64
     """dimension of the data's tokens"""
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
@@ -194,15 +194,15 @@ class DiT2D(NetworkConfig):
     set_by_data: ClassVar[tuple[str, ...]] = (*NetworkConfig.set_by_data, "num_embeds_ada_norm")
     fixed: ClassVar[Mapping[str, Any]] = {"norm_type": "ada_norm_zero"}
 
-    num_attention_heads: Annotated[int, Ge(1)] = 4
+    num_attention_heads: Width = 4
     """heads of each attention"""
-    attention_head_dim: Annotated[int, Ge(1)] = 32
+    attention_head_dim: Width = 32
     """channels of each head; times the heads this is the width"""
-    num_layers: Annotated[int, Ge(1)] = 6
+    num_layers: Layers = 6
     """blocks"""
-    patch_size: Annotated[int, Ge(1)] = 2
+    patch_size: Width = 2
     """side of a patch, which is one token"""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Fraction = 0.0
     """inside the blocks"""
 
     def data_settings(self, spec: Spec) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Diffusers(Backbone):
 
     model: NetworkConfig = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
     """unet2d, unet2d-condition or dit, and its settings under diffusers' names"""
-    timesteps: Annotated[int, Ge(1)] = 1000
+    timesteps: Width = 1000
     """number of time steps of the network, which is given timesteps * label - 1"""
     learned_sigma: bool = False
     """the network has twice the output channels, as DiT's released weights do; the half for the variance is not used"""

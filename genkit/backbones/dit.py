@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Lt, MultipleOf
+from annotated_types import Ge, Le, MultipleOf
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from genkit.backbones.blocks import (
     zero_init,
 )
 from genkit.backbones.embed import Conditioner, Routed, grid_positions
+from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
@@ -36,17 +37,17 @@ class DiT(Backbone):
     Sizes that ``patch`` does not divide are padded with zeros inside and cropped again.
     """
 
-    width: Annotated[int, Ge(4), MultipleOf(4)] = 128
+    width: Annotated[int, Ge(4), Le(1_000_000), MultipleOf(4)] = 128
     """features of a token; 6 blocks of 128 have 2M parameters and cost as much as the default U-Net"""
-    depth: Annotated[int, Ge(1)] = 6
+    depth: Layers = 6
     """blocks"""
-    patch: Annotated[int, Ge(1)] = 2
+    patch: Width = 2
     """side of a patch, which is one token: 16 tokens at 8x8, 256 at 32x32; 1 for short signals (action chunks)"""
-    head_size: Annotated[int, Ge(1)] = 64
+    head_size: Width = 64
     """features of an attention head; 64 as in the paper's larger models"""
-    ratio: Annotated[int, Ge(1)] = 4
+    ratio: Width = 4
     """hidden width of the MLP, in widths"""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Fraction = 0.0
     """dropout inside the blocks; 0 as in the paper"""
     checkpoint: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""

@@ -11,12 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction, Positive, Width
 from genkit.core.tensors import load_tensors, mismatched_keys
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)  # the layers of our networks that peft can adapt
@@ -26,14 +26,14 @@ ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)  # the layers of our networks that
 class LoRA:
     """Train low-rank changes of a run's layers instead of all weights (Hu et al. 2022, eq. 3); needs --init."""
 
-    rank: Annotated[int, Ge(1)] | None = None
+    rank: Width | None = None
     """r of the change (alpha / r) B A of a weight; None: no LoRA"""
-    alpha: Annotated[float, Gt(0)] | None = None
+    alpha: Positive | None = None
     """strength of the change; None: the rank, so that its factor is 1"""
     layers: str | None = None
     """regular expression that matches anywhere in the names of the adapted layers; None: all linear layers. "." adds
     the convolutions"""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Fraction = 0.0
     """dropout on the input of the change"""
 
     def __post_init__(self) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
-from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import modulate, remat, require_fraction, require_positive, zero_init
 from genkit.backbones.embed import Conditioner, require_routes
+from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
@@ -26,11 +26,11 @@ class MLP(Backbone):
     routes: ClassVar[tuple[str, ...]] = ("global",)
     axes: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
-    width: Annotated[int, Ge(1)] = 256
+    width: Width = 256
     """features of a layer; 256 x 4 blocks (1.5M parameters) fit the 2-D toys and low-dimensional states"""
-    depth: Annotated[int, Ge(1)] = 4
+    depth: Layers = 4
     """residual blocks"""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Fraction = 0.0
     """dropout inside the blocks; it costs as much as a layer on a CPU"""
     checkpoint: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""

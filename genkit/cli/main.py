@@ -2,40 +2,165 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from genkit.cli.escape import printable
+from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
 OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake
 
-COMMANDS = {  # name -> (module with main(argv), one line of help)
-    "train": ("genkit.cli.commands.train", "train an objective on a data set; --resume RUN continues a run"),
-    "sample": ("genkit.cli.commands.sample", "sample from a run: a grid, PNG files or an .npz"),
-    "eval": ("genkit.cli.commands.evaluate", "measure samples of a run or of folders: FID, KID, precision, recall ..."),
-    "sweep": (
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `genkit`."""
+
+    module: str
+    """the module with ``main(argv) -> exit code``"""
+    summary: str
+    """one line of help"""
+    settings: str = ""
+    """``module:Class`` of its options; empty if it parses them itself"""
+    examples: tuple[str, ...] = ()
+    """command lines that its help ends with"""
+
+
+COMMANDS = {
+    "train": Command(
+        "genkit.cli.commands.train",
+        "train an objective on a data set; --resume RUN continues a run",
+        "genkit.training.settings:TrainSettings",
+        (
+            "genkit train --objective=flow",
+            "genkit train --objective=ddpm --data=path/to/images --data.size 32 --steps 20000",
+            "genkit train --resume runs/latest --steps 4000",
+        ),
+    ),
+    "sample": Command(
+        "genkit.cli.commands.sample",
+        "sample from a run: a grid, PNG files or an .npz",
+        "genkit.cli.commands.sample:Sample",
+        (
+            "genkit sample runs/latest --label 7 --n 16",
+            "genkit sample runs/latest --sampler dpmpp_2m --steps 10 --guidance 2 --format png --out samples",
+        ),
+    ),
+    "eval": Command(
+        "genkit.cli.commands.evaluate",
+        "measure samples of a run or of folders: FID, KID, precision, recall ...",
+        "genkit.cli.commands.evaluate:Evaluate",
+        (
+            "genkit eval runs/latest --metrics fid,kid,prdc --n 1000",
+            "genkit eval path/to/samples --reference path/to/images --data.size 32",
+        ),
+    ),
+    "sweep": Command(
         "genkit.cli.commands.sweep",
         "find the best sampler, steps and guidance for each cost in network passes",
+        "genkit.cli.commands.sweep:Sweep",
+        ("genkit sweep runs/latest --sampler heun dpmpp_2m --steps 5 10 20 --guidance 1 2",),
     ),
-    "likelihood": ("genkit.cli.commands.likelihood", "compute the bits per dimension of held-out samples under a run"),
-    "encode": ("genkit.cli.commands.encode", "cache the latents of a data set, for training with --data=latents"),
-    "reflow": ("genkit.cli.commands.reflow", "save a run's pairs (noise, sample), for training a straighter flow"),
-    "report": ("genkit.cli.commands.report", "write one HTML page about a run: curves, samples, metrics, settings"),
-    "export": ("genkit.cli.commands.export", "write a run as a diffusers pipeline, or as a standalone run"),
-    "info": ("genkit.cli.commands.info", "show what a run is, its progress and its settings"),
-    "rollout": ("genkit.cli.commands.rollout", "run a trained policy: success, return, modes, time per action chunk"),
-    "demo": ("genkit.cli.commands.demo", "record an expert's episodes as demonstrations"),
-    "finetune": ("genkit.cli.commands.finetune", "improve a run by the reward of an environment or of a function"),
-    "bench": ("genkit.cli.commands.bench", "run a benchmark: quality, toy, reflow, prediction, order, overhead, speed"),
+    "likelihood": Command(
+        "genkit.cli.commands.likelihood",
+        "compute the bits per dimension of held-out samples under a run",
+        "genkit.cli.commands.likelihood:Likelihood",
+        ("genkit likelihood runs/latest --n 100",),
+    ),
+    "encode": Command(
+        "genkit.cli.commands.encode",
+        "cache the latents of a data set, for training with --data=latents",
+        "genkit.cli.commands.encode:Encode",
+        ("genkit encode runs/first-stage --out latents",),
+    ),
+    "reflow": Command(
+        "genkit.cli.commands.reflow",
+        "save a run's pairs (noise, sample), for training a straighter flow",
+        "genkit.cli.commands.reflow:Reflow",
+        ("genkit reflow runs/latest --n 50000",),
+    ),
+    "report": Command(
+        "genkit.cli.commands.report",
+        "write one HTML page about a run, or several: curves, samples, metrics",
+        "genkit.cli.commands.report:Report",
+        ("genkit report runs/latest",),
+    ),
+    "list": Command(
+        "genkit.cli.commands.list",
+        "list runs: progress, loss, best metrics, state, tags",
+        "genkit.cli.commands.list:List",
+        ("genkit list", 'genkit list runs --where objective=flow "age<2d" --sort loss'),
+    ),
+    "diff": Command(
+        "genkit.cli.commands.diff",
+        "show what differs between runs: settings, data, code, metrics",
+        "genkit.cli.commands.diff:Diff",
+        ("genkit diff runs/0000-a runs/0001-b",),
+    ),
+    "note": Command(
+        "genkit.cli.commands.note",
+        "write or show the notes and tags of a run",
+        "genkit.cli.commands.note:Note",
+        ('genkit note runs/latest "half the learning rate" --tag baseline',),
+    ),
+    "export": Command(
+        "genkit.cli.commands.export",
+        "write a run as a diffusers pipeline, or as a standalone run",
+        "genkit.cli.commands.export:Export",
+        ("genkit export runs/latest --to diffusers pipeline",),
+    ),
+    "info": Command(
+        "genkit.cli.commands.info",
+        "show what a run is, its progress and its settings",
+        "genkit.cli.commands.info:Info",
+        ("genkit info runs/latest",),
+    ),
+    "rollout": Command(
+        "genkit.cli.commands.rollout",
+        "run a trained policy: success, return, modes, time per action chunk",
+        "genkit.cli.commands.rollout:Rollout",
+        ("genkit rollout runs/latest --episodes 100 --film 4",),
+    ),
+    "demo": Command(
+        "genkit.cli.commands.demo",
+        "record an expert's episodes as demonstrations",
+        "genkit.cli.commands.demo:Demo",
+        ("genkit demo four-ways --out demos.npz",),
+    ),
+    "finetune": Command(
+        "genkit.cli.commands.finetune",
+        "improve a run by the reward of an environment or of a function",
+        "genkit.rl.finetune.settings:FinetuneSettings",
+        (
+            "genkit finetune runs/latest --method dppo",
+            "genkit finetune runs/latest --reward package.module:function --method ddpo",
+        ),
+    ),
+    "bench": Command(
+        "genkit.cli.commands.bench",
+        "run a benchmark: quality, toy, reflow, prediction, order, overhead, speed",
+    ),
+    "completion": Command(
+        "genkit.cli.commands.completion",
+        "print a script that completes commands and options, for bash, zsh or fish",
+        "genkit.cli.commands.completion:Completion",
+        ("genkit completion bash > ~/.local/share/bash-completion/completions/genkit",),
+    ),
 }
 
 
 def format_usage() -> str:
     """Return the text of ``genkit --help``."""
-    lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
     return f"""usage: genkit COMMAND [options]
 
 Generative models on shared backbones: one command trains, another samples.
@@ -54,12 +179,26 @@ examples:
 """
 
 
+def format_epilog(name: str) -> str:
+    """Return what the help of a command ends with: the meaning of its names, and examples."""
+    from genkit.config.blocks import load_object  # lazy: needed for this option only
+    from genkit.config.help_text import describe_choices  # lazy: needed for this option only
+
+    command = COMMANDS[name]
+    choices = describe_choices(load_object(command.settings)) if command.settings else ""
+    lines = "".join(f"  {line}\n" for line in command.examples)
+    return choices + (f"\nexamples:\n{lines}" if lines else "")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 for a user's mistake, or 130 after Ctrl-C."""
+    """Run a command. Returns the exit code: 0, 2 for a user's mistake, 1 if the machine lacks memory or space, or 130
+    after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # Set before torch is imported, so that waiting threads sleep instead of spinning. On a core that another process
     # uses, spinning made a step 5 to 20 times slower (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(format_usage())
         return 0
@@ -78,17 +217,40 @@ def main(argv: list[str] | None = None) -> int:
         argv = [token for token in argv if token != "--trust"]
     show_messages()
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(argv[1:])
+        with terminate_as_interrupt():
+            return importlib.import_module(COMMANDS[name].module).main(argv[1:])
+    except SystemExit as e:
+        if e.code in (0, None) and {"-h", "--help"}.intersection(argv):
+            print(format_epilog(name), end="")
+        raise
     except KeyboardInterrupt:
         print("genkit: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has exited: `genkit info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as e:
-        if not is_user_error(e) or os.environ.get("GENKIT_TRACEBACK"):
+    except Exception as e:
+        shortage = explain_shortage(e)
+        if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
-        return refuse(str(e) or type(e).__name__)
+        return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does: temporary files are removed, exit code 130.
+
+    Ranks end at once, as before: they may wait for one that has ended.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ranks or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class MessagePrinter(logging.Handler):
@@ -97,9 +259,9 @@ class MessagePrinter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         if record.levelno < logging.WARNING:
-            print(record.getMessage(), flush=True)
+            print(printable(record.getMessage()), flush=True)
         elif os.environ.get("RANK", "0") == "0":
-            print(record.getMessage(), file=sys.stderr, flush=True)
+            print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:
@@ -111,12 +273,14 @@ def show_messages() -> None:
 
 
 def is_user_error(e: BaseException) -> bool:
-    """Return whether genkit itself raised the error, or the system did (a full disk, a missing permission).
+    """Return whether genkit itself refused something, or the system did (a missing file or permission).
 
     Any other error is a bug, and keeps its traceback.
     """
     if isinstance(e, OSError):
         return True
+    if not isinstance(e, ValueError):
+        return False
     trace = e.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -127,9 +291,14 @@ def is_user_error(e: BaseException) -> bool:
 
 
 def refuse(message: str) -> int:
-    """Print an error in one line to standard error, and return exit code 2."""
-    print("genkit: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    """Print a user's mistake in one line to standard error, and return exit code 2."""
+    return report_error(message, 2)
+
+
+def report_error(message: str, code: int) -> int:
+    """Print an error in one line to standard error, and return ``code``."""
+    print("genkit: " + printable(" ".join(message.split())), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ import pydantic
 import yaml
 
 T = TypeVar("T")
+MAX_INT = 2**62  # leaves room for the sum of a seed and a row within 64 bits
+MAX_FLOAT = 1e30  # leaves room for a product with 1e8 within 32 bits
 ABSENT: Any = dataclasses.MISSING  # "no value given", where None is a value
 
 
@@ -269,17 +271,32 @@ def check_value(hint: Any, given: object, path: str) -> Any:
     if contains_bool(given) and bool not in find_types(hint):
         raise ConfigError(path, f"given {abbreviate(given)}; needs {describe_type(hint)}")
     try:
-        return make_adapter(hint).validate_python(given)
+        value = make_adapter(hint).validate_python(given)
     except pydantic.ValidationError as e:
         errors = e.errors(include_url=False)
+    else:
+        require_machine_numbers(value, path)
+        return value
     item_path = path + "".join(f"[{i}]" for i in errors[0]["loc"] if isinstance(i, int))
     problems = dict.fromkeys(
         re.sub("^(Input|Value)( error,)? ", "", x["msg"]).replace("Tuple", "the list") for x in errors
     )
     names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
-    optional = " (or null)" if type(None) in find_types(hint) else ""
+    is_name = any("allowed:" in problem for problem in problems)
+    optional = " (or null)" if type(None) in find_types(hint) and not is_name else ""
     wrong = errors[0]["input"]
     raise ConfigError(item_path, f"given {abbreviate(wrong)}; {' or '.join(problems)}{optional}{suggest(wrong, names)}")
+
+
+def require_machine_numbers(value: object, path: str) -> None:
+    """Raise ``ConfigError`` if a number, or one in a list, is beyond a 64-bit integer or a 32-bit float."""
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        raise ConfigError(path, f"given {abbreviate(value)}; allowed integers up to 2^62")
+    if isinstance(value, float) and abs(value) > MAX_FLOAT:
+        raise ConfigError(path, f"given {abbreviate(value)}; allowed numbers up to 1e30, which 32 bits can hold")
+    if isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            require_machine_numbers(item, f"{path}[{i}]")
 
 
 def find_types(hint: Any) -> set[Any]:

@@ -10,18 +10,17 @@ themselves pass the same checks as YAML, so a mistake reads the same in both pla
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import functools
 import inspect
+import io
 import itertools
 import operator
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import tyro
 from tyro.constructors import (
@@ -48,6 +47,8 @@ from genkit.config.blocks import (
     load_yaml,
     parse_block,
 )
+from genkit.config.help_text import add_sentence, describe_bounds, find_marks, format_metavar, read_field_docs
+from genkit.config.names import NameIn
 
 T = TypeVar("T")
 TRUTH_VALUES = {"true", "false", "yes", "no", "on", "off"}
@@ -78,6 +79,36 @@ def parse(
         return from_dict(cls, tree)
     except ConfigError as e:
         raise locate_error(e, file, tree, flags) from None
+
+
+def format_completion(commands: Mapping[str, type | None], shell: str, prog: str) -> str:
+    """Return a shell's completion script for a program whose first argument names a command.
+
+    ``commands`` maps each name to the class of its settings, or to None if only the name can be completed. The options
+    of blocks are those of the default classes.
+    """
+    specs: dict[type, StructConstructorSpec] = {}
+    kinds = []
+    for name, cls in commands.items():
+        if cls is None:
+            stand_in = type(name, (), {})
+            specs[stand_in] = StructConstructorSpec(dict, ())
+        else:
+            parser = FlagParser(parse_block(cls, {}), help=True, choices=True)
+            specs |= parser.specs
+            stand_in = parser.root
+        kinds.append(Annotated[stand_in, tyro.conf.subcommand(name, prefix_name=False)])
+    registry = ConstructorRegistry()
+    registry.struct_rule(lambda info: specs.get(info.type))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        tyro.cli(
+            functools.reduce(operator.or_, kinds),
+            args=["--tyro-write-completion", shell, "-"],
+            prog=prog,
+            registry=registry,
+        )
+    return output.getvalue()
 
 
 def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,12 +215,21 @@ def get_syntax(hint: Any) -> PrimitiveConstructorSpec:
     return spec
 
 
-def as_raw(hint: Any) -> Any:
-    """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values."""
+def as_raw(hint: Any, choices: bool = False) -> Any:
+    """Return ``hint`` such that tyro passes the text on unchecked: ``check_value`` alone refuses values.
+
+    With ``choices``, tyro still knows the names that the text may be.
+    """
     spec = get_syntax(hint)
     plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    raw = replace(spec, instance_from_str=RawValues, choices=None)
+    names = next((tuple(mark.names()) for mark in find_marks(hint) if isinstance(mark, NameIn)), spec.choices)
+    known = tuple(name for name in names if name != "None") if choices and names else None
+    raw = replace(spec, instance_from_str=RawValues, choices=known, metavar=format_metavar(spec.metavar, hint))
     return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
+
+
+# a switch that is neither on nor off unless it is given
+UNDECIDED = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: None)")]
 
 
 @dataclass(frozen=True)
@@ -210,39 +250,72 @@ class Setting:
 class FlagParser:
     """The flags of a configuration. tyro sees a stand-in type for each block and fills it as a plain dict."""
 
-    def __init__(self, block: Block, help: bool):
+    def __init__(self, block: Block, help: bool, choices: bool = False):
         # a missing value is reported by from_dict, more clearly than by tyro
         self.required = MISSING_NONPROP if help else None
+        self.help = help
+        self.choices = choices  # whether tyro knows the names that a text may be, to complete them
         self.settings: dict[str, Setting] = {}
         self.tables: list[str] = []
         self.specs: dict[type, StructConstructorSpec] = {}
         config = self.make_text_flag("config", "config", "FILE", None, "Settings, in YAML.")
         self.root = self.add_block(block, "", [config])
-        self.switches = {path for path, setting in self.settings.items() if setting.hint is bool}
+        self.switches = {path for path, setting in self.settings.items() if is_switch(setting.hint)}
 
     def add_block(self, block: Block, path: str, specs: list[StructFieldSpec]) -> type:
         """Register the flags of ``block`` after ``specs``, and return the type that stands for it in tyro."""
         docs = read_field_docs(block.cls)
+        flags: list[tuple[StructFieldSpec, str]] = [(spec, "") for spec in specs]
+        inner: list[StructFieldSpec] = []
         for name, f in get_fields(block.cls).items():
-            inner_path, value, doc = join_path(path, name), block.values.get(name, ABSENT), docs.get(name)
+            inner_path, value = join_path(path, name), block.values.get(name, ABSENT)
+            doc, heading = docs.get(name, ("", ""))
             if "table" in f.metadata:
                 # two entries: a flag for the name, and the block of the class that it selects
                 self.tables.append(inner_path)
                 names = "{" + ",".join(load_object(f.metadata["table"])) + "}"
-                specs.append(self.make_text_flag(f"{name} NAME", name, names, find_name(f.metadata, value.cls), doc))
-                kind: Any = self.add_block(value, inner_path, [])
-                value, doc = kind(), (inspect.getdoc(value.cls) or "").partition("\n")[0]
+                default = find_name(f.metadata, value.cls)
+                names_hint: Any = str | None
+                if self.choices:
+                    names_hint = Literal[tuple(load_object(f.metadata["table"]))]
+                flags.append((self.make_text_flag(f"{name} NAME", name, names, default, doc, names_hint), heading))
+                kind = self.add_block(value, inner_path, [])
+                doc = (inspect.getdoc(value.cls) or "").partition("\n")[0].replace("``", "")
+                inner.append(StructFieldSpec(name, kind, kind(), doc))
             else:
                 setting = self.settings[inner_path] = Setting(get_hints(block.cls)[name], value)
-                kind = bool if setting.hint is bool else as_raw(setting.hint)
-            specs.append(StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc))
+                kind = as_raw(setting.hint, self.choices)
+                if is_switch(setting.hint):
+                    kind = bool if value is not None else UNDECIDED
+                    value = False if value is None else value
+                doc = add_sentence(doc, describe_bounds(setting.hint))
+                flags.append((StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc), heading))
         stand_in = type(block.cls.__name__, (), {})
-        self.specs[stand_in] = StructConstructorSpec(dict, tuple(specs))
+        self.specs[stand_in] = StructConstructorSpec(dict, (*self.group_flags(flags), *inner))
         return stand_in
 
-    def make_text_flag(self, key: str, name: str, metavar: str, value: str | None, doc: str | None) -> StructFieldSpec:
+    def group_flags(self, specs: list[tuple[StructFieldSpec, str]]) -> list[StructFieldSpec]:
+        """Return the flags under the headings that the help shows them with.
+
+        A heading is a block in tyro, whose flags have no prefix. Only the help has such blocks.
+        """
+        out: dict[str, list[StructFieldSpec]] = {}
+        for spec, heading in specs:
+            is_positional = tyro.conf.Positional in get_args(spec.type)
+            out.setdefault("" if is_positional or not self.help else heading, []).append(spec)
+        plain = out.pop("", [])
+        for heading, inner in out.items():
+            stand_in = type(heading, (), {})
+            flags = [replace(spec, type=Annotated[spec.type, tyro.conf.OmitArgPrefixes]) for spec in inner]
+            self.specs[stand_in] = StructConstructorSpec(dict, tuple(flags))
+            plain.append(StructFieldSpec(heading, stand_in, stand_in(), ""))
+        return plain
+
+    def make_text_flag(
+        self, key: str, name: str, metavar: str, value: str | None, doc: str | None, hint: Any = str | None
+    ) -> StructFieldSpec:
         """Return a flag that pass 1 has read. tyro needs it for ``--help`` and to know that it takes a value."""
-        hint = Annotated[as_raw(str | None), tyro.conf.arg(name=name, metavar=metavar)]
+        hint = Annotated[as_raw(hint, self.choices), tyro.conf.arg(name=name, metavar=metavar)]
         return StructFieldSpec(key, cast(Any, hint), value, doc)
 
     def read(self, argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
@@ -272,6 +345,11 @@ class FlagParser:
                 out[path] = setting.read(value)
             elif setting.hint is bool and value != setting.value:
                 out[path] = value
+        # the switches that tyro cannot tell from their default
+        for token in itertools.takewhile(lambda token: token != "--", argv):
+            switch = self.find_switch(token)
+            if switch and self.settings[switch[0]].hint is not bool:
+                out[switch[0]] = switch[1]
         return out
 
     def normalize(self, argv: Sequence[str]) -> list[str]:
@@ -321,29 +399,14 @@ class FlagParser:
         return f"; did you mean {to_flag({**everywhere, **siblings}[close[0]])}?" if close else "; see --help"
 
 
+def is_switch(hint: Any) -> bool:
+    """Return whether a setting is ``bool``, or ``bool | None``, where None leaves the choice to the program."""
+    return hint is bool or hint == (bool | None)
+
+
 def switch_error(path: str, on: bool) -> ConfigError:
     """Return the error for a value after a switch: ``--flip true``."""
     flag, opposite = to_flag(path), to_flag(negate(path))
     if on:
         return ConfigError("", f"{flag} takes no value; give it alone, or {flag}=false to switch it off")
     return ConfigError("", f"{opposite} takes no value; give it alone, or {flag} to switch it on")
-
-
-@functools.cache
-def read_field_docs(cls: type) -> dict[str, str]:
-    """Return the help of each field: the text under it, or after it, in the source of a dataclass and its bases."""
-    docs = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
-        try:
-            source = textwrap.dedent(inspect.getsource(cast(type, base)))
-        except OSError:  # a class typed at a prompt
-            continue
-        body = cast(ast.ClassDef, ast.parse(source).body[0]).body
-        for field, after in itertools.zip_longest(body, body[1:]):
-            match field, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
-                case ast.AnnAssign(target=ast.Name(id=name), end_lineno=int(line), end_col_offset=int(column)), _:
-                    rest = source.splitlines()[line - 1].encode()[column:].decode()
-                    docs[name] = rest.partition("#")[2].strip()
-    return docs

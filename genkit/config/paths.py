@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
 
+from genkit.core.links import follow_links
+
 
 def expand_path(path: str) -> str:
-    """``path`` with ``~`` expanded. ``ValueError`` if it is empty, or holds a NUL."""
+    """``path`` with ``~`` expanded, and links that are text files (:func:`follow_links`) followed.
+
+    Raises ``ValueError`` if it is empty, or holds a NUL.
+    """
     if not path.strip():
         raise ValueError("an empty text is no path; name a file or folder (is a variable of the shell unset?)")
     if "\0" in path:
         raise ValueError("a path holds no NUL character")
-    return os.path.expanduser(path)
+    path = os.path.expanduser(path)
+    followed = follow_links(path)
+    return path if followed == Path(path) else str(followed)
 
 
 def check_name(name: str) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 def sync(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError:  # some file systems cannot sync a directory
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:  # some systems cannot open or sync a directory
         if not path.is_dir():
             raise
-    finally:
-        os.close(handle)
 
 
 @contextmanager

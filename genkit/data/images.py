@@ -7,19 +7,22 @@ of a whole batch is one tensor operation.
 from __future__ import annotations
 
 import io
+import math
 import os
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
+from genkit.config.numbers import Count, Width
 from genkit.config.paths import PathText
-from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
+from genkit.core import Batch, Codec, Condition, Draw, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
@@ -32,12 +35,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 T = TypeVar("T")
-Size = Annotated[int, Ge(1)] | tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None
+Size = Width | tuple[Width, Width] | None
 Channels = Literal[1, 3] | None
 
 PROGRESS_FROM = 2000  # number of images above which decoding shows a progress bar
 CHUNK = 64  # images that one task of the thread pool decodes
 PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
+OPENING = threading.Lock()  # filters of warnings are not made for several threads
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately
 
 
@@ -85,6 +89,15 @@ def to_pixels(image: PILImage, size: Size = None, channels: Channels = None) -> 
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def open_image(content: bytes, formats: Sequence[str] | None = None) -> PILImage:
+    """``PIL.Image.open`` of an encoded image, of one of ``formats``, without Pillow's warning of a large image."""
+    from PIL import Image as pil  # lazy: speed
+
+    with OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+        return pil.open(io.BytesIO(content), formats=formats)
+
+
 def decode(
     content: bytes, name: str, size: Size = None, channels: Channels = None, paged: set[str] | None = None
 ) -> np.ndarray:
@@ -95,7 +108,9 @@ def decode(
     from PIL import Image as pil  # lazy: speed
 
     try:
-        with pil.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
+            if image.width * image.height > (pil.MAX_IMAGE_PIXELS or math.inf):
+                warn_once(f"{name}: has {image.width}x{image.height} pixels; it is decoded all the same")
             if paged is not None and image.format in PAGED_FORMATS and getattr(image, "is_animated", False):
                 paged.add(name)
             return to_pixels(image, size, channels)
@@ -143,6 +158,8 @@ class OnDisk:
     flip: bool = False
     captions: Captions | None = None
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
+    num_held_out: int = 0
+    """samples that are held out of the training split"""
     paged: set[str] = field(default_factory=set, init=False)
     """images of which only the first page is taken, as far as they were read"""
     warned: bool = field(default=False, init=False)
@@ -219,7 +236,7 @@ class ImageSource(DataSource):
     """condition on the class of each image, if there are classes; None: unless there are captions"""
     captions: tuple[str, ...] = ()
     """templates such as "a handwritten {label}", one drawn each time; or files: texts beside the images"""
-    text_length: Annotated[int, Ge(1)] = 256
+    text_length: Count = 256
     """bytes of the longest caption or prompt that the model reads"""
     encoder: PathText | None = None
     """a frozen text encoder of transformers, a folder or hub id; None: bytes and an encoder trained with the model"""
@@ -263,7 +280,7 @@ class ImageSource(DataSource):
         kinds: Mapping[str, Condition],
         memory: float,
         read_captions: CaptionReader | None = None,
-    ) -> Data:
+    ) -> InMemory | OnDisk:
         """The images of ``files`` by these settings, in memory if they need at most ``memory`` GiB.
 
         The first image determines the shape of all.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
+from genkit.core.arrays import open_npz
 from genkit.core.files import atomic_write
 from genkit.data import codecs
 from genkit.data.in_memory import InMemory
@@ -70,12 +71,16 @@ class Pairs(DataSource):
         path = Path(self.root).expanduser()
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; make it with: genkit reflow RUN")
-        with np.load(path, allow_pickle=False) as stored:
-            if not {"about", "x", "x1"} <= set(stored.files):
-                raise ValueError(f"{path}: holds {', '.join(stored.files)}; pairs of genkit reflow hold about, x, x1")
-            about = json.loads(str(stored["about"]))
-            x, x1 = torch.from_numpy(stored["x"]), torch.from_numpy(stored["x1"])
-            cond = {k[5:]: torch.from_numpy(stored[k]) for k in stored.files if k.startswith("cond.")}
+        try:
+            with open_npz(path) as stored:
+                arrays = dict(stored)
+        except ValueError as e:
+            raise ValueError(f"{path}: cannot be read: {e}") from e
+        if not {"about", "x", "x1"} <= arrays.keys():
+            raise ValueError(f"{path}: holds {', '.join(arrays)}; pairs of genkit reflow hold about, x, x1")
+        about = json.loads(str(arrays["about"]))
+        x, x1 = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["x1"])
+        cond = {k[5:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("cond.")}
         codec = codecs.from_dict(about["codec"])
         spec = spec_from_dict(about)
         if x.shape != x1.shape:

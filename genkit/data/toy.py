@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from math import pi, sqrt
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from annotated_types import Ge
 
+from genkit.config.numbers import Count, NonNegative
 from genkit.core import Label, Spec, seed_of
 from genkit.data.codecs import Identity
 from genkit.data.in_memory import InMemory
@@ -27,9 +27,9 @@ Points = tuple[np.ndarray, np.ndarray | None]  # float [n, 2], and classes int [
 class Toy(DataSource):
     """Base of the toy shapes; each sets the class attributes below and draws points in :meth:`shape`."""
 
-    n: Annotated[int, Ge(1)] = 50_000
+    n: Count = 50_000
     """points of a split"""
-    noise: Annotated[float, Ge(0)] = 0.05
+    noise: NonNegative = 0.05
     """standard deviation of the normal noise"""
     seed: int = 0
     """seed of the points; both splits differ"""
@@ -95,7 +95,7 @@ class RotatedMoons(Toy):
 class EightGaussians(Toy):
     """Eight normals on a circle of radius sqrt(2), numbered counter-clockwise from the positive x-axis."""
 
-    noise: Annotated[float, Ge(0)] = 0.1
+    noise: NonNegative = 0.1
     """standard deviation of each normal"""
     classes = 8
 
@@ -108,7 +108,7 @@ class EightGaussians(Toy):
 class Checkerboard(Toy):
     """The eight black squares of a 4x4 board, without noise so that the edges stay sharp."""
 
-    noise: Annotated[float, Ge(0)] = 0.0
+    noise: NonNegative = 0.0
     """standard deviation of the normal noise"""
     scale = 2 / sqrt(3)  # the variance of a uniform on [-2, 2] is 4/3
 

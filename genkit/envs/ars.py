@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from annotated_types import Ge, Gt
 
+from genkit.config.numbers import Count, NonNegative, Positive, Seed
 from genkit.core.files import format_error, write_text
 from genkit.envs import Env, plain_id
 from genkit.envs.gym import Gym
@@ -74,20 +74,20 @@ class SearchSettings:
 
     target: float | None = None
     """mean return at which the search ends; None: one that genkit knows to be in reach"""
-    rounds: Annotated[int, Ge(1)] = 300
+    rounds: Count = 300
     """rounds after which it gives up"""
-    directions: Annotated[int, Ge(1)] = 8
+    directions: Count = 8
     """random directions per round, each tried with both signs"""
-    top_directions: Annotated[int, Ge(1)] = 4
+    top_directions: Count = 4
     """the best of these directions, which the update uses"""
-    step_size: Annotated[float, Gt(0)] = 0.02
+    step_size: Positive = 0.02
     """length of the update, in standard deviations of the returns"""
-    noise: Annotated[float, Gt(0)] = 0.03
+    noise: Positive = 0.03
     """standard deviation of the weights that are tried"""
-    survival_bonus: Annotated[float, Ge(0)] | None = None
+    survival_bonus: NonNegative | None = None
     """subtracted from each step's reward during the search, because a policy that is paid for standing learns to stand
     still (section 4.1 of the paper); None: the environment's bonus for each step without a fall, if known"""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """seed of directions and episodes"""
 
     def target_for(self, env: str) -> float:

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from annotated_types import Ge
 
 from genkit.config import table
+from genkit.config.numbers import Count, Natural, Seed
 from genkit.core.files import atomic_write, refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
 from genkit.envs import Env, Expert, make, make_expert, parse_arguments, plain_id
@@ -78,15 +78,15 @@ class DemoSettings:
         "genkit.envs.recording:EXPERT_SOURCES", "scripted", kind="genkit.envs.recording:ExpertSource"
     )
     """Source of the expert: scripted, ars (searches a linear policy) or saved."""
-    episodes: Annotated[int, Ge(1)] = 200
+    episodes: Count = 200
     """Episodes to keep."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed of the first episode. Failed episodes are dropped and further ones recorded."""
     keep_failures: bool = False
     """Keep episodes without success too."""
     min_return: float | None = None
     """Smallest return of an episode that is kept; None: any."""
-    pixels: Annotated[int, Ge(0)] = 0
+    pixels: Natural = 0
     """Side of square images that are recorded too, as img, if the environment renders any; 0: none."""
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from genkit import __version__
 from genkit.core.files import refuse_foreign, write_text
+from genkit.core.links import follow_links
 from genkit.evaluation.metrics import Estimate, metric_title
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
@@ -150,7 +151,7 @@ def file_name(settings: Mapping[str, Any]) -> str:
 
 def find_card(path: str | Path) -> Path:
     """``path`` if it is a file, or the newest card of the run ``path``. ``ValueError`` if there is none."""
-    place = Path(path).expanduser()
+    place = follow_links(Path(path).expanduser())
     if place.is_file():
         return place
     if not place.is_dir():
@@ -173,9 +174,7 @@ class MetricComparison:
     @property
     def overlap(self) -> bool | None:
         """Whether the intervals have a point in common; None if an interval is not known."""
-        if self.a.low is None or self.a.high is None or self.b.low is None or self.b.high is None:
-            return None
-        return self.a.low <= self.b.high and self.b.low <= self.a.high
+        return self.a.overlaps(self.b)
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON has it."""

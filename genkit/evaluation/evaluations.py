@@ -16,10 +16,13 @@ from annotated_types import Ge
 
 from genkit import config
 from genkit.config import narrow, table
+from genkit.config.names import NameIn
 from genkit.config.paths import PathText
 from genkit.core import Spec
 from genkit.core.device import pick_device
 from genkit.core.files import refuse_foreign
+from genkit.core.links import follow_links
+from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
@@ -28,6 +31,7 @@ from genkit.evaluation.sources import (
     REFERENCE_SEED,
     SPLITS,
     DataOptions,
+    DatasetSamples,
     ModelSamples,
     Reconstructions,
     SampleSource,
@@ -48,10 +52,11 @@ MIN_REFERENCE_VECTORS = 2_000
 class EvaluationSettings(Sampling, LoadOptions):
     """How samples are drawn, and what they are measured with and against."""
 
+    # -- what is measured
     reconstruct: Literal["train", "test"] | None = None
     """Measure the run's reconstructions of this split (of a VAE, a first stage, a codec) instead of its samples."""
-    metrics: str | None = None
-    """Names separated by commas: fid, kid, prdc, is, fid_inf, accuracy, w2, sliced_w2, mmd; None: what suits."""
+    metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = None
+    """Metrics, separated by commas; None: those that suit the data."""
     n: Annotated[int, Ge(2)] | None = None
     """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
     reference: PathText | None = None
@@ -153,7 +158,7 @@ def run_threads(samples: SampleSource) -> int | None:
 # -------------------------------------------------------------------------------------------- opening what is named
 def is_run(name: str | Path) -> bool:
     """Whether this is the directory of a run."""
-    return (Path(name).expanduser() / "config.yaml").is_file()
+    return (follow_links(Path(name).expanduser()) / "config.yaml").is_file()
 
 
 def open_samples(
@@ -212,7 +217,35 @@ def open_reference(
     path = Path(name).expanduser()
     if is_run(path):
         return open_reference_run(path, sampling, device)
-    return path if is_statistics_file(path) else open_data(name, options)
+    if is_statistics_file(path):
+        return path
+    return open_data_like(samples, name, options) if of_run else open_data(name, options)
+
+
+def open_data_like(samples: SampleSource, name: str, options: DataOptions) -> DatasetSamples:
+    """Stored samples by name; images of another shape than ``samples`` are converted to it unless ``options`` say how.
+
+    A message says so.
+    """
+    if not is_image(samples.spec) or options.size is not None or options.channels is not None:
+        return open_data(name, options)
+    problem = None
+    try:
+        stored = open_data(name, options)
+        if not is_image(stored.spec) or stored.spec.shape == samples.spec.shape:
+            return stored
+    except ValueError as e:  # images of several sizes, say
+        problem = e
+    channels, *size = samples.spec.shape
+    try:
+        converted = open_data(name, config.override(options, size=size, channels=channels))
+    except ValueError as e:
+        raise problem or e from None
+    if converted.spec.shape != samples.spec.shape:  # a source without these settings
+        return converted
+    shape = "x".join(map(str, samples.spec.shape))
+    warn_once(f"{name}: its images are converted to {shape}, as the run's are (--data.size, --data.channels)")
+    return converted
 
 
 def open_reference_run(path: Path, sampling: Sampling, device: torch.device) -> ModelSamples:

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
 
 from genkit import config
+from genkit.config.numbers import Count, Positive, Seed
 from genkit.core import ELBO, Batch, Cond, Draw, HasELBO
 from genkit.core.progress import Progress, reporting
 from genkit.data.codecs import Identity, LearnedCodec, Pixels
@@ -36,7 +36,6 @@ from genkit.objectives.matching.matching import Matching
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions
 
-Count = Annotated[int, Ge(1)]
 Estimator = Literal["ode", "vlb", "iwae"]
 PILOT_SECONDS = 2.0  # of work that is timed before the number of samples is chosen
 SCALES = {Pixels: 127.5, Identity: 1.0}  # from model numbers to the unit in which a density is quoted
@@ -50,7 +49,7 @@ class LikelihoodSettings(LoadOptions):
 
     n: Count | None = None
     """Number of samples of the split; None: all, or as many as --max-minutes allows."""
-    max_minutes: Annotated[float, Gt(0)] = 5.0
+    max_minutes: Positive = 5.0
     """About the longest time without --n: the first few samples are timed, and the rest that does not fit left out."""
     split: Literal["train", "test"] = "test"
     """Which samples."""
@@ -69,7 +68,7 @@ class LikelihoodSettings(LoadOptions):
     """Fixed steps, or adaptive ones."""
     steps: Count | None = None
     """Steps of heun (None: 64), or of the chain (None: all timesteps of a DDPM, 1000 for others)."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed of dequantisation and probes; sample i has seed + i."""
     batch: Count = 128
     """Samples at a time."""
@@ -233,7 +232,7 @@ def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) 
     require_defaults(settings, ("draws",), "a VAE; allowed with --bound iwae")
     if not objective.is_diffusion:
         raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
-    times, parts = chain_grid(objective, settings.steps)(run.denoiser.path), []
+    times, parts = chain_grid(objective, settings.steps)(objective.path), []
     pixels = isinstance(run.codec, Pixels)
     for x, cond, noise in read_batches(run, settings, progress, dequantised=False):
         with torch.no_grad():

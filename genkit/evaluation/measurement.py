@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.core.arrays import open_npz
 from genkit.core.files import atomic_write
 from genkit.core.progress import Progress, silent
 from genkit.core.tensors import cache_folder
@@ -54,7 +55,7 @@ class Shard:
     def load(cls, path: Path) -> Shard:
         """What :meth:`save` wrote; an empty shard if the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 arrays = {key: torch.from_numpy(file[key]) for key in file.files}
             n, blocks, evaluations, passes, seconds = arrays["counts"].tolist()
             moments = Moments(int(n), arrays["mean"], arrays["scatter"])

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from genkit import config
 from genkit.config.paths import PathText
 from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
+from genkit.core.arrays import open_npz
 from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, codecs, find_source
 from genkit.data.images import Channels, Size
@@ -197,7 +197,7 @@ def is_statistics_file(path: Path) -> bool:
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_npz(path) as stored:
             return {"mu", "sigma"} <= set(stored.files)
     except Exception:  # not a zip, a pickle, truncated: whoever reads it as samples raises a one-line error
         return False
@@ -387,6 +387,7 @@ def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
         if other is not None:
             settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
     settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
+    settings |= samples.sampling.resolved(samples.run)
     if samples.class_counts is not None:
         settings["classes"] = "in the proportions of the reference"
     return settings

@@ -19,10 +19,12 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
+from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.progress import Progress, reporting
+from genkit.evaluation.best import pareto_front
 from genkit.evaluation.cards import Card, file_name, hash_json
 from genkit.evaluation.evaluations import default_reference_n, open_reference
 from genkit.evaluation.evaluator import Evaluator, is_image
@@ -31,9 +33,8 @@ from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import ModelSamples, hash_weights
 from genkit.training.distributed import join_ranks
 from genkit.training.run import Run, average_name, load_run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import GridName, SamplerName, Sampling
 
-Count = Annotated[int, Ge(1)]
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
 
 
@@ -49,17 +50,17 @@ class SweepSettings:
     """Guidance scales; 1: none."""
     interval: tuple[str, ...] = ("all",)
     """Noise levels at which guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
-    sampler: tuple[str, ...] = ()
-    """Names in genkit.diffusion.samplers.SAMPLERS; empty: the objective's default."""
+    sampler: tuple[SamplerName, ...] = ()
+    """Samplers; empty: the objective's default."""
     steps: tuple[Count, ...] = (5, 10, 20)
     """Steps of the samplers."""
-    grid: str = "uniform"
-    """Placement of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
     n: Annotated[int, Ge(2)] = 500
     """Samples that each combination is screened with."""
     confirm_n: Annotated[int, Ge(2)] = 5000
     """Samples that the best combinations are measured with again."""
-    num_confirm_extra: Annotated[int, Ge(0)] = 2
+    num_confirm_extra: Natural = 2
     """Combinations that are confirmed besides the Pareto front: the next best."""
     reference: PathText = "train"
     """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma."""
@@ -73,10 +74,10 @@ class SweepSettings:
     """Settings of the metrics."""
     data: Any = table("genkit.evaluation:DATA_OPTIONS", "default")
     """Where a data set that --reference names is stored."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Sample i has seed + i."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Which checkpoint; None: the newest."""
+    step: CheckpointStep | None = None
+    """Which checkpoint, by its step or "best" (of train --keep-best); None: the newest."""
     batch: Count = 64
     """Samples at a time."""
     device: DeviceName = "auto"
@@ -128,7 +129,7 @@ class SweepResult:
     @property
     def front(self) -> list[SweepPoint]:
         """The points that no other equals or beats in both passes and value, by passes."""
-        return pareto_front(self.points)
+        return front_of(self.points)
 
     @property
     def title(self) -> str:
@@ -327,17 +328,13 @@ def describe_combination(samples: ModelSamples) -> str:
     return f"{sampler} {sampling.steps} steps, {guidance}, ema {average_name(samples.run.weights)}"
 
 
-def pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+def front_of(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points that no other equals or beats in both passes and value, by passes."""
-    front: list[SweepPoint] = []
-    for point in sorted(points, key=lambda p: (p.passes, p.cost)):
-        if not front or point.cost < front[-1].cost:
-            front.append(point)
-    return front
+    return pareto_front(points, lambda p: p.passes, lambda p: p.cost)
 
 
 def choose_points(points: Sequence[SweepPoint], num_extra: int) -> list[SweepPoint]:
     """The Pareto front and the ``num_extra`` best of the other points."""
-    front = pareto_front(points)
+    front = front_of(points)
     others = sorted((p for p in points if p not in front), key=lambda p: p.cost)
     return front + others[:num_extra]

@@ -13,7 +13,6 @@ run.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,18 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from genkit.core.files import write_text
+from genkit.core.links import follow_links, require_link
 
 
 def create_run(out: str | Path, name: str) -> Path:
     """Make the directory ``out/NNNN-name``, numbered after the largest there is.
 
-    Raises ``ValueError`` if ``out/latest``, which will point at it when it has a checkpoint, is a file of the user's.
+    Raises ``ValueError`` if ``out/latest``, which will refer to it when it has a checkpoint, is a file of the user's.
     """
-    out = Path(out).expanduser()
-    if (out / "latest").exists() and not (out / "latest").is_symlink():
-        raise ValueError(
-            f"out: {out / 'latest'} is in the way: genkit needs this name for a link; move it, or give --out"
-        )
+    out = follow_links(Path(out).expanduser())
+    require_link(out / "latest")
     out.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(\d{4,})-", p.name))]
@@ -44,21 +41,11 @@ def create_run(out: str | Path, name: str) -> Path:
         return run
 
 
-def symlink(link: Path, target: str) -> None:
-    """Make ``link`` a symbolic link to ``target``, atomically. ``ValueError`` if a file or directory has that name."""
-    if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: is in the way: genkit needs this name for a link; move it")
-    new = link.with_name(f".{link.name}-{os.getpid()}")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    os.replace(new, link)
-
-
 def find_run(path: str | Path) -> Path:
     """The resolved run directory at ``path``. ``ValueError`` says what is there instead."""
     if not str(path):
         raise ValueError("run: given an empty text; needs a run directory, such as runs/latest")
-    run = Path(path).expanduser()
+    run = follow_links(Path(path).expanduser())
     if (run / "config.yaml").is_file():
         return run.resolve()
     if not run.exists():

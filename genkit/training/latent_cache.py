@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import find_name
+from genkit.config.numbers import Count
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.progress import Progress, reporting
@@ -27,8 +27,6 @@ from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, foreign_stage
 from genkit.training.latent_statistics import compute_statistics
 from genkit.training.run import load_run, open_first_stage
-
-Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
 from genkit import config
+from genkit.config.numbers import Count, Scale, Seed
 from genkit.core import Data, Draw
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
@@ -20,8 +20,6 @@ from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives.matching.matching import Matching
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions, Sampling
-
-Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +32,9 @@ class ReflowSettings(LoadOptions):
     """An ODE sampler; None: the objective's default (heun)."""
     steps: Count = 50
     """Number of sampler steps; the new model learns their error too."""
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     """Scale of classifier-free guidance, which becomes part of the new model; 1: no guidance."""
-    seed: Annotated[int, Ge(0)] = 1_000_000
+    seed: Seed = 1_000_000
     """Pair i has seed + i; far from the seeds of usual samples."""
     batch: Count = 256
     """Pairs per batch."""

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from genkit import config
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
@@ -40,7 +41,7 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     # what the settings leave open was decided when the run began
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
-    new = dataclasses.replace(new, resume=None, step=None, precision=precision, threads=threads)
+    new = dataclasses.replace(new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads)
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
@@ -76,39 +77,55 @@ def keep_old_config(run: Path, step: int) -> None:
         shutil.copyfile(run / "config.yaml", path)
 
 
-def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
-    """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none yet.
+def resume_point(run: Path, step: CheckpointStep | None, note: Note) -> Path | None:
+    """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none.
 
-    Checkpoints later than ``step`` are set aside in ``checkpoints/superseded``.
+    Later checkpoints are set aside, in ``checkpoints/superseded``, or ``damaged`` if they are: they count no longer.
     """
     if step is None and not list_checkpoints(run):
         note("note     no checkpoint was saved yet: the run begins again at step 0")
         return None
-    checkpoint = find_sound_checkpoint(run, step, lambda text: note(f"note     {text}"))
-    later = [p for p in list_checkpoints(run) if step_of(p) > step_of(checkpoint)]
-    if step is not None and later:
-        folder = run / "checkpoints" / "superseded"
-        folder.mkdir(exist_ok=True)
-        for path in later:
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-            path.rename(folder / path.name)
-        note(f"note     {len(later)} later checkpoints are set aside in {folder}")
+    try:
+        checkpoint = find_sound_checkpoint(run, step, lambda text: note(f"note     {text}"))
+    except ValueError:
+        if step is not None:
+            raise
+        note("note     no intact checkpoint is left: the run begins again at step 0")
+        checkpoint = None
+    later = [p for p in list_checkpoints(run) if checkpoint is None or step_of(p) > step_of(checkpoint)]
+    if later:
+        folder = run / "checkpoints" / ("damaged" if step is None else "superseded")
+        set_aside(later, folder)
+        note(f"note     {len(later)} later checkpoint{'s are' if len(later) > 1 else ' is'} set aside in {folder}")
     return checkpoint
+
+
+def set_aside(paths: Iterable[Path], folder: Path) -> None:
+    """Move files or directories into ``folder``, over those of the same names."""
+    folder.mkdir(exist_ok=True)
+    for path in paths:
+        shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.rename(folder / path.name)
 
 
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
-    settings = dataclasses.replace(settings, data=settings.data.with_absolute_root())
+    # a run that is older than held-out shares has the data as they are given
+    alternatives = [
+        dataclasses.replace(settings, data=source.with_absolute_root())
+        for source in (settings.data.with_default_held_out(), settings.data)
+    ]
     out = Path(settings.out).expanduser()
     for path in sorted(out.glob("*-*"), reverse=True) if out.is_dir() else ():
         if path.is_symlink() or not (path / "config.yaml").is_file():
             continue
         try:
-            difference = settings_difference(stored_settings(path), settings)
+            stored = stored_settings(path)
+            differences = [set(settings_difference(stored, given)) for given in alternatives]
         except ValueError:
             continue
-        if not set(difference) - CHANGEABLE - resolved:
+        if any(not difference - CHANGEABLE - resolved for difference in differences):
             return find_run(path)
     return None
 

@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge
 
 from genkit.config import from_dict, load_yaml, table
+from genkit.config.names import NameIn
+from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
+from genkit.core.durations import DurationText
+from genkit.training.annotations import NoteText, TagText
 
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
-
-Count = Annotated[int, Ge(1)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 def by_objective(default: Any) -> Any:
@@ -35,6 +36,7 @@ def changeable(default: Any) -> Any:
 class TrainSettings:
     """Train a model."""
 
+    # -- model and data
     objective: Objective = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.core:Objective")
     """What is learned."""
     backbone: Backbone = table(
@@ -45,66 +47,90 @@ class TrainSettings:
         "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
     )
     """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
+    # -- optimization
     steps: Count = changeable(2000)
     """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""
+    max_time: DurationText | None = changeable(None)
+    """Stop after this time, as a signal would: 90s, 10m, 2h30m. It counts from the start of this process's training;
+    a run that is resumed has as much again. None: never."""
     batch: Count = 64
     """Samples per step, over all ranks together."""
     micro_batch: Count | None = changeable(None)
     """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at once."""
-    lr: Annotated[float, Gt(0)] = changeable(1e-3)
+    lr: Positive = changeable(1e-3)
     """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
-    warmup: Annotated[int, Ge(0)] = by_objective(100)
+    warmup: Natural = by_objective(100)
     """Steps of linear learning-rate warmup."""
     schedule: Literal["constant", "cosine"] = by_objective("cosine")
     """Learning rate after the warmup: constant, or half a cosine down to 0."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW)."""
     betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
     """Adam's decay rates. 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
-    clip: Annotated[float, Ge(0)] = 1.0
+    clip: NonNegative = 1.0
     """Largest gradient norm. 0: no clipping."""
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
+    # -- computation
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
     compile: bool = changeable(False)
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed. Every random number is a function of (seed, step, row) only."""
     device: DeviceName = changeable("auto")
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
-    threads: Count | None = changeable(None)
+    threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
+    # -- saving and logging
     out: PathText = "runs"
     """Directory in which the run directory is made."""
     name: NameText | None = None
     """Name of the run. None: data-objective-backbone."""
+    note: NoteText | None = changeable(None)
+    """A note that is added to those of the run (genkit note RUN shows them)."""
+    tags: tuple[TagText, ...] = changeable(())
+    """Tags that are added to those of the run, for genkit list --where tag=TAG."""
     save_every: Count = changeable(500)
     """Steps between checkpoints."""
-    sample_every: Annotated[int, Ge(0)] = changeable(500)
+    sample_every: Natural = changeable(500)
     """Steps between grids of samples. 0: never."""
-    eval_every: Annotated[int, Ge(0)] = changeable(0)
+    # -- evaluation during training
+    eval_every: Natural = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
     eval_n: Annotated[int, Ge(2)] = changeable(1000)
     """Samples per evaluation, over all ranks together."""
-    eval_metrics: str | None = changeable(None)
+    eval_metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = changeable(None)
     """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
     eval_steps: Count = changeable(20)
     """Steps of the objective's default sampler in evaluations."""
-    eval_features: str = changeable("auto")
-    """Feature extractor of evaluations: auto, classifier, inception or raw."""
+    eval_features: Annotated[str, NameIn("genkit.evaluation:FEATURES")] = changeable("auto")
+    """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    val_every: Natural = changeable(0)
+    """Steps between validations: the loss of held-out samples (the test split), the same ones with the same noise each
+    time, for the slowest average and the raw weights. 0: never."""
+    val_n: Count = changeable(1000)
+    """Held-out samples per validation, over all ranks together."""
+    keep_best: str | None = changeable(None)
+    """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
+    patience: Count | None = changeable(None)
+    """Stop after this many evaluations in a row without a better value of --keep-best. None: never."""
+    # -- saving and logging
     log_every: Count = changeable(50)
     """Steps between lines of the log."""
     keep_checkpoints: Count = changeable(3)
     """Number of newest checkpoints to keep."""
-    workers: Annotated[int, Ge(0)] = changeable(2)
+    # -- computation
+    workers: Natural = changeable(2)
     """Data-loading processes. 0: load in this process."""
     max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
+    # -- saving and logging
     tensorboard: bool = changeable(True)
     """Write scalars and images for TensorBoard, besides log.jsonl."""
+    # -- latents, starting weights and resuming
     codec: PathText | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
     deviation 1: give edm --objective.sigma-data 1."""
@@ -118,8 +144,9 @@ class TrainSettings:
     resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
-    step: Annotated[int, Ge(0)] | None = None
-    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
+    step: CheckpointStep | None = None
+    """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
+    intact one."""
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -16,9 +16,9 @@ from genkit.backbones.diffusers import UNet2D
 from genkit.backbones.lora import LoRA, adapt, merge
 from genkit.cli import main as cli
 from genkit.core import Label, Spec
+from genkit.core.links import set_link
 from genkit.core.tensors import sha256, to_tensors
 from genkit.diffusion.samplers import Seeds
-from genkit.training.directory import symlink
 from genkit.training.loop import copy_for_ema
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling
@@ -197,7 +197,7 @@ def test_the_command_draws_with_a_change_into_a_file_of_its_own(base, tuned, tmp
 def test_a_resumed_run_is_bit_identical(tmp_path, base):
     whole = train(tmp_path / "a", f"--init={base}", *TUNED)
     cut = train(tmp_path / "b", f"--init={base}", *TUNED, "--save-every=2")
-    symlink(cut / "latest", "checkpoints/step-0000002")
+    set_link(cut / "latest", "checkpoints/step-0000002")
     os.rename(cut / "checkpoints/step-0000004", cut / "gone")
     assert cli.main(["train", "--resume", str(cut)]) == 0
     for file in ("nets", "ema-0.999", "optim"):

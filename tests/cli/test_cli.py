@@ -176,7 +176,7 @@ def test_mistakes_are_one_line(capsys, argv, says, tmp_path, monkeypatch):
     ("argv", "says"),
     [
         (["--label=10"], "allowed 0..9"),
-        (["--sampler=huen"], "allowed: ddim"),
+        (["--sampler=huen"], "did you mean heun?"),
         (["--steps=0"], "steps"),
         (["--n=0"], "n"),
         (["--ema=0.5"], "this run has"),

@@ -68,7 +68,7 @@ def test_a_folder_appears_whole_or_not_at_all(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_output, "sync", fail)
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        assert sample(digits, tmp_path / name, "--format=png", "--n=2") == 2
+        assert sample(digits, tmp_path / name, "--format=png", "--n=2") == 1
     assert [p.name for p in tmp_path.rglob("*")] == ["empty"]
 
 

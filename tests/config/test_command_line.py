@@ -7,7 +7,8 @@ import pytest
 from genkit.cli.commands.sample import Sample
 from genkit.cli.main import COMMANDS
 from genkit.config import ConfigError, parse
-from genkit.config.command import negate, read_field_docs, to_flag
+from genkit.config.command import negate, to_flag
+from genkit.config.help_text import read_field_docs
 from tests.support.commands import flag_parsers
 from tests.support.toy_config import Arc, Draw, Job, Pulse, parse_job, refusal
 
@@ -118,8 +119,8 @@ def test_help_lists_the_chosen_classes_only(capsys):
     assert "--wave.path.radius" not in wave
     assert "--wave.t-std" not in pulse
     assert "--wave.width INT in steps (default: 3)" in pulse
-    assert "--wave.path.radius FLOAT in metres (default: 7.0)" in pulse
-    assert "--wave.path.radius FLOAT in metres (default: 1.0)" in text("--wave.path=arc")
+    assert "--wave.path.radius FLOAT in metres. Above 0. (default: 7.0)" in pulse
+    assert "--wave.path.radius FLOAT in metres. Above 0. (default: 1.0)" in text("--wave.path=arc")
 
 
 def test_help_shows_a_positional_argument(capsys):
@@ -129,6 +130,6 @@ def test_help_shows_a_positional_argument(capsys):
 
 
 def test_help_is_the_text_under_or_after_a_field():
-    assert read_field_docs(Pulse) == {"width": "in steps", "path": ""}
-    assert read_field_docs(Arc) == {"radius": "in metres", "points": ""}
+    assert read_field_docs(Pulse) == {"width": ("in steps", ""), "path": ("", "")}
+    assert read_field_docs(Arc) == {"radius": ("in metres", ""), "points": ("", "")}
     assert read_field_docs(dataclasses.make_dataclass("Typed", ["x"])) == {}

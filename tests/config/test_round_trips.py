@@ -55,28 +55,30 @@ def test_a_configuration_is_plain_yaml():
     assert to_yaml(Draw("R", 3)) == "run: R\nn: 3\nmix: [0.5, 0.5]\nclip: false\n"
 
 
-number = st.floats(allow_nan=False, allow_infinity=False)
-positive = st.floats(0, exclude_min=True, allow_infinity=False)
-arcs = st.builds(Arc, positive, st.lists(st.integers()).map(tuple))
+number = st.floats(-1e30, 1e30)
+positive = st.floats(0, 1e30, exclude_min=True)
+integers = st.integers(-(2**62), 2**62)
+counts = st.integers(1, 2**62)
+arcs = st.builds(Arc, positive, st.lists(integers).map(tuple))
 waves = st.builds(
     Wave,
     st.one_of(st.builds(Line), arcs),
     st.sampled_from(["uniform", "logit-normal"]),
     positive,
-    st.floats(max_value=0, allow_infinity=False),
+    st.floats(-1e30, 0),
     st.booleans(),
 )
 jobs = st.builds(
     Job,
-    wave=st.one_of(waves, st.builds(Pulse, st.integers(), arcs), arcs),
-    net=st.one_of(st.builds(Flat, st.integers()), st.builds(Deep, st.integers(), st.booleans())),
-    data=st.one_of(st.builds(Points, st.integers()), st.builds(Folder, st.text())),
-    steps=st.integers(1),
+    wave=st.one_of(waves, st.builds(Pulse, integers, arcs), arcs),
+    net=st.one_of(st.builds(Flat, integers), st.builds(Deep, integers, st.booleans())),
+    data=st.one_of(st.builds(Points, integers), st.builds(Folder, st.text())),
+    steps=counts,
     lr=positive,
-    micro_batch=st.none() | st.integers(1),
+    micro_batch=st.none() | counts,
     betas=st.tuples(st.floats(0, 1, exclude_max=True), number),
     ema=st.lists(number).map(tuple),
-    size=st.none() | st.integers() | st.tuples(st.integers(), st.integers()),
+    size=st.none() | integers | st.tuples(integers, integers),
     channels=st.sampled_from([None, 1, 3]),
     flip=st.booleans(),
     out=st.text(),

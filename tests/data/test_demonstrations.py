@@ -132,7 +132,7 @@ def test_damaged_demonstrations_are_refused_with_the_episodes_number(buffer, tmp
     path.write_bytes(path.read_bytes()[:300])
     refuses(lambda: Replay(root=str(path)).load(), "cannot be read", "truncated")
     np.savez(path, action=np.array([{}], dtype=object), episode_ends=np.array([1]))
-    refuses(lambda: Replay(root=str(path)).load(), "without pickles")
+    refuses(lambda: Replay(root=str(path)).load(), "holds pickled objects")
 
 
 def test_each_chunk_gets_its_nearest_anchor():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from genkit.core import Draw, Label
-from genkit.data import DATA
+from genkit.data import DATA, image_files
 from genkit.data.classes import MAX_CLASSES, describe_classes, list_classes, sort_naturally
 from genkit.data.codecs import MinMax, Standardize
 from genkit.data.demonstrations.windows import Episode, check_episodes
@@ -213,3 +213,42 @@ def test_a_member_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("genkit.data.image_files.MAX_MEMBER", 40)
     with refuses(tmp_path / "a.zip" / "a.png", "inflates to"):
         DATA["zip"](root=root).load()
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_large_image_is_one_line_and_a_bomb_is_refused(tmp_path, caplog, monkeypatch, recwarn, archived):
+    """Pillow's limit, here 100 pixels: a line above it, a refusal above its double, and no warning of Python's."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side in (9, 12, 16):
+        folder = tmp_path / str(side)
+        write(folder / "a.png", png(side))
+        if archived:
+            folder = folder.with_suffix(".zip")
+            with zipfile.ZipFile(folder, "w") as archive:
+                archive.writestr("a.png", png(side))
+        load = DATA["zip" if archived else "folder"](root=str(folder)).load
+        if side == 16:
+            refuses(load, "a.png: cannot be decoded", "bomb")
+            continue
+        assert load().spec.shape[1:] == (side, side)
+        line = f"note     {folder}/a.png: has 12x12 pixels; it is decoded all the same"
+        assert [r.getMessage() for r in caplog.records] == ([] if side == 9 else [line])
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
+
+
+def png(side):
+    stream = io.BytesIO()
+    Image.new("L", (side, side), 7).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_long_walk_through_a_tree_says_where_it_is(tmp_path, caplog, monkeypatch):
+    for i in range(3):
+        write(tmp_path / f"deep/{i}/{i}.png")
+    with caplog.at_level("INFO", "genkit"):
+        quick = image_files.list_files(tmp_path)
+        assert not caplog.messages, "a short walk needs no words"
+        monkeypatch.setattr(image_files, "SECONDS_UNTIL_SAID", -1.0)
+        assert image_files.list_files(tmp_path) == quick
+    assert len(quick) == 3
+    assert f"{tmp_path}: still listing files, 3 so far; now in {tmp_path}/deep/" in caplog.messages[-1]

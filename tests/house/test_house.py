@@ -141,6 +141,21 @@ def test_local_imports_are_lazy_ones():
     assert not unmarked, unmarked
 
 
+def test_commands_print_through_the_console_that_escapes():
+    """Except for JSON, in which nothing needs it, and texts of genkit's own."""
+    for path, tree in MODULES.items():
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "rich.console"
+                 for a in n.names}  # fmt: skip
+        assert "Console" not in names or path in ("genkit/cli/output.py", "genkit/core/progress.py"), path
+        if not path.startswith("genkit/cli/commands"):
+            continue
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id == "print":
+                assert ast.unparse(call.args[0]).startswith(("json.dumps(", "f'usage:", "format_completion(")), (
+                    f"{path}:{call.lineno}"
+                )
+
+
 def test_tests_mirror_the_rooms_and_are_short():
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and not re.match(r"[_.]", p.name)}
     assert set(ROOMS) <= folders

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from genkit.cli.main import main
 from genkit.config import from_dict, load_yaml, to_yaml
 from genkit.core import Batch, Draw
+from genkit.core.links import set_link
 from genkit.objectives import OBJECTIVES
-from genkit.training.directory import symlink
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from tests.recipes.objective import MeanFlow
@@ -45,7 +45,7 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut():
 def test_resume_is_bit_identical(tmp_path):
     whole = train(tmp_path / "a", "--steps=8")
     half = train(tmp_path / "b", "--steps=8", "--save-every=4")
-    symlink(half / "latest", "checkpoints/step-0000004")
+    set_link(half / "latest", "checkpoints/step-0000004")
     os.rename(half / "checkpoints" / "step-0000008", half / "gone")
     assert main(["train", "--resume", str(half)]) == 0
     a, b = weights(whole), weights(half)

@@ -97,6 +97,14 @@ def test_one_process_at_a_time_and_no_file_is_written_in_place(policy, tmp_path,
     lock.release()
 
 
+def test_a_refusal_gives_the_run_back(whole):
+    """Also while the error, and with it the frames that it passed, is kept."""
+    with pytest.raises(ValueError, match="label, unconditional") as error:
+        loop.finetune(resume=whole, label=3)
+    RunLock(whole).release()
+    assert error.value
+
+
 @pytest.mark.parametrize(("returns", "chosen"), [((3, 2, 1, 0), 0), ((1, 0, 3, 2), 2), ((1, 2, 3, 4), 3)])
 def test_the_start_is_a_candidate(policy, tmp_path, monkeypatch, returns, chosen):
     left = list(returns)

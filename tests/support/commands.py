@@ -28,7 +28,7 @@ def accept(name: str, argv: list[str]) -> None:
     if name == "train":  # its main looks for the runs of --init and --resume first
         config.parse(TrainSettings, argv)
         return
-    module = import_module(COMMANDS[name][0])
+    module = import_module(COMMANDS[name].module)
 
     def parse(*args, **kwargs):
         config.parse(*args, **kwargs)
@@ -42,7 +42,7 @@ def accept(name: str, argv: list[str]) -> None:
 
 def settings_class(name: str) -> type:
     """The dataclass that the command ``name`` parses its arguments into."""
-    module = import_module(COMMANDS[name][0])
+    module = import_module(COMMANDS[name].module)
     classes = []
 
     def parse(cls, *args, **kwargs):

@@ -16,11 +16,16 @@ from safetensors.torch import load_file
 
 from genkit.cli.main import main
 from genkit.core.files import atomic_directory, atomic_write, sweep
+from genkit.core.tensors import sha256
+from genkit.data import DataSource
+from genkit.training import checkpoint
 from genkit.training.checkpoint import find_checkpoint, list_checkpoints, read_state
-from genkit.training.directory import read_log
+from genkit.training.directory import find_run, read_log
 from genkit.training.lock import RunLock
 from genkit.training.resume import continued_settings, find_resumable
+from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.train import train as train_in_python
 
 SMALL = ["--data=moons", "--data.n=64", "--backbone.width=8", "--batch=16", "--workers=0", "--no-tensorboard",
          "--sample-every=0", "--device=cpu", "--log-every=4"]  # fmt: skip
@@ -69,7 +74,8 @@ OTHER = {  # another value for every setting
     "clip": 2.0, "ema": (0.9,), "precision": "bf16", "compile": True, "seed": 3, "device": "auto", "threads": 2,
     "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
     "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
-    "keep_checkpoints": 9, "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
+    "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,
+    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
     "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
 }  # fmt: skip
 
@@ -77,7 +83,7 @@ OTHER = {  # another value for every setting
 @pytest.mark.parametrize("field", dataclasses.fields(TrainSettings), ids=lambda f: f.name)
 def test_how_long_how_often_and_how_fast_may_change_and_nothing_else(run, field):
     """Every setting, also one that is added later: it has to be listed here."""
-    if field.name in ("resume", "step"):
+    if field.name in ("resume", "step", "note", "tags"):  # not settings of the run: config.yaml never holds them
         return
     old = stored_settings(run)
     value = OTHER[field.name]
@@ -169,6 +175,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, trained, capsy
     assert same(weights(run), weights(trained))
 
 
+def test_damaged_checkpoints_are_set_aside_and_count_no_longer(run, trained, capsys):
+    """One that stayed would be newer than what is saved next, and make it be removed."""
+    damage(run / "checkpoints" / "step-0000010" / "nets.safetensors", "cut")
+    assert resume(run, "--keep-checkpoints=1", "--save-every=2", "--steps=12") == 0
+    assert "1 later checkpoint is set aside in" in capsys.readouterr().out
+    assert [p.name for p in list_checkpoints(run)] == ["step-0000012"]
+    assert [p.name for p in (run / "checkpoints" / "damaged").iterdir()] == ["step-0000010"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again(run, trained, capsys):
+    for path in list_checkpoints(run):
+        damage(path / "optim.safetensors", "empty")
+    assert resume(run, "--step=9") == 2
+    assert "has no intact checkpoint" in capsys.readouterr().err
+    assert resume(run) == 0
+    assert "no intact checkpoint is left: the run begins again at step 0" in capsys.readouterr().out
+    assert same(weights(run), weights(trained))
+    assert [*map(without_clocks, read_log(run))] == [*map(without_clocks, read_log(trained))]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"step": 10}', "\xff"])
 def test_a_checkpoint_whose_record_is_damaged_is_incomplete(run, trained, content):
     (run / "checkpoints" / "step-0000010" / "state.json").write_text(content, encoding="latin-1")
@@ -214,6 +240,40 @@ def test_a_users_file_called_latest_is_not_replaced(tmp_path, capsys):
     assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=2"]) == 2
     assert "is in the way" in capsys.readouterr().err
     assert (tmp_path / "latest").read_text() == "precious"
+
+
+@pytest.fixture
+def no_links(monkeypatch):
+    """A file system without symbolic links."""
+
+    def refuse(*args, **options):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+
+
+def test_no_symbolic_link_is_needed(no_links, tmp_path, capsys):
+    """Training, resuming and every reader of `runs/latest`."""
+    runs = tmp_path / "runs"
+    for steps in (2, 4):
+        assert main(["train", *SMALL, f"--out={runs}", f"--steps={steps}", "--save-every=2"]) == 0
+    run = find_run(runs / "latest")
+    assert (run.name, (runs / "latest").is_symlink()) == ("0001-moons-flow-mlp", False)
+    assert find_checkpoint(run).name == "step-0000004"
+    latest = f"{runs}/latest"
+    for argv in (
+        ["train", "--resume", latest, "--steps=6"],
+        ["train", *SMALL, f"--out={runs}", "--steps=4", f"--init={latest}"],
+        ["info", f"{runs}/0001-moons-flow-mlp"],
+        ["sample", latest, "--n=4", "--steps=2", "--format=npz"],
+        ["eval", latest, "--n=20", "--steps=2", "--metrics=w2"],
+        ["eval", f"{latest}/samples/sample-step4-heun2-seed0-n4.npz", "--reference=moons", "--n=4", "--metrics=w2"],
+        ["eval", "--compare", latest, latest],
+        ["report", latest],
+    ):
+        assert main(argv) == 0, (argv, capsys.readouterr().err)
+    assert find_checkpoint(run).name == "step-0000006"
+    assert (find_run(latest).name, load_run(latest).step) == ("0002-moons-flow-mlp", 4)
 
 
 def test_an_empty_configuration_is_damage_and_not_the_defaults(run, capsys):
@@ -262,6 +322,23 @@ def test_one_process_at_a_time(run, capsys):
     assert resume(run, "--steps=12") == 0  # a lock does not outlive its process
     RunLock(run).release()
     assert not [p for p in run.iterdir() if p.name.startswith(".lock")]
+
+
+@pytest.mark.parametrize("change", [{"objective": "ddpm"}, {"step": 5}, {"data": {"root": "x"}}, {"device": "cuda:99"}])
+def test_a_refusal_gives_the_run_back(run, change):
+    """Also while the error, and with it the frames that it passed, is kept."""
+    with pytest.raises((ValueError, RuntimeError, AssertionError)) as error:
+        train_in_python(resume=run, **change)
+    RunLock(run).release()
+    assert error.value
+
+
+def test_a_resumed_checkpoint_is_hashed_once(run, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: (hashed.append(path), sha256(path))[1])
+    train_in_python(resume=run)
+    folder = find_checkpoint(run)
+    assert sorted(hashed) == sorted(folder.glob("*.safetensors"))
 
 
 def test_what_killed_processes_left_is_swept(run):
@@ -329,6 +406,28 @@ def test_a_signal_is_heard_while_pictures_are_drawn(tmp_path):
     assert json.loads(saved.read_text())["data"]["n"] > 1000
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interrupted(DataSource):
+    """Data whose process gets a signal while it loads them."""
+
+    signal: int = signal.SIGTERM
+
+    def load(self, split="train"):
+        os.kill(os.getpid(), self.signal)
+        time.sleep(5)
+        raise AssertionError("the signal was not heard")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, number):
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    argv = ["train", f"--data={__name__}:Interrupted", f"--data.signal={number}", f"--out={tmp_path}"]
+    assert main([*argv, "--backbone=mlp"]) == 130
+    assert capsys.readouterr().err == "genkit: interrupted\n"
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_configurations_are_never_written_in_place(run, monkeypatch):
     """A kill or a full disk while config.yaml is written leaves the old one."""
     write = Path.write_text
@@ -340,5 +439,5 @@ def test_configurations_are_never_written_in_place(run, monkeypatch):
 
     before = (run / "config.yaml").read_text()
     monkeypatch.setattr(Path, "write_text", full)
-    assert resume(run, "--steps=12") == 2
+    assert resume(run, "--steps=12") == 1
     assert (run / "config.yaml").read_text() == before

@@ -21,12 +21,14 @@ from genkit import config
 from genkit.backbones import MLP
 from genkit.cli.commands.train import main
 from genkit.core import Batch, Loss, Objective, Phase, Spec, mean_flat, spec_from_dict, spec_to_dict
+from genkit.core.links import set_link
 from genkit.data import Stream
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
+from genkit.training.best import read_best
 from genkit.training.checkpoint import read_tensors
-from genkit.training.directory import read_log, rewind_log, symlink
+from genkit.training.directory import read_log, rewind_log
 from genkit.training.loop import (
     Diverged,
     State,
@@ -91,7 +93,7 @@ def test_resume_is_bit_identical(tmp_path, objective):
     uncut = in_process(tmp_path / "a", *args)
     half = in_process(tmp_path / "b", *args, "--save-every=6")
     # go back to step 6, as a kill at step 13 would leave it
-    symlink(half / "latest", "checkpoints/step-0000006")
+    set_link(half / "latest", "checkpoints/step-0000006")
     for step in ("0000012", "0000014"):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
     resumed = in_process(tmp_path / "b", "--resume", str(half), *data)
@@ -177,7 +179,7 @@ def launch(tmp_path, *args):
 def test_two_ranks_equal_one(tmp_path):
     """Global batch 64 on 2 ranks is 64 on one, to float tolerance: same data, same noise, mean gradient."""
     (tmp_path / "two").mkdir()
-    args = ["--batch=64", "--steps=12", "--sample-every=12"]
+    args = ["--batch=64", "--steps=12", "--sample-every=12", "--val-every=6", "--val-n=90", "--keep-best=val/loss"]
     two = launch(tmp_path / "two", *args, "--micro-batch=16")
     one = in_process(tmp_path / "one", *args)
     a, b = weights(two), weights(one)
@@ -185,7 +187,10 @@ def test_two_ranks_equal_one(tmp_path):
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], atol=2e-5), key
-    assert read_log(two)[-1]["denoise/loss"] == pytest.approx(read_log(one)[-1]["denoise/loss"], rel=1e-4)
+    for name in ("denoise/loss", "val/loss", "val/raw/loss"):
+        last = [[r[name] for r in read_log(run) if name in r][-1] for run in (two, one)]
+        assert last[0] == pytest.approx(last[1], rel=1e-4), name
+    assert read_best(two).step == read_best(one).step == 12
     assert json.loads((two / "env.json").read_text())["world_size"] == 2
     assert (two / "samples/step-0000012.png").exists()
     assert len(list((tmp_path / "two/runs").glob("0*"))) == 1, "both ranks made a directory"
@@ -521,7 +526,7 @@ def test_resume_does_not_load_the_initial_weights_again(tmp_path, capsys):
     first = in_process(tmp_path / "a", "--steps=3", "--lr=1e-2")
     uncut = in_process(tmp_path / "b", "--steps=6", f"--init={first}")
     cut = in_process(tmp_path / "c", "--steps=6", "--save-every=3", f"--init={first}")
-    symlink(cut / "latest", "checkpoints/step-0000003")
+    set_link(cut / "latest", "checkpoints/step-0000003")
     os.rename(cut / "checkpoints/step-0000006", cut / "gone")
     os.rename(first, tmp_path / "elsewhere")
     in_process(tmp_path / "c", "--resume", str(cut))
@@ -560,7 +565,7 @@ AWARE = ["--objective.time-distribution=loss-aware", "--batch=128", "--steps=30"
 def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
     uncut = in_process(tmp_path / "a", *AWARE)
     cut = in_process(tmp_path / "b", *AWARE, "--save-every=24")
-    symlink(cut / "latest", "checkpoints/step-0000024")
+    set_link(cut / "latest", "checkpoints/step-0000024")
     os.rename(cut / "checkpoints/step-0000030", cut / "gone")
     in_process(tmp_path / "b", "--resume", str(cut), *AWARE)
     assert same(uncut, cut) == []

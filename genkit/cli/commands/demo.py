@@ -5,14 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from rich.console import Console
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import narrow, parse
 from genkit.config.paths import PathText
 from genkit.envs.recording import DemoSettings, record_demonstrations
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import narrow, parse
 from genkit.config.paths import PathText
 from genkit.training.latent_cache import EncodeSettings, encode
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.core.files import refuse_foreign
@@ -64,10 +64,10 @@ def save_and_print(card: Card, command: Evaluate) -> None:
     if command.json:
         print(json.dumps(card.to_dict(), allow_nan=False))
         return
-    print(card.summary())
+    console.print(card.summary(), markup=False)
     for written in (command.save_stats, path):
         if written:
-            print(written)
+            console.print(written, markup=False)
 
 
 def compare_cards(command: Evaluate) -> int:
@@ -85,8 +85,8 @@ def compare_cards(command: Evaluate) -> int:
     for c in comparisons:
         table.add_row(a.title(c.metric), str(c.a), str(c.b), f"{c.b.value - c.a.value:+.4g}", OVERLAP[c.overlap])
     for letter, path in zip("AB", paths, strict=True):
-        print(f"{letter}  {path}")
-    Console(highlight=False).print(table)
+        console.print(f"{letter}  {path}", markup=False)
+    console.print(table)
     for difference in version_differences(a, b):
-        print(f"note: {difference}")
+        console.print(f"note: {difference}", markup=False)
     return 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
 from genkit.rl.finetune.env_rewards import REWARDS
@@ -11,8 +10,6 @@ from genkit.rl.finetune.loop import finetune, settings_file
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.training.directory import find_run
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation import LikelihoodSettings, likelihood
@@ -26,5 +27,8 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Likelihood, argv, prog="genkit likelihood", description=Likelihood.__doc__)
     result = likelihood(command.run, command)
-    print(json.dumps(result.to_dict()) if command.json else result.summary())
+    if command.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console.print(result.summary(), markup=False)
     return 0

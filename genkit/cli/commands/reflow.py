@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import narrow, parse
 from genkit.config.paths import PathText
 from genkit.core import Objective
 from genkit.diffusion.paths import Linear
 from genkit.objectives import Flow
 from genkit.training.reflow import ReflowSettings, reflow
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

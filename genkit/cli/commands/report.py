@@ -8,6 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation.report import write_report
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Report, argv, prog="genkit report")
     path = write_report(command.run, command.out)
-    print(path)
+    console.print(path, markup=False)
     if command.open == "yes":
         webbrowser.open(path.resolve().as_uri())
     return 0

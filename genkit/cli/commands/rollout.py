@@ -6,14 +6,12 @@ import json
 import logging
 from dataclasses import dataclass, fields
 
-from rich.console import Console
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.rl.policies.rollout import RolloutSettings, rollout
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge
-from rich.console import Console
 from tyro.conf import Positional
 
 from genkit import config
+from genkit.cli.output import console
 from genkit.cli.sample_output import destination, require_free, write_samples
 from genkit.config import parse
+from genkit.config.numbers import Count
 from genkit.config.paths import PathText
 from genkit.core.progress import reporting
 from genkit.data import text
-from genkit.training.run import load_run
-from genkit.training.sampling import LoadOptions, Sampling
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions, Sampling, grid_size
 
-console = Console(highlight=False, soft_wrap=True)
-Count = Annotated[int, Ge(1)]
+NUM_IMAGES, NUM_VECTORS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Sample(Sampling, LoadOptions):
     run: Positional[PathText]
     """Run directory, such as runs/latest."""
     n: Count | None = None
-    """Number of samples, of each prompt. None: 64, or one of each of several prompts."""
+    """Number of samples, of each prompt. None: about 64, so that the rows of the grid are full; fewer large images;
+    512 vectors; one of each of several prompts."""
     label: str | int | None = None
     """Class to draw, by name or number (genkit info RUN lists them). None: all classes in turn."""
     prompt: tuple[str, ...] = ()
@@ -48,6 +48,14 @@ class Sample(Sampling, LoadOptions):
     """Also write a GIF of the trajectory from noise to sample."""
 
 
+def default_number(command: Sample, run: Run) -> int:
+    """The number of samples if none is given: a picture's worth of them."""
+    if len(command.prompt) > 1:
+        return 1
+    spec = run.data_spec if command.label is None and not command.prompt else replace(run.data_spec, cond={})
+    return NUM_VECTORS if len(spec.shape) == 1 else grid_size(spec, NUM_IMAGES)
+
+
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
@@ -55,7 +63,7 @@ def main(argv: list[str]) -> int:
                    adapter=command.lora, adapter_scale=command.lora_scale)  # fmt: skip
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
-    command = replace(command, n=command.n or (1 if len(command.prompt) > 1 else 64))
+    command = replace(command, n=command.n or default_number(command, run))
     n = (command.n or 1) * max(1, len(command.prompt))
     out = destination(command, run)
     require_free(command, run, out)

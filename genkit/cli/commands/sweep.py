@@ -6,16 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation import SweepResult, SweepSettings, sweep
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

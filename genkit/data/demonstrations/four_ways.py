@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from annotated_types import Ge
-
-from genkit.data.demonstrations.windows import Demonstrations, Episode, Steps
+from genkit.config.numbers import Count, Natural, Seed
+from genkit.data.demonstrations.windows import Demonstrations, Episode
 from genkit.data.source import Split
 from genkit.envs.four_ways import MODE_NAMES, draw_views, expert_episodes
 
@@ -19,13 +18,13 @@ MIN_PIXELS = 8  # side of the smallest image that shows anything
 class FourWays(Demonstrations):
     """The built-in task of four ways past two obstacles: its expert's demonstrations, computed when they are loaded."""
 
-    n: Annotated[int, Ge(1)] = 200
+    n: Count = 200
     """episodes; the four ways take turns"""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """seed of the episodes; both splits differ"""
-    obs_steps: Steps = 1
+    obs_steps: Count = 1
     """observed steps; one position is a complete state"""
-    pixels: Annotated[int, Ge(0)] = 0
+    pixels: Natural = 0
     """side of square images of the world that are observed in place of the position; 0: none"""
     env: str = "four-ways"
     """the environment in which a policy is evaluated"""

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Lt
 
+from genkit.config.numbers import Fraction, Seed
 from genkit.config.paths import PathText
+from genkit.core.arrays import open_npz, require_memory
 from genkit.core.files import format_error
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
@@ -92,9 +93,9 @@ class Recorded(Demonstrations):
     """an array of whole numbers, the kind of each step's episode, for the condition skill"""
     relative_to: str | None = None
     """one of ``observed``, whose newest value actions are relative to; None: they are absolute"""
-    held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
+    held_out: Fraction = 0.0
     """fraction of the episodes, drawn by ``seed``, that is the test split; 0: all are for training"""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """seed of the choice of test episodes"""
 
     def __post_init__(self) -> None:
@@ -184,12 +185,11 @@ class Recorded(Demonstrations):
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """These arrays of an .npz. ``ValueError`` if one is missing or the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_npz(path) as stored:
             available = list(stored.files)
             arrays = {k: stored[k] for k in names if k in available}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        reason = format_error(e)
-        raise ValueError(f"{path}: cannot be read as an .npz without pickles (truncated?): {reason}") from e
+        raise ValueError(f"{path}: cannot be read: {format_error(e)}") from e
     require_arrays(path, names, available)
     return arrays
 
@@ -206,6 +206,9 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         group = zarr.open_group(str(path), mode="r")
         place = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
+        for k in names:
+            if k in place:
+                require_memory(k, group[place[k]].nbytes)  # type: ignore[union-attr]
         arrays = {k: np.asarray(group[place[k]][:]) for k in names if k in place}  # type: ignore[index]
     except Exception as e:  # zarr raises anything over a damaged store
         reason = format_error(e)

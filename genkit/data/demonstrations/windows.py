@@ -15,15 +15,15 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Le
 from torch import Tensor
 
+from genkit.config.numbers import Count, Natural
 from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
 from genkit.data.codecs import Actions, MinMax, Plans, Standardize, loses_digits
 from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
-Steps = Annotated[int, Ge(1)]
 ExtraCondition = Literal["returns", "skill", "goal"]
 OBS_LIMIT = 5.0  # largest scaled observation that networks see: a fallen cheetah was a hundred deviations away
 SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "standardize": Standardize}
@@ -200,11 +200,11 @@ class Demonstrations(DataSource):
     store them.
     """
 
-    obs_steps: Steps = 2
+    obs_steps: Count = 2
     """observed steps, the last of them now"""
-    pred_steps: Steps = 16
+    pred_steps: Count = 16
     """steps of a chunk; the first obs_steps - 1 of them lie in the past"""
-    act_steps: Steps = 8
+    act_steps: Count = 8
     """actions, counted from now, that are executed before the policy observes again"""
     plan: Literal["actions", "states", "both"] = "actions"
     """content of a sample: actions; the coming states, from which inverse dynamics infer the actions; or both"""
@@ -215,7 +215,7 @@ class Demonstrations(DataSource):
     """discount of the returns for each step"""
     scaling: Literal["min-max", "standardize"] = "min-max"
     """scaling of actions and observations: each dimension's range to [-1, 1], or to mean 0 and standard deviation 1"""
-    anchors: Annotated[int, Ge(0)] = 0
+    anchors: Natural = 0
     """typical chunks (k-means), of which each chunk gets the nearest as its class "anchor", for --objective=anchored"""
     env: str = ""
     """the environment in which a policy is evaluated: four-ways, pusht, an id of gymnasium, or module:id of your own"""

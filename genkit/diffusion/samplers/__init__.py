@@ -60,12 +60,12 @@ def bind(
     make_times = uniform(grid) if isinstance(grid, int) else grid
 
     def bind_to(denoise: Denoiser) -> Generator:
-        path = denoise.path
         if needs_map and not is_flow_map(denoise):
             raise ValueError(
                 f"sampler: given {function.__name__}, and this model has learned no flow map; take one of "
                 f"{', '.join(SAMPLERS)}, or train with --objective=flow-map"
             )
+        path = (guidance(denoise) if guidance else denoise).path
         times = make_times if isinstance(make_times, Tensor) else make_times(path)
         start = nodes(path, times)[0]
 

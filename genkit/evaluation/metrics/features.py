@@ -24,15 +24,15 @@ from http.client import HTTPException
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from genkit.config.numbers import Count, Seed
 from genkit.config.paths import PathText
 from genkit.core import Data, Draw, Label
 from genkit.core.files import atomic_write
@@ -240,9 +240,9 @@ class Classifier(Features):
     each train their own: with several ranks, load it on one of them first. ``GENKIT_CACHE`` sets the cache's folder.
     """
 
-    steps: Annotated[int, Ge(1)] = 500
+    steps: Count = 500
     """Optimiser steps, of 128 images each."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed of the initial weights, of the held-out set, and of the order of the images."""
 
     def load(self, device: Device, data: Data | None = None) -> ClassifierExtractor:

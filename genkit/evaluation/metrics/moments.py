@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.core.arrays import open_npz
 from genkit.core.files import atomic_write
 from genkit.evaluation.metrics.estimate import check_rows
 
@@ -101,7 +102,7 @@ class Moments:
         """Read an npz as :meth:`save` or pytorch-fid write it. ``ValueError`` if it is not one."""
         arrays: dict[str, np.ndarray] = {}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 arrays = {key: file[key] for key in file.files}
             mean, cov = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
         except KeyError:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from genkit import __version__
+from genkit.data.images import open_image
 from genkit.evaluation.cards import to_text
 from genkit.evaluation.metrics import Estimate, metric_direction
 
@@ -233,15 +234,6 @@ def format_interval(estimate: Estimate) -> str:
     return f"[{format_number(estimate.low)}, {format_number(estimate.high)}]"
 
 
-def format_duration(seconds: float) -> str:
-    """``1 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def format_metric(name: str, title: str | None = None) -> str:
     """The name of a metric, or its ``title``, with an arrow in the direction of better values if genkit knows it."""
     direction = metric_direction(name)
@@ -267,7 +259,7 @@ def embed_picture(image: Image.Image | Path, caption: str) -> Picture:
     else:
         data = image.read_bytes()
         try:
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+            with open_image(data, ["PNG"]) as opened:
                 opened.load()
                 width, height = opened.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

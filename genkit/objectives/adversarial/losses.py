@@ -9,16 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Weight = Annotated[float, Ge(0)]
-Count = Annotated[int, Ge(1)]
+from genkit.config.numbers import Count, NonNegative
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,11 @@ class GANLoss(ABC):
     R1 is ``gamma / 2 |grad D(x)|^2`` at real samples, R2 the same at generated ones (Mescheder et al. 2018, eq. 9, 10).
     """
 
-    r1: Weight = 0.0
+    r1: NonNegative = 0.0
     """gamma of R1, on real samples"""
-    r2: Weight = 0.0
+    r2: NonNegative = 0.0
     """gamma of R2, on generated samples"""
-    gp: Weight = 0.0
+    gp: NonNegative = 0.0
     """weight of (|grad D| - 1)^2 between real and generated samples (Gulrajani et al. 2017, eq. 3)"""
     penalty_every: Count = 1
     """steps between penalties, whose weight is multiplied by as much (Karras et al. 2020, section 3.1)"""
@@ -100,7 +98,7 @@ class Minimax(GANLoss):
 class NonSaturating(GANLoss):
     """The generator maximises ``log D(G(z))`` (Goodfellow et al. 2014, section 3), with R1 (Mescheder et al. 2018)."""
 
-    r1: Weight = 1.0
+    r1: NonNegative = 1.0
     """gamma of R1, on real samples"""
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ class Hinge(GANLoss):
 class Wasserstein(GANLoss):
     """The dual of W1, over functions of slope 1 (Arjovsky et al. 2017, eq. 2), with the gradient penalty."""
 
-    gp: Weight = 10.0
+    gp: NonNegative = 10.0
     """weight of (|grad D| - 1)^2 between real and generated samples; 10 is the paper's lambda"""
     discriminator_steps: Count = 5
     """steps of the discriminator for one of the generator; 5 is the paper's number"""
@@ -143,9 +141,9 @@ class Wasserstein(GANLoss):
 class Relativistic(GANLoss):
     """Which of a real and a generated sample is real? With R1 and R2 this is R3GAN (Huang et al. 2024, eq. 2 and 3)."""
 
-    r1: Weight = 0.3
+    r1: NonNegative = 0.3
     """gamma of R1, on real samples; 0.3 was chosen on digits: less for points, more for larger pictures"""
-    r2: Weight = 0.3
+    r2: NonNegative = 0.3
     """gamma of R2, on generated samples"""
     penalty_every: Count = 4
     """steps between penalties; 4 halves the time of a step of the default U-Net"""

@@ -6,12 +6,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Count, Fraction, NonNegative
 from genkit.core import (
     NO_COND,
     Backbone,
@@ -26,7 +26,7 @@ from genkit.core import (
     mean_flat,
 )
 
-LatentShape = tuple[Annotated[int, Ge(1)], ...]
+LatentShape = tuple[Count, ...]
 ReconstructionLoss = Literal["l2", "l1"]
 RECONSTRUCTION_LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {"l2": torch.square, "l1": torch.abs}
 
@@ -111,13 +111,13 @@ class Autoencoder(EncoderDecoder):
     """shape of the latent: D for a vector, or C h w for a map that fits the backbone"""
     reconstruction_loss: ReconstructionLoss = "l2"
     """error between sample and reconstruction: squared (l2) or absolute (l1)"""
-    noise_std: Annotated[float, Ge(0)] = 0.0
+    noise_std: NonNegative = 0.0
     """denoising: standard deviation of normal noise on the encoder's input, in the model's units"""
-    mask_prob: Annotated[float, Ge(0), Lt(1)] = 0.0
+    mask_prob: Fraction = 0.0
     """denoising: probability that the encoder sees a number as 0 (Vincent et al. 2008, section 2.3)"""
-    sparsity_weight: Annotated[float, Ge(0)] = 0.0
+    sparsity_weight: NonNegative = 0.0
     """weight of 1 - sparseness of the latent (Hoyer 2004, eq. 2), which rescaling the latent does not change"""
-    top_k: Annotated[int, Ge(1)] | None = None
+    top_k: Count | None = None
     """numbers of each latent that are kept, the largest (Makhzani & Frey 2014, k-sparse); None: all"""
 
     def __post_init__(self) -> None:

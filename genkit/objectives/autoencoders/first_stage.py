@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction, Natural, NonNegative
 from genkit.core import NO_COND, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.adversarial.losses import Hinge
 from genkit.objectives.autoencoders.autoencoder import (
@@ -73,7 +74,7 @@ class Bottleneck(ABC):
 class KL(Bottleneck):
     """Normal posteriors, pulled slightly to N(0, 1)."""
 
-    weight: Annotated[float, Ge(0)] = 1e-6
+    weight: NonNegative = 1e-6
     """weight of the KL divergence, in nats a dimension of the sample (Rombach et al. 2022, section G)"""
 
     def __post_init__(self) -> None:
@@ -102,11 +103,11 @@ class VectorQuantizer(Bottleneck):
 
     codebook_size: Annotated[int, Ge(2)] = 256
     """entries of the codebook"""
-    commitment_weight: Annotated[float, Ge(0)] = 0.25
+    commitment_weight: NonNegative = 0.25
     """weight of the squared distance from the encoder's output to its entry"""
     ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
     """decay of the running means per step"""
-    restart_threshold: Annotated[float, Ge(0), Lt(1)] = 0.05
+    restart_threshold: Fraction = 0.05
     """restart an entry, at a vector of the batch, if its use is below this fraction of the mean; 0: never"""
 
     def __post_init__(self) -> None:
@@ -218,7 +219,7 @@ class FirstStage(EncoderDecoder):
     """kl (normal posteriors) or vq (entries of a codebook)"""
     reconstruction_loss: ReconstructionLoss = "l1"
     """error between sample and reconstruction: squared (l2) or absolute (l1, the papers' choice)"""
-    perceptual_weight: Annotated[float, Ge(0)] | None = None
+    perceptual_weight: NonNegative | None = None
     """weight of the perceptual distance; None: 1 for pictures, 0 for other samples"""
     perceptual: PerceptualDistance = field(
         default_factory=EdgeDistance,
@@ -226,9 +227,9 @@ class FirstStage(EncoderDecoder):
     )
     """the perceptual distance: gradient (edges), random (fixed filters), or vgg11 or vgg16 from a local file, which
     --objective.perceptual.weights names (LPIPS without its learned weights)"""
-    adversarial_weight: Annotated[float, Ge(0)] = 0.0
+    adversarial_weight: NonNegative = 0.0
     """weight of the adversarial term, times the adaptive weight; 0.8 in Esser et al. (2021); 0: no discriminator"""
-    adversarial_start: Annotated[int, Ge(0)] = 1000
+    adversarial_start: Natural = 1000
     """first step of the discriminator, late enough that pictures are nearly right"""
 
     def __post_init__(self) -> None:
@@ -312,6 +313,10 @@ class FirstStage(EncoderDecoder):
         if torch.is_grad_enabled() and last.requires_grad and adaptive.training:
             adaptive.record(rec, adversarial, last)
         return Loss(rec + encoded.cost + self.adversarial_weight * adaptive.weight * adversarial, logs)
+
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        # without the discriminator, which moves: its scores at two steps cannot be compared
+        return {"loss": replace(self, adversarial_weight=0.0).autoencoder_loss(nets, batch).per_sample}
 
     def discriminator_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The discriminator's loss: which patches are of samples, which of reconstructions."""

@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Gt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Positive
 from genkit.core import NO_COND, Backbone, Batch, Cond, Spec
 
 LEVEL = 1 / 255  # half the distance between two neighbouring grey levels in [-1, 1]
@@ -85,7 +85,7 @@ class Likelihood(ABC):
 class Gaussian(Likelihood):
     """``N(x; f(z), sigma^2)``, independent dimensions (Kingma & Welling 2014, appendix C.2)."""
 
-    std: Annotated[float, Gt(0)] = 0.5
+    std: Positive = 0.5
     """sigma, in the model's units (pixels lie in [-1, 1]); the initial value if it is learned"""
     scale: ScaleName = "shared"
     """fixed; shared: one learned number (Rybkin et al. 2021, sigma-VAE); each: predicted for each dimension"""
@@ -138,7 +138,7 @@ class DiscretisedLogistic(Likelihood):
     is_discrete: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
 
-    std: Annotated[float, Gt(0)] = 0.2
+    std: Positive = 0.2
     """the scale, in [-1, 1]; the initial value if it is learned"""
     scale: ScaleName = "shared"
     """fixed; shared: one learned number; each: predicted for each dimension"""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction, NonNegative
 from genkit.core import NO_COND, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, mean_flat
 from genkit.objectives.autoencoders.autoencoder import (
     RECONSTRUCTION_LOSSES,
@@ -146,11 +147,11 @@ class VQ(EncoderDecoder):
     """entries of the codebook"""
     reconstruction_loss: ReconstructionLoss = "l2"
     """error between sample and reconstruction: squared (l2) or absolute (l1)"""
-    commitment_weight: Annotated[float, Ge(0)] = 0.25
+    commitment_weight: NonNegative = 0.25
     """weight of the squared distance from the encoder's output to its entry (the paper's beta)"""
     ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
     """decay of the running means per step"""
-    restart_threshold: Annotated[float, Ge(0), Lt(1)] = 0.05
+    restart_threshold: Fraction = 0.05
     """restart an entry, at a vector of the batch, if its use is below this fraction of the mean (random restarts,
     Dhariwal et al. 2020, section 3.1); 0: never"""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from annotated_types import Gt
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
+from genkit.config.numbers import Positive
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec, keep_target
 from genkit.objectives.matching.flow import Flow
 from genkit.objectives.matching.matching import Matching, PredictionName
@@ -48,7 +48,7 @@ class AnchoredFlow(Flow):
 
     prediction: PredictionName = "x0"
     """what the network predicts"""
-    std: Annotated[float, Gt(0)] = 0.3
+    std: Positive = 0.3
     """standard deviation about an anchor, in the model's units"""
     anchor: str = "anchor"
     """the condition that holds the index of the nearest centre"""

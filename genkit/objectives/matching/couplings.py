@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
-from annotated_types import Gt
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from genkit.config.numbers import Positive
 from genkit.core import Batch, Cond, ProbabilityPath, expand
 from genkit.diffusion.paths import chart
 
@@ -64,6 +63,8 @@ class OptimalTransport:
     needs_pairs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
+        from scipy.optimize import linear_sum_assignment  # lazy: half a second
+
         cost = torch.nan_to_num(squared_distances(batch.x, x1))
         other = other_class(batch.cond, cost)
         _, order = linear_sum_assignment((cost + other * (1 + len(cost) * cost.max())).cpu().numpy())
@@ -80,7 +81,7 @@ class SchrodingerBridge:
     so these are the ends, with chart time in the place of t.
     """
 
-    sigma: Annotated[float, Gt(0)] = 0.5
+    sigma: Positive = 0.5
     """diffusion of the bridge; 0.5 is half the spread of data that are scaled to one"""
     independent: ClassVar[bool] = False
     permutes: ClassVar[bool] = True

@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Count, Fraction, Positive
 from genkit.core import (
     Backbone,
     Batch,
     Cond,
     Denoiser,
     Loss,
-    Parametrization,
     Prediction,
     ProbabilityPath,
     Spec,
     expand,
     mean_flat,
 )
-from genkit.diffusion.parametrization import refuse_singular
+from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import VP
 from genkit.diffusion.posterior import LearnedVariance, log_variance, reverse_step
 from genkit.objectives.matching.matching import Matching, PathSample, PredictionName
@@ -36,7 +36,7 @@ from genkit.objectives.matching.weights import Constant, LossSpace, LossWeight, 
 class DDPM(Matching):
     """``L_simple`` (Ho et al. 2020, eq. 14): predict the noise at one of T discrete times, t = k / T."""
 
-    timesteps: Annotated[int, Ge(1)] = 1000
+    timesteps: Count = 1000
     """T, the number of discrete times"""
     betas: Literal["linear", "scaled-linear", "cosine"] = "linear"
     """the noise schedule: linear; scaled-linear, whose square roots are linear, as in latent diffusion (Rombach et al.
@@ -61,11 +61,11 @@ class DDPM(Matching):
     """how training times are drawn; all but uniform are rounded up to a discrete time"""
     learn_variance: bool = False
     """also learn the variance of the reverse steps, by the hybrid loss (Nichol & Dhariwal 2021, eq. 16)"""
-    vlb_weight: Annotated[float, Gt(0)] = 1e-3
+    vlb_weight: Positive = 1e-3
     """weight of the variational bound, in nats a dimension, in the hybrid loss"""
-    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    cond_dropout: Fraction = 0.1
     """probability of training a sample without its conditions, for classifier-free guidance"""
-    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout_each: Fraction = 0.0
     """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
 
     def __post_init__(self) -> None:
@@ -144,13 +144,8 @@ class DoubledOutput(nn.Module):
         return self.inner(torch.cat([x, x], 1), label, cond)
 
 
-@dataclass(frozen=True)
-class LearnedVarianceDenoiser:
+class LearnedVarianceDenoiser(NetDenoiser):
     """The denoiser of the first half of a network's output channels, with the second half as learned variance."""
-
-    net: nn.Module
-    path: ProbabilityPath
-    parametrization: Parametrization
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The ends of the path, and ``w`` ``[B, *S]``."""

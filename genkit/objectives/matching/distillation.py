@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Spec
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import paired_source
@@ -32,7 +32,7 @@ class Distillation(Matching):
 
     source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
     """where the pairs start, as in the model that made them"""
-    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout: Fraction = 0.0
     """probability of training a sample without its conditions; there is no guidance here that would need it"""
     sampler: ClassVar[str | None] = None
 

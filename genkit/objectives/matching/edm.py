@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt
 from torch import Tensor
 
+from genkit.config.numbers import Fraction, Positive
 from genkit.core import Batch, Parametrization
 from genkit.diffusion.parametrization import Karras
 from genkit.diffusion.paths import VE
@@ -24,17 +25,17 @@ class EDM(Matching):
     ``log-normal`` and loss weight ``edm``. The paper samples it with heun, or churn, on the grid ``karras``.
     """
 
-    sigma_data: Annotated[float, Gt(0)] = 0.5
+    sigma_data: Positive = 0.5
     """standard deviation of the data as the codec gives them; 0.5 is that of pictures in [-1, 1]"""
     sigma_max: Annotated[float, Gt(0.002)] = 80.0
     """the noise level from which samples start"""
     p_mean: float = -1.2
     """mean of log sigma in training (the paper's P_mean)"""
-    p_std: Annotated[float, Gt(0)] = 1.2
+    p_std: Positive = 1.2
     """standard deviation of log sigma in training (the paper's P_std)"""
-    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    cond_dropout: Fraction = 0.1
     """probability of training a sample without its conditions, for classifier-free guidance"""
-    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout_each: Fraction = 0.0
     """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
 
     loss_space = "x0"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, ProbabilityPath, Spec
 from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import Linear, ODEOnlyPath
@@ -44,9 +43,9 @@ class Flow(Matching):
     """which source goes with which sample: independent, ot, sb, or given with the data"""
     source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
     """where the flow starts: normal, anchored at a condition, or another data set"""
-    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    cond_dropout: Fraction = 0.1
     """probability of training a sample without its conditions, for classifier-free guidance"""
-    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout_each: Fraction = 0.0
     """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
 
     def __post_init__(self) -> None:

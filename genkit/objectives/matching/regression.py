@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Fraction
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Loss, Noise, Objective, Phase, Spec, mean_flat
 
 
@@ -21,9 +21,9 @@ class Regression(Objective):
     straight on.
     """
 
-    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout: Fraction = 0.0
     """probability of training a sample without its conditions"""
-    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    cond_dropout_each: Fraction = 0.0
     """probability of dropping each condition independently"""
 
     sampler: ClassVar[str | None] = None

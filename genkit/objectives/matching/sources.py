@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from annotated_types import Gt
 from torch import Tensor
 
+from genkit.config.numbers import Positive
 from genkit.core import Cond, Data, Draw, Image, Spec, Vector
 
 
@@ -55,7 +55,7 @@ class Anchored:
 
     anchor: str = "anchor"
     """the name of the condition that is mu"""
-    std: Annotated[float, Gt(0)] = 1.0
+    std: Positive = 1.0
     """standard deviation about mu"""
     is_normal: ClassVar[bool] = False
     is_conditional: ClassVar[bool] = True

@@ -10,13 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from annotated_types import Gt
 from torch import Tensor, nn
 
+from genkit.config.numbers import Positive
 from genkit.core import Batch, ProbabilityPath
 from genkit.diffusion.paths import times_at
 
@@ -51,7 +51,7 @@ class LogitNormal(TimeDistribution):
 
     mean: float = 0.0
     """mean of logit t; above 0 biases to noise"""
-    std: Annotated[float, Gt(0)] = 1.0
+    std: Positive = 1.0
     """standard deviation of logit t"""
 
     def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:
@@ -67,7 +67,7 @@ class LogNormal(TimeDistribution):
 
     mean: float = 0.0
     """mean of log(sigma / alpha); above 0 biases to noise"""
-    std: Annotated[float, Gt(0)] = 1.0
+    std: Positive = 1.0
     """standard deviation of log(sigma / alpha)"""
 
     def sample(self, batch: Batch, path: ProbabilityPath) -> Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
+
+from genkit.config.numbers import NonNegative, Positive
 
 LossSpace = Literal["x0", "eps", "velocity"]
 
@@ -41,7 +42,7 @@ class Constant:
 class MinSNR:
     """``min(SNR, gamma)`` on the error of x0 (Hang et al. 2023, section 3.4), SNR = alpha^2 / sigma^2."""
 
-    gamma: Annotated[float, Gt(0)] = 5.0
+    gamma: Positive = 5.0
     """SNR at which the weight stops growing; 5 is the paper's choice"""
     space: ClassVar[LossSpace | None] = "x0"
 
@@ -53,9 +54,9 @@ class MinSNR:
 class P2:
     """``1 / (k + SNR)^gamma`` on the error of eps (Choi et al. 2022): less weight at low noise."""
 
-    gamma: Annotated[float, Ge(0)] = 1.0
+    gamma: NonNegative = 1.0
     """exponent; the paper uses 0.5 and 1"""
-    k: Annotated[float, Gt(0)] = 1.0
+    k: Positive = 1.0
     """keeps the weight finite in pure noise"""
     space: ClassVar[LossSpace | None] = "eps"
 
@@ -70,7 +71,7 @@ class EDMWeight:
     Sigma is the noise level, here ``sigma / alpha``. Outputs of Karras' preconditioning then have weight 1.
     """
 
-    sigma_data: Annotated[float, Gt(0)] = 0.5
+    sigma_data: Positive = 0.5
     """standard deviation of the data"""
     space: ClassVar[LossSpace | None] = "x0"
 

@@ -4,11 +4,10 @@ one-step tasks such as images."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from annotated_types import Ge, Gt
 from torch import Tensor
 
+from genkit.config.numbers import Count, NonNegative, Positive
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.learner import Learner
 from genkit.rl.finetune.reward_method import UnitInterval
@@ -24,22 +23,22 @@ class DDPO(DPPO):
     (docs/log.md).
     """
 
-    lr: Annotated[float, Gt(0)] = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of the networks."""
-    batch: Annotated[int, Ge(1)] = 256
+    batch: Count = 256
     """Rows of a gradient step, each one denoising step of a trajectory."""
-    epochs: Annotated[int, Ge(1)] = 1
+    epochs: Count = 1
     """Passes over the trajectories of an iteration; drawing new ones costs a third of a pass."""
-    ft_denoising_steps: Annotated[int, Ge(1)] | None = None
+    ft_denoising_steps: Count | None = None
     """Train only this many last steps; None: all."""
     denoise_gamma: UnitInterval = 1.0
     """Discount from one denoising step to the one before."""
-    bc_coef: Annotated[float, Ge(0)] = 0.0
+    bc_coef: NonNegative = 0.0
     """Weight of the objective's own loss on the data."""
-    kl: Annotated[float, Ge(0)] = 0.05
+    kl: NonNegative = 0.05
     """Price of one nat of KL divergence from the model before any reward, in standard deviations of the first rewards:
     the optimum is that model's density times ``exp(R / (kl deviation))``."""
-    stop_kl: Annotated[float, Gt(0)] = 0.3
+    stop_kl: Positive = 0.3
     """End an iteration early after an epoch in which the KL divergence of a step from its distribution when drawn
     is larger than this on average, in nats."""
 

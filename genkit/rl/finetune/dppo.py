@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from genkit.config.numbers import Count, Natural, NonNegative, Positive
 from genkit.rl.finetune.advantages import clip_quantiles, denoising_discounts, normalize
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.divergence import gaussian_kl, step_means
@@ -39,13 +40,13 @@ class Targets(NamedTuple):
 class DPPO(RewardMethod):
     """Every denoising step is an action with its own ratio; all are credited with the outcome of the sample."""
 
-    clip: Annotated[float, Gt(0)] = 0.2
+    clip: Positive = 0.2
     """Largest change of a step's probability ratio from 1; 10 to 20 % of them clipped is healthy."""
-    batch: Annotated[int, Ge(1)] = 2048
+    batch: Count = 2048
     """Rows of a gradient step, each one denoising step of a trajectory."""
-    epochs: Annotated[int, Ge(1)] = 5
+    epochs: Count = 5
     """Passes over the trajectories of an iteration."""
-    ft_denoising_steps: Annotated[int, Ge(1)] | None = 1
+    ft_denoising_steps: Count | None = 1
     """Train only this many last steps, K' in the paper; None: all. On four ways the gradients of two halves of 4,000
     decisions had a cosine of 0.2 at the last of four steps and of 0 before it (docs/log.md): training all steps learned
     nothing and lost the modes, among which the early steps choose."""
@@ -54,15 +55,15 @@ class DPPO(RewardMethod):
     clip_advantage_quantile: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Clip advantages to the range from this quantile to 1 minus it, so that rare ones, such as a fall, do not set the
     scale of all others; 0: no clipping."""
-    bc_coef: Annotated[float, Ge(0)] = 0.1
+    bc_coef: NonNegative = 0.1
     """Weight of the behaviour-cloning loss (the objective's own loss on demonstrations), which keeps the variety that a
     reward does not ask for."""
-    kl: Annotated[float, Ge(0)] = 0.0
+    kl: NonNegative = 0.0
     """Weight of the KL divergence from the model before any reward, in nats per step."""
-    stop_kl: Annotated[float, Gt(0)] = 0.03
+    stop_kl: Positive = 0.03
     """End an iteration early after an epoch in which the KL divergence of a step from its distribution when drawn,
     in nats over all entries of a sample, is larger than this on average."""
-    lr_ramp: Annotated[int, Ge(0)] = 0
+    lr_ramp: Natural = 0
     """Iterations after the warmup over which lr rises linearly: Adam's first steps are large and follow a single batch,
     which a trained policy may not survive."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from genkit.config.numbers import Count, NonNegative, Positive
 from genkit.core import Cond, Denoiser, Noise
 from genkit.rl.finetune.advantages import normalize
 from genkit.rl.finetune.chain import Chain, seeded_noise, start_trajectories
@@ -24,15 +24,15 @@ from genkit.rl.finetune.reward_method import RewardMethod
 class Mixed(RewardMethod):
     """One pass over fresh trajectories, each gradient step on the sum of both losses."""
 
-    weight: Annotated[float, Ge(0)] = 1.0
+    weight: NonNegative = 1.0
     """Lambda: weight of minus the expected reward, in units of its standard deviation, beside the objective's loss."""
     gradient: Literal["ratio", "through"] = "ratio"
     """Gradient of the expected reward: by the likelihood ratio (Williams 1992), or by backpropagation through the chain
     if the reward is a differentiable function (Clark et al. 2024)."""
-    clip: Annotated[float, Gt(0)] = 0.2
+    clip: Positive = 0.2
     """Largest change of a step's ratio from 1 within an iteration. Without it, bad samples are pushed away the harder
     the further they are: on four ways the success rate fell from 0.72 to 0 within one iteration."""
-    ft_denoising_steps: Annotated[int, Ge(1)] | None = None
+    ft_denoising_steps: Count | None = None
     """Train only this many last steps; None: all. With gradient through, this is truncation (DRaFT-K)."""
 
     def check(self, chain: Chain, task: Task) -> None:

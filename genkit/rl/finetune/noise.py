@@ -12,8 +12,10 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
+from genkit.config.numbers import Count, NonNegative
 from genkit.core import Cond, Spec
 from genkit.diffusion.samplers.ode import posterior_variance
+from genkit.diffusion.samplers.sde import MAX_DRIFT
 from genkit.diffusion.samplers.steps import Node
 
 Sigma = Callable[[Tensor, Tensor, Cond], Tensor]  # (x [B, *S], step k Int [B], cond) -> factor of the std, [B, *S]
@@ -63,15 +65,15 @@ class SDENoise(ExplorationNoise):
     On the linear path it is that of Flow-GRPO (Liu et al. 2025) with ``eta = a^2 / 2``: their a = 0.7 is 0.245.
     """
 
-    eta: Annotated[float, Ge(0)] = 0.25
+    eta: NonNegative = 0.25
     needs_diffusion: ClassVar[bool] = True
 
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
         if not self.eta or b.sigma == 0:
             return b.sigma, 0.0
-        if a.alpha == 0:  # the diffusion is infinite: in the limit of the step all noise is drawn anew
+        k = self.eta * (a.tau - b.tau) / max(1 - a.tau, 1e-300)
+        if k > MAX_DRIFT:  # the diffusion is near infinite: in the limit of the step all noise is drawn anew
             return 0.0, b.sigma
-        k = self.eta * (a.tau - b.tau) / (1 - a.tau)
         return b.sigma - b.scale * k, b.scale * math.sqrt(2 * a.tau * k)
 
 
@@ -82,7 +84,7 @@ class FixedNoise(ExplorationNoise):
     It suits every source, few steps, and the last step too; after training the noise is left out.
     """
 
-    std: Annotated[float, Ge(0)] = 0.15
+    std: NonNegative = 0.15
     needs_diffusion: ClassVar[bool] = False
 
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
@@ -98,10 +100,10 @@ class LearnedNoise(ExplorationNoise):
     mean. After training it is left out, like that of ``fixed``.
     """
 
-    std: Annotated[float, Ge(0)] = 0.15
+    std: NonNegative = 0.15
     spread: Annotated[float, Gt(1)] = 3.0
     """bounds: std / spread and std * spread"""
-    width: Annotated[int, Ge(1)] = 64
+    width: Count = 64
     """width of the network"""
     needs_diffusion: ClassVar[bool] = False
     learned: ClassVar[bool] = True

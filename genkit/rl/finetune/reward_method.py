@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
+from genkit.config.numbers import Count, Natural, Positive
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner
@@ -22,23 +23,23 @@ class RewardMethod(ABC):
     A subclass implements :meth:`improve`; ``docs/contributing/reward-method.md`` is the recipe.
     """
 
-    lr: Annotated[float, Gt(0)] = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of the networks. Ten times as much loses the variety of the demonstrations sooner."""
-    warmup: Annotated[int, Ge(0)] = 2
+    warmup: Natural = 2
     """First iterations in which only the critic learns, if there is one."""
     gamma: UnitInterval = 0.99
     """Discount from one decision to the next."""
     gae_lambda: UnitInterval = 0.95
     """Lambda of generalised advantage estimation: 0 trusts the critic, 1 the returns."""
-    critic_lr: Annotated[float, Gt(0)] = 1e-3
+    critic_lr: Positive = 1e-3
     """Learning rate of the critic."""
-    critic_epochs: Annotated[int, Ge(1)] = 5
+    critic_epochs: Count = 5
     """Passes of the critic over the decisions of an iteration."""
-    critic_batch: Annotated[int, Ge(1)] | None = None
+    critic_batch: Count | None = None
     """Rows of a gradient step of the critic; None: the same as batch."""
-    batch: Annotated[int, Ge(1)] = 1024
+    batch: Count = 1024
     """Rows of a gradient step."""
-    bc_batch: Annotated[int, Ge(1)] = 256
+    bc_batch: Count = 256
     """Demonstrations of a gradient step, if the method has a behaviour-cloning loss."""
 
     needs_log_prob: ClassVar[bool] = True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from genkit.config.numbers import Count, Fraction, Positive
 from genkit.core import Batch
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share
@@ -32,13 +32,13 @@ class RWR(RewardMethod):
     ways 20 iterations left 0.99 of 1.99 bits of mode entropy, and 1.98 with them (docs/results/rwr-four-ways.json).
     """
 
-    tau: Annotated[float, Gt(0)] = 1.0
+    tau: Positive = 1.0
     """Temperature, in standard deviations of the advantages."""
-    max_weight: Annotated[float, Gt(0)] = 10.0
+    max_weight: Positive = 10.0
     """Largest weight of a sample; the mean weight is 1."""
-    demo_fraction: Annotated[float, Ge(0), Lt(1)] = 0.5
+    demo_fraction: Fraction = 0.5
     """Weight of the demonstrations in every batch, and their number relative to its samples."""
-    epochs: Annotated[int, Ge(1)] = 5
+    epochs: Count = 5
     """Passes over the samples of an iteration."""
     needs_log_prob: ClassVar[bool] = False
 

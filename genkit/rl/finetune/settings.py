@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from annotated_types import Ge, Gt, Lt
 from tyro.conf import Positional
 
 from genkit.config import table
+from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.core.device import DeviceName
-from genkit.training.settings import Count
+from genkit.training.annotations import NoteText, TagText
+from genkit.training.sampling import GridName
 
 if TYPE_CHECKING:
     from genkit.rl.finetune.noise import ExplorationNoise
@@ -24,6 +25,7 @@ class FinetuneSettings:
 
     run: Positional[PathText] = ""
     """Directory of the run to improve, such as runs/latest."""
+    # -- model and method
     reward: str = "env"
     """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
     environment's reward from step to step, and 1 for success; or package.module:function, (samples [B, ...], cond) to
@@ -36,20 +38,21 @@ class FinetuneSettings:
         "genkit.rl.finetune.noise:NOISES", "fixed", kind="genkit.rl.finetune.noise:ExplorationNoise"
     )
     """Noise added to the sampler's steps, for exploration."""
-    min_std: Annotated[float, Ge(0)] = 0.05
+    min_std: NonNegative = 0.05
     """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
     steps: Count | None = None
     """Sampler steps; the fine-tuned model needs the same number, which its policies use by default. None: those of the
     policy that is improved (1 of an anchored flow), else 4."""
-    grid: str = "uniform"
-    """Grid of the steps: a name in genkit.diffusion.samplers.GRIDS."""
+    grid: GridName = "uniform"
+    """Time grid of the steps."""
+    # -- experience
     iterations: Count = 60
     """Rounds of collecting experience and learning from it."""
     env: str | None = None
     """Environment: four-ways, pusht, a gymnasium id or module:id of your own; None: that of the demonstrations."""
     env_args: tuple[str, ...] = ()
     """Keyword arguments of an environment of gymnasium: reward_type=dense; they add to those of the demonstrations."""
-    mode: Annotated[int, Ge(0)] | None = None
+    mode: Natural | None = None
     """Reward only episodes of this mode, in an environment that has several."""
     num_envs: Count = 100
     """Parallel environments, over all ranks together."""
@@ -57,40 +60,42 @@ class FinetuneSettings:
     """Decisions (action chunks) in each environment per iteration."""
     act_steps: Count | None = None
     """Actions of each chunk that are executed before the next decision; None: as in training."""
-    terminate_out_of_range: Annotated[float, Gt(0)] | None = None
+    terminate_out_of_range: Positive | None = None
     """End a training episode when any observation is more than this many scales of the demonstrations from
     their centre (a fallen robot, say). Evaluation is not affected. None: never."""
     samples: Count = 512
     """Samples per iteration over all ranks together, if the reward is a function."""
     group: Count = 1
     """Samples per condition whose rewards are normalised together (GRPO); 1: all samples are normalised together."""
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.99
+    ema: Fraction = 0.99
     """EMA decay per gradient step."""
     label: str | int | None = None
     """Improve only this class (name or number) of a class-conditional model, if the reward is a function; None: all in
     turn."""
     unconditional: bool = False
     """Improve the samples drawn without conditions, if the reward is a function."""
-    max_kl: Annotated[float, Gt(0)] | None = None
+    max_kl: Positive | None = None
     """Stop when the KL divergence of the sampler from the pretrained model's exceeds this, in nats; None: never."""
-    eval_episodes: Annotated[int, Ge(0)] = 200
+    # -- evaluation
+    eval_episodes: Natural = 200
     """Episodes before and after, without noise, from seeds that are not trained on; 0: none."""
-    eval_samples: Annotated[int, Ge(0)] = 500
+    eval_samples: Natural = 500
     """Samples before and after, without noise, if the reward is a function; 0: none."""
-    eval_seed: Annotated[int, Ge(0)] = 100_000
+    eval_seed: Seed = 100_000
     """Seed of the first of these episodes or samples."""
-    checkpoint_eval_episodes: Annotated[int, Ge(0)] = 0
+    checkpoint_eval_episodes: Natural = 0
     """Episodes at the start and at each checkpoint, without noise, from separate seeds: the run is then the one of
     these with the best return; 0: the run is the newest checkpoint."""
     patience: Count | None = None
     """Stop after this many checkpoints without a better return; None: never."""
+    # -- saving and computation
     save_every: Count = 10
     """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """Seed of every random number."""
     device: DeviceName = "auto"
     """Device of the networks. auto: the machine's accelerator, or the CPU if it has none."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """CPU threads per rank. None: one for policies and small batches, where more only wait for each other, else all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Forward-pass precision. Probability ratios near 1 need more digits than bf16 has: try it for images only."""
@@ -102,6 +107,10 @@ class FinetuneSettings:
     """Directory in which the new run's directory is made."""
     name: NameText | None = None
     """Name of the new run; None: that of the old one and the method's."""
+    note: NoteText | None = None
+    """A note that is added to those of the new run."""
+    tags: tuple[TagText, ...] = ()
+    """Tags that are added to those of the new run."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
 

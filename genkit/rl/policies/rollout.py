@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Le
 from PIL import Image
 
 from genkit import __version__
 from genkit.config import override
+from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Scale, Seed
 from genkit.core import pictures
 from genkit.core.device import DeviceName
 from genkit.core.files import write_text
@@ -32,7 +33,7 @@ from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
-from genkit.training.settings import Count
+from genkit.training.sampling import SamplerName
 
 logger = logging.getLogger("genkit")
 # settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
@@ -50,21 +51,21 @@ class RolloutSettings:
     """Keyword arguments of an environment of gymnasium: reward_type=dense; they add to those of the demonstrations."""
     episodes: Count = 50
     """Number of episodes."""
-    seed: Annotated[int, Ge(0)] = 100_000
+    seed: Seed = 100_000
     """Episode i starts and draws from seed + i."""
     steps: Count | None = None
     """Sampler steps for each chunk of actions; None: those of fine-tuning, else 1 of an anchored flow, else 4."""
-    sampler: str | None = None
-    """A name in genkit.diffusion.samplers.SAMPLERS; None: ddim, one evaluation a step."""
+    sampler: SamplerName | None = None
+    """Sampler. None: ddim, one evaluation a step."""
     conditions: tuple[str, ...] = ()
     """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     """Guidance scale toward these conditions; 1: none."""
     best_of: Count = 1
     """Chunks drawn for each decision; the one with the largest Q is executed."""
-    q_guidance: Annotated[float, Ge(0)] = 0.0
+    q_guidance: NonNegative = 0.0
     """Draw chunks from the policy's distribution times exp(q_guidance Q), Q in deviations of the returns; 0: off."""
-    fit_q: Annotated[int, Ge(0)] = 0
+    fit_q: Natural = 0
     """Learn Q first, from this many episodes of the policy, and save it in the run's folder; 0: use the saved one."""
     gamma: Annotated[float, Gt(0), Le(1)] = 0.95
     """Discount of Q from one decision to the next."""
@@ -76,9 +77,9 @@ class RolloutSettings:
     """Parallel environments."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
-    step: Annotated[int, Ge(0)] | None = None
-    """Checkpoint to use; None: the newest."""
-    film: Annotated[int, Ge(0)] = 0
+    step: CheckpointStep | None = None
+    """Checkpoint to use, by its step or "best" (of train --keep-best); None: the newest."""
+    film: Natural = 0
     """Number of first episodes to film, as one GIF each."""
     device: DeviceName = "cpu"
     """Device of the networks; small ones are fastest on a CPU."""

@@ -1,0 +1,57 @@
+"""What the machine lacks when a library gives up: memory, disk space, open files. One line each, with advice."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+_DISK = "the disk is full, or a quota is reached"
+_ADVICE = "free some space or write elsewhere; what was saved before is intact"
+_MEMORY = "lower --batch, --micro-batch or the size of the network or samples"
+OS_ERRORS = {
+    errno.ENOSPC: f"{_DISK}; {_ADVICE}",
+    errno.EDQUOT: f"{_DISK}; {_ADVICE}",
+    errno.EFBIG: f"a file is larger than the file system or a limit (ulimit -f) allows; {_ADVICE}",
+    errno.ENOMEM: f"out of memory; {_MEMORY}",
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n), or lower --workers",
+    errno.ENFILE: "too many open files on this machine; lower --workers",
+    errno.EIO: "the disk reports an input/output error; check the disk",
+}
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|unable to allocate|cannot allocate memory"
+    r"|storage size calculation overflowed|array is too big|maximum allowed dimension exceeded"
+    r"|bytes-?size .* overflow|numel: integer multiplication overflow|invalid buffer size",
+    re.IGNORECASE,
+)
+BUS_ERROR = re.compile(r"bus error|shared memory \(shm\)", re.IGNORECASE)
+
+
+def explain_shortage(e: BaseException) -> str | None:
+    """Return one line about what the machine lacks, with advice, or None for every other error.
+
+    Libraries raise the system's refusals in classes of their own (``SafetensorError`` for a full disk, ``RuntimeError``
+    for memory on a CPU), so the text decides where there is no error number. The causes of an error count too.
+    """
+    cause: BaseException | None = e
+    while cause is not None:
+        if (text := _explain(cause)) is not None:
+            return text
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _explain(e: BaseException) -> str | None:
+    name, text = type(e).__name__, str(e)
+    if isinstance(e, OSError):
+        where = f"{e.filename}: " if e.filename else ""
+        return f"{where}{OS_ERRORS[e.errno]}" if e.errno in OS_ERRORS else None
+    number = re.search(r"os error (\d+)", text)  # Rust's: safetensors, tokenizers
+    if number and int(number[1]) in OS_ERRORS:
+        return OS_ERRORS[int(number[1])]
+    if isinstance(e, MemoryError) or name == "OutOfMemoryError":
+        return f"out of memory; {_MEMORY}"
+    if isinstance(e, RuntimeError | ValueError) and OUT_OF_MEMORY.search(text):
+        return f"out of memory; {_MEMORY}"
+    if isinstance(e, RuntimeError) and BUS_ERROR.search(text):
+        return "a data-loading process ran out of shared memory (/dev/shm); give --workers 0, or more shared memory"
+    return None

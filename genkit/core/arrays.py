@@ -1,0 +1,65 @@
+"""Arrays in .npz files, whose sizes are checked before anything is read."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+from numpy.lib.npyio import NpzFile
+
+from genkit.core.files import format_error
+
+MAX_RATIO = 200  # by which an array of more than a GiB may be compressed
+GIB = 2**30
+
+
+@contextmanager
+def open_npz(path: str | Path) -> Iterator[NpzFile]:
+    """``numpy.load`` of an .npz, without pickles.
+
+    Raises ``ValueError``, without the path, if it is no .npz or damaged, or one of its arrays holds pickled objects,
+    states a size that it does not have, does not fit into this machine's memory, or is compressed as only a
+    decompression bomb is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                require_size(archive, member)
+        with np.load(path, allow_pickle=False) as stored:
+            yield stored
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
+        raise ValueError(f"is no .npz, or a truncated or damaged one: {format_error(e)}") from e
+
+
+def require_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """``ValueError`` unless a member of an .npz is an array of the size that it states."""
+    require_memory(member.filename, member.file_size)
+    if member.file_size > max(GIB, MAX_RATIO * member.compress_size):
+        raise ValueError(
+            f"{member.filename}: {member.compress_size} bytes inflate to {member.file_size / GIB:.1f} GiB; "
+            f"allowed: {MAX_RATIO} times their size"
+        )
+    if not member.filename.endswith(".npy"):
+        return
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        size = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename}: holds pickled objects, which are never loaded")
+        if size != member.file_size - file.tell():
+            raise ValueError(f"{member.filename}: states {dtype} {list(shape)}, but holds "
+                             f"{member.file_size - file.tell()} bytes of {size}")  # fmt: skip
+
+
+def require_memory(name: str, size: int) -> None:
+    """``ValueError`` if an array of ``size`` bytes does not fit into this machine's memory."""
+    total = psutil.virtual_memory().total
+    if size > total:
+        raise ValueError(f"{name}: has {size / GIB:.1f} GiB, and this machine {total / GIB:.1f} GiB of memory")
