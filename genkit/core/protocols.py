@@ -151,6 +151,8 @@ class Objective(ABC):
     """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    rows_interact: ClassVar[bool] = False
+    """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
