@@ -37,7 +37,6 @@ OBJECTIVES: Mapping[str, type] = {
 }
 
 __all__ = [
-    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation", "Drift",
-    "FirstStage", "Flow", "FlowMap",
-    "Regression",
+    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
+    "Drift", "FirstStage", "Flow", "FlowMap", "Regression",
 ]  # fmt: skip
