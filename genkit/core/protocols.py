@@ -63,6 +63,11 @@ class ProbabilityPath(Protocol):
 class Parametrization(Protocol):
     """The meaning of a network's input, output and regression target."""
 
+    divides_by_alpha: ClassVar[bool]
+    """Whether the output says nothing about the data at alpha = 0."""
+    predicts_noise: ClassVar[bool]
+    """Whether the data follow from the output by ``x0 = (x - sigma x1) / alpha``, with its error amplified."""
+
     def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input: ``(x_in [B, *S], time label [B])``."""
         ...

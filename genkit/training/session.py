@@ -32,7 +32,7 @@ from genkit.training.checkpoint import save_checkpoint
 from genkit.training.directory import append_log, read_log
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
-from genkit.training.sampling import grid_size, picture_names
+from genkit.training.sampling import default_guidance, grid_size, picture_names
 from genkit.training.settings import TrainSettings
 
 GRID_SIZE = 80  # about so many samples are in the pictures made while training
@@ -150,7 +150,8 @@ class Session:
         nets = state.slowest_average
         objective, device = self.settings.objective, self.accelerator.device
         callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
-        sampling = bind(objective.sampler, 20, callback=callback) if objective.sampler else None
+        guidance = default_guidance(objective, self.codec)
+        sampling = bind(objective.sampler, 20, guidance, callback=callback) if objective.sampler else None
         generate = objective.generator(nets, sampling)
         for net in nets.values():
             net.eval()

@@ -14,6 +14,7 @@ from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positiv
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
+from genkit.training.annotations import NoteText, TagText
 
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
@@ -82,6 +83,10 @@ class TrainSettings:
     """Directory in which the run directory is made."""
     name: NameText | None = None
     """Name of the run. None: data-objective-backbone."""
+    note: NoteText | None = changeable(None)
+    """A note that is added to those of the run (genkit note RUN shows them)."""
+    tags: tuple[TagText, ...] = changeable(())
+    """Tags that are added to those of the run, for genkit list --where tag=TAG."""
     save_every: Count = changeable(500)
     """Steps between checkpoints."""
     sample_every: Natural = changeable(500)

@@ -27,6 +27,7 @@ from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
 from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
+from genkit.training.annotations import annotate
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, rewind_log
@@ -154,7 +155,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     main, notes = accelerator.is_main_process, []
     if resumed and main:
         locks.enter_context(RunLock(resumed))
-    checkpoint, stored = None, settings
+    checkpoint, stored, given = None, settings, settings
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
         settings = continued_settings(resumed, settings, notes.append)
@@ -187,6 +188,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
     if main and not resumed:
         locks.enter_context(RunLock(directory))
+    if main and (given.note or given.tags):
+        annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
                       evaluator, fingerprint)  # fmt: skip
@@ -210,7 +213,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
-    settings = replace(settings, precision=precision, threads=threads, resume=None, data=source)
+    settings = replace(settings, precision=precision, threads=threads, resume=None, note=None, tags=(), data=source)
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None

@@ -41,6 +41,7 @@ from genkit.rl.finetune.setup import (
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
+from genkit.training.annotations import annotate
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -183,13 +184,15 @@ class FineTuning:
             else:
                 sweep(directory)
                 rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after")
-            stored = replace(settings, run=str(self.base.directory), resume=None)
+            stored = replace(settings, run=str(self.base.directory), resume=None, note=None, tags=())
             write_text(directory / "finetune.yaml", config.to_yaml(stored))
             if self.policy is not None:
                 acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
                 write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
+            if settings.note or settings.tags:
+                annotate(directory, settings.note, tags=settings.tags)
         shared = broadcast_object_list([directory])[0]
         assert shared is not None
         return shared
