@@ -26,7 +26,7 @@ from genkit.data.held_out import DEFAULT_SHARE, HeldOut, SelectedFiles, row_name
 from genkit.data.image_files import FolderFiles, ZipFiles, is_hidden, warn_of_others
 from genkit.data.images import ImageFiles, ImageSource, OnDisk, decode, height_width
 from genkit.data.in_memory import InMemory
-from genkit.data.source import Split, check_split
+from genkit.data.source import DataSource, Split, check_split
 
 TEST_NAMES = ("test", "val")
 
@@ -90,6 +90,10 @@ class LocalSource(ImageSource):
             return self
         share = 0.0 if has_test_split(self.root, self.suffix or "") else DEFAULT_SHARE
         return self.with_fields(held_out=share)
+
+    def with_decisions_of(self: S, earlier: DataSource) -> S:
+        decided = isinstance(earlier, LocalSource) and self.held_out is None
+        return self.with_fields(held_out=earlier.held_out) if decided else self
 
     def find(self, split: Split) -> tuple[Path, Path]:
         """:func:`find_split`; if a share is held out, both splits are in the training split's file or folder."""

@@ -102,6 +102,10 @@ class DataSource(ABC):
         nothing to decide."""
         return self
 
+    def with_decisions_of(self: S, earlier: DataSource) -> S:
+        """A copy in which what is left open is what it was for a run on ``earlier``, which goes on."""
+        return self
+
     def unaugmented(self: S) -> S:
         """A copy without random augmentation."""
         return self.with_fields(flip=False)

@@ -37,7 +37,10 @@ class Classifier(Objective):
 
     sampler: ClassVar[str | None] = None
     is_generative: ClassVar[bool] = False
-    usage: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
+    usage: ClassVar[str] = (
+        "genkit train --objective=flow --objective.path={path} --config {run}/config.yaml\n"
+        "genkit sample {runs}/latest{label} --classifier {run}"
+    )
 
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path of the models that it will guide; vp for ddpm"""

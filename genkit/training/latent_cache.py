@@ -71,6 +71,8 @@ class LatentCache:
     num_samples: int
     num_written: int
     """files that were written by this call; others existed"""
+    shape: tuple[int, ...]
+    """of a latent"""
 
 
 def encode(
@@ -135,7 +137,7 @@ def write_split(
         "statistics": statistics.to_dict(),
     }
     write_index(folder, index)
-    return LatentCache(folder, settings.split, len(data), written)
+    return LatentCache(folder, settings.split, len(data), written, tuple(stage.latent))
 
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from genkit import config
+from genkit.cli.next_steps import suggest_use
 from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
-from genkit.core import Label
-from genkit.data.text import caption_examples
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
@@ -78,11 +76,5 @@ def conclude(run: Run, done: bool) -> None:
         say(f"picture  {path}")
     if records and (warning := run.objective.warning(records[-1])):
         say(f"note     {warning}")
-    kind = run.spec.cond.get("label")
-    label = ""
-    if isinstance(kind, Label):
-        name = kind.names[1] if len(kind.names) > 1 else str(min(1, kind.num - 1))
-        label = f" --label {shlex.quote(name)}"
-    label += f' --prompt "{captions[0]}"' if (captions := caption_examples(run.spec)) else ""
-    usage = run.config.data.usage or run.objective.usage  # policies are tried, not looked at
-    say("next     " + usage.format(run=run.directory, label=label))
+    for line, command in zip(("next     ", "then     "), suggest_use(run), strict=False):
+        say(line + command)
