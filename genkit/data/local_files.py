@@ -92,8 +92,9 @@ class LocalSource(ImageSource):
         return self.with_fields(held_out=share)
 
     def with_decisions_of(self: S, earlier: DataSource) -> S:
-        decided = isinstance(earlier, LocalSource) and self.held_out is None
-        return self.with_fields(held_out=earlier.held_out) if decided else self
+        if not isinstance(earlier, LocalSource) or self.held_out is not None:
+            return self
+        return self.with_fields(held_out=earlier.held_out)
 
     def find(self, split: Split) -> tuple[Path, Path]:
         """:func:`find_split`; if a share is held out, both splits are in the training split's file or folder."""
