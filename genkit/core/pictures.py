@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from genkit.core.files import atomic_write
+from genkit.core.files import MARK, atomic_write
 
 MIN_SIDE = 64  # smaller images are enlarged to about this many pixels, by an integer factor
 
@@ -119,8 +119,17 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     if kind is None:
         raise ValueError(f"{path}: given {path.suffix or 'no suffix'}; allowed: the suffix of an image; try .png")
     with atomic_write(path) as part:
-        image.save(part, format=kind, **options)
+        image.save(part, format=kind, **mark_options(kind), **options)
     return path
+
+
+def mark_options(kind: str) -> dict[str, Any]:
+    """Options of PIL with which an image says that genkit wrote it; empty for formats that have no place for that."""
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Software", MARK)
+        return {"pnginfo": info}
+    return {"comment": MARK.encode()} if kind in ("GIF", "JPEG") else {}
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> Path:

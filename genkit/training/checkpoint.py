@@ -113,10 +113,12 @@ def save_checkpoint(
     data: Mapping[str, Any] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     best: int | None = None,
+    announce: bool = True,
 ) -> Path:
     """Write ``checkpoints/step-N``, point ``latest`` at it, and keep the newest ``keep`` checkpoints.
 
-    ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it.
+    ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it,
+    unless ``announce`` is off.
     ``extra`` holds further files by name. With ``best``, the step of the best checkpoint, ``latest`` points at that
     one, which is kept as well.
     """
@@ -142,7 +144,7 @@ def save_checkpoint(
         (part / "state.json").write_text(json.dumps(record, indent=1))
     chosen = final if best is None else final.with_name(f"step-{best:07d}")
     set_link(run / "latest", f"checkpoints/{chosen.name}")
-    if first:
+    if first and announce:
         set_link(run.parent / "latest", run.name)
     for old in list_checkpoints(run)[:-keep]:
         if old != chosen:
