@@ -21,6 +21,7 @@ from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import Draw
 from genkit.data import DATA
 
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from genkit import __version__, config
+from genkit.cli.scripts import run_script
 from genkit.data import Stream
 from genkit.training.loop import fit, initial_state
 from genkit.training.settings import TrainSettings
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import Draw
 from genkit.data import DATA
 
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

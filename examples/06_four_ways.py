@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from genkit import rollout, train
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 from genkit.envs.four_ways import FourWays, expert_episodes
 
@@ -85,4 +86,4 @@ def tile(panels: list[Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

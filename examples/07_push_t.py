@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from genkit import rollout, train
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 
 MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ from PIL import Image
 
 import genkit
 from genkit import config
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 from genkit.envs import make
 from genkit.envs.gym import Gym
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

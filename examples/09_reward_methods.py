@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import Draw
 from genkit.training.directory import read_log
 
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import Draw
 from genkit.core.pictures import save_image
 from genkit.data import DATA
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ import torch
 
 import genkit
 from genkit import bind, classifier_free, uniform
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 from genkit.diffusion.guidance import by_classifier, compose
 from genkit.diffusion.samplers import Seeds
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory")
     parser.add_argument("classifier", help="a run of --objective=classifier on the same path")
-    parser.add_argument("--label", type=int, default=1)
+    parser.add_argument("--label", default="1", help="the class, by name or number")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
     parser.add_argument("--unconditional", action="store_true", help="do not give the class to the model itself")
     parser.add_argument("--steps", type=int, default=20)
@@ -52,9 +53,11 @@ def main() -> None:
         results.append(run.codec.decode(x).cpu())
 
     x, scales = torch.cat(results), torch.arange(len(args.scales)).repeat_interleave(args.n)
-    image = pictures.make_grid(x, args.n) if x.ndim == 4 else pictures.draw_samples(x, {"label": scales})
+    names = [f"scale {scale:g}" for scale in args.scales]
+    grid = pictures.make_grid(x, args.n, captions=names) if x.ndim == 4 else None
+    image = grid or pictures.draw_samples(x, {"label": scales}, names)
     print(pictures.save_image(image, args.out))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,11 +14,11 @@ from editing import (
     measurement_noise,
     restore,
     rms_error,
-    run_script,
     save_rows,
 )
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.diffusion.inverse_problems import Blur, measure
 
 
@@ -31,11 +31,11 @@ def main() -> None:
     run = genkit.load(args.run)
     x0 = load_images(args, run)
     measurement = measure(Blur.gaussian(args.width), x0, args.noise, measurement_noise(args, run))
-    rows = [x0, measurement.y]
+    rows = {"original": x0, "blurred": measurement.y}
     for method in args.methods:
         x = restore(args, run, measurement, method)
         print(f"{method:<6} error {rms_error(x, x0):.3f} (root mean square)")
-        rows.append(x)
+        rows[method] = x
     save_rows(args, run, rows)
 
 

@@ -1,7 +1,6 @@
 """What inpaint.py, super_resolve.py, deblur.py and sdedit.py share: arguments, images, restorations and the picture."""
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -77,14 +76,7 @@ def rms_error(x: Tensor, x0: Tensor, mask: Tensor | None = None) -> float:
     return float(difference.square().mean().sqrt())
 
 
-def save_rows(args: argparse.Namespace, run: genkit.Run, rows: list[Tensor]) -> None:
-    """Write the picture, one row for each tensor ``[n, C, H, W]``, and print its path."""
-    print(pictures.save_image(pictures.make_grid(run.codec.decode(torch.cat(rows)).cpu(), args.n), args.out))
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run ``main``; a user's mistake ends it with one line."""
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {e}")
+def save_rows(args: argparse.Namespace, run: genkit.Run, rows: Mapping[str, Tensor]) -> None:
+    """Write the picture, one row for each tensor ``[n, C, H, W]`` with its name, and print its path."""
+    x = run.codec.decode(torch.cat(list(rows.values()))).cpu()
+    print(pictures.save_image(pictures.make_grid(x, args.n, captions=list(rows)), args.out))

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from editing import rms_error, run_script
+from editing import rms_error
 from torch import Tensor, nn
 
 from genkit import Batch, Flow, Image, Spec, UNet, bind, classifier_free, uniform
+from genkit.cli.scripts import run_script
 from genkit.core import Data, Draw, pictures
 from genkit.data import DATA, Stream, find_source
 from genkit.diffusion.inverse_problems import Average
@@ -84,7 +85,8 @@ def main() -> None:
     answers = [generate(Seeds(range(s, s + args.n))(x0.shape[1:]), {"image": corrupt(x0)}) for s in first_seeds]
     images = (corrupt(x0), *answers, torch.stack(answers).mean(0))
     print("error of the corrupted image, of each answer, of their mean:", *(f"{rms_error(x, x0):.3f}" for x in images))
-    grid = pictures.make_grid(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n)
+    names = ["original", "corrupted", *(f"answer {i}" for i in range(1, args.answers + 1))]
+    grid = pictures.make_grid(test.codec.decode(torch.cat([x0, corrupt(x0), *answers])), args.n, captions=names)
     print(pictures.save_image(grid, args.out))
 
 

@@ -15,12 +15,12 @@ from editing import (
     measurement_noise,
     restore,
     rms_error,
-    run_script,
     save_rows,
 )
 from torch import Tensor
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.diffusion.inverse_problems import Mask, measure
 
 PARTS = ("right", "bottom", "box", "half")
@@ -52,11 +52,11 @@ def main() -> None:
     x0 = load_images(args, run)
     operator = Mask(visible_mask(args.hide, run.spec.shape).to(run.device))
     measurement = measure(operator, x0, args.noise, measurement_noise(args, run))
-    rows = [x0, operator.forward(measurement.y)]
+    rows = {"original": x0, "visible": operator.forward(measurement.y)}
     for method in args.methods:
         x = restore(args, run, measurement, method)
         print(f"{method:<6} error of the hidden part {rms_error(x, x0, ~operator.mask):.3f} (root mean square)")
-        rows.append(x)
+        rows[method] = x
     save_rows(args, run, rows)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 from genkit.diffusion.samplers import Seeds
-from genkit.training.sampling import sample_conditions
+from genkit.training.sampling import picture_names, sample_conditions
 
 
 def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
@@ -27,7 +28,7 @@ def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a run directory, such as runs/latest")
-    parser.add_argument("--label", type=int, help="the class of all rows; default: row i has class i")
+    parser.add_argument("--label", help="the class of all rows, by name or number; default: row i has class i")
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--columns", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
@@ -44,9 +45,11 @@ def main() -> None:
     cond = {name: value.repeat_interleave(args.columns).to(run.device) for name, value in labels.items()}
     generate = run.generator(genkit.Sampling(sampler="heun", steps=args.steps, guidance=args.guidance))
     x = run.codec.decode(generate(noise.to(run.device), cond)).cpu()
-    image = pictures.make_grid(x, args.columns) if x.ndim == 4 else pictures.draw_samples(x, {})
+    names = picture_names(run.spec) if args.label is None else ()
+    captions = [names[i % len(names)] for i in range(args.rows)] if names else ()
+    image = pictures.make_grid(x, args.columns, captions=captions) if x.ndim == 4 else pictures.draw_samples(x, {})
     print(pictures.save_image(image, args.out))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ import torch
 
 import genkit
 from genkit import SAMPLERS
+from genkit.cli.scripts import run_script
 from genkit.core import pictures
 
 
@@ -34,8 +35,8 @@ def main() -> None:
         x, _ = run.sample(args.n, sampler=name, steps=args.steps, guidance=args.guidance, seed=args.seed)
         rows.append(x)
         print(f"{name:<10} {args.n} samples, {args.steps} steps")
-    print(pictures.save_image(pictures.make_grid(torch.cat(rows), columns=args.n), args.out))
+    print(pictures.save_image(pictures.make_grid(torch.cat(rows), args.n, captions=args.samplers), args.out))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

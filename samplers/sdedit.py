@@ -8,10 +8,11 @@ the image, 1 forgets it. The images are held-out ones of the run's own data, or 
 same size.
 """
 
-from editing import load_images, make_parser, run_script, save_rows
+from editing import load_images, make_parser, save_rows
 
 import genkit
 from genkit import classifier_free, uniform
+from genkit.cli.scripts import run_script
 from genkit.diffusion.inverse_problems import sdedit
 from genkit.diffusion.samplers import Seeds
 from genkit.training.sampling import sample_conditions
@@ -20,7 +21,7 @@ from genkit.training.sampling import sample_conditions
 def main() -> None:
     parser = make_parser(str(__doc__), out="variations.png")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9], help="above 0, up to 1")
-    parser.add_argument("--label", type=int, help="the class to turn them into; default: unconditional")
+    parser.add_argument("--label", help="the class to turn them into, by name or number; default: unconditional")
     parser.add_argument("--guidance", type=float, default=1.0)
     args = parser.parse_args()
 
@@ -29,13 +30,13 @@ def main() -> None:
     cond = sample_conditions(run.spec, args.n, args.label) if args.label is not None else {}
     cond = {name: value.to(run.device) for name, value in cond.items()}
     denoise = classifier_free(args.guidance)(run.denoiser)
-    times, rows = uniform(args.steps)(denoise.path), [x0]
+    times, rows = uniform(args.steps)(denoise.path), {"original": x0}
     for strength in args.strengths:
         noise = Seeds(range(args.seed, args.seed + args.n), run.device)
         x = sdedit(denoise, x0, times, cond, strength=strength, sampler=args.sampler, noise=noise)
         distance = (x - x0).square().mean().sqrt()
         print(f"strength {strength:<5g} root mean square distance to the originals {float(distance):.3f}")
-        rows.append(x)
+        rows[f"strength {strength:g}"] = x
     save_rows(args, run, rows)
 
 

@@ -14,11 +14,11 @@ from editing import (
     measurement_noise,
     restore,
     rms_error,
-    run_script,
     save_rows,
 )
 
 import genkit
+from genkit.cli.scripts import run_script
 from genkit.diffusion.inverse_problems import Average, measure
 
 
@@ -32,11 +32,11 @@ def main() -> None:
     x0 = load_images(args, run)
     operator = Average(args.factor)
     measurement = measure(operator, x0, args.noise, measurement_noise(args, run))
-    rows = [x0, operator.enlarge(measurement.y)]
+    rows = {"original": x0, "means of blocks": operator.enlarge(measurement.y)}
     for method in args.methods:
         x = restore(args, run, measurement, method)
         print(f"{method:<6} error {rms_error(x, x0):.3f} (root mean square)")
-        rows.append(x)
+        rows[method] = x
     save_rows(args, run, rows)
 
 

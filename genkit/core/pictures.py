@@ -12,34 +12,15 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from genkit.core.files import MARK, atomic_write
+from genkit.core.grids import GREY, add_footer, draw_groups, make_grid, to_pil
 
-MIN_SIDE = 64  # smaller images are enlarged to about this many pixels, by an integer factor
+__all__ = [
+    "draw_figure", "draw_figures", "draw_frames", "draw_pairs", "draw_samples", "make_grid", "plot_loss", "plot_points",
+    "plot_signals", "save_gif", "save_image", "to_pil",
+]  # fmt: skip
 
-
-def make_grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Arrange uint8 images ``[N, C, H, W]`` in a grid, row by row; C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
-
-    Small images are enlarged by an integer factor, and thin grey lines separate them. ``columns`` None makes the grid
-    about square. Raises ``ValueError`` for more than 4 channels.
-    """
-    n, c, h, w = images.shape
-    columns = columns or max(1, round((n * h / w) ** 0.5))
-    scale, gap = max(1, MIN_SIDE // max(h, w)), max(1, MIN_SIDE // 32)
-    rows, high, wide = -(-n // columns), h * scale + gap, w * scale + gap
-    sheet = np.full((rows * high + gap, columns * wide + gap, c), 128, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        r, k = divmod(i, columns)
-        tile = image.repeat(scale, 0).repeat(scale, 1)
-        sheet[gap + r * high : (r + 1) * high, gap + k * wide : (k + 1) * wide] = tile
-    return to_pil(sheet)
-
-
-def to_pil(array: np.ndarray) -> Image.Image:
-    """Convert uint8 ``[H, W, C]`` to a PIL image. Raises ``ValueError`` unless C is 1 to 4."""
-    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(array.shape[2])
-    if mode is None:
-        raise ValueError(f"a picture has 1 to 4 channels; given {array.shape[2]}; try --format npz")
-    return Image.fromarray(array[..., 0] if mode == "L" else array)
+GIF_SIDE = 64  # of an image in an animation, which holds many pictures
+MAX_LEGEND = 10  # classes in a legend: tab10 has ten colours
 
 
 def draw_figure(draw: Callable[[Any], None], size: tuple[float, float] = (5, 5)) -> Image.Image:
@@ -61,8 +42,11 @@ def draw_figures(
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def plot_points(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
-    """Plot the first two coordinates of points ``[N, D]``, coloured by class; a histogram if D = 1."""
+def plot_points(points: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = ()) -> Image.Image:
+    """Plot the first two coordinates of points ``[N, D]``, coloured by class; a histogram if D = 1.
+
+    ``names`` of at most ten classes are shown in a legend.
+    """
 
     def draw(axes: Any) -> None:
         x = points.numpy()
@@ -70,14 +54,16 @@ def plot_points(points: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
             axes.hist(x[:, 0], bins=max(10, int(len(x) ** 0.5)))
             return
         colour = {"c": cond["label"].numpy(), "cmap": "tab10"} if "label" in cond else {}
-        axes.scatter(x[:, 0], x[:, 1], s=6, **colour)
+        dots = axes.scatter(x[:, 0], x[:, 1], s=6, **colour)
+        if colour and 2 <= int(cond["label"].max()) + 1 <= len(names) <= MAX_LEGEND:
+            axes.legend(dots.legend_elements()[0], [names[int(i)] for i in cond["label"].unique()])
         axes.set_aspect("equal")
         axes.set_title(f"{len(x)} samples")
 
     return draw_figure(draw)
 
 
-def plot_signals(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
+def plot_signals(signals: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = ()) -> Image.Image:
     """Plot up to 16 signals ``[N, C, T]`` above each other, with one colour per channel."""
 
     def draw(axes: Any) -> None:
@@ -89,28 +75,32 @@ def plot_signals(signals: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
     return draw_figure(draw, (6, 8))
 
 
-def detect_cycle(cond: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes or prompts if 2 to 16 of them repeat in a cycle, one grid column each; else None."""
-    label, words = cond.get("label"), cond.get("text")
-    if label is not None and len(label) > 1:
-        num = int(label.max()) + 1
-        return num if 2 <= num <= 16 and bool((label == torch.arange(len(label)) % num).all()) else None
-    if words is None or len(words) < 2:
-        return None
-    num = len(words.unique(dim=0))
-    return num if 2 <= num <= 16 and bool((words == words[torch.arange(len(words)) % num]).all()) else None
+PLOTS: Mapping[int, Callable[..., Image.Image]] = {1: plot_points, 2: plot_signals, 3: draw_groups}
+"""axes of one sample -> its picture"""
 
 
-PLOTS: Mapping[int, Callable[..., Image.Image]] = {  # axes of one sample -> its picture
-    1: plot_points,
-    2: plot_signals,
-    3: lambda x, cond: make_grid(x, detect_cycle(cond)),
-}
+def draw_samples(x: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = (), **options: Any) -> Image.Image:
+    """Draw decoded samples ``[N, *S]``: points, signals or images. ``names`` are those of the classes or prompts.
+
+    ``options`` of a grid of images go to :func:`genkit.core.grids.make_grid`; other pictures have none.
+    """
+    return PLOTS[x.ndim - 1](x, cond, names, **(options if x.ndim == 4 else {}))
 
 
-def draw_samples(x: Tensor, cond: Mapping[str, Tensor]) -> Image.Image:
-    """Draw decoded samples ``[N, *S]``: points, signals or images."""
-    return PLOTS[x.ndim - 1](x, cond)
+def draw_pairs(originals: Tensor, copies: Tensor) -> Image.Image:
+    """Draw samples ``[N, *S]`` and their reconstructions: images below each other, others in two colours."""
+    names = ("original", "reconstruction")
+    if originals.ndim < 4:
+        kind = torch.arange(2).repeat_interleave(len(originals))
+        return draw_samples(torch.cat([originals, copies]), {"label": kind}, names)
+    n, _, h, w = originals.shape
+    columns = min(n, max(1, round((2 * n * h / w) ** 0.5)))
+    columns = -(-n // -(-n // columns))  # rows of equal length
+    rows = [x for i in range(0, n, columns) for x in (originals[i : i + columns], copies[i : i + columns])]
+    full = torch.full((len(rows), columns, *originals.shape[1:]), GREY, dtype=originals.dtype)
+    for row, x in zip(full, rows, strict=True):
+        row[: len(x)] = x
+    return make_grid(full.flatten(0, 1), columns, captions=names * (len(rows) // 2))
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
@@ -132,6 +122,12 @@ def mark_options(kind: str) -> dict[str, Any]:
     return {"comment": MARK.encode()} if kind in ("GIF", "JPEG") else {}
 
 
+def draw_frames(frames: Sequence[Tensor], cond: Mapping[str, Tensor], names: Sequence[str] = ()) -> list[Image.Image]:
+    """Pictures of the predictions ``[N, *S]`` after each step, numbered."""
+    pictures = (draw_samples(x, cond, names, min_side=GIF_SIDE) for x in frames)
+    return [add_footer(picture, f"step {i} of {len(frames)}") for i, picture in enumerate(pictures, 1)]
+
+
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) -> Path:
     """Write an endless GIF that pauses on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
@@ -139,16 +135,20 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) 
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write a plot of each phase's loss over the steps, on a log scale if all losses are positive."""
+    """Write a plot of each phase's loss and of held-out losses (``val/...``, dashed) over the steps, on a log scale if
+    all losses are positive."""
 
     def draw(axes: Any) -> None:
         keys = sorted({k for r in records for k in r if k.endswith("/loss")})
         for key in keys:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=key, lw=1)
+                style = {"ls": "--", "marker": "o", "ms": 3} if key.startswith("val/") else {}
+                axes.plot(*zip(*points, strict=True), label=key, lw=1, **style)
         if all(r[k] > 0 for r in records for k in keys if r.get(k) is not None):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.grid(alpha=0.3, which="both")

@@ -6,8 +6,10 @@ Nothing is extracted from an archive to the disk.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +23,7 @@ from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.data.captions import Caption, read_captions
 
+logger = logging.getLogger("genkit")
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx",
@@ -30,6 +33,7 @@ COMPANIONS = {  # known files beside images that are not images; no warning ment
     "Thumbs.db", "desktop.ini",
 }  # fmt: skip
 MAX_MEMBER = 2**29  # bytes of an archive's member: an image of 178 million pixels is smaller, a bomb is not
+SECONDS_UNTIL_SAID = 5.0  # between messages while the files of a large tree are listed
 CAPTION_SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
@@ -47,12 +51,14 @@ def is_hidden(name: str) -> bool:
 def list_files(directory: Path) -> list[str]:
     """The files in a folder and its subfolders that are not hidden, sorted by path.
 
-    Links are followed, but no folder twice. ``ValueError`` names a folder that cannot be read.
+    Links are followed, but no folder twice. ``ValueError`` names a folder that cannot be read. A long walk says
+    which folder it has reached.
     """
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
 
+    said = time.monotonic()
     visited: set[str] = set()
     names: list[str] = []
     for base, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
@@ -61,6 +67,9 @@ def list_files(directory: Path) -> list[str]:
             continue
         visited.add(real)
         names += (Path(base, name).relative_to(directory).as_posix() for name in files)
+        if time.monotonic() - said > SECONDS_UNTIL_SAID:
+            said = time.monotonic()
+            logger.info("%s: still listing files, %d so far; now in %s", directory, len(names), base)
     return sorted(name for name in names if not is_hidden(name))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genkit.config.numbers import Count, Width
 from genkit.config.paths import PathText
-from genkit.core import Batch, Codec, Condition, Data, Draw, Spec
+from genkit.core import Batch, Codec, Condition, Draw, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
@@ -158,6 +158,8 @@ class OnDisk:
     flip: bool = False
     captions: Captions | None = None
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
+    num_held_out: int = 0
+    """samples that are held out of the training split"""
     paged: set[str] = field(default_factory=set, init=False)
     """images of which only the first page is taken, as far as they were read"""
     warned: bool = field(default=False, init=False)
@@ -278,7 +280,7 @@ class ImageSource(DataSource):
         kinds: Mapping[str, Condition],
         memory: float,
         read_captions: CaptionReader | None = None,
-    ) -> Data:
+    ) -> InMemory | OnDisk:
         """The images of ``files`` by these settings, in memory if they need at most ``memory`` GiB.
 
         The first image determines the shape of all.

@@ -37,6 +37,8 @@ class InMemory:
     codec: Codec
     flip: bool = False
     captions: Captions | None = None
+    num_held_out: int = 0
+    """samples that are held out of the training split"""
 
     def __post_init__(self) -> None:
         if tuple(self.x.shape[1:]) != tuple(self.spec.shape):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from genkit.core.messages import warn_once
 from genkit.data.captions import FILES
 from genkit.data.classes import abbreviate_list, class_kind, folder_classes, folder_labels, sort_naturally
 from genkit.data.codecs import Identity, MinMax, Standardize, loses_digits
+from genkit.data.held_out import DEFAULT_SHARE, HeldOut, SelectedFiles, row_names, split_rows
 from genkit.data.image_files import FolderFiles, ZipFiles, is_hidden, warn_of_others
-from genkit.data.images import ImageSource
+from genkit.data.images import ImageFiles, ImageSource, OnDisk
 from genkit.data.in_memory import InMemory
 from genkit.data.source import Split, check_split
 
@@ -52,19 +54,69 @@ def find_split(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
     for test in [home / f"{name}{suffix}" for name in TEST_NAMES] if home else []:
         if test.exists():
             return test, train
-    base = home or "DIR"
-    raise ValueError(f"{top}: has no test split; arrange it as {base}/train{suffix} and {base}/test{suffix}")
+    base = home or (top if train.is_dir() else top.parent)
+    raise ValueError(
+        f"{top}: has no test split; arrange it as {base}/train{suffix} and {base}/test{suffix}, or hold out a share of "
+        f"it: --data.held-out {DEFAULT_SHARE:g}"
+    )
+
+
+def has_test_split(root: str, suffix: str) -> bool:
+    """Whether there is a test split beside the training split. ``ValueError`` if there is no training split."""
+    _, train = find_split(root, "train", suffix)
+    try:
+        return find_split(root, "test", suffix)[0] != train
+    except ValueError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------- images
+S = TypeVar("S", bound="LocalSource")
+
+
 @dataclass(frozen=True, kw_only=True)
-class LocalImages(ImageSource):
-    """Base of the sources of a person's own images."""
+class LocalSource(ImageSource):
+    """Base of the sources of a person's own files, of which a share is held out if there is no test split."""
 
     root: PathText = "data"
     """the training split, or the folder that contains both splits"""
+    held_out: HeldOut = None
+    """share of the training split that is kept for evaluation and is its test split, chosen by a hash of each file's
+    name (of an npz: its row); None: 0.1 when training begins, unless there is a test split"""
+
+    def with_default_held_out(self: S) -> S:
+        if self.held_out is not None:
+            return self
+        share = 0.0 if has_test_split(self.root, self.suffix or "") else DEFAULT_SHARE
+        return self.with_fields(held_out=share)
+
+    def find(self, split: Split) -> tuple[Path, Path]:
+        """:func:`find_split`; if a share is held out, both splits are in the training split's file or folder."""
+        check_split(split)
+        return find_split(self.root, "train" if self.held_out else split, self.suffix or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalImages(LocalSource):
+    """Base of the sources of a person's own images in files."""
+
     memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
+
+    def from_split(
+        self, split: Split, files: FolderFiles | ZipFiles, label: Tensor | None, kind: Label | None
+    ) -> InMemory | OnDisk:
+        """The images of a split by these settings, with classes ``label`` ``[N]`` of all ``files`` if there are any."""
+        chosen: ImageFiles = files
+        captions, num_held_out = files.captions, 0
+        if self.held_out:
+            rows, of_training = (split_rows(files.names, self.held_out, s, self.root) for s in (split, "train"))
+            selected = chosen = SelectedFiles(files, rows.tolist())
+            captions = partial(selected.select_captions, files.captions)
+            num_held_out = len(files.names) - len(of_training)
+            label = None if label is None else label[rows]
+        cond, kinds = ({}, {}) if label is None or kind is None else ({"label": label}, {"label": kind})
+        return replace(self.from_files(chosen, cond, kinds, self.memory, captions), num_held_out=num_held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +130,19 @@ class Folder(LocalImages):
     suffix: ClassVar[str] = ""
 
     def load(self, split: Split = "train") -> Data:
-        path, train = find_split(self.root, split, "")
+        path, train = self.find(split)
         files = FolderFiles.open(path)
         refuse_run_pictures(path, files.names)
         warn_of_others(path, files.others, self.captions == (FILES,))
         train_names = files.names if path == train else FolderFiles.open(train).names
         classes = folder_classes(train_names) if self.reads_labels else ()
         if not classes:
-            return self.from_files(files, {}, {}, self.memory, files.captions)
+            return self.from_split(split, files, None, None)
         folders = {p.name for p in train.iterdir() if p.is_dir() and not is_hidden(p.name)}
         if empty := sort_naturally(folders - set(classes)):
             warn_once(f"{train}: {len(empty)} folders hold no images and are no classes: {abbreviate_list(empty)}")
         label = folder_labels(files.names, classes, path, train)
-        kind = Label(len(classes), classes)
-        return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.captions)
+        return self.from_split(split, files, label, Label(len(classes), classes))
 
 
 def refuse_run_pictures(folder: Path, names: Sequence[str]) -> None:
@@ -126,16 +177,14 @@ class Zip(LocalImages):
 
     def load(self, split: Split = "train", class_names: tuple[str, ...] = ()) -> Data:
         """``class_names`` are the names of the classes of ``dataset.json``, which does not hold them."""
-        path, train = find_split(self.root, split, ".zip")
+        path, train = self.find(split)
         files = ZipFiles(path)
         warn_of_others(path, files.others, self.captions == (FILES,))
         label = kind = None
         if self.reads_labels:
             train_files = files if path == train else ZipFiles(train)
             label, kind = zip_classes(files, train_files, class_names)
-        if label is None or kind is None:
-            return self.from_files(files, {}, {}, self.memory, files.captions)
-        return self.from_files(files, {"label": label}, {"label": kind}, self.memory, files.captions)
+        return self.from_split(split, files, label, kind)
 
 
 def zip_classes(files: ZipFiles, train: ZipFiles, names: tuple[str, ...]) -> tuple[Tensor | None, Label | None]:
@@ -166,7 +215,7 @@ CODECS: Mapping[str, Callable[[Tensor], Codec]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Npz(ImageSource):
+class Npz(LocalSource):
     """Arrays in an .npz: ``x`` and, if there are classes, ``y``; or ``arr_0`` and ``arr_1`` (guided-diffusion's names).
 
     Samples are images, uint8 ``[N, H, W]`` or ``[N, H, W, 1 or 3]``, or numbers, float ``[N, D]`` or ``[N, C, T]``.
@@ -180,9 +229,15 @@ class Npz(ImageSource):
     """how numbers are scaled for the model; None: standardize"""
 
     def load(self, split: Split = "train") -> Data:
-        path, train = find_split(self.root, split, ".npz")
+        path, train = self.find(split)
         x, label = read_npz(path)
         train_x, train_label = (x, label) if path == train else read_npz(train)
+        num_held_out = 0
+        if self.held_out:
+            names = row_names(len(x))
+            rows, of_training = (split_rows(names, self.held_out, s, path) for s in (split, "train"))
+            x, train_x, label = x[rows], x[of_training], None if label is None else label[rows]
+            num_held_out = len(names) - len(of_training)
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
         if self.reads_labels and label is not None:
@@ -190,12 +245,13 @@ class Npz(ImageSource):
         if x.dtype == torch.uint8:
             if self.codec is not None:
                 raise ValueError(f"{path}: holds images, to which --data.codec does not apply; given {self.codec}")
-            return self.from_array(x, cond, kinds)
+            return replace(self.from_array(x, cond, kinds), num_held_out=num_held_out)
         if self.size is not None or self.channels is not None or self.flip or self.captions:
             raise ValueError(f"{path}: holds numbers, to which --data.size, channels, flip and captions do not apply")
         if x.shape[1:] != train_x.shape[1:]:
             raise ValueError(f"{path}: samples are {tuple(x.shape[1:])}, but {tuple(train_x.shape[1:])} in {train}")
-        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), CODECS[self.codec or "standardize"](train_x))
+        codec = CODECS[self.codec or "standardize"](train_x)
+        return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec, num_held_out=num_held_out)
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:

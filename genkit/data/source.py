@@ -33,6 +33,7 @@ class DataSource(ABC):
 
     ``root: str``                  the file or folder that is read
     ``size``, ``channels``         the shape to which images are converted; None: as stored
+    ``held_out: float``            the share of the training split that is its test split
     ``flip: bool``                 mirror half of the images of a batch at random
     ``labels: bool``               condition on the class of each sample
     ``captions``, ``encoder``      condition on text, and the frozen text encoder that reads it
@@ -90,6 +91,11 @@ class DataSource(ABC):
         if not isinstance(root, str) or not root or not os.path.exists(os.path.expanduser(root)):
             return self
         return self.with_fields(root=os.path.abspath(os.path.expanduser(root)))
+
+    def with_default_held_out(self: S) -> S:
+        """A copy whose share of held-out samples is decided, for a run that begins; sources with a test split have
+        nothing to decide."""
+        return self
 
     def unaugmented(self: S) -> S:
         """A copy without random augmentation."""

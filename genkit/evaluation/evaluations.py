@@ -22,6 +22,7 @@ from genkit.core import Spec
 from genkit.core.device import pick_device
 from genkit.core.files import refuse_foreign
 from genkit.core.links import follow_links
+from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
@@ -30,6 +31,7 @@ from genkit.evaluation.sources import (
     REFERENCE_SEED,
     SPLITS,
     DataOptions,
+    DatasetSamples,
     ModelSamples,
     Reconstructions,
     SampleSource,
@@ -215,7 +217,35 @@ def open_reference(
     path = Path(name).expanduser()
     if is_run(path):
         return open_reference_run(path, sampling, device)
-    return path if is_statistics_file(path) else open_data(name, options)
+    if is_statistics_file(path):
+        return path
+    return open_data_like(samples, name, options) if of_run else open_data(name, options)
+
+
+def open_data_like(samples: SampleSource, name: str, options: DataOptions) -> DatasetSamples:
+    """Stored samples by name; images of another shape than ``samples`` are converted to it unless ``options`` say how.
+
+    A message says so.
+    """
+    if not is_image(samples.spec) or options.size is not None or options.channels is not None:
+        return open_data(name, options)
+    problem = None
+    try:
+        stored = open_data(name, options)
+        if not is_image(stored.spec) or stored.spec.shape == samples.spec.shape:
+            return stored
+    except ValueError as e:  # images of several sizes, say
+        problem = e
+    channels, *size = samples.spec.shape
+    try:
+        converted = open_data(name, config.override(options, size=size, channels=channels))
+    except ValueError as e:
+        raise problem or e from None
+    if converted.spec.shape != samples.spec.shape:  # a source without these settings
+        return converted
+    shape = "x".join(map(str, samples.spec.shape))
+    warn_once(f"{name}: its images are converted to {shape}, as the run's are (--data.size, --data.channels)")
+    return converted
 
 
 def open_reference_run(path: Path, sampling: Sampling, device: torch.device) -> ModelSamples:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from genkit.core import pictures
 
+FRAME_MILLISECONDS = 150  # of a trajectory's picture: 20 steps take three seconds
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -26,6 +28,8 @@ class Samples:
     """forward passes of the networks for each sample"""
     network_rows: float = 1.0
     """rows that went through the network for each sample: guidance by a second pass doubles it"""
+    names: Sequence[str] = ()
+    """of the classes, or the prompts that come in turn: the headings of the grid"""
     frames: Sequence[Tensor] = field(default=(), repr=False)
     """decoded predictions after each step, ``[n, *S]``, if a trajectory was asked for"""
 
@@ -44,13 +48,14 @@ class Samples:
 
     def grid(self) -> Image.Image:
         """All samples as one picture: a grid of images, a scatter plot of points, a sheet of curves."""
-        return pictures.draw_samples(self.x, self.cond)
+        return pictures.draw_samples(self.x, self.cond, self.names)
 
     def animation(self, path: str | Path) -> Path:
         """Write the trajectory as a GIF. ``ValueError`` if none was recorded."""
         if not self.frames:
             raise ValueError("animation: no trajectory was recorded; draw with run.sample(..., trajectory=True)")
-        return pictures.save_gif([pictures.draw_samples(x, self.cond) for x in self.frames], Path(path))
+        frames = pictures.draw_frames(self.frames, self.cond, self.names)
+        return pictures.save_gif(frames, Path(path), FRAME_MILLISECONDS)
 
     def _repr_png_(self) -> bytes:
         """The PNG that a notebook displays."""

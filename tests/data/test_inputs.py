@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from genkit.core import Draw, Label
-from genkit.data import DATA
+from genkit.data import DATA, image_files
 from genkit.data.classes import MAX_CLASSES, describe_classes, list_classes, sort_naturally
 from genkit.data.codecs import MinMax, Standardize
 from genkit.data.demonstrations.windows import Episode, check_episodes
@@ -240,3 +240,15 @@ def png(side):
     stream = io.BytesIO()
     Image.new("L", (side, side), 7).save(stream, "PNG")
     return stream.getvalue()
+
+
+def test_a_long_walk_through_a_tree_says_where_it_is(tmp_path, caplog, monkeypatch):
+    for i in range(3):
+        write(tmp_path / f"deep/{i}/{i}.png")
+    with caplog.at_level("INFO", "genkit"):
+        quick = image_files.list_files(tmp_path)
+        assert not caplog.messages, "a short walk needs no words"
+        monkeypatch.setattr(image_files, "SECONDS_UNTIL_SAID", -1.0)
+        assert image_files.list_files(tmp_path) == quick
+    assert len(quick) == 3
+    assert f"{tmp_path}: still listing files, 3 so far; now in {tmp_path}/deep/" in caplog.messages[-1]

@@ -14,8 +14,8 @@ from genkit.core import (
     Spec,
     Text,
     Vector,
-    pictures,
 )
+from genkit.core.grids import count_cycle
 from genkit.data import DATA, text
 from genkit.training.run import load_run
 from genkit.training.sampling import sample_conditions
@@ -141,8 +141,8 @@ def test_info_and_training_pictures_show_prompts(worded, capsys):
     assert "text           up to 40 bytes, such as 'a handwritten zero', 'the digit one'" in capsys.readouterr().out
     assert (worded / "samples" / "step-0000002.png").is_file()
     turn = sample_conditions(load_run(worded).spec, 80)
-    assert pictures.detect_cycle(turn) == 10  # one column each
-    assert pictures.detect_cycle({"text": turn["text"][[0, 1, 1, 0]]}) is None
+    assert count_cycle(turn) == 10  # one column each
+    assert count_cycle({"text": turn["text"][[0, 1, 1, 0]]}) is None
 
 
 def test_evaluation_draws_the_captions_of_the_data_and_knows_their_class(worded, tmp_path):

@@ -82,3 +82,31 @@ def test_samples_that_genkit_wrote_into_a_run_are_data(tmp_path, capsys):
     drawn = make_run_directory(tmp_path / "0000-x") / "samples" / "drawn"
     assert cli.main(["eval", str(drawn), str(drawn), "--features=raw", "--metrics=fid"]) == 0
     assert "2 samples against 2" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small_images(tmp_path_factory):
+    """A run on 8x8 grey images without classes."""
+    argv = ["--data=digits", "--data.labels=false", "--backbone.width=8", "--steps=2"]
+    return train(tmp_path_factory.mktemp("small"), *argv)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (24,), (16, 24)])
+def test_a_folder_of_images_is_measured_at_the_size_of_the_run(tmp_path, small_images, sizes, capfd):
+    """The same numbers as with the size and the channels given; a message unless the images have them already."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        side = sizes[i % len(sizes)]
+        pixels = rng.integers(0, 256, (side, side) if sizes == (8,) else (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    argv = ["--metrics=fid", "--features=raw", "--n=40", "--steps=2"]
+    plain = evaluate_to_card(tmp_path, small_images, folder, *argv)
+    said = capfd.readouterr().err
+    given = evaluate_to_card(tmp_path, small_images, folder, *argv, "--data.size=8", "--data.channels=1")
+    assert values(plain) == values(given)
+    assert ("converted to 1x8x8" in said) == (sizes != (8,))
+    with pytest.raises(ValueError, match="has samples"):
+        evaluate(small_images, reference=str(folder), metrics="fid", features="raw", n=40, steps=2, device="cpu",
+                 data={"size": 4, "channels": 1})  # fmt: skip

@@ -17,8 +17,10 @@ from genkit.config.numbers import Count
 from genkit.config.paths import PathText
 from genkit.core.progress import reporting
 from genkit.data import text
-from genkit.training.run import load_run
-from genkit.training.sampling import LoadOptions, Sampling
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import LoadOptions, Sampling, grid_size
+
+NUM_IMAGES, NUM_VECTORS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Sample(Sampling, LoadOptions):
     run: Positional[PathText]
     """Run directory, such as runs/latest."""
     n: Count | None = None
-    """Number of samples, of each prompt. None: 64, or one of each of several prompts."""
+    """Number of samples, of each prompt. None: about 64, so that the rows of the grid are full; fewer large images;
+    512 vectors; one of each of several prompts."""
     label: str | int | None = None
     """Class to draw, by name or number (genkit info RUN lists them). None: all classes in turn."""
     prompt: tuple[str, ...] = ()
@@ -45,6 +48,14 @@ class Sample(Sampling, LoadOptions):
     """Also write a GIF of the trajectory from noise to sample."""
 
 
+def default_number(command: Sample, run: Run) -> int:
+    """The number of samples if none is given: a picture's worth of them."""
+    if len(command.prompt) > 1:
+        return 1
+    spec = run.data_spec if command.label is None and not command.prompt else replace(run.data_spec, cond={})
+    return NUM_VECTORS if len(spec.shape) == 1 else grid_size(spec, NUM_IMAGES)
+
+
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
@@ -52,7 +63,7 @@ def main(argv: list[str]) -> int:
                    adapter=command.lora, adapter_scale=command.lora_scale)  # fmt: skip
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
-    command = replace(command, n=command.n or (1 if len(command.prompt) > 1 else 64))
+    command = replace(command, n=command.n or default_number(command, run))
     n = (command.n or 1) * max(1, len(command.prompt))
     out = destination(command, run)
     require_free(command, run, out)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from scipy import special
 from torch import Tensor
 
 LEVEL = 0.95
@@ -23,8 +22,14 @@ class Estimate(NamedTuple):
     @classmethod
     def normal(cls, value: float, variance: float, level: float = LEVEL) -> Estimate:
         """The value with the interval of a normal distribution of this ``variance``."""
-        half = float(special.ndtri((1 + level) / 2)) * math.sqrt(variance)
+        half = normal_quantile((1 + level) / 2) * math.sqrt(variance)
         return cls(value, value - half, value + half)
+
+    def overlaps(self, other: Estimate) -> bool | None:
+        """Whether the two intervals have a point in common; None if a bound is not known."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return None
+        return self.low <= other.high and other.low <= self.high
 
     def __str__(self) -> str:
         """``12.346 [11.25, 13.5]``."""
@@ -32,9 +37,16 @@ class Estimate(NamedTuple):
         return f"{self.value:.5g}{interval}"
 
 
+def normal_quantile(p: float) -> float:
+    """The standard normal distribution's quantile at ``p``."""
+    from scipy import special  # lazy: a third of a second
+
+    return float(special.ndtri(p))
+
+
 def proportion(hits: int, n: int, level: float = LEVEL) -> Estimate:
     """The proportion ``hits / n`` with Wilson's interval (1927), which stays in [0, 1] and is right for small n."""
-    z = float(special.ndtri((1 + level) / 2))
+    z = normal_quantile((1 + level) / 2)
     p = hits / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

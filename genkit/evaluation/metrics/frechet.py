@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.linalg import LinAlgError, eigh
 from torch import Tensor
 
 from genkit.evaluation.metrics.estimate import LEVEL, Estimate, check_rows
@@ -50,12 +49,14 @@ def product_eigenvalues(a: Moments, b: Moments) -> np.ndarray:
 
     Rounding turns an eigenvalue 0 into about 1e-16, whose root is 1e-8: a thousand of them would be visible.
     """
+    from scipy.linalg import eigh  # lazy: a third of a second
+
     p, q = (a, b) if a.rank >= b.rank else (b, a)
     if p.rank == p.dim:
         try:  # LAPACK's dsygv: Cholesky of p, L^T q L, and its eigenvalues, at half the cost of two products
             matrices = (q.cov.numpy(), p.cov.numpy())
             return eigh(*matrices, type=2, driver="gv", eigvals_only=True, check_finite=False)[-q.rank :]
-        except LinAlgError:  # p is singular
+        except np.linalg.LinAlgError:  # p is singular
             pass
     factor = factorise(p.cov, p.rank)[0]
     return torch.linalg.eigvalsh(factor.T @ q.cov @ factor)[-q.rank :].numpy()

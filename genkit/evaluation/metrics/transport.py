@@ -6,7 +6,6 @@ import importlib.util
 import math
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from genkit.evaluation.metrics.estimate import Estimate, check_pair
@@ -23,6 +22,8 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     exact = "donot_use_mm_for_euclid_dist"  # equal points are at distance 0, not 1e-8
     cost = torch.cdist(x.double(), y.double(), compute_mode=exact).square().cpu().numpy()
     if len(x) == len(y):
+        from scipy.optimize import linear_sum_assignment  # lazy: half a second
+
         i, j = linear_sum_assignment(cost)
         return math.sqrt(float(cost[i, j].mean()))
     if importlib.util.find_spec("ot") is None:

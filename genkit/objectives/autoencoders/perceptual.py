@@ -92,6 +92,8 @@ class VGGFeatures(nn.Module):
     def __init__(self, settings: VGG):
         super().__init__()
         self.settings = settings
+        # outside compiled code, for it reads a file; not at import, for torch._dynamo takes a second
+        self.load_vgg = cast(Callable[[VGG, torch.device], nn.Sequential], torch.compiler.disable(make_vgg))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return feature_distance(self.features(x), self.features(y))
@@ -101,7 +103,7 @@ class VGGFeatures(nn.Module):
         mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         x = ((x + 1) / 2 - mean) / std  # one channel becomes three
         layers = []
-        for layer in load_vgg(self.settings, x.device):
+        for layer in self.load_vgg(self.settings, x.device):
             if isinstance(layer, nn.MaxPool2d):
                 layers.append(x)
                 if min(x.shape[-2:]) < 2:
@@ -158,7 +160,7 @@ class VGG(PerceptualDistance):
         return VGGFeatures(self)
 
     def setup(self) -> None:
-        load_vgg(self, torch.device("cpu"))
+        make_vgg(self, torch.device("cpu"))
 
     def find_weights(self) -> Path:
         """The file of the weights. ``ValueError`` says how to get it."""
@@ -213,10 +215,6 @@ def make_vgg(settings: VGG, device: torch.device) -> nn.Sequential:
         raise ValueError(f"perceptual.weights: {path} is not {settings.file}: {odd[0]} is missing or of another shape")
     layers.load_state_dict({k.removeprefix("features."): stored[k].float() for k in wanted}, assign=True)
     return layers.to(device).eval().requires_grad_(False)
-
-
-# outside compiled code, for it reads a file
-load_vgg = cast(Callable[[VGG, torch.device], nn.Sequential], torch.compiler.disable(make_vgg))
 
 
 def read_weights(path: Path, settings: VGG) -> Mapping[str, Tensor]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from genkit.config.numbers import Positive
@@ -64,6 +63,8 @@ class OptimalTransport:
     needs_pairs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, x1: Tensor, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
+        from scipy.optimize import linear_sum_assignment  # lazy: half a second
+
         cost = torch.nan_to_num(squared_distances(batch.x, x1))
         other = other_class(batch.cond, cost)
         _, order = linear_sum_assignment((cost + other * (1 + len(cost) * cost.max())).cpu().numpy())

@@ -17,7 +17,7 @@ from genkit.rl.finetune.image_rewards import SampleQuality
 from genkit.rl.finetune.learner import Demos
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.training.run import Run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import Sampling, picture_names
 
 PICTURE_SAMPLES = 100  # samples in the picture
 BATCH = 250  # samples drawn at a time
@@ -39,7 +39,8 @@ class SampleEvaluation:
     def __call__(self, run: Run, picture: Path) -> dict[str, Any]:
         """Estimates ready for JSON; the first samples are drawn to the file ``picture``."""
         cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda n: self.demos(0, 0, n).cond)
-        generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid))
+        # not clipped, as the chain draws in training
+        generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid, clip=False))
         rewards, decoded = [], []
         for rows in torch.arange(self.n).split(BATCH):
             noise = Seeds([self.seed + int(i) for i in rows], run.device)
@@ -51,7 +52,8 @@ class SampleEvaluation:
                 decoded.append(run.codec.decode(x).cpu())
         reward, x = torch.cat(rewards), torch.cat(decoded)
         shown = min(self.n, PICTURE_SAMPLES)
-        pictures.save_image(pictures.draw_samples(x[:shown], {k: v[:shown].cpu() for k, v in cond.items()}), picture)
+        shown_cond = {k: v[:shown].cpu() for k, v in cond.items()}
+        pictures.save_image(pictures.draw_samples(x[:shown], shown_cond, picture_names(run.spec)), picture)
         results: dict[str, Any] = {
             "samples": self.n,
             "reward": Estimate.normal(float(reward.mean()), float(reward.var(correction=0)) / self.n)._asdict(),
