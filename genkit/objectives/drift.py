@@ -52,13 +52,13 @@ class Drift(Objective):
             logs = {"drift": field.square().mean().sqrt(), "coverage": coverage(x, batch.x)}
         return Loss(mean_flat((x - (x + field).detach()).square()), logs)
 
-    def drift(self, x: Tensor, data: Tensor, apart: Tensor) -> Tensor:
-        """The drift ``[B, *S]`` of samples ``x``; rows i and j that are ``apart`` (Bool ``[B, B]``) do not meet."""
+    def drift(self, x: Tensor, data: Tensor, different: Tensor) -> Tensor:
+        """The drift ``[B, *S]`` of samples ``x``; rows i and j of ``different`` classes (Bool ``[B, B]``) do not meet."""
         to_data, to_samples = distances(x, data), distances(x, x)
-        width = to_data[~apart].mean().clamp(min=1e-12)
+        width = to_data[~different].mean().clamp(min=1e-12)
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        to_data = to_data.masked_fill(apart, math.inf)
-        to_samples = to_samples.masked_fill(apart | itself, math.inf)
+        to_data = to_data.masked_fill(different, math.inf)
+        to_samples = to_samples.masked_fill(different | itself, math.inf)
         parts = [drift_field(to_data / (width * t), to_samples / (width * t), data, x) for t in self.temperatures]
         return torch.stack(parts).sum(0)
 

@@ -18,6 +18,7 @@ QUICK = ["bench", "few-step", "--only", "plane", "--seeds", "2", "--seconds", "0
 def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(few_step, "NUM_TEST", 64)
     monkeypatch.setattr(few_step, "NUM_PAIRS", 128)
+    monkeypatch.setattr(few_step, "TIMED", 3)
     out = tmp_path / "few.json"
     assert main([*QUICK, "--ways", "flow", "improved", "drift", "reflow", "--out", str(out)]) == 0
     cells = json.loads(out.read_text())["cells"]
@@ -26,7 +27,7 @@ def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys
         values = cells[f"plane/{way}"]["values"]["W2"]
         assert list(values) == ["1", "2", "4", "8"][:steps]
         assert all(len(v) == 2 and 0 < v[0] != v[1] for v in values.values())
-    assert cells["plane/reflow"]["steps"] == [3 * few_step.TIMED]
+    assert cells["plane/reflow"]["steps"][0] >= 3 * few_step.TIMED  # three trainings
     monkeypatch.setattr(few_step, "measure", lambda *a: pytest.fail("measured again"))
     assert main([*QUICK, "--ways", "improved", "--out", str(out)]) == 0
     assert "eight Gaussians, W2" in capsys.readouterr().out
