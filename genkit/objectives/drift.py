@@ -53,7 +53,7 @@ class Drift(Objective):
         return Loss(mean_flat((x - (x + field).detach()).square()), logs)
 
     def drift(self, x: Tensor, data: Tensor, different: Tensor) -> Tensor:
-        """The drift ``[B, *S]`` of samples ``x``; rows i and j of ``different`` classes (Bool ``[B, B]``) do not meet."""
+        """The drift ``[B, *S]`` of samples ``x``; rows of ``different`` classes (Bool ``[B, B]``) do not meet."""
         to_data, to_samples = distances(x, data), distances(x, x)
         width = to_data[~different].mean().clamp(min=1e-12)
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
