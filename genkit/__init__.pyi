@@ -37,6 +37,7 @@ from .rl.finetune.loop import FinetunedRun, finetune
 from .rl.finetune.settings import FinetuneSettings
 from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
+from .training.distillation import DistillSettings, distill
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
@@ -71,6 +72,7 @@ __all__ = [
     "DemoSettings",
     "Denoiser",
     "DiT",
+    "DistillSettings",
     "EncodeSettings",
     "EvaluationSettings",
     "ExportSettings",
@@ -110,6 +112,7 @@ __all__ = [
     "Vector",
     "bind",
     "classifier_free",
+    "distill",
     "encode",
     "evaluate",
     "export",

@@ -48,6 +48,11 @@ class GuidanceAdapter(nn.Module):
         return y + expand(self.strength * (scale - 1), y) * self.up(h)
 
 
+def takes_scale(net: nn.Module) -> bool:
+    """Whether a network has an adapter that takes the scale of guidance as an input."""
+    return any(isinstance(module, GuidanceAdapter) for module in net.modules())
+
+
 def low_rank_factors(layer: nn.Module, rank: int) -> tuple[Any, Any]:
     """The layers down to ``rank`` channels, of the size of ``layer``, and up again, without bias."""
     if isinstance(layer, nn.Linear):

@@ -48,8 +48,8 @@ from genkit.core.protocols import (
 )
 
 __all__ = [
-    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data", "Denoiser",
-    "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective",
-    "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Spec", "Text", "Tokens", "Vector", "expand",
-    "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
+    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data",
+    "Denoiser", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective",
+    "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Spec", "Text", "Tokens", "Vector",
+    "expand", "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
 ]  # fmt: skip

@@ -16,11 +16,12 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from genkit.backbones.guidance_adapter import takes_scale
 from genkit.config import table
 from genkit.config.numbers import Count
 from genkit.core import SCALE_INPUT, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, expand
 from genkit.diffusion.guidance import one_pass, shift_data
-from genkit.diffusion.paths import mix, times_at
+from genkit.diffusion.paths import chart, mix, times_at
 from genkit.objectives.matching.matching import Matching, PathSample
 
 GuidanceScale = Annotated[float, Ge(1), Le(100)]
@@ -119,6 +120,13 @@ class GuidanceDistillation(Matching):
             raise ValueError("checkpoint: recomputed activations would see another scale of guidance; turn it off")
         return {"net": self.of.networks(backbone, spec)["net"]}
 
+    def check(self, nets: Mapping[str, nn.Module]) -> None:
+        if not takes_scale(nets["net"]):
+            raise ValueError(
+                "guidance-distillation: trains an adapter of a run; use genkit distill RUN, or give --init RUN, "
+                "--lora=guidance and --lora.rank 16"
+            )
+
     def denoiser(self, net: nn.Module) -> Denoiser:
         return self.of.denoiser(net)
 
@@ -150,8 +158,8 @@ class GuidanceDistillation(Matching):
         scale = self.low + (self.high - self.low) * batch.uniform()
         offset = batch.uniform()
         cond = batch.drop(0.0, 0.0)
-        tau = torch.ones_like(offset)
-        t = times_at(self.path, tau, HALVINGS).float()
+        t = torch.ones_like(offset).to(batch.x.dtype)
+        last = chart(self.path, t)[0]  # VP and VE end before tau = 1
         x1 = self.of.endpoints(batch, t)[1]
         x = expand(self.path.sigma(t), x1) * x1
         predict_both = one_pass(denoise)
@@ -159,6 +167,6 @@ class GuidanceDistillation(Matching):
             good, bad = predict_both(x, t, cond)
             guided = shift_data(good, self.path, t, expand(scale - 1, x) * (good.x0 - bad.x0))
             yield Target(PathSample(x, t, guided.x0, guided.x1), scale, cond)
-            tau = (1 - (k + offset) / self.points).clamp(min=MIN_TAU)
-            t = times_at(self.path, tau, HALVINGS).float()
+            tau = last * (1 - (k + offset) / self.points).clamp(min=MIN_TAU)
+            t = times_at(self.path, tau, HALVINGS).to(x.dtype)
             x = mix(self.path, guided.x0, guided.x1, t)
