@@ -27,9 +27,12 @@ from .diffusion.paths import PATHS, VE, VP, Cosine, Linear
 from .diffusion.samplers import SAMPLERS, bind, uniform
 from .envs.recording import DemoSettings, record_demonstrations
 from .evaluation.cards import Card
+from .evaluation.differences import RunDifferences, diff_runs
 from .evaluation.evaluations import EvaluationSettings, evaluate
 from .evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
+from .evaluation.listing import list_runs
 from .evaluation.report.page import write_report
+from .evaluation.run_records import RunRecord
 from .evaluation.sweeps import SweepResult, SweepSettings, sweep
 from .integrations.export import ExportSettings, export
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
@@ -37,6 +40,7 @@ from .rl.finetune.loop import FinetunedRun, finetune
 from .rl.finetune.settings import FinetuneSettings
 from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
+from .training.annotations import Annotations, annotate
 from .training.distillation import DistillSettings, distill
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
@@ -60,6 +64,7 @@ __all__ = [
     "VP",
     "VQ",
     "AnchoredFlow",
+    "Annotations",
     "Autoencoder",
     "Backbone",
     "Batch",
@@ -100,6 +105,8 @@ __all__ = [
     "RolloutSettings",
     "Rollouts",
     "Run",
+    "RunDifferences",
+    "RunRecord",
     "Samples",
     "Sampling",
     "Spec",
@@ -110,14 +117,17 @@ __all__ = [
     "TrainSettings",
     "UNet",
     "Vector",
+    "annotate",
     "bind",
     "classifier_free",
+    "diff_runs",
     "distill",
     "encode",
     "evaluate",
     "export",
     "finetune",
     "likelihood",
+    "list_runs",
     "load",
     "record_demonstrations",
     "reflow",

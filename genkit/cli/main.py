@@ -96,9 +96,27 @@ COMMANDS = {
     ),
     "report": Command(
         "genkit.cli.commands.report",
-        "write one HTML page about a run: curves, samples, metrics, settings",
+        "write one HTML page about a run, or several: curves, samples, metrics",
         "genkit.cli.commands.report:Report",
         ("genkit report runs/latest",),
+    ),
+    "list": Command(
+        "genkit.cli.commands.list",
+        "list runs: progress, loss, best metrics, state, tags",
+        "genkit.cli.commands.list:List",
+        ("genkit list", 'genkit list runs --where objective=flow "age<2d" --sort loss'),
+    ),
+    "diff": Command(
+        "genkit.cli.commands.diff",
+        "show what differs between runs: settings, data, code, metrics",
+        "genkit.cli.commands.diff:Diff",
+        ("genkit diff runs/0000-a runs/0001-b",),
+    ),
+    "note": Command(
+        "genkit.cli.commands.note",
+        "write or show the notes and tags of a run",
+        "genkit.cli.commands.note:Note",
+        ('genkit note runs/latest "half the learning rate" --tag baseline',),
     ),
     "export": Command(
         "genkit.cli.commands.export",

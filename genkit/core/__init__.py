@@ -20,6 +20,7 @@ from genkit.core.conditions import (
     Frames,
     Image,
     Label,
+    Scalar,
     Spec,
     Text,
     Tokens,
@@ -34,6 +35,7 @@ from genkit.core.protocols import (
     Codec,
     Data,
     Denoiser,
+    Direction,
     Generator,
     Guidance,
     HasELBO,
@@ -49,7 +51,7 @@ from genkit.core.protocols import (
 
 __all__ = [
     "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data",
-    "Denoiser", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective",
-    "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Spec", "Text", "Tokens", "Vector",
-    "expand", "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
+    "Denoiser", "Direction", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise",
+    "Objective", "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text",
+    "Tokens", "Vector", "expand", "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
 ]  # fmt: skip

@@ -174,9 +174,7 @@ class MetricComparison:
     @property
     def overlap(self) -> bool | None:
         """Whether the intervals have a point in common; None if an interval is not known."""
-        if self.a.low is None or self.a.high is None or self.b.low is None or self.b.high is None:
-            return None
-        return self.a.low <= self.b.high and self.b.low <= self.a.high
+        return self.a.overlaps(self.b)
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON has it."""

@@ -19,11 +19,12 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
-from genkit.config.numbers import Count, Natural, Seed
+from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.progress import Progress, reporting
+from genkit.evaluation.best import pareto_front
 from genkit.evaluation.cards import Card, file_name, hash_json
 from genkit.evaluation.evaluations import default_reference_n, open_reference
 from genkit.evaluation.evaluator import Evaluator, is_image
@@ -75,8 +76,8 @@ class SweepSettings:
     """Where a data set that --reference names is stored."""
     seed: Seed = 0
     """Sample i has seed + i."""
-    step: Natural | None = None
-    """Which checkpoint; None: the newest."""
+    step: CheckpointStep | None = None
+    """Which checkpoint, by its step or "best" (of train --keep-best); None: the newest."""
     batch: Count = 64
     """Samples at a time."""
     device: DeviceName = "auto"
@@ -128,7 +129,7 @@ class SweepResult:
     @property
     def front(self) -> list[SweepPoint]:
         """The points that no other equals or beats in both passes and value, by passes."""
-        return pareto_front(self.points)
+        return front_of(self.points)
 
     @property
     def title(self) -> str:
@@ -327,17 +328,13 @@ def describe_combination(samples: ModelSamples) -> str:
     return f"{sampler} {sampling.steps} steps, {guidance}, ema {average_name(samples.run.weights)}"
 
 
-def pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+def front_of(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points that no other equals or beats in both passes and value, by passes."""
-    front: list[SweepPoint] = []
-    for point in sorted(points, key=lambda p: (p.passes, p.cost)):
-        if not front or point.cost < front[-1].cost:
-            front.append(point)
-    return front
+    return pareto_front(points, lambda p: p.passes, lambda p: p.cost)
 
 
 def choose_points(points: Sequence[SweepPoint], num_extra: int) -> list[SweepPoint]:
     """The Pareto front and the ``num_extra`` best of the other points."""
-    front = pareto_front(points)
+    front = front_of(points)
     others = sorted((p for p in points if p not in front), key=lambda p: p.cost)
     return front + others[:num_extra]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from genkit.core.files import is_running
+
+PATIENCE = 0.2  # seconds to wait for a lock, which is_locked of another process may have for less than a millisecond
 
 
 class RunLock:
@@ -20,7 +25,7 @@ class RunLock:
         self.file, self.owner = run / ".lock", run / ".lock-owner"
         self.lock = FileLock(self.file)
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=PATIENCE)
         except Timeout:
             name = self.owner.read_text().strip() if self.owner.is_file() else "another process"
             raise ValueError(f"run: {run} is being trained by {name}; wait for it, or stop it first") from None
@@ -37,3 +42,20 @@ class RunLock:
         self.owner.unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
         self.lock.release()
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process writes into the run directory now. Nothing is changed; False if that cannot be found out."""
+    file, owner = run / ".lock", run / ".lock-owner"
+    if not file.is_file() or not owner.is_file():  # released, or never taken
+        return False
+    try:
+        match = re.fullmatch(r"process (\d+) on (.+)", owner.read_text().strip())
+        if match and match[2] == socket.gethostname() and not is_running(int(match[1])):
+            return False  # it was killed
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, ValueError):
+        return False

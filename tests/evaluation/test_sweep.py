@@ -7,7 +7,7 @@ import pytest
 
 from genkit.cli import main as cli
 from genkit.evaluation import Card, Estimate, ModelSamples, sweep
-from genkit.evaluation.sweeps import SweepPoint, choose_points, pareto_front, parse_interval
+from genkit.evaluation.sweeps import SweepPoint, choose_points, front_of, parse_interval
 from tests.support.evaluation import refusal, train
 
 ARGS = ["--n=24", "--confirm-n=40", "--num-confirm-extra=1", "--steps", "2", "3", "4", "--sampler", "ddim", "heun",
@@ -32,10 +32,10 @@ def make_point(passes, value, metric="fid"):
 
 def test_nothing_beats_the_pareto_front():
     points = [make_point(*p) for p in [(9, 3.0), (5, 4.0), (5, 5.0), (2, 9.0), (12, 3.0), (20, 1.0), (7, 4.5)]]
-    assert [(p.passes, p.value) for p in pareto_front(points)] == [(2, 9.0), (5, 4.0), (9, 3.0), (20, 1.0)]
+    assert [(p.passes, p.value) for p in front_of(points)] == [(2, 9.0), (5, 4.0), (9, 3.0), (20, 1.0)]
     assert [(p.passes, p.value) for p in choose_points(points, 1)[4:]] == [(12, 3.0)]
     recall = [make_point(passes, value, "recall") for passes, value in [(1, 0.2), (2, 0.5), (3, 0.4)]]
-    assert [p.value for p in pareto_front(recall)] == [0.2, 0.5], "higher recall is better"
+    assert [p.value for p in front_of(recall)] == [0.2, 0.5], "higher recall is better"
 
 
 def test_a_sweep_screens_confirms_and_resumes_from_its_cards(moons, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from genkit.cli.commands.note import list_annotations
 from genkit.cli.output import console
 from genkit.config import parse, to_yaml
 from genkit.config.paths import PathText
@@ -14,6 +15,8 @@ from genkit.core import Label, Tokens
 from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
+from genkit.training.annotations import read_annotations
+from genkit.training.best import read_best
 from genkit.training.directory import read_log
 from genkit.training.run import load_run, read_lora_base
 
@@ -45,6 +48,9 @@ def main(argv: list[str]) -> int:
         "checkpoints": ", ".join(saved),
     }
 
+    if best := read_best(run.directory):
+        lines["best"] = f"{best}; {best.worse} evaluations since; --step best"
+
     # what only some runs have: classes, captions, LoRA, a first stage, a log
     for name, kind in run.spec.cond.items():
         if isinstance(kind, Label) and not kind.centers:
@@ -64,7 +70,7 @@ def main(argv: list[str]) -> int:
         rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []
         lines["last log line"] = ", ".join([f"step {last['step']}", *numbers, *rate])
 
-    for key, value in lines.items():
+    for key, value in [*lines.items(), *list_annotations(read_annotations(run.directory))]:
         console.print(f"{key:<14} {value}", markup=False)
     console.print("\n" + to_yaml(run.config), markup=False)
     return 0

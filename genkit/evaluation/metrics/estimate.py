@@ -25,6 +25,12 @@ class Estimate(NamedTuple):
         half = normal_quantile((1 + level) / 2) * math.sqrt(variance)
         return cls(value, value - half, value + half)
 
+    def overlaps(self, other: Estimate) -> bool | None:
+        """Whether the two intervals have a point in common; None if a bound is not known."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return None
+        return self.low <= other.high and other.low <= self.high
+
     def __str__(self) -> str:
         """``12.346 [11.25, 13.5]``."""
         interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"

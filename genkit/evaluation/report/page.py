@@ -16,12 +16,12 @@ from markupsafe import Markup
 from genkit import __version__
 from genkit.config import load_yaml
 from genkit.core import pictures
+from genkit.core.durations import format_duration
 from genkit.core.files import refuse_foreign, write_text
 from genkit.evaluation.cards import Card, comparable_settings, describe_data, flatten, to_number, to_text
 from genkit.evaluation.report import latent_space
 from genkit.evaluation.report.html import (
     embed_pictures,
-    format_duration,
     format_metric,
     format_number,
     render,
@@ -34,7 +34,8 @@ from genkit.evaluation.report.html import (
     render_value,
 )
 from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe, titled_metrics
-from genkit.evaluation.report.records import LogSummary, Point, read_cards, read_log
+from genkit.evaluation.report.records import LogSummary, Point, read_log
+from genkit.evaluation.run_records import block_name, read_cards
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run
@@ -89,11 +90,6 @@ def render_run(run: str | Path, extra_sections: Mapping[str, Sequence[Markup]] |
 
 
 # ------------------------------------------------------------------------------------------------ summary, training
-def block_name(block: object) -> str:
-    """The NAME of a block in ``config.yaml``."""
-    return str(block.get("name", "?") if isinstance(block, Mapping) else block or "?")
-
-
 def summary_tiles(cfg: Mapping[str, Any], names: Mapping[str, str], log: LogSummary) -> Markup:
     """The most important facts of a run."""
     items = dict(names)

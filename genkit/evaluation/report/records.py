@@ -1,4 +1,4 @@
-"""What a run recorded: the curves of its log, thinned while they are read, and the cards of its evaluations."""
+"""What a run recorded: the curves of its log, thinned while they are read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from genkit.evaluation.cards import Card, parse_card
 
 POINTS = 500  # points in a curve: about one for each pixel of its width
 READ_BYTES = 1 << 20
@@ -96,20 +94,3 @@ def collect_values(record: Mapping[str, Any], values: dict[str, list[float]], no
             nonfinite[key] = nonfinite.get(key, 0) + 1
         elif isinstance(value, int | float):
             values.setdefault(key, []).append(value)
-
-
-def read_cards(folder: Path) -> tuple[list[Card], list[str]]:
-    """The cards in ``folder``, by checkpoint and number of evaluations, and one line for each file that is no card."""
-    cards, errors = [], []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            cards.append(parse_card(path.read_bytes(), path))
-        except (ValueError, OSError) as e:
-            errors.append(f"{path.name}: {e.strerror if isinstance(e, OSError) else e}")
-    return sorted(cards, key=card_order), errors
-
-
-def card_order(card: Card) -> tuple[Any, ...]:
-    """Sort key: checkpoint, number of network evaluations, name; unknown numbers last."""
-    numbers = (card.step, card.nfe)
-    return ([(number is None, number or 0) for number in numbers], card.name)

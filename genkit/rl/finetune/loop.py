@@ -23,7 +23,7 @@ from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
-from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
+from genkit.rl.finetune.checkpoint import restore_finetuning, save_finetuning
 from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
@@ -41,6 +41,8 @@ from genkit.rl.finetune.setup import (
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
+from genkit.training.annotations import annotate
+from genkit.training.best import BestCheckpoint
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -138,7 +140,7 @@ class FineTuning:
         self.task, self.policy = build_task(settings, base, world)
         settings.method.check(chain, self.task)
         self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
-        self.best, self.warned = BestCheckpoint(), False
+        self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
         # None: a new run, or one that was killed before its first checkpoint and begins again
         self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
         if self.checkpoint:
@@ -183,13 +185,15 @@ class FineTuning:
             else:
                 sweep(directory)
                 rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after")
-            stored = replace(settings, run=str(self.base.directory), resume=None)
+            stored = replace(settings, run=str(self.base.directory), resume=None, note=None, tags=())
             write_text(directory / "finetune.yaml", config.to_yaml(stored))
             if self.policy is not None:
                 acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
                 write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
+            if settings.note or settings.tags:
+                annotate(directory, settings.note, tags=settings.tags)
         shared = broadcast_object_list([directory])[0]
         assert shared is not None
         return shared
@@ -308,7 +312,7 @@ class FineTuning:
 
     def conclude(self) -> FinetunedRun:
         """Evaluate the run as it is from now on, and return it."""
-        if self.best.chosen == 0 and self.learner.state.step:
+        if self.best.step == 0 and self.learner.state.step:
             self.recorder.say("chosen   the start: no checkpoint had a better return; try a lower --method.lr")
         run = load_run(self.directory, ema=self.settings.ema, device=self.accelerator.device.type)
         after = self.evaluate("after", run.nets)

@@ -11,6 +11,7 @@ from genkit.config import table
 from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.core.device import DeviceName
+from genkit.training.annotations import NoteText, TagText
 from genkit.training.sampling import GridName
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ class FinetuneSettings:
     """Directory in which the new run's directory is made."""
     name: NameText | None = None
     """Name of the new run; None: that of the old one and the method's."""
+    note: NoteText | None = None
+    """A note that is added to those of the new run."""
+    tags: tuple[TagText, ...] = ()
+    """Tags that are added to those of the new run."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
 
