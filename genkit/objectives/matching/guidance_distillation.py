@@ -63,34 +63,42 @@ class GuidanceDistillation(Matching):
     # what the model is, and how it is sampled: as the one whose guidance is distilled
     @property
     def path(self) -> Any:
+        """The path of the model."""
         return self.of.path
 
     @property
     def prediction(self) -> Any:
+        """What the network of the model predicts."""
         return self.of.prediction
 
     @property
     def loss_space(self) -> Any:
+        """The space of the model's loss."""
         return self.of.loss_space
 
     @property
     def loss_weight(self) -> Any:
+        """The weight of the model's loss."""
         return self.of.loss_weight
 
     @property
     def source(self) -> Any:
+        """Where the model's path starts."""
         return self.of.source
 
     @property
     def cond_dropout(self) -> Any:
+        """How often the model was trained without its conditions."""
         return self.of.cond_dropout
 
     @property
     def cond_dropout_each(self) -> Any:
+        """How often each condition was dropped."""
         return self.of.cond_dropout_each
 
     @property
     def parametrization(self) -> Any:
+        """What the network's input and output mean."""
         return self.of.parametrization
 
     @property
@@ -99,6 +107,7 @@ class GuidanceDistillation(Matching):
 
     @property
     def sampler(self) -> Any:
+        """The model's default sampler."""
         return self.of.sampler
 
     @property
@@ -107,6 +116,7 @@ class GuidanceDistillation(Matching):
 
     @property
     def usage(self) -> str:
+        """The command that samples with guidance."""
         return f"genkit sample {{run}} --guidance {min(3.0, self.high):g}{{label}} --n 16"
 
     @property
