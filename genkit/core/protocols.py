@@ -178,6 +178,9 @@ class Objective(ABC):
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
 
+    def check(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  # most need nothing
+        """Called on the networks before the first step. ``ValueError`` if this objective cannot train them."""
+
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The loss of one phase. Random numbers come from ``batch`` only."""
