@@ -283,6 +283,7 @@ def initial_networks(
         load_lora_base(nets, resumed)
     if settings.lora.active:
         lora.adapt(nets, settings.lora)
+    settings.objective.check(nets)
     return nets, origin
 
 
