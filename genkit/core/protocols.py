@@ -133,6 +133,10 @@ class Backbone(ABC):
         """A network ``(z [B, *inp], cond) -> [B, *S]``."""
         raise self._missing("decoder")
 
+    def notes(self, spec: Spec) -> Sequence[str]:
+        """Remarks for the first lines of training, such as settings that have no effect on samples of this shape."""
+        return ()
+
     def _missing(self, cut: str) -> ValueError:
         name = type(self).__name__
         return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")
@@ -165,6 +169,10 @@ class Objective(ABC):
 
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
+
+    def notes(self) -> Sequence[str]:
+        """Remarks for the first lines of training: settings that are allowed, but rarely meant."""
+        return ()
 
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:

@@ -190,6 +190,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
+        for note in (*settings.backbone.notes(data.spec), *settings.objective.notes()):
+            recorder.say(note)
         if held_out := describe_held_out(dataset):
             recorder.say(held_out)
         if classes := describe_classes(dataset):
