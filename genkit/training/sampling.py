@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genkit.config import table
 from genkit.config.names import NameIn
-from genkit.config.numbers import Count, Natural, Scale, Seed
+from genkit.config.numbers import CheckpointStep, Count, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Codec, Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
@@ -99,8 +99,8 @@ class LoadOptions:
     # -- weights and device
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Natural | None = None
-    """Checkpoint. None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
 

@@ -16,12 +16,12 @@ from markupsafe import Markup
 from genkit import __version__
 from genkit.config import load_yaml
 from genkit.core import pictures
+from genkit.core.durations import format_duration
 from genkit.core.files import refuse_foreign, write_text
 from genkit.evaluation.cards import Card, comparable_settings, describe_data, flatten, to_number, to_text
 from genkit.evaluation.report import latent_space
 from genkit.evaluation.report.html import (
     embed_pictures,
-    format_duration,
     format_metric,
     format_number,
     render,
