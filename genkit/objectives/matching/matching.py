@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ class Matching(Objective):
     cond_dropout_each: float = 0.0
     """probability of dropping each condition independently"""
 
+    open_settings: ClassVar[tuple[str, ...]] = ("loss_space",)
     sampler: ClassVar[str | None] = "heun"
     likelihood_method: ClassVar[str | None] = "ode"
 
@@ -191,6 +193,9 @@ class Matching(Objective):
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.time_distribution.loss_aware:
             history_of(nets).update()
+
+    def decide(self, data_std: Callable[[], float]) -> Matching:
+        return self if self.loss_space else dataclasses.replace(cast(Any, self), loss_space=self.space)
 
     def notes(self) -> Sequence[str]:
         """A loss whose weight is 0 where the path is pure noise: that end is never learned."""
