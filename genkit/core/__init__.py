@@ -19,6 +19,7 @@ from genkit.core.conditions import (
     Frames,
     Image,
     Label,
+    Scalar,
     Spec,
     Text,
     Tokens,
@@ -51,6 +52,6 @@ __all__ = [
     "ELBO", "NO_COND", "RESERVED", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data", "Denoiser",
     "Direction", "Draw",
     "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective", "Parametrization",
-    "Phase", "Prediction", "ProbabilityPath", "Sampler", "Spec", "Text", "Tokens", "Vector", "expand", "keep_target",
-    "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
+    "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text", "Tokens", "Vector", "expand",
+    "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
 ]  # fmt: skip

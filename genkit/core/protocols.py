@@ -212,6 +212,10 @@ class Objective(ABC):
         """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data provide."""
         return False
 
+    def refuse_init(self, other: Objective) -> None:  # noqa: B027  # most take any weights that fit
+        """Called before training starts from weights that ``other`` trained. ``ValueError`` if they mean another thing
+        here, although they fit."""
+
     def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
         """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without an encoder."""
         return None

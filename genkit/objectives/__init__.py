@@ -10,6 +10,7 @@ from genkit.objectives.autoencoders.first_stage import FirstStage
 from genkit.objectives.autoencoders.vae import VAE
 from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
+from genkit.objectives.flow_map.flow_map import FlowMap
 from genkit.objectives.matching.anchored import AnchoredFlow
 from genkit.objectives.matching.ddpm import DDPM
 from genkit.objectives.matching.distillation import Distillation
@@ -21,6 +22,7 @@ OBJECTIVES: Mapping[str, type] = {
     "flow": Flow,
     "ddpm": DDPM,
     "edm": EDM,
+    "flow-map": FlowMap,
     "anchored": AnchoredFlow,
     "regression": Regression,
     "distillation": Distillation,
@@ -34,6 +36,6 @@ OBJECTIVES: Mapping[str, type] = {
 
 __all__ = [
     "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
-    "FirstStage", "Flow",
+    "FirstStage", "Flow", "FlowMap",
     "Regression",
 ]  # fmt: skip

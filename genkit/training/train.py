@@ -289,7 +289,9 @@ def initial_networks(
     torch.manual_seed(settings.seed)
     nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
     if settings.init and not resumed:
-        origin = init_from(nets, settings.init, lambda text: notes.append(f"note     {text}"))
+        origin = init_from(
+            nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective
+        )
         notes += [f"note     {text}" for text in init_notes(settings.init, settings.objective)]
     elif settings.lora.active and resumed:
         load_lora_base(nets, resumed)

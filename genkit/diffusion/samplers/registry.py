@@ -1,6 +1,7 @@
 """The samplers by name, each with the facts that tests, error messages and help texts are derived from.
 
-A new sampler is one function and one entry in ``SAMPLERS`` (``docs/contributing/sampler.md``).
+A new sampler is one function and one entry in ``SAMPLERS`` (``docs/contributing/sampler.md``). Those that jump by a
+flow map, and so need a model of ``--objective=flow-map``, are in ``FLOW_MAP_SAMPLERS``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from genkit.core import Noise, Sampler
+from genkit.diffusion.samplers.flow_map import consistency, flow_map
 from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, unipc
 from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
@@ -57,6 +59,19 @@ SAMPLERS: Mapping[str, SamplerInfo] = {
     # its lower level is one more node; then twice three Heun steps
     "restart": SamplerInfo(restart, lambda n: 2 * (n + 1) - 1 + 2 * 2 * 3, stochastic=True),
 }
+
+FLOW_MAP_SAMPLERS: Mapping[str, SamplerInfo] = {
+    "flow_map": SamplerInfo(flow_map, lambda n: n),
+    "consistency": SamplerInfo(consistency, lambda n: n, stochastic=True),
+}
+
+
+def find_sampler(name: str) -> SamplerInfo:
+    """The sampler of this name. ``ValueError`` lists those that exist."""
+    known = {**SAMPLERS, **FLOW_MAP_SAMPLERS}
+    if name not in known:
+        raise ValueError(f"sampler: given {name!r}; allowed: {', '.join(known)}")
+    return known[name]
 
 
 def ode_samplers() -> tuple[str, ...]:
