@@ -257,7 +257,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
-    objective = settings.objective.decide(lambda: encoded_std(data))
+    objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
     settings = replace(
         settings,
         precision=precision,

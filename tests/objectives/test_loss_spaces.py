@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
+import genkit
 from genkit import config
 from genkit.backbones import MLP
 from genkit.core import Batch, Draw, Spec
@@ -36,6 +37,18 @@ def test_an_older_configuration_means_what_it_meant(space):
     assert config.from_dict(TrainSettings, tree).objective.space == space
     new = replace(TrainSettings(), objective=DDPM(prediction="v"))
     assert config.from_dict(TrainSettings, config.dump(new)).objective.space == "v"
+
+
+def test_a_run_says_what_was_decided_and_is_found_by_what_was_given(tmp_path):
+    given = {"objective": {"name": "ddpm", "prediction": "v"}, "data": "moons", "backbone": {"name": "mlp", "width": 8}}
+    tiny = {"batch": 8, "workers": 0, "sample_every": 0, "tensorboard": False, "device": "cpu", "out": str(tmp_path)}
+    run = genkit.train(**given, **tiny, steps=1)
+    assert config.load_yaml(run.directory / "config.yaml")["objective"]["loss_space"] == "v"
+    again = genkit.train(**given, **tiny, steps=2, resume="auto")
+    assert (again.directory, again.step) == (run.directory, 2)
+    assert genkit.train(resume=run.directory, steps=3, objective=given["objective"]).step == 3
+    with pytest.raises(ValueError, match="objective: given ddpm"):
+        genkit.train(resume=run.directory, steps=4, objective=given["objective"] | {"loss_space": "eps"})
 
 
 def test_v_loss_is_the_papers():
