@@ -9,7 +9,7 @@ from genkit.cli import main as cli
 from genkit.evaluation import Card, compare
 from genkit.evaluation.best import find_best
 from genkit.evaluation.differences import differing
-from genkit.evaluation.metrics import Estimate
+from genkit.evaluation.metrics import Estimate, metric_direction
 from tests.support.evaluation import refusal, train
 
 MOONS = ["--data=moons", "--data.n=100", "--backbone.width=8", "--steps=2"]
@@ -124,5 +124,5 @@ def test_an_absent_setting_is_not_one_that_is_none():
     ],
 )
 def test_the_best_respects_intervals(metric, estimates, marks):
-    best = find_best(metric, [e and Estimate(*e) for e in estimates])
+    best = find_best(metric_direction(metric), [e and Estimate(*e) for e in estimates])
     assert (best and [best.mark(i) for i in range(len(estimates))]) == marks

@@ -7,7 +7,7 @@ import pytest
 from genkit.evaluation import METRICS, Card, Estimate
 from genkit.evaluation.cards import flatten, setting_differences
 from genkit.evaluation.metrics import metric_title
-from genkit.evaluation.report.page import card_table, group_by_curve
+from genkit.evaluation.report.quality import card_table, group_by_curve
 
 SETTINGS = {
     "step": 10, "ema": "0.999", "weights_sha256": "w", "sampler": "heun", "steps": 5, "grid": "uniform", "seed": 0,
