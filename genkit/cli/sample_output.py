@@ -27,8 +27,8 @@ SUFFIX = {"grid": ".png", "npz": ".npz", "png": ""}
 SETTINGS_FILE = "samples.json"  # in a folder of samples
 FOLDER_FILES = re.compile(r"\d{6,}\.png|labels\.txt|captions\.jsonl|trajectory\.gif|samples\.json")
 NAMED = {  # settings that a default name states, or that do not change the samples
-    "run", "ema", "step", "device", "sampler", "steps", "guidance", "seed", "batch", "n", "label", "prompt", "lora",
-    "lora_scale", "format", "out", "trajectory",
+    "run", "ema", "step", "device", "sampler", "steps", "guidance", "clip", "seed", "batch", "n", "label", "prompt",
+    "lora", "lora_scale", "format", "out", "trajectory",
 }  # fmt: skip
 
 
@@ -59,6 +59,11 @@ def default_name(command: Sample, run: Run) -> str:
         parts.append(f"ema{slug(command.ema)}")
     guided = "" if command.guidance == 1 else f"-guidance{command.guidance:g}"
     parts.append(f"{sampler}{command.steps}{guided}" if sampler else "one-pass")
+    held = command.resolved(run)
+    if held.get("clip"):
+        parts.append("clip")
+    if "start" in held:
+        parts.append(f"start{held['start']:g}")
     if command.label is not None:
         parts.append(f"label{slug(str(command.label))}")
     if command.lora:
@@ -149,6 +154,7 @@ def base_settings(command: Sample, run: Run) -> dict[str, Any]:
     """What is known of the settings before the drawing."""
     sampler = command.sampler or run.objective.sampler
     settings = config.dump(command) | {"sampler": sampler, "weights": run.weights, "genkit": __version__}
+    settings |= command.resolved(run)
     kind = run.spec.cond.get("label")
     if command.label is not None and isinstance(kind, Label):
         settings["label"] = kind.number(command.label)

@@ -228,6 +228,10 @@ def as_raw(hint: Any, choices: bool = False) -> Any:
     return Annotated[(plain | None, *marks, raw)]  # pyright: ignore[reportReturnType]  # None: FlagParser.required
 
 
+# a switch that is neither on nor off unless it is given
+UNDECIDED = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: None)")]
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting on the command line: its type, and its value if no flag is given."""
@@ -256,7 +260,7 @@ class FlagParser:
         self.specs: dict[type, StructConstructorSpec] = {}
         config = self.make_text_flag("config", "config", "FILE", None, "Settings, in YAML.")
         self.root = self.add_block(block, "", [config])
-        self.switches = {path for path, setting in self.settings.items() if setting.hint is bool}
+        self.switches = {path for path, setting in self.settings.items() if is_switch(setting.hint)}
 
     def add_block(self, block: Block, path: str, specs: list[StructFieldSpec]) -> type:
         """Register the flags of ``block`` after ``specs``, and return the type that stands for it in tyro."""
@@ -280,7 +284,10 @@ class FlagParser:
                 inner.append(StructFieldSpec(name, kind, kind(), doc))
             else:
                 setting = self.settings[inner_path] = Setting(get_hints(block.cls)[name], value)
-                kind = bool if setting.hint is bool else as_raw(setting.hint, self.choices)
+                kind = as_raw(setting.hint, self.choices)
+                if is_switch(setting.hint):
+                    kind = bool if value is not None else UNDECIDED
+                    value = False if value is None else value
                 doc = add_sentence(doc, describe_bounds(setting.hint))
                 flags.append((StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc), heading))
         stand_in = type(block.cls.__name__, (), {})
@@ -338,6 +345,11 @@ class FlagParser:
                 out[path] = setting.read(value)
             elif setting.hint is bool and value != setting.value:
                 out[path] = value
+        # the switches that tyro cannot tell from their default
+        for token in itertools.takewhile(lambda token: token != "--", argv):
+            switch = self.find_switch(token)
+            if switch and self.settings[switch[0]].hint is not bool:
+                out[switch[0]] = switch[1]
         return out
 
     def normalize(self, argv: Sequence[str]) -> list[str]:
@@ -385,6 +397,11 @@ class FlagParser:
         everywhere = {p.rpartition(".")[2]: p for p in reversed(known)}
         close = difflib.get_close_matches(leaf, siblings, 1) or difflib.get_close_matches(leaf, everywhere, 1)
         return f"; did you mean {to_flag({**everywhere, **siblings}[close[0]])}?" if close else "; see --help"
+
+
+def is_switch(hint: Any) -> bool:
+    """Return whether a setting is ``bool``, or ``bool | None``, where None leaves the choice to the program."""
+    return hint is bool or hint == (bool | None)
 
 
 def switch_error(path: str, on: bool) -> ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -10,6 +10,8 @@ Count = Annotated[int, Ge(1), Le(10**12)]
 """Steps, samples, episodes: at least one."""
 Natural = Annotated[int, Ge(0), Le(10**12)]
 """A number of steps or samples that may be 0."""
+CheckpointStep = Natural | Literal["best"]
+"""A checkpoint of a run: its step, or the best one by ``keep_best``."""
 Seed = Annotated[int, Ge(0), Le(2**62)]
 """Seed of random numbers; sample i has seed + i."""
 Layers = Annotated[int, Ge(1), Le(10_000)]

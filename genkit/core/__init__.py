@@ -33,6 +33,7 @@ from genkit.core.protocols import (
     Codec,
     Data,
     Denoiser,
+    Direction,
     Generator,
     Guidance,
     HasELBO,
@@ -47,7 +48,8 @@ from genkit.core.protocols import (
 )
 
 __all__ = [
-    "ELBO", "NO_COND", "RESERVED", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data", "Denoiser", "Draw",
+    "ELBO", "NO_COND", "RESERVED", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data", "Denoiser",
+    "Direction", "Draw",
     "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective", "Parametrization",
     "Phase", "Prediction", "ProbabilityPath", "Sampler", "Spec", "Text", "Tokens", "Vector", "expand", "keep_target",
     "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",

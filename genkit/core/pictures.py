@@ -126,14 +126,16 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 60) 
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write a plot of each phase's loss over the steps, on a log scale if all losses are positive."""
+    """Write a plot of each phase's loss and of held-out losses (``val/...``, dashed) over the steps, on a log scale if
+    all losses are positive."""
 
     def draw(axes: Any) -> None:
         keys = sorted({k for r in records for k in r if k.endswith("/loss")})
         for key in keys:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=key, lw=1)
+                style = {"ls": "--", "marker": "o", "ms": 3} if key.startswith("val/") else {}
+                axes.plot(*zip(*points, strict=True), label=key, lw=1, **style)
         if all(r[k] > 0 for r in records for k in keys if r.get(k) is not None):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from genkit.core.batch import Batch, Draw
 from genkit.core.conditions import Cond, Spec
+
+Direction = Literal["lower", "higher"]  # which values of a metric are better
 
 
 class Prediction:
@@ -62,6 +64,11 @@ class ProbabilityPath(Protocol):
 
 class Parametrization(Protocol):
     """The meaning of a network's input, output and regression target."""
+
+    divides_by_alpha: ClassVar[bool]
+    """Whether the output says nothing about the data at alpha = 0."""
+    predicts_noise: ClassVar[bool]
+    """Whether the data follow from the output by ``x0 = (x - sigma x1) / alpha``, with its error amplified."""
 
     def inputs(self, path: ProbabilityPath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input: ``(x_in [B, *S], time label [B])``."""
@@ -148,6 +155,9 @@ class Objective(ABC):
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
+    validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower"}
+    """the numbers that :meth:`validate` returns, and which values are better; {} if no loss means anything on held-out
+    samples"""
 
     @property
     @abstractmethod
@@ -164,6 +174,15 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The loss of one phase. Random numbers come from ``batch`` only."""
+
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        """The ``validation_metrics`` of held-out samples, ``[B]`` each, without a gradient and with nets in evaluation
+        mode.
+
+        They are those of the end of training (``batch.step`` is None), and a fixed function of the networks, the
+        samples and the batch's random numbers: nothing in them depends on how far training is, and nothing is changed.
+        """
+        return {"loss": self.loss(self.phases[0].name, nets, batch).per_sample}
 
     @abstractmethod
     def generator(

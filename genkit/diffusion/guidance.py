@@ -25,7 +25,7 @@ from torch import Tensor
 from genkit.config.numbers import NonNegative
 from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.checks import require, require_finite
-from genkit.diffusion.paths import require_diffusion
+from genkit.diffusion.paths import require_diffusion, whole_path
 from genkit.diffusion.posterior import replace_endpoints, take
 
 DenoiserPair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
@@ -279,17 +279,21 @@ def within(low: float, high: float, guidance: Guidance) -> Guidance:
 
 
 def clamp(low: float = -1.0, high: float = 1.0) -> Guidance:
-    """Keep the predicted data in a known range, with the noise that then explains ``x`` (Ho et al. 2020's code)."""
+    """Keep the predicted data in a known range, with the noise that then explains ``x`` (Ho et al. 2020's code).
+
+    Predictions are then bounded at every time, so the path need not be truncated
+    (:func:`~genkit.diffusion.parametrization.usable_path`): samplers start at t = 1.
+    """
 
     def guide(denoise: Denoiser) -> Denoiser:
-        path = denoise.path
+        path = whole_path(denoise.path)
 
         def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             p = denoise(x, t, cond)
             x0 = p.x0.clamp(low, high)
             return replace_endpoints(p, x0, (x - expand(path.alpha(t), x) * x0) / expand(path.sigma(t), x))
 
-        return Wrapped(denoise, predict)
+        return Clamped(denoise, predict)
 
     return guide
 
@@ -309,7 +313,16 @@ class Wrapped:
         return self.function(x, t, cond)
 
 
+class Clamped(Wrapped):
+    """A denoiser whose predicted data are bounded, on the whole path."""
+
+    @property
+    def path(self) -> ProbabilityPath:
+        return whole_path(self.inner.path)
+
+
 def require_same_path(name: str, given: ProbabilityPath, needed: ProbabilityPath) -> None:
     """``ValueError`` if a second network was trained on another path than the model."""
+    given, needed = whole_path(given), whole_path(needed)
     if given != needed:
         raise ValueError(f"{name}: given one trained on {given}; the model's path is {needed}; train one on that")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Annotated, Literal, Protocol
 
@@ -256,6 +256,37 @@ class ODEOnlyPath:
         return self.path.sigma(t)
 
 
+@dataclass(frozen=True)
+class TruncatedPath:
+    """``path`` without its noisiest part: samplers start at the time ``end``, from noise alone.
+
+    Made by :func:`genkit.diffusion.parametrization.usable_path`. The coefficients at all times are those of ``path``.
+    """
+
+    path: ProbabilityPath
+    end: float
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.path.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.path.sigma(t)
+
+
+def end_time(path: ProbabilityPath) -> float:
+    """The time at which samplers start: 1, unless the path is a :class:`TruncatedPath`."""
+    if isinstance(path, ODEOnlyPath):
+        return end_time(path.path)
+    return path.end if isinstance(path, TruncatedPath) else 1.0
+
+
+def whole_path(path: ProbabilityPath) -> ProbabilityPath:
+    """The path up to t = 1: without a :class:`TruncatedPath` around it."""
+    if isinstance(path, ODEOnlyPath):
+        return replace(path, path=whole_path(path.path))
+    return path.path if isinstance(path, TruncatedPath) else path
+
+
 def require_diffusion(name: str, path: ProbabilityPath) -> None:
     """``ValueError`` if ``name`` needs the score and ``path`` is that of a flow which has none."""
     if isinstance(path, ODEOnlyPath):
@@ -338,15 +369,15 @@ def chart(path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
 def times_at(path: ProbabilityPath, tau: Tensor, halvings: int = 110) -> Tensor:
     """The times at which the path has chart times ``tau`` (any shape): the inverse of :func:`chart`, by bisection.
 
-    Returns float64. For a tau past the path's own end (VP and VE stop short of 1) it is t = 1. The default bisects to
-    2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16.
+    Returns float64. For a tau past the path's own end (VP and VE stop short of 1) it is :func:`end_time`. The default
+    bisects to 2^-110, because sigma grows as sqrt(t) on VP and VE: tau is then right to 1e-16.
     """
-    tau = tau.double()
+    tau, end = tau.double(), end_time(path)
     low, high = torch.zeros_like(tau), torch.ones_like(tau)
     for _ in range(halvings):
         middle = (low + high) / 2
         above = chart(path, middle)[0] > tau
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    ends = chart(path, torch.tensor([0.0, 1.0], dtype=torch.float64, device=tau.device))[0]
+    ends = chart(path, torch.tensor([0.0, end], dtype=torch.float64, device=tau.device))[0]
     t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
-    return torch.where(tau >= ends[1], torch.ones_like(tau), t)
+    return torch.where(tau >= ends[1], torch.full_like(tau, end), t)

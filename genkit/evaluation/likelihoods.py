@@ -232,7 +232,7 @@ def estimate_by_vlb(run: Run, settings: LikelihoodSettings, progress: Progress) 
     require_defaults(settings, ("draws",), "a VAE; allowed with --bound iwae")
     if not objective.is_diffusion:
         raise ValueError("bound: given vlb, but this run's source or coupling makes it no diffusion; allowed: ode")
-    times, parts = chain_grid(objective, settings.steps)(run.denoiser.path), []
+    times, parts = chain_grid(objective, settings.steps)(objective.path), []
     pixels = isinstance(run.codec, Pixels)
     for x, cond, noise in read_batches(run, settings, progress, dequantised=False):
         with torch.no_grad():

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from genkit.config.blocks import suggest
-from genkit.core import Data
+from genkit.core import Data, Direction
 from genkit.core.tensors import to_tensors
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
@@ -57,6 +57,11 @@ class PeriodicEvaluation:
             ranks=Ranks.of(accelerator),
         )
         return cls(evaluator, cfg, data)
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """The numbers that a card will have, and which values are better."""
+        return {value: metric.direction for metric in self.evaluator.metrics.values() for value in metric.values}
 
     def __call__(self, state: State, run: Path) -> Card | None:
         """The card of this state, saved in the ``eval`` folder of ``run``; None on all ranks but the main one.

@@ -387,6 +387,7 @@ def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
         if other is not None:
             settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
     settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
+    settings |= samples.sampling.resolved(samples.run)
     if samples.class_counts is not None:
         settings["classes"] = "in the proportions of the reference"
     return settings

@@ -19,7 +19,7 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
-from genkit.config.numbers import Count, Natural, Seed
+from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
@@ -76,8 +76,8 @@ class SweepSettings:
     """Where a data set that --reference names is stored."""
     seed: Seed = 0
     """Sample i has seed + i."""
-    step: Natural | None = None
-    """Which checkpoint; None: the newest."""
+    step: CheckpointStep | None = None
+    """Which checkpoint, by its step or "best" (of train --keep-best); None: the newest."""
     batch: Count = 64
     """Samples at a time."""
     device: DeviceName = "auto"

@@ -14,11 +14,12 @@ from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConf
 from genkit.config.numbers import Natural
 from genkit.core import Objective
 from genkit.data.codecs import LearnedCodec
-from genkit.diffusion.paths import Linear
+from genkit.diffusion.paths import Linear, end_time
 from genkit.integrations.diffusers_weights import BETAS, PREDICTIONS, remap_time_embedding
 from genkit.integrations.export import ExportFormat
 from genkit.objectives import DDPM, Flow
 from genkit.training.run import Run
+from genkit.training.sampling import clips_by_default
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class ToDiffusers(ExportFormat):
         if make_schedule is None:
             name = type(run.objective).__name__
             raise refusal(f"diffusers has no scheduler that draws as {name} does; allowed: ddpm, flow")
-        schedule = make_schedule(run.objective, family)
+        clip = clips_by_default(run.objective, run.codec)
+        schedule = make_schedule(run.objective, family, clip)
         net, classes = copy.deepcopy(denoiser.model), denoiser.classes
         if self.label is not None:
             net, classes = single_class(denoiser, family.model, self.label), None
@@ -61,6 +63,9 @@ class ToDiffusers(ExportFormat):
         lines = schedule.pipeline_usage() if is_pipeline else schedule.loop_usage(part, classes)
         if latent:
             lines.append("It draws scaled latents; genkit decodes them (run.codec.decode).")
+        start = end_time(run.denoiser.path)
+        if start < 1 and not clip:
+            lines.append(f"diffusers draws from t = 1 and genkit from t = {start:.4g}: their samples differ.")
         if denoiser.sequences is not None:
             lines.append("Its learned null and text encoder have no place in diffusers: they are left out.")
         (folder / "README.md").write_text(model_card(run, lines))
@@ -114,12 +119,15 @@ class Schedule:
     steps: int
     set_timesteps: str
     """Python code that sets the steps of the loop"""
+    step_options: str = ""
+    """Python code of further arguments of the scheduler's steps"""
 
     def pipeline_usage(self) -> list[str]:
         """How to draw with the pipeline."""
         return [
             "pipe = diffusers.DiffusionPipeline.from_pretrained('{out}')",
-            f"pipe(num_inference_steps={self.steps}, generator=[torch.Generator().manual_seed(0)]).images[0]",
+            f"pipe(num_inference_steps={self.steps}, generator=[torch.Generator().manual_seed(0)]{self.step_options})"
+            ".images[0]",
             f"draws the image of: genkit sample RUN --n 1 {self.options}",
         ]
 
@@ -130,11 +138,12 @@ class Schedule:
         return [
             f"No pipeline of diffusers draws with it; it consists of {part} and scheduler, and this loop draws:",
             f"scheduler = diffusers.{kind}.from_pretrained('{{out}}/scheduler'); {self.set_timesteps}",
-            f"for t in scheduler.timesteps: x = scheduler.step(net(x, t, ...).sample, t, x).prev_sample{label}",
+            f"for t in scheduler.timesteps: x = scheduler.step(net(x, t, ...).sample, t, x{self.step_options})"
+            f".prev_sample{label}",
         ]
 
 
-def ddpm_schedule(objective: Objective, family: Diffusers) -> Schedule:
+def ddpm_schedule(objective: Objective, family: Diffusers, clip: bool) -> Schedule:
     """DDIM for a DDPM. ``ValueError`` if diffusers does not have its prediction, or the network's times differ."""
     assert isinstance(objective, DDPM)
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
@@ -152,14 +161,15 @@ def ddpm_schedule(objective: Objective, family: Diffusers) -> Schedule:
         prediction_type=predictions[objective.prediction],
         rescale_betas_zero_snr=objective.zero_snr,
         timestep_spacing="trailing",
-        clip_sample=False,
+        clip_sample=clip,
     )
     steps = min(50, objective.timesteps)
     options = f"--sampler ddim --grid trailing --steps {steps}"
-    return Schedule(scheduler, "DDIMPipeline", 0.0, options, steps, f"scheduler.set_timesteps({steps})")
+    step_options = ", use_clipped_model_output=True" if clip else ""
+    return Schedule(scheduler, "DDIMPipeline", 0.0, options, steps, f"scheduler.set_timesteps({steps})", step_options)
 
 
-def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
+def flow_schedule(objective: Objective, family: Diffusers, clip: bool) -> Schedule:
     """Euler for rectified flow. ``ValueError`` for flows that diffusers does not have."""
     assert isinstance(objective, Flow)
     fits = {
@@ -175,7 +185,7 @@ def flow_schedule(objective: Objective, family: Diffusers) -> Schedule:
     return Schedule(scheduler, "DDPMPipeline", 1.0, "--sampler ddim --grid linspace --steps 28", 28, code)
 
 
-SCHEDULES: Mapping[type, Callable[[Objective, Diffusers], Schedule]] = {DDPM: ddpm_schedule, Flow: flow_schedule}
+SCHEDULES: Mapping[type, Callable[[Objective, Diffusers, bool], Schedule]] = {DDPM: ddpm_schedule, Flow: flow_schedule}
 
 
 def model_card(run: Run, lines: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from genkit import config
 from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
-from genkit.config.numbers import Natural
+from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
@@ -56,8 +56,8 @@ class ExportSettings:
     """Format: diffusers, a pipeline; run, a run of the exported weights only."""
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Natural | None = None
-    """Checkpoint. None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     lora: PathText | None = None
     """Merge the adapter of this run of --lora.rank into the weights."""
     lora_scale: float | None = None

@@ -14,6 +14,7 @@ from genkit.core import (
     Batch,
     Cond,
     Denoiser,
+    Direction,
     Generator,
     Label,
     Loss,
@@ -38,6 +39,7 @@ class Classifier(Objective):
     sampler: ClassVar[str | None] = None
     is_generative: ClassVar[bool] = False
     usage: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
+    validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
 
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path of the models that it will guide; vp for ddpm"""
@@ -60,10 +62,13 @@ class Classifier(Objective):
         return classes[self.label]
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        losses = self.validate(nets, batch)
+        return Loss(losses["loss"], {"accuracy": losses["accuracy"].mean()})
+
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         t, y = 1 - batch.uniform(), batch.cond[self.label]
         out = logits(nets["net"], self.path, mix(self.path, batch.x, batch.normal(), t), t)
-        accuracy = (out.argmax(1) == y).float().mean()
-        return Loss(F.cross_entropy(out, y, reduction="none"), {"accuracy": accuracy})
+        return {"loss": F.cross_entropy(out, y, reduction="none"), "accuracy": (out.argmax(1) == y).float()}
 
     def classify(self, nets: Mapping[str, nn.Module]) -> NoisyClassifier:
         """The trained classifier, for :func:`genkit.diffusion.guidance.by_classifier`."""

@@ -10,11 +10,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.links import follow_links, set_link
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
+from genkit.training.best import read_best
 from genkit.training.loop import State, phase_parameters
 
 STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
@@ -57,7 +59,9 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in named if is_complete(p)), key=step_of)
 
 
-def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[str], None] = lambda text: None) -> Path:
+def find_sound_checkpoint(
+    run: Path, step: CheckpointStep | None = None, note: Callable[[str], None] = lambda text: None
+) -> Path:
     """The newest checkpoint whose files all have their recorded checksums, or the one of ``step``.
 
     ``note`` is called for each damaged one that is skipped. ``ValueError`` if none is intact.
@@ -76,11 +80,13 @@ def find_sound_checkpoint(run: Path, step: int | None = None, note: Callable[[st
     raise ValueError(f"run: given {run}, which has no intact checkpoint; tried: {tried}")
 
 
-def find_checkpoint(run: Path, step: int | None = None) -> Path:
+def find_checkpoint(run: Path, step: CheckpointStep | None = None) -> Path:
     """The checkpoint that ``latest`` points at, or the one of ``step``. ``ValueError`` names those that exist."""
     complete = list_checkpoints(run)
     if not complete:
         raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
+    if step == "best":
+        step = best_step(run)
     if step is None:
         latest = follow_links(run / "latest")
         return latest.resolve() if is_complete(latest) else complete[-1]
@@ -89,6 +95,15 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
             return path
     saved = ", ".join(str(step_of(p)) for p in complete)
     raise ValueError(f"step: given {step}; saved: {saved}")
+
+
+def best_step(run: Path) -> int:
+    """The step of the best checkpoint. ``ValueError`` if the run chose none."""
+    best = read_best(run)
+    if best is None or best.step is None:
+        raise ValueError(f"step: given best, but {run.name} chose no best checkpoint; train with --val-every 100 "
+                         "--keep-best val/loss, or name a step")  # fmt: skip
+    return best.step
 
 
 def optimizer_tensors(objective: Objective, state: State) -> dict[str, Tensor]:
@@ -113,12 +128,13 @@ def save_checkpoint(
     data: Mapping[str, Any] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     best: int | None = None,
+    use_best: bool = False,
 ) -> Path:
     """Write ``checkpoints/step-N``, point ``latest`` at it, and keep the newest ``keep`` checkpoints.
 
     ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it.
-    ``extra`` holds further files by name. With ``best``, the step of the best checkpoint, ``latest`` points at that
-    one, which is kept as well.
+    ``extra`` holds further files by name. ``best`` is the step of the best checkpoint, which is kept as well;
+    ``latest`` points at that one with ``use_best``.
     """
     final = run / "checkpoints" / f"step-{state.step:07d}"
     first = not list_checkpoints(run)
@@ -140,12 +156,12 @@ def save_checkpoint(
             "sha256": {name: sha256(part / name) for name in files},
         }
         (part / "state.json").write_text(json.dumps(record, indent=1))
-    chosen = final if best is None else final.with_name(f"step-{best:07d}")
-    set_link(run / "latest", f"checkpoints/{chosen.name}")
+    kept = final if best is None else final.with_name(f"step-{best:07d}")
+    set_link(run / "latest", f"checkpoints/{(kept if use_best else final).name}")
     if first:
         set_link(run.parent / "latest", run.name)
     for old in list_checkpoints(run)[:-keep]:
-        if old != chosen:
+        if old != kept:
             remove_directory(old)
     return final
 

@@ -135,12 +135,19 @@ def fit(
     *,
     log: Log = lambda record: None,
     sample: Hook = lambda state: None,
+    validate: Hook = lambda state: None,
     evaluate: Hook = lambda state: None,
     save: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
+    is_best: Callable[[int], bool] = lambda step: False,
+    is_stale: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` ended it earlier.
+    """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` or ``is_stale()`` ended
+    it.
+
+    ``validate`` and ``evaluate`` may find that the step is the best so far (``is_best(step)``, which is saved then), or
+    that training has not improved for too long (``is_stale()``).
 
     A step is a pure function of (state, seed, step), so a resumed run is bit-identical to one that never stopped. Each
     phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; the averages
@@ -149,7 +156,8 @@ def fit(
     bad layer.
     """
     loop = _Loop(objective, state, stream, codec, settings, accelerator)
-    while state.step < settings.steps:
+    hooks = (settings.val_every, validate), (settings.sample_every, sample), (settings.eval_every, evaluate)
+    while state.step < settings.steps and not is_stale():
         step = state.step
         lr = learning_rate(settings, step)
         for phase, nets, draw in loop.updates(step):
@@ -168,16 +176,19 @@ def fit(
         stopping = all_agree(accelerator, state.step, stop)
         with loop.meter.paused():
             # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
-            if stopping or loop.is_due(settings.save_every):
+            saved = stopping or loop.is_due(settings.save_every)
+            if saved:
                 loop.prepare_checkpoint()
                 save(state)
             if stopping and state.step < settings.steps:
                 return False
-            if settings.sample_every and loop.is_due(settings.sample_every):
-                sample(state)
-            if settings.eval_every and loop.is_due(settings.eval_every):
-                evaluate(state)
-    return True
+            for due_every, hook in hooks:
+                if due_every and loop.is_due(due_every):
+                    hook(state)
+            if not saved and (is_best(state.step) or is_stale()):
+                loop.prepare_checkpoint()
+                save(state)
+    return state.step >= settings.steps
 
 
 class _Loop:

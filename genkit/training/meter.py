@@ -27,6 +27,7 @@ class Meter:
         now = time.perf_counter()
         self.started = now - stored.get("seconds", 0.0)
         self.mark = now - stored.get("since_mark", 0.0)
+        self.pause_began: float | None = None
 
     def dump(self, accelerator: Accelerator) -> dict[str, Any]:
         """Return the unfinished line as JSON values: exact on one rank, the mean over several."""
@@ -42,15 +43,16 @@ class Meter:
             "sums": dict(zip(keys, sums, strict=True)),
             "counts": dict(self.counts),
             "seconds": now - self.started,
-            "since_mark": now - self.mark,
+            "since_mark": (self.pause_began or now) - self.mark,
         }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time of the block from ``samples_per_s``, which counts training alone."""
-        began = time.perf_counter()
+        self.pause_began = time.perf_counter()
         yield
-        self.mark += time.perf_counter() - began
+        self.mark += time.perf_counter() - self.pause_began
+        self.pause_began = None
 
     def add(self, key: str, value: Tensor, count: float) -> None:
         """Add a scalar ``value``, the sum of ``count`` terms of the mean called ``key``."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from genkit import config
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
@@ -76,7 +77,7 @@ def keep_old_config(run: Path, step: int) -> None:
         shutil.copyfile(run / "config.yaml", path)
 
 
-def resume_point(run: Path, step: int | None, note: Note) -> Path | None:
+def resume_point(run: Path, step: CheckpointStep | None, note: Note) -> Path | None:
     """The checkpoint to go on from: the newest sound one, or the one of ``step``; None if the run has none.
 
     Later checkpoints are set aside, in ``checkpoints/superseded``, or ``damaged`` if they are: they count no longer.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.backbones import lora
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
@@ -208,13 +209,14 @@ def load_run(
     path: str | Path,
     *,
     ema: str | float | None = None,
-    step: int | None = None,
+    step: CheckpointStep | None = None,
     device: str = "auto",
     adapter: str | Path | None = None,
     adapter_scale: float | None = None,
     trust: bool = False,
 ) -> Run:
-    """The model of a run directory, at its latest checkpoint or the one of ``step``.
+    """The model of a run directory, at its latest checkpoint or the one of ``step``, a number or "best" (of
+    ``keep_best``).
 
     ``ema`` is a decay that the run kept ("0.999"), or "none" for the raw weights; None is the largest decay. A LoRA run
     is merged into its base's weights, and so is a further LoRA run, the ``adapter``; ``adapter_scale`` scales the
@@ -255,7 +257,7 @@ def sample(
     sampling: Sampling | None = None,
     *,
     ema: str | float | None = None,
-    step: int | None = None,
+    step: CheckpointStep | None = None,
     device: str = "auto",
     **options: Any,
 ) -> Samples:
@@ -285,12 +287,13 @@ def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: 
 
 
 def open_reference(run: Run, name: str) -> Run:
-    """A second model for sampling from ``run``: a run directory, or ``ema:DECAY`` or ``step:N`` of the run itself."""
+    """A second model for sampling from ``run``: a run directory, or ``ema:DECAY``, ``step:N``, ``step:best`` of it."""
     device = run.device.type
     if match := re.fullmatch(r"ema:(.+)", name):
         return load_run(run.directory, ema=match[1], step=run.step, device=device)
-    if match := re.fullmatch(r"step:(\d+)", name):
-        return load_run(run.directory, ema=average_name(run.weights), step=int(match[1]), device=device)
+    if match := re.fullmatch(r"step:(\d+|best)", name):
+        step: Any = match[1] if match[1] == "best" else int(match[1])
+        return load_run(run.directory, ema=average_name(run.weights), step=step, device=device)
     return load_run(name, device=device)
 
 
@@ -308,7 +311,7 @@ def init_from(
     init: str | Path,
     note: Callable[[str], None] = lambda text: None,
     ema: str | None = None,
-    step: int | None = None,
+    step: CheckpointStep | None = None,
 ) -> dict[str, str]:
     """Load another run's weights (its slowest average), or those of KIND:WHERE, into ``nets``; returns their origin.
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from genkit.config import table
 from genkit.config.names import NameIn
-from genkit.config.numbers import Count, Natural, Scale, Seed
+from genkit.config.numbers import CheckpointStep, Count, Scale, Seed
 from genkit.config.paths import PathText
-from genkit.core import Cond, Guidance, Label, Objective, Spec
+from genkit.core import Codec, Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
 from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
@@ -26,6 +26,7 @@ from genkit.diffusion.guidance import (
     compose,
     within,
 )
+from genkit.diffusion.paths import end_time
 from genkit.diffusion.samplers import GRIDS
 from genkit.objectives.matching.matching import Matching
 
@@ -62,12 +63,25 @@ class Sampling:
     """Weight of the classifier's gradient. None: 1, which is Bayes' rule."""
     grid: GridName = "uniform"
     """Time grid of the steps."""
-    clip: bool = False
-    """Clip the predicted data to [-1, 1] at every step."""
+    clip: bool | None = None
+    """Clip the predicted data to [-1, 1] at every step. None: if the model predicts the noise (eps, score) of data in
+    [-1, 1], such as pixels, as Ho et al. 2020 do."""
     seed: Seed = 0
     """Sample i has seed + i, whatever the batch size."""
     batch: Count = 64
     """Samples per batch."""
+
+    def clips(self, run: Run) -> bool:
+        """Whether the predicted data are clipped."""
+        return clips_by_default(run.objective, run.codec) if self.clip is None else self.clip
+
+    def resolved(self, run: Run) -> dict[str, Any]:
+        """What the settings leave open, for cards and file names: ``clip``, and the time ``start`` if it is not 1."""
+        if run.objective.sampler is None:
+            return {}
+        clip = self.clips(run)
+        start = 1.0 if clip else end_time(run.denoiser.path)
+        return {"clip": clip, **({} if start == 1 else {"start": round(start, 4)})}
 
     def refuse_for_one_pass(self, model: str) -> None:
         """``ValueError`` for the first setting that has no effect on a ``model`` that draws in one pass."""
@@ -85,10 +99,27 @@ class LoadOptions:
     # -- weights and device
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
-    step: Natural | None = None
-    """Checkpoint. None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
+
+
+def clips_by_default(objective: Objective, codec: Codec) -> bool:
+    """Whether predicted data are clipped to [-1, 1]: data in that range, by a model that predicts the noise.
+
+    Its error in the data is sigma / alpha times that in the noise, at t = 1 a hundred times or more.
+    """
+    return (
+        isinstance(objective, Matching)
+        and objective.parametrization.predicts_noise
+        and isinstance(codec, BOUNDED_CODECS)
+    )
+
+
+def default_guidance(objective: Objective, codec: Codec) -> Guidance | None:
+    """The guidance of default :class:`Sampling`, for samples drawn in training."""
+    return clamp() if clips_by_default(objective, codec) else None
 
 
 def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: Run | None) -> Guidance | None:
@@ -114,7 +145,7 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
         if not guides:
             raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
         guides = [within(*sampling.guidance_interval, compose(*guides))]
-    if sampling.clip:
+    if sampling.clips(run):
         if isinstance(run.codec, codecs.LearnedCodec):
             raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
         if not isinstance(run.codec, BOUNDED_CODECS):

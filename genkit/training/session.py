@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import signal
@@ -16,29 +17,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
 from genkit import __version__
-from genkit.core import Batch, Codec, Spec, pictures
+from genkit.core import Batch, Codec, Direction, Spec, pictures
 from genkit.core.progress import Progress
 from genkit.data.codecs import decoded_shape
 from genkit.diffusion.samplers import Seeds, bind
-from genkit.training.checkpoint import save_checkpoint
+from genkit.training.best import BestCheckpoint
+from genkit.training.checkpoint import list_checkpoints, save_checkpoint, step_of
 from genkit.training.directory import append_log, read_log
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
-from genkit.training.sampling import grid_size, picture_names
+from genkit.training.pace import Pace
+from genkit.training.sampling import default_guidance, grid_size, picture_names
 from genkit.training.settings import TrainSettings
+from genkit.training.validation import Validation
 
 GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
-Evaluate = Callable[[State, Path], Any]  # (state, run directory) -> a Card on the main process, None on the others
+
+
+class Evaluate(Protocol):
+    """An evaluation of samples of the current model."""
+
+    @property
+    def directions(self) -> Mapping[str, Direction]:
+        """The metrics, and which values are better."""
+        ...
+
+    def __call__(self, state: State, run: Path) -> Any:
+        """A card on the main process, saved in the run directory; None on the others."""
+        ...
 
 
 class DrawingStopped(Exception):  # control flow, not an error
@@ -61,6 +78,11 @@ class Recorder:
         """Send a message for the user to the logger ``genkit``."""
         if self.main:
             logger.info(text)
+
+    def note(self, text: str) -> None:
+        """Send a line of progress, which a terminal with its bar does not show, to the logger."""
+        if self.main:
+            logger.debug(text)
 
     @contextlib.contextmanager
     def tensorboard(self, enabled: bool, step: int) -> Iterator[None]:
@@ -114,9 +136,13 @@ class Session:
     evaluator: Evaluate | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """of the data, stored with each checkpoint"""
+    validation: Validation | None = None
+    best: BestCheckpoint | None = None
     stopped: Callable[[], bool] = lambda: False
-    """whether a signal has asked to stop: pictures are not finished then"""
+    """whether a signal or the clock has asked to stop: pictures are not finished then"""
     warning: str | None = None
+    plotted_step: int | None = None
+    """the step at which ``loss.png`` was last drawn"""
 
     @property
     def run(self) -> Path:
@@ -139,11 +165,6 @@ class Session:
         previous, self.warning = self.warning, self.settings.objective.warning(record)
         if self.warning and not previous:
             self.recorder.say(f"step {record['step']}: {self.warning}")
-        if (record["step"] // self.settings.log_every) % 5 == 0:
-            losses = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("/loss") and v is not None)
-            progress = f"step {record['step']}/{self.settings.steps}"
-            if self.recorder.main:
-                logger.debug(f"{progress}  {losses}  {record['samples_per_s']:.0f} samples/s")
 
     def sample(self, state: State) -> None:
         """Draw the same seeds and conditions each time, from the slowest average; each rank draws its share."""
@@ -151,7 +172,8 @@ class Session:
         nets = state.slowest_average
         objective, device = self.settings.objective, self.accelerator.device
         callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
-        sampling = bind(objective.sampler, 20, callback=callback) if objective.sampler else None
+        guidance = default_guidance(objective, self.codec)
+        sampling = bind(objective.sampler, 20, guidance, callback=callback) if objective.sampler else None
         generate = objective.generator(nets, sampling)
         for net in nets.values():
             net.eval()
@@ -188,6 +210,17 @@ class Session:
             image = pictures.draw_pairs(originals.cpu(), self.codec.decode(decoded).cpu())
             self.recorder.save_picture(image, state.step)
 
+    def validate(self, state: State) -> None:
+        """Write the losses of held-out samples to the log."""
+        assert self.validation is not None
+        values = self.validation(state)
+        record = {"step": state.step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        self.recorder.log(record)
+        best = "  (the best so far)" if self.track_best(record) else ""
+        self.recorder.note(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+        if state.step == self.plotted_step and self.recorder.main:  # before this validation
+            self.plot_loss()
+
     def evaluate(self, state: State) -> None:
         """Write a card, a line of the log and scalars. A model that cannot be measured now goes on training."""
         assert self.evaluator is not None
@@ -196,31 +229,85 @@ class Session:
         except ValueError as e:
             self.recorder.say(f"step {state.step}: not evaluated: {e}")
             return
-        if card is None:
+        record: dict[str, Any] = {}
+        if card is not None:
+            parts = {"": "value", "_low": "low", "_high": "high"}
+            metrics = card.metrics.items()
+            numbers = {f"eval/{k}{end}": getattr(e, part) for k, e in metrics for end, part in parts.items()}
+            record = {"step": state.step, **{k: v for k, v in numbers.items() if v is not None}}
+            append_log(self.run, record)
+        best = "  (the best so far)" if self.track_best(broadcast_object_list([record])[0] or {}) else ""
+        if card is not None:
+            values = {card.title(k): e.value for k, e in card.metrics.items()}
+            self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
+            self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+
+    def recall_best(self, note: Callable[[str], None]) -> None:
+        """Find the best checkpoint of a run that is resumed, from its log."""
+        if self.best is None:
             return
-        parts = {"": "value", "_low": "low", "_high": "high"}
-        record = {f"eval/{k}{end}": getattr(e, part) for k, e in card.metrics.items() for end, part in parts.items()}
-        append_log(self.run, {"step": state.step, **{k: v for k, v in record.items() if v is not None}})
-        values = {card.title(k): e.value for k, e in card.metrics.items()}
-        self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
-        self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self.best.replay(read_log(self.run))
+        if self.recorder.main:
+            self.best.write(self.run)
+        if self.best.step is not None and self.best.step not in map(step_of, list_checkpoints(self.run)):
+            note(f"note     the best so far, {self.best}, was not kept; a better one will be")
+
+    def track_best(self, record: Mapping[str, Any]) -> bool:
+        """Whether an evaluation is the best one so far, which is recorded; every rank has the same record."""
+        if self.best is None or self.best.metric not in record:
+            return False
+        improved = self.best.update(record["step"], record[self.best.metric])
+        if self.recorder.main:
+            self.best.write(self.run)
+        return improved
+
+    def is_best(self, step: int) -> bool:
+        """Whether the best checkpoint so far is that of ``step``."""
+        return self.best is not None and self.best.step == step
+
+    def is_stale(self) -> bool:
+        """Whether evaluations have not improved for ``patience`` times in a row."""
+        return self.best is not None and self.best.is_stale(self.settings.patience)
+
+    def catch_up(self, state: State) -> None:
+        """Do what was due at the step of the checkpoint that training resumes from, if a stop came before it."""
+        settings = self.settings
+        log = read_log(self.run) if self.recorder.main else []
+        records = broadcast_object_list([[r for r in log if r["step"] == state.step]])[0]
+
+        def is_logged(prefix: str) -> bool:
+            return any(name.startswith(f"{prefix}/") for r in records for name in r)
+
+        if settings.val_every and state.step % settings.val_every == 0 and not is_logged("val"):
+            self.validate(state)
+        if settings.eval_every and state.step % settings.eval_every == 0 and not is_logged("eval"):
+            self.evaluate(state)
 
     def save(self, state: State) -> None:
         """Write a checkpoint and the plot of the loss."""
         if self.recorder.main:
             settings = self.settings
             save_checkpoint(self.run, state, settings.objective, self.spec, self.codec, seed=settings.seed,
-                            keep=settings.keep_checkpoints, data=self.fingerprint)  # fmt: skip
-            records = read_log(self.run)
-            if records:
-                pictures.plot_loss(records, self.run / "loss.png")
+                            keep=settings.keep_checkpoints, data=self.fingerprint,
+                            best=self.best.step if self.best else None)  # fmt: skip
+            self.plot_loss()
+            self.plotted_step = state.step
         self.accelerator.wait_for_everyone()
 
-    def progress(self, report: Progress) -> Callable[[int, float | None], None]:
-        """What the loop calls after each step, ``(step, loss)``, passed on to ``report``."""
+    def plot_loss(self) -> None:
+        """Draw ``loss.png`` from the log."""
+        if records := read_log(self.run):
+            pictures.plot_loss(records, self.run / "loss.png")
+
+    def progress(self, report: Progress, start: int) -> Callable[[int, float | None], None]:
+        """What the loop calls after each step, ``(step, loss)``: passed on to ``report``, and to lines of progress."""
+        settings, recorder = self.settings, self.recorder
+        pace = Pace(start, settings.steps, self.accelerator.device, recorder.say, recorder.note)
 
         def update(step: int, loss: float | None) -> None:
-            report("training" if loss is None else f"loss {loss:.4f}", step, self.settings.steps)
+            text = "" if loss is None else f"loss {loss:.4f}"
+            report(text or "training", step, settings.steps)
+            pace(step, text, settings.batch)
 
         return update
 

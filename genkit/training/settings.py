@@ -10,10 +10,11 @@ from annotated_types import Ge
 
 from genkit.config import from_dict, load_yaml, table
 from genkit.config.names import NameIn
-from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
+from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
+from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class TrainSettings:
     # -- optimization
     steps: Count = changeable(2000)
     """Optimizer steps. The default learns the digits in a few minutes on two CPU cores."""
+    max_time: DurationText | None = changeable(None)
+    """Stop after this time, as a signal would: 90s, 10m, 2h30m. It counts from the start of this process's training;
+    a run that is resumed has as much again. None: never."""
     batch: Count = 64
     """Samples per step, over all ranks together."""
     micro_batch: Count | None = changeable(None)
@@ -104,6 +108,15 @@ class TrainSettings:
     """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    val_every: Natural = changeable(0)
+    """Steps between validations: the loss of held-out samples (the test split), the same ones with the same noise each
+    time, for the slowest average and the raw weights. 0: never."""
+    val_n: Count = changeable(1000)
+    """Held-out samples per validation, over all ranks together."""
+    keep_best: str | None = changeable(None)
+    """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
+    patience: Count | None = changeable(None)
+    """Stop after this many evaluations in a row without a better value of --keep-best. None: never."""
     # -- saving and logging
     log_every: Count = changeable(50)
     """Steps between lines of the log."""
@@ -131,8 +144,9 @@ class TrainSettings:
     resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""
-    step: Natural | None = None
-    """With --resume: the checkpoint to continue from; later ones are set aside. None: the newest intact one."""
+    step: CheckpointStep | None = None
+    """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
+    intact one."""
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from genkit.backbones import lora
 from genkit.config import load_object
 from genkit.core import Codec, Data, Spec
 from genkit.core.device import pick_device
+from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
 from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
@@ -27,6 +29,7 @@ from genkit.data.classes import describe_classes
 from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
+from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
 from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
@@ -47,13 +50,27 @@ from genkit.training.resume import (
 )
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
-from genkit.training.session import GRID_SIZE, Recorder, Session, environment, stop_signals
+from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.validation import Validation, validation_metrics
 
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
 EVALUATOR = "genkit.evaluation.periodic:PeriodicEvaluation.create"  # in a higher room, imported for --eval-every
+
+
+Ending = Literal["complete", "signal", "max_time", "patience"]
+
+
+@dataclass(frozen=True)
+class TrainedRun(Run):
+    """A trained model, and why its training ended."""
+
+    ending: Ending = "complete"
+    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long"""
+    best: BestCheckpoint | None = None
+    """the best checkpoint by ``keep_best``, if one was chosen"""
 
 
 def train(
@@ -62,8 +79,8 @@ def train(
     resume: str | Path | None = None,
     progress: Progress | None = None,
     **changes: Any,
-) -> Run:
-    """Train a model and return it; ``run.step < run.config.steps`` if a signal stopped it early (it can be resumed).
+) -> TrainedRun:
+    """Train a model and return it, with the reason why training ended (``run.ending``): it may be stopped early.
 
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
@@ -76,23 +93,28 @@ def train(
     elif settings is None and isinstance(changes.get("init"), str):
         changes = {**init_defaults(changes["init"]), **changes}
     settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
+    began = time.monotonic()
     resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
     with contextlib.ExitStack() as locks:
         job = prepare(settings, resumed, locks)
-        run_job(job, progress)
-    return job.trained_run()
+        ending = run_job(job, progress, began)
+    return job.trained_run(ending)
 
 
-def run_job(job: Job, progress: Progress | None) -> None:
-    """Train until the last step, or until a signal. ``ValueError`` if training diverges."""
+def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
+    """Train until the last step, or until something ends it earlier: a signal, ``max_time`` after the time ``began``,
+    or ``patience``. ``ValueError`` if training diverges."""
     session, settings, accelerator = job.session, job.settings, job.accelerator
     with (
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process) as report,
         session.recorder.tensorboard(settings.tensorboard, job.state.step),
     ):
-        session.stopped = lambda: bool(signals)
+        limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf
+        session.stopped = lambda: bool(signals) or time.monotonic() > limit
         try:
+            if 0 < job.state.step < settings.steps:
+                session.catch_up(job.state)
             fit(
                 settings.objective,
                 job.state,
@@ -102,14 +124,19 @@ def run_job(job: Job, progress: Progress | None) -> None:
                 accelerator,
                 log=session.log,
                 sample=session.sample if settings.objective.is_generative else job.draw_reconstructions,
+                validate=session.validate,
                 evaluate=session.evaluate,
                 save=session.save,
-                progress=session.progress(report),
+                progress=session.progress(report, job.state.step),
                 stop=session.stopped,
+                is_best=session.is_best,
+                is_stale=session.is_stale,
             )
         except Diverged as e:
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
+        stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
+    return "complete" if job.state.step >= settings.steps else stopped
 
 
 @dataclass
@@ -129,15 +156,15 @@ class Job:
         rows = self.stream(0, 0, 0, min(RECONSTRUCTIONS, self.stream.batch_size))
         self.session.reconstruct(rows, state)
 
-    def trained_run(self) -> Run:
+    def trained_run(self, ending: Ending) -> TrainedRun:
         """The model as it is used: its slowest average, in evaluation mode."""
         state, nets = self.state, self.state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)
         file = f"ema-{max(state.emas)}.safetensors" if state.emas else "nets.safetensors"
         weights = f"checkpoints/step-{state.step:07d}/{file}"
-        return Run(self.session.run, self.settings, nets, self.data.spec, self.data.codec, state.step, weights,
-                   self.accelerator.device)  # fmt: skip
+        return TrainedRun(self.session.run, self.settings, nets, self.data.spec, self.data.codec, state.step, weights,
+                          self.accelerator.device, ending, self.session.best)  # fmt: skip
 
 
 def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
@@ -174,9 +201,12 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         restore(checkpoint, state, settings.objective)
         note_schedule(stored, settings, state.step, notes.append)
     finished = checkpoint is not None and state.step >= settings.steps
-    evaluator = None
+    evaluator = validation = None
     if settings.eval_every and not finished:
         evaluator = load_object(EVALUATOR)(settings, state, data, accelerator)
+    if settings.val_every and not finished:
+        validation = Validation.create(settings, dataset, data.codec, accelerator)
+    best = None if finished else choose_best(settings, evaluator)
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
@@ -186,7 +216,9 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
-                      evaluator, fingerprint)  # fmt: skip
+                      evaluator, fingerprint, validation, best)  # fmt: skip
+    if resumed:
+        session.recall_best(notes.append)
     for note in notes:
         recorder.say(note)
     if not finished:
@@ -194,8 +226,23 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
+        if validation:
+            recorder.say(f"val      {validation.n} held-out samples, every {settings.val_every} steps")
         recorder.say(summary(settings, directory, nets, data, accelerator))
     return Job(settings, accelerator, data, stream, state, session)
+
+
+def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestCheckpoint | None:
+    """The record of the best checkpoint that ``keep_best`` asks for. ``ValueError`` if its metric is never measured."""
+    if settings.keep_best is None:
+        if settings.patience is not None:
+            raise ValueError(f"patience: given {settings.patience}, but no metric to improve; give --keep-best, say "
+                             "--keep-best val/loss --val-every 100")  # fmt: skip
+        return None
+    known = validation_metrics(settings)
+    for name, direction in evaluator.directions.items() if evaluator else ():
+        known[f"eval/{name}"] = direction
+    return choose_metric(settings.keep_best, known, {"val": settings.val_every, "eval": settings.eval_every})
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:

@@ -23,12 +23,12 @@ from genkit.envs import ars
 from genkit.envs.ars import SURVIVAL_BONUS, LinearPolicy, RunningStats, SearchSettings, episode_returns, search
 from genkit.objectives import Flow
 from genkit.rl.finetune.chain import Chain
-from genkit.rl.finetune.checkpoint import BestCheckpoint
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Critic, Learner
 from genkit.rl.finetune.loop import CHECKPOINT_SEED
 from genkit.rl.finetune.noise import FixedNoise
+from genkit.training.best import BestCheckpoint
 from genkit.training.directory import find_run, read_log
 from genkit.training.loop import State
 from genkit.training.run import load_run
@@ -240,7 +240,7 @@ def test_networks_see_no_observation_that_is_further_than_the_limit():
 
 
 def test_best_and_patience():
-    best = BestCheckpoint()
+    best = BestCheckpoint("return", "higher")
     for step, value, stale in ((10, 1.0, False), (20, 3.0, False), (30, 2.0, False), (40, 3.0, True)):
         best.update(step, value)
         assert best.is_stale(2) is stale

@@ -22,6 +22,7 @@ from genkit.integrations.export import export
 from genkit.objectives import DDPM, Flow
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.run import init_from, load_run
+from genkit.training.sampling import default_guidance
 
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
 UNET, DIT = UNet2D(**SMALL), DiT2D(num_layers=2, num_attention_heads=2, attention_head_dim=8)
@@ -343,7 +344,9 @@ def picture(run, grid, label=None):
 def from_theirs(run, grid, label=None):
     """The same from noise z itself, as diffusers' pipelines start; genkit starts with sigma(1) z, which on linear betas
     is 2e-5 of it apart, and an untrained network multiplies that."""
-    denoise, cond = load_run(run).denoiser, {} if label is None else {"label": torch.full((N,), label)}
+    run, cond = load_run(run), {} if label is None else {"label": torch.full((N,), label)}
+    guidance = default_guidance(run.objective, run.codec)
+    denoise = guidance(run.denoiser) if guidance else run.denoiser
     with torch.no_grad():
         x = ddim(denoise, Seeds(range(N))((1, 8, 8)), grid(denoise.path), cond)
     return x, (x / 2 + 0.5).clamp(0, 1)
@@ -372,7 +375,9 @@ def test_a_stock_pipeline_draws_the_same_picture_as_a_ddpm(tmp_path, objective):
     pipe = diffusers.DiffusionPipeline.from_pretrained(exported(run, tmp_path / "out"))
     assert type(pipe) is diffusers.DDIMPipeline
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt").images
+    clipped = {} if objective else {"use_clipped_model_output": True}
+    assert pipe.scheduler.config.clip_sample == bool(clipped)
+    theirs = pipe(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt", **clipped).images
     grid = trailing(10, load_run(run).objective.timesteps)
     x, ours = from_theirs(run, grid)
     assert relative_error(ours, theirs, x) < 1e-5
@@ -406,7 +411,8 @@ def test_one_class_is_a_pipeline_and_all_are_a_network_with_a_loop(tmp_path, cla
     x, ours = from_theirs(classy, trailing(10), label=7)
     alone = diffusers.DiffusionPipeline.from_pretrained(exported(classy, tmp_path / "one", "--to.label=7"))
     alone.set_progress_bar_config(disable=True)
-    theirs = alone(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt").images
+    theirs = alone(batch_size=N, generator=seeds(), num_inference_steps=10, output_type="pt",
+                   use_clipped_model_output=True).images  # fmt: skip
     assert relative_error(ours, theirs, x) < 1e-5
     capsys.readouterr()
     pipe = diffusers.DiffusionPipeline.from_pretrained(exported(classy, tmp_path / "all"))
@@ -415,7 +421,7 @@ def test_one_class_is_a_pipeline_and_all_are_a_network_with_a_loop(tmp_path, cla
     pipe.scheduler.set_timesteps(10)
     for t in pipe.scheduler.timesteps:
         out = pipe.unet(y, t, class_labels=torch.full((N,), 7)).sample.detach()
-        y = pipe.scheduler.step(out, t, y).prev_sample
+        y = pipe.scheduler.step(out, t, y, use_clipped_model_output=True).prev_sample
     assert relative_error(x, y, x) < 1e-5
 
 
@@ -441,7 +447,8 @@ def test_a_transformer_is_written_in_parts(tmp_path, capsys):
     scheduler.set_timesteps(10)
     for t in scheduler.timesteps:
         label = torch.ones(N, dtype=torch.long)
-        x = scheduler.step(net(x, t.expand(N), class_labels=label).sample.detach(), t, x).prev_sample
+        said = net(x, t.expand(N), class_labels=label).sample.detach()
+        x = scheduler.step(said, t, x, use_clipped_model_output=True).prev_sample
     assert relative_error(from_theirs(run, trailing(10))[0], x, x) < 1e-5
     assert (out / "README.md").read_text().startswith(f"# {run.name}")
 

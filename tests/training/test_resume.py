@@ -74,7 +74,8 @@ OTHER = {  # another value for every setting
     "clip": 2.0, "ema": (0.9,), "precision": "bf16", "compile": True, "seed": 3, "device": "auto", "threads": 2,
     "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
     "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
-    "keep_checkpoints": 9, "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
+    "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,
+    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
     "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
 }  # fmt: skip
 
@@ -438,5 +439,5 @@ def test_configurations_are_never_written_in_place(run, monkeypatch):
 
     before = (run / "config.yaml").read_text()
     monkeypatch.setattr(Path, "write_text", full)
-    assert resume(run, "--steps=12") == 2
+    assert resume(run, "--steps=12") == 1
     assert (run / "config.yaml").read_text() == before

@@ -26,6 +26,7 @@ from genkit.data import Stream
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
+from genkit.training.best import read_best
 from genkit.training.checkpoint import read_tensors
 from genkit.training.directory import read_log, rewind_log
 from genkit.training.loop import (
@@ -178,7 +179,7 @@ def launch(tmp_path, *args):
 def test_two_ranks_equal_one(tmp_path):
     """Global batch 64 on 2 ranks is 64 on one, to float tolerance: same data, same noise, mean gradient."""
     (tmp_path / "two").mkdir()
-    args = ["--batch=64", "--steps=12", "--sample-every=12"]
+    args = ["--batch=64", "--steps=12", "--sample-every=12", "--val-every=6", "--val-n=90", "--keep-best=val/loss"]
     two = launch(tmp_path / "two", *args, "--micro-batch=16")
     one = in_process(tmp_path / "one", *args)
     a, b = weights(two), weights(one)
@@ -186,7 +187,10 @@ def test_two_ranks_equal_one(tmp_path):
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], atol=2e-5), key
-    assert read_log(two)[-1]["denoise/loss"] == pytest.approx(read_log(one)[-1]["denoise/loss"], rel=1e-4)
+    for name in ("denoise/loss", "val/loss", "val/raw/loss"):
+        last = [[r[name] for r in read_log(run) if name in r][-1] for run in (two, one)]
+        assert last[0] == pytest.approx(last[1], rel=1e-4), name
+    assert read_best(two).step == read_best(one).step == 12
     assert json.loads((two / "env.json").read_text())["world_size"] == 2
     assert (two / "samples/step-0000012.png").exists()
     assert len(list((tmp_path / "two/runs").glob("0*"))) == 1, "both ranks made a directory"

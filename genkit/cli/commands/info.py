@@ -16,6 +16,7 @@ from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
 from genkit.training.annotations import read_annotations
+from genkit.training.best import read_best
 from genkit.training.directory import read_log
 from genkit.training.run import load_run, read_lora_base
 
@@ -46,6 +47,9 @@ def main(argv: list[str]) -> int:
         "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
         "checkpoints": ", ".join(saved),
     }
+
+    if best := read_best(run.directory):
+        lines["best"] = f"{best}; {best.worse} evaluations since; --step best"
 
     # what only some runs have: classes, captions, LoRA, a first stage, a log
     for name, kind in run.spec.cond.items():

@@ -13,21 +13,19 @@ from genkit.data.text import caption_examples
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 from genkit.training.init_sources import init_defaults
-from genkit.training.run import Run
 from genkit.training.settings import TrainSettings, stored_settings
-from genkit.training.train import train
+from genkit.training.train import TrainedRun, train
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; the exit code, 130 if a signal stopped the training."""
+    """Run the command; the exit code, 130 if a signal stopped the training, 0 if it ended as the settings ask."""
     if (num := missing_ranks()) > 1:
         start_ranks(num, "train", argv)
     settings, resumed = read_settings(argv)
     run = train(settings, resume=resumed)
-    done = run.step >= run.config.steps
     if is_main_process():
-        conclude(run, done)
-    return 0 if done else 130
+        conclude(run)
+    return 130 if run.ending == "signal" else 0
 
 
 def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
@@ -57,15 +55,24 @@ def stored_init(argv: list[str]) -> str | None:
     return init if isinstance(init, str) else None
 
 
-def conclude(run: Run, done: bool) -> None:
+def conclude(run: TrainedRun) -> None:
     """Say how it ended, where the pictures are, and what to do next."""
 
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    if not done:
-        say(f"stopped at step {run.step}, saved; continue with: genkit train --resume {run.directory}")
+    resume = f"genkit train --resume {run.directory}"
+    if run.ending == "signal":
+        say(f"stopped at step {run.step}, saved; continue with: {resume}")
         return
+    if run.ending == "max_time":
+        say(f"stopped at step {run.step} after --max-time {run.config.max_time}, saved; continue with: {resume}")
+        return
+    if run.ending == "patience" and run.best:
+        say(f"stopped at step {run.step}, saved: {run.best.metric} has not improved in {run.best.worse} evaluations; "
+            f"to go on all the same: {resume} --patience {2 * run.best.worse}")  # fmt: skip
+    if run.best:
+        say(f"best     {run.best}; choose it by --step best")
     records = [r for r in read_log(run.directory) if "samples_per_s" in r]
     skipped = records[-1]["skipped"] if records else 0
     say(f"trained {run.step} steps" + (f", {skipped} skipped" if skipped else ""))

@@ -51,7 +51,7 @@ def bind(
     make_times = uniform(grid) if isinstance(grid, int) else grid
 
     def bind_to(denoise: Denoiser) -> Generator:
-        path = denoise.path
+        path = (guidance(denoise) if guidance else denoise).path
         times = make_times if isinstance(make_times, Tensor) else make_times(path)
         start = nodes(path, times)[0]
 

@@ -1,5 +1,7 @@
 """Grids: functions ``path -> times``, decreasing from 1 to 0, regular in chart time, noise level or discrete time.
 
+They start before t = 1 on a :class:`~genkit.diffusion.paths.TruncatedPath`.
+
 Uniform t on a VP path costs Heun half an order; uniform tau keeps every solver's order on every path (tests). The last
 three, for models of discrete time, are uniform in t = k / timesteps nevertheless, to compare with what others report.
 """
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import ProbabilityPath
-from genkit.diffusion.paths import chart, times_at
+from genkit.diffusion.paths import chart, end_time, times_at
 
 Grid = Callable[[ProbabilityPath], Tensor]
 
@@ -29,7 +31,7 @@ def uniform(num_steps: int) -> Grid:
     _positive(num_steps)
 
     def grid(path: ProbabilityPath) -> Tensor:
-        end = chart(path, torch.ones(1, dtype=torch.float64))[0]
+        end = chart(path, torch.full((1,), end_time(path), dtype=torch.float64))[0]
         return times_at(path, torch.linspace(1, 0, num_steps + 1, dtype=torch.float64) * end)
 
     return grid
@@ -44,20 +46,20 @@ def karras_levels(num: int, low: float, high: float, rho: float = 7.0) -> list[f
 def _levels(num_steps: int, low: float, high: float, between: Callable[[int, float, float], Sequence[float]]) -> Grid:
     """Nodes at noise levels ``sigma / alpha``, ``high`` or the path's own end if that is lower, to ``low``, then 0.
 
-    The first node is t = 1 even if the path's end is noisier than ``high``, because samples start there.
+    The first node is the path's end even if it is noisier than ``high``, because samples start there.
     """
     _positive(num_steps)
     if not 0 < low < high:
         raise ValueError(f"low, high: given {low}, {high}; allowed 0 < low < high")
 
     def grid(path: ProbabilityPath) -> Tensor:
-        one = torch.ones(1, dtype=torch.float64)
-        alpha, sigma = float(path.alpha(one)), float(path.sigma(one))
+        first = torch.full((1,), end_time(path), dtype=torch.float64)
+        alpha, sigma = float(path.alpha(first)), float(path.sigma(first))
         top = min(high, sigma / alpha) if alpha > 0 else high
         if top <= low:
             raise ValueError(f"low: given {low}; allowed below the path's highest noise level, {top:.3g}")
         levels = torch.tensor(between(num_steps, low, top)[1:] if num_steps > 1 else [], dtype=torch.float64)
-        return torch.cat([one, times_at(path, levels / (1 + levels)), 0 * one])
+        return torch.cat([first, times_at(path, levels / (1 + levels)), 0 * first])
 
     return grid
 
@@ -76,10 +78,25 @@ def logsnr(num_steps: int, low: float = 0.002, high: float = 80.0) -> Grid:
     return _levels(num_steps, low, high, levels)
 
 
-def _discrete(timesteps: int, k: Tensor) -> Grid:
-    """The times ``k / timesteps``, then 0."""
-    times = torch.cat([k.double() / timesteps, torch.zeros(1, dtype=torch.float64)])
-    return lambda path: times
+def _discrete(num_steps: int, timesteps: int, choose: Callable[[int], Tensor]) -> Grid:
+    """The times ``k / timesteps``, then 0, with the numbers ``k = choose(timesteps)``.
+
+    If the first is past the end of a truncated path, they are chosen among the discrete times up to that end.
+    """
+    _within(num_steps, timesteps)
+
+    def grid(path: ProbabilityPath) -> Tensor:
+        k, last = choose(timesteps), math.floor(end_time(path) * timesteps)
+        if int(k[0]) > last:
+            if num_steps > last:
+                raise ValueError(
+                    f"steps: given {num_steps}; allowed 1 … {last}, because at later times a prediction of the noise "
+                    "says too little about the data; if they are in [-1, 1], clip the predicted data (--clip)"
+                )
+            k = choose(last)
+        return torch.cat([k.double() / timesteps, torch.zeros(1, dtype=torch.float64)])
+
+    return grid
 
 
 def _within(num_steps: int, timesteps: int) -> None:
@@ -89,14 +106,18 @@ def _within(num_steps: int, timesteps: int) -> None:
 
 def trailing(num_steps: int, timesteps: int = 1000) -> Grid:
     """Every T/n-th of the discrete times, counted from the noisy end (Lin et al. 2024, table 2)."""
-    _within(num_steps, timesteps)
-    return _discrete(timesteps, (torch.arange(num_steps, 0, -1, dtype=torch.float64) * timesteps / num_steps).round())
+
+    def choose(last: int) -> Tensor:
+        return (torch.arange(num_steps, 0, -1, dtype=torch.float64) * last / num_steps).round()
+
+    return _discrete(num_steps, timesteps, choose)
 
 
 def linspace(num_steps: int, timesteps: int = 1000) -> Grid:
     """The discrete times from T to 1, both included, then 0 (Lin et al. 2024, table 2). One step: from T to 0."""
-    _within(num_steps, timesteps)
-    return _discrete(timesteps, torch.linspace(timesteps - 1, 0, num_steps, dtype=torch.float64).round() + 1)
+    return _discrete(
+        num_steps, timesteps, lambda last: torch.linspace(last - 1, 0, num_steps, dtype=torch.float64).round() + 1
+    )
 
 
 def leading(num_steps: int, timesteps: int = 1000) -> Grid:
@@ -104,8 +125,7 @@ def leading(num_steps: int, timesteps: int = 1000) -> Grid:
 
     It starts short of t = 1, where some of the data is left: it is here to compare with what others report.
     """
-    _within(num_steps, timesteps)
-    return _discrete(timesteps, torch.arange(num_steps - 1, -1, -1) * (timesteps // num_steps) + 1)
+    return _discrete(num_steps, timesteps, lambda last: torch.arange(num_steps - 1, -1, -1) * (last // num_steps) + 1)
 
 
 GRIDS: Mapping[str, Callable[[int], Grid]] = {

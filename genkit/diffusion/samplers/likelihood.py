@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.core import NO_COND, Cond, Denoiser, Noise
 from genkit.diffusion.checks import require
+from genkit.diffusion.paths import end_time
 from genkit.diffusion.samplers.ode import worst_of_batch
 from genkit.diffusion.samplers.steps import Node, default_noise, nodes, nodes_at
 
@@ -55,7 +56,7 @@ def log_prob(
     if not x.is_floating_point():
         raise ValueError(f"x: given {x.dtype}; a density needs floats: dequantise(x) first")
     grid = nodes(denoise.path, times)[::-1]  # from data to noise
-    if grid[0].t != 0 or grid[-1].t != 1:
+    if grid[0].t != 0 or grid[-1].t < end_time(denoise.path):
         raise ValueError(f"times: given {grid[-1].t:.3g} … {grid[0].t:.3g}; a likelihood needs the whole path, 1 … 0")
     directions = _directions(x, noise or default_noise(x), probes) if divergence == "hutchinson" else None
     rates = _rates(denoise, cond, directions)

@@ -17,6 +17,9 @@ from genkit.diffusion.samplers.grids import karras_levels
 from genkit.diffusion.samplers.ode import Clock, heun, heun_step, posterior_variance
 from genkit.diffusion.samplers.steps import Callback, Node, default_noise, nodes, nodes_at, renoise
 
+MAX_DRIFT = (
+    20.0  # of sde: on VP a step of 1 / 10 has 16; on cosine betas, which end at alpha = 5e-5, it would have 2,000
+)
 NONE_LEARNED = (
     "variance: given 'learned', but this model has learned none; allowed small, large; or train with "
     "--objective=ddpm --objective.learn-variance"
@@ -76,16 +79,17 @@ def sde(
 
     There ``g^2 = 2 tau / (1 - tau)`` and ``score = -x1 / tau``, so the drift is ``x1 - x0 - g^2 / 2 score``, whose last
     term compensates the noise. ``eta`` scales both: any value keeps the marginals (Song et al. 2021, appendix D.1), 0
-    is DDIM. If g is infinite (alpha = 0) the step is the limit ``alpha_b x0 + sigma_b z``; the last step, to the data,
-    is x0. At 50 uniform steps the samples' covariance was 6 times closer than in the clock of the VE SDE (measured).
+    is DDIM. If g is infinite or huge (alpha near 0) the step is the limit ``alpha_b x0 + sigma_b z``, for Euler's would
+    overshoot; the last step, to the data, is x0. At 50 uniform steps the samples' covariance was 6 times closer than in
+    the clock of the VE SDE (measured).
     """
     require("eta", eta, "0 or more", eta >= 0)
     noise = noise or default_noise(x)
     for i, (a, b) in enumerate(pairwise(nodes(denoise.path, times))):
         prediction = denoise(x, a.time(x), cond)
         x = b.alpha * prediction.x0
-        if b.sigma > 0 and (a.alpha > 0 or not eta):
-            k = eta * (a.tau - b.tau) / (1 - a.tau) if eta else 0.0  # g^2 h / (2 tau)
+        k = eta * (a.tau - b.tau) / max(1 - a.tau, 1e-300) if eta else 0.0  # g^2 h / (2 tau)
+        if b.sigma > 0 and k <= MAX_DRIFT:
             x = x + (b.sigma - b.scale * k) * prediction.x1
             if eta:
                 x = x + b.scale * math.sqrt(2 * a.tau * k) * noise(x.shape[1:])

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from genkit.core.protocols import Direction
 from genkit.evaluation.metrics.estimate import Estimate
 from genkit.evaluation.metrics.moments import Moments
 
 Needs = Literal["moments", "features", "logits", "labels", "samples"]
-Direction = Literal["lower", "higher"]
 
 TENSORS: Mapping[Needs, tuple[str, ...]] = {
     "moments": (),

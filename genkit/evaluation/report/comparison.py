@@ -7,11 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from genkit.core.durations import format_duration
 from genkit.evaluation.cards import Card, to_text
 from genkit.evaluation.differences import diff_runs
 from genkit.evaluation.report.curves import FINETUNING, finetuning_keys, join_bounds, metric_titles, plot_groups
 from genkit.evaluation.report.html import (
-    format_duration,
     format_number,
     render,
     render_heading,

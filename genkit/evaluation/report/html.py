@@ -263,15 +263,6 @@ def format_interval(estimate: Estimate) -> str:
     return f"[{format_number(estimate.low)}, {format_number(estimate.high)}]"
 
 
-def format_duration(seconds: float) -> str:
-    """``1 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def format_metric(name: str, title: str | None = None) -> str:
     """The name of a metric, or its ``title``, with an arrow in the direction of better values if genkit knows it."""
     direction = metric_direction(name)

@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from genkit.core.durations import format_duration
 from genkit.evaluation.cards import flatten, to_number, to_text
 from genkit.evaluation.report.html import (
-    format_duration,
     format_interval,
     format_number,
     render,

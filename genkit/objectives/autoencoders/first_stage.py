@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -313,6 +313,10 @@ class FirstStage(EncoderDecoder):
         if torch.is_grad_enabled() and last.requires_grad and adaptive.training:
             adaptive.record(rec, adversarial, last)
         return Loss(rec + encoded.cost + self.adversarial_weight * adaptive.weight * adversarial, logs)
+
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        # without the discriminator, which moves: its scores at two steps cannot be compared
+        return {"loss": replace(self, adversarial_weight=0.0).autoencoder_loss(nets, batch).per_sample}
 
     def discriminator_loss(self, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The discriminator's loss: which patches are of samples, which of reconstructions."""

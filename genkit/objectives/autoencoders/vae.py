@@ -18,6 +18,7 @@ from genkit.core import (
     Batch,
     Cond,
     Denoiser,
+    Direction,
     Generator,
     Loss,
     Noise,
@@ -41,6 +42,7 @@ class VAE(EncoderDecoder):
     """
 
     likelihood_method: ClassVar[str | None] = "iwae"
+    validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower", "neg_elbo": "lower"}
 
     latent: LatentShape = (16,)
     """shape of z: D for a vector, or C h w for a map that fits the backbone"""
@@ -83,19 +85,32 @@ class VAE(EncoderDecoder):
         return self.likelihood.mean(nets["decoder"](z, cond))
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
-        # both terms of the bound, in nats a sample
+        q, reconstruction, kl_each = self.bound_terms(nets, batch)
+        kl = kl_each.sum(1)
+        active = (q.mean.detach().var(0, correction=0) > ACTIVE).sum().float()
+        logs = {"neg_elbo": (reconstruction + kl).mean(), "kl": kl.mean(), "reconstruction": reconstruction.mean()}
+        return Loss(self.training_loss(reconstruction, kl_each, batch), {**logs, "active_units": active})
+
+    def bound_terms(self, nets: Mapping[str, nn.Module], batch: Batch) -> tuple[Posterior, Tensor, Tensor]:
+        """The posterior, minus the log-likelihood ``[B]`` of one draw, and the KL of each number of z ``[B, D]``.
+
+        All are in nats.
+        """
         x = self.likelihood.target(batch)
         q = self.encode(nets, x, batch.cond)
         out = nets["decoder"](q.sample(batch.normal(*self.latent)), batch.cond)
-        reconstruction = -self.likelihood.log_prob(out, x)
-        kl_each = q.kl().flatten(1)
-        kl = kl_each.sum(1)
-        # the loss, with annealing and free bits
+        return q, -self.likelihood.log_prob(out, x), q.kl().flatten(1)
+
+    def training_loss(self, reconstruction: Tensor, kl_each: Tensor, batch: Batch) -> Tensor:
+        """The loss ``[B]``, with beta, annealing and free bits, in nats a dimension of x."""
         beta = self.beta * self.annealing(batch.step)
-        kl_cost = kl_each.clamp(min=self.free_bits).sum(1) if self.free_bits else kl
-        active = (q.mean.detach().var(0, correction=0) > ACTIVE).sum().float()
-        logs = {"neg_elbo": (reconstruction + kl).mean(), "kl": kl.mean(), "reconstruction": reconstruction.mean()}
-        return Loss((reconstruction + beta * kl_cost) / x[0].numel(), {**logs, "active_units": active})
+        kl = (kl_each.clamp(min=self.free_bits) if self.free_bits else kl_each).sum(1)
+        return (reconstruction + beta * kl) / batch.x[0].numel()
+
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        _, reconstruction, kl_each = self.bound_terms(nets, batch)
+        loss = self.training_loss(reconstruction, kl_each, batch)
+        return {"loss": loss, "neg_elbo": reconstruction + kl_each.sum(1)}
 
     def annealing(self, step: int | None) -> float:
         """The fraction of beta that counts at a step; outside training (None), 1."""

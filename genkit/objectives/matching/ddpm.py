@@ -18,14 +18,13 @@ from genkit.core import (
     Cond,
     Denoiser,
     Loss,
-    Parametrization,
     Prediction,
     ProbabilityPath,
     Spec,
     expand,
     mean_flat,
 )
-from genkit.diffusion.parametrization import refuse_singular
+from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import VP
 from genkit.diffusion.posterior import LearnedVariance, log_variance, reverse_step
 from genkit.objectives.matching.matching import Matching, PathSample, PredictionName
@@ -145,13 +144,8 @@ class DoubledOutput(nn.Module):
         return self.inner(torch.cat([x, x], 1), label, cond)
 
 
-@dataclass(frozen=True)
-class LearnedVarianceDenoiser:
+class LearnedVarianceDenoiser(NetDenoiser):
     """The denoiser of the first half of a network's output channels, with the second half as learned variance."""
-
-    net: nn.Module
-    path: ProbabilityPath
-    parametrization: Parametrization
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The ends of the path, and ``w`` ``[B, *S]``."""

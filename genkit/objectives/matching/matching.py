@@ -124,6 +124,11 @@ class Matching(Objective):
         out = self.network_output(nets["net"], sample, batch)
         return Loss(self.weighted(nets, sample, self.squared_error(sample, out)), {})
 
+    def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        # an empty history draws uniform times: the same ones at every step
+        history = {"history": LossHistory().to(batch.x.device)} if self.time_distribution.loss_aware else {}
+        return super().validate({**nets, **history}, batch)
+
     def network_output(self, net: nn.Module, sample: PathSample, batch: Batch) -> Tensor:
         """What the network predicts at the sampled points, with some conditions dropped."""
         x_in, label = self.parametrization.inputs(self.path, sample.x, sample.t)

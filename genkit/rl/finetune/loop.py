@@ -23,7 +23,7 @@ from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
-from genkit.rl.finetune.checkpoint import BestCheckpoint, restore_finetuning, save_finetuning
+from genkit.rl.finetune.checkpoint import restore_finetuning, save_finetuning
 from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
@@ -42,6 +42,7 @@ from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.annotations import annotate
+from genkit.training.best import BestCheckpoint
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -139,7 +140,7 @@ class FineTuning:
         self.task, self.policy = build_task(settings, base, world)
         settings.method.check(chain, self.task)
         self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
-        self.best, self.warned = BestCheckpoint(), False
+        self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
         # None: a new run, or one that was killed before its first checkpoint and begins again
         self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
         if self.checkpoint:
@@ -311,7 +312,7 @@ class FineTuning:
 
     def conclude(self) -> FinetunedRun:
         """Evaluate the run as it is from now on, and return it."""
-        if self.best.chosen == 0 and self.learner.state.step:
+        if self.best.step == 0 and self.learner.state.step:
             self.recorder.say("chosen   the start: no checkpoint had a better return; try a lower --method.lr")
         run = load_run(self.directory, ema=self.settings.ema, device=self.accelerator.device.type)
         after = self.evaluate("after", run.nets)

@@ -15,6 +15,7 @@ from genkit.backbones import MLP
 from genkit.config.numbers import Count, NonNegative
 from genkit.core import Cond, Spec
 from genkit.diffusion.samplers.ode import posterior_variance
+from genkit.diffusion.samplers.sde import MAX_DRIFT
 from genkit.diffusion.samplers.steps import Node
 
 Sigma = Callable[[Tensor, Tensor, Cond], Tensor]  # (x [B, *S], step k Int [B], cond) -> factor of the std, [B, *S]
@@ -70,9 +71,9 @@ class SDENoise(ExplorationNoise):
     def __call__(self, a: Node, b: Node) -> tuple[float, float]:
         if not self.eta or b.sigma == 0:
             return b.sigma, 0.0
-        if a.alpha == 0:  # the diffusion is infinite: in the limit of the step all noise is drawn anew
+        k = self.eta * (a.tau - b.tau) / max(1 - a.tau, 1e-300)
+        if k > MAX_DRIFT:  # the diffusion is near infinite: in the limit of the step all noise is drawn anew
             return 0.0, b.sigma
-        k = self.eta * (a.tau - b.tau) / (1 - a.tau)
         return b.sigma - b.scale * k, b.scale * math.sqrt(2 * a.tau * k)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genkit.config import load_object
+from genkit.config.numbers import CheckpointStep
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
@@ -127,7 +128,7 @@ class Policy:
         sampler: str | None = None,
         act_steps: int | None = None,
         ema: str | None = None,
-        step: int | None = None,
+        step: CheckpointStep | None = None,
         device: str = "cpu",
         conditions: Mapping[str, Sequence[float]] | None = None,
         guidance: float = 1.0,

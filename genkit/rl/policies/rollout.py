@@ -19,7 +19,7 @@ from PIL import Image
 
 from genkit import __version__
 from genkit.config import override
-from genkit.config.numbers import Count, Natural, NonNegative, Scale, Seed
+from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Scale, Seed
 from genkit.core import pictures
 from genkit.core.device import DeviceName
 from genkit.core.files import write_text
@@ -77,8 +77,8 @@ class RolloutSettings:
     """Parallel environments."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
-    step: Natural | None = None
-    """Checkpoint to use; None: the newest."""
+    step: CheckpointStep | None = None
+    """Checkpoint to use, by its step or "best" (of train --keep-best); None: the newest."""
     film: Natural = 0
     """Number of first episodes to film, as one GIF each."""
     device: DeviceName = "cpu"
