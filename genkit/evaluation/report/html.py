@@ -157,8 +157,9 @@ script-src 'unsafe-inline'">
 </tbody>
 </table>
 </div>""",
-    "value": """{% if mark == 'best' %}<strong class="best">{% endif %}<data value="{{ value }}">{{ shown }}</data>\
-{% if mark == 'best' %}</strong>{% endif %}{% if interval %} <small>{{ interval }}</small>{% endif %}\
+    "value": """{% if mark.startswith('best') %}<strong class="best">{% endif %}\
+<data value="{{ value }}">{{ shown }}</data>\
+{% if mark.startswith('best') %}</strong>{% endif %}{% if interval %} <small>{{ interval }}</small>{% endif %}\
 {% if mark %} <small class="mark">{{ mark }}</small>{% endif %}""",
     "small": """<small>{{ text }}</small>""",
     "heading": """<h3>{{ text }}</h3>""",

@@ -62,47 +62,47 @@ def write_report(*sources: str | Path, out: str | Path | None = None) -> Path:
     only run has a latent code, its pictures are drawn and kept in ``space/``. ``ValueError`` if a source does not
     exist, or ``out`` is not an HTML file's name.
     """
-    found = open_sources(sources)
-    path = Path(out).expanduser() if out else default_page(sources, found)
+    opened = open_sources(sources)
+    path = Path(out).expanduser() if out else default_page(sources, opened)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
     refuse_foreign(path, 'content="genkit')
-    if len(found.runs) == 1 and not found.cards:
-        run = found.runs[0]
+    if len(opened.runs) == 1 and not opened.cards:
+        run = opened.runs[0]
         return write_text(path, render_run(run.path, {"Latent space": latent_space_parts(run.path)}))
-    return write_text(path, render_sources(found))
+    return write_text(path, render_sources(opened))
 
 
 def open_sources(sources: Sequence[str | Path]) -> Sources:
     """Read runs and cards. ``ValueError`` for a source that is neither, or a run whose configuration is damaged."""
-    found = Sources()
+    opened = Sources()
     for source in sources:
         path = follow_links(Path(source).expanduser())
         if path.is_file():
-            found.cards.append(Card.load(path))
+            opened.cards.append(Card.load(path))
         elif path.is_dir() and not (path / "config.yaml").is_file():
             runs = find_runs([path])
-            found.runs += map(read_run, runs)
+            opened.runs += map(read_run, runs)
             if not runs:
                 cards, errors = read_cards(path)
-                found.cards, found.errors = found.cards + cards, found.errors + errors
+                opened.cards, opened.errors = opened.cards + cards, opened.errors + errors
                 if not cards:
                     raise ValueError(f"report: given {source}, which holds neither runs nor cards of genkit eval")
         else:
-            found.runs.append(read_run(find_run(source)))
-    if not found.runs and not found.cards:
+            opened.runs.append(read_run(find_run(source)))
+    if not opened.runs and not opened.cards:
         raise ValueError("report: given nothing; needs a run, such as runs/latest")
-    return found
+    return opened
 
 
-def default_page(sources: Sequence[str | Path], found: Sources) -> Path:
+def default_page(sources: Sequence[str | Path], opened: Sources) -> Path:
     """Where a page is written if no file is named."""
     if len(sources) == 1:
-        path = found.runs[0].path if len(found.runs) == 1 else follow_links(Path(sources[0]).expanduser())
+        path = opened.runs[0].path if len(opened.runs) == 1 else follow_links(Path(sources[0]).expanduser())
         return path.with_suffix(".html") if path.is_file() else path / "report.html"
-    names = [run.name for run in found.runs]
-    parent = found.runs[0].path.parent if found.runs else Path(sources[0]).expanduser().parent
-    label = "-".join(names) if 0 < len(names) <= MAX_NAMES else f"{len(names) or len(found.cards)}"
+    names = [run.name for run in opened.runs]
+    parent = opened.runs[0].path.parent if opened.runs else Path(sources[0]).expanduser().parent
+    label = "-".join(names) if 0 < len(names) <= MAX_NAMES else f"{len(names) or len(opened.cards)}"
     return parent / f"report-{label}.html"
 
 
@@ -131,16 +131,16 @@ def render_run(run: str | Path, extra_sections: Mapping[str, Sequence[Markup]] |
     return render_page(directory.name, lead, sections)
 
 
-def render_sources(found: Sources) -> str:
+def render_sources(opened: Sources) -> str:
     """The page of several runs, or of cards."""
-    if not found.runs:
+    if not opened.runs:
         lead = f"Results of genkit eval; report by genkit {__version__}"
-        return render_page(f"{len(found.cards)} cards", lead, card_sections(found.cards, found.errors))
-    logs = [read_log(run.path / "log.jsonl") for run in found.runs]
-    names = [run.name for run in found.runs]
+        return render_page(f"{len(opened.cards)} cards", lead, card_sections(opened.cards, opened.errors))
+    logs = [read_log(run.path / "log.jsonl") for run in opened.runs]
+    names = [run.name for run in opened.runs]
     title = " and ".join(names) if len(names) == 2 else f"{len(names)} runs" if len(names) > 1 else names[0]
     lead = f"Side by side; report by genkit {__version__}"
-    return render_page(title, lead, comparison_sections(found.runs, logs, found.cards, found.errors))
+    return render_page(title, lead, comparison_sections(opened.runs, logs, opened.cards, opened.errors))
 
 
 def fold_file(path: Path) -> Markup:

@@ -43,6 +43,8 @@ def summary_tiles(run: RunRecord, log: LogSummary) -> Markup:
             items["lowest val/loss"] = f"{format_number(least.mean)} at step {least.step}"
         if log.last.get("skipped"):
             items["steps skipped"] = to_text(log.last["skipped"])
+    if run.best_checkpoint:
+        items["best checkpoint"] = str(run.best_checkpoint)
     for headline in run.headlines[:1]:
         items[f"best {headline.title}"] = describe_headline(headline)
     environment = {k: run.environment.get(k) for k in ("gpu", "device", "date", "git")}
