@@ -150,7 +150,8 @@ class Objective(ABC):
     likelihood_method: ClassVar[str | None] = None
     """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
-    """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    """the command that uses a trained run, or two, in which ``{run}`` is its directory, ``{runs}`` the one above,
+    ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
@@ -170,6 +171,9 @@ class Objective(ABC):
 
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
+
+    def check(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  # most need nothing
+        """Called on the networks before the first step. ``ValueError`` if this objective cannot train them."""
 
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
@@ -194,6 +198,10 @@ class Objective(ABC):
     def needs_pairs(self) -> bool:
         """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data provide."""
         return False
+
+    def refuse_init(self, other: Objective) -> None:  # noqa: B027  # most take any weights that fit
+        """Called before training starts from weights that ``other`` trained. ``ValueError`` if they mean another thing
+        here, although they fit."""
 
     def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
         """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without an encoder."""

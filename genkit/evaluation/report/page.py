@@ -66,7 +66,7 @@ def write_report(*sources: str | Path, out: str | Path | None = None) -> Path:
     path = Path(out).expanduser() if out else default_page(sources, opened)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
-    refuse_foreign(path, 'content="genkit')
+    refuse_foreign(path)
     if len(opened.runs) == 1 and not opened.cards:
         run = opened.runs[0]
         return write_text(path, render_run(run.path, {"Latent space": latent_space_parts(run.path)}))
