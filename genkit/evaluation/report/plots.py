@@ -179,12 +179,17 @@ CPU_TIME = Cost("CPU milliseconds per sample", cpu_milliseconds)
 
 
 def plot_metric_by_cost(
-    metric: str, series: Mapping[str, list[tuple[float, Estimate]]], cost: Cost = NFE, title: str | None = None
+    metric: str,
+    series: Mapping[str, list[tuple[float, Estimate]]],
+    cost: Cost = NFE,
+    title: str | None = None,
+    floor: Estimate | None = None,
 ) -> Markup:
     """A metric against the cost of a sample, a curve for each of ``series``, with the Pareto front: the points that no
-    other equals or beats in both."""
+    other equals or beats in both. ``floor`` is the value of real data."""
     points = [(x, e, name) for name, curve in series.items() for x, e in curve]
-    values, places = [e.value for _, e, _ in points], sorted({x for x, _, _ in points})
+    values = [e.value for _, e, _ in points] + ([floor.value] if floor else [])
+    places = sorted({x for x, _, _ in points})
     direction = metric_direction(metric)
     sign = -1 if direction == "higher" else 1
     front = pareto_front(points, lambda p: p[0], lambda p: sign * p[1].value) if direction else []
@@ -200,6 +205,8 @@ def plot_metric_by_cost(
             x, y = [p[0] for p in front], [p[1].value for p in front]
             axes.step(x, y, where="post", color=INK, lw=1, ls=":", label="Pareto front")
             axes.plot(x, y, ls="", marker="o", ms=9, mfc="none", mec=INK, mew=1)
+        if floor is not None:
+            axes.axhline(floor.value, color=INK, lw=1, ls="-.", label="real data")
         use_log_scale(axes.xaxis, places)
         if len(places) <= 8 and cost is NFE:
             from matplotlib.ticker import FixedLocator  # lazy: matplotlib
@@ -209,7 +216,7 @@ def plot_metric_by_cost(
             use_log_scale(axes.yaxis, values)
         axes.set_xlabel(cost.label)
         axes.set_ylabel(shorten(title or metric))
-        if len(series) > 1 or front:
+        if len(series) > 1 or front or floor:
             axes.legend(frameon=False, fontsize=8)
 
     summary = "; ".join(
@@ -217,6 +224,7 @@ def plot_metric_by_cost(
         for name, curve in series.items()
     )
     ends = "; Pareto front: " + ", ".join(f"{format_number(e.value)} at {x:.4g}" for x, e, _ in front) if front else ""
+    ends += f"; real data: {format_number(floor.value)}" if floor else ""
     what = "the number of network evaluations" if cost is NFE else cost.label
     return render_plot(draw, format_metric(metric, title), f"{title or metric} against {what}. {summary}{ends}")
 
@@ -227,9 +235,12 @@ def titled_metrics(metrics: Iterable[str], cards: Iterable[Card]) -> list[tuple[
     return [(metric, title) for metric in metrics for name, title in titles if name == metric]
 
 
-def plot_metrics_by_cost(metrics: Iterable[str], groups: Mapping[str, Sequence[Card]]) -> list[Markup]:
+def plot_metrics_by_cost(
+    metrics: Iterable[str], groups: Mapping[str, Sequence[Card]], floor: Mapping[str, Estimate] | None = None
+) -> list[Markup]:
     """A plot of each metric and kind of features against the network evaluations, and one of the first against the CPU
-    time, if two or more places on the axis are known. ``groups`` are the cards of each curve by its label."""
+    time, if two or more places on the axis are known. ``groups`` are the cards of each curve by its label, ``floor``
+    the metrics of real data."""
     plots = []
     cards = [card for group in groups.values() for card in group]
     for i, (metric, title) in enumerate(titled_metrics(metrics, cards)):
@@ -241,5 +252,5 @@ def plot_metrics_by_cost(metrics: Iterable[str], groups: Mapping[str, Sequence[C
                     if x is not None and metric in card.metrics and card.title(metric) == title:
                         series.setdefault(name, []).append((x, card.metrics[metric]))
             if len({x for curve in series.values() for x, _ in curve}) > 1:
-                plots.append(plot_metric_by_cost(metric, series, cost, title))
+                plots.append(plot_metric_by_cost(metric, series, cost, title, (floor or {}).get(metric)))
     return [render("plots", plots=plots)] if plots else []
