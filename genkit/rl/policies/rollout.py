@@ -164,7 +164,7 @@ class Rollouts:
                 interval = "" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})"
                 parts.append(f"{name} {e['value']:.3f}{interval}")
         if "mode_entropy_bits" in result:
-            parts.append(f"mode entropy {result['mode_entropy_bits']:.2f} bits")
+            parts.append(f"mode entropy {result['mode_entropy_bits']['value']:.2f} bits")
         return ", ".join([*parts, f"{self.chunk_ms:.1f} ms a chunk, {result['weights']}"])
 
 
