@@ -239,7 +239,7 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
     """
     if isinstance(given, Tensor) or hasattr(given, "tolist"):  # of NumPy
         given = cast(Any, given).tolist()
-    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    several: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not several:
         raise ValueError(f"{option}: given an empty list; needs a class, or several")
     for value in several:
