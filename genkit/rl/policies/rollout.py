@@ -57,7 +57,7 @@ class RolloutSettings:
     steps: Count | None = None
     """Sampler steps for each chunk of actions; None: those of fine-tuning, else 1 of an anchored flow, else 4."""
     sampler: SamplerName | None = None
-    """Sampler. None: ddim, one evaluation a step."""
+    """Sampler. None: ddim, or flow_map for a flow map; one evaluation a step."""
     conditions: tuple[str, ...] = ()
     """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
     guidance: Scale = 1.0
