@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,9 @@ from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
+from genkit.training.init_sources import canonical_init
 from genkit.training.loop import learning_rate
+from genkit.training.run import canonical_first_stage
 from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
@@ -41,7 +44,9 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     # what the settings leave open was decided when the run began
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
-    new = dataclasses.replace(new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads)
+    new = dataclasses.replace(
+        with_canonical_paths(new), resume=None, step=None, note=None, tags=(), precision=precision, threads=threads
+    )
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
@@ -52,6 +57,19 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
     return new
+
+
+def with_canonical_paths(settings: TrainSettings) -> TrainSettings:
+    """``settings`` with ``codec`` and ``init`` as config.yaml states them, independent of the working directory.
+
+    What is not there any more stays as it is: a run needs neither to be resumed.
+    """
+    resolved = {}
+    for name, resolve in (("codec", canonical_first_stage), ("init", canonical_init)):
+        if value := getattr(settings, name):
+            with contextlib.suppress(ValueError):
+                resolved[name] = resolve(value)
+    return dataclasses.replace(settings, **resolved)
 
 
 def describe(value: Any) -> str:
@@ -111,6 +129,7 @@ def set_aside(paths: Iterable[Path], folder: Path) -> None:
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
+    settings = with_canonical_paths(settings)
     # a run that is older than held-out shares has the data as they are given
     alternatives = [
         dataclasses.replace(settings, data=source.with_absolute_root())

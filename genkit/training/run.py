@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genkit.backbones import lora
 from genkit.backbones.embed import scalar_keys
 from genkit.config.numbers import CheckpointStep
+from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
@@ -227,6 +228,8 @@ def load_run(
     """
     run, target = find_run(path), pick_device(device)
     cfg = stored_settings(run, trust)
+    if trust:
+        TRUSTED.add(str(run))
     checkpoint = find_checkpoint(run, step)
     record = read_state(checkpoint)
     file = weights_file(cfg, None if ema is None else str(ema))

@@ -8,6 +8,7 @@ from genkit import config
 from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
+from genkit.config.trust import names_foreign_code
 from genkit.core import Label
 from genkit.data.text import caption_examples
 from genkit.training.directory import find_run, read_log
@@ -87,4 +88,5 @@ def conclude(run: TrainedRun) -> None:
         label = f" --label {shlex.quote(name)}"
     label += f' --prompt "{captions[0]}"' if (captions := caption_examples(run.spec)) else ""
     usage = run.config.data.usage or run.objective.usage  # policies are tried, not looked at
-    say("next     " + usage.format(run=run.directory, label=label))
+    own = names_foreign_code(TrainSettings, config.dump(run.config), run.config.data.environment)
+    say("next     " + usage.format(run=run.directory, label=label) + (" --trust" if own else ""))

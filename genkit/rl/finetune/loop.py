@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
-from genkit.config.trust import require_trust
+from genkit.config.trust import require_trust, require_trusted_code
 from genkit.core import seed_of
 from genkit.core.device import pick_device
 from genkit.core.files import sweep, write_text
@@ -85,9 +85,7 @@ def finetune(
     """
     directory = find_run(resume) if resume is not None else None
     if settings is None:
-        stored = config.load_yaml(settings_file(directory)) if directory else {}
-        require_trust(FinetuneSettings, stored, directory)
-        settings = config.from_dict(FinetuneSettings, stored)
+        settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
     if isinstance(run, Run):
         base, accelerator = run, join_ranks(run.device)
@@ -106,6 +104,16 @@ def finetune(
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+
+
+def stored_finetuning(directory: Path) -> dict[str, Any]:
+    """The settings of a fine-tuning run, in the form of YAML. ``ValueError`` if its code is not trusted."""
+    file = settings_file(directory)
+    stored = config.load_yaml(file)
+    require_trust(FinetuneSettings, stored, file)
+    for name in ("reward", "env"):
+        require_trusted_code(str(stored.get(name) or ""), f"{file}: {name}", directory)
+    return stored
 
 
 def settings_file(directory: Path) -> Path:
