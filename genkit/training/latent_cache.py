@@ -50,6 +50,7 @@ class EncodeSettings:
         "same",
         kind="genkit.data:DataSource",
         fallback="genkit.data:find_source",
+        adapt="genkit.data.torch_dataset:adapt",
     )
     """Data to encode: same, a NAME, or a path to a folder of images, a .zip or an .npz."""
     split: Literal["train", "test"] = "train"
@@ -72,6 +73,8 @@ class LatentCache:
     num_samples: int
     num_written: int
     """files that were written by this call; others existed"""
+    shape: tuple[int, ...]
+    """of a latent"""
 
 
 def encode(
@@ -137,7 +140,7 @@ def write_split(
         "statistics": statistics.to_dict(),
     }
     write_index(folder, index)
-    return LatentCache(folder, settings.split, len(data), written)
+    return LatentCache(folder, settings.split, len(data), written, tuple(stage.latent))
 
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:

@@ -44,8 +44,16 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     # what the settings leave open was decided when the run began
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
+    data = new.data.with_decisions_of(old.data)
     new = dataclasses.replace(
-        with_canonical_paths(new), resume=None, step=None, note=None, tags=(), precision=precision, threads=threads
+        with_canonical_paths(new),
+        resume=None,
+        step=None,
+        note=None,
+        tags=(),
+        precision=precision,
+        threads=threads,
+        data=data,
     )
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:

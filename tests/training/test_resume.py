@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from genkit.cli.main import main
 from genkit.core.files import atomic_directory, atomic_write, sweep
+from genkit.core.links import set_link
 from genkit.core.tensors import sha256
 from genkit.data import DataSource
 from genkit.training import checkpoint
@@ -220,6 +221,12 @@ def damage(path, how):
         path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     else:
         path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+def test_a_run_that_was_killed_before_latest_moved_is_used_from_its_newest_checkpoint(run):
+    set_link(run / "latest", "checkpoints/step-0000009")
+    assert resume(run) == 0
+    assert find_checkpoint(run).name == "step-0000010"
 
 
 def test_checkpoints_are_sorted_by_number(run):

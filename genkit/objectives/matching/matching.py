@@ -77,6 +77,11 @@ class Matching(Objective):
     likelihood_method: ClassVar[str | None] = "ode"
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
+        return None
+
+    @property
     def parametrization(self) -> Parametrization:
         """What the network's input, output and regression target mean."""
         return PARAMETRIZATIONS[self.prediction]()

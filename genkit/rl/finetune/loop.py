@@ -43,6 +43,7 @@ from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint
+from genkit.training.checkpoint import list_checkpoints, point_latest, step_of
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -153,6 +154,9 @@ class FineTuning:
         self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
         if self.checkpoint:
             restore_finetuning(self.checkpoint, self.learner, self.best)
+            if accelerator.is_main_process and resumed:
+                saved = {step_of(path): path for path in list_checkpoints(resumed)}
+                point_latest(resumed, saved.get(self.best.chosen, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
         for note in notes:
