@@ -156,7 +156,7 @@ class FineTuning:
             restore_finetuning(self.checkpoint, self.learner, self.best)
             if accelerator.is_main_process and resumed:
                 saved = {step_of(path): path for path in list_checkpoints(resumed)}
-                point_latest(resumed, saved.get(self.best.chosen, self.checkpoint))
+                point_latest(resumed, saved.get(self.best.step, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
         for note in notes:
