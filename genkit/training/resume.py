@@ -55,6 +55,7 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
         threads=threads,
         data=data,
     )
+    new = with_canonical_paths(new)
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
