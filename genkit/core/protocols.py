@@ -141,6 +141,10 @@ class Backbone:
         """A network ``(z [B, *inp], cond) -> [B, *S]``."""
         raise self._missing("decoder")
 
+    def notes(self, spec: Spec) -> Sequence[str]:
+        """Remarks for the first lines of training, such as settings that have no effect on samples of this shape."""
+        return ()
+
     def _missing(self, cut: str) -> ValueError:
         name = type(self).__name__
         return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")
@@ -160,10 +164,14 @@ class Objective(ABC):
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     rows_interact: ClassVar[bool] = False
     """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
+    policy_sampler: ClassVar[str] = "ddim"
+    """sampler of a policy's actions, unless another is asked for: one evaluation a step"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
+    open_settings: ClassVar[tuple[str, ...]] = ()
+    """fields that :meth:`decide` sets if they are None; a run's config.yaml has what was decided"""
     validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower"}
     """the numbers that :meth:`validate` returns, and which values are better; {} if no loss means anything on held-out
     samples"""
@@ -179,6 +187,17 @@ class Objective(ABC):
 
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
+
+    def decide(self, data_std: Callable[[], float]) -> Objective:
+        """This objective with its ``open_settings`` decided, when a run begins.
+
+        ``data_std()`` measures the standard deviation of the training data in the model's units.
+        """
+        return self
+
+    def notes(self) -> Sequence[str]:
+        """Remarks for the first lines of training: settings that are allowed, but rarely meant."""
+        return ()
 
     def check(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  # most need nothing
         """Called on the networks before the first step. ``ValueError`` if this objective cannot train them."""

@@ -19,7 +19,7 @@ from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
 from genkit.config.command import merge_trees
-from genkit.core import Codec, Data, Spec
+from genkit.core import Codec, Data, Draw, Spec
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -56,6 +56,7 @@ from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, envi
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.validation import Validation, validation_metrics
 
+STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
@@ -230,6 +231,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
+        for note in (*settings.backbone.notes(data.spec), *settings.objective.notes()):
+            recorder.say(note)
         if held_out := describe_held_out(dataset):
             recorder.say(held_out)
         if classes := describe_classes(dataset):
@@ -262,11 +265,28 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
-    settings = replace(settings, precision=precision, threads=threads, resume=None, note=None, tags=(), data=source)
+    objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
+    settings = replace(
+        settings,
+        precision=precision,
+        threads=threads,
+        resume=None,
+        note=None,
+        tags=(),
+        data=source,
+        objective=objective,
+    )
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None
     return replace(settings, codec=codec, init=canonical_init(settings.init) if settings.init else None)
+
+
+def encoded_std(data: Data) -> float:
+    """The standard deviation of the samples in the model's units, of evenly spaced ones, to four digits."""
+    rows = torch.linspace(0, len(data) - 1, min(STD_ROWS, len(data))).round().long()
+    x = data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x
+    return float(f"{float(x.double().std(correction=0)):.4g}")
 
 
 def initial_networks(
