@@ -91,6 +91,7 @@ def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data = run.config.data.load("train") if run.spec.cond else None
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    progress("pairs", 0, settings.n)
     for first in range(0, settings.n, settings.batch):
         rows = range(first, min(first + settings.batch, settings.n))
         cond = training_conditions(data, rows, settings.seed, run.device) if data else {}
@@ -105,6 +106,10 @@ def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[
 
 
 def training_conditions(data: Data, rows: range, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The conditions of samples ``rows`` of ``data``, counted cyclically, as the model sees them."""
-    batch = data.batch(torch.tensor(rows) % len(data), Draw((seed,), rows.start, rows.stop))
+    """The conditions of samples ``rows`` of ``data``, in random order and then again, as the model sees them.
+
+    The order matters if there are fewer pairs than samples: data may be sorted by class.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    batch = data.batch(order[torch.tensor(rows) % len(data)], Draw((seed,), rows.start, rows.stop))
     return {k: v.to(device) for k, v in data.codec.encode(batch).cond.items()}
