@@ -41,10 +41,10 @@ class StandaloneRun(ExportFormat):
         cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
         state = initial_state(cfg.objective, run.nets, cfg)
         state.step = run.step
+        (folder / "config.yaml").write_text(to_yaml(cfg))
         save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1, announce=False)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
-        (folder / "config.yaml").write_text(to_yaml(cfg))
         return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genkit.config import load_yaml
 from genkit.config.numbers import CheckpointStep
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
@@ -155,6 +156,7 @@ def save_checkpoint(
             "codec": codecs.to_dict(codec),
             "data": dict(data or {}),
             "meter": state.meter,
+            "settings": load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
             "sha256": {name: sha256(part / name) for name in files},
         }
         (part / "state.json").write_text(json.dumps(record, indent=1))

@@ -16,6 +16,7 @@ from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
 from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
+from genkit.training.recorded import require_recorded_settings
 
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
@@ -156,4 +157,5 @@ def stored_settings(run: Path, trust: bool = False) -> TrainSettings:
     if not tree:
         raise ValueError(f"run: {run / 'config.yaml'} is empty, so the run's settings are lost; restore the file")
     require_trust(TrainSettings, tree, run / "config.yaml", trust)
+    require_recorded_settings(run, tree, TrainSettings)
     return from_dict(TrainSettings, tree)
