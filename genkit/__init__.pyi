@@ -41,6 +41,7 @@ from .rl.finetune.settings import FinetuneSettings
 from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.annotations import Annotations, annotate
+from .training.dry_run import TrainingEstimate, estimate_training
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
@@ -113,6 +114,7 @@ __all__ = [
     "Text",
     "Tokens",
     "TrainSettings",
+    "TrainingEstimate",
     "UNet",
     "Vector",
     "annotate",
@@ -120,6 +122,7 @@ __all__ = [
     "classifier_free",
     "diff_runs",
     "encode",
+    "estimate_training",
     "evaluate",
     "export",
     "finetune",

@@ -12,6 +12,7 @@ from genkit.core import Label
 from genkit.data.text import caption_examples
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.dry_run import estimate_training
 from genkit.training.init_sources import init_defaults
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
@@ -22,6 +23,11 @@ def main(argv: list[str]) -> int:
     if (num := missing_ranks()) > 1:
         start_ranks(num, "train", argv)
     settings, resumed = read_settings(argv)
+    if settings.dry_run:
+        estimate = estimate_training(settings)
+        if is_main_process():
+            console.print(estimate.to_yaml(), end="", markup=False)
+        return 0
     run = train(settings, resume=resumed)
     if is_main_process():
         conclude(run)
