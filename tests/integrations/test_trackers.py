@@ -167,8 +167,8 @@ def test_mlflow_in_a_local_database(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_in_a_local_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run, identity = train_twice(tmp_path, "trackio")
     with sqlite3.connect(tmp_path / "trackio" / "mine.db") as db:
         rows = db.execute("select run_name, step, metrics from metrics").fetchall()
