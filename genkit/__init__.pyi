@@ -41,6 +41,7 @@ from .rl.finetune.settings import FinetuneSettings
 from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.annotations import Annotations, annotate
+from .training.distillation import DistillSettings, distill
 from .training.dry_run import TrainingEstimate, estimate_training
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
@@ -77,6 +78,7 @@ __all__ = [
     "DemoSettings",
     "Denoiser",
     "DiT",
+    "DistillSettings",
     "EncodeSettings",
     "EvaluationSettings",
     "ExportSettings",
@@ -121,6 +123,7 @@ __all__ = [
     "bind",
     "classifier_free",
     "diff_runs",
+    "distill",
     "encode",
     "estimate_training",
     "evaluate",

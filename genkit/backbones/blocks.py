@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -91,19 +92,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b 1 1 l"] | None
     """``softmax(q k^T / sqrt(d)) v`` over ``[B, heads, N, d]`` (Vaswani et al. 2017, eq. 1).
 
     Written out on the CPU up to the size at which the fused kernel is faster (measured, forward and backward: 128 keys
-    in float32, 1024 in bf16; at the usual 16 to 256 it is 1.2 to 4 times faster written out). The fused kernels have no
-    second and no forward-mode derivative: for a gradient penalty or ``torch.func.jvp``, call the network under
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+    in float32, 1024 in bf16; at the usual 16 to 256 it is 1.2 to 4 times faster written out), and where dual tensors
+    carry a forward-mode derivative, which the fused kernels do not have. They have no second one either: for a gradient
+    penalty or ``torch.func.jvp``, call the network under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
     """
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cpu" or k.shape[2] > (1024 if half else 128):
+    half, dual = q.dtype in (torch.bfloat16, torch.float16), unpack_dual(q).tangent is not None
+    if not dual and (q.device.type != "cpu" or k.shape[2] > (1024 if half else 128)):
         return F.scaled_dot_product_attention(q, k, v, mask)
     score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
-    with torch.autocast("cpu", enabled=False):  # under autocast softmax returns float32; its kernel sums in it anyway
-        weights = score.softmax(-1)
+    # under autocast softmax returns float32; its kernel sums in it anyway
+    with torch.autocast(q.device.type, enabled=False):
+        weights = softmax_of_dual(score) if dual else score.softmax(-1)
     return weights @ v
+
+
+def softmax_of_dual(score: Tensor) -> Tensor:
+    """Softmax over the last axis, whose forward-mode derivative has a gradient; that of torch's is found in place."""
+    exponential = (score - score.detach().amax(-1, keepdim=True)).exp()
+    return exponential / exponential.sum(-1, keepdim=True)
 
 
 class Attention(nn.Module):

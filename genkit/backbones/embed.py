@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import CONV, Attention, GroupNorm
-from genkit.core import Backbone, Cond, Frames, Image, Label, Spec, Text, Tokens, Vector
+from genkit.core import Backbone, Cond, Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -103,6 +103,40 @@ class VectorEmbed(Embedder):
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
         value = ((value - self.shift) / self.scale).clamp(-self.limit, self.limit)
         return torch.where(keep[:, None], self.layers(value.flatten(1).to(self.null.dtype)), self.null)
+
+
+class ScalarEmbed(Embedder):
+    """A number of order one, ``[B] -> [B, dim]``: waves of at most ``FASTEST`` rad, then two layers without biases.
+
+    Networks are differentiated by such numbers, and the derivative has the rate of the fastest wave as a factor: hence
+    not the 1000 rad of :class:`TimeEmbed`. The embedding of 0, and of an absent number, is 0; so is any when
+    initialised, so that a network that gets a number starts as it was without.
+    """
+
+    route = "global"
+    NUM_WAVES, SLOWEST, FASTEST = 8, 0.25, 8.0
+    null: Tensor
+    rates: Tensor
+
+    def __init__(self, kind: Scalar, dim: int):
+        super().__init__(kind, dim)
+        del self.null
+        self.register_buffer("null", torch.zeros(()), persistent=False)
+        rates = torch.logspace(math.log10(self.SLOWEST), math.log10(self.FASTEST), self.NUM_WAVES)
+        self.register_buffer("rates", rates, persistent=False)
+        self.layer1 = nn.Parameter(torch.randn(dim, 2 * self.NUM_WAVES) / self.NUM_WAVES**0.5)
+        self.layer2 = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward(self, value: Float[Tensor, " b"], keep: Bool[Tensor, " b"]) -> Tensor:
+        angles = value.to(self.rates.dtype)[:, None] * self.rates
+        waves = torch.cat([1 - angles.cos(), angles.sin()], 1).to(self.layer1.dtype)
+        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2)
+
+
+def scalar_keys(net: nn.Module) -> set[str]:
+    """The parameters of a network that embed its Scalar inputs, by name. While these are new they change nothing."""
+    embeds = [(name, module) for name, module in net.named_modules() if isinstance(module, ScalarEmbed)]
+    return {f"{name}.{key}" for name, module in embeds for key in module.state_dict()}
 
 
 class ImageEmbed(Embedder):
@@ -224,6 +258,7 @@ EMBEDDERS: dict[type, type[Embedder]] = {
     Tokens: TokensEmbed,
     Text: TextEmbed,
     Frames: FramesEmbed,
+    Scalar: ScalarEmbed,
 }
 
 
@@ -315,7 +350,8 @@ def require_routes(backbone: Backbone, spec: Spec, hint: str) -> None:
     """``ValueError`` if ``spec`` has a condition that ``backbone`` has no route for; ``hint`` says what to try."""
     for name, kind in spec.cond.items():
         if EMBEDDERS[type(kind)].route not in backbone.routes:
-            allowed = ", ".join(k.__name__ for k, e in EMBEDDERS.items() if e.route in backbone.routes)
+            of_data = {k: e for k, e in EMBEDDERS.items() if k is not Scalar}
+            allowed = ", ".join(k.__name__ for k, e in of_data.items() if e.route in backbone.routes)
             raise ValueError(
                 f"{type(backbone).__name__}: condition {name!r} is of kind {type(kind).__name__}; allowed here: "
                 f"{allowed}; try {hint}"

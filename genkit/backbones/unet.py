@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class UNet(Backbone):
     num_blocks: Layers = 1
     """residual blocks of a level on the way down; one more on the way up"""
     attention: tuple[Width, ...] = (16,)
-    """shorter sides of the levels with attention; the middle always has it"""
+    """shorter sides of the levels with attention (14 or 7 for 28x28); the middle always has it"""
     head_size: Width = 64
     """channels of an attention head; 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs"""
     dropout: Fraction = 0.0
@@ -59,6 +60,23 @@ class UNet(Backbone):
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return UNetDenoiser(self, spec)
+
+    def notes(self, spec: Spec) -> Sequence[str]:
+        """The levels, and the ``mults`` and sizes of ``attention`` that none of them has."""
+        layout = Layout(self, spec)
+        levels = [
+            f"{'x'.join(map(str, size))}{' with attention' if attends else ''}"
+            for size, attends in zip(layout.sizes, layout.attends, strict=True)
+        ]
+        text = f"levels   {', '.join(levels)}"
+        idle = ", ".join(str(n) for n in self.attention if n not in map(min, layout.sizes))
+        if not any(layout.attends):
+            text += "; attention only in the middle" + (f", as no level's shorter side is {idle}" if idle else "")
+        elif idle:
+            text += f"; attention at {idle} has no effect"
+        if unused := len(self.mults) - len(levels):
+            text += f"; the last {unused} of {len(self.mults)} mults unused, as the level would be smaller than 4"
+        return [text]
 
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
         return UNetEncoder(self, spec, out)

@@ -3,7 +3,8 @@
 A condition is a named tensor in ``cond``. An absent condition is null: the network uses a learned embedding instead.
 Some names are reserved. ``cond["mask"]``, Bool ``[B, L]``, marks the tokens that exist. ``cond["keep"]``, Bool ``[B]``,
 marks the *samples* that see their conditions at all (False: null), and ``cond["keep.NAME"]``, Bool ``[B]``, those that
-see the condition NAME.
+see the condition NAME. ``cond["target_time"]``, Float ``[B]``, is the time that a flow map goes to
+(:mod:`genkit.diffusion.flow_map`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 Cond = Mapping[str, Tensor]
 NO_COND: Cond = {}
-RESERVED = ("keep", "mask")
+SCALE_INPUT = "guidance"  # the scale of guidance of each sample [B], for a network that takes it as an input
+RESERVED = ("keep", "mask", "target_time", SCALE_INPUT)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,22 @@ class Frames:
             raise ValueError(f"cond[{name!r}]: given {given}; needs {(batch, *self.shape)} of torch.uint8")
 
 
-Condition = Label | Vector | Image | Tokens | Text | Frames
+@dataclass(frozen=True)
+class Scalar:
+    """A number of order one, on which the output depends smoothly: ``cond[name]`` is Float ``[B]``.
+
+    A second time, or a guidance scale. Objectives add it to the networks that they make; data have none. It is no
+    condition that can be dropped: ``keep`` has no effect on it, and an absent one is 0, at which the network is as it
+    would be without.
+    """
+
+    def check(self, name: str, value: Tensor, batch: int) -> None:
+        """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
+        if value.shape != (batch,) or not value.dtype.is_floating_point:
+            raise ValueError(f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] floats")
+
+
+Condition = Label | Vector | Image | Tokens | Text | Frames | Scalar
 KINDS: Mapping[str, type] = {
     "label": Label,
     "vector": Vector,
@@ -162,6 +179,7 @@ KINDS: Mapping[str, type] = {
     "tokens": Tokens,
     "text": Text,
     "frames": Frames,
+    "scalar": Scalar,
 }
 
 

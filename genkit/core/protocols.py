@@ -105,7 +105,7 @@ class Generator(Protocol):
     def __call__(self, z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor: ...
 
 
-class Backbone(ABC):
+class Backbone:
     """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
 
     Class attributes declare what the family can do, and tests check it. Two fields are optional, and have the
@@ -115,17 +115,23 @@ class Backbone(ABC):
     A method raises ``ValueError`` if the family cannot serve the spec (a U-Net asked for vectors, say).
     """
 
-    cuts: ClassVar[tuple[str, ...]] = ("denoiser", "encoder", "decoder")
-    """The networks that it makes."""
+    cuts: ClassVar[tuple[str, ...]] = ()
+    """The networks that it makes: those of denoiser, encoder and decoder that a class defines, unless it says so."""
     routes: ClassVar[tuple[str, ...]] = ("global", "channels", "tokens")
     """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
     "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
     """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
 
-    @abstractmethod
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "cuts" not in vars(cls):
+            names = ("denoiser", "encoder", "decoder")
+            cls.cuts = tuple(name for name in names if getattr(cls, name) is not getattr(Backbone, name))
+
     def denoiser(self, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
+        raise self._missing("denoiser")
 
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, *out]``, out = (D,) or (C, h, w)."""
@@ -134,6 +140,10 @@ class Backbone(ABC):
     def decoder(self, spec: Spec, inp: tuple[int, ...]) -> nn.Module:
         """A network ``(z [B, *inp], cond) -> [B, *S]``."""
         raise self._missing("decoder")
+
+    def notes(self, spec: Spec) -> Sequence[str]:
+        """Remarks for the first lines of training, such as settings that have no effect on samples of this shape."""
+        return ()
 
     def _missing(self, cut: str) -> ValueError:
         name = type(self).__name__
@@ -150,11 +160,16 @@ class Objective(ABC):
     likelihood_method: ClassVar[str | None] = None
     """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
-    """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    """the command that uses a trained run, or two, in which ``{run}`` is its directory, ``{runs}`` the one above,
+    ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
+    rows_interact: ClassVar[bool] = False
+    """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
+    open_settings: ClassVar[tuple[str, ...]] = ()
+    """fields that :meth:`decide` sets if they are None; a run's config.yaml has what was decided"""
     validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower"}
     """the numbers that :meth:`validate` returns, and which values are better; {} if no loss means anything on held-out
     samples"""
@@ -170,6 +185,20 @@ class Objective(ABC):
 
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
+
+    def decide(self, data_std: Callable[[], float]) -> Objective:
+        """This objective with its ``open_settings`` decided, when a run begins.
+
+        ``data_std()`` measures the standard deviation of the training data in the model's units.
+        """
+        return self
+
+    def notes(self) -> Sequence[str]:
+        """Remarks for the first lines of training: settings that are allowed, but rarely meant."""
+        return ()
+
+    def check(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  # most need nothing
+        """Called on the networks before the first step. ``ValueError`` if this objective cannot train them."""
 
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
@@ -194,6 +223,10 @@ class Objective(ABC):
     def needs_pairs(self) -> bool:
         """Whether it learns from pairs (source, sample), ``Batch.x1``, which only some data provide."""
         return False
+
+    def refuse_init(self, other: Objective) -> None:  # noqa: B027  # most take any weights that fit
+        """Called before training starts from weights that ``other`` trained. ``ValueError`` if they mean another thing
+        here, although they fit."""
 
     def reconstruct(self, nets: Mapping[str, nn.Module], batch: Batch) -> Tensor | None:
         """``batch.x`` encoded and decoded again, ``[B, *S]``; None for a model without an encoder."""

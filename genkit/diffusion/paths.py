@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Protocol
 import torch
 from annotated_types import Gt, Lt
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from genkit.config.numbers import Count, Positive
 from genkit.core import ProbabilityPath, expand
@@ -340,7 +341,8 @@ def coefficients(path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor
     """
     if isinstance(t, SharedTime):
         return _at(path, t.value)
-    if t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0) and not t.requires_grad:
+    shared = t.device.type == "cpu" and (len(t) == 1 or t.stride(0) == 0)
+    if shared and not t.requires_grad and unpack_dual(t).tangent is None:
         return _at(path, t[0].item())
     return expand(path.alpha(t), like), expand(path.sigma(t), like)
 

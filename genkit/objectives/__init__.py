@@ -10,20 +10,26 @@ from genkit.objectives.autoencoders.first_stage import FirstStage
 from genkit.objectives.autoencoders.vae import VAE
 from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
+from genkit.objectives.drift import Drift
+from genkit.objectives.flow_map.flow_map import FlowMap
 from genkit.objectives.matching.anchored import AnchoredFlow
 from genkit.objectives.matching.ddpm import DDPM
 from genkit.objectives.matching.distillation import Distillation
 from genkit.objectives.matching.edm import EDM
 from genkit.objectives.matching.flow import Flow
+from genkit.objectives.matching.guidance_distillation import GuidanceDistillation
 from genkit.objectives.matching.regression import Regression
 
 OBJECTIVES: Mapping[str, type] = {
     "flow": Flow,
     "ddpm": DDPM,
     "edm": EDM,
+    "flow-map": FlowMap,
+    "drift": Drift,
     "anchored": AnchoredFlow,
     "regression": Regression,
     "distillation": Distillation,
+    "guidance-distillation": GuidanceDistillation,
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
@@ -34,6 +40,5 @@ OBJECTIVES: Mapping[str, type] = {
 
 __all__ = [
     "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
-    "FirstStage", "Flow",
-    "Regression",
+    "Drift", "FirstStage", "Flow", "FlowMap", "GuidanceDistillation", "Regression",
 ]  # fmt: skip

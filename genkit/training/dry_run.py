@@ -22,11 +22,10 @@ from genkit.core.memory import format_bytes, peak_memory, reset_peak_memory
 from genkit.core.tensors import to_tensors
 from genkit.training.checkpoint import optimizer_tensors
 from genkit.training.distributed import join_ranks
-from genkit.training.init_sources import init_defaults
 from genkit.training.loop import State, fit
-from genkit.training.session import GRID_SIZE, Recorder, Session
+from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
-from genkit.training.train import UntrainedModel, build_model, choose_best, grid_conditions
+from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
 from genkit.training.validation import Validation
 
 LEAST_STEPS, MOST_STEPS = 5, 200  # that are timed
@@ -87,9 +86,7 @@ def estimate_training(settings: TrainSettings | None = None, **changes: Any) -> 
     The first step is not timed. Pictures and validations are timed once; evaluations are taken to cost what drawing
     their samples costs. Raises ``ValueError`` for settings that do not fit together, as ``train`` does.
     """
-    if settings is None and isinstance(changes.get("init"), str):
-        changes = {**init_defaults(changes["init"]), **changes}
-    settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
+    settings = change_settings(settings, changes)
     for name in ("resume", "step"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name}: given {getattr(settings, name)} with dry_run, which estimates a new run; give "
@@ -160,7 +157,7 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
         session = Session(settings, accelerator, model.data.spec, model.data.codec, cond, recorder)
         drawing = measure(lambda: session.sample(state))
         times["pictures"] = drawing * count(settings.sample_every)
-        share = settings.eval_n / GRID_SIZE * (settings.eval_steps / 20 if settings.objective.sampler else 1)
+        share = settings.eval_n / session.num_drawn * (settings.eval_steps / 20 if settings.objective.sampler else 1)
         times["evaluations"] = drawing * share * count(settings.eval_every)
     if validation is not None:
         times["validations"] = measure(lambda: validation(state)) * count(settings.val_every)

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,11 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     # what the settings leave open was decided when the run began
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
-    new = dataclasses.replace(new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads)
+    data = new.data.with_decisions_of(old.data)
+    new = dataclasses.replace(
+        new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads, data=data
+    )
+    new = decided_as(old, new)
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
@@ -52,6 +56,15 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
     return new
+
+
+def decided_as(old: TrainSettings, new: TrainSettings) -> TrainSettings:
+    """``new`` with what its objective leaves open as the ``old`` run decided it."""
+    before, after = old.objective, new.objective
+    if type(before) is not type(after):
+        return new
+    decided = {k: getattr(before, k) for k in after.open_settings if getattr(after, k) is None}
+    return dataclasses.replace(new, objective=dataclasses.replace(cast(Any, after), **decided)) if decided else new
 
 
 def describe(value: Any) -> str:
@@ -122,7 +135,8 @@ def find_resumable(settings: TrainSettings) -> Path | None:
             continue
         try:
             stored = stored_settings(path)
-            differences = [set(settings_difference(stored, given)) for given in alternatives]
+            given = [decided_as(stored, alternative) for alternative in alternatives]
+            differences = [set(settings_difference(stored, settings)) for settings in given]
         except ValueError:
             continue
         if any(not difference - CHANGEABLE - resolved for difference in differences):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.backbones import lora
+from genkit.backbones.embed import scalar_keys
 from genkit.config.numbers import CheckpointStep
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
@@ -61,7 +62,8 @@ class Run:
         """The objective of a classifier's run. ``ValueError`` for any other run."""
         if not isinstance(self.objective, Classifier):
             kind = type(self.objective).__name__
-            raise ValueError(f"classifier: given a run of {kind}; train one: genkit train --objective=classifier")
+            raise ValueError(f"classifier: given a run of {kind}; train one on its data: "
+                             f"genkit train --objective=classifier --config {self.directory}/config.yaml")  # fmt: skip
         return self.objective
 
     @property
@@ -312,27 +314,32 @@ def init_from(
     note: Callable[[str], None] = lambda text: None,
     ema: str | None = None,
     step: CheckpointStep | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, str]:
     """Load another run's weights (its slowest average), or those of KIND:WHERE, into ``nets``; returns their origin.
 
-    ``note`` receives remarks on what is initialised anew. ``ValueError`` names the first tensor that does not fit.
+    ``note`` receives remarks on what is initialised anew. Inputs that the other network does not have (a second time)
+    begin without an effect. ``ValueError`` names the first tensor that does not fit, or says why ``objective`` refuses.
     """
     source, where = find_source(str(init))
     if source:
         return source.init_from(nets, where, note)
     other = load_run(init, ema=ema, step=step, device="cpu")
+    if objective is not None:
+        objective.refuse_init(other.objective)
     # a network without parameters in the other run (a new memory, say) may stay as it is
     both = {k for k in nets if k in other.nets or any(True for _ in nets[k].parameters())}
     stored = to_tensors({k: v for k, v in other.nets.items() if k in both})
     wanted = to_tensors({k: v for k, v in nets.items() if k in both})
-    for key in sorted(wanted.keys() | stored.keys()):
+    new = {f"{k}.{name}" for k in both for name in scalar_keys(nets[k])} - stored.keys()
+    for key in sorted((wanted.keys() | stored.keys()) - new):
         theirs, ours = (list(v[key].shape) if key in v else None for v in (stored, wanted))
         if theirs != ours:
             raise ValueError(
                 f"init: {other.directory.name} does not fit, first at {key}: {theirs or 'absent'} there, "
                 f"{ours or 'absent'} here; needs the same --backbone and samples of the same shape and conditions"
             )
-    load_tensors({k: nets[k] for k in both}, stored, other.directory)
+    load_tensors({k: nets[k] for k in both}, {**{k: wanted[k] for k in new}, **stored}, other.directory)
     return {"run": str(other.directory), "weights": other.weights}
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
-from genkit.core import Codec, Data, Spec
+from genkit.config.command import merge_trees
+from genkit.core import Codec, Data, Draw, Spec
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -31,10 +32,11 @@ from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
+from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
-from genkit.training.init_sources import canonical_init, init_defaults, init_notes
+from genkit.training.init_sources import canonical_init, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
@@ -54,6 +56,7 @@ from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, envi
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.validation import Validation, validation_metrics
 
+STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
@@ -90,9 +93,7 @@ def train(
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
-    elif settings is None and isinstance(changes.get("init"), str):
-        changes = {**init_defaults(changes["init"]), **changes}
-    settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
+    settings = change_settings(settings, changes)
     if settings.dry_run:
         raise ValueError("dry_run: genkit.train trains; estimate with genkit.estimate_training(settings)")
     began = time.monotonic()
@@ -101,6 +102,17 @@ def train(
         job = prepare(settings, resumed, locks)
         ending = run_job(job, progress, began)
     return job.trained_run(ending)
+
+
+def change_settings(settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
+    """``settings`` with changes by name; without settings, those that ``changes`` describe, with the defaults that suit
+    their ``init`` and ``codec``."""
+    if settings:
+        return config.override(settings, **changes)
+    init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
+    return read_with_defaults(
+        lambda defaults: config.from_dict(TrainSettings, merge_trees(defaults, changes)), init, codec
+    )
 
 
 def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
@@ -218,6 +230,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
+        for note in (*settings.backbone.notes(data.spec), *settings.objective.notes()):
+            recorder.say(note)
         if held_out := describe_held_out(dataset):
             recorder.say(held_out)
         if classes := describe_classes(dataset):
@@ -285,12 +299,20 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
-    settings = replace(settings, precision=precision, threads=threads, data=source)
+    objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
+    settings = replace(settings, precision=precision, threads=threads, data=source, objective=objective)
     settings = replace(settings, resume=None, dry_run=False, note=None, tags=())  # what to do now, not how it trains
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None
     return replace(settings, codec=codec, init=canonical_init(settings.init) if settings.init else None)
+
+
+def encoded_std(data: Data) -> float:
+    """The standard deviation of the samples in the model's units, of evenly spaced ones, to four digits."""
+    rows = torch.linspace(0, len(data) - 1, min(STD_ROWS, len(data))).round().long()
+    x = data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x
+    return float(f"{float(x.double().std(correction=0)):.4g}")
 
 
 def initial_networks(
@@ -301,12 +323,15 @@ def initial_networks(
     torch.manual_seed(settings.seed)
     nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
     if settings.init and not resumed:
-        origin = init_from(nets, settings.init, lambda text: notes.append(f"note     {text}"))
+        origin = init_from(
+            nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective
+        )
         notes += [f"note     {text}" for text in init_notes(settings.init, settings.objective)]
     elif settings.lora.active and resumed:
         load_lora_base(nets, resumed)
     if settings.lora.active:
         lora.adapt(nets, settings.lora)
+    settings.objective.check(nets)
     return nets, origin
 
 

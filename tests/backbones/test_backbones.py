@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from genkit.backbones import BACKBONES, MLP, DiT, UNet
 from genkit.backbones.blocks import GroupNorm, MapAttention, ResBlock, attend, crop_to, group_norm, num_groups, pad_to
 from genkit.backbones.dit import DiTBlock
-from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, sinusoid
+from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, scalar_keys, sinusoid
 from genkit.backbones.mlp import MLPBlock
 from genkit.core import Image, Spec, Tokens
 from tests.support import backbones as contract
@@ -243,3 +243,53 @@ def test_positions():
 def test_bad_input_is_a_value_error(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_number_of_zero_is_an_absent_one_and_a_new_one_changes_nothing(family):
+    """So a network that gets a second time starts as it was without, and stays so where the two times agree."""
+    spec = Spec(contract.shape_of(family, 2, 6, 6), {"number": KINDS["number"]})
+    net, f, x = build(TINY[family], "denoiser", spec)
+    number = torch.linspace(0.2, 1, BATCH)
+    with torch.no_grad():
+        torch.testing.assert_close(f(x, {"number": 0 * number}), f(x, {}))
+        assert float((f(x, {"number": number}) - f(x, {})).abs().amax()) > 1e-4
+        for name in scalar_keys(net):
+            if name.endswith("layer2"):
+                net.get_parameter(name).zero_()
+        torch.testing.assert_close(f(x, {"number": number}), f(x, {}))
+    fresh = TINY[family].denoiser(spec)
+    assert [float(fresh.get_parameter(k).abs().max()) for k in scalar_keys(fresh) if k.endswith("layer2")] == [0.0]
+
+
+def test_the_derivative_by_a_number_is_moderate():
+    """Its fastest wave turns 8 rad over the path; that of the time label 1000."""
+    net = MLP(width=64, depth=1).denoiser(Spec((2,), {"number": KINDS["number"]}))
+    embed = net.net.cond.embed["on_number"]
+    with torch.no_grad():
+        embed.layer2.normal_(std=64**-0.5)
+    value, keep = torch.rand(50), torch.ones(50, dtype=torch.bool)
+    slope = torch.func.jvp(lambda v: embed(v, keep), (value,), (torch.ones(50),))[1]
+    assert 0.3 < float(slope.square().mean().sqrt()) < 8
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_attention_of_dual_tensors_has_a_gradient(mask):
+    """The derivative of attention along a tangent, and its gradient, in any size: by differences, in float64."""
+    from torch.autograd import forward_ad as fw
+
+    q, k, v, direction = torch.randn(4, 2, 2, 150, 4, dtype=torch.float64)
+    seen = torch.arange(150).expand(2, 1, 1, 150) < 130 if mask else None
+
+    def slope(q):
+        with fw.dual_level():
+            return fw.unpack_dual(attend(fw.make_dual(q, direction), k, v, seen)).tangent
+
+    h = 1e-5
+    plain = (attend(q + h * direction, k, v, seen) - attend(q - h * direction, k, v, seen)) / (2 * h)
+    torch.testing.assert_close(slope(q), plain, rtol=1e-6, atol=1e-8)
+    probe, weight = torch.randn_like(q), torch.randn_like(q)
+    (grad,) = torch.autograd.grad((slope(q.requires_grad_()) * weight).sum(), q)
+    with torch.no_grad():
+        change = ((slope(q + h * probe) - slope(q - h * probe)) * weight).sum() / (2 * h)
+    torch.testing.assert_close((grad * probe).sum(), change, rtol=1e-5, atol=1e-7)

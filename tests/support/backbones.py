@@ -17,7 +17,7 @@ from torch.func import functional_call, jvp
 
 from genkit.backbones import BACKBONES, MLP, DiT, UNet
 from genkit.backbones.embed import EMBEDDERS
-from genkit.core import Frames, Image, Label, Spec, Text, Tokens, Vector
+from genkit.core import Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
 TINY = {
     "mlp": MLP(width=8, depth=1),
@@ -32,6 +32,7 @@ KINDS = {
     "text": Tokens(6),
     "words": Text(9),
     "frames": Frames((2, 3, 9, 5)),
+    "number": Scalar(),
 }
 BATCH = 3
 
@@ -62,6 +63,7 @@ def conditions(spec: Spec, batch: int = BATCH, length: int = 4):
         "image": lambda: torch.randn(batch, 2, *spec.shape[1:]),
         "text": lambda: torch.randn(batch, length, 6),
         "frames": lambda: torch.randint(256, (batch, 2, 3, 9, 5), dtype=torch.uint8),
+        "number": lambda: torch.linspace(0.2, 1, batch),
         "words": lambda: torch.randint(1, 257, (batch, 7)) * (torch.arange(7) < 4 + torch.arange(batch)[:, None] % 3),
     }
     cond = {name: made[name]() for name in spec.cond}
@@ -154,6 +156,9 @@ def check_keep_is_per_sample(family, cut, name):
     keep = torch.tensor([False, True, False])
     with torch.no_grad():
         some, all_, none = f(x, {**cond, "keep": keep}), f(x, cond), f(x, {})
+    if isinstance(KINDS[name], Scalar):  # it is never dropped
+        torch.testing.assert_close(some, all_)
+        return
     torch.testing.assert_close(some[keep], all_[keep])
     torch.testing.assert_close(some[~keep], none[~keep])
     assert ((all_ - none).flatten(1).abs().amax(1) > 1e-4).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
@@ -21,11 +23,12 @@ def main(argv: list[str]) -> int:
         argv = ["--config", str(settings_file(find_run(resume))), *argv]
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     run = finetune(settings=settings, resume=resume)
+    directory = shlex.quote(str(run.directory))
     if is_main_process() and run.stopped:
         say = f"stopped at iteration {run.step} for --max-time {settings.max_time}, saved; continue with:"
-        console.print(f"{say} genkit finetune --resume {run.directory}", markup=False)
+        console.print(f"{say} genkit finetune --resume {directory}", markup=False)
     elif is_main_process():
-        sample = f"sample {run.directory} --steps {settings.sampler_steps}"
-        command = f"rollout {run.directory}" if settings.reward in REWARDS else sample
+        sample = f"sample {directory} --steps {settings.sampler_steps}"
+        command = f"rollout {directory}" if settings.reward in REWARDS else sample
         console.print(f"next     genkit {command}", markup=False)
     return 0

@@ -2,7 +2,7 @@
 
 Euler's method is ``ddim`` with eta = 0. ``heun``, ``rk4`` and ``dopri5`` are one-step solvers of the ODE in the chart;
 ``dpmpp_2m``, ``dpmpp_3m`` and ``unipc`` are multistep; ``ancestral``, ``churn``, ``sde``, ``dpmpp_sde`` and ``restart``
-add noise.
+add noise. ``flow_map`` and ``consistency`` jump by a flow map, in few steps.
 """
 
 from __future__ import annotations
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Generator, Guidance, Noise, Sampler
+from genkit.diffusion.flow_map import is_flow_map
 from genkit.diffusion.paths import ODEOnlyPath
+from genkit.diffusion.samplers.flow_map import consistency, flow_map
 from genkit.diffusion.samplers.grids import GRIDS, Grid, karras, leading, linspace, logsnr, trailing, uniform
 from genkit.diffusion.samplers.inversion import invert
 from genkit.diffusion.samplers.likelihood import bits_per_dim, dequantise, log_prob
 from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, unipc
 from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
-from genkit.diffusion.samplers.registry import COMMON_ARGUMENTS, SAMPLERS, SamplerInfo, ode_samplers, refuse_noise
+from genkit.diffusion.samplers.registry import (
+    COMMON_ARGUMENTS,
+    FLOW_MAP_SAMPLERS,
+    SAMPLERS,
+    SamplerInfo,
+    find_sampler,
+    ode_samplers,
+    refuse_noise,
+)
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
 from genkit.diffusion.samplers.steps import Callback, CountingDenoiser, Seeds, nodes
 from genkit.diffusion.samplers.vlb import VLBTerms, variational_bound
@@ -40,17 +50,21 @@ def bind(
     a diffusion (:class:`~genkit.diffusion.paths.ODEOnlyPath`), a sampler that adds noise raises ``ValueError``.
     """
     if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: given {sampler!r}; allowed: {', '.join(SAMPLERS)}")
-        info = SAMPLERS[sampler]
+        info = find_sampler(sampler)
         for name in options:
             if name not in info.options:
                 raise ValueError(f"{sampler}: has no option {name!r}; allowed: {', '.join(info.options) or 'none'}")
         sampler = info.function
     function = sampler
+    needs_map = any(function is info.function for info in FLOW_MAP_SAMPLERS.values())
     make_times = uniform(grid) if isinstance(grid, int) else grid
 
     def bind_to(denoise: Denoiser) -> Generator:
+        if needs_map and not is_flow_map(denoise):
+            raise ValueError(
+                f"sampler: given {function.__name__}, and this model has learned no flow map; take one of "
+                f"{', '.join(SAMPLERS)}, or train with --objective=flow-map"
+            )
         path = (guidance(denoise) if guidance else denoise).path
         times = make_times if isinstance(make_times, Tensor) else make_times(path)
         start = nodes(path, times)[0]
@@ -69,6 +83,7 @@ def bind(
 
 __all__ = [
     "COMMON_ARGUMENTS",
+    "FLOW_MAP_SAMPLERS",
     "GRIDS",
     "SAMPLERS",
     "Callback",
@@ -81,12 +96,15 @@ __all__ = [
     "bind",
     "bits_per_dim",
     "churn",
+    "consistency",
     "ddim",
     "dequantise",
     "dopri5",
     "dpmpp_2m",
     "dpmpp_3m",
     "dpmpp_sde",
+    "find_sampler",
+    "flow_map",
     "heun",
     "invert",
     "karras",

@@ -1,6 +1,7 @@
 """The samplers by name, each with the facts that tests, error messages and help texts are derived from.
 
-A new sampler is one function and one entry in ``SAMPLERS`` (``docs/contributing/sampler.md``).
+A new sampler is one function and one entry in ``SAMPLERS`` (``docs/contributing/sampler.md``). Those that jump by a
+flow map, and so need a model of ``--objective=flow-map``, are in ``FLOW_MAP_SAMPLERS``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from genkit.core import Noise, Sampler
+from genkit.diffusion.samplers.flow_map import consistency, flow_map
 from genkit.diffusion.samplers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde, unipc
 from genkit.diffusion.samplers.ode import ddim, dopri5, heun, rk4
 from genkit.diffusion.samplers.sde import ancestral, churn, restart, sde
@@ -35,6 +37,8 @@ class SamplerInfo:
     stochastic: bool = False
     """Whether it adds noise. All other samplers solve the probability-flow ODE, so they can invert it, and they are
     right for flows that are not diffusions."""
+    other_names: tuple[str, ...] = ()
+    """What other libraries call it."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -43,20 +47,33 @@ class SamplerInfo:
 
 
 SAMPLERS: Mapping[str, SamplerInfo] = {
-    "ddim": SamplerInfo(ddim, lambda n: n, order=1),
-    "ancestral": SamplerInfo(ancestral, lambda n: n, stochastic=True),
+    "ddim": SamplerInfo(ddim, lambda n: n, order=1, other_names=("euler", "euler_discrete")),
+    "ancestral": SamplerInfo(ancestral, lambda n: n, stochastic=True, other_names=("ddpm", "euler_a")),
     "heun": SamplerInfo(heun, lambda n: 2 * n - 1, order=2),
-    "rk4": SamplerInfo(rk4, lambda n: 4 * n - 1, order=4),
-    "dpmpp_2m": SamplerInfo(dpmpp_2m, lambda n: n, order=2),
+    "rk4": SamplerInfo(rk4, lambda n: 4 * n - 1, order=4, other_names=("runge_kutta",)),
+    "dpmpp_2m": SamplerInfo(dpmpp_2m, lambda n: n, order=2, other_names=("dpm_solver", "dpmsolver", "dpm++")),
     "dpmpp_3m": SamplerInfo(dpmpp_3m, lambda n: n, order=3, order_grid="logsnr"),
     "unipc": SamplerInfo(unipc, lambda n: n, order=3, order_grid="logsnr"),  # UniP-2 and UniC-2: order 2 + 1
-    "dopri5": SamplerInfo(dopri5, None),
+    "dopri5": SamplerInfo(dopri5, None, other_names=("rk45", "ode45", "dopri")),
     "churn": SamplerInfo(churn, lambda n: 2 * n - 1, stochastic=True),
     "sde": SamplerInfo(sde, lambda n: n, stochastic=True),
     "dpmpp_sde": SamplerInfo(dpmpp_sde, lambda n: n, stochastic=True),
     # its lower level is one more node; then twice three Heun steps
     "restart": SamplerInfo(restart, lambda n: 2 * (n + 1) - 1 + 2 * 2 * 3, stochastic=True),
 }
+
+FLOW_MAP_SAMPLERS: Mapping[str, SamplerInfo] = {
+    "flow_map": SamplerInfo(flow_map, lambda n: n),
+    "consistency": SamplerInfo(consistency, lambda n: n, stochastic=True),
+}
+
+
+def find_sampler(name: str) -> SamplerInfo:
+    """The sampler of this name. ``ValueError`` lists those that exist."""
+    known = {**SAMPLERS, **FLOW_MAP_SAMPLERS}
+    if name not in known:
+        raise ValueError(f"sampler: given {name!r}; allowed: {', '.join(known)}")
+    return known[name]
 
 
 def ode_samplers() -> tuple[str, ...]:

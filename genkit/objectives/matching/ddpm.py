@@ -49,8 +49,8 @@ class DDPM(Matching):
     """rescale the schedule to end in pure noise (Lin et al. 2024, algorithm 1); needs prediction v, x0 or velocity"""
     prediction: PredictionName = "eps"
     """what the network predicts"""
-    loss_space: LossSpace = "eps"
-    """the quantity whose squared error is minimised"""
+    loss_space: LossSpace | None = None
+    """the quantity whose squared error is minimised; None: that of the loss weight, else that of the prediction"""
     loss_weight: LossWeight = field(
         default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
     )
@@ -71,7 +71,7 @@ class DDPM(Matching):
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
         self.time_distribution.check(self.path)
-        refuse_loss_weight(self.loss_weight, self.loss_space)
+        refuse_loss_weight(self.loss_weight, self.space)
         uniform = isinstance(self.time_distribution, Uniform) or self.time_distribution.loss_aware
         if self.learn_variance and not uniform:
             raise ValueError(

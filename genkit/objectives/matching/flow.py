@@ -26,8 +26,9 @@ class Flow(Matching):
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
     """what the network predicts"""
-    loss_space: LossSpace = "velocity"
-    """the quantity whose squared error is minimised (Li & He 2025, table 1)"""
+    loss_space: LossSpace | None = None
+    """the quantity whose squared error is minimised (Li & He 2025, table 1); None: that of the loss weight, else the
+    velocity"""
     loss_weight: LossWeight = field(
         default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
     )
@@ -51,12 +52,16 @@ class Flow(Matching):
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
         self.time_distribution.check(self.path)
-        refuse_loss_weight(self.loss_weight, self.loss_space)
+        refuse_loss_weight(self.loss_weight, self.space)
         if self.source.is_conditional and self.coupling.permutes:
             raise ValueError(
                 f"coupling: given {name_of(COUPLINGS, self.coupling)}, which gives a sample the source of another, but "
                 f"the source {name_of(SOURCES, self.source)} belongs to its condition; allowed: independent, given"
             )
+
+    @property
+    def natural_space(self) -> LossSpace:
+        return "velocity"  # flow matching is the regression of velocities, whatever the network predicts
 
     @property
     def is_diffusion(self) -> bool:

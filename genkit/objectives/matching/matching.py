@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,21 @@ from genkit.objectives.matching.times import LossHistory, TimeDistribution, Unif
 from genkit.objectives.matching.weights import Constant, LossSpace, LossWeight
 
 PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
-LOSS_SPACES: Mapping[str, Callable[[Prediction], Tensor]] = {
-    "x0": lambda p: p.x0,
-    "eps": lambda p: p.x1,
-    "velocity": lambda p: p.velocity,
+LOSS_SPACES: Mapping[str, Callable[[Prediction, Tensor, Tensor], Tensor]] = {  # (prediction, alpha, sigma) -> quantity
+    "x0": lambda p, alpha, sigma: p.x0,
+    "eps": lambda p, alpha, sigma: p.x1,
+    "v": lambda p, alpha, sigma: alpha * p.x1 - sigma * p.x0,
+    "velocity": lambda p, alpha, sigma: p.velocity,
+}
+# what each prediction is trained on if nothing else is asked for, with a weight that is 0 nowhere: eps and v their own
+# quantity; x0 by v, which is SNR + 1 (Salimans & Ho 2022, section 4) and better than x0 (docs/log.md)
+NATURAL_SPACES: Mapping[PredictionName, LossSpace] = {
+    "velocity": "velocity",
+    "eps": "eps",
+    "x0": "v",
+    "v": "v",
+    "score": "eps",
+    "karras": "v",
 }
 MAX_ERROR_SCALE = 20.0  # Li & He 2025 (section 4.3) keep 1 - t at 0.05 or more where they divide by it
 
@@ -60,8 +72,8 @@ class Matching(Objective):
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
     """what the network predicts"""
-    loss_space: LossSpace
-    """the quantity whose squared error is minimised"""
+    loss_space: LossSpace | None
+    """the quantity whose squared error is minimised; None: :meth:`space`"""
     loss_weight: LossWeight = Constant()
     """weight of each time in the loss, besides what ``loss_space`` implies"""
     time_distribution: TimeDistribution = Uniform()
@@ -73,8 +85,24 @@ class Matching(Objective):
     cond_dropout_each: float = 0.0
     """probability of dropping each condition independently"""
 
+    open_settings: ClassVar[tuple[str, ...]] = ("loss_space",)
     sampler: ClassVar[str | None] = "heun"
     likelihood_method: ClassVar[str | None] = "ode"
+
+    @property
+    def space(self) -> LossSpace:
+        """The space of the loss: ``loss_space``, or else that of the loss weight, or else :attr:`natural_space`."""
+        return self.loss_space or self.loss_weight.space or self.natural_space
+
+    @property
+    def natural_space(self) -> LossSpace:
+        """The space that suits the prediction."""
+        return NATURAL_SPACES[self.prediction]
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
+        return None
 
     @property
     def parametrization(self) -> Parametrization:
@@ -143,12 +171,17 @@ class Matching(Objective):
         """The factor from an error of the network's output to a weighted error in the loss space, ``[B, 1, ...]``.
 
         Every parametrisation is affine in the output, so its linear part is its prediction from output 1 at x = 0. The
-        weight joins before the bound MAX_ERROR_SCALE: a small weight may balance a large linear part.
+        weight joins before the bound MAX_ERROR_SCALE: a small weight may balance a large linear part. The bound is for
+        divisions by a small alpha or sigma, so it grows with the score's own ``1 / sigma``.
         """
-        one = torch.ones_like(expand(t, like))
-        linear = self.parametrization.predict(self.path, torch.zeros_like(one), t, one)
-        weight = self.loss_weight(expand(self.path.alpha(t), like), expand(self.path.sigma(t), like))
-        return (weight.sqrt() * LOSS_SPACES[self.loss_space](linear)).clamp(-MAX_ERROR_SCALE, MAX_ERROR_SCALE)
+        one, parametrization = torch.ones_like(expand(t, like)), self.parametrization
+        alpha, sigma = expand(self.path.alpha(t), like), expand(self.path.sigma(t), like)
+        linear = parametrization.predict(self.path, torch.zeros_like(one), t, one)
+        scale = self.loss_weight(alpha, sigma).sqrt() * LOSS_SPACES[self.space](linear, alpha, sigma)
+        bound = MAX_ERROR_SCALE * one
+        if parametrization.predicts_noise:  # in noise as large as the output: 1 / sigma for the score
+            bound = bound / parametrization.target(self.path, torch.zeros_like(one), one, t).abs()
+        return torch.clamp(scale, -bound, bound)
 
     def weighted(self, nets: Mapping[str, nn.Module], sample: PathSample, losses: Tensor) -> Tensor:
         """Losses ``[B]`` times :meth:`importance_weight`; the history of loss-aware times records them."""
@@ -165,6 +198,19 @@ class Matching(Objective):
     def after_step(self, nets: Mapping[str, nn.Module], step: int) -> None:
         if self.time_distribution.loss_aware:
             history_of(nets).update()
+
+    def decide(self, data_std: Callable[[], float]) -> Matching:
+        return self if self.loss_space else dataclasses.replace(cast(Any, self), loss_space=self.space)
+
+    def notes(self) -> Sequence[str]:
+        """A loss whose weight is 0 where the path is pure noise: that end is never learned."""
+        one = torch.ones(1, dtype=torch.float64)
+        if float(self.path.alpha(one)) > 0 or float(self.error_scale(one, one)) != 0:
+            return ()
+        return [
+            f"note     the loss of {self.space} has weight 0 at t = 1, where the path is pure noise, so that the first "
+            f"step of sampling is never learned; take --objective.loss-space {self.natural_space}"
+        ]
 
     # -------------------------------------------------------------------------------------------------- its model
     def denoiser(self, net: nn.Module) -> Denoiser:

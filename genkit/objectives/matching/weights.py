@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit.config.numbers import NonNegative, Positive
 
-LossSpace = Literal["x0", "eps", "velocity"]
+LossSpace = Literal["x0", "eps", "v", "velocity"]
 
 
 class LossWeight(Protocol):

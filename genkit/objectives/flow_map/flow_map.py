@@ -1,0 +1,179 @@
+"""The objective ``flow-map``: one network that jumps from any time to any earlier one, in one step or in many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from genkit.config import load_object
+from genkit.config.paths import PathText
+from genkit.core import (
+    Backbone,
+    Batch,
+    Cond,
+    Denoiser,
+    Loss,
+    Objective,
+    ProbabilityPath,
+    Scalar,
+    Spec,
+    expand,
+    mean_flat,
+)
+from genkit.diffusion.flow_map import SPAN, FlowMapDenoiser
+from genkit.diffusion.guidance import classifier_free, require_same_path
+from genkit.diffusion.parametrization import refuse_singular
+from genkit.diffusion.paths import Linear, chart
+from genkit.objectives.flow_map.learned import Jumps, LearnedMap
+from genkit.objectives.flow_map.rules import RULES, Improved, Rule
+from genkit.objectives.matching.flow import name_of
+from genkit.objectives.matching.matching import MAX_ERROR_SCALE, Matching, PredictionName
+from genkit.objectives.matching.times import LogitNormal, TimeDistribution
+
+SLOW = 0.01  # of the 1000 rad of a network's time label
+
+
+@dataclass(frozen=True)
+class FlowMap(Matching):
+    """Learn the average velocity between any two times of a path (Boffi et al. 2024; Geng et al. 2025).
+
+    One to N steps from one network, from scratch, from another run's weights, or from a ``teacher``. In the chart every
+    path is rectified flow, so each rule is written once and serves all paths. The prediction ``x0`` is pixel MeanFlow
+    (Lu et al. 2026).
+    """
+
+    rule: Rule = field(default_factory=Improved, metadata={"table": "genkit.objectives.flow_map.rules:RULES"})
+    """how it is learned: improved, mean (MeanFlow), lagrangian, shortcut, alpha or consistency"""
+    path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
+    """the path between data and noise"""
+    prediction: PredictionName = "velocity"
+    """what the network predicts of the straight line to the jump's end"""
+    time_distribution: TimeDistribution = field(
+        default_factory=lambda: LogitNormal(-0.4, 1.0),
+        metadata={"table": "genkit.objectives.matching.times:TIME_DISTRIBUTIONS"},
+    )
+    """how both times are drawn: logit-normal, uniform, log-normal (of the noise level) or beta"""
+    time_rate: Annotated[float, Gt(0)] | None = None
+    """factor of the network's time label, for a moderate derivative in time. None: 0.01 if the rule takes one, else 1,
+    as in other objectives; a run that starts from another's weights (--init) needs its rate, 1"""
+    teacher: PathText | None = None
+    """a run whose velocity is learned from in place of the data's: a flow, DDPM, EDM or flow map on the same path"""
+    teacher_guidance: float = 1.0
+    """scale of classifier-free guidance of the teacher, which becomes part of the model"""
+    cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """probability of training a sample without its conditions, for classifier-free guidance"""
+    cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
+
+    loss_space = "velocity"
+    policy_steps: ClassVar[int] = 1
+    usage: ClassVar[str] = "genkit sample {run}{label} --n 16 --steps 1"
+
+    def __post_init__(self) -> None:
+        refuse_singular(self.parametrization, self.path)
+        self.time_distribution.check(self.path)
+        if self.time_distribution.loss_aware:
+            raise ValueError("time_distribution: given loss-aware, which knows one time only; allowed: all others")
+        if self.teacher is None and self.teacher_guidance != 1:
+            raise ValueError(f"teacher_guidance: given {self.teacher_guidance}, but no teacher; name a run")
+        if self.teacher is not None:  # independent of the working directory, and of what runs/latest becomes
+            object.__setattr__(self, "teacher", os.path.realpath(self.teacher))
+
+    @property
+    def label_rate(self) -> float:
+        """The factor of the network's time label."""
+        return self.time_rate or (SLOW if self.rule.differentiates_time else 1.0)
+
+    @property
+    def sampler(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The default sampler: jumps to each time, or to the data and back if the rule has learned no others."""
+        return "consistency" if self.rule.jumps_to_data else "flow_map"
+
+    def setup(self, spec: Spec) -> None:
+        if self.teacher is not None:
+            shape = load_teacher(self.teacher, self.teacher_guidance, self.path, torch.device("cpu"))[1].shape
+            if shape != spec.shape:
+                raise ValueError(f"teacher: given one of samples {shape}; the data have {spec.shape}")
+
+    def refuse_init(self, other: Objective) -> None:
+        if not isinstance(other, Matching):
+            return
+        if (other.path, other.parametrization) != (self.path, self.parametrization):
+            raise ValueError(
+                f"init: given a run on the path {other.path}, predicting {type(other.parametrization).__name__}; here "
+                f"{self.path}, {type(self.parametrization).__name__}; both must agree: set --objective.path and "
+                "--objective.prediction"
+            )
+        rate = other.label_rate if isinstance(other, FlowMap) else 1.0
+        if rate != self.label_rate:
+            slow = name_of(RULES, self.rule)
+            raise ValueError(
+                f"init: given a run whose time label has the rate {rate:g}, which rule {slow} takes at "
+                f"{self.label_rate:g}; take a rule without a derivative in time (lagrangian, shortcut, alpha, "
+                f"consistency), or --objective.time-rate {rate:g}"
+            )
+
+    def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
+        return {"net": backbone.denoiser(replace(spec, cond={**spec.cond, SPAN: Scalar()}))}
+
+    def denoiser(self, net: nn.Module) -> FlowMapDenoiser:
+        return FlowMapDenoiser(
+            net, self.path, self.parametrization, self.label_rate, only_to_data=self.rule.jumps_to_data
+        )
+
+    # ------------------------------------------------------------------------------------------------------- loss
+    def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
+        cond = batch.drop(self.cond_dropout, self.cond_dropout_each)
+        u = self.learned_map(nets["net"], cond, self.open_teacher(batch.x.device))
+        jumps = self.draw_jumps(batch, u)
+        error = self.rule.error(u, jumps, batch.step)
+        bounded = error * self.error_bound(jumps.t, error)
+        squared, same = mean_flat(error.detach().square()), jumps.r == jumps.t
+        logs = {"map": (squared * ~same).mean() / (1 - self.rule.share)}
+        if self.rule.share:
+            logs["velocity"] = (squared * same).mean() / self.rule.share
+        return Loss(self.rule.weigh(bounded), logs)
+
+    def learned_map(self, net: nn.Module, cond: Cond, teacher: Denoiser | None = None) -> LearnedMap:
+        """The network's average velocity with the conditions of a batch, for training."""
+        return LearnedMap(replace(self.denoiser(net), only_to_data=False), cond, teacher)
+
+    def draw_jumps(self, batch: Batch, u: LearnedMap) -> Jumps:
+        """A random jump on each sample's path, with the velocity to learn from."""
+        r, t = self.rule.times(batch, lambda: self.time_distribution.sample(batch, self.path), self.path)
+        x0, x1 = self.endpoints(batch, t)
+        velocity = x1 - x0
+        z = x0 + expand(chart(self.path, t)[0], x0) * velocity
+        if u.teacher is None:
+            return Jumps(z, r, t, velocity, x0, x1)
+        return Jumps(z, r, t, u.velocity(z, t), x0, x1, exact=True)
+
+    def error_bound(self, t: Tensor, like: Tensor) -> Tensor:
+        """The factor that keeps the network's share of the error within MAX_ERROR_SCALE, ``[B, 1, ...]``.
+
+        A prediction of the data is divided by the noise to give a velocity, which is infinite at t = 0.
+        """
+        one = torch.ones_like(expand(t, like))
+        linear = self.parametrization.predict(self.path, torch.zeros_like(one), t, one).velocity
+        return (MAX_ERROR_SCALE / linear.abs()).clamp(max=1)
+
+    def open_teacher(self, device: torch.device) -> Denoiser | None:
+        """The teacher, guided, on ``device``."""
+        if self.teacher is None:
+            return None
+        return load_teacher(self.teacher, self.teacher_guidance, self.path, device)[0]
+
+
+@lru_cache(maxsize=4)
+def load_teacher(run: str, guidance: float, path: ProbabilityPath, device: torch.device) -> tuple[Denoiser, Spec]:
+    """The denoiser of a run, guided, and the layout of its samples. ``ValueError`` if it is on another path."""
+    teacher = load_object("genkit.training.run:load_run")(run, device=device.type)
+    require_same_path("teacher", teacher.denoiser.path, path)
+    return classifier_free(guidance)(teacher.denoiser), teacher.spec

@@ -1,0 +1,220 @@
+"""Training a flow map: ranks, micro-batches, exact resume, teachers, other runs' weights, and what is learned."""
+
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from genkit import config
+from genkit.backbones import MLP, DiT, UNet
+from genkit.cli.main import main
+from genkit.core import Batch, Draw, Label, Spec
+from genkit.data.codecs import Identity
+from genkit.diffusion.samplers import bind
+from genkit.objectives import FlowMap
+from genkit.objectives.flow_map.flow_map import load_teacher
+from genkit.objectives.flow_map.rules import RULES, Improved, Lagrangian
+from genkit.training.directory import read_log, symlink
+from genkit.training.loop import fit, initial_state
+from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
+from tests.support.objectives import train
+
+SMALL = ["train", "--data=moons", "--data.n=400", "--data.labels", "--backbone=mlp", "--backbone.width=16",
+         "--backbone.depth=1", "--batch=32", "--warmup=0", "--ema", "0.9", "--device=cpu", "--sample-every=0",
+         "--no-tensorboard"]  # fmt: skip
+
+
+def run_of(folder, *args):
+    assert main([*SMALL, f"--out={folder}", *args]) == 0
+    return (folder / "latest").resolve()
+
+
+def weights(run):
+    return load_file(run / "latest" / "nets.safetensors")
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------------------- ranks and pieces
+def small(rule, accelerator=None, micro_batch=None):
+    """Three steps in float64; the weights."""
+    how = {"steps": 3, "batch": 32, "micro_batch": micro_batch, "ema": [0.9], "precision": "fp32"}
+    settings = config.from_dict(TrainSettings, {"objective": "flow-map", **how})
+    objective = FlowMap(rule=rule)
+    torch.manual_seed(0)
+    nets = {"net": objective.networks(MLP(width=16, depth=1), Spec((2,), {"label": Label(3)}))["net"].double()}
+    with torch.no_grad():
+        for p in nets["net"].parameters():
+            p += 0.1 * torch.randn_like(p)
+
+    def stream(step, draw, first, last):
+        mine, rows = Draw((3, step, draw), first, last), torch.arange(first, last)
+        draws = Draw((4, step, draw), first, last)
+        return Batch(mine.normal(2).double(), {"label": rows % 3}, draw=draws, step=step)
+
+    state = initial_state(objective, nets, settings)
+    fit(objective, state, stream, Identity(), settings, accelerator or Accelerator(cpu=True))
+    return {k: v.detach() for k, v in nets["net"].state_dict().items()}
+
+
+def rank(number, port, answers):
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    answers[number] = {name: small(cls(), accelerator, micro_batch=4) for name, cls in RULES.items()}
+
+
+def test_two_ranks_with_four_pieces_each_are_one_rank(tmp_path):
+    """Derivative passes on the bare network and gradients through its wrapper, in float64, for every rule."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        answers = manager.dict()
+        mp.start_processes(rank, (port, answers), nprocs=2, start_method="fork")
+        both = [dict(answers[i]) for i in range(2)]
+    for name, cls in RULES.items():
+        for key, value in small(cls()).items():
+            assert torch.equal(both[0][name][key], both[1][name][key]), (name, key)
+            # the network's own waves of time are float32
+            assert torch.allclose(both[0][name][key], value, atol=1e-7), (name, key)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_resume_is_bit_identical(tmp_path, rule):
+    args = [f"--objective.rule={rule}", "--objective=flow-map", "--steps=5", "--backbone.dropout=0.1"]
+    whole = run_of(tmp_path / "a", *args)
+    half = run_of(tmp_path / "b", *args, "--save-every=2")
+    symlink(half / "latest", "checkpoints/step-0000002")
+    for step in ("0000004", "0000005"):
+        os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
+    assert main(["train", "--resume", str(half)]) == 0
+    assert same(whole, half)
+    assert {"denoise/map", "denoise/loss"} <= read_log(half)[-1].keys()
+
+
+@pytest.mark.parametrize("backbone", [UNet(width=8, mults=(1, 2)), DiT(width=16, depth=1), MLP(width=16, depth=1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_backbone_learns_by_every_rule(rule, backbone):
+    """Pictures with attention, whose fused kernels have no forward-mode derivative; bf16 too."""
+    objective, spec = FlowMap(rule=RULES[rule]()), Spec((1, 8, 8), {"label": Label(3)})
+    nets = objective.networks(backbone, spec)
+    batch = Batch(torch.randn(6, 1, 8, 8), {"label": torch.arange(6) % 3}, draw=Draw((1,), 0, 6), step=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective.loss("denoise", nets, batch).per_sample
+    assert loss.dtype == torch.float32
+    objective.loss("denoise", nets, batch).per_sample.sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in nets["net"].parameters())
+    sampler = bind(objective.sampler, 2)
+    noise = lambda shape: torch.randn(6, *shape)  # noqa: E731
+    assert objective.generator(nets, sampler)(torch.randn(6, 1, 8, 8), batch.cond, noise).shape == (6, 1, 8, 8)
+
+
+# ------------------------------------------------------------------------------------ teachers and other weights
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return run_of(tmp_path_factory.mktemp("teacher"), "--objective=flow", "--steps=3")
+
+
+def test_a_run_starts_as_the_flow_whose_weights_it_takes(teacher, tmp_path):
+    args = ["--objective=flow-map", "--objective.rule=lagrangian", f"--init={teacher}", "--steps=1", "--lr=1e-12"]
+    run = run_of(tmp_path, *args)
+    theirs, ours = load_run(teacher), load_run(run, ema="none")
+    z, cond = torch.randn(5, 2), {"label": torch.arange(5) % 2}
+    for target in ({}, {"target_time": torch.full((5,), 0.1)}):
+        a, b = (r.denoiser(z, torch.full((5,), 0.7), {**cond, **target}).x0 for r in (theirs, ours))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--objective.rule=improved"], "--objective.time-rate 1"),
+        (["--objective.rule=shortcut", "--objective.path=cosine"], "set --objective.path"),
+        (["--objective.rule=shortcut", "--objective.prediction=x0"], "--objective.prediction"),
+    ],
+)
+def test_weights_that_mean_something_else_are_refused(teacher, tmp_path, capsys, args, message):
+    command = [*SMALL, "--objective=flow-map", f"--init={teacher}", f"--out={tmp_path}", "--steps=1"]
+    assert main([*command, *args]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*command, "--objective.rule=improved", "--objective.time-rate=1"]) == 0
+
+
+def test_a_teacher_is_learned_from_as_its_velocity_says(teacher, tmp_path):
+    """Guided: the error on r = t is that against the teacher's guided velocity, and its weights stay as they are."""
+    before = weights(teacher)
+    objective = FlowMap(rule=Improved(share=0.5), teacher=str(teacher), teacher_guidance=2.0, cond_dropout=0.0)
+    spec = Spec((2,), {"label": Label(2)})
+    objective.setup(spec)
+    net = objective.networks(MLP(width=16, depth=1), spec)["net"]
+    batch = Batch(torch.randn(64, 2), {"label": torch.arange(64) % 2}, draw=Draw((1,), 0, 64))
+    u = objective.learned_map(net, batch.cond, objective.open_teacher(torch.device("cpu")))
+    jumps = objective.draw_jumps(batch, u)
+    run, same_time = load_run(teacher), jumps.r == jumps.t
+    null = {**batch.cond, "keep": torch.zeros(64, dtype=torch.bool)}
+    good, bad = (run.denoiser(jumps.z, jumps.t, c).velocity for c in (batch.cond, null))
+    guided = bad + 2 * (good - bad)
+    torch.testing.assert_close(jumps.velocity, guided)
+    error = objective.rule.error(u, jumps, None)
+    torch.testing.assert_close(-error[same_time], guided[same_time])  # the untrained network says 0
+    student = run_of(tmp_path, "--objective=flow-map", f"--objective.teacher={teacher}", "--steps=2")
+    assert load_run(student).objective.teacher == str(teacher)
+    assert all(torch.equal(v, before[k]) for k, v in weights(teacher).items())
+
+
+def test_a_teacher_of_other_samples_or_another_path_is_refused(teacher):
+    with pytest.raises(ValueError, match="teacher: given one of samples"):
+        FlowMap(teacher=str(teacher)).setup(Spec((1, 8, 8)))
+    from genkit.diffusion.paths import Cosine
+
+    with pytest.raises(ValueError, match="teacher: given one trained on"):
+        FlowMap(teacher=str(teacher), path=Cosine()).setup(Spec((2,)))
+    assert load_teacher.cache_info().currsize >= 0
+
+
+# -------------------------------------------------------------------------------------------------- what is learned
+def two_modes(n=4000):
+    g = torch.Generator().manual_seed(3)
+    side = torch.randint(0, 2, (n, 1), generator=g) * 2.0 - 1
+    return side + 0.15 * torch.randn(n, 2, generator=g)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "steps", "limit"),
+    [("improved", 1200, 0.2), ("mean", 1200, 0.3), ("lagrangian", 1200, 0.3), ("shortcut", 1200, 0.3),
+     ("alpha", 1200, 0.35), ("consistency", 1200, 0.35)],
+)  # fmt: skip
+def test_one_step_draws_two_modes(rule, steps, limit):
+    """The share of samples more than 0.6 from a mode: a flow's one Euler step puts nearly all in the middle."""
+    rules = {"alpha": {"start": 100, "end": 800}, "consistency": {"stage_steps": 150}}
+    objective = FlowMap(rule=RULES[rule](**rules.get(rule, {})))
+    nets = train(objective, MLP(width=64, depth=2), two_modes(), Spec((2,)), steps, lr=3e-3, clip=1.0)
+    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        x = objective.generator(nets, bind(objective.sampler, 1))(z, {})
+    far = ((x.abs() - 1).norm(dim=1) > 0.6).float().mean()
+    right = (x.mean(1) > 0).float().mean()
+    assert float(far) < limit, float(far)
+    assert 0.4 < float(right) < 0.6
+
+
+def test_settings_are_part_of_the_configuration():
+    tree = {"objective": {"name": "flow-map", "rule": {"name": "lagrangian", "share": 0.25}, "prediction": "x0"}}
+    objective = config.from_dict(TrainSettings, tree).objective
+    assert objective == FlowMap(rule=Lagrangian(share=0.25), prediction="x0")
+    assert (objective.label_rate, FlowMap().label_rate, replace(FlowMap(), time_rate=0.5).label_rate) == (1, 0.01, 0.5)
