@@ -283,6 +283,7 @@ class Evaluator:
             raise errors[0]
         observed = {
             "seconds": round(measurement.seconds, 2),
+            "draw_cpu_seconds": round(measurement.draw_cpu_seconds, 4),
             "metric_seconds": round(time.perf_counter() - start, 2),
             "device": device_name(self.device),
             "ranks": self.ranks.world,
