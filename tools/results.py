@@ -197,6 +197,47 @@ def reflow() -> str:
     return table(header, rows)
 
 
+WAYS = {
+    "improved": "flow map, improved",
+    "mean": "flow map, mean",
+    "lagrangian": "flow map, lagrangian",
+    "shortcut": "flow map, shortcut",
+    "alpha": "flow map, alpha",
+    "consistency": "flow map, consistency",
+    "drift": "drifting",
+    "reflow": "reflow and distillation",
+    "flow": "flow, Euler's method",
+}
+
+
+def few_step_rows(part: str, value: str, digits: int) -> list[list[str]]:
+    """A row for each way that was measured, by number of steps, with the CPU seconds of a seed."""
+    cells, rows = load("few-step")["cells"], []
+    for way, label in WAYS.items():
+        if (cell := cells.get(f"{part}/{way}")) is None:
+            continue
+        runs = [cell["values"][value].get(k) for k in ("1", "2", "4", "8")]
+        seconds = mean(cell["cpu_seconds"]) * len(cell["cpu_seconds"]) / len(runs[0])
+        rows.append([label, *(spread(run, digits) if run else "" for run in runs), number(seconds, 0)])
+    return rows
+
+
+def few_step_plane() -> str:
+    real = load("few-step")["cells"]["plane/real"]["values"]["W2"]["1"]
+    rows = few_step_rows("plane", "W2", 3)
+    rows.append(["real data", spread(real, 3), "", "", "", ""])
+    return table(["W2", "1 step", "2", "4", "8", "training, CPU s a seed"], rows)
+
+
+def few_step_digits() -> str:
+    cells, rows = load("few-step")["cells"], few_step_rows("digits", "Fréchet", 2)
+    accuracy = {row[0]: row[1] for row in few_step_rows("digits", "accuracy", 3)}
+    rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
+    real = cells["digits/real"]["values"]["Fréchet"]["1"]
+    rows.append(["real data", number(mean(real), 2), "", "", "", "", ""])
+    return table(["Fréchet distance", "1 step", "2", "4", "8", "accuracy, 1 step", "training, CPU s"], rows)
+
+
 # ----------------------------------------------------------------------------------------------------------- policies
 def mean_of(runs: Sequence[Mapping[str, Any]], key: str, digits: int = 3) -> str:
     return spread([run[key]["value"] for run in runs], digits)
@@ -397,6 +438,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "toy-energy": toy_energy,
     "prediction": prediction,
     "reflow": reflow,
+    "few-step-plane": few_step_plane,
+    "few-step-digits": few_step_digits,
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
