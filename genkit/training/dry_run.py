@@ -155,12 +155,12 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
         recorder = SilentRecorder(Path(os.devnull), accelerator)
         cond = grid_conditions(model.data, model.stream)
         session = Session(settings, accelerator, model.data.spec, model.data.codec, cond, recorder)
-        drawing = measure(lambda: session.sample(state))
+        drawing = time_call(lambda: session.sample(state))
         times["pictures"] = drawing * count(settings.sample_every)
         share = settings.eval_n / session.num_drawn * (settings.eval_steps / 20 if settings.objective.sampler else 1)
         times["evaluations"] = drawing * share * count(settings.eval_every)
     if validation is not None:
-        times["validations"] = measure(lambda: validation(state)) * count(settings.val_every)
+        times["validations"] = time_call(lambda: validation(state)) * count(settings.val_every)
     return times
 
 
@@ -172,7 +172,7 @@ class SilentRecorder(Recorder):
         return False
 
 
-def measure(function: Callable[[], Any]) -> float:
+def time_call(function: Callable[[], Any]) -> float:
     """Seconds that one call takes."""
     began = time.perf_counter()
     function()
