@@ -64,11 +64,19 @@ class TrackedSettings(Protocol):
     """Settings of a run that trackers may follow."""
 
     @property
-    def tensorboard(self) -> bool: ...
+    def tensorboard(self) -> bool:
+        """Whether TensorBoard is one of the trackers."""
+        ...
+
     @property
-    def trackers(self) -> tuple[TrackerName, ...]: ...
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """The names of trackers."""
+        ...
+
     @property
-    def tracker_project(self) -> str: ...
+    def tracker_project(self) -> str:
+        """Project or experiment of the run."""
+        ...
 
 
 def tracker_names(settings: TrackedSettings) -> list[TrackerName]:
