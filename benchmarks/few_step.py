@@ -2,7 +2,7 @@
 
     genkit bench few-step [--seeds 3] [--seconds 60] [--only plane] [--ways improved drift] [--out FILE.json]
 
-Every row has the same network, data, optimiser and CPU seconds of training: each first times some steps, then trains as
+Every row has the same network, data, optimizer and CPU seconds of training: each first times some steps, then trains as
 many as the budget allows. "plane": eight Gaussians of standard deviation 0.1 on a circle of radius 2; the
 2-Wasserstein distance of 1,000 samples to 1,000 new points; MLPs with three hidden layers of 128 that see the times
 themselves; all seeds share the budget, because they are trained at once. "digits": scikit-learn's, class-conditional;

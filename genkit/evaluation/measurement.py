@@ -112,6 +112,7 @@ def measure(
     start, saved, error = time.perf_counter() - shard.seconds, time.perf_counter(), None
     own_blocks = blocks[ranks.rank :: ranks.world]
     turns = -(-len(blocks) // ranks.world)
+    progress(task, 0, n)
     # with several ranks every rank takes part in every turn, even if it has resumed further: they check for errors
     for turn in range(shard.blocks if ranks.world == 1 else 0, turns):
         try:

@@ -131,7 +131,7 @@ def test_the_page(bench):
     ]
     labels = [s["aria-label"] for s in page.all("svg")]
     floor = rows(bench)["real", "–"]["fd (classifier) ↓"].split()[0]
-    assert any(v.startswith("fid against") and v.endswith(f"real data: {floor}") for v in labels)
+    assert any(v.startswith("fd (classifier) against") and v.endswith(f"real data: {floor}") for v in labels)
     assert sum("loss against the step" in v for v in labels) >= 2
     assert "--objectives=flow,vae" in page.text
 

@@ -131,7 +131,7 @@ def card_table(cards: Sequence[Card], columns: Sequence[str]) -> Markup:
     rows = []
     for i, card in enumerate(cards):
         flat = card.flat_settings
-        settings = [to_text(flat[key]) if key in flat else "–" for key in columns]
+        settings = ["–" if flat.get(key) is None else to_text(flat[key]) for key in columns]
         values = []
         for name, title in titled:
             estimate = card.metrics.get(name) if card.title(name) == title else None
@@ -191,6 +191,8 @@ def curve_label(card: Card, varying: Sequence[str]) -> str:
         elif block == "features" and isinstance(card.settings.get(block), Mapping):
             features = card.settings[block]
             words[" ".join(to_text(features[k]) for k in ("name", "resize") if k in features) + " features"] = None
+        elif card.flat_settings.get(key) is None:
+            continue
         elif key == "run":
             words[to_text(card.settings.get(key))] = None
         elif key != "weights_sha256":

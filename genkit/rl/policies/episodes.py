@@ -161,6 +161,7 @@ def run_episodes(
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
     parts: list[Episodes] = []
+    progress("episodes", 0, len(seeds))
     for first in range(0, len(seeds), env.num):
         batch = list(seeds[first : first + env.num])
         parts.append(run_batch(policy, env, batch, max(0, film - first), on_decision))
