@@ -32,7 +32,7 @@ from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
-from genkit.training.checkpoint import list_checkpoints, read_state, restore
+from genkit.training.checkpoint import list_checkpoints, point_latest, read_state, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
@@ -208,6 +208,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if resumed and checkpoint:
         compare_fingerprints(read_state(checkpoint).get("data", {}), fingerprint, notes.append)
         restore(checkpoint, state, settings.objective)
+        if main:
+            point_latest(resumed, checkpoint)
         note_schedule(stored, settings, state.step, notes.append)
     finished = checkpoint is not None and state.step >= settings.steps
     evaluator = validation = None

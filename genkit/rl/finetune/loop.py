@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
-from genkit.config.trust import require_trust
+from genkit.config.trust import require_trust, require_trusted_code
 from genkit.core import seed_of
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
@@ -44,6 +44,7 @@ from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint
+from genkit.training.checkpoint import list_checkpoints, point_latest, step_of
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
@@ -88,9 +89,7 @@ def finetune(
     """
     directory = find_run(resume) if resume is not None else None
     if settings is None:
-        stored = config.load_yaml(settings_file(directory)) if directory else {}
-        require_trust(FinetuneSettings, stored, directory)
-        settings = config.from_dict(FinetuneSettings, stored)
+        settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
     if isinstance(run, Run):
         base, accelerator = run, join_ranks(run.device)
@@ -109,6 +108,16 @@ def finetune(
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+
+
+def stored_finetuning(directory: Path) -> dict[str, Any]:
+    """The settings of a fine-tuning run, in the form of YAML. ``ValueError`` if its code is not trusted."""
+    file = settings_file(directory)
+    stored = config.load_yaml(file)
+    require_trust(FinetuneSettings, stored, file)
+    for name in ("reward", "env"):
+        require_trusted_code(str(stored.get(name) or ""), f"{file}: {name}", directory)
+    return stored
 
 
 def settings_file(directory: Path) -> Path:
@@ -151,6 +160,9 @@ class FineTuning:
         self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
         if self.checkpoint:
             restore_finetuning(self.checkpoint, self.learner, self.best)
+            if accelerator.is_main_process and resumed:
+                saved = {step_of(path): path for path in list_checkpoints(resumed)}
+                point_latest(resumed, saved.get(self.best.step, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
         for note in notes:
