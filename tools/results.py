@@ -444,6 +444,11 @@ def kills() -> str:
     return table(["", "number"], [[name, str(n)] for name, n in rows])
 
 
+def kill_places() -> str:
+    """Where the signals struck."""
+    return table(["the process was", "times"], [[name, str(n)] for name, n in load("kill")["places"].items()])
+
+
 def kill_workloads() -> str:
     """Kills by workload."""
     return table(["workload", "kills"], [[name, str(n)] for name, n in load("kill")["workloads"].items()])
@@ -452,6 +457,7 @@ def kill_workloads() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "kills": kills,
     "kill-workloads": kill_workloads,
+    "kill-places": kill_places,
     "digits": digits,
     "quality": quality,
     "fid": fid,

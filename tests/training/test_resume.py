@@ -76,7 +76,8 @@ OTHER = {  # another value for every setting
     "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
     "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
     "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,
-    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
+    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True,
+    "trackers": ("wandb",), "tracker_project": "mine", "codec": "run",
     "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
 }  # fmt: skip
 

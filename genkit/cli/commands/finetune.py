@@ -24,8 +24,11 @@ def main(argv: list[str]) -> int:
         argv = ["--config", str(settings_file(find_run(resume))), *argv]
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     run = finetune(settings=settings, resume=resume)
-    if is_main_process():
-        directory = shlex.quote(str(run.directory))
+    directory = shlex.quote(str(run.directory))
+    if is_main_process() and run.stopped:
+        say = f"stopped at iteration {run.step} for --max-time {settings.max_time}, saved; continue with:"
+        console.print(f"{say} genkit finetune --resume {directory}", markup=False)
+    elif is_main_process():
         sample = f"sample {directory} --steps {settings.sampler_steps}"
         command = f"rollout {directory}" if settings.reward in REWARDS else sample
         console.print(f"next     genkit {command}", markup=False)
