@@ -41,6 +41,7 @@ from .rl.finetune.settings import FinetuneSettings
 from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.annotations import Annotations, annotate
+from .training.distillation import DistillSettings, distill
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
@@ -76,6 +77,7 @@ __all__ = [
     "DemoSettings",
     "Denoiser",
     "DiT",
+    "DistillSettings",
     "EncodeSettings",
     "EvaluationSettings",
     "ExportSettings",
@@ -119,6 +121,7 @@ __all__ = [
     "bind",
     "classifier_free",
     "diff_runs",
+    "distill",
     "encode",
     "evaluate",
     "export",

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from genkit.backbones.guidance_adapter import add_guidance_adapter
 from genkit.config.numbers import Fraction, Positive, Width
 from genkit.core.tensors import load_tensors, mismatched_keys
 
@@ -59,8 +60,49 @@ class LoRA:
         pattern = re.compile(self.layers)
         return [k for k, m in net.named_modules() if k and isinstance(m, ADAPTABLE) and pattern.search(f"{name}.{k}")]
 
+    def insert(self, net: nn.Module, layers: list[str], strength: float) -> None:
+        """Add the adapter to these layers of ``net``, in place. ``ValueError`` if peft is missing."""
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError('lora: needs the peft library; install it with: pip install "genkit[lora]"')
+        assert self.rank is not None
+        from peft import LoraConfig, inject_adapter_in_model  # lazy: it takes seconds
 
-LORA: dict[str, type[LoRA]] = {"lora": LoRA}
+        pattern = "|".join(map(re.escape, layers))  # of the whole name: a list would match ends of names
+        settings = LoraConfig(r=self.rank, lora_alpha=cast(Any, (self.alpha or self.rank) * strength),
+                              lora_dropout=self.dropout, target_modules=f"(?:{pattern})")  # fmt: skip
+        inject_adapter_in_model(settings, net)
+
+    def finish(self, net: nn.Module) -> None:
+        """Add the learned change to the weights of ``net``, which then has its original modules again."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # lazy: it takes seconds
+
+        adapted: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in adapted:
+            layer.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(net.get_submodule(parent), last, layer.get_base_layer())
+
+
+@dataclass(frozen=True)
+class GuidanceLoRA(LoRA):
+    """A LoRA that takes the scale of guidance as an input, for one pass a step (Jensen et al. 2025); genkit distill."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout:
+            raise ValueError(
+                f"dropout: given {self.dropout}, which has no effect on an adapter of guidance; leave it out"
+            )
+
+    def insert(self, net: nn.Module, layers: list[str], strength: float) -> None:
+        assert self.rank is not None
+        add_guidance_adapter(net, layers, self.rank, (self.alpha or self.rank) / self.rank * strength)
+
+    def finish(self, net: nn.Module) -> None:
+        """The adapter stays apart: its change depends on the scale that a sample is drawn with."""
+
+
+LORA: dict[str, type[LoRA]] = {"lora": LoRA, "guidance": GuidanceLoRA}
 Frozen = list[tuple[nn.Module, str]]  # buffers, by their modules and names, which were parameters
 
 
@@ -69,23 +111,14 @@ def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> F
 
     ``strength`` multiplies the change. ``ValueError`` if no layer's name matches, or peft is missing.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError('lora: needs the peft library; install it with: pip install "genkit[lora]"')
-    assert lora.rank is not None
     targets = {name: lora.targets(name, net) for name, net in nets.items()}
     if not any(targets.values()):
         adaptable = [f"{n}.{k}" for n, net in nets.items() for k, m in net.named_modules() if isinstance(m, ADAPTABLE)]
         shown = ", ".join([*adaptable[:3], "..."]) if adaptable else "none"
         raise ValueError(f"lora: no layer has a name with {lora.layers or 'a linear layer'!r} in it; there are {shown}")
-    from peft import LoraConfig, inject_adapter_in_model  # lazy: it takes seconds
-
-    alpha = (lora.alpha or lora.rank) * strength
     for name, net in nets.items():
         if targets[name]:
-            pattern = "|".join(map(re.escape, targets[name]))  # of the whole name: a list would match ends of names
-            settings = LoraConfig(r=lora.rank, lora_alpha=cast(Any, alpha), lora_dropout=lora.dropout,
-                                  target_modules=f"(?:{pattern})")  # fmt: skip
-            inject_adapter_in_model(settings, net)
+            lora.insert(net, targets[name], strength)
         else:
             net.requires_grad_(False)
     return [entry for net in nets.values() for entry in freeze(net)]
@@ -120,18 +153,14 @@ def merge(
 ) -> None:
     """Add the change in ``stored``, read from ``file``, times ``strength``, to the weights of ``nets``, in place.
 
+    A :class:`GuidanceLoRA` stays apart from the weights.
+
     ``ValueError`` if it is a change of other layers; ``nets`` are then unusable.
     """
     frozen = adapt(nets, lora, strength)
     if odd := mismatched_keys(nets, stored):
         raise ValueError(f"lora: {file} changes other layers than this model has, first at {odd[0]}")
     load_tensors(nets, stored, file)
-    from peft.tuners.tuners_utils import BaseTunerLayer  # lazy: it takes seconds
-
     for net in nets.values():
-        adapted: list[tuple[str, Any]] = [(k, m) for k, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
-        for name, layer in adapted:
-            layer.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(net.get_submodule(parent), last, layer.get_base_layer())
+        lora.finish(net)
     thaw(frozen)

@@ -88,6 +88,12 @@ COMMANDS = {
         "genkit.cli.commands.reflow:Reflow",
         ("genkit reflow runs/latest --n 50000",),
     ),
+    "distill": Command(
+        "genkit.cli.commands.distill",
+        "learn an adapter of a run that guides in one pass a step, its scale an input",
+        "genkit.cli.commands.distill:Distill",
+        ("genkit distill runs/latest --guidance 1 6",),
+    ),
     "report": Command(
         "genkit.cli.commands.report",
         "write one HTML page about a run, or several: curves, samples, metrics",

@@ -12,12 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from genkit import __version__, config
 from genkit.core import Label, pictures
-from genkit.core.files import atomic_write, sync, write_text
+from genkit.core.arrays import save_npz
+from genkit.core.files import is_own, refuse_foreign, sync, write_text
 from genkit.training.run import Run, Samples
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIX = {"grid": ".png", "npz": ".npz", "png": ""}
 SETTINGS_FILE = "samples.json"  # in a folder of samples
+MARKED = (".png", ".gif", ".jpg", ".jpeg", ".npz")  # files that say themselves who wrote them
 FOLDER_FILES = re.compile(r"\d{6,}\.png|labels\.txt|captions\.jsonl|trajectory\.gif|samples\.json")
 NAMED = {  # settings that a default name states, or that do not change the samples
     "run", "ema", "step", "device", "sampler", "steps", "guidance", "clip", "seed", "batch", "n", "label", "prompt",
@@ -130,7 +131,8 @@ def require_free(command: Sample, run: Run, out: Path) -> None:
         return
     animation = animation_path(out, command.format)
     for file, is_ours in ((path, stored), (out, stored), (animation, stored and stored.get("trajectory"))):
-        if file.exists() and not is_ours and (file != animation or command.trajectory):
+        marked = file.suffix.lower() in MARKED and file.is_file()
+        if file.exists() and not (is_own(file) if marked else is_ours) and (file != animation or command.trajectory):
             raise ValueError(f"out: {file} exists, and genkit sample did not write it; give another --out, or move it")
 
 
@@ -148,6 +150,7 @@ def require_free_folder(command: Sample, run: Run, out: Path, stored: Mapping[st
         raise ValueError(f"out: {out} holds other files ({foreign[0]}); a folder of samples holds nothing else")
     if not same:
         raise ValueError(f"out: {out} holds other samples already; give another --out, or remove it")
+    refuse_foreign(*(out / name for name in names if Path(name).suffix in MARKED))
 
 
 def base_settings(command: Sample, run: Run) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def write_folder(samples: Samples, captions: Sequence[str], out: Path, settings:
     part.mkdir(parents=True)
     try:
         for i, image in enumerate(samples.images):
-            image.save(part / f"{i:06d}.png")
+            image.save(part / f"{i:06d}.png", **pictures.mark_options("PNG"))
         if "label" in samples.cond:
             lines = (f"{i:06d}.png {int(c)}\n" for i, c in enumerate(samples.cond["label"]))
             (part / "labels.txt").write_text("".join(lines))
@@ -214,6 +217,10 @@ def write_folder(samples: Samples, captions: Sequence[str], out: Path, settings:
         if not out.exists():
             os.replace(part, out)
             return
+        for file in part.iterdir():
+            kept = out / file.name
+            if kept.suffix in (".txt", ".jsonl") and kept.exists() and kept.read_bytes() != file.read_bytes():
+                raise ValueError(f"out: {kept} exists, and has been changed; give another --out, or move it")
         for file in sorted(part.iterdir(), key=lambda file: file.name == SETTINGS_FILE):
             os.replace(file, out / file.name)
     finally:
@@ -230,5 +237,4 @@ def write_npz(samples: Samples, out: Path) -> None:
     x = samples.x
     array = x.permute(0, 2, 3, 1).numpy() if x.ndim == 4 else x.numpy()
     arrays = [array, samples.cond["label"].numpy()] if "label" in samples.cond else [array]
-    with atomic_write(out) as part, open(part, "wb") as f:
-        np.savez(f, *arrays)
+    save_npz(out, {f"arr_{i}": array for i, array in enumerate(arrays)})

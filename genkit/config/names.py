@@ -26,13 +26,21 @@ class NameIn:
         """Return the known names."""
         return list(load_object(self.registry))
 
+    def suggest(self, name: str) -> str:
+        """Return a hint at the entry that other libraries call ``name``, or whose name is close to it."""
+        registry = load_object(self.registry)
+        for known, entry in registry.items():
+            if name.lower().replace("-", "_") in getattr(entry, "other_names", ()):
+                return f"; {name} is {known} here"
+        return suggest(name, registry)
+
     def check(self, text: str) -> str:
         """Return ``text``. Raises ``ValueError`` for an unknown name."""
         known = self.names()
         for name in text.split(self.separator) if self.separator else [text]:
             if name.strip() not in known:
                 what = f"{name.strip()!r} is unknown; " if name != text else ""
-                raise ValueError(f"{what}allowed: {', '.join(known)}{suggest(name, known)}")
+                raise ValueError(f"{what}allowed: {', '.join(known)}{self.suggest(name.strip())}")
         return text
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -14,6 +14,7 @@ from genkit.core.batch import Batch, Draw, expand, mean_flat, seed_of
 from genkit.core.conditions import (
     NO_COND,
     RESERVED,
+    SCALE_INPUT,
     Cond,
     Condition,
     Frames,
@@ -49,9 +50,8 @@ from genkit.core.protocols import (
 )
 
 __all__ = [
-    "ELBO", "NO_COND", "RESERVED", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data", "Denoiser",
-    "Direction", "Draw",
-    "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise", "Objective", "Parametrization",
-    "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text", "Tokens", "Vector", "expand",
-    "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
+    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data",
+    "Denoiser", "Direction", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise",
+    "Objective", "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text",
+    "Tokens", "Vector", "expand", "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
 ]  # fmt: skip

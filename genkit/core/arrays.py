@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from numpy.lib.npyio import NpzFile
 
-from genkit.core.files import format_error
+from genkit.core.files import MARK, atomic_write, format_error
 
 MAX_RATIO = 200  # by which an array of more than a GiB may be compressed
 GIB = 2**30
@@ -34,6 +34,16 @@ def open_npz(path: str | Path) -> Iterator[NpzFile]:
             yield stored
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
         raise ValueError(f"is no .npz, or a truncated or damaged one: {format_error(e)}") from e
+
+
+def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Write arrays by name as an .npz that says that genkit wrote it, atomically, and return its path."""
+    with atomic_write(path) as part:
+        with open(part, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # names are keywords
+        with zipfile.ZipFile(part, "a") as archive:
+            archive.comment = MARK.encode()
+    return Path(path)
 
 
 def require_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 Cond = Mapping[str, Tensor]
 NO_COND: Cond = {}
-RESERVED = ("keep", "mask", "target_time")
+SCALE_INPUT = "guidance"  # the scale of guidance of each sample [B], for a network that takes it as an input
+RESERVED = ("keep", "mask", "target_time", SCALE_INPUT)
 
 
 @dataclass(frozen=True)

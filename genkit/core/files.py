@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MARK = "written by genkit"  # in pictures and archives
+ENDS = 1 << 16  # bytes at each end of a file in which a mark is
+OWN = re.compile(  # marks of what genkit writes: pictures and archives, JSON, HTML, shards of latents
+    MARK.encode() + rb"""|"genkit": "\d|content="genkit |"__metadata__":\{"made":"""
+)
+
 
 def sync(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
@@ -97,11 +103,19 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def refuse_foreign(path: str | Path, mark: str) -> None:
-    """``ValueError`` if ``path`` is a file without ``mark``, which is in every file that genkit writes there."""
-    path = Path(path).expanduser()
-    if path.is_file() and mark.encode() not in path.read_bytes():
-        raise ValueError(f"out: {path} exists, and genkit did not write it; give another --out, or move it")
+def is_own(path: Path) -> bool:
+    """Whether genkit wrote this file: its content says so, near one of its ends."""
+    with open(path, "rb") as f:
+        head = f.read(ENDS)
+        f.seek(max(0, path.stat().st_size - ENDS))
+        return bool(OWN.search(head) or OWN.search(f.read()))
+
+
+def refuse_foreign(*paths: str | Path) -> None:
+    """``ValueError`` if one of ``paths``, which are to be written, is there and is not a file that genkit wrote."""
+    for path in (Path(path).expanduser() for path in paths):
+        if path.is_dir() or (path.is_file() and not is_own(path)):
+            raise ValueError(f"out: {path} exists, and genkit did not write it; give another --out, or move it")
 
 
 def format_error(error: Exception) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from genkit.core.files import atomic_write
+from genkit.core.files import MARK, atomic_write
 from genkit.core.grids import GREY, add_footer, draw_groups, make_grid, to_pil
 
 __all__ = [
@@ -109,8 +109,17 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     if kind is None:
         raise ValueError(f"{path}: given {path.suffix or 'no suffix'}; allowed: the suffix of an image; try .png")
     with atomic_write(path) as part:
-        image.save(part, format=kind, **options)
+        image.save(part, format=kind, **mark_options(kind), **options)
     return path
+
+
+def mark_options(kind: str) -> dict[str, Any]:
+    """Options of PIL with which an image says that genkit wrote it; empty for formats that have no place for that."""
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Software", MARK)
+        return {"pnginfo": info}
+    return {"comment": MARK.encode()} if kind in ("GIF", "JPEG") else {}
 
 
 def draw_frames(frames: Sequence[Tensor], cond: Mapping[str, Tensor], names: Sequence[str] = ()) -> list[Image.Image]:

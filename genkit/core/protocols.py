@@ -154,7 +154,8 @@ class Objective(ABC):
     likelihood_method: ClassVar[str | None] = None
     """how ``genkit likelihood`` scores samples: "ode" along the flow, "iwae" for :class:`HasELBO`; None: it cannot"""
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
-    """the command that uses a trained run; ``{label}`` becomes --label 1 if the data have classes"""
+    """the command that uses a trained run, or two, in which ``{run}`` is its directory, ``{runs}`` the one above,
+    ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}
@@ -187,6 +188,9 @@ class Objective(ABC):
     def notes(self) -> Sequence[str]:
         """Remarks for the first lines of training: settings that are allowed, but rarely meant."""
         return ()
+
+    def check(self, nets: Mapping[str, nn.Module]) -> None:  # noqa: B027  # most need nothing
+        """Called on the networks before the first step. ``ValueError`` if this objective cannot train them."""
 
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:

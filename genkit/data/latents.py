@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ class Latents(DataSource):
         root = Path(self.root).expanduser()
         index = read_index(root)
         if split not in index["splits"]:
-            raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode RUN --split {split}")
+            run = shlex.quote(str(root.parent)) if (root.parent / "config.yaml").is_file() else "RUN"
+            raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode {run} --split {split}")
         record = index["splits"][split]
         shards = [read_shard(root / name, sha256) for name, sha256 in record["shards"].items()]
         mean = torch.cat([shard["mean"] for shard in shards])

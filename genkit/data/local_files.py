@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +24,9 @@ from genkit.data.classes import abbreviate_list, class_kind, folder_classes, fol
 from genkit.data.codecs import Identity, MinMax, Standardize, loses_digits
 from genkit.data.held_out import DEFAULT_SHARE, HeldOut, SelectedFiles, row_names, split_rows
 from genkit.data.image_files import FolderFiles, ZipFiles, is_hidden, warn_of_others
-from genkit.data.images import ImageFiles, ImageSource, OnDisk
+from genkit.data.images import ImageFiles, ImageSource, OnDisk, decode, height_width
 from genkit.data.in_memory import InMemory
-from genkit.data.source import Split, check_split
+from genkit.data.source import DataSource, Split, check_split
 
 TEST_NAMES = ("test", "val")
 
@@ -90,6 +91,11 @@ class LocalSource(ImageSource):
         share = 0.0 if has_test_split(self.root, self.suffix or "") else DEFAULT_SHARE
         return self.with_fields(held_out=share)
 
+    def with_decisions_of(self: S, earlier: DataSource) -> S:
+        if not isinstance(earlier, LocalSource) or self.held_out is not None:
+            return self
+        return self.with_fields(held_out=earlier.held_out)
+
     def find(self, split: Split) -> tuple[Path, Path]:
         """:func:`find_split`; if a share is held out, both splits are in the training split's file or folder."""
         check_split(split)
@@ -102,6 +108,14 @@ class LocalImages(LocalSource):
 
     memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
+
+    @abstractmethod
+    def open_files(self, path: Path) -> FolderFiles | ZipFiles:
+        """The images in ``path``."""
+
+    def preview(self) -> tuple[tuple[int, ...], int]:
+        files = self.open_files(self.find("train")[0])
+        return decode(files.read(0), files.location(0), self.size, self.channels).shape, len(files.names)
 
     def from_split(
         self, split: Split, files: FolderFiles | ZipFiles, label: Tensor | None, kind: Label | None
@@ -128,6 +142,9 @@ class Folder(LocalImages):
     """
 
     suffix: ClassVar[str] = ""
+
+    def open_files(self, path: Path) -> FolderFiles:
+        return FolderFiles.open(path)
 
     def load(self, split: Split = "train") -> Data:
         path, train = self.find(split)
@@ -174,6 +191,9 @@ class Zip(LocalImages):
     """
 
     suffix: ClassVar[str] = ".zip"
+
+    def open_files(self, path: Path) -> ZipFiles:
+        return ZipFiles(path)
 
     def load(self, split: Split = "train", class_names: tuple[str, ...] = ()) -> Data:
         """``class_names`` are the names of the classes of ``dataset.json``, which does not hold them."""
@@ -227,6 +247,13 @@ class Npz(LocalSource):
     """the file, or a folder that contains train.npz and test.npz"""
     codec: Literal["standardize", "min-max", "identity"] | None = None
     """how numbers are scaled for the model; None: standardize"""
+
+    def preview(self) -> tuple[tuple[int, ...], int]:
+        x, _ = read_npz(self.find("train")[0])
+        if x.dtype != torch.uint8:
+            return tuple(x.shape[1:]), len(x)
+        stored = (*x.shape[1:3], x.shape[3] if x.ndim == 4 else 1)
+        return (self.channels or stored[2], *(height_width(self.size) if self.size else stored[:2])), len(x)
 
     def load(self, split: Split = "train") -> Data:
         path, train = self.find(split)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict, spec_to_dict
-from genkit.core.arrays import open_npz
-from genkit.core.files import atomic_write
+from genkit.core.arrays import open_npz, save_npz
 from genkit.data import codecs
 from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
@@ -54,9 +53,7 @@ def save_pairs(
     """
     about = {**spec_to_dict(spec), "codec": codecs.to_dict(codec), "made": dict(provenance)}
     arrays = {"x": x, "x1": x1, **{f"cond.{k}": v for k, v in cond.items()}}
-    with atomic_write(path) as part, open(part, "wb") as f:
-        np.savez(f, about=np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
-    return path
+    return save_npz(path, {"about": np.array(json.dumps(about)), **{k: v.cpu().numpy() for k, v in arrays.items()}})
 
 
 @dataclass(frozen=True, kw_only=True)

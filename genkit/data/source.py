@@ -92,9 +92,18 @@ class DataSource(ABC):
             return self
         return self.with_fields(root=os.path.abspath(os.path.expanduser(root)))
 
+    def preview(self) -> tuple[tuple[int, ...], int] | None:
+        """Shape and number of a person's own samples, by which settings of the training are chosen; None for data sets
+        that the defaults suit."""
+        return None
+
     def with_default_held_out(self: S) -> S:
         """A copy whose share of held-out samples is decided, for a run that begins; sources with a test split have
         nothing to decide."""
+        return self
+
+    def with_decisions_of(self: S, earlier: DataSource) -> S:
+        """A copy in which what is left open is what it was for a run on ``earlier``, which goes on."""
         return self
 
     def unaugmented(self: S) -> S:

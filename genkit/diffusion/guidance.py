@@ -23,7 +23,7 @@ from annotated_types import Gt, Le, Lt
 from torch import Tensor
 
 from genkit.config.numbers import NonNegative
-from genkit.core import Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
+from genkit.core import SCALE_INPUT, Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.checks import require, require_finite
 from genkit.diffusion.paths import require_diffusion, whole_path
 from genkit.diffusion.posterior import replace_endpoints, take
@@ -193,6 +193,24 @@ def classifier_free(scale: float, rule: Rule = LINEAR, passes: str = "together")
             return pair(x, t, cond)
 
         return Guided(denoise, conditional, scale, rule)
+
+    return guide
+
+
+def scale_input(scale: float, low: float, high: float) -> Guidance:
+    """Guidance by a network that takes the scale as an input, in one pass (Jensen et al. 2025). Off at 1.
+
+    ``ValueError`` for a scale outside ``[low, high]``, which the network has not learned.
+    """
+    require("guidance", scale, f"{low:g} to {high:g}, the scales that this model was trained for", low <= scale <= high)
+    if scale == 1:
+        return lambda denoise: denoise
+
+    def guide(denoise: Denoiser) -> Denoiser:
+        def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            return denoise(x, t, {**cond, SCALE_INPUT: torch.full_like(x.flatten(1)[:, 0], scale)})
+
+        return Wrapped(denoise, guided)
 
     return guide
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from genkit import __version__
 from genkit.config.numbers import Count, NonNegative, Positive, Seed
 from genkit.core.files import format_error, write_text
 from genkit.envs import Env, plain_id
@@ -46,7 +47,8 @@ class LinearPolicy:
 
     def save(self, path: Path) -> None:
         """Write the policy as JSON."""
-        record = {"origin": self.origin, **{name: getattr(self, name).tolist() for name in ARRAYS}}
+        arrays = {name: getattr(self, name).tolist() for name in ARRAYS}
+        record = {"genkit": __version__, "origin": self.origin, **arrays}
         write_text(path, json.dumps(record) + "\n")
 
     @classmethod

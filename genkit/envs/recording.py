@@ -12,7 +12,8 @@ import numpy as np
 
 from genkit.config import table
 from genkit.config.numbers import Count, Natural, Seed
-from genkit.core.files import atomic_write, refuse_foreign
+from genkit.core.arrays import save_npz
+from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
 from genkit.envs import Env, Expert, make, make_expert, parse_arguments, plain_id
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
@@ -119,16 +120,16 @@ def record_demonstrations(
     path = Path(out or f"{plain_id(settings.env).replace('/', '-')}.npz")
     if path.suffix != ".npz":
         raise ValueError(f"out: given {path}; a replay buffer is an .npz")
-    refuse_foreign(path, "episode_ends.npy")
+    expert_path = None if isinstance(settings.expert, Scripted) else path.with_suffix(".expert.json")
+    refuse_foreign(path, *([expert_path] if expert_path else []))
     with reporting(progress) as report:
         demos = collect_episodes(settings, report)
     ends = np.cumsum([len(actions) for actions in demos.arrays["action"]])
     arrays: Any = {name: np.concatenate(parts) for name, parts in demos.arrays.items()}
-    with atomic_write(path) as part, open(part, "wb") as f:
-        np.savez(f, episode_ends=ends, **arrays)
-    expert_path, origin = None, ""
-    if isinstance(demos.expert, LinearPolicy):
-        expert_path, origin = path.with_suffix(".expert.json"), demos.expert.origin
+    save_npz(path, {"episode_ends": ends, **arrays})
+    origin = ""
+    if expert_path and isinstance(demos.expert, LinearPolicy):
+        origin = demos.expert.origin
         demos.expert.save(expert_path)
     return Recording(path, tuple(demos.returns), int(ends[-1]), demos.num_tried, expert_path, origin)
 

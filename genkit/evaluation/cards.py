@@ -58,7 +58,7 @@ class Card:
         target = self.path if path is None else Path(path).expanduser()
         if target is None:
             raise ValueError("path: given none, and a card of stored samples has no default place; name a file")
-        refuse_foreign(target, '"metrics"')
+        refuse_foreign(target)
         return write_text(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def evaluate(
     if settings.save_stats and not settings.save_stats.endswith(".npz"):
         raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz")
     if settings.save_stats:
-        refuse_foreign(settings.save_stats, "sigma.npy")
+        refuse_foreign(settings.save_stats)
     metrics = None if settings.metrics is None else find_metrics(settings.metrics)
     with accelerator.main_process_first():
         samples = open_samples(source, settings, accelerator.device)

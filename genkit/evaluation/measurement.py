@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core.arrays import open_npz
-from genkit.core.files import atomic_write
+from genkit.core.arrays import open_npz, save_npz
 from genkit.core.progress import Progress, silent
 from genkit.core.tensors import cache_folder
 from genkit.evaluation.cards import hash_json
@@ -48,8 +47,7 @@ class Shard:
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {name: torch.cat(parts) for name, parts in self.tensors.items() if parts}
         counts = [self.moments.n, self.blocks, self.evaluations, self.passes, self.seconds]
-        with atomic_write(path) as part, open(part, "wb") as f:
-            np.savez(f, counts=np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore
+        save_npz(path, {"counts": np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()}})
 
     @classmethod
     def load(cls, path: Path) -> Shard:

@@ -23,6 +23,7 @@ from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core import pictures
 from genkit.core.device import DeviceName, pick_device
+from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.best import pareto_front
 from genkit.evaluation.cards import Card, file_name, hash_json
@@ -159,8 +160,9 @@ class SweepResult:
 
     def save_plot(self, path: str | Path | None = None) -> Path:
         """Draw the metric against the passes, and return the picture's path."""
-        image = pictures.draw_figure(self._draw, (7, 4.5))
-        return pictures.save_image(image, self.plot_path if path is None else Path(path))
+        path = self.plot_path if path is None else Path(path)
+        refuse_foreign(path)
+        return pictures.save_image(pictures.draw_figure(self._draw, (7, 4.5)), path)
 
     def _draw(self, axes: Any) -> None:
         """Screened points in grey, confirmed ones with their intervals, the Pareto front as a line."""

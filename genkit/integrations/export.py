@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
 from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
+from genkit.core.files import atomic_directory
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
@@ -41,7 +41,7 @@ class StandaloneRun(ExportFormat):
         cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
         state = initial_state(cfg.objective, run.nets, cfg)
         state.step = run.step
-        save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1)
+        save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1, announce=False)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
         (folder / "config.yaml").write_text(to_yaml(cfg))
@@ -87,13 +87,6 @@ def export(run: str | Path | Run, out: str | Path, settings: ExportSettings | No
     if not isinstance(run, Run):
         options = {"adapter": settings.lora, "adapter_scale": settings.lora_scale}
         run = load_run(run, ema=settings.ema, step=settings.step, device="cpu", **options)  # type: ignore[arg-type]
-    part = path.parent / f".{path.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with torch.no_grad():
-            lines = settings.to.write(run, part)
-        os.replace(part, path)  # also onto an empty folder
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with atomic_directory(path) as part, torch.no_grad():
+        lines = settings.to.write(run, part)
     return Exported(path, run, tuple(line.replace("{out}", str(path)) for line in lines))

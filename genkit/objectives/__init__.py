@@ -16,6 +16,7 @@ from genkit.objectives.matching.ddpm import DDPM
 from genkit.objectives.matching.distillation import Distillation
 from genkit.objectives.matching.edm import EDM
 from genkit.objectives.matching.flow import Flow
+from genkit.objectives.matching.guidance_distillation import GuidanceDistillation
 from genkit.objectives.matching.regression import Regression
 
 OBJECTIVES: Mapping[str, type] = {
@@ -26,6 +27,7 @@ OBJECTIVES: Mapping[str, type] = {
     "anchored": AnchoredFlow,
     "regression": Regression,
     "distillation": Distillation,
+    "guidance-distillation": GuidanceDistillation,
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
@@ -36,6 +38,5 @@ OBJECTIVES: Mapping[str, type] = {
 
 __all__ = [
     "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
-    "FirstStage", "Flow", "FlowMap",
-    "Regression",
+    "FirstStage", "Flow", "FlowMap", "GuidanceDistillation", "Regression",
 ]  # fmt: skip

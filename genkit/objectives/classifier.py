@@ -38,7 +38,10 @@ class Classifier(Objective):
 
     sampler: ClassVar[str | None] = None
     is_generative: ClassVar[bool] = False
-    usage: ClassVar[str] = "genkit sample MODEL --label 1 --classifier {run}"
+    usage: ClassVar[str] = (
+        "genkit train --objective=flow --objective.path={path} --config {run}/config.yaml\n"
+        "genkit sample {runs}/latest{label} --classifier {run}"
+    )
     validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
 
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})

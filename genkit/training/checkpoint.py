@@ -129,10 +129,12 @@ def save_checkpoint(
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     best: int | None = None,
     use_best: bool = False,
+    announce: bool = True,
 ) -> Path:
     """Write ``checkpoints/step-N``, point ``latest`` at it, and keep the newest ``keep`` checkpoints.
 
-    ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it.
+    ``data`` is the fingerprint of the training data. With the first checkpoint of a run, ``OUT/latest`` points at it,
+    unless ``announce`` is off.
     ``extra`` holds further files by name. ``best`` is the step of the best checkpoint, which is kept as well;
     ``latest`` points at that one with ``use_best``.
     """
@@ -158,7 +160,7 @@ def save_checkpoint(
         (part / "state.json").write_text(json.dumps(record, indent=1))
     kept = final if best is None else final.with_name(f"step-{best:07d}")
     set_link(run / "latest", f"checkpoints/{(kept if use_best else final).name}")
-    if first:
+    if first and announce:
         set_link(run.parent / "latest", run.name)
     for old in list_checkpoints(run)[:-keep]:
         if old != kept:

@@ -25,8 +25,8 @@ from genkit import config
 from genkit.config import load_object, table
 from genkit.config.trust import require_trust
 from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spec_from_dict, spec_to_dict
-from genkit.core.files import atomic_write
-from genkit.core.tensors import load_tensors, to_tensors
+from genkit.core.files import atomic_write, refuse_foreign
+from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
@@ -73,7 +73,11 @@ class FirstStage(ABC):
         return hashlib.sha256(self.content).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write a copy of the weights into ``folder``."""
+        """Write a copy of the weights into ``folder``. ``ValueError`` if a file of other content has its name."""
+        if (folder / WEIGHTS).exists():
+            if (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) == self.sha256:
+                return
+            refuse_foreign(folder / WEIGHTS)
         with atomic_write(folder / WEIGHTS) as part:
             part.write_bytes(self.content)
 

@@ -17,6 +17,7 @@ from genkit.config.blocks import find_name
 from genkit.config.numbers import Count
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.core.device import DeviceName, pick_device
+from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import sha256
 from genkit.data import DATA, DataSource, InLatents
@@ -71,6 +72,8 @@ class LatentCache:
     num_samples: int
     num_written: int
     """files that were written by this call; others existed"""
+    shape: tuple[int, ...]
+    """of a latent"""
 
 
 def encode(
@@ -121,6 +124,7 @@ def write_split(
         path = folder / f"{settings.split}-{k:05d}-of-{len(starts):05d}.safetensors"
         origin = {"rows": f"{first}-{last}", "views": str(views), "sha256": stage.sha256}
         if not is_shard(path, origin):
+            refuse_foreign(path)
             content = encode_rows(stage, data, range(first, last), views, settings.batch, device)
             write_shard(path, content, origin)
             written += 1
@@ -135,7 +139,7 @@ def write_split(
         "statistics": statistics.to_dict(),
     }
     write_index(folder, index)
-    return LatentCache(folder, settings.split, len(data), written)
+    return LatentCache(folder, settings.split, len(data), written, tuple(stage.latent))
 
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:
@@ -150,6 +154,7 @@ def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str,
     for part, given in json.loads(json.dumps(index)).items():
         if part != "splits" and {**stored[part], "run": None} != {**given, "run": None}:
             raise ValueError(f"{folder}: holds latents of another {part}; name another folder with --out")
+    stage.write(folder / "codec")  # unless it is there already
     return stored
 
 

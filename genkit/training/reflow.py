@@ -69,7 +69,7 @@ def reflow(
     if not isinstance(run, Run):
         run = load_run(run, ema=settings.ema, step=settings.step, device=settings.device)
     path = Path(out) if out else run.directory / f"pairs-step{run.step}.npz"
-    refuse_foreign(path, "about.npy")
+    refuse_foreign(path)
     with reporting(progress) as report:
         x, x1, cond = draw_pairs(run, settings, report)
     if not bool(torch.isfinite(x).all()):

@@ -41,7 +41,10 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     # what the settings leave open was decided when the run began
     precision = old.precision if new.precision == "auto" else new.precision
     threads = old.threads if new.threads is None else new.threads
-    new = dataclasses.replace(new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads)
+    data = new.data.with_decisions_of(old.data)
+    new = dataclasses.replace(
+        new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads, data=data
+    )
     new = decided_as(old, new)
     for name, (before, after) in settings_difference(old, new).items():
         if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:

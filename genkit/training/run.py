@@ -62,7 +62,8 @@ class Run:
         """The objective of a classifier's run. ``ValueError`` for any other run."""
         if not isinstance(self.objective, Classifier):
             kind = type(self.objective).__name__
-            raise ValueError(f"classifier: given a run of {kind}; train one: genkit train --objective=classifier")
+            raise ValueError(f"classifier: given a run of {kind}; train one on its data: "
+                             f"genkit train --objective=classifier --config {self.directory}/config.yaml")  # fmt: skip
         return self.objective
 
     @property

@@ -24,6 +24,7 @@ from genkit.diffusion.guidance import (
     clamp,
     classifier_free,
     compose,
+    scale_input,
     within,
 )
 from genkit.diffusion.paths import end_time
@@ -166,6 +167,11 @@ def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
 def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
+    learned = run.objective.guidance_range if isinstance(run.objective, Matching) else None
+    if weak is None and learned:
+        if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
+            raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
+        return scale_input(scale, *learned)
     if weak is None:
         if not run.spec.cond:
             raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")

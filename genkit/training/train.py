@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
+from genkit.config.command import merge_trees
 from genkit.core import Codec, Data, Draw, Spec
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
@@ -31,10 +32,11 @@ from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import list_checkpoints, read_state, restore
+from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
-from genkit.training.init_sources import canonical_init, init_defaults, init_notes
+from genkit.training.init_sources import canonical_init, init_notes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
@@ -91,9 +93,13 @@ def train(
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
-    elif settings is None and isinstance(changes.get("init"), str):
-        changes = {**init_defaults(changes["init"]), **changes}
-    settings = config.override(settings, **changes) if settings else config.from_dict(TrainSettings, changes)
+    if settings:
+        settings = config.override(settings, **changes)
+    else:
+        init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
+        settings = read_with_defaults(
+            lambda defaults: config.from_dict(TrainSettings, merge_trees(defaults, changes)), init, codec
+        )
     began = time.monotonic()
     resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
     with contextlib.ExitStack() as locks:
@@ -297,6 +303,7 @@ def initial_networks(
         load_lora_base(nets, resumed)
     if settings.lora.active:
         lora.adapt(nets, settings.lora)
+    settings.objective.check(nets)
     return nets, origin
 
 

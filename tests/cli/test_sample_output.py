@@ -130,4 +130,4 @@ def test_reports_cards_and_arrays_do_not_replace_foreign_files(digits, tmp_path,
         assert (tmp_path / name).read_bytes() == b"mine"
     page = tmp_path / "b.html"
     assert main(["report", str(digits), "--out", str(page)]) == main(["report", str(digits), "--out", str(page)]) == 0
-    refuse_foreign(tmp_path / "new", "x")
+    refuse_foreign(tmp_path / "new")

@@ -344,7 +344,7 @@ def test_encoding_is_a_call_that_returns_the_cache_and_prints_nothing(trained, t
     settings = {"data": "digits", "split": "test", "shard": 200, "batch": 100, "device": "cpu"}
     made = encode(str(trained["vae"]), out=tmp_path, progress=lambda *call: calls.append(call), **settings)
     assert capsys.readouterr() == ("", "")
-    assert made == LatentCache(tmp_path, "test", 359, 2)
+    assert made == LatentCache(tmp_path, "test", 359, 2, made.shape)
     assert calls == [("encoding", 200, 359), ("encoding", 359, 359)]
     assert len(Latents(root=str(made.path)).load("test")) == 359
     assert encode(str(trained["vae"]), out=tmp_path, **settings).num_written == 0

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         console.print(f"{recording.expert_path}  {recording.expert_origin}; {reuse}", markup=False)
     frames = " --data.frames img" if command.pixels else ""
     arguments = f" --data.env-args {shlex.join(command.env_args)}" if command.env_args else ""
-    train = f"genkit train --data=replay --data.root {recording.path} --data.env {command.env}{arguments}{frames}"
+    path = shlex.quote(str(recording.path))
+    train = f"genkit train --data=replay --data.root {path} --data.env {command.env}{arguments}{frames}"
     console.print(f"next     {train}", markup=False)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from tyro.conf import Positional
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
     cache = encode(command.run, narrow(command, EncodeSettings), out=command.out)
     counts = f"{cache.num_samples} samples of {cache.split}, {cache.num_written} files written"
     console.print(f"{counts}  {cache.path}", markup=False)
-    train = f"genkit train --objective=flow --backbone=dit --data=latents --data.root {cache.path}"
-    console.print(f"next  {train}", markup=False)
+    backbone = "dit" if len(cache.shape) > 1 else "mlp"
+    root = shlex.quote(str(cache.path))
+    train = f"genkit train --objective=flow --backbone={backbone} --data=latents --data.root {root}"
+    console.print(f"next     {train}", markup=False)
     return 0

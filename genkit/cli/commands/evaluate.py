@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if reference:
         command = replace(command, reference=reference[0])
     if command.out:
-        refuse_foreign(command.out, '"metrics"')
+        refuse_foreign(command.out)
     try:
         card = evaluate(source, command)
     except (ValueError, OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
@@ -22,7 +24,8 @@ def main(argv: list[str]) -> int:
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     run = finetune(settings=settings, resume=resume)
     if is_main_process():
-        sample = f"sample {run.directory} --steps {settings.sampler_steps}"
-        command = f"rollout {run.directory}" if settings.reward in REWARDS else sample
+        directory = shlex.quote(str(run.directory))
+        sample = f"sample {directory} --steps {settings.sampler_steps}"
+        command = f"rollout {directory}" if settings.reward in REWARDS else sample
         console.print(f"next     genkit {command}", markup=False)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from tyro.conf import Positional
@@ -31,8 +32,9 @@ def main(argv: list[str]) -> int:
     pairs = reflow(command.run, narrow(command, ReflowSettings), out=command.out)
     run = pairs.run
     console.print(f"{pairs.num_pairs} pairs  {pairs.path}", markup=False)
-    train = f"genkit train --config {run.directory / 'config.yaml'} --data=pairs --data.root {pairs.path}"
-    init = f" --init {run.directory}" if isinstance(run.objective, Flow) else ""
+    directory, path = shlex.quote(str(run.directory)), shlex.quote(str(pairs.path))
+    train = f"genkit train --config {directory}/config.yaml --data=pairs --data.root {path}"
+    init = f" --init {directory}" if isinstance(run.objective, Flow) else ""
     flow = "--objective.coupling=given" if init else "--objective=flow --objective.coupling=given"
     console.print(f"straighten  {train} {flow}{init}", markup=False)
     fits = init if predicts_velocity(run.objective) else ""

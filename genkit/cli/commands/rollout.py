@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     settings = RolloutSettings(**{f.name: getattr(command, f.name) for f in fields(RolloutSettings)})
     if command.json:
         logging.getLogger("genkit").setLevel(logging.WARNING)
-    rollouts = rollout(command.run, settings)
-    files = rollouts.save(command.out, draw=command.picture)
+    rollouts = rollout(command.run, settings, out=command.out)
+    files = rollouts.save(draw=command.picture)
     if command.json:
         print(json.dumps(rollouts.summary()))
         return 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from genkit import config
+from genkit.cli.next_steps import suggest_use
 from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
-from genkit.core import Label
-from genkit.data.text import caption_examples
+from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
-from genkit.training.init_sources import init_defaults
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
 
@@ -40,19 +40,22 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, str | None]:
             raise ValueError("init: a resumed run goes on with its own weights; leave --init out")
         stored_settings(find_run(resumed))  # refuses foreign code before the file is parsed with the command line
         argv = ["--config", str(find_run(resumed) / "config.yaml"), *argv]
-    init = None if resumed not in (None, "auto") else peek_option(argv, "init") or stored_init(argv)
-    defaults = init_defaults(init) if init else None
-    settings = parse(
-        TrainSettings, argv, prog="genkit train", description="Train an objective on data.", defaults=defaults
-    )
-    return settings, resumed
+
+    def read(defaults: Mapping[str, Any]) -> TrainSettings:
+        return parse(
+            TrainSettings, argv, prog="genkit train", description="Train an objective on data.", defaults=defaults
+        )
+
+    if resumed not in (None, "auto"):
+        return read({}), resumed
+    return read_with_defaults(read, peek_setting(argv, "init"), peek_setting(argv, "codec")), resumed
 
 
-def stored_init(argv: list[str]) -> str | None:
-    """``init`` in the file of ``--config``."""
+def peek_setting(argv: list[str], name: str) -> str | None:
+    """A setting of text on the command line, or else in the file of ``--config``."""
     file = peek_option(argv, "config")
-    init = config.load_yaml(file).get("init") if file else None
-    return init if isinstance(init, str) else None
+    value = peek_option(argv, name) or (config.load_yaml(file).get(name) if file else None)
+    return value if isinstance(value, str) else None
 
 
 def conclude(run: TrainedRun) -> None:
@@ -80,11 +83,5 @@ def conclude(run: TrainedRun) -> None:
         say(f"picture  {path}")
     if records and (warning := run.objective.warning(records[-1])):
         say(f"note     {warning}")
-    kind = run.spec.cond.get("label")
-    label = ""
-    if isinstance(kind, Label):
-        name = kind.names[1] if len(kind.names) > 1 else str(min(1, kind.num - 1))
-        label = f" --label {shlex.quote(name)}"
-    label += f' --prompt "{captions[0]}"' if (captions := caption_examples(run.spec)) else ""
-    usage = run.config.data.usage or run.objective.usage  # policies are tried, not looked at
-    say("next     " + usage.format(run=run.directory, label=label))
+    for line, command in zip(("next     ", "then     "), suggest_use(run), strict=False):
+        say(line + command)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from genkit.core.arrays import open_npz, require_memory
 from genkit.core.files import format_error
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
+from genkit.envs import EXPERTS, plain_id
 
 
 # ----------------------------------------------------------------------------------------------------- arrays
@@ -217,11 +219,20 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_replay_buffer(root: str, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+def recording_hint(path: Path, env: str) -> str:
+    """How to get demonstrations of an environment."""
+    if env == "pusht":
+        return "Chi et al. (2023) have theirs in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
+    scripted = any(plain_id(env or "four-ways").startswith(start) for start in EXPERTS)
+    expert = "" if scripted else " --expert=ars"  # searches a linear policy
+    return f"record one: genkit demo {env or 'four-ways'}{expert} --out {shlex.quote(str(path))}"
+
+
+def read_replay_buffer(root: str, names: Sequence[str], env: str = "") -> Mapping[str, np.ndarray]:
     """These arrays of a replay buffer, with ``episode_ends``. ``ValueError`` if one is missing or damaged."""
     path = Path(root).expanduser()
     if not path.exists():
-        raise ValueError(f"{path}: there is no such replay buffer; record one: genkit demo four-ways --out demos.npz")
+        raise ValueError(f"{path}: there is no such replay buffer; {recording_hint(path, env)}")
     if path.is_dir() and not path.name.endswith(".zarr"):
         raise ValueError(f"{path}: is a folder; a replay buffer is an .npz, or a folder whose name ends in .zarr")
     arrays = (read_zarr if ".zarr" in path.name else read_npz)(path, ["episode_ends", *names])
@@ -246,4 +257,4 @@ class Replay(Recorded):
     """the file"""
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        return read_replay_buffer(self.root, names)
+        return read_replay_buffer(self.root, names, self.env)

@@ -37,6 +37,8 @@ class SamplerInfo:
     stochastic: bool = False
     """Whether it adds noise. All other samplers solve the probability-flow ODE, so they can invert it, and they are
     right for flows that are not diffusions."""
+    other_names: tuple[str, ...] = ()
+    """What other libraries call it."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -45,14 +47,14 @@ class SamplerInfo:
 
 
 SAMPLERS: Mapping[str, SamplerInfo] = {
-    "ddim": SamplerInfo(ddim, lambda n: n, order=1),
-    "ancestral": SamplerInfo(ancestral, lambda n: n, stochastic=True),
+    "ddim": SamplerInfo(ddim, lambda n: n, order=1, other_names=("euler", "euler_discrete")),
+    "ancestral": SamplerInfo(ancestral, lambda n: n, stochastic=True, other_names=("ddpm", "euler_a")),
     "heun": SamplerInfo(heun, lambda n: 2 * n - 1, order=2),
-    "rk4": SamplerInfo(rk4, lambda n: 4 * n - 1, order=4),
-    "dpmpp_2m": SamplerInfo(dpmpp_2m, lambda n: n, order=2),
+    "rk4": SamplerInfo(rk4, lambda n: 4 * n - 1, order=4, other_names=("runge_kutta",)),
+    "dpmpp_2m": SamplerInfo(dpmpp_2m, lambda n: n, order=2, other_names=("dpm_solver", "dpmsolver", "dpm++")),
     "dpmpp_3m": SamplerInfo(dpmpp_3m, lambda n: n, order=3, order_grid="logsnr"),
     "unipc": SamplerInfo(unipc, lambda n: n, order=3, order_grid="logsnr"),  # UniP-2 and UniC-2: order 2 + 1
-    "dopri5": SamplerInfo(dopri5, None),
+    "dopri5": SamplerInfo(dopri5, None, other_names=("rk45", "ode45", "dopri")),
     "churn": SamplerInfo(churn, lambda n: 2 * n - 1, stochastic=True),
     "sde": SamplerInfo(sde, lambda n: n, stochastic=True),
     "dpmpp_sde": SamplerInfo(dpmpp_sde, lambda n: n, stochastic=True),

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core.arrays import open_npz
-from genkit.core.files import atomic_write
+from genkit.core.arrays import open_npz, save_npz
 from genkit.evaluation.metrics.estimate import check_rows
 
 CHUNK = 8192  # rows converted to float64 at a time
@@ -94,8 +93,7 @@ class Moments:
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
         if self.n is not None:
             arrays["n"] = np.asarray(self.n)
-        with atomic_write(path) as part, open(part, "wb") as f:
-            np.savez(f, allow_pickle=False, **arrays)
+        save_npz(path, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:

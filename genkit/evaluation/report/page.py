@@ -65,7 +65,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     path = Path(out) if out else directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
-    refuse_foreign(path, 'content="genkit')
+    refuse_foreign(path)
     return write_text(path, render_run(directory, {"Latent space": latent_space_parts(directory)}))
 
 

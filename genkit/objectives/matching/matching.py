@@ -102,6 +102,11 @@ class Matching(Objective):
         return NATURAL_SPACES[self.prediction]
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
+        return None
+
+    @property
     def parametrization(self) -> Parametrization:
         """What the network's input, output and regression target mean."""
         if self.prediction == "karras":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from genkit.config import override
 from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Scale, Seed
 from genkit.core import pictures
 from genkit.core.device import DeviceName
-from genkit.core.files import write_text
+from genkit.core.files import refuse_foreign, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.diffusion.value_guidance import value_guidance
 from genkit.envs import Env
@@ -97,6 +98,8 @@ class Rollouts:
     """median time to draw one chunk for one environment, in milliseconds"""
     q_explained_variance: float | None = None
     """share of held-out returns' variance that a newly learned Q explains"""
+    folder: Path | None = None
+    """where :meth:`save` writes unless another folder is given; None: ``rollouts`` in the run's folder"""
 
     def summary(self) -> dict[str, Any]:
         """Everything measured, with 95 % intervals, and the settings that it depends on, ready for JSON."""
@@ -135,27 +138,15 @@ class Rollouts:
     @property
     def name(self) -> str:
         """A file name, without suffix, that is different for other settings, except for the number of films."""
-        s = self.settings
-        parts = [f"step{self.policy.run.step}", f"k{self.policy.steps}"]
-        parts += [f"best{s.best_of}"] if s.best_of > 1 else []
-        parts += [f"q{s.q_guidance:g}"] if s.q_guidance else []
-        parts += [*s.conditions, *([f"w{s.guidance:g}"] if s.guidance != 1 else [])]
-        parts += [f"seed{s.seed}", f"n{s.episodes}"]
-        for f in fields(s):
-            value = getattr(s, f.name)
-            if f.name not in NAMED and value != f.default:
-                text = " ".join(value) if isinstance(value, tuple) else str(value)
-                parts.append(f"{f.name}={text}")
-        name = "-".join(parts)
-        short = re.sub(r"[^\w.,=+-]", "_", name)[:150]
-        return short if short == name else f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return rollout_name(self.policy, self.settings)
 
     def save(self, folder: str | Path | None = None, *, draw: bool = True) -> list[Path]:
         """Write the summary as JSON, the pictures (if ``draw``) and the films into ``folder``; the files.
 
-        ``folder`` None is ``rollouts`` in the run's folder.
+        ``folder`` None is :attr:`folder`. ``ValueError`` if a file there would be replaced that genkit did not write.
         """
-        folder = Path(folder) if folder else self.policy.run.directory / "rollouts"
+        folder = Path(folder or self.folder or self.policy.run.directory / "rollouts")
+        refuse_foreign(*existing_files(folder, self.name))
         files = [write_text(folder / f"{self.name}.json", json.dumps(self.summary(), indent=1) + "\n")]
         if draw:
             files += [pictures.save_image(p, folder / f"{self.name}-{kind}.png") for kind, p in self.pictures().items()]
@@ -181,17 +172,23 @@ def rollout(
     run: str | Path | Run,
     settings: RolloutSettings | None = None,
     *,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Rollouts:
     """Let the policy of ``run`` act for some episodes. ``changes`` are settings by name: ``rollout(run, steps=2)``.
 
+    ``out`` is the folder in which :meth:`Rollouts.save` will write; None: ``rollouts`` in the run's folder.
+
     ``progress("episodes", done, total)`` is called as they end. Messages go to the logger ``genkit``. ``ValueError`` if
-    the run is not of a policy, or does not fit the environment. For a policy or an environment of your own there is
+    the run is not of a policy, does not fit the environment, or a file in ``out`` would be replaced that genkit did not
+    write. For a policy or an environment of your own there is
     :func:`genkit.rl.policies.episodes.run_episodes`.
     """
     settings = override(settings or RolloutSettings(), **changes)
     policy = load_policy(run, settings)
+    folder = Path(out) if out else policy.run.directory / "rollouts"
+    refuse_foreign(*existing_files(folder, rollout_name(policy, settings)))
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
     num = min(settings.num_envs, settings.episodes)
@@ -202,7 +199,31 @@ def rollout(
     with reporting(progress) as report:
         episodes = run_episodes(policy, env, seeds, film=settings.film, progress=report)
     chunk_ms = chunk_latency(policy, env, env.reset(list(seeds)[: env.num]))
-    return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance)
+    return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance, folder)
+
+
+def existing_files(folder: Path, name: str) -> list[Path]:
+    """The files of a rollout that are there already."""
+    pictures_and_films = [p for end in ("png", "gif") for p in folder.glob(f"{glob.escape(name)}-*.{end}")]
+    return [folder / f"{name}.json", *pictures_and_films]
+
+
+def rollout_name(policy: Policy, settings: RolloutSettings) -> str:
+    """The name of the files of a rollout, without suffix: different for other settings, except the number of films."""
+    s = settings
+    parts = [f"step{policy.run.step}", f"k{policy.steps}"]
+    parts += [f"best{s.best_of}"] if s.best_of > 1 else []
+    parts += [f"q{s.q_guidance:g}"] if s.q_guidance else []
+    parts += [*s.conditions, *([f"w{s.guidance:g}"] if s.guidance != 1 else [])]
+    parts += [f"seed{s.seed}", f"n{s.episodes}"]
+    for f in fields(s):
+        value = getattr(s, f.name)
+        if f.name not in NAMED and value != f.default:
+            text = " ".join(value) if isinstance(value, tuple) else str(value)
+            parts.append(f"{f.name}={text}")
+    name = "-".join(parts)
+    short = re.sub(r"[^\w.,=+-]", "_", name)[:150]
+    return short if short == name else f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any) -> Policy:

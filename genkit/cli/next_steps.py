@@ -1,0 +1,52 @@
+"""What a command suggests to do next: command lines that run as they are printed."""
+
+from __future__ import annotations
+
+import shlex
+
+from genkit import config
+from genkit.core import Label
+from genkit.data.text import caption_examples
+from genkit.training.run import Run
+from genkit.training.sampling import sample_conditions
+
+EVALUATE = "genkit eval {run} --n 100"  # for models whose conditions no option of the command line gives
+
+
+def suggest_use(run: Run) -> list[str]:
+    """The command lines that use a trained run: those of its data (a policy acts), or of its objective."""
+    data, objective = run.config.data, run.objective
+    if data.usage:
+        usage = data.usage if data.environment else EVALUATE
+    elif objective.is_generative and not can_sample(run):
+        usage = EVALUATE
+    else:
+        usage = objective.usage
+    path = config.dump(objective).get("path")
+    words = {
+        "run": shlex.quote(str(run.directory)),
+        "runs": shlex.quote(str(run.directory.parent)),
+        "label": condition_options(run),
+        "path": path.get("name", "linear") if isinstance(path, dict) else "linear",
+    }
+    return [line.format(**words) for line in usage.splitlines()]
+
+
+def can_sample(run: Run) -> bool:
+    """Whether ``genkit sample`` can give the model's conditions."""
+    try:
+        sample_conditions(run.spec, 1)
+    except ValueError:
+        return False
+    return True
+
+
+def condition_options(run: Run) -> str:
+    """The options of ``genkit sample`` that ask for the second class and the first caption, as far as there are any."""
+    kind, options = run.spec.cond.get("label"), ""
+    if isinstance(kind, Label):
+        name = kind.names[1] if len(kind.names) > 1 else str(min(1, kind.num - 1))
+        options += f" --label {shlex.quote(name)}"
+    if captions := caption_examples(run.spec):
+        options += f" --prompt {shlex.quote(captions[0])}"
+    return options

@@ -1,0 +1,98 @@
+"""Defaults of a training run that follow from its other settings: from ``--init``, ``--codec`` and the data's size.
+
+An explicit setting always wins. What is chosen by the size of the data is said in the first line of the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from genkit import config
+from genkit.backbones import UNet
+from genkit.config.command import merge_trees
+from genkit.config.trust import require_trust
+from genkit.core.device import pick_device
+from genkit.training.directory import find_run
+from genkit.training.first_stage import foreign_stage
+from genkit.training.init_sources import init_defaults
+from genkit.training.settings import TrainSettings
+
+CONDITION_FIELDS = ("labels", "captions", "encoder", "text_length")  # of the data: a first stage is trained without
+LARGE_SIDE = 16  # up to this side the defaults of the settings hold, which were measured on 8x8
+CPU_SETTINGS = {32: (32, 32), 64: (16, 16), 128: (16, 8)}  # side -> width and batch that train in 10 to 20 minutes
+LARGEST = (16, 4)  # width and batch beyond
+MIN_STEPS, EPOCHS = 500, 400  # a handful of images is repeated this often, no more
+logger = logging.getLogger("genkit")
+
+
+def read_with_defaults(
+    read: Callable[[Mapping[str, Any]], TrainSettings], init: str | None, codec: str | None
+) -> TrainSettings:
+    """The settings that ``read(defaults)`` returns, with the defaults that follow from what was given.
+
+    ``init`` and ``codec`` are those settings as far as they are given.
+    """
+    defaults = {**(codec_defaults(codec) if codec else {}), **(init_defaults(init) if init else {})}
+    settings = read(defaults)
+    chosen = {} if init or codec else size_defaults(settings)
+    if not chosen:
+        return settings
+    settings = read(merge_trees(defaults, chosen))
+    describe_choice(settings, chosen)
+    return settings
+
+
+def codec_defaults(codec: str) -> dict[str, Any]:
+    """The data that the first stage ``codec`` was trained on, with the conditions that they have by default.
+
+    Empty for a foreign first stage, which does not know its data.
+    """
+    kind, _ = foreign_stage(codec)
+    if kind:
+        return {}
+    run = find_run(codec)
+    data = config.load_yaml(run / "config.yaml").get("data")
+    if not isinstance(data, Mapping):
+        return {}
+    require_trust(TrainSettings, {"data": data}, run)
+    return {"data": {k: v for k, v in data.items() if k not in CONDITION_FIELDS}}
+
+
+def size_defaults(settings: TrainSettings) -> dict[str, Any]:
+    """Width, batch and steps for a person's own images that are larger, or fewer, than the digits; else empty.
+
+    On a CPU, such that training takes 10 to 20 minutes; on an accelerator, what such images usually need.
+    """
+    preview = settings.data.preview()
+    if preview is None or len(preview[0]) != 3:
+        return {}
+    (_, height, width), n = preview
+    side = math.sqrt(height * width)
+    chosen: dict[str, Any] = {}
+    if side > LARGE_SIDE and pick_device(settings.device).type == "cpu":
+        channels, chosen["batch"] = next((v for limit, v in CPU_SETTINGS.items() if side <= limit), LARGEST)
+        if type(settings.backbone) is UNet:
+            chosen["backbone"] = {"width": channels}
+    steps = TrainSettings.__dataclass_fields__["steps"].default
+    enough = max(MIN_STEPS, math.ceil(EPOCHS * n / chosen.get("batch", settings.batch) / 100) * 100)
+    if enough < steps:
+        chosen["steps"] = enough
+    return chosen
+
+
+def describe_choice(settings: TrainSettings, chosen: Mapping[str, Any]) -> None:
+    """Say which settings were chosen and not given otherwise, on the first rank."""
+    preview = settings.data.preview()
+    width = getattr(settings.backbone, "width", None)
+    values = {"--batch": (chosen.get("batch"), settings.batch), "--steps": (chosen.get("steps"), settings.steps),
+              "--backbone.width": (chosen.get("backbone", {}).get("width"), width)}  # fmt: skip
+    text = " ".join(
+        f"{flag} {given}" for flag, (value, given) in values.items() if value is not None and value == given
+    )
+    if preview and text and os.environ.get("RANK", "0") == "0":
+        shape, n = preview
+        logger.info("defaults for %d images of %s: %s", n, "x".join(map(str, shape)), text)

@@ -1,0 +1,154 @@
+"""Guidance in one pass: the targets are those of classifier-free guidance, the base stays, the adapter learns."""
+
+import copy
+
+import pytest
+import torch
+
+from genkit import distill, load, train
+from genkit.backbones import MLP, DiT, UNet
+from genkit.backbones.guidance_adapter import takes_scale
+from genkit.backbones.lora import GuidanceLoRA, adapt
+from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
+from genkit.diffusion.guidance import classifier_free, scale_input
+from genkit.diffusion.paths import Cosine
+from genkit.diffusion.samplers import bind
+from genkit.objectives import DDPM, EDM, Flow, GuidanceDistillation
+from genkit.training.sampling import Sampling
+from tests.support.exact import F64, ExactDenoiser, three
+
+MIXTURE = three()
+MODELS = [Flow(), Flow(path=Cosine()), DDPM(), EDM()]
+PLANE = Spec((2,), {"label": Label(3)})
+
+
+def batch_of(rows, seed=0, **noise):
+    return Batch(torch.zeros(rows, 2, dtype=F64), {"label": torch.arange(rows) % 3}, draw=Draw((seed,), 0, rows))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{type(m).__name__}-{type(m.path).__name__}")
+def test_targets_are_what_guidance_predicts_on_its_own_trajectory(model):
+    objective = GuidanceDistillation(of=model, low=1.5, high=5.0, points=6)
+    denoise = ExactDenoiser(MIXTURE, objective.path)
+    targets = list(objective.guided_trajectory(denoise, batch_of(7)))
+    scales = targets[0].scale
+    assert len(targets) == 7
+    assert float(scales.min()) >= 1.5
+    assert float(scales.max()) <= 5.0
+    assert scales.unique().numel() == 7
+    for i, scale in enumerate(scales.tolist()):
+        times = torch.stack([t.sample.t[i] for t in targets])
+        assert bool((times.diff() < 0).all()), "the trajectory does not go from noise to data"
+        visited = []
+
+        def record(step, x, p, visited=visited):
+            visited.append((x, p.x0, p.x1))
+
+        # the sampler begins at sigma(1) z: take the z that gives the same start
+        z = (targets[0].sample.x[i] / objective.path.sigma(times[:1]))[None]
+        sampler = bind("ddim", times, classifier_free(scale), callback=record)
+        sampler(denoise)(z, {"label": torch.tensor([i % 3])})
+        assert len(visited) == len(targets) - 1
+        for target, following, (x, x0, x1) in zip(targets, targets[1:], visited, strict=False):
+            pairs = ((target.sample.x0, x0), (target.sample.x1, x1), (following.sample.x, x))
+            assert all(torch.allclose(ours[i].double(), theirs[0].double(), atol=1e-4) for ours, theirs in pairs)
+
+
+def adapted(backbone, spec, seed=0):
+    torch.manual_seed(seed)
+    net = backbone.denoiser(spec)
+    for p in net.parameters():  # final layers begin at zero; the tests need outputs
+        torch.nn.init.normal_(p, std=0.2)
+    before = copy.deepcopy(net)
+    adapt({"net": net}, GuidanceLoRA(rank=3, layers="."))
+    return before, net
+
+
+def learn(net):
+    """Weights as after training: the change is not zero."""
+    for name, p in net.named_parameters():
+        assert "guidance_adapter" in name, "something else than the adapter is trained"
+        torch.nn.init.normal_(p, std=0.3)
+
+
+@pytest.mark.parametrize(("backbone", "shape"), [
+    (MLP(width=16, depth=2), (5,)), (UNet(width=8, mults=(1, 2), head_size=4), (1, 8, 8)),
+    (DiT(width=16, depth=2, head_size=8), (1, 8, 8)), (UNet(width=8, mults=(1, 2), head_size=4), (2, 16)),
+])  # fmt: skip
+def test_without_a_scale_the_network_is_bit_for_bit_what_it_was(backbone, shape):
+    spec = Spec(shape, {"label": Label(3)})
+    before, net = adapted(backbone, spec)
+    x, t, cond = torch.randn(4, *shape), torch.rand(4), {"label": torch.tensor([0, 1, 2, 0])}
+    scaled = cond | {SCALE_INPUT: torch.tensor([1.0, 2.0, 3.0, 6.0])}
+    with torch.no_grad():
+        plain = before(x, t, cond)
+        assert takes_scale(net)
+        assert not takes_scale(before)
+        assert torch.equal(net(x, t, cond), plain)
+        assert torch.equal(net(x, t, scaled), plain), "an adapter that has learned nothing changes something"
+        learn(net)
+        guided = net(x, t, scaled)
+        assert torch.equal(net(x, t, cond), plain)
+        assert torch.equal(guided[0], plain[0]), "scale 1 is no guidance"
+        assert all(not torch.allclose(guided[i], plain[i], atol=1e-3) for i in (1, 2, 3))
+        for i in range(4):  # each sample has its own scale
+            one = net(x[i : i + 1], t[i : i + 1], {k: v[i : i + 1] for k, v in scaled.items()})
+            assert torch.allclose(one[0], guided[i], atol=1e-5)
+        twin = copy.deepcopy(net)
+        learn(twin)
+        assert not torch.allclose(twin(x, t, scaled), guided, atol=1e-3)
+        assert torch.equal(net(x, t, scaled), guided), "an average shares state with the network that it averages"
+
+
+def test_scales_that_were_not_learned_are_refused():
+    for scale in (0.5, 7.0):
+        with pytest.raises(ValueError, match="allowed 1 to 6"):
+            scale_input(scale, 1.0, 6.0)
+    denoise = ExactDenoiser(MIXTURE, Flow().path)
+    assert scale_input(1.0, 1.0, 6.0)(denoise) is denoise
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"objective": "guidance-distillation"}, "genkit distill RUN"),
+    ({"objective": {"name": "guidance-distillation", "of": {"name": "vae"}}}, "not sampled in steps"),
+    ({"objective": {"name": "guidance-distillation", "low": 6.0}}, "below high"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(changes, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        train(data="moons", steps=1, out=str(tmp_path), workers=0, tensorboard=False, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A flow of three classes in the plane, well enough trained that guidance matters."""
+    out = tmp_path_factory.mktemp("base")
+    return train(
+        data={"name": "8gaussians", "n": 4000}, backbone={"name": "mlp", "width": 64}, steps=400, batch=256, workers=0,
+        tensorboard=False, sample_every=0, out=str(out), ema=(0.99,),
+    )  # fmt: skip
+
+
+def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path):
+    run = distill(base, guidance=(1, 4), rank=8, steps=200, batch=64, out=str(tmp_path))
+    again = load(run.directory, device="cpu")
+    two = base.sample(256, Sampling(sampler="ddim", steps=10, guidance=3.0))
+    one = again.sample(256, Sampling(sampler="ddim", steps=10, guidance=3.0))
+    none = base.sample(256, Sampling(sampler="ddim", steps=10))
+    assert (one.network_rows, two.network_rows) == (10, 20)
+    assert torch.equal(again.sample(256, Sampling(sampler="ddim", steps=10)).x, none.x), "the base has changed"
+    error = (one.x - two.x).square().mean() / (none.x - two.x).square().mean()
+    assert float(error) < 0.1, float(error)
+    with pytest.raises(ValueError, match="allowed 1 to 4"):
+        again.sample(4, guidance=5.0)
+    with pytest.raises(ValueError, match="takes the guidance scale as an input"):
+        again.sample(4, guidance=2.0, guidance_passes="apart")
+    with pytest.raises(ValueError, match="distilled already"):
+        distill(run)
+    # resumed, it is the same as in one go
+    half = distill(base, guidance=(1, 4), rank=8, steps=40, batch=64, out=str(tmp_path), name="half", save_every=20)
+    resumed = train(resume=half.directory, step=20)
+    assert (half.step, resumed.step) == (40, 40)
+    ours, theirs = (dict(run.nets["net"].named_parameters()) for run in (half, resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
