@@ -23,7 +23,7 @@ from genkit.backbones.blocks import (
     require_positive,
     zero_init,
 )
-from genkit.backbones.embed import Conditioner, Embedder, Routed, TimeEmbed, grid_positions
+from genkit.backbones.embed import Conditioner, Routed, grid_positions
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
@@ -76,20 +76,6 @@ def xavier(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def small_normal(layer: nn.Module) -> None:
-    """Initialise what embeds times and conditions as the paper's code does: ``N(0, 0.02^2)``, also the learned nulls.
-
-    Tables of N(0, 1) would drown the time, whose embedding begins at a sixth of that.
-    """
-    if isinstance(layer, nn.Embedding):
-        nn.init.normal_(layer.weight, std=0.02)
-    if isinstance(layer, TimeEmbed):
-        nn.init.normal_(layer.layer1.weight, std=0.02)
-        nn.init.normal_(layer.layer2.weight, std=0.02)
-    if isinstance(layer, Embedder) and isinstance(layer.null, nn.Parameter):
-        nn.init.normal_(layer.null, std=0.02)
-
-
 class DiTBlock(nn.Module):
     """adaLN-Zero block (Peebles & Xie 2023, figure 3); with tokens, cross-attention between its two halves."""
 
@@ -138,7 +124,7 @@ class Trunk(nn.Module):
         self.register_buffer("positions", grid_positions(self.grid, d), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(cfg, d if self.cond.has_tokens else 0) for _ in range(cfg.depth))
         self.emb_last = nn.Linear(d, 2 * d)
-        self.cond.apply(xavier).apply(small_normal)
+        self.cond.apply(xavier)
         zero_init(self.emb_last)
 
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:

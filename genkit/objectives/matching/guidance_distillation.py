@@ -9,7 +9,7 @@ it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -75,6 +75,18 @@ class GuidanceDistillation(Matching):
     def loss_space(self) -> Any:
         """The space of the model's loss."""
         return self.of.loss_space
+
+    @property
+    def natural_space(self) -> Any:
+        return self.of.natural_space
+
+    @property
+    def sigma_data(self) -> Any:
+        """The standard deviation of the data that the model was made for."""
+        return self.of.sigma_data
+
+    def decide(self, data_std: Callable[[], float]) -> GuidanceDistillation:
+        return replace(self, of=self.of.decide(data_std))
 
     @property
     def loss_weight(self) -> Any:

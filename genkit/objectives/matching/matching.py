@@ -234,13 +234,13 @@ class Matching(Objective):
         return dataclasses.replace(cast(Any, self), **decided) if decided else self
 
     def notes(self) -> Sequence[str]:
-        """The measured ``sigma_data``; a loss whose weight is 0 where the path is pure noise: it is never learned there."""
+        """The measured ``sigma_data``, and whether the loss has weight 0 where the path is pure noise."""
         notes = [f"note     sigma_data is {self.sigma_data:g}"] if self.uses_sigma_data and self.sigma_data else []
         one = torch.ones(1, dtype=torch.float64)
         if float(self.path.alpha(one)) == 0 and float(self.error_scale(one, one)) == 0:
             notes.append(
-                f"note     the loss of {self.space} has weight 0 at t = 1, where the path is pure noise, so that the first "
-                f"step of sampling is never learned; take --objective.loss-space {self.natural_space}"
+                f"note     the loss of {self.space} has weight 0 at t = 1, where the path is pure noise, so that the "
+                f"first step of sampling is never learned; take --objective.loss-space {self.natural_space}"
             )
         return notes
 
