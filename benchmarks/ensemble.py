@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -24,12 +24,21 @@ class EnsembleMLP(nn.Module):
 
     The rows of a batch come in as many equal groups, one for each member. Adam treats each weight on its own, so
     (without clipping) training them together is training them one after the other, in a fraction of the time.
+    Conditions named in ``numbers``, ``[members * B]`` each, are further inputs: a second time.
     """
 
-    def __init__(self, members: int, dim: int, width: int, depth: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(
+        self,
+        members: int,
+        dim: int,
+        width: int,
+        depth: int,
+        activation: Callable[[Tensor], Tensor],
+        numbers: Sequence[str] = (),
+    ):
         super().__init__()
-        sizes = [dim + 1, *[width] * depth, dim]
-        self.members, self.activation = members, activation
+        sizes = [dim + 1 + len(numbers), *[width] * depth, dim]
+        self.members, self.activation, self.numbers = members, activation, numbers
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(sizes):
             bound = 1 / math.sqrt(i)  # as torch.nn.Linear is initialised
@@ -38,7 +47,8 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor, cond: Cond = NO_COND) -> Tensor:
         """``x`` ``[members * B, dim]`` and its time labels ``[members * B]`` to ``[members * B, dim]``."""
-        h = torch.cat([x, label[:, None].to(x)], 1).unflatten(0, (self.members, -1))
+        inputs = [x, *(v[:, None].to(x) for v in (label, *(cond[name] for name in self.numbers)))]
+        h = torch.cat(inputs, 1).unflatten(0, (self.members, -1))
         *hidden, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
             h = self.activation(torch.baddbmm(bias, h, weight))

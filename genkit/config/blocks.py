@@ -6,6 +6,8 @@ A *table* is a field whose value is an instance of one of several dataclasses. I
 
 ``table``     "module:NAME" of the registry, a plain dict name -> dataclass, imported when it is first needed;
 ``kind``      "module:Class", the base class that external dataclasses must derive from;
+``adapt``     "module:function", called with an external class, or an object given in Python, which is of another kind
+              (a data set of torch); it returns a dataclass or an object of one;
 ``fallback``  "module:function", called with a name that is not in the registry but exists as a path. It returns
               ``(registry name, settings)``; this is how a bare folder can be a data set;
 ``follows``   "field.attribute": if no name is given, the class is the one that this attribute of a sibling field's
@@ -28,6 +30,7 @@ import operator
 import os
 import re
 import reprlib
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -96,24 +99,45 @@ def find_class(meta: Mapping[str, Any], name: object, path: str) -> tuple[type, 
             raise ConfigError(path, str(e)) from e
         return registry[entry], settings
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
-        return load_external_class(name, path, load_object(meta["kind"]) if "kind" in meta else object), {}
+        return load_external_class(name, path, meta), {}
     allowed = [*registry, "package.module:Class", *(["a path that exists"] if "fallback" in meta else [])]
     raise ConfigError(path, f"given {abbreviate(name)}; allowed: {', '.join(allowed)}{suggest(name, registry)}")
 
 
-def load_external_class(name: str, path: str, kind: type) -> type:
-    """Import the dataclass ``package.module:Class``, which must derive from ``kind``.
-
-    An error inside that module is its author's and keeps its traceback.
-    """
+def import_external(name: str) -> Any:
+    """Import the object ``package.module:NAME``, also from the working directory, which is searched last."""
     try:
-        cls = load_object(name)
+        return load_object(name)
+    except ModuleNotFoundError as e:
+        here = os.getcwd()
+        if not name.startswith(e.name or "\0") or here in sys.path:
+            raise
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    return load_object(name)
+
+
+def load_external_class(name: str, path: str, meta: Mapping[str, Any]) -> type:
+    """Import the dataclass ``package.module:Class``, which must derive from the class of the table's ``kind``.
+
+    Its ``adapt`` may make one of what is none. An error inside that module is its author's and keeps its traceback.
+    """
+    kind = load_object(meta["kind"]) if "kind" in meta else object
+    try:
+        cls = import_external(name)
     except ModuleNotFoundError as e:
         if not name.startswith(e.name or "\0"):
             raise
-        raise ConfigError(path, f"given {name}; there is no module {e.name}; is it on PYTHONPATH?") from None
+        raise ConfigError(
+            path, f"given {name}; there is no module {e.name} on PYTHONPATH or here, in {os.getcwd()}"
+        ) from None
     except AttributeError:
         raise ConfigError(path, f"given {name}; the module has no such class") from None
+    if "adapt" in meta:
+        try:
+            cls = load_object(meta["adapt"])(cls)
+        except ValueError as e:
+            raise ConfigError(path, f"given {name}; {e}") from e
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(path, f"given {name}, a {type(cls).__name__}; needs a dataclass")
     if not issubclass(cls, kind):
@@ -180,6 +204,8 @@ def parse_table(meta: Mapping[str, Any], given: object, path: str, value: Any) -
     """Return the block that ``given`` describes; without a name in it, ``value`` is the block that it changes."""
     if given is ABSENT:
         given = {}
+    if "adapt" in meta and not isinstance(given, str | Mapping):
+        given = load_object(meta["adapt"])(given)
     if dataclasses.is_dataclass(given) and not isinstance(given, type):
         return parse_object(meta, given, path)
     if isinstance(given, str):

@@ -30,7 +30,7 @@ def read_field_docs(cls: type) -> dict[str, tuple[str, str]]:
     for base in filter(is_dataclass, reversed(cls.__mro__)):
         try:
             source = textwrap.dedent(inspect.getsource(cast(type, base)))
-        except OSError:  # a class typed at a prompt
+        except (OSError, TypeError):  # a class typed at a prompt, or made by a function
             continue
         lines = source.splitlines()
         headings = {i: match[1] for i, line in enumerate(lines, 1) if (match := re.fullmatch(r"    # -- (.+)", line))}

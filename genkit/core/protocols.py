@@ -105,7 +105,7 @@ class Generator(Protocol):
     def __call__(self, z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor: ...
 
 
-class Backbone(ABC):
+class Backbone:
     """A family of networks: a frozen dataclass of hyperparameters that makes up to three networks of the same blocks.
 
     Class attributes declare what the family can do, and tests check it. Two fields are optional, and have the
@@ -115,17 +115,23 @@ class Backbone(ABC):
     A method raises ``ValueError`` if the family cannot serve the spec (a U-Net asked for vectors, say).
     """
 
-    cuts: ClassVar[tuple[str, ...]] = ("denoiser", "encoder", "decoder")
-    """The networks that it makes."""
+    cuts: ClassVar[tuple[str, ...]] = ()
+    """The networks that it makes: those of denoiser, encoder and decoder that a class defines, unless it says so."""
     routes: ClassVar[tuple[str, ...]] = ("global", "channels", "tokens")
     """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
     "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
     """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
 
-    @abstractmethod
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "cuts" not in vars(cls):
+            names = ("denoiser", "encoder", "decoder")
+            cls.cuts = tuple(name for name in names if getattr(cls, name) is not getattr(Backbone, name))
+
     def denoiser(self, spec: Spec) -> nn.Module:
         """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
+        raise self._missing("denoiser")
 
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
         """A network ``(x [B, *S], cond) -> [B, *out]``, out = (D,) or (C, h, w)."""
@@ -156,6 +162,8 @@ class Objective(ABC):
     usage: ClassVar[str] = "genkit sample {run}{label} --n 16"
     """the command that uses a trained run, or two, in which ``{run}`` is its directory, ``{runs}`` the one above,
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
+    rows_interact: ClassVar[bool] = False
+    """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}

@@ -14,12 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from genkit.core import Cond, Denoiser, Parametrization, Prediction, ProbabilityPath
+from genkit.core import SCALE_INPUT, Cond, Denoiser, Parametrization, Prediction, ProbabilityPath
 
 TARGET = "target_time"
 SPAN = "span"  # t - r, the network's second time
+LOW_INPUT, HIGH_INPUT = "guidance_low", "guidance_high"  # the interval of chart time in which a network guides itself
+NO_GUIDANCE = {SCALE_INPUT: 1.0, LOW_INPUT: 0.0, HIGH_INPUT: 1.0}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class FlowMapDenoiser:
 
     ``time_rate`` multiplies the network's time label, whose waves turn up to 1000 rad a unit: 0.01 makes the derivative
     in time moderate. ``only_to_data`` says that no other jumps were learned, nor the velocity; asking
-    for them raises ``ValueError``.
+    for them raises ``ValueError``. If it ``takes_guidance``, scale and interval are inputs, 0 where there is none.
     """
 
     net: nn.Module
@@ -36,6 +39,7 @@ class FlowMapDenoiser:
     parametrization: Parametrization
     time_rate: float = 1.0
     only_to_data: bool = False
+    takes_guidance: bool = False
     is_flow_map: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -46,6 +50,9 @@ class FlowMapDenoiser:
             )
         span = t - target
         inputs = {k: v for k, v in cond.items() if k != TARGET}
+        if self.takes_guidance:
+            scale, low, high = (cond.get(k, torch.full_like(span, v)) for k, v in NO_GUIDANCE.items())
+            inputs |= {SCALE_INPUT: 1 - 1 / scale, LOW_INPUT: low, HIGH_INPUT: 1 - high}
         x_in, label = self.parametrization.inputs(self.path, x, t)
         out = self.net(x_in, self.time_rate * label, {**inputs, SPAN: span})
         return self.parametrization.predict(self.path, x, t, out)

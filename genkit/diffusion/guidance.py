@@ -197,10 +197,11 @@ def classifier_free(scale: float, rule: Rule = LINEAR, passes: str = "together")
     return guide
 
 
-def scale_input(scale: float, low: float, high: float) -> Guidance:
+def scale_input(scale: float, low: float, high: float, **inputs: float) -> Guidance:
     """Guidance by a network that takes the scale as an input, in one pass (Jensen et al. 2025). Off at 1.
 
-    ``ValueError`` for a scale outside ``[low, high]``, which the network has not learned.
+    Further ``inputs`` are numbers by name. ``ValueError`` for a scale outside ``[low, high]``, which it has not
+    learned.
     """
     require("guidance", scale, f"{low:g} to {high:g}, the scales that this model was trained for", low <= scale <= high)
     if scale == 1:
@@ -208,7 +209,8 @@ def scale_input(scale: float, low: float, high: float) -> Guidance:
 
     def guide(denoise: Denoiser) -> Denoiser:
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            return denoise(x, t, {**cond, SCALE_INPUT: torch.full_like(x.flatten(1)[:, 0], scale)})
+            one = torch.ones_like(x.flatten(1)[:, 0])
+            return denoise(x, t, {**cond, SCALE_INPUT: scale * one, **{k: v * one for k, v in inputs.items()}})
 
         return Wrapped(denoise, guided)
 

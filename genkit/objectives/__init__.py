@@ -10,6 +10,7 @@ from genkit.objectives.autoencoders.first_stage import FirstStage
 from genkit.objectives.autoencoders.vae import VAE
 from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
+from genkit.objectives.drift import Drift
 from genkit.objectives.flow_map.flow_map import FlowMap
 from genkit.objectives.matching.anchored import AnchoredFlow
 from genkit.objectives.matching.ddpm import DDPM
@@ -24,6 +25,7 @@ OBJECTIVES: Mapping[str, type] = {
     "ddpm": DDPM,
     "edm": EDM,
     "flow-map": FlowMap,
+    "drift": Drift,
     "anchored": AnchoredFlow,
     "regression": Regression,
     "distillation": Distillation,
@@ -38,5 +40,5 @@ OBJECTIVES: Mapping[str, type] = {
 
 __all__ = [
     "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
-    "FirstStage", "Flow", "FlowMap", "GuidanceDistillation", "Regression",
+    "Drift", "FirstStage", "Flow", "FlowMap", "GuidanceDistillation", "Regression",
 ]  # fmt: skip

@@ -50,6 +50,7 @@ class EncodeSettings:
         "same",
         kind="genkit.data:DataSource",
         fallback="genkit.data:find_source",
+        adapt="genkit.data.torch_dataset:adapt",
     )
     """Data to encode: same, a NAME, or a path to a folder of images, a .zip or an .npz."""
     split: Literal["train", "test"] = "train"

@@ -17,6 +17,7 @@ from genkit.core import Codec, Cond, Guidance, Label, Objective, Spec
 from genkit.core.device import DeviceName
 from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
+from genkit.diffusion.flow_map import HIGH_INPUT, LOW_INPUT
 from genkit.diffusion.guidance import (
     LINEAR,
     autoguidance,
@@ -29,6 +30,7 @@ from genkit.diffusion.guidance import (
 )
 from genkit.diffusion.paths import end_time
 from genkit.diffusion.samplers import GRIDS
+from genkit.objectives import FlowMap
 from genkit.objectives.matching.matching import Matching
 
 if TYPE_CHECKING:
@@ -145,7 +147,9 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
     if sampling.guidance_interval is not None:
         if not guides:
             raise ValueError("interval: has no effect without guidance; give --guidance, say 2, or a classifier")
-        guides = [within(*sampling.guidance_interval, compose(*guides))]
+        guided = within(*sampling.guidance_interval, compose(*guides))
+        if not (takes_interval(run.objective) and weak is None and classifier is None):  # else it is an input
+            guides = [guided]
     if sampling.clips(run):
         if isinstance(run.codec, codecs.LearnedCodec):
             raise ValueError("clip: keeps predicted data in [-1, 1], and this model predicts latents; leave it out")
@@ -171,7 +175,8 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     if weak is None and learned:
         if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
             raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
-        return scale_input(scale, *learned)
+        interval = sampling.guidance_interval if takes_interval(run.objective) else None
+        return scale_input(scale, *learned, **dict(zip((LOW_INPUT, HIGH_INPUT), interval or (), strict=False)))
     if weak is None:
         if not run.spec.cond:
             raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")
@@ -187,6 +192,11 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
         raise ValueError(f"autoguide: given {weak.weights}, the model itself; take an earlier step or a faster ema")
     require_same_samples("autoguide", run, weak)
     return autoguidance(weak.denoiser, scale, rule)
+
+
+def takes_interval(objective: Objective) -> bool:
+    """Whether the network takes the interval of guidance as an input, as one jump may cross its ends."""
+    return isinstance(objective, FlowMap) and objective.guidance_range is not None
 
 
 def knows_null(objective: Objective) -> bool:

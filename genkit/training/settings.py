@@ -44,8 +44,9 @@ class TrainSettings:
     )
     """Network family. Without a NAME, the one that suits the data."""
     data: DataSource = table(
-        "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source"
-    )
+        "genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source",
+        adapt="genkit.data.torch_dataset:adapt",
+    )  # fmt: skip
     """Training data: a NAME, or a path to a folder of images, a .zip or an .npz."""
     # -- optimization
     steps: Count = changeable(2000)

@@ -1,5 +1,6 @@
 """Training a flow map: ranks, micro-batches, exact resume, teachers, other runs' weights, and what is learned."""
 
+import math
 import os
 import socket
 from dataclasses import replace
@@ -15,12 +16,14 @@ from genkit import config
 from genkit.backbones import MLP, DiT, UNet
 from genkit.cli.main import main
 from genkit.core import Batch, Draw, Label, Spec
+from genkit.core.links import set_link
 from genkit.data.codecs import Identity
 from genkit.diffusion.samplers import bind
 from genkit.objectives import FlowMap
 from genkit.objectives.flow_map.flow_map import load_teacher
+from genkit.objectives.flow_map.guidance import draw_guidance
 from genkit.objectives.flow_map.rules import RULES, Improved, Lagrangian
-from genkit.training.directory import read_log, symlink
+from genkit.training.directory import read_log
 from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
@@ -98,7 +101,7 @@ def test_resume_is_bit_identical(tmp_path, rule):
     args = [f"--objective.rule={rule}", "--objective=flow-map", "--steps=5", "--backbone.dropout=0.1"]
     whole = run_of(tmp_path / "a", *args)
     half = run_of(tmp_path / "b", *args, "--save-every=2")
-    symlink(half / "latest", "checkpoints/step-0000002")
+    set_link(half / "latest", "checkpoints/step-0000002")
     for step in ("0000004", "0000005"):
         os.rename(half / "checkpoints" / f"step-{step}", half / f"gone-{step}")
     assert main(["train", "--resume", str(half)]) == 0
@@ -218,3 +221,76 @@ def test_settings_are_part_of_the_configuration():
     objective = config.from_dict(TrainSettings, tree).objective
     assert objective == FlowMap(rule=Lagrangian(share=0.25), prediction="x0")
     assert (objective.label_rate, FlowMap().label_rate, replace(FlowMap(), time_rate=0.5).label_rate) == (1, 0.01, 0.5)
+
+
+# ------------------------------------------------------------------------------------ guidance as an input
+class TwoClasses(torch.nn.Module):
+    """The exact guided velocity of two classes with means -1 and 1 and no spread, as a network of r = t."""
+
+    def velocity(self, x, t, mean):
+        return (x - (1 - t) * mean) / t - mean
+
+    def forward(self, x, label, cond):
+        t, scale = label[:, None], 1 / (1 - cond["guidance"][:, None])
+        low, high = cond["guidance_low"][:, None], 1 - cond["guidance_high"][:, None]
+        scale = torch.where((low <= t) & (t <= high), scale, 1.0)
+        null = self.velocity(x, t, torch.tanh(x * (1 - t) / t**2))  # E[x0 | x] of both classes
+        good = self.velocity(x, t, 2.0 * cond["label"][:, None] - 1)
+        keep = cond.get("keep", torch.ones(len(x), dtype=torch.bool))[:, None]
+        return torch.where(keep, null + scale * (good - null), null)
+
+
+def test_the_guided_velocity_is_the_fixed_point_of_its_target():
+    """With the exact guided map in the network, the target at each sample is the guided velocity itself."""
+    objective, n = FlowMap(guidance=5.0, time_rate=1.0), 4000
+    label = torch.arange(n) % 2
+    batch = Batch((2.0 * label[:, None] - 1).double(), {"label": label}, draw=Draw((1,), 0, n))
+    cond = {**(dropped := batch.drop(0.1)), **draw_guidance(batch, dropped, 5.0)}
+    assert float(cond["guidance"].log().mean()) == pytest.approx(0.9 * 0.5 * math.log(5), rel=0.05)
+    assert bool((cond["guidance"][~cond["keep"]] == 1).all())
+    u = objective.learned_map(TwoClasses(), cond)
+    jumps = objective.draw_jumps(batch, u)
+    keep = cond["keep"] & (jumps.t > 0.05)
+    torch.testing.assert_close(jumps.velocity[keep], u.frozen(jumps.z, jumps.t, jumps.t)[keep], rtol=1e-6, atol=1e-6)
+    plain = TwoClasses().velocity(jumps.z, jumps.t[:, None], batch.x)
+    inside = (cond["guidance_low"] <= jumps.t) & (jumps.t <= cond["guidance_high"])
+    torch.testing.assert_close(jumps.velocity[~inside], plain[~inside])
+    assert 0.1 < float((~inside).double().mean()) < 0.5
+
+
+def test_guidance_as_an_input_takes_one_pass(tmp_path):
+    run = load_run(run_of(tmp_path, "--objective=flow-map", "--objective.guidance=4", "--steps=3"))
+    samples = run.sample(4, steps=1, guidance=3.0)
+    assert samples.network_rows == 1 == run.sample(4, steps=1).network_rows
+    weights = run.nets["net"].state_dict()
+    run.nets["net"].load_state_dict({k: torch.randn_like(v) if "on_guidance" in k else v for k, v in weights.items()})
+    late = {"guidance": 3.0, "guidance_interval": (0.3, 0.9)}
+    settings = {"none": {}, "three": {"guidance": 3.0}, "late": late}
+    x = {name: run.sample(4, steps=1, **how).x for name, how in settings.items()}
+    assert not torch.allclose(x["none"], x["three"])
+    assert not torch.allclose(x["late"], x["three"])
+    with pytest.raises(ValueError, match="1 to 4, the scales that this model was trained for"):
+        run.sample(4, steps=1, guidance=5.0)
+
+
+def test_a_guided_teacher_gives_each_sample_its_scale(teacher):
+    objective = FlowMap(guidance=4.0, teacher=str(teacher))
+    batch = Batch(torch.randn(64, 2), {"label": torch.arange(64) % 2}, draw=Draw((1,), 0, 64))
+    cond = {**batch.cond, **draw_guidance(batch, batch.cond, 4.0)}
+    net = objective.networks(MLP(width=8, depth=1), Spec((2,), {"label": Label(2)}))["net"]
+    u = objective.learned_map(net, cond, objective.open_teacher(torch.device("cpu")))
+    jumps = objective.draw_jumps(batch, u)
+    run, null = load_run(teacher), {**batch.cond, "keep": torch.zeros(64, dtype=torch.bool)}
+    good, bad = (run.denoiser(jumps.z, jumps.t, c).velocity for c in (batch.cond, null))
+    inside = (cond["guidance_low"] <= jumps.t) & (jumps.t <= cond["guidance_high"])
+    scale = torch.where(inside, cond["guidance"], 1.0)[:, None]
+    torch.testing.assert_close(jumps.velocity, bad + scale * (good - bad), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_without_a_null_or_conditions_is_refused():
+    with pytest.raises(ValueError, match="nothing to guide away from"):
+        FlowMap(guidance=3.0, cond_dropout=0.0)
+    with pytest.raises(ValueError, match="no conditions to guide by"):
+        FlowMap(guidance=3.0).networks(MLP(), Spec((2,)))
+    with pytest.raises(ValueError, match="scale is an input"):
+        FlowMap(guidance=3.0, teacher="x", teacher_guidance=2.0)

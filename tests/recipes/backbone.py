@@ -16,7 +16,6 @@ from genkit.core import NO_COND, Backbone, Cond, Spec
 class ResNet(Backbone):
     """Residual blocks at full size (He et al. 2016), modulated by time and conditions."""
 
-    cuts: ClassVar[tuple[str, ...]] = ("denoiser",)
     routes: ClassVar[tuple[str, ...]] = ("global",)
 
     width: Annotated[int, Ge(1)] = 32

@@ -24,6 +24,7 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
         "benchmarks.prediction",
         "predicting x0, eps or velocity, for a spiral in up to 512 dimensions",
     ),
+    "few-step": ("benchmarks.few_step", "1 to 8 steps of flow maps, drifting and reflow, at equal CPU seconds"),
     "reflow": ("benchmarks.reflow", "one-step samples of 1-, 2- and 3-rectified flow, and distilled"),
 }
 

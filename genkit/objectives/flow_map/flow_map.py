@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from genkit.config import load_object
@@ -27,10 +27,11 @@ from genkit.core import (
     expand,
     mean_flat,
 )
-from genkit.diffusion.flow_map import SPAN, FlowMapDenoiser
+from genkit.diffusion.flow_map import NO_GUIDANCE, SPAN, FlowMapDenoiser
 from genkit.diffusion.guidance import classifier_free, require_same_path
 from genkit.diffusion.parametrization import refuse_singular
 from genkit.diffusion.paths import Linear, chart
+from genkit.objectives.flow_map.guidance import GuidedTeacher, draw_guidance, guided_velocity
 from genkit.objectives.flow_map.learned import Jumps, LearnedMap
 from genkit.objectives.flow_map.rules import RULES, Improved, Rule
 from genkit.objectives.matching.flow import name_of
@@ -67,6 +68,9 @@ class FlowMap(Matching):
     """a run whose velocity is learned from in place of the data's: a flow, DDPM, EDM or flow map on the same path"""
     teacher_guidance: float = 1.0
     """scale of classifier-free guidance of the teacher, which becomes part of the model"""
+    guidance: Annotated[float, Ge(1), Le(100)] = 1.0
+    """largest scale of guidance that the network takes as an input, with an interval: --guidance 3 then costs one pass;
+    1: none, and guidance takes two"""
     cond_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """probability of training a sample without its conditions, for classifier-free guidance"""
     cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -83,6 +87,13 @@ class FlowMap(Matching):
             raise ValueError("time_distribution: given loss-aware, which knows one time only; allowed: all others")
         if self.teacher is None and self.teacher_guidance != 1:
             raise ValueError(f"teacher_guidance: given {self.teacher_guidance}, but no teacher; name a run")
+        if self.guidance > 1 and self.cond_dropout == 0:
+            raise ValueError(
+                f"guidance: given {self.guidance} with cond_dropout 0: there is nothing to guide away from; set "
+                "--objective.cond-dropout 0.1"
+            )
+        if self.guidance > 1 and self.teacher_guidance != 1:
+            raise ValueError("teacher_guidance: has no effect where the scale is an input; leave it out")
         if self.teacher is not None:  # independent of the working directory, and of what runs/latest becomes
             object.__setattr__(self, "teacher", os.path.realpath(self.teacher))
 
@@ -90,6 +101,10 @@ class FlowMap(Matching):
     def label_rate(self) -> float:
         """The factor of the network's time label."""
         return self.time_rate or (SLOW if self.rule.differentiates_time else 1.0)
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        return (1.0, self.guidance) if self.guidance > 1 else None
 
     @property
     def sampler(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -121,16 +136,26 @@ class FlowMap(Matching):
             )
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbone.denoiser(replace(spec, cond={**spec.cond, SPAN: Scalar()}))}
+        if self.guidance > 1 and not spec.cond:
+            raise ValueError(f"guidance: given {self.guidance}, but these data have no conditions to guide by; use 1")
+        names = [SPAN, *(NO_GUIDANCE if self.guidance > 1 else ())]
+        return {"net": backbone.denoiser(replace(spec, cond={**spec.cond, **dict.fromkeys(names, Scalar())}))}
 
     def denoiser(self, net: nn.Module) -> FlowMapDenoiser:
         return FlowMapDenoiser(
-            net, self.path, self.parametrization, self.label_rate, only_to_data=self.rule.jumps_to_data
+            net,
+            self.path,
+            self.parametrization,
+            self.label_rate,
+            only_to_data=self.rule.jumps_to_data,
+            takes_guidance=self.guidance > 1,
         )
 
     # ------------------------------------------------------------------------------------------------------- loss
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         cond = batch.drop(self.cond_dropout, self.cond_dropout_each)
+        if self.guidance > 1:
+            cond = {**cond, **draw_guidance(batch, cond, self.guidance)}
         u = self.learned_map(nets["net"], cond, self.open_teacher(batch.x.device))
         jumps = self.draw_jumps(batch, u)
         error = self.rule.error(u, jumps, batch.step)
@@ -151,9 +176,11 @@ class FlowMap(Matching):
         x0, x1 = self.endpoints(batch, t)
         velocity = x1 - x0
         z = x0 + expand(chart(self.path, t)[0], x0) * velocity
-        if u.teacher is None:
-            return Jumps(z, r, t, velocity, x0, x1)
-        return Jumps(z, r, t, u.velocity(z, t), x0, x1, exact=True)
+        if u.teacher is not None:
+            return Jumps(z, r, t, u.velocity(z, t), x0, x1, exact=True)
+        if self.guidance > 1:
+            velocity = guided_velocity(u, z, t, velocity)
+        return Jumps(z, r, t, velocity, x0, x1)
 
     def error_bound(self, t: Tensor, like: Tensor) -> Tensor:
         """The factor that keeps the network's share of the error within MAX_ERROR_SCALE, ``[B, 1, ...]``.
@@ -168,7 +195,8 @@ class FlowMap(Matching):
         """The teacher, guided, on ``device``."""
         if self.teacher is None:
             return None
-        return load_teacher(self.teacher, self.teacher_guidance, self.path, device)[0]
+        teacher = load_teacher(self.teacher, self.teacher_guidance, self.path, device)[0]
+        return GuidedTeacher(teacher) if self.guidance > 1 else teacher
 
 
 @lru_cache(maxsize=4)
