@@ -2,7 +2,7 @@
 
     genkit bench few-step [--seeds 3] [--seconds 60] [--only plane] [--ways improved drift] [--out FILE.json]
 
-Every row has the same network, data, optimiser and CPU seconds of training: each first times some steps, then trains as
+Every row has the same network, data, optimizer and CPU seconds of training: each first times some steps, then trains as
 many as the budget allows. "plane": eight Gaussians of standard deviation 0.1 on a circle of radius 2; the
 2-Wasserstein distance of 1,000 samples to 1,000 new points; MLPs with three hidden layers of 128 that see the times
 themselves; all seeds share the budget, because they are trained at once. "digits": scikit-learn's, class-conditional;
@@ -55,6 +55,8 @@ class Setting:
     """a new network for a seed and an objective"""
     draw: DrawBatch
     """training rows"""
+    draw_members: DrawBatch
+    """the same with the member of an ensemble as a class, for an objective whose rows interact within a class"""
     test: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
     """noise and conditions to sample from, for a seed"""
     score: Callable[[Tensor], dict[str, list[float]]]
@@ -119,7 +121,8 @@ def generators(trainer: Trainer, way: str) -> dict[int, Generator]:
     make = lambda steps: make_objective(way, steps, trainer.rate)  # noqa: E731
     torch.manual_seed(trainer.seed)
     net = setting.make_net(trainer.seed, make(TIMED))
-    objective = trainer.fit(make, net, setting.draw)
+    draw = setting.draw_members if make(TIMED).rows_interact else setting.draw
+    objective = trainer.fit(make, net, draw)
     if objective.sampler is None:
         return {1: objective.generator({"net": net})}
     sampler = "ddim" if way == "flow" else objective.sampler
@@ -195,10 +198,16 @@ def plane(seeds: int, offset: int = 0) -> Setting:
         torch.manual_seed(seed)
         return EnsembleMLP(seeds, 2, 128, 3, F.silu, (SPAN,) if isinstance(objective, FlowMap) else ())
 
-    rows = {True: NUM_PAIRS, False: NUM_TEST}
+    rows, points = {True: NUM_PAIRS, False: NUM_TEST}, draw_ring(NUM_TRAIN, 1)
+
+    def draw_members(count: int) -> Batch:
+        member = torch.arange(seeds).repeat_interleave(count // seeds)
+        return Batch(points[torch.randint(len(points), (count,))], {"member": member})
+
     return Setting(
         make_net=make_net,
-        draw=draw_rows(draw_ring(NUM_TRAIN, 1)),
+        draw=draw_rows(points),
+        draw_members=draw_members,
         test=lambda seed: (normals_of((seeds * rows[seed < 0], 2), 2000 + offset), NO_COND),
         score=score,
         noise=lambda seed: lambda shape: normals_of((seeds * NUM_TEST, *shape), 3000 + offset),
@@ -233,6 +242,7 @@ def digits(seeds: int, offset: int = 0) -> Setting:
     return Setting(
         make_net=make_net,
         draw=draw,
+        draw_members=draw,
         test=test,
         score=score,
         noise=lambda seed: lambda shape: normals_of((NUM_TEST, *shape), 3000 + offset + seed),

@@ -72,7 +72,7 @@ def measure(run: genkit.Run, new: Path, seed: int) -> dict[str, Any]:
     with safe_open(weights, "np") as stored:
         parameters = sum(int(np.prod(stored.get_slice(name).get_shape())) for name in stored.keys())  # noqa: SIM118
     return {
-        **{name: round_values(metrics[name]) for name in ("accuracy", "fid", "precision", "recall")},
+        **{card.title(name): round_values(metrics[name]) for name in ("accuracy", "fid", "precision", "recall")},
         "trained_parameters": parameters,
         "file_bytes": weights.stat().st_size,
     }

@@ -91,7 +91,7 @@ def main() -> None:
                     "name": name,
                     "settings": options.replace("--method.name", "--method"),
                     "success": [results["success"]["value"] for results in (run.before, run.after)],
-                    "bits": [results["mode_entropy_bits"] for results in (run.before, run.after)],
+                    "bits": [results["mode_entropy_bits"]["value"] for results in (run.before, run.after)],
                     "held_out_loss": [loss_before, held_out_loss(run)],
                     "success_by_iteration": [round(record["success"], 3) for record in log if "success" in record],
                     "cpu_seconds": seconds,

@@ -1,8 +1,8 @@
 """Measure the structure of the code: rooms, import contracts, length of functions, documentation, depth of call chains.
 
-    python tools/measure.py [--chains]      # --chains also prints the functions on the way
+    python tools/measure.py [--out FILE]      # docs/results/structure.json, from which tools/tables.py makes a table
 
-Prints the table of docs/architecture.md. A hop is a frame of genkit on the stack between `genkit.cli.main.main` and the
+A hop is a frame of genkit on the stack between `genkit.cli.main.main` and the
 innermost function, which is counted too: Matching.loss (or an override) for training, the network's denoiser for
 sampling, a metric's function for evaluation. Tiny runs are made in a temporary folder.
 """
@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import io
+import json
 import statistics
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def chain(argv: list[str], owner: Any, name: str) -> list[str]:
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
-        raise Reached(*(f"{Path(frame.filename).stem}.{frame.name}" for frame in frames), name)
+        place = owner.__name__.rpartition(".")[2]
+        raise Reached(*(f"{Path(frame.filename).stem}.{frame.name}" for frame in frames), f"{place}.{name}")
 
     setattr(owner, name, stop)
     try:
@@ -113,7 +115,7 @@ def measure_chains() -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--chains", action="store_true")
+    parser.add_argument("--out", type=Path, default=PACKAGE.parent / "docs" / "results" / "structure.json")
     args = parser.parse_args()
     chains = measure_chains()
     sizes = lengths()
@@ -128,12 +130,11 @@ def main() -> None:
         "longest module, lines": max(modules),
         "public functions of modules with a docstring": f"{100 * documented / total:.0f} %",
     }
-    print("| measure | value |\n| --- | ---: |")
+    result = {"command": "python tools/measure.py", "measures": rows, "chains": chains}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, value in rows.items():
-        print(f"| {name} | {value} |")
-    if args.chains:
-        for label, names in chains.items():
-            print(f"\n{label}: {', '.join(names)}")
+        print(f"{name:<55} {value}")
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,14 @@ def quality() -> str:
     for name, label in QUALITY.items():
         own = {row["nfe"]: row["values"] for row in found if row["name"] == name}
         best = own.get(20) or next(iter(own.values()))
-        distances = [interval(own[nfe]["fid"], 2) if nfe in own else "" for nfe in (1, 5, 10, 20, 50)]
+        distances = [interval(own[nfe]["fd (classifier)"], 2) if nfe in own else "" for nfe in (1, 5, 10, 20, 50)]
         if name == "real":
-            distances[0] = interval(best["fid"], 2)
+            distances[0] = interval(best["fd (classifier)"], 2)
         # intervals at one budget only: six in a row would not fit a page
         distances[1:4] = [text.partition(" ")[0] for text in distances[1:4]]
-        rows.append([label, *distances, number(best["accuracy"]["value"], 3), number(best["recall"]["value"], 3)])
+        rows.append(
+            [label, *distances, number(best["accuracy"]["value"], 3), number(best["recall (classifier)"]["value"], 3)]
+        )
     return table(["", "1 evaluation", "5", "10", "20", "50", "class accuracy", "recall"], rows)
 
 
@@ -120,7 +122,11 @@ def lora() -> str:
     for name, seeds in load("lora-digits")["results"].items():
         run = seeds["0"]
         cells = [f"{run['trained_parameters']:,}" if name != "the base" else "", interval(run["accuracy"], 3)]
-        cells += [interval(run["fid"], 2), number(run["recall"]["value"], 2), str(run.get("cpu_seconds", ""))]
+        cells += [
+            interval(run["fd (classifier)"], 2),
+            number(run["recall (classifier)"]["value"], 2),
+            str(run.get("cpu_seconds", "")),
+        ]
         rows.append([name, *cells])
     header = ["", "trained parameters", "class accuracy", "Fréchet distance", "recall", "training, CPU s"]
     return table(header, rows)
@@ -189,6 +195,47 @@ def reflow() -> str:
     rows.append(["real data", *real])
     header = ["", "plane, W2: one step", "25 Heun steps", "digits, Fréchet distance: one step", "25 Heun steps"]
     return table(header, rows)
+
+
+WAYS = {
+    "improved": "flow map, improved",
+    "mean": "flow map, mean",
+    "lagrangian": "flow map, lagrangian",
+    "shortcut": "flow map, shortcut",
+    "alpha": "flow map, alpha",
+    "consistency": "flow map, consistency",
+    "drift": "drifting",
+    "reflow": "reflow and distillation",
+    "flow": "flow, Euler's method",
+}
+
+
+def few_step_rows(part: str, value: str, digits: int) -> list[list[str]]:
+    """A row for each way that was measured, by number of steps, with the CPU seconds of a seed."""
+    cells, rows = load("few-step")["cells"], []
+    for way, label in WAYS.items():
+        if (cell := cells.get(f"{part}/{way}")) is None:
+            continue
+        runs = [cell["values"][value].get(k) for k in ("1", "2", "4", "8")]
+        seconds = mean(cell["cpu_seconds"]) * len(cell["cpu_seconds"]) / len(runs[0])
+        rows.append([label, *(spread(run, digits) if run else "" for run in runs), number(seconds, 0)])
+    return rows
+
+
+def few_step_plane() -> str:
+    real = load("few-step")["cells"]["plane/real"]["values"]["W2"]["1"]
+    rows = few_step_rows("plane", "W2", 3)
+    rows.append(["real data", spread(real, 3), "", "", "", ""])
+    return table(["W2", "1 step", "2", "4", "8", "training, CPU s a seed"], rows)
+
+
+def few_step_digits() -> str:
+    cells, rows = load("few-step")["cells"], few_step_rows("digits", "Fréchet", 2)
+    accuracy = {row[0]: row[1] for row in few_step_rows("digits", "accuracy", 3)}
+    rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
+    real = cells["digits/real"]["values"]["Fréchet"]["1"]
+    rows.append(["real data", number(mean(real), 2), "", "", "", "", ""])
+    return table(["Fréchet distance", "1 step", "2", "4", "8", "accuracy, 1 step", "training, CPU s"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- policies
@@ -343,6 +390,16 @@ def overhead() -> str:
     return table(["sampler", "genkit, µs per step", "diffusers, µs per step", "ratio"], rows)
 
 
+def structure() -> str:
+    """``tools/measure.py``: rooms, contracts, hops, lengths."""
+    return table(["measure", "value"], [[name, str(value)] for name, value in load("structure")["measures"].items()])
+
+
+def training_chain() -> str:
+    """The functions from the command line to the loss."""
+    return ", ".join(f"`{name}`" for name in load("structure")["chains"]["train to the loss"])
+
+
 # ----------------------------------------------------------------------------------------------------------- README
 def summary() -> str:
     """The eight rows of README.md."""
@@ -381,6 +438,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "toy-energy": toy_energy,
     "prediction": prediction,
     "reflow": reflow,
+    "few-step-plane": few_step_plane,
+    "few-step-digits": few_step_digits,
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
@@ -394,6 +453,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "time-to-quality": time_to_quality,
     "overhead": overhead,
+    "structure": structure,
     "summary": summary,
 }
 
@@ -407,4 +467,5 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "likelihood-linear": partial(likelihood_error, "linear"),
     "likelihood-vp": partial(likelihood_error, "vp"),
     "likelihood-ve": partial(likelihood_error, "ve"),
+    "training-chain": training_chain,
 }

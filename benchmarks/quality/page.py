@@ -16,7 +16,8 @@ from benchmarks.quality.settings import Quality, find_row, latent_shape
 from genkit import __version__, config
 from genkit.core.files import write_text
 from genkit.evaluation import Card, Estimate
-from genkit.evaluation.cards import to_text
+from genkit.evaluation.cards import flatten, to_text
+from genkit.evaluation.metrics import metric_title
 from genkit.evaluation.report.html import (
     embed_pictures,
     format_interval,
@@ -30,8 +31,8 @@ from genkit.evaluation.report.html import (
     render_table,
     render_value,
 )
-from genkit.evaluation.report.page import varying_keys
-from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_nfe
+from genkit.evaluation.report.plots import plot_curves, plot_metrics_by_cost
+from genkit.evaluation.report.quality import varying_keys
 from genkit.evaluation.report.records import read_log
 
 TITLE = "Objectives on one network, data and budget"
@@ -49,6 +50,12 @@ class Line:
     """None for held-out data"""
     values: Mapping[str, Estimate]
     """metrics and costs"""
+    features: str | None = None
+    """the name of the features that distances are measured in"""
+
+    def title(self, key: str) -> str:
+        """What tables call a metric, by its features, or a cost."""
+        return COSTS.get(key) or metric_title(key, self.features)
 
 
 def make_lines(results: Sequence[Result], real: Card | None, steps: int) -> list[Line]:
@@ -56,13 +63,15 @@ def make_lines(results: Sequence[Result], real: Card | None, steps: int) -> list
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         groups.setdefault((result.row, result.nfe), []).append(result)
-    lines = [Line("real", "held-out data", None, real.metrics)] if real is not None else []
+    cards = [real] if real is not None else [result.measured.card for result in results]
+    features = flatten(cards[0].settings).get("features.name") if cards else None
+    lines = [Line("real", "held-out data", None, real.metrics, features)] if real is not None else []
     for (name, nfe), group in groups.items():
         cards = [result.measured.card for result in group]
         values = {metric: average_seeds([card.metrics[metric] for card in cards]) for metric in cards[0].metrics}
         values["cpu"] = average_seeds([Estimate(result.cost.scaled_to(steps).cpu) for result in group])
         values["ms"] = average_seeds([Estimate(result.measured.milliseconds) for result in group])
-        lines.append(Line(name, group[0].sampler, nfe, values))
+        lines.append(Line(name, group[0].sampler, nfe, values, features))
     return lines
 
 
@@ -79,16 +88,16 @@ def column_keys(lines: Sequence[Line]) -> list[str]:
     return [key for key in (*METRICS, *COSTS) if any(key in line.values for line in lines)]
 
 
-def column_titles(keys: Sequence[str]) -> list[str]:
+def column_titles(lines: Sequence[Line], keys: Sequence[str]) -> list[str]:
     """The heads of the columns."""
-    return [COSTS.get(key, format_metric(key)) for key in keys]
+    return [COSTS.get(key) or format_metric(key, lines[0].title(key)) for key in keys]
 
 
 # -------------------------------------------------------------------------------------------------------- Markdown
 def to_markdown(lines: Sequence[Line], facts: Mapping[str, str], notes: Sequence[str]) -> str:
     """The table, what is needed to read it, and what it was made with."""
     keys = column_keys(lines)
-    head = ["objective", "sampler", "NFE", *column_titles(keys)]
+    head = ["objective", "sampler", "NFE", *column_titles(lines, keys)]
     rows = []
     for line in lines:
         rows.append([line.name, line.sampler, to_nfe(line), *(format_cell(line.values.get(key)) for key in keys)])
@@ -135,7 +144,7 @@ def to_html(results: Sequence[Result], lines: Sequence[Line], facts: Mapping[str
 
 def html_table(lines: Sequence[Line], keys: Sequence[str]) -> Markup:
     """The table, with held-out data highlighted."""
-    titles = column_titles(keys)
+    titles = column_titles(lines, keys)
     rows = []
     for line in lines:
         rows.append([line.name, line.sampler, to_nfe(line), *(render_value(line.values.get(key)) for key in keys)])
@@ -151,8 +160,10 @@ def quality_plots(lines: Sequence[Line], keys: Sequence[str]) -> list[Markup]:
     series: dict[str, list[Card]] = {}
     for line in lines:
         if line.nfe is not None:
-            series.setdefault(line.name, []).append(Card(line.values, {"nfe": line.nfe}))
-    return plot_metrics_by_nfe([key for key in keys if key not in COSTS], series, floor)
+            series.setdefault(line.name, []).append(
+                Card(line.values, {"nfe": line.nfe, "features": {"name": line.features}})
+            )
+    return plot_metrics_by_cost([key for key in keys if key not in COSTS], series, floor)
 
 
 def loss_plots(results: Sequence[Result]) -> list[Markup]:
@@ -210,7 +221,7 @@ def write_results(
     notes, out = make_notes(settings, results, real, device), Path(settings.out)
     rows = []
     for line in lines:
-        values = {name: estimate._asdict() for name, estimate in line.values.items()}
+        values = {(name if name in COSTS else line.title(name)): e._asdict() for name, e in line.values.items()}
         rows.append({"name": line.name, "sampler": line.sampler, "nfe": line.nfe, "values": values})
     write_text(out / "results.json", json.dumps({**facts, "notes": notes, "rows": rows}, indent=1) + "\n")
     write_text(out / "report.md", to_markdown(lines, facts, notes))

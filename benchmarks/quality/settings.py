@@ -66,7 +66,7 @@ class Quality:
     data: Any = table("genkit.data:DATA", "digits", kind="genkit.data:DataSource", fallback="genkit.data:find_source")
     """The data of all rows."""
     steps: Count = 2000
-    """Optimiser steps of each row."""
+    """Optimizer steps of each row."""
     batch: Count = 64
     """Samples per step."""
     lr: Annotated[float, Gt(0)] = 1e-3

@@ -19,6 +19,7 @@ from genkit import config
 from genkit.config import to_yaml
 from genkit.core.files import write_text
 from genkit.training.checkpoint import find_checkpoint
+from genkit.training.resume import decided_as
 from genkit.training.settings import TrainSettings
 
 IGNORED = ("precision", "threads", "device", "resume", "out", "workers")  # resolved by training, or free to change
@@ -26,9 +27,11 @@ IGNORED = ("precision", "threads", "device", "resume", "out", "workers")  # reso
 
 # ---------------------------------------------------------------------------------------------- finding a training
 def is_same(a: TrainSettings, b: TrainSettings) -> bool:
-    """Whether two trainings lead to the same networks."""
-    ignored = {name: getattr(b, name) for name in IGNORED}
-    return replace(a, **ignored) == b
+    """Whether the training of the stored settings ``a`` leads to the same networks as one of ``b``, which may leave
+    settings open that training decides."""
+    stored = replace(a, **{name: getattr(b, name) for name in IGNORED})
+    sources = (source.with_absolute_root() for source in (b.data, b.data.with_default_held_out()))
+    return any(stored == decided_as(a, replace(b, data=source)) for source in (b.data, *sources))
 
 
 def find_run(cfg: TrainSettings) -> tuple[Path | None, int]:

@@ -102,7 +102,8 @@ class Layout:
         if latent is not None and len(latent) > 1:  # a map: stop at the level of its size
             if latent[1:] not in shrunk:
                 allowed = ", ".join("x".join(map(str, s)) for s in shrunk)
-                raise ValueError(f"UNet: given a latent of size {latent[1:]}; {len(cfg.mults)} mults reach {allowed}")
+                raise ValueError(f"UNet: given a latent of size {latent[1:]}; {len(cfg.mults)} mults reach {allowed}; "
+                                 f"try --objective.latent {latent[0]} {' '.join(map(str, shrunk[-1]))}")  # fmt: skip
             levels = shrunk.index(latent[1:]) + 1
         self.sizes = [tuple(n * 2 ** (levels - 1 - i) for n in shrunk[levels - 1]) for i in range(levels)]
         self.channels = [cfg.width * m for m in cfg.mults[:levels]]

@@ -260,11 +260,14 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 class MessagePrinter(logging.Handler):
-    """Prints the library's messages (logger ``genkit``) to standard output; the first rank's warnings to stderr."""
+    """Prints the library's messages (logger ``genkit``) to standard output.
+
+    Progress and the first rank's warnings go to standard error.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        if record.levelno < logging.WARNING:
+        if record.levelno < logging.WARNING and record.name != "genkit.progress":
             print(printable(record.getMessage()), flush=True)
         elif os.environ.get("RANK", "0") == "0":
             print(printable(record.getMessage()), file=sys.stderr, flush=True)

@@ -164,6 +164,8 @@ class Objective(ABC):
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     rows_interact: ClassVar[bool] = False
     """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
+    policy_sampler: ClassVar[str] = "ddim"
+    """sampler of a policy's actions, unless another is asked for: one evaluation a step"""
     policy_steps: ClassVar[int] = 4
     """sampler steps for each chunk of a policy's actions, unless another number is asked for"""
     default_settings: ClassVar[Mapping[str, Any]] = {}

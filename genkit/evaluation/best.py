@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from genkit.evaluation.cards import Card, comparable_settings, flatten, hash_json
-from genkit.evaluation.metrics import Estimate, metric_direction
+from genkit.evaluation.metrics import Direction, Estimate
 from genkit.training.sampling import Sampling
 
 T = TypeVar("T")
@@ -44,25 +44,31 @@ class Best:
     ties: tuple[int, ...]
     """others whose intervals overlap the best one's: the data do not tell them apart"""
     unknown: tuple[int, ...]
-    """others that cannot be told from the best, because one of the two has no interval"""
+    """others without an interval, which cannot be told from the best; all of them if the best has none"""
+    has_interval: bool
+    """whether the best value has one"""
 
     def mark(self, index: int) -> str:
-        """``best``, ``tied``, ``interval unknown``, or the empty string for what is worse."""
+        """What a table says beside a value: ``best``, ``best, tied`` or ``best, no interval``; ``tied`` or ``no
+        interval`` for another one; the empty string for what is worse, or not known to be."""
         if index == self.index:
-            return "best"
-        return "tied" if index in self.ties else "interval unknown" if index in self.unknown else ""
+            return "best" + (", tied" if self.ties else "" if self.has_interval else ", no interval")
+        if index in self.ties:
+            return "tied"
+        return "no interval" if index in self.unknown and self.has_interval else ""
 
 
-def find_best(metric: str, estimates: Sequence[Estimate | None]) -> Best | None:
-    """The best of ``estimates``; None if there are fewer than two, or it is not known which direction is better."""
-    direction = metric_direction(metric)
+def find_best(direction: Direction | None, estimates: Sequence[Estimate | None]) -> Best | None:
+    """The best of ``estimates``; None if there are fewer than two, or it is not known which ``direction`` is better."""
     present = [(i, e) for i, e in enumerate(estimates) if e is not None]
     if direction is None or len(present) < 2:
         return None
     sign = 1 if direction == "lower" else -1
     index, best = min(present, key=lambda item: sign * item[1].value)
     others = [(i, best.overlaps(e)) for i, e in present if i != index]
-    return Best(index, tuple(i for i, both in others if both), tuple(i for i, both in others if both is None))
+    ties = tuple(i for i, both in others if both)
+    unknown = tuple(i for i, both in others if both is None)
+    return Best(index, ties, unknown, best.low is not None and best.high is not None)
 
 
 def pareto_front(items: Sequence[T], cost: Callable[[T], float], loss: Callable[[T], float]) -> list[T]:

@@ -23,7 +23,17 @@ from genkit.core.links import follow_links
 from genkit.evaluation.metrics import Estimate, metric_title
 
 WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
-OBSERVED = ("nfe", "passes", "seconds", "metric_seconds", "versions", "device", "ranks", "notes")
+OBSERVED = (  # of the machine or of the work, not settings
+    "nfe",
+    "passes",
+    "seconds",
+    "draw_cpu_seconds",
+    "metric_seconds",
+    "versions",
+    "device",
+    "ranks",
+    "notes",
+)
 LOCATIONS = ("reference.data", "reference.stats", "reference.run")  # names; the hash of a reference counts
 PACKAGES = ("torch", "numpy", "scipy", "torchvision", "pillow")
 

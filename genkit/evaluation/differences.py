@@ -8,10 +8,10 @@ from typing import Any
 
 from genkit.evaluation.best import Best, find_best, group_cards
 from genkit.evaluation.cards import Card, comparable_settings, describe_settings, flatten, setting_differences
-from genkit.evaluation.metrics import Estimate
+from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.evaluation.run_records import RunRecord, read_run
 
-IGNORED = ("argv", "cwd", "init")  # of the environment: they differ between any two runs, or are settings
+IGNORED = ("argv", "cwd", "init", "date")  # of the environment: they differ between any two runs, or are settings
 NAMES = ("name", "out", "finetune.name", "finetune.out")  # where a run is, not what it is
 
 
@@ -52,6 +52,15 @@ class RunDifferences:
     """of cards that ``eval --compare`` would compare, whether or not they differ"""
     incomparable: tuple[str, ...]
     """one line for each run whose cards all differ from the others' in how they were measured"""
+
+    @property
+    def short_settings(self) -> dict[str, tuple[Any, ...]]:
+        """``settings``, with one row for those of fine-tuning if some of the runs were not fine-tuned."""
+        names = [name for name in self.settings if name.startswith("finetune.")]
+        if None not in self.settings.get("finetune.run", ()):
+            return dict(self.settings)
+        short = {k: v for k, v in self.settings.items() if k not in names}
+        return short | {f"finetune ({len(names)} settings)": self.settings["finetune.method.name"]}
 
     def to_dict(self) -> dict[str, Any]:
         """The differences as JSON has them."""
@@ -140,7 +149,9 @@ def compare_metrics(runs: Sequence[RunRecord]) -> tuple[MetricRow, ...]:
         for metric in dict.fromkeys(name for card in cards if card for name in card.metrics):
             estimates = tuple(card.metrics.get(metric) if card else None for card in cards)
             title = next(card.title(metric) for card in cards if card)
-            rows.append(MetricRow(metric, title, estimates, tuple(cards), find_best(metric, estimates)))
+            rows.append(
+                MetricRow(metric, title, estimates, tuple(cards), find_best(metric_direction(metric), estimates))
+            )
     return tuple(rows)
 
 

@@ -7,6 +7,7 @@ card.save()
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +47,7 @@ from genkit.training.sampling import LoadOptions, Sampling
 
 DEFAULT_IMAGES, DEFAULT_VECTORS = 10_000, 2_000  # samples of a run if no number is given
 MIN_REFERENCE_VECTORS = 2_000
+LARGE_PIXELS, CPU_IMAGES = 32**2, 500  # beyond this size a CPU draws so many samples by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class EvaluationSettings(Sampling, LoadOptions):
     metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = None
     """Metrics, separated by commas; None: those that suit the data."""
     n: Annotated[int, Ge(2)] | None = None
-    """Number of samples; None: all stored ones; of a run 10000 images or 2000 vectors."""
+    """Number of samples; None: all stored ones; of a run 10000 images (500 on a CPU if they are larger than 32x32) or
+    2000 vectors."""
     reference: PathText | None = None
     """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma; None: train."""
     reference_n: Annotated[int, Ge(2)] | None = None
@@ -110,7 +113,7 @@ def evaluate(
         )
     if metrics is None and reference is None and settings.save_stats:
         metrics = {}
-    n = settings.n or samples.limit or default_n(samples.spec)
+    n = settings.n or samples.limit or default_n(samples.spec, accelerator.device)
     if samples.limit is not None and n > samples.limit:
         raise ValueError(f"n: given {n}, but {samples.name} has {samples.limit} samples; take --n {samples.limit}")
     with reporting(progress, ranks.is_main) as report, use_threads(run_threads(samples)):
@@ -138,9 +141,15 @@ def evaluate(
     return card
 
 
-def default_n(spec: Spec) -> int:
-    """The number of samples that are drawn from a run if none is given."""
-    return DEFAULT_IMAGES if is_image(spec) else DEFAULT_VECTORS
+def default_n(spec: Spec, device: torch.device) -> int:
+    """The number of samples that are drawn from a run if none is given: fewer large images on a CPU, which is said."""
+    if not is_image(spec):
+        return DEFAULT_VECTORS
+    if device.type != "cpu" or math.prod(spec.shape[1:]) <= LARGE_PIXELS:
+        return DEFAULT_IMAGES
+    warn_once(f"n: {CPU_IMAGES} samples, for {DEFAULT_IMAGES} take hours on a CPU; distances of few samples are biased "
+              f"and compare with equal numbers only: --n {DEFAULT_IMAGES}")  # fmt: skip
+    return CPU_IMAGES
 
 
 def default_reference_n(spec: Spec, n: int, reference: Reference | None = None) -> int | None:

@@ -161,6 +161,7 @@ class Evaluator:
             raise ValueError(f"reference: {source.name} has samples {list(source.spec.shape)}, {samples.name} "
                              f"{list(samples.spec.shape)}; {kind} features need the same shape")  # fmt: skip
         data = None if kind == "inception" else training_data(samples, source)
+        progress("feature extractor", 0, None)
         extractor = load_extractor(chosen, device, data, ranks)
         settings = settings or MetricSettings()
         check_counts(metrics, extractor.dim or math.prod(samples.spec.shape), settings, n,
@@ -283,6 +284,7 @@ class Evaluator:
             raise errors[0]
         observed = {
             "seconds": round(measurement.seconds, 2),
+            "draw_cpu_seconds": round(measurement.draw_cpu_seconds, 4),
             "metric_seconds": round(time.perf_counter() - start, 2),
             "device": device_name(self.device),
             "ranks": self.ranks.world,

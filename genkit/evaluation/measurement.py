@@ -40,6 +40,7 @@ class Shard:
     evaluations: float = 0.0
     passes: float = 0.0
     seconds: float = 0.0
+    draw_cpu_seconds: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write an npz, atomically."""
@@ -47,6 +48,7 @@ class Shard:
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {name: torch.cat(parts) for name, parts in self.tensors.items() if parts}
         counts = [self.moments.n, self.blocks, self.evaluations, self.passes, self.seconds]
+        counts.append(self.draw_cpu_seconds)
         save_npz(path, {"counts": np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()}})
 
     @classmethod
@@ -55,12 +57,12 @@ class Shard:
         try:
             with open_npz(path) as file:
                 arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-            n, blocks, evaluations, passes, seconds = arrays["counts"].tolist()
+            n, blocks, evaluations, passes, seconds, draw = arrays["counts"].tolist()
             moments = Moments(int(n), arrays["mean"], arrays["scatter"])
         except Exception:  # missing, or cut off: the work is done again
             return cls()
         tensors = {name: [arrays[name]] if name in arrays else [] for name in TENSORS}
-        return cls(moments, tensors, int(blocks), evaluations, passes, seconds)
+        return cls(moments, tensors, int(blocks), evaluations, passes, seconds, draw)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Measurement:
     """rows that went through the network per sample: guidance can double them"""
     seconds: float
     """of all ranks together"""
+    draw_cpu_seconds: float
+    """CPU seconds of drawing the samples or reading them, without their features; of all ranks together"""
     block: int
     """samples drawn and extracted at a time"""
 
@@ -108,6 +112,7 @@ def measure(
     start, saved, error = time.perf_counter() - shard.seconds, time.perf_counter(), None
     own_blocks = blocks[ranks.rank :: ranks.world]
     turns = -(-len(blocks) // ranks.world)
+    progress(task, 0, n)
     # with several ranks every rank takes part in every turn, even if it has resumed further: they check for errors
     for turn in range(shard.blocks if ranks.world == 1 else 0, turns):
         try:
@@ -145,7 +150,9 @@ def add_block(
     shard: Shard, samples: SampleSource, extractor: Extractor, rows: range, n: int, keep: frozenset[str]
 ) -> None:
     """Draw the samples ``rows`` of ``n``, extract their features and add them to ``shard``."""
+    begun = time.process_time()
     block = samples.rows(rows.start, rows.stop, n)
+    shard.draw_cpu_seconds += time.process_time() - begun
     with torch.no_grad():
         extraction = extractor(block.x)
     moments = shard.moments or Moments.zeros(extraction.features.shape[1])
@@ -181,7 +188,8 @@ def merge_shards(shards: Sequence[Shard], blocks: Sequence[range], n: int, extra
     evaluations = sum(shard.evaluations for shard in shards)
     passes = sum(shard.passes for shard in shards)
     seconds = sum(shard.seconds for shard in shards)
-    return Measurement(statistics, evaluations / n, passes / n, seconds, len(blocks[0]))
+    draw_cpu_seconds = sum(shard.draw_cpu_seconds for shard in shards)
+    return Measurement(statistics, evaluations / n, passes / n, seconds, draw_cpu_seconds, len(blocks[0]))
 
 
 def merge_rows(shards: Sequence[Shard], blocks: Sequence[range], name: str) -> Tensor:

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from genkit.config import load_yaml
 from genkit.evaluation.best import Best, find_best, group_cards, measurement_settings
 from genkit.evaluation.cards import Card, flatten, parse_card, to_number
-from genkit.evaluation.metrics import Estimate
+from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.training.annotations import Annotations, read_annotations
+from genkit.training.best import BestCheckpoint, read_best
 from genkit.training.checkpoint import list_checkpoints, read_state, step_of
 from genkit.training.directory import find_run
 from genkit.training.lock import is_locked
@@ -91,14 +92,24 @@ class RunRecord:
 
     @cached_property
     def state(self) -> str:
-        """``training now``, ``finished``, ``stopped``, ``no checkpoint yet`` or ``damaged``."""
+        """``training now``, ``finished``, ``stopped early`` (by its patience), ``stopped``, ``no checkpoint yet`` or
+        ``damaged``."""
         if is_locked(self.path):
             return "training now"
         if not self.config:
             return "damaged"
         if not self.checkpoints:
             return "no checkpoint yet"
-        return "finished" if self.steps is not None and self.checkpoints[-1] >= self.steps else "stopped"
+        if self.steps is not None and self.checkpoints[-1] >= self.steps:
+            return "finished"
+        patience, best = to_number(self.config.get("patience")), self.best_checkpoint
+        return "stopped early" if best and patience and best.is_stale(int(patience)) else "stopped"
+
+    @cached_property
+    def best_checkpoint(self) -> BestCheckpoint | None:
+        """The checkpoint that ``--keep-best`` of training has chosen; None if there is none."""
+        best = read_best(self.path)
+        return best if best and best.value is not None else None
 
     # ------------------------------------------------------------------------------------------------------ the log
     @cached_property
@@ -136,7 +147,7 @@ class RunRecord:
         found = []
         for metric in dict.fromkeys(name for card in chosen for name in card.metrics):
             having = [card for card in chosen if metric in card.metrics]
-            best = find_best(metric, [card.metrics[metric] for card in having])
+            best = find_best(metric_direction(metric), [card.metrics[metric] for card in having])
             card = having[best.index if best else -1]
             found.append(Headline(metric, card.title(metric), card.metrics[metric], card, best))
         return tuple(found)
@@ -213,6 +224,7 @@ class RunRecord:
             "parameters": sum(self.parameters.values()) or None,
             "age_seconds": round(time.time() - self.modified, 1) if self.modified else None,
             "size_bytes": self.size,
+            "best_checkpoint": str(self.best_checkpoint) if self.best_checkpoint else None,
             **self.annotations.to_dict(),
             "problem": self.problem or None,
         }

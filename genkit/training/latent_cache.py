@@ -120,6 +120,7 @@ def write_split(
     index = open_index(folder, stage, source)
     views = 1 + int(source.random_flip)
     starts, written, shards = range(0, len(data), settings.shard), 0, {}
+    progress("encoding", 0, len(data))
     for k, first in enumerate(starts):
         last = min(first + settings.shard, len(data))
         path = folder / f"{settings.split}-{k:05d}-of-{len(starts):05d}.safetensors"

@@ -1,4 +1,4 @@
-"""The training loop: devices, ranks, optimisers and EMA. It contains no mathematics and names no objective."""
+"""The training loop: devices, ranks, optimizers and EMA. It contains no mathematics and names no objective."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> r
 
 @dataclass
 class State:
-    """Everything that a checkpoint holds: networks, their averages, an optimiser per phase, and the progress."""
+    """Everything that a checkpoint holds: networks, their averages, an optimizer per phase, and the progress."""
 
     nets: dict[str, nn.Module]
     emas: dict[float, dict[str, nn.Module]]

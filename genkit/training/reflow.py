@@ -91,6 +91,7 @@ def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data = run.config.data.load("train") if run.spec.cond else None
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    progress("pairs", 0, settings.n)
     for first in range(0, settings.n, settings.batch):
         rows = range(first, min(first + settings.batch, settings.n))
         cond = training_conditions(data, rows, settings.seed, run.device) if data else {}

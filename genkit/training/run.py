@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genkit import config
 from genkit.backbones import lora
 from genkit.backbones.embed import scalar_keys
 from genkit.config.numbers import CheckpointStep
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
-from genkit.core.files import write_text
+from genkit.core.files import format_error, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
@@ -29,7 +30,14 @@ from genkit.training.directory import find_run
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
-from genkit.training.sampling import Sampling, build_guidance, picture_names, require_conditions, sample_conditions
+from genkit.training.sampling import (
+    Classes,
+    Sampling,
+    build_guidance,
+    picture_names,
+    require_conditions,
+    sample_conditions,
+)
 from genkit.training.settings import TrainSettings, stored_settings
 
 
@@ -125,7 +133,7 @@ class Run:
         n: int = 16,
         sampling: Sampling | None = None,
         *,
-        label: int | str | None = None,
+        label: Classes | None = None,
         prompt: str | Sequence[str] | None = None,
         cond: Cond | None = None,
         weak: Run | None = None,
@@ -139,18 +147,18 @@ class Run:
         """Draw ``n`` samples. Sample i has seed ``seed + i``, whatever the batch size.
 
         Settings are given as a :class:`Sampling`, or by name: ``run.sample(16, sampler="heun", steps=20, guidance=2)``.
-        Conditions are a class ``label`` (a number or a name), a ``prompt`` (or several in turn; "" is null), or
-        ``cond``, tensors ``[n, ...]`` by name; without any of these the model's classes, or the captions that it kept,
-        in turn.
+        Conditions are a class ``label`` (a number or a name, or several in turn: a list, a tensor), a ``prompt`` (or
+        several in turn; "" is null), or ``cond``, tensors ``[n, ...]`` by name; without any of these the model's
+        classes, or the captions that it kept, in turn.
         ``options`` go to the sampler. Raises ``ValueError`` for what does not fit the model.
         """
-        sampling = replace(sampling or Sampling(), **settings)
+        sampling = config.override(sampling or Sampling(), **settings)
         opened = self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         if trajectory and n > sampling.batch:
             raise ValueError(f"trajectory: given --n {n} in batches of {sampling.batch}; take --batch {n}")
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
-        conditions = dict(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
+        conditions = as_tensors(cond) if cond is not None else sample_conditions(spec, n, label, prompt)
         spec.check(conditions, n)
         require_conditions(self, conditions)
         frames: list[list[Tensor]] = []
@@ -162,6 +170,7 @@ class Run:
                                   callback=record if trajectory else None, **(options or {}))  # fmt: skip
         shape, x, calls = self.objective.noise_shape(self.spec), [], []
         with reporting(progress) as report, torch.no_grad(), count_calls(self.nets) as count:
+            report("sampling", 0, n)
             for first in range(0, n, sampling.batch):
                 rows = slice(first, min(first + sampling.batch, n))
                 noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
@@ -195,6 +204,14 @@ class Run:
         if bool(bad.any()):
             index = first + int(bad.nonzero()[0])
             raise ValueError(f"{self.weights}: sample {index} is not finite; the run has diverged")
+
+
+def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
+    try:
+        return {name: torch.as_tensor(value) for name, value in cond.items()}
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e
 
 
 def with_classes(spec: Spec, classifier: Run) -> Spec:

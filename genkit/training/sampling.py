@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SamplerName = Annotated[str, NameIn("genkit.diffusion.samplers:SAMPLERS")]
 GridName = Annotated[str, NameIn("genkit.diffusion.samplers:GRIDS")]
+Classes = int | str | Sequence[int | str] | Tensor
+"""A class by number or name, or several in turn."""
 BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
 
 
@@ -240,10 +242,28 @@ def require_same_samples(option: str, run: Run, other: Run) -> None:
         )
 
 
+def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") -> Tensor:
+    """The classes ``[n]`` that a number or name, or several of them in turn (a list, a tensor), stand for.
+
+    ``ValueError`` if one is unknown or no class at all.
+    """
+    if isinstance(given, Tensor) or hasattr(given, "tolist"):  # of NumPy
+        given = cast(Any, given).tolist()
+    several: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not several:
+        raise ValueError(f"{option}: given an empty list; needs a class, or several")
+    for value in several:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"{option}: given {value!r:.60}; needs a number or a name, or a list of them")
+    numbers = torch.tensor([kind.number(value, option) for value in several])
+    return numbers[torch.arange(n) % len(numbers)]
+
+
 def sample_conditions(
-    spec: Spec, n: int, label: int | str | None = None, prompt: str | Sequence[str] | None = None
+    spec: Spec, n: int, label: Classes | None = None, prompt: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Conditions of ``n`` samples: the class ``label`` (number or name), the ``prompt`` (or several in turn), or both.
+    """Conditions of ``n`` samples: the class ``label`` (number or name, or several in turn), the ``prompt`` (or several
+    in turn), or both.
 
     If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without
     conditions. Any of several conditions that is left out is null.
@@ -255,7 +275,7 @@ def sample_conditions(
         raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
     if missing := ", ".join(k for k in spec.cond if k not in {**classes, **texts}):
         raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
-    numbers = {} if label is None else {name: kind.number(label, name) for name, kind in classes.items()}
+    numbers = {} if label is None else {name: class_numbers(kind, label, n, name) for name, kind in classes.items()}
     unspecified = label is None and not prompts
     if classes and texts and unspecified:
         raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
@@ -265,7 +285,7 @@ def sample_conditions(
     if captions:
         cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
     if label is not None:
-        return {**cond, **{k: torch.full((n,), number) for k, number in numbers.items()}}
+        return {**cond, **numbers}
     return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}
 
 

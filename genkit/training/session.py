@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -353,4 +354,5 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "world_size": accelerator.num_processes,
         "argv": sys.argv,
         "cwd": os.getcwd(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -114,7 +114,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
     session, settings, accelerator = job.session, job.settings, job.accelerator
     with (
         stop_signals() as signals,
-        reporting(progress, accelerator.is_main_process) as report,
+        reporting(progress, accelerator.is_main_process, stages=False) as report,
         session.recorder.tensorboard(settings.tensorboard, job.state.step),
     ):
         limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf

@@ -17,7 +17,7 @@ from genkit import config
 from genkit.cli import main as cli
 from genkit.evaluation import Estimate, Evaluator
 from genkit.evaluation.report.html import format_number
-from genkit.evaluation.report.records import read_cards
+from genkit.evaluation.run_records import read_cards
 from genkit.training.checkpoint import find_checkpoint, read_tensors
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
@@ -83,21 +83,26 @@ def test_the_table_has_the_numbers_of_the_cards(bench):
     for card in flow:
         line = table["flow", str(int(card.settings["nfe"]))]
         assert line["sampler"] == "dpmpp_2m, uniform"
-        for key, name in (("fid", "fid ↓"), ("accuracy", "accuracy ↑"), ("precision", "precision ↑")):
+        for key, name in (
+            ("fid", "fd (classifier) ↓"),
+            ("accuracy", "accuracy ↑"),
+            ("precision", "precision (classifier) ↑"),
+        ):
             value = card.metrics[key]
             assert (
                 line[name] == f"{format_number(value.value)} [{format_number(value.low)}, {format_number(value.high)}]"
             )
     record = json.loads((bench / "results.json").read_text())
     values = next(x["values"] for x in record["rows"] if (x["name"], x["nfe"]) == ("flow", 3))
-    assert values["fid"]["value"] == flow[1].metrics["fid"].value
+    assert values["fd (classifier)"]["value"] == flow[1].metrics["fid"].value
 
 
 def test_held_out_data_are_the_floor(bench):
     """They are closer to the training data than samples after four steps, and the classifier knows them."""
     table = rows(bench)
     first = lambda cell: float(cell.split()[0])  # noqa: E731
-    assert first(table["real", "–"]["fid ↓"]) < 0.5 * min(first(table[k]["fid ↓"]) for k in list(table)[1:])
+    distances = [first(line["fd (classifier) ↓"]) for line in table.values()]
+    assert distances[0] < 0.5 * min(distances[1:])
     assert first(table["real", "–"]["accuracy ↑"]) > 0.7
     text = (bench / "report.md").read_text()
     assert "real: 32 held-out samples" in text
@@ -125,8 +130,8 @@ def test_the_page(bench):
         f"Grid of samples: {x}" for x in ("flow, NFE 2", "flow, NFE 3", "vae, NFE 1")
     ]
     labels = [s["aria-label"] for s in page.all("svg")]
-    floor = rows(bench)["real", "–"]["fid ↓"].split()[0]
-    assert any(v.startswith("fid against") and v.endswith(f"real data: {floor}") for v in labels)
+    floor = rows(bench)["real", "–"]["fd (classifier) ↓"].split()[0]
+    assert any(v.startswith("fd (classifier) against") and v.endswith(f"real data: {floor}") for v in labels)
     assert sum("loss against the step" in v for v in labels) >= 2
     assert "--objectives=flow,vae" in page.text
 

@@ -9,10 +9,12 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import genkit
-from genkit.cli.main import COMMANDS
+from genkit.cli.main import COMMANDS, main
 from tests.support.commands import accept, read_head_commands
 from tools import tables
 
@@ -57,7 +59,8 @@ def all_commands():
 @pytest.mark.parametrize("command", all_commands())
 def test_commands_are_accepted(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, name, *argv = shlex.split(command)
+    # a person's own folder, which the next test makes
+    _, name, *argv = shlex.split(command.replace("--data=pictures", "--data=folder --data.root pictures"))
     assert name in COMMANDS
     with contextlib.redirect_stdout(io.StringIO()):
         accept(name, argv)
@@ -99,3 +102,30 @@ def test_names_in_python_blocks_exist():
                     assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], page
                 elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "genkit":
                     assert node.attr in genkit.__all__, f"{page}: genkit.{node.attr}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_commands_for_ones_own_pictures_run(page, tmp_path, monkeypatch, capsys):
+    """As they are printed, one after the other, but for options that make them short."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i % 3, 24, 3), np.uint8)).save(path)
+    section = (ROOT / page).read_text().partition("## Your own pictures")[2].partition("\n## ")[0]
+    short = {
+        "train": ["--data.size=8", "--steps=2", "--batch=8", "--backbone.width=8", "--no-tensorboard", "--device=cpu"],
+        "sample": ["--steps=2", "--device=cpu"],
+        "eval": ["--features=raw", "--metrics=fid", "--n=8", "--steps=2", "--device=cpu"],
+        "report": [],
+    }
+    commands = re.findall(r"^(genkit [^#\n]*)", section, re.MULTILINE)
+    assert [shlex.split(command)[1] for command in commands] == list(short)
+    for command in commands:
+        _, name, *argv = shlex.split(command)
+        assert main([name, *argv, *short[name]]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "held out" in said
+    assert "0 cat: " in said
+    assert (tmp_path / "runs" / "latest" / "report.html").is_file()

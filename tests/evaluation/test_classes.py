@@ -63,7 +63,15 @@ def drawn_classes(monkeypatch):
 @pytest.mark.parametrize(("counts", "expected"), [((36, 12, 12), (12, 4, 4)), ((20, 20, 20), (7, 7, 6))])
 def test_a_run_is_measured_in_the_proportions_of_its_data(tmp_path, monkeypatch, counts, expected):
     data = save_images(tmp_path / "data.npz", counts)
-    run = train(tmp_path, "--data=npz", f"--data.root={data}", "--backbone=mlp", "--backbone.width=8", "--steps=1")
+    run = train(
+        tmp_path,
+        "--data=npz",
+        f"--data.root={data}",
+        "--data.held-out=0",
+        "--backbone=mlp",
+        "--backbone.width=8",
+        "--steps=1",
+    )
     classes = drawn_classes(monkeypatch)
     card = evaluate(run, metrics="fid", features="raw", n=20, steps=2, device="cpu")
     assert tuple(np.bincount(classes, minlength=3)) == expected

@@ -9,7 +9,7 @@ from genkit.cli import main as cli
 from genkit.evaluation import Card, compare
 from genkit.evaluation.best import find_best
 from genkit.evaluation.differences import differing
-from genkit.evaluation.metrics import Estimate
+from genkit.evaluation.metrics import Estimate, metric_direction
 from tests.support.evaluation import refusal, train
 
 MOONS = ["--data=moons", "--data.n=100", "--backbone.width=8", "--steps=2"]
@@ -56,8 +56,8 @@ def test_the_metrics_are_those_of_eval_compare(pair):
     assert [(row.metric, *row.estimates) for row in result.metrics] == [(c.metric, c.a, c.b) for c in expected]
     for row, comparison in zip(result.metrics, expected, strict=True):
         assert row.best is not None
-        mark = {True: "tied", False: "", None: "interval unknown"}[comparison.overlap]
-        assert {row.best.mark(0), row.best.mark(1)} == {"best", mark}
+        marks = {True: {"best, tied", "tied"}, False: {"best", ""}, None: {"best, no interval", ""}}[comparison.overlap]
+        assert {row.best.mark(0), row.best.mark(1)} == marks
 
 
 def test_the_newest_of_several_comparable_cards_counts(pair, tmp_path):
@@ -116,13 +116,15 @@ def test_an_absent_setting_is_not_one_that_is_none():
 @pytest.mark.parametrize(
     ("metric", "estimates", "marks"),
     [
-        ("fid", [(3, 2, 4), (2, 1, 2.5), (9, 8, 10)], ["tied", "best", ""]),
+        ("fid", [(3, 2, 4), (2, 1, 2.5), (9, 8, 10)], ["tied", "best, tied", ""]),
         ("recall", [(0.3, 0.2, 0.4), (0.9, 0.8, 1.0)], ["", "best"]),
-        ("fid", [(3,), (2, 1, 2.5)], ["interval unknown", "best"]),
+        ("fid", [(3,), (2, 1, 2.5)], ["no interval", "best"]),
+        ("fid", [(3, 2, 4), (2,)], ["", "best, no interval"]),
+        ("fid", [(2, 1, 3), (2, 1, 3)], ["best, tied", "tied"]),
         ("fid", [(3, 2, 4), None], None),
         ("unheard_of", [(3, 2, 4), (1, 0, 2)], None),
     ],
 )
 def test_the_best_respects_intervals(metric, estimates, marks):
-    best = find_best(metric, [e and Estimate(*e) for e in estimates])
+    best = find_best(metric_direction(metric), [e and Estimate(*e) for e in estimates])
     assert (best and [best.mark(i) for i in range(len(estimates))]) == marks

@@ -75,7 +75,7 @@ class Known(Objective):
 
     def networks(self, backbones, spec):
         net = nn.Linear(2, 2)
-        net.weight.data = torch.diag(torch.tensor([2.0, 0.5])) * self.bad
+        net.weight.data = torch.diag(torch.tensor([2.0, 0.5])) * self.bad**2
         net.bias.data = torch.tensor([1.0, -1.0])
         return {"net": net}
 
@@ -240,7 +240,7 @@ def test_mistakes_are_one_line(tmp_path, moons, grey, points, capsys):
     messages = {
         "given 91, but": (a, b, "--n=91"),
         "did you mean kid?": (a, b, "--metrics=fid,kit"),
-        "metrics: given none": (a, b, "--metrics=,"),
+        "--metrics: given ','": (a, b, "--metrics=,"),
         "have no class scores": (a, b, "--metrics=is"),
         "accuracy: needs class-conditional samples": (a, b, "--metrics=accuracy"),
         "w2: is for vectors": (grey, "--metrics=w2", "--features=raw"),
@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(tmp_path, moons, grey, points, capsys):
         "needs RUN, or A B": (a, b, b),
         "resize: given clean, which has no effect": (a, b, "--resize=clean"),
         "which is not a file": (grey, "--features=inception", f"--weights={tmp_path}/absent.pt"),
-        "sampler: given 'hoin'": (moons, "--sampler=hoin"),
+        "--sampler: given 'hoin'": (moons, "--sampler=hoin"),
         "ends in .npz": (a, "--save-stats=stats.json"),
         "greater than or equal to 2": (a, b, "--n=1"),
     }
@@ -268,6 +268,6 @@ def test_guidance_of_a_model_without_conditions_is_refused(tmp_path, capsys):
 
 
 def test_a_run_that_has_diverged_is_refused(tmp_path, capsys):
-    line = refusal(capsys, "eval", train_known(tmp_path, bad="1e300"), "--metrics=fid", "--n=20")
+    line = refusal(capsys, "eval", train_known(tmp_path, bad="1e30"), "--metrics=fid", "--n=20")
     assert "not finite" in line
     assert not list(tmp_path.glob("*/eval/*"))

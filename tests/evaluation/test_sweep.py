@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(moons, capsys):
         "interval: given '1-2-3'": ["--guidance", "2", "--interval", "1-2-3"],
         "metric: given 'fod'": ["--metric=fod"],
         "did you mean fid?": ["--metric=fod"],
-        "sampler: given 'hoin'": ["--sampler", "heun", "hoin"],
+        "--sampler[1]: given 'hoin'": ["--sampler", "heun", "hoin"],
         "ema: given 0.7": ["--ema", "0.7"],
         "is unknown": ["--reference=nowhere"],
     }

@@ -7,7 +7,7 @@ import pytest
 from genkit.evaluation import METRICS, Card, Estimate
 from genkit.evaluation.cards import flatten, setting_differences
 from genkit.evaluation.metrics import metric_title
-from genkit.evaluation.report.page import card_table, group_by_curve
+from genkit.evaluation.report.quality import card_table, group_by_curve
 
 SETTINGS = {
     "step": 10, "ema": "0.999", "weights_sha256": "w", "sampler": "heun", "steps": 5, "grid": "uniform", "seed": 0,
@@ -52,7 +52,7 @@ def test_only_inceptions_frechet_distance_is_called_fid(value):
 
 def test_columns_are_parted_by_features():
     cards = [make_card(), make_card(19, **{"features.name": "inception"}), make_card(29, **{"features.name": "raw"})]
-    table = str(card_table(cards, ["fid"], []))
+    table = str(card_table(cards, []))
     for title in ("fd (classifier) ↓", "fid ↓", "fd (raw) ↓"):
         assert table.count(f">{title}<") == 1
     assert repr(cards[0]).startswith("fd (classifier)  10\n")

@@ -234,7 +234,7 @@ def test_training_starts_from_a_pipeline_and_does_not_need_it_afterwards(tmp_pat
     assert "note" not in capsys.readouterr().out
     (tmp_path / "p").rename(tmp_path / "gone")
     loaded = load_run(run)
-    assert loaded.objective == DDPM(betas="cosine")
+    assert loaded.objective == DDPM(betas="cosine", loss_space="eps")
     assert f"init: diffusers:{tmp_path}/p" in (run / "config.yaml").read_text()
     ours = loaded.nets["net"](x, torch.tensor([0.001, 0.5, 1.0]))
     assert torch.allclose(ours, net(x, torch.tensor([0, 499, 999])).sample, atol=1e-5)

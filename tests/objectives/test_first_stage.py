@@ -282,12 +282,12 @@ def test_the_discriminator_starts_late():
 def test_the_discriminator_learns_what_the_decoder_cannot_draw():
     objective, nets = with_discriminator()
     x = torch.randn(24, 1, 8, 8)
-    optimiser = torch.optim.Adam(nets["discriminator"].parameters(), 2e-3)
+    optimizer = torch.optim.Adam(nets["discriminator"].parameters(), 2e-3)
     for _ in range(20):
         loss = objective.loss("discriminator", nets, batch_of(x, step=3))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.per_sample.mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert float(loss.logs["accuracy"]) > 0.95
     assert float(loss.per_sample.detach().mean()) < 0.5
 

@@ -18,11 +18,12 @@ from genkit.cli.main import main
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.links import set_link
 from genkit.data.codecs import Identity
-from genkit.diffusion.samplers import bind
+from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import FlowMap
 from genkit.objectives.flow_map.flow_map import load_teacher
 from genkit.objectives.flow_map.guidance import draw_guidance
 from genkit.objectives.flow_map.rules import RULES, Improved, Lagrangian
+from genkit.rl.policies.policy import Policy
 from genkit.training.directory import read_log
 from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
@@ -294,3 +295,25 @@ def test_guidance_without_a_null_or_conditions_is_refused():
         FlowMap(guidance=3.0).networks(MLP(), Spec((2,)))
     with pytest.raises(ValueError, match="scale is an input"):
         FlowMap(guidance=3.0, teacher="x", teacher_guidance=2.0)
+
+
+# ------------------------------------------------------------------------------------------------------ policies
+def test_a_policy_jumps_by_its_map(tmp_path, capsys):
+    """Not by a step of its velocity, and it is no chain of steps that reward could train."""
+    args = ["--data=four-ways", "--data.n=8", "--backbone=mlp", "--backbone.width=16", "--steps=3", "--warmup=0",
+            "--device=cpu", "--sample-every=0", "--no-tensorboard", "--lr=0.01", f"--out={tmp_path}"]  # fmt: skip
+    assert main(["train", "--objective=flow-map", *args]) == 0
+    run = load_run(tmp_path / "latest")
+    policy = Policy.load(run)
+    assert (policy.steps, run.objective.policy_sampler) == (1, "flow_map")
+    obs, noise = torch.zeros(2, *run.spec.cond["obs"].shape), Seeds([3, 4])
+    z, cond = noise(run.spec.shape), {"obs": obs}
+    with torch.no_grad():
+        jump = policy.generate(z, cond)
+        at_once = run.denoiser(z, torch.ones(2), {**cond, "target_time": torch.zeros(2)}).x0
+        velocity = run.denoiser(z, torch.ones(2), cond).x0
+    torch.testing.assert_close(jump, at_once)
+    assert not torch.allclose(jump, velocity)
+    capsys.readouterr()
+    assert main(["finetune", str(run.directory), "--iterations=1", "--num-envs=4", "--method.warmup=0"]) == 2
+    assert "is a flow map" in capsys.readouterr().err

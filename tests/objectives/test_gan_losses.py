@@ -164,7 +164,7 @@ def test_spectral_norm_bounds_every_weight_of_the_discriminator_between_steps():
     nets = objective.networks(MLP(width=16, depth=1), Spec((2,), {"label": Label(3)}))
     with torch.no_grad():
         for p in nets["discriminator"].parameters():
-            p.copy_(2 * torch.randn_like(p))  # an optimiser's step, and a large one
+            p.copy_(2 * torch.randn_like(p))  # an optimizer's step, and a large one
     for step in range(300):
         objective.after_step(nets, step)
     norms = [float(torch.linalg.matrix_norm(m.weight.detach(), 2)) for m in nets["discriminator"].modules()

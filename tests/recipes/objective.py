@@ -19,8 +19,8 @@ from genkit.core import (
     Noise,
     Objective,
     Phase,
+    Scalar,
     Spec,
-    Vector,
     expand,
     mean_flat,
 )
@@ -46,7 +46,7 @@ class MeanFlow(Objective):
         return (Phase("match", trains=("net",)),)
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
-        return {"net": backbone.denoiser(Spec(spec.shape, {**spec.cond, "span": Vector((1,))}))}
+        return {"net": backbone.denoiser(Spec(spec.shape, {**spec.cond, "span": Scalar()}))}
 
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         times = batch.uniform(2)
@@ -83,4 +83,4 @@ def average_velocity(net: nn.Module, x: Tensor, t: Tensor, span: Tensor, cond: C
 
     Networks turn a time label into waves of up to 1000 rad; a hundredth of t keeps the derivative in t moderate.
     """
-    return net(x, t / 100, {**cond, "span": span[:, None]}).to(x)
+    return net(x, t / 100, {**cond, "span": span}).to(x)

@@ -93,7 +93,7 @@ def test_the_exact_average_velocity_is_stationary_and_draws_exact_samples():
         return (1 - t) * mean, ((1 - t) ** 2 * std**2 + t**2).sqrt()
 
     def exact(x, label, cond, factor=1.0):
-        t, span = 100 * label[:, None], cond["span"].clamp(min=1e-6)
+        t, span = 100 * label[:, None], cond["span"][:, None].clamp(min=1e-6)
         (mu_t, s_t), (mu_r, s_r) = moments(t), moments(t - span)
         return factor * (x - mu_r - s_r / s_t * (x - mu_t)) / span
 
@@ -101,7 +101,7 @@ def test_the_exact_average_velocity_is_stationary_and_draws_exact_samples():
         probe = torch.zeros(3, dtype=torch.float64, requires_grad=True)
 
         def net(x, label, cond):
-            directions = torch.cat([torch.tanh(x), 100 * label[:, None] + 0 * x, cond["span"] + 0 * x], 1)
+            directions = torch.cat([torch.tanh(x), 100 * label[:, None] + 0 * x, cond["span"][:, None] + 0 * x], 1)
             return exact(x, label, cond, factor) + (directions * probe).sum(1, keepdim=True)
 
         draw = Draw((3,), 0, n)

@@ -73,7 +73,7 @@ def test_genkit_rollout_reports_its_results(run, capsys, tmp_path):
     assert summary["episodes"] == 6
     assert set(summary["success"]) == {"value", "low", "high"}
     assert summary["ms_per_chunk"] > 0
-    assert 0 <= summary["mode_entropy_bits"] <= 2
+    assert 0 <= summary["mode_entropy_bits"]["value"] <= 2
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".gif"}
 
 

@@ -11,7 +11,7 @@ from genkit.rl.policies.rollout import Rollouts, RolloutSettings, rollout
 def test_one_call_returns_rollouts_and_prints_nothing(policy, tmp_path, capsys):
     calls = []
     rollouts = rollout(policy, episodes=4, num_envs=2, max_steps=16, film=1, progress=lambda *args: calls.append(args))
-    assert calls == [("episodes", 2, 4), ("episodes", 4, 4)]
+    assert calls == [("episodes", 0, 4), ("episodes", 2, 4), ("episodes", 4, 4)]
     summary = rollouts.summary()
     assert summary["episodes"] == 4
     assert summary["settings"]["max_steps"] == 16

@@ -345,7 +345,7 @@ def test_encoding_is_a_call_that_returns_the_cache_and_prints_nothing(trained, t
     made = encode(str(trained["vae"]), out=tmp_path, progress=lambda *call: calls.append(call), **settings)
     assert capsys.readouterr() == ("", "")
     assert made == LatentCache(tmp_path, "test", 359, 2, made.shape)
-    assert calls == [("encoding", 200, 359), ("encoding", 359, 359)]
+    assert calls == [("encoding", 0, 359), ("encoding", 200, 359), ("encoding", 359, 359)]
     assert len(Latents(root=str(made.path)).load("test")) == 359
     assert encode(str(trained["vae"]), out=tmp_path, **settings).num_written == 0
 

@@ -113,7 +113,7 @@ def test_reflow_is_a_call_that_returns_the_file_and_prints_nothing(tmp_path, cap
     assert capsys.readouterr() == ("", "")
     assert made.path == run.directory / "pairs-step4.npz"
     assert (made.num_pairs, made.run) == (10, run)
-    assert calls == [("pairs", 4, 10), ("pairs", 8, 10), ("pairs", 10, 10)]
+    assert calls == [("pairs", 0, 10), ("pairs", 4, 10), ("pairs", 8, 10), ("pairs", 10, 10)]
     by_path = reflow(tmp_path / "latest", n=10, batch=10, steps=2, out=tmp_path / "p.npz", device="cpu")
     one, other = (Pairs(root=str(p.path)).load().samples.x for p in (made, by_path))
     assert torch.allclose(one, other, atol=1e-5)

@@ -21,7 +21,7 @@ from genkit.evaluation.differences import MetricRow, RunDifferences, diff_runs
 
 PIPE_WIDTH = 200  # columns if the output is no terminal
 TITLES = {
-    "settings": "configuration",
+    "short_settings": "configuration",
     "data": "training data",
     "parameters": "parameters",
     "environment": "code and machine",
@@ -56,7 +56,7 @@ def print_differences(differences: RunDifferences, console: SafeConsole) -> None
     """A table of what differs, one of the metrics, and what cannot be compared."""
     table = new_table("", differences)
     for part, title in TITLES.items():
-        entries = shorten_finetuning(getattr(differences, part))
+        entries: Mapping[str, tuple[Any, ...]] = getattr(differences, part)
         if not entries:
             table.add_row(Text(title, "bold"), *(Text("the same") for _ in differences.runs), end_section=True)
             continue
@@ -78,16 +78,6 @@ def print_differences(differences: RunDifferences, console: SafeConsole) -> None
         console.print(table)
     for line in differences.incomparable:
         console.print(f"note: {printable(line)}", markup=False)
-
-
-def shorten_finetuning(entries: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
-    """One row for the settings of fine-tuning if some of the runs were not fine-tuned; ``--json`` has all of them."""
-    names = [name for name in entries if name.startswith("finetune.")]
-    if "finetune.run" not in names or None not in entries["finetune.run"]:
-        return entries
-    short = {k: v for k, v in entries.items() if k not in names}
-    short[f"finetune ({len(names)} settings)"] = entries.get("finetune.method.name", entries["finetune.run"])
-    return short
 
 
 def new_table(corner: str, differences: RunDifferences) -> Table:

@@ -1,4 +1,4 @@
-"""`genkit report RUN`: one page that shows what a run did."""
+"""`genkit report RUN ...`: one page that shows what a run did, or several runs side by side."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from genkit.evaluation.report import write_report
 
 @dataclass(frozen=True)
 class Report:
-    """One HTML page of a run: curves, samples, quality, settings and, of an autoencoder, its latent space. The page
-    needs no network and no other file."""
+    """One HTML page of a run: quality, rollouts, fine-tuning, samples, curves, settings and, of an autoencoder, its
+    latent space; or of several runs side by side. The page needs no network and no other file."""
 
-    run: Positional[PathText]
-    """The run's directory, such as runs/latest."""
+    runs: Positional[tuple[PathText, ...]]
+    """Directories of runs, such as runs/latest; directories that hold runs; cards or folders of cards."""
     out: PathText | None = None
-    """The page, FILE.html; None: report.html in the run's directory."""
+    """The page, FILE.html; None: report.html in the run's directory, or a name of the runs in that of the first."""
     open: Literal["no", "yes"] = "no"
     """Show it in a browser."""
 
@@ -30,7 +30,7 @@ class Report:
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Report, argv, prog="genkit report")
-    path = write_report(command.run, command.out)
+    path = write_report(*command.runs, out=command.out)
     console.print(path, markup=False)
     if command.open == "yes":
         webbrowser.open(path.resolve().as_uri())

@@ -123,7 +123,7 @@ def _dopri5(
 
 
 # ------------------------------------------------------------------------------------------------ bits per dimension
-PIXEL = 127.5  # the pixel k of 0 .. 255 is k / 127.5 - 1 in the model's numbers
+PIXEL = 127.5  # the pixel k of 0 .. 255 is k / 127.5 - 1 in model space
 
 
 def dequantise(pixels: Tensor, noise: Noise | None = None) -> Tensor:
@@ -148,7 +148,7 @@ class BitsPerDim(NamedTuple):
 def bits_per_dim(log_prob: Tensor, num_dims: int, scale: float = PIXEL) -> BitsPerDim:
     """From ``log p`` in nats ``[N]`` of dequantised samples: an upper bound on ``-log2 P(pixels) / num_dims``.
 
-    A bin is one pixel level wide, ``1 / scale`` in the model's numbers: hence ``+ log2(scale)``. ``scale=1`` for data
+    A bin is one pixel level wide, ``1 / scale`` in model space: hence ``+ log2(scale)``. ``scale=1`` for data
     that were never discrete.
     """
     if log_prob.ndim != 1 or not log_prob.numel() or num_dims < 1:

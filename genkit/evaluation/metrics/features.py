@@ -241,7 +241,7 @@ class Classifier(Features):
     """
 
     steps: Count = 500
-    """Optimiser steps, of 128 images each."""
+    """Optimizer steps, of 128 images each."""
     seed: Seed = 0
     """Seed of the initial weights, of the held-out set, and of the order of the images."""
 

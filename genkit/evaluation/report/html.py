@@ -33,6 +33,14 @@ STYLE = """
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main{max-width:75rem;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.6rem;margin:0 0 .25rem;overflow-wrap:anywhere}
+nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1rem;list-style:none;margin:.75rem 0;padding:0}
+a{color:var(--c0)}
+.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--bg);padding:.25rem .5rem}
+h3{font-size:1rem;margin:1.5rem 0 .5rem}
+.best{font-weight:700}.mark{color:var(--c2)}
+.tags{display:inline-block;background:var(--panel);border:1px solid var(--line);border-radius:9px;padding:0 .5rem;
+margin-right:.35rem;font-size:.85rem}
+.note{white-space:pre-wrap;border-left:3px solid var(--line);padding-left:.75rem;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--line)}
 p{margin:.5rem 0;max-width:70ch}
 .muted,figcaption{color:var(--muted);font-size:.875rem}
@@ -46,6 +54,7 @@ figure{margin:0;break-inside:avoid}
 .plots svg *{stroke-linejoin:round;stroke-linecap:butt}
 .frames{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:1rem}
 .frames img{max-width:100%;height:auto;display:block;border:1px solid var(--line)}
+.wide img{max-width:100%;height:auto;border:1px solid var(--line)}
 .control{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1rem;margin:.5rem 0}
 .control input{flex:1 1 12rem;max-width:30rem;accent-color:var(--c0)}
 button{font:inherit;color:inherit;background:var(--panel);border:1px solid var(--line);border-radius:6px;
@@ -57,7 +66,7 @@ th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;ve
 thead th{white-space:nowrap;border-bottom:2px solid var(--line)}
 tbody th{font-weight:600;white-space:nowrap}
 td.num,th.num{text-align:right;white-space:nowrap}
-td small{color:var(--muted);display:block}
+td small{white-space:nowrap;color:var(--muted);display:block}
 tr.highlighted{background:var(--panel)}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.75rem;margin:.5rem 0;
 overflow-x:auto;font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace}
@@ -66,7 +75,8 @@ dl.list dt{color:var(--muted)}dl.list dd{margin:0;overflow-wrap:anywhere}
 summary{cursor:pointer;padding:.2rem 0}
 @media screen{.one .frame:not(.on){display:none}.one{grid-template-columns:min(40rem,100%)}}
 @media (max-width:30rem){dl.list{grid-template-columns:1fr}dl.list dd{margin-bottom:.4rem}}
-@media print{body{font-size:10pt}main{max-width:none;padding:0}.control{display:none!important}pre{white-space:pre-wrap}
+@media print{body{font-size:10pt}main{max-width:none;padding:0}
+.control,nav,.skip{display:none!important}pre{white-space:pre-wrap}
 .scroll{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
 details::details-content{content-visibility:visible;display:block;height:auto}}
 """
@@ -110,12 +120,16 @@ script-src 'unsafe-inline'">
 <style>{{ style }}</style>
 </head>
 <body>
-<main>
+<a class="skip" href="#content">Skip to the content</a>
+<main id="content">
 <h1>{{ title }}</h1>
 <p class="muted">{{ lead }}</p>
+{% if contents|length > 1 %}<nav aria-label="Contents"><ul>{% for heading, id in contents %}
+<li><a href="#{{ id }}">{{ heading }}</a></li>{% endfor %}
+</ul></nav>{% endif %}
 {% for heading, parts in sections %}
-<section>
-{% if heading %}<h2>{{ heading }}</h2>{% endif %}
+<section{% if heading %} aria-labelledby="section-{{ loop.index }}"{% endif %}>
+{% if heading %}<h2 id="section-{{ loop.index }}">{{ heading }}</h2>{% endif %}
 {% for part in parts %}{{ part }}
 {% endfor %}
 </section>
@@ -143,8 +157,15 @@ script-src 'unsafe-inline'">
 </tbody>
 </table>
 </div>""",
-    "value": """<data value="{{ value }}">{{ shown }}</data>{% if interval %} \
-<small>{{ interval }}</small>{% endif %}""",
+    "value": """{% if mark.startswith('best') %}<strong class="best">{% endif %}\
+<data value="{{ value }}">{{ shown }}</data>\
+{% if mark.startswith('best') %}</strong>{% endif %}{% if interval %} <small>{{ interval }}</small>{% endif %}\
+{% if mark %} <small class="mark">{{ mark }}</small>{% endif %}""",
+    "small": """<small>{{ text }}</small>""",
+    "heading": """<h3>{{ text }}</h3>""",
+    "annotations": """{% for tag in tags %}<span class="tags">{{ tag }}</span>{% endfor %}
+{% for note in notes %}<p class="note">{% if note.time %}<small class="muted">{{ note.time }}</small>
+{% endif %}{{ note.text }}</p>{% endfor %}""",
     "plot": """<figure>{{ svg }}<figcaption>{{ caption }}</figcaption></figure>""",
     "plots": """<div class="plots">{% for plot in plots %}
 {{ plot }}{% endfor %}
@@ -157,6 +178,8 @@ script-src 'unsafe-inline'">
 <figure class="frame" data-name="{{ p.caption }}"><img src="{{ p.uri }}" width="{{ p.width }}" height="{{ p.height }}" \
 alt="{{ alt }}: {{ p.caption }}"><figcaption>{{ p.caption }}</figcaption></figure>{% endfor %}
 </div>""",
+    "wide": """<figure class="wide"><img src="{{ p.uri }}" width="{{ p.width }}" height="{{ p.height }}" \
+alt="{{ alt }}: {{ p.caption }}"><figcaption>{{ p.caption }}</figcaption></figure>""",
     "text": """<p{% if muted %} class="muted"{% endif %}>{{ text }}</p>""",
     "lines": """<ul>{% for line in lines %}<li>{{ line }}</li>{% endfor %}</ul>""",
     "code": """<pre tabindex="0" aria-label="{{ name }}">{{ text }}</pre>""",
@@ -176,8 +199,9 @@ def render(template: str, **values: Any) -> Markup:
 def render_page(title: str, lead: str, sections: Iterable[tuple[str, Sequence[Markup]]]) -> str:
     """A complete document. Each section is a heading and its parts; sections without parts are left out."""
     filled = [(heading, parts) for heading, parts in sections if parts]
-    style, script = Markup(STYLE), Markup(SCRIPT)
-    return str(render("page", title=title, lead=lead, sections=filled, style=style, script=script, version=__version__))
+    contents = [(heading, f"section-{i}") for i, (heading, _) in enumerate(filled, 1) if heading]
+    values = {"title": title, "lead": lead, "sections": filled, "contents": contents, "version": __version__}
+    return str(render("page", style=Markup(STYLE), script=Markup(SCRIPT), **values))
 
 
 def render_tiles(items: Mapping[str, Any]) -> Markup:
@@ -208,12 +232,18 @@ def render_note(text: str, muted: bool = True) -> Markup:
     return render("text", text=text, muted=muted)
 
 
-def render_value(estimate: Estimate | None) -> Markup:
-    """A number and its interval, rounded; the exact value is in the markup. A dash for None."""
+def render_heading(text: str) -> Markup:
+    """A heading within a section."""
+    return render("heading", text=text)
+
+
+def render_value(estimate: Estimate | None, mark: str = "") -> Markup:
+    """A number and its interval, rounded, and a ``mark`` such as best; the exact value is in the markup. A dash for
+    None."""
     if estimate is None:
         return Markup("–")
     value, interval = format_number(estimate.value), format_interval(estimate)
-    return render("value", value=repr(estimate.value), shown=value, interval=interval)
+    return render("value", value=repr(estimate.value), shown=value, interval=interval, mark=mark)
 
 
 # -------------------------------------------------------------------------------------------------------- numbers
@@ -251,20 +281,21 @@ class Picture(NamedTuple):
 
 
 def embed_picture(image: Image.Image | Path, caption: str) -> Picture:
-    """A picture as a data URI; a PNG file is embedded byte for byte. ``ValueError`` if the file is not a valid PNG."""
+    """A picture as a data URI; a PNG or GIF file is embedded byte for byte. ``ValueError`` if the file is neither."""
+    kind = "png"
     if isinstance(image, Image.Image):
         encoded = io.BytesIO()
         image.save(encoded, "PNG", optimize=True)
         data, (width, height) = encoded.getvalue(), image.size
     else:
-        data = image.read_bytes()
+        data, kind = image.read_bytes(), "gif" if image.suffix.lower() == ".gif" else "png"
         try:
-            with open_image(data, ["PNG"]) as opened:
+            with open_image(data, [kind.upper()]) as opened:
                 opened.load()
                 width, height = opened.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise ValueError(f"{image.name}: is damaged, or not a PNG") from None
-    return Picture("data:image/png;base64," + base64.b64encode(data).decode(), width, height, caption)
+            raise ValueError(f"{image.name}: is damaged, or not a {kind.upper()}") from None
+    return Picture(f"data:image/{kind};base64," + base64.b64encode(data).decode(), width, height, caption)
 
 
 def embed_pictures(paths: Iterable[tuple[Path, str]]) -> tuple[list[Picture], list[str]]:

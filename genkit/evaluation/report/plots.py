@@ -6,11 +6,13 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from genkit.evaluation.cards import Card
+from genkit.evaluation.best import pareto_front
+from genkit.evaluation.cards import Card, to_number
 from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.evaluation.report.html import format_metric, format_number, render
 from genkit.evaluation.report.records import Point
@@ -94,9 +96,13 @@ def use_log_scale(axis: Any, values: Iterable[float]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- plots
-def plot_curves(title: str, curves: Mapping[str, list[Point]], log_scale: bool = False) -> Markup:
-    """Numbers of the log against the step: the mean as a line, minimum to maximum shaded."""
+def plot_curves(
+    title: str, curves: Mapping[str, list[Point]], log_scale: bool = False, x_label: str = "step"
+) -> Markup:
+    """Numbers of the log against the step: the mean as a line, minimum to maximum shaded. Held-out losses (``val/``)
+    are dashed, with a mark at the lowest."""
     points = [point for curve in curves.values() for point in curve]
+    lowest = {key: min(curve, key=lambda p: p.mean) for key, curve in curves.items() if is_validation(key)}
 
     def draw(axes: Any) -> None:
         for i, (key, curve) in enumerate(curves.items()):
@@ -104,65 +110,123 @@ def plot_curves(title: str, curves: Mapping[str, list[Point]], log_scale: bool =
             if low != high:
                 axes.fill_between(step, low, high, color=COLOURS[i % 8], alpha=0.25, lw=0)
             marker = "o" if len(step) == 1 else ""
-            axes.plot(step, mean, label=shorten(key), lw=1.3, marker=marker, **line_style(i))
+            style = line_style(i) | ({"ls": "--"} if key in lowest else {})
+            axes.plot(step, mean, label=shorten(key), lw=1.3, marker=marker, **style)
+            if key in lowest and len(curve) > 1:
+                axes.plot(lowest[key].step, lowest[key].mean, ls="", marker="v", ms=6, color=COLOURS[i % 8])
         if log_scale and max(p.high for p in points) > 3 * min(p.low for p in points) > 0:
             use_log_scale(axes.yaxis, [p.low for p in points] + [p.high for p in points])
         use_plain_ticks(axes.xaxis)
-        axes.set_xlabel("step")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(shorten(title))
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=8)
 
-    summary = "; ".join(summarise_curve(key, curve) for key, curve in curves.items())
-    return render_plot(draw, ", ".join(curves), f"{title} against the step: {summary}")
-
-
-def summarise_curve(key: str, curve: Sequence[Point]) -> str:
-    """The two ends of a curve in words, for screen readers."""
-    first, last = curve[0], curve[-1]
-    return (
-        f"{key} from {format_number(first.mean)} at step {first.step} to {format_number(last.mean)} at step {last.step}"
+    summary = "; ".join(summarise_curve(key, curve, x_label) for key, curve in curves.items())
+    least = [f"lowest {key}: {format_number(p.mean)} at {x_label} {p.step}" for key, p in lowest.items()]
+    return render_plot(
+        draw, ", ".join([*curves, *least]), f"{title} against the {x_label}: {'; '.join([summary, *least])}"
     )
 
 
-def plot_metric_by_nfe(
-    metric: str,
-    series: Mapping[str, list[tuple[float, Estimate]]],
-    floor: Estimate | None = None,
-    title: str | None = None,
-) -> Markup:
-    """A metric against the number of network evaluations (NFE) a sample; ``floor`` is the value of real data."""
-    values = [e.value for points in series.values() for _, e in points] + ([floor.value] if floor else [])
-    places = sorted({nfe for points in series.values() for nfe, _ in points})
+def is_validation(key: str) -> bool:
+    """Whether a curve is of a held-out loss; on a page of several runs the run's name comes first."""
+    return key.startswith("val/") or ": val/" in key
+
+
+def plot_trajectory(x_label: str, y_label: str, points: Sequence[tuple[float, float, int]]) -> Markup:
+    """Points ``(x, y, iteration)`` joined in their order, the last one marked."""
+    x, y, step = zip(*points, strict=True)
 
     def draw(axes: Any) -> None:
-        for i, (name, points) in enumerate(series.items()):
-            nfe, estimates = zip(*sorted(points), strict=True)
+        axes.plot(x, y, lw=1, marker="o", ms=3, color=COLOURS[0])
+        axes.plot(x[-1:], y[-1:], ls="", marker="s", ms=7, color=COLOURS[1], label=f"iteration {step[-1]}")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(frameon=False, fontsize=8)
+
+    ends = [f"{format_number(y[i])} at {format_number(x[i])} in iteration {step[i]}" for i in (0, -1)]
+    return render_plot(
+        draw, f"{y_label} against {x_label}", f"{y_label} against {x_label}: from {ends[0]} to {ends[1]}"
+    )
+
+
+def summarise_curve(key: str, curve: Sequence[Point], x_label: str = "step") -> str:
+    """The two ends of a curve in words, for screen readers."""
+    ends = [f"{format_number(p.mean)} at {x_label} {p.step}" for p in (curve[0], curve[-1])]
+    return f"{key} from {ends[0]} to {ends[1]}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the horizontal axis of a quality plot shows."""
+
+    label: str
+    measure: Callable[[Card], float | None]
+    """the cost of one sample of a card; None if it is not known"""
+
+
+def cpu_milliseconds(card: Card) -> float | None:
+    """CPU milliseconds of drawing one sample; None if it was drawn on another device, or that was not recorded."""
+    seconds, n = to_number(card.settings.get("draw_cpu_seconds")), to_number(card.settings.get("n"))
+    if not seconds or not n or not str(card.settings.get("device", "")).startswith("cpu"):
+        return None
+    return 1000 * seconds / n
+
+
+NFE = Cost("network evaluations per sample (NFE)", lambda card: card.nfe or None)
+CPU_TIME = Cost("CPU milliseconds per sample", cpu_milliseconds)
+
+
+def plot_metric_by_cost(
+    metric: str,
+    series: Mapping[str, list[tuple[float, Estimate]]],
+    cost: Cost = NFE,
+    title: str | None = None,
+    floor: Estimate | None = None,
+) -> Markup:
+    """A metric against the cost of a sample, a curve for each of ``series``, with the Pareto front: the points that no
+    other equals or beats in both. ``floor`` is the value of real data."""
+    points = [(x, e, name) for name, curve in series.items() for x, e in curve]
+    values = [e.value for _, e, _ in points] + ([floor.value] if floor else [])
+    places = sorted({x for x, _, _ in points})
+    direction = metric_direction(metric)
+    sign = -1 if direction == "higher" else 1
+    front = pareto_front(points, lambda p: p[0], lambda p: sign * p[1].value) if direction else []
+
+    def draw(axes: Any) -> None:
+        for i, (name, curve) in enumerate(series.items()):
+            x, estimates = zip(*sorted(curve), strict=True)
             below = [max(0.0, e.value - (e.value if e.low is None else e.low)) for e in estimates]
             above = [max(0.0, (e.value if e.high is None else e.high) - e.value) for e in estimates]
             style = {"lw": 1.3, "ms": 4.5, "capsize": 2, "elinewidth": 0.9, "marker": MARKERS[i % 8], **line_style(i)}
-            axes.errorbar(nfe, [e.value for e in estimates], yerr=[below, above], label=shorten(name), **style)
+            axes.errorbar(x, [e.value for e in estimates], yerr=[below, above], label=shorten(name), **style)
+        if len(front) > 1 or (front and len(points) > 1):
+            x, y = [p[0] for p in front], [p[1].value for p in front]
+            axes.step(x, y, where="post", color=INK, lw=1, ls=":", label="Pareto front")
+            axes.plot(x, y, ls="", marker="o", ms=9, mfc="none", mec=INK, mew=1)
         if floor is not None:
-            axes.axhline(floor.value, color=INK, lw=1, ls=":", label="real data")
+            axes.axhline(floor.value, color=INK, lw=1, ls="-.", label="real data")
         use_log_scale(axes.xaxis, places)
-        if len(places) <= 8:
+        if len(places) <= 8 and cost is NFE:
             from matplotlib.ticker import FixedLocator  # lazy: matplotlib
 
             axes.xaxis.set_major_locator(FixedLocator(places))
-        if metric_direction(metric) == "lower" and min(values) > 0 and max(values) > 8 * min(values):
+        if direction == "lower" and min(values) > 0 and max(values) > 8 * min(values):
             use_log_scale(axes.yaxis, values)
-        axes.set_xlabel("network evaluations per sample (NFE)")
+        axes.set_xlabel(cost.label)
         axes.set_ylabel(shorten(title or metric))
-        if len(series) > 1 or floor:
+        if len(series) > 1 or front or floor:
             axes.legend(frameon=False, fontsize=8)
 
     summary = "; ".join(
-        f"{name}: " + ", ".join(f"{format_number(e.value)} at {nfe:g}" for nfe, e in sorted(points))
-        for name, points in series.items()
+        f"{name}: " + ", ".join(f"{format_number(e.value)} at {x:.4g}" for x, e in sorted(curve))
+        for name, curve in series.items()
     )
-    real = f"; real data: {format_number(floor.value)}" if floor else ""
-    alt = f"{title or metric} against the number of network evaluations. {summary}{real}"
-    return render_plot(draw, format_metric(metric, title), alt)
+    ends = "; Pareto front: " + ", ".join(f"{format_number(e.value)} at {x:.4g}" for x, e, _ in front) if front else ""
+    ends += f"; real data: {format_number(floor.value)}" if floor else ""
+    what = "the number of network evaluations" if cost is NFE else cost.label
+    return render_plot(draw, format_metric(metric, title), f"{title or metric} against {what}. {summary}{ends}")
 
 
 def titled_metrics(metrics: Iterable[str], cards: Iterable[Card]) -> list[tuple[str, str]]:
@@ -171,21 +235,22 @@ def titled_metrics(metrics: Iterable[str], cards: Iterable[Card]) -> list[tuple[
     return [(metric, title) for metric in metrics for name, title in titles if name == metric]
 
 
-def plot_metrics_by_nfe(
+def plot_metrics_by_cost(
     metrics: Iterable[str], groups: Mapping[str, Sequence[Card]], floor: Mapping[str, Estimate] | None = None
 ) -> list[Markup]:
-    """One plot for each metric and kind of features with two or more numbers of evaluations, all in one block.
-
-    ``groups`` are the cards of each curve by its label, ``floor`` the metrics of real data.
-    """
+    """A plot of each metric and kind of features against the network evaluations, and one of the first against the CPU
+    time, if two or more places on the axis are known. ``groups`` are the cards of each curve by its label, ``floor``
+    the metrics of real data."""
     plots = []
     cards = [card for group in groups.values() for card in group]
-    for metric, title in titled_metrics(metrics, cards):
-        series: dict[str, list[tuple[float, Estimate]]] = {}
-        for name, group in groups.items():
-            for card in group:
-                if card.nfe and metric in card.metrics and card.title(metric) == title:
-                    series.setdefault(name, []).append((card.nfe, card.metrics[metric]))
-        if len({nfe for points in series.values() for nfe, _ in points}) > 1:
-            plots.append(plot_metric_by_nfe(metric, series, (floor or {}).get(metric), title))
+    for i, (metric, title) in enumerate(titled_metrics(metrics, cards)):
+        for cost in (NFE, CPU_TIME) if i == 0 else (NFE,):
+            series: dict[str, list[tuple[float, Estimate]]] = {}
+            for name, group in groups.items():
+                for card in group:
+                    x = cost.measure(card)
+                    if x is not None and metric in card.metrics and card.title(metric) == title:
+                        series.setdefault(name, []).append((x, card.metrics[metric]))
+            if len({x for curve in series.values() for x, _ in curve}) > 1:
+                plots.append(plot_metric_by_cost(metric, series, cost, title, (floor or {}).get(metric)))
     return [render("plots", plots=plots)] if plots else []

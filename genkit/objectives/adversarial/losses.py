@@ -63,7 +63,7 @@ class GANLoss(ABC):
         """The factor of all penalties at a step of training: 0 or ``penalty_every``; outside training (None), 1.
 
         Penalties are terms of the discriminator's own loss rather than a phase of theirs: Adam divides each phase's
-        gradient by its size, so the weight of a penalty with an optimiser of its own would mean nothing.
+        gradient by its size, so the weight of a penalty with an optimizer of its own would mean nothing.
         """
         if not self.penalties or (step is not None and step % self.penalty_every):
             return 0.0

@@ -111,6 +111,11 @@ class FlowMap(Matching):
         """The default sampler: jumps to each time, or to the data and back if the rule has learned no others."""
         return "consistency" if self.rule.jumps_to_data else "flow_map"
 
+    @property
+    def policy_sampler(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The sampler of a policy: the map's own."""
+        return self.sampler
+
     def setup(self, spec: Spec) -> None:
         if self.teacher is not None:
             shape = load_teacher(self.teacher, self.teacher_guidance, self.path, torch.device("cpu"))[1].shape

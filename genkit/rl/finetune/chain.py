@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, expand
 from genkit.diffusion.checks import require
+from genkit.diffusion.flow_map import is_flow_map
 from genkit.diffusion.paths import require_diffusion
 from genkit.diffusion.samplers import GRIDS
 from genkit.diffusion.samplers.steps import Node, default_noise, interpolate, nodes
@@ -241,6 +242,10 @@ def find_denoiser(objective: Objective, nets: Mapping[str, nn.Module]) -> Denois
         return lambda z, cond, noise=None: z
 
     bind_generator(objective, nets, sampling)
+    if is_flow_map(captured[0]):
+        raise ValueError(
+            "run: is a flow map, whose jumps are not the steps of a chain; allowed: runs of flow, ddpm, edm or anchored"
+        )
     return captured[0]
 
 

@@ -160,7 +160,7 @@ class FineTuning:
         """Evaluate, fine-tune, evaluate again and return the model."""
         self.recorder.say(f"{self.directory}  from {self.base.directory} ({self.base.weights})")
         with (
-            reporting(progress, self.accelerator.is_main_process) as report,
+            reporting(progress, self.accelerator.is_main_process, stages=False) as report,
             self.recorder.tensorboard(self.settings.tensorboard, self.learner.state.step),
         ):
             if self.checkpoint is None:

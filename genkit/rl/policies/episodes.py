@@ -70,10 +70,26 @@ class Episodes:
     @property
     def mode_entropy_bits(self) -> float | None:
         """Entropy of the mode among the successful episodes (0 if there are none); None if there are no modes."""
+        estimate = self.mode_entropy(resamples=0)
+        return None if estimate is None else estimate.value
+
+    def mode_entropy(self, resamples: int = 1000) -> Estimate | None:
+        """:attr:`mode_entropy_bits` with the bootstrap's interval, if there are two or more successful episodes."""
         if "mode" not in self.info:
             return None
         successful = self.info["mode"][self.info["success"].astype(bool) & (self.info["mode"] >= 0)]
-        return entropy_bits(np.bincount(successful.astype(int), minlength=self.modes))
+        modes = torch.from_numpy(successful.astype(np.int64))
+        largest = math.log2(max(1, self.modes))
+
+        def entropy(x: torch.Tensor) -> float:
+            return entropy_bits(np.bincount(x.numpy(), minlength=self.modes))
+
+        if len(modes) < 2 or not resamples:
+            return Estimate(entropy(modes))
+        value, low, high = bootstrap(entropy, modes, num=resamples)
+        assert low is not None
+        assert high is not None
+        return Estimate(value, min(value, max(0.0, low)), max(value, min(largest, high)))
 
     def summary(self) -> dict[str, Any]:
         """Estimates with 95 % intervals, ready for JSON: Wilson's for a share, the bootstrap's for a mean."""
@@ -86,8 +102,8 @@ class Episodes:
             out["coverage"] = mean_estimate(self.info["coverage"])._asdict()
         out["length"] = float(self.lengths.mean())
         out["truncated"] = float(self.truncated.mean())
-        if (bits := self.mode_entropy_bits) is not None:
-            out["mode_entropy_bits"] = bits
+        if (bits := self.mode_entropy()) is not None:
+            out["mode_entropy_bits"] = bits._asdict()
         out["ms_per_chunk"] = 1e3 * float(np.median(self.seconds)) if self.seconds else None
         return out
 
@@ -145,6 +161,7 @@ def run_episodes(
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
     parts: list[Episodes] = []
+    progress("episodes", 0, len(seeds))
     for first in range(0, len(seeds), env.num):
         batch = list(seeds[first : first + env.num])
         parts.append(run_batch(policy, env, batch, max(0, film - first), on_decision))

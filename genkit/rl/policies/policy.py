@@ -137,8 +137,8 @@ class Policy:
     ) -> Policy:
         """The policy of a run that was trained on demonstrations, of the class that fits its samples and observations.
 
-        ``steps`` of ``sampler`` (None: ddim, one evaluation a step) draw a chunk; a one-pass objective takes neither.
-        ``steps`` and ``act_steps`` None are those that a fine-tuned policy acted with in training, else the
+        ``steps`` of ``sampler`` (None: ddim or flow_map, one evaluation each) draw a chunk; a one-pass objective takes
+        neither. ``steps`` and ``act_steps`` None are those that a fine-tuned policy acted with in training, else the
         objective's and the data's; another ``steps`` than it was trained with is warned of. ``conditions`` are those
         besides obs: ``{"skill": [2]}``. ``guidance`` strengthens them if the run was trained without each of them too
         (cond_dropout_each), else all together; ``options`` are further fields of :class:`Sampling`.
@@ -165,7 +165,7 @@ class Policy:
         elif steps != acting.get("steps", steps):
             logger.warning(f"steps: given {steps}, but {run.directory.name} was fine-tuned with {acting['steps']}")
         if run.objective.sampler is not None:
-            options |= {"sampler": sampler or "ddim", "steps": steps}
+            options |= {"sampler": sampler or run.objective.policy_sampler, "steps": steps}
             if guidance != 1 and tensors and droppable:
                 guides, guidance = [condition_guidance(list(tensors), guidance), *guides], 1.0
             guides += kind.guides(run)

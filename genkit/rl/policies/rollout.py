@@ -57,7 +57,7 @@ class RolloutSettings:
     steps: Count | None = None
     """Sampler steps for each chunk of actions; None: those of fine-tuning, else 1 of an anchored flow, else 4."""
     sampler: SamplerName | None = None
-    """Sampler. None: ddim, one evaluation a step."""
+    """Sampler. None: ddim, or flow_map for a flow map; one evaluation a step."""
     conditions: tuple[str, ...] = ()
     """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
     guidance: Scale = 1.0
@@ -164,7 +164,7 @@ class Rollouts:
                 interval = "" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})"
                 parts.append(f"{name} {e['value']:.3f}{interval}")
         if "mode_entropy_bits" in result:
-            parts.append(f"mode entropy {result['mode_entropy_bits']:.2f} bits")
+            parts.append(f"mode entropy {result['mode_entropy_bits']['value']:.2f} bits")
         return ", ".join([*parts, f"{self.chunk_ms:.1f} ms a chunk, {result['weights']}"])
 
 

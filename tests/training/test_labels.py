@@ -1,0 +1,68 @@
+"""Classes and conditions as Python gives them: numbers, names, lists, tensors, arrays."""
+
+import numpy as np
+import pytest
+import torch
+
+import genkit
+from genkit.core import Label, Spec
+from genkit.training.sampling import sample_conditions
+
+SPEC = Spec((1, 8, 8), {"label": Label(3, ("circle", "square", "triangle"))})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    settings = {"steps": 2, "batch": 8, "tensorboard": False, "workers": 0, "device": "cpu"}
+    return genkit.train(backbone={"width": 8}, out=str(tmp_path_factory.mktemp("runs")), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (1, [1] * 5),
+        ("square", [1] * 5),
+        ("2", [2] * 5),
+        (["triangle", "circle"], [2, 0, 2, 0, 2]),
+        ((0, "square"), [0, 1, 0, 1, 0]),
+        (torch.tensor(2), [2] * 5),
+        (torch.tensor([2, 1, 0, 1, 2]), [2, 1, 0, 1, 2]),
+        (np.array([1, 2]), [1, 2, 1, 2, 1]),
+        (np.int64(1), [1] * 5),
+        (range(3), [0, 1, 2, 0, 1]),
+    ],
+)
+def test_classes_are_given_by_number_or_name_one_or_several(given, expected):
+    assert sample_conditions(SPEC, 5, given)["label"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["round", 3, -1, 0.5, True, [], ["circle", "round"], torch.tensor([0.5]), [[0, 1]], {}]
+)
+def test_what_is_no_class_is_refused_in_one_line(given):
+    with pytest.raises(ValueError, match="label: given") as refused:
+        sample_conditions(SPEC, 5, given)
+    assert "\n" not in str(refused.value)
+
+
+def test_samples_of_several_classes_and_conditions_as_arrays(run):
+    x, cond = run.sample(4, steps=1, label=["3", 1])
+    assert cond["label"].tolist() == [3, 1, 3, 1]
+    for given in ([3, 1, 3, 1], np.array([3, 1, 3, 1])):
+        assert torch.equal(run.sample(4, steps=1, cond={"label": given}).x, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lable": 3}, "lable: unknown setting.*did you mean label|lable: unknown setting"),
+        ({"steps": "many"}, "steps: given 'many'"),
+        ({"sampler": "euler"}, "euler is ddim here"),
+        ({"cond": {"label": ["three"]}}, "cond: needs tensors"),
+        ({"label": "eleven"}, "label: given eleven"),
+    ],
+)
+def test_mistakes_are_one_line(run, options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        run.sample(4, **options)
+    assert "\n" not in str(refused.value)
