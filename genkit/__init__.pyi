@@ -42,6 +42,7 @@ from .rl.policies.policy import Policy
 from .rl.policies.rollout import Rollouts, RolloutSettings, rollout
 from .training.annotations import Annotations, annotate
 from .training.distillation import DistillSettings, distill
+from .training.dry_run import TrainingEstimate, estimate_training
 from .training.latent_cache import EncodeSettings, encode
 from .training.reflow import ReflowSettings, reflow
 from .training.run import Run, load, sample
@@ -115,6 +116,7 @@ __all__ = [
     "Text",
     "Tokens",
     "TrainSettings",
+    "TrainingEstimate",
     "UNet",
     "Vector",
     "annotate",
@@ -123,6 +125,7 @@ __all__ = [
     "diff_runs",
     "distill",
     "encode",
+    "estimate_training",
     "evaluate",
     "export",
     "finetune",

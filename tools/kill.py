@@ -104,19 +104,20 @@ def strike(pid: int, out: Path, rng: random.Random, span: float, number: int) ->
         assert code in (0, 130), f"SIGTERM: exit code {code}\n{log}"
         assert "Traceback" not in log, log
         return "SIGTERM, " + ("after the last step" if code == 0 else "stopped with exit code 130")
-    return place_of(out)
+    return place_of(out, pid)
 
 
-def place_of(out: Path) -> str:
-    """Where a killed process was, judged by what it left."""
-    runs = [p for p in out.glob("*-*") if not p.is_symlink()] if out.is_dir() else []
-    if not runs:
-        return "before the run directory"
-    if [*runs[-1].glob("checkpoints/.*.part"), *runs[-1].glob("checkpoints/.*.gone")]:
+def place_of(out: Path, pid: int) -> str:
+    """Where a killed process was, judged by what it left: temporary files have its number in their names."""
+    runs = [p for p in out.glob("*-*") if (p / ".lock-owner").is_file()] if out.is_dir() else []
+    owned = [p for p in runs if f"process {pid} " in (p / ".lock-owner").read_text()]
+    if not owned:
+        return "while starting, before it wrote into the run"
+    run, saved = owned[-1], list_checkpoints(owned[-1])
+    if [*run.glob(f"checkpoints/.*-{pid}.part"), *run.glob(f"checkpoints/.*-{pid}.gone")]:
         return "while a checkpoint was written or removed"
-    if list(runs[-1].glob(".*.part")):
+    if list(run.glob(f".*-{pid}*")):
         return "while another file was written"
-    saved = list_checkpoints(runs[-1])
     if not saved:
         return "before the first checkpoint"
     return "after the last checkpoint" if step_of(saved[-1]) == STEPS else "between two checkpoints"

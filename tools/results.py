@@ -428,7 +428,30 @@ def summary() -> str:
     return table(["", "measured"], [[f"[{what}](docs/results/{page}.md)", value] for page, what, value in rows], "---")
 
 
+# -------------------------------------------------------------------------------------------------------- reliability
+def kills() -> str:
+    """What the kill campaign counted."""
+    run = load("kill")
+    rows = [
+        ["kills (SIGKILL)", run["kills"]],
+        ["stops (SIGTERM)", sum(n for place, n in run["places"].items() if place.startswith("SIGTERM"))],
+        ["simulated power cuts", sum(run["power_cuts"].values())],
+        ["chains", run["chains"]],
+        ["chains whose tensors are all bit-identical", run["weights_equal"]],
+        ["chains whose log is the same", run["logs_equal"]],
+        ["lost runs", run["lost_runs"]],
+    ]
+    return table(["", "number"], [[name, str(n)] for name, n in rows])
+
+
+def kill_workloads() -> str:
+    """Kills by workload."""
+    return table(["workload", "kills"], [[name, str(n)] for name, n in load("kill")["workloads"].items()])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "kills": kills,
+    "kill-workloads": kill_workloads,
     "digits": digits,
     "quality": quality,
     "fid": fid,

@@ -224,11 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     show_messages()
     try:
         with terminate_as_interrupt():
-            return importlib.import_module(COMMANDS[name].module).main(argv[1:])
-    except SystemExit as e:
-        if e.code in (0, None) and {"-h", "--help"}.intersection(argv):
-            print(format_epilog(name), end="")
-        raise
+            return run_command(name, argv[1:])
     except KeyboardInterrupt:
         print("genkit: interrupted", file=sys.stderr)
         return 130
@@ -240,6 +236,16 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
         return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Run a command, and print the end of its help if it prints help. Returns the exit code."""
+    try:
+        return importlib.import_module(COMMANDS[name].module).main(argv)
+    except SystemExit as e:
+        if e.code in (0, None) and {"-h", "--help"}.intersection(argv):
+            print(format_epilog(name), end="", flush=True)
+        raise
 
 
 @contextlib.contextmanager

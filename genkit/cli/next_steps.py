@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 
 from genkit import config
+from genkit.config.trust import names_foreign_code
 from genkit.core import Label
 from genkit.data.text import caption_examples
 from genkit.training.run import Run
 from genkit.training.sampling import sample_conditions
+from genkit.training.settings import TrainSettings
 
 EVALUATE = "genkit eval {run} --n 100"  # for models whose conditions no option of the command line gives
 
@@ -29,7 +31,8 @@ def suggest_use(run: Run) -> list[str]:
         "label": condition_options(run),
         "path": path.get("name", "linear") if isinstance(path, dict) else "linear",
     }
-    return [line.format(**words) for line in usage.splitlines()]
+    own = names_foreign_code(TrainSettings, config.dump(run.config), data.environment)
+    return [line.format(**words) + (" --trust" if own else "") for line in usage.splitlines()]
 
 
 def can_sample(run: Run) -> bool:

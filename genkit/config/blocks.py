@@ -403,7 +403,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except yaml.MarkedYAMLError as e:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(f"{path}{line}", f"not valid YAML: {e.problem or e.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:  # PyYAML's on tags
         raise ConfigError(str(path), f"not valid YAML: {e}") from None
     if not isinstance(tree, (dict, type(None))):
         raise ConfigError(str(path), f"given {abbreviate(tree)}; a configuration is a mapping such as 'steps: 1000'")

@@ -48,7 +48,7 @@ def format_duration(seconds: float) -> str:
 
 def estimate_duration(seconds: float) -> str:
     """``about 40 s``, ``about 12 min``, ``about 2 h 5 min``, ``about 3 days``: as many digits as an estimate has."""
-    if seconds < 60:
+    if seconds < 100:
         return f"about {max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     if minutes < 60:
@@ -56,3 +56,8 @@ def estimate_duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
     return f"about {round(minutes / 1440)} days"
+
+
+def format_step(seconds: float) -> str:
+    """The time of a step: ``35 ms`` or ``2.1 s``."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

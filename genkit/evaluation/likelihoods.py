@@ -48,7 +48,7 @@ class LikelihoodSettings(LoadOptions):
     """How the likelihood of held-out samples is estimated."""
 
     n: Count | None = None
-    """Number of samples of the split; None: all, or as many as --max-minutes allows."""
+    """Number of samples of the split, chosen at random by the seed; None: all, or as many as --max-minutes allows."""
     max_minutes: Positive = 5.0
     """About the longest time without --n: the first few samples are timed, and the rest that does not fit left out."""
     split: Literal["train", "test"] = "test"
@@ -108,7 +108,7 @@ class LikelihoodResult:
         stderr = math.nan if self.bits_per_dim.stderr is None else self.bits_per_dim.stderr
         number = f"{self.bits_per_dim.value:.4f} ± {stderr:.4f} bits per dimension"
         left_out = f" of {self.available}" if self.available and self.available > self.n else ""
-        about = f"{self.settings.get('split')}, {self.n}{left_out} samples"
+        about = f"{self.settings.get('split')}, {self.n}{left_out} samples{', at random' if left_out else ''}"
         return f"{number} ({about})\n{self.description}, {self.settings.get('weights')}"
 
     __repr__ = summary
@@ -150,7 +150,8 @@ def likelihood(
         result = ESTIMATORS[bound](run, fitted, report)
     if not math.isfinite(result.bits_per_dim.value):
         raise ValueError(f"{run.weights}: gives likelihoods that are not finite; take more --steps")
-    stored = {"bound": bound, "n": result.n, "run": run.directory.name, "weights": run.weights}
+    rows = "all" if result.n >= available else "random"
+    stored = {"bound": bound, "n": result.n, "rows": rows, "run": run.directory.name, "weights": run.weights}
     return LikelihoodResult(
         result.bits_per_dim,
         result.details,
@@ -191,7 +192,7 @@ def fit_budget(
     n = max(2, fitting)
     minutes = seconds / pilot * available / 60
     logging.getLogger("genkit").warning(
-        f"likelihood: the first {n} of {available} {settings.split} samples, which take about {settings.max_minutes:g} "
+        f"likelihood: {n} of {available} {settings.split} samples, at random, take about {settings.max_minutes:g} "
         f"minutes; all would take about {minutes:.0f}: --n {available}, or --max-minutes"
     )
     # smaller batches, so that the progress moves every few seconds
@@ -326,17 +327,25 @@ def mean_of(nats: Tensor) -> MeanEstimate:
     return MeanEstimate(float(nats.double().mean()), stderr)
 
 
+def choose_rows(available: int, n: int, seed: int) -> Tensor:
+    """``n`` of the indices ``0..available``, at random if not all: a split may be sorted. More contain the fewer."""
+    if n >= available:
+        return torch.arange(available)
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n]
+
+
 def read_batches(
     run: Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
 ) -> Iterator[tuple[Tensor, Cond, Seeds]]:
     """Samples in the model's own units, their conditions, and a noise source with each sample's own seed."""
     data = run.config.data.load(settings.split)
     n = min(settings.n or len(data), len(data))
+    rows = choose_rows(len(data), n, settings.seed)
     progress("likelihood", 0, n)
     for first in range(0, n, settings.batch):
         last = min(first + settings.batch, n)
         noise = Seeds([settings.seed + i for i in range(first, last)], run.device)
-        batch = data.batch(torch.arange(first, last), Draw((settings.seed,), first, last)).to(run.device)
+        batch = data.batch(rows[first:last], Draw((settings.seed,), first, last)).to(run.device)
         has_pixels = batch.x.dtype == torch.uint8
         x = dequantise(batch.x, noise) if has_pixels and dequantised else run.codec.encode(batch).x
         yield x, batch.cond, noise

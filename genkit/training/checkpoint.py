@@ -159,13 +159,18 @@ def save_checkpoint(
         }
         (part / "state.json").write_text(json.dumps(record, indent=1))
     kept = final if best is None else final.with_name(f"step-{best:07d}")
-    set_link(run / "latest", f"checkpoints/{(kept if use_best else final).name}")
+    point_latest(run, kept if use_best else final)
     if first and announce:
         set_link(run.parent / "latest", run.name)
     for old in list_checkpoints(run)[:-keep]:
         if old != kept:
             remove_directory(old)
     return final
+
+
+def point_latest(run: Path, checkpoint: Path) -> None:
+    """Let ``RUN/latest`` refer to ``checkpoint``: a kill between the two, or damage, leaves it at another one."""
+    set_link(run / "latest", f"checkpoints/{checkpoint.name}")
 
 
 def read_tensors(checkpoint: Path, name: str, verify: bool = True) -> dict[str, Tensor]:

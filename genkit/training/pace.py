@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from genkit.core.durations import estimate_duration
+from genkit.core.durations import estimate_duration, format_step
 from genkit.core.memory import format_bytes, peak_memory
 
 INTERVALS = ((60.0, 10.0), (600.0, 30.0), (float("inf"), 60.0))  # (up to this many seconds, seconds between lines)
@@ -62,8 +62,3 @@ class Pace:
     def interval(elapsed: float) -> float:
         """Seconds between two lines after this many seconds of work."""
         return next(seconds for end, seconds in INTERVALS if elapsed < end)
-
-
-def format_step(seconds: float) -> str:
-    """The time of a step: ``35 ms`` or ``2.1 s``."""
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

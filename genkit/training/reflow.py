@@ -106,6 +106,10 @@ def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[
 
 
 def training_conditions(data: Data, rows: range, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The conditions of samples ``rows`` of ``data``, counted cyclically, as the model sees them."""
-    batch = data.batch(torch.tensor(rows) % len(data), Draw((seed,), rows.start, rows.stop))
+    """The conditions of samples ``rows`` of ``data``, in random order and then again, as the model sees them.
+
+    The order matters if there are fewer pairs than samples: data may be sorted by class.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    batch = data.batch(order[torch.tensor(rows) % len(data)], Draw((seed,), rows.start, rows.stop))
     return {k: v.to(device) for k, v in data.codec.encode(batch).cond.items()}

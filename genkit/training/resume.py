@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,9 @@ from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
 from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
 from genkit.training.directory import find_run
+from genkit.training.init_sources import canonical_init
 from genkit.training.loop import learning_rate
+from genkit.training.run import canonical_first_stage
 from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
@@ -43,7 +46,14 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
     threads = old.threads if new.threads is None else new.threads
     data = new.data.with_decisions_of(old.data)
     new = dataclasses.replace(
-        new, resume=None, step=None, note=None, tags=(), precision=precision, threads=threads, data=data
+        with_canonical_paths(new),
+        resume=None,
+        step=None,
+        note=None,
+        tags=(),
+        precision=precision,
+        threads=threads,
+        data=data,
     )
     new = decided_as(old, new)
     for name, (before, after) in settings_difference(old, new).items():
@@ -56,6 +66,19 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
     return new
+
+
+def with_canonical_paths(settings: TrainSettings) -> TrainSettings:
+    """``settings`` with ``codec`` and ``init`` as config.yaml states them, independent of the working directory.
+
+    What is not there any more stays as it is: a run needs neither to be resumed.
+    """
+    resolved = {}
+    for name, resolve in (("codec", canonical_first_stage), ("init", canonical_init)):
+        if value := getattr(settings, name):
+            with contextlib.suppress(ValueError):
+                resolved[name] = resolve(value)
+    return dataclasses.replace(settings, **resolved)
 
 
 def decided_as(old: TrainSettings, new: TrainSettings) -> TrainSettings:
@@ -124,6 +147,7 @@ def set_aside(paths: Iterable[Path], folder: Path) -> None:
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
+    settings = with_canonical_paths(settings)
     # a run that is older than held-out shares has the data as they are given
     alternatives = [
         dataclasses.replace(settings, data=source.with_absolute_root())

@@ -16,6 +16,7 @@ from genkit import config
 from genkit.backbones import lora
 from genkit.backbones.embed import scalar_keys
 from genkit.config.numbers import CheckpointStep
+from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.files import format_error, write_text
@@ -245,6 +246,8 @@ def load_run(
     """
     run, target = find_run(path), pick_device(device)
     cfg = stored_settings(run, trust)
+    if trust:
+        TRUSTED.add(str(run))
     checkpoint = find_checkpoint(run, step)
     record = read_state(checkpoint)
     file = weights_file(cfg, None if ema is None else str(ema))

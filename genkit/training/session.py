@@ -1,4 +1,4 @@
-"""What a run writes while it trains: log, TensorBoard, pictures, evaluation cards and checkpoints.
+"""What a run writes while it trains: log, trackers, pictures, evaluation cards and checkpoints.
 
 Only the main process writes; every rank draws its share of the pictures.
 """
@@ -19,14 +19,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
-from genkit import __version__
+from genkit import __version__, config
+from genkit.config import load_object
 from genkit.core import Batch, Codec, Direction, Spec, pictures
 from genkit.core.progress import Progress
 from genkit.data.codecs import decoded_shape
@@ -38,9 +38,11 @@ from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace
 from genkit.training.sampling import default_guidance, grid_size, picture_names
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.validation import Validation
 
+TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
+REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
 GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
 
@@ -58,16 +60,53 @@ class Evaluate(Protocol):
         ...
 
 
+class TrackedSettings(Protocol):
+    """Settings of a run that trackers may follow."""
+
+    @property
+    def tensorboard(self) -> bool:
+        """Whether TensorBoard is one of the trackers."""
+        ...
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """The names of trackers."""
+        ...
+
+    @property
+    def tracker_project(self) -> str:
+        """Project or experiment of the run."""
+        ...
+
+
+def tracker_names(settings: TrackedSettings) -> list[TrackerName]:
+    """The trackers that the settings ask for. ``ValueError`` if one of them is not installed."""
+    default: tuple[TrackerName, ...] = ("tensorboard",) if settings.tensorboard else ()
+    names = list(dict.fromkeys((*default, *settings.trackers)))
+    if names:
+        load_object(REQUIRE_TRACKERS)(names)
+    return names
+
+
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten_tree(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 class DrawingStopped(Exception):  # control flow, not an error
     """A picture was not finished because training is to stop."""
 
 
 class Recorder:
-    """Scalars and pictures of a run, to ``log.jsonl`` and TensorBoard. Silent on all but the main process."""
+    """Scalars and pictures of a run, to ``log.jsonl`` and trackers. Silent on all but the main process."""
 
     def __init__(self, run: Path, accelerator: Accelerator):
         self.run, self.accelerator = run, accelerator
-        self.writer: Any = None
+        self.trackers: Any = None
 
     @property
     def main(self) -> bool:
@@ -85,16 +124,19 @@ class Recorder:
             logger.debug(text)
 
     @contextlib.contextmanager
-    def tensorboard(self, enabled: bool, step: int) -> Iterator[None]:
-        """Write TensorBoard events as well, from ``step`` on."""
-        if not (enabled and self.main):
+    def tracking(self, settings: TrackedSettings, step: int) -> Iterator[None]:
+        """Pass scalars and pictures on to the trackers of ``settings``, from ``step`` on."""
+        names = tracker_names(settings)
+        if not (names and self.main):
             yield
             return
-        from torch.utils.tensorboard import SummaryWriter  # lazy: takes a second
-
-        with SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1) as self.writer:
+        values = {k: str(v) if isinstance(v, (list, type(None))) else v for k, v in flatten_tree(config.dump(settings))}
+        self.trackers = load_object(TRACKERS)(names, self.run, settings.tracker_project, step, values)
+        try:
             yield
-        self.writer = None
+        finally:
+            self.trackers.close()
+            self.trackers = None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record of scalars, which has a ``step``."""
@@ -104,10 +146,9 @@ class Recorder:
         self.scalars({k: v for k, v in record.items() if k not in ("step", "samples", "seconds")}, record["step"])
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        """Scalars for TensorBoard alone."""
-        for key, value in values.items() if self.writer else ():
-            if value is not None:
-                self.writer.add_scalar(key, value, step)
+        """Scalars for the trackers alone."""
+        if self.trackers:
+            self.trackers.log({name: value for name, value in values.items() if value is not None}, step)
 
     def picture(self, x: Tensor, cond: Mapping[str, Tensor], step: int, names: Sequence[str] = ()) -> None:
         """Decoded samples ``[n, *S]`` as ``samples/step-N.png``; ``names`` of their classes or prompts."""
@@ -116,10 +157,10 @@ class Recorder:
         self.save_picture(pictures.draw_samples(x, cond, names), step)
 
     def save_picture(self, image: Image.Image, step: int) -> None:
-        """A picture as ``samples/step-N.png``, and for TensorBoard."""
-        if self.writer:
-            self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        pictures.save_image(image, self.run / "samples" / f"step-{step:07d}.png")
+        """A picture as ``samples/step-N.png``, and for the trackers."""
+        path = pictures.save_image(image, self.run / "samples" / f"step-{step:07d}.png")
+        if self.trackers:
+            self.trackers.log_picture(image, path, step)
 
 
 @dataclass

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 def by_objective(default: Any) -> Any:
     """A field whose default the objective may change (``Objective.default_settings``)."""
@@ -131,6 +133,10 @@ class TrainSettings:
     # -- saving and logging
     tensorboard: bool = changeable(True)
     """Write scalars and images for TensorBoard, besides log.jsonl."""
+    trackers: tuple[TrackerName, ...] = changeable(())
+    """Further trackers, through Accelerate; a resumed run goes on in the same run of theirs."""
+    tracker_project: str = changeable("genkit")
+    """Project (wandb, trackio) or experiment (mlflow) of the run."""
     # -- latents, starting weights and resuming
     codec: PathText | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
@@ -142,6 +148,9 @@ class TrainSettings:
     given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    dry_run: bool = False
+    """Write nothing: print these settings as YAML, with the size of the model, its memory, the time of training and the
+    disk that it needs, from a few real steps."""
     resume: PathText | None = None
     """Run directory to continue, with its own settings. auto: the newest run in --out that these settings began, or a
     new one if there is none (for jobs that are requeued)."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
-from genkit.training.checkpoint import list_checkpoints, read_state, restore
+from genkit.training.checkpoint import list_checkpoints, point_latest, read_state, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, rewind_log
 from genkit.training.distributed import join_ranks
@@ -52,7 +53,7 @@ from genkit.training.resume import (
 )
 from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
-from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals
+from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.validation import Validation, validation_metrics
 
@@ -93,19 +94,26 @@ def train(
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
-    if settings:
-        settings = config.override(settings, **changes)
-    else:
-        init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
-        settings = read_with_defaults(
-            lambda defaults: config.from_dict(TrainSettings, merge_trees(defaults, changes)), init, codec
-        )
+    settings = change_settings(settings, changes)
+    if settings.dry_run:
+        raise ValueError("dry_run: genkit.train trains; estimate with genkit.estimate_training(settings)")
     began = time.monotonic()
     resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
     with contextlib.ExitStack() as locks:
         job = prepare(settings, resumed, locks)
         ending = run_job(job, progress, began)
     return job.trained_run(ending)
+
+
+def change_settings(settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
+    """``settings`` with changes by name; without settings, those that ``changes`` describe, with the defaults that suit
+    their ``init`` and ``codec``."""
+    if settings:
+        return config.override(settings, **changes)
+    init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
+    return read_with_defaults(
+        lambda defaults: config.from_dict(TrainSettings, merge_trees(defaults, changes)), init, codec
+    )
 
 
 def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
@@ -115,7 +123,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
     with (
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process, stages=False) as report,
-        session.recorder.tensorboard(settings.tensorboard, job.state.step),
+        session.recorder.tracking(settings, job.state.step),
     ):
         limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf
         session.stopped = lambda: bool(signals) or time.monotonic() > limit
@@ -181,6 +189,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     """
     accelerator = join_ranks(pick_device(settings.device))
     main, notes = accelerator.is_main_process, []
+    tracker_names(settings)
     if resumed and main:
         locks.enter_context(RunLock(resumed))
     checkpoint, stored, given = None, settings, settings
@@ -193,19 +202,14 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     else:
         settings = replace(settings, data=settings.data.with_default_held_out())
-    with accelerator.main_process_first():
-        dataset = settings.data.load("train")
-    data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
-    settings = resolve(settings, accelerator, data, resumed)
-    nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
-    state = initial_state(settings.objective, nets, settings)
-    stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
-    if settings.objective.needs_pairs:
-        paired_source(stream(0, 0, 0, 1))
+    model = build_model(settings, accelerator, notes, resumed, checkpoint)
+    settings, dataset, data, state, stream = model.settings, model.dataset, model.data, model.state, model.stream
     fingerprint = data_fingerprint(dataset)
     if resumed and checkpoint:
         compare_fingerprints(read_state(checkpoint).get("data", {}), fingerprint, notes.append)
         restore(checkpoint, state, settings.objective)
+        if main:
+            point_latest(resumed, checkpoint)
         note_schedule(stored, settings, state.step, notes.append)
     finished = checkpoint is not None and state.step >= settings.steps
     evaluator = validation = None
@@ -216,7 +220,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     best = None if finished else choose_best(settings, evaluator)
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
-    directory = open_directory(settings, accelerator, state, resumed, origin, data.codec, notes)
+    directory = open_directory(settings, accelerator, state, resumed, model.origin, data.codec, notes)
     if main and not resumed:
         locks.enter_context(RunLock(directory))
     if main and (given.note or given.tags):
@@ -237,8 +241,43 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             recorder.say(f"classes  {classes}")
         if validation:
             recorder.say(f"val      {validation.n} held-out samples, every {settings.val_every} steps")
-        recorder.say(summary(settings, directory, nets, data, accelerator))
+        recorder.say(summary(settings, directory, state.nets, data, accelerator))
     return Job(settings, accelerator, data, stream, state, session)
+
+
+@dataclass
+class UntrainedModel:
+    """What training starts with, before anything is written."""
+
+    settings: TrainSettings
+    """with all that depends on the machine or the data resolved"""
+    dataset: Data
+    data: Data
+    """the data set as the model sees it: latents, for a model of latents"""
+    state: State
+    stream: Stream
+    origin: dict[str, str] | None
+    """where the weights of ``--init`` are from"""
+
+
+def build_model(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    notes: list[str],
+    resumed: Path | None = None,
+    checkpoint: Path | None = None,
+) -> UntrainedModel:
+    """Load the data and make the networks and optimizers. A resumed run keeps the codec of its ``checkpoint``."""
+    with accelerator.main_process_first():
+        dataset = settings.data.load("train")
+    data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
+    settings = resolve(settings, accelerator, data, resumed)
+    nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
+    state = initial_state(settings.objective, nets, settings)
+    stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
+    if settings.objective.needs_pairs:
+        paired_source(stream(0, 0, 0, 1))
+    return UntrainedModel(settings, dataset, data, state, stream, origin)
 
 
 def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestCheckpoint | None:
@@ -264,16 +303,8 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
-    settings = replace(
-        settings,
-        precision=precision,
-        threads=threads,
-        resume=None,
-        note=None,
-        tags=(),
-        data=source,
-        objective=objective,
-    )
+    settings = replace(settings, precision=precision, threads=threads, data=source, objective=objective)
+    settings = replace(settings, resume=None, dry_run=False, note=None, tags=())  # what to do now, not how it trains
     if resumed:
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None

@@ -67,6 +67,12 @@ def test_help(argv):
     assert "usage" in done.stdout.lower()
 
 
+def test_a_reader_may_leave_before_the_help_ends():
+    command = f"{sys.executable} -m genkit train --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_run_directory_is_complete(run):
     for name in ("config.yaml", "env.json", "log.jsonl", "loss.png", "latest/state.json", "samples/step-0000002.png"):
         assert (run / name).is_file(), name

@@ -58,6 +58,14 @@ def test_mistakes_in_yaml(write_config, text, line):
 
 
 @pytest.mark.parametrize(
+    "text", ["lr: !!bool x", "lr: !!int x", "lr: !!timestamp x", "? [a]\n: b", "lr: !!python/tuple [1]"]
+)
+def test_text_that_pyyaml_cannot_construct_is_one_line(write_config, text):
+    write_config(text)
+    assert refusal("--config=c.yaml").startswith("c.yaml")
+
+
+@pytest.mark.parametrize(
     ("argv", "line"),
     [
         ("--stps 3", "unknown option --stps; did you mean --steps?"),

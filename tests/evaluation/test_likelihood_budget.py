@@ -5,10 +5,14 @@ import logging
 import time
 
 import pytest
+import torch
 
 from genkit.cli import main as cli
+from genkit.core import Draw
+from genkit.core.progress import silent
 from genkit.evaluation import likelihood, likelihoods
-from genkit.evaluation.likelihoods import ESTIMATORS
+from genkit.evaluation.likelihoods import ESTIMATORS, LikelihoodSettings, choose_rows, read_batches
+from genkit.training.run import load_run
 from tests.support.evaluation import train
 
 SECONDS = 0.02  # that a slow model takes for a sample
@@ -53,8 +57,9 @@ def test_every_estimator_ends_in_time_and_says_what_it_left_out(bound, moons, va
         result = likelihood(run, bound=bound, max_minutes=budget / 60, device="cpu", **options(bound))
     assert time.perf_counter() - start < 8 * budget
     assert 2 <= result.n <= budget / SECONDS < result.available
-    assert f"the first {result.n} of {result.available} test samples" in caplog.text
-    assert f"{result.n} of {result.available} samples" in result.summary()
+    assert f"{result.n} of {result.available} test samples, at random" in caplog.text
+    assert f"{result.n} of {result.available} samples, at random" in result.summary()
+    assert result.settings["rows"] == "random"
     same = likelihood(run, bound=bound, n=result.n, device="cpu", **options(bound))
     assert result.bits_per_dim.value == pytest.approx(same.bits_per_dim.value, rel=1e-4)
 
@@ -71,3 +76,20 @@ def test_what_fits_is_measured_as_if_there_were_no_limit(moons, capsys):
     everything = likelihood(moons, n=result["available"], steps=2, device="cpu")
     assert result["bits_per_dim"]["value"] == everything.bits_per_dim.value
     assert result["settings"]["n"] == result["available"]
+
+
+def test_the_samples_are_a_random_subset_that_the_seed_determines(moons):
+    """Of a split that is sorted, the first ones are no sample of it."""
+    rows = choose_rows(1000, 100, 0)
+    assert len(rows.unique()) == 100
+    assert abs(float(rows.double().mean()) - 499.5) < 4 * 1000 / 12**0.5 / 10
+    assert rows.equal(choose_rows(1000, 100, 0))
+    assert choose_rows(1000, 30, 0).equal(rows[:30])  # more samples contain the fewer
+    assert not choose_rows(1000, 100, 1).equal(rows)
+    assert choose_rows(7, 7, 0).tolist() == choose_rows(7, 9, 0).tolist() == [*range(7)]
+    run, read = load_run(moons, device="cpu"), []
+    for x, _, _ in read_batches(run, LikelihoodSettings(n=5, batch=2, device="cpu"), silent, dequantised=False):
+        read.append(x)
+    data = run.config.data.load("test")
+    batch = data.batch(choose_rows(len(data), 5, 0), Draw((0,), 0, 5))
+    assert torch.cat(read).equal(run.codec.encode(batch).x)

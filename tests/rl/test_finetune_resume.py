@@ -65,6 +65,20 @@ def test_a_killed_run_continues_as_if_it_had_not_been(policy, whole, tmp_path, m
     assert_same_run(whole, run)
 
 
+def test_a_run_that_is_cut_by_the_clock_again_and_again_is_the_same(policy, whole, tmp_path, capsys):
+    """No further checkpoint fits into the limit, so each process does one iteration."""
+    finetune([str(policy), "--iterations", "3", "--out", str(tmp_path), "--max-time", "0.01s", *TINY])
+    run = find_run(tmp_path / "latest")
+    out = capsys.readouterr().out
+    assert f"stopped at iteration 1 for --max-time 0.01s, saved; continue with: genkit finetune --resume {run}" in out
+    assert not (run / "after.json").exists()
+    finetune(["--resume", str(run)])
+    assert "stopped at iteration 2" in capsys.readouterr().out
+    finetune(["--resume", str(run)])
+    assert "next     genkit rollout" in capsys.readouterr().out
+    assert_same_run(whole, run)
+
+
 def test_results_are_logged_once_however_often_a_run_is_resumed(whole):
     before = read_log(whole)
     finetune(["--resume", str(whole)])

@@ -121,6 +121,23 @@ def test_reflow_is_a_call_that_returns_the_file_and_prints_nothing(tmp_path, cap
         reflow(run, stepz=3)
 
 
+def test_a_few_pairs_have_all_classes_of_sorted_data(tmp_path):
+    """A folder is sorted by class, so the first samples are of one class."""
+    x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    np.savez(tmp_path / "sorted.npz", x=x, y=np.repeat([0, 1, 2], 20))
+    argv = [
+        "--data=npz",
+        f"--data.root={tmp_path / 'sorted.npz'}",
+        "--backbone=mlp",
+        "--device=cpu",
+        f"--out={tmp_path}",
+    ]
+    assert train_command([*argv, *SMALL]) == 0
+    made = reflow(tmp_path / "latest", n=18, steps=1, out=tmp_path / "p.npz", device="cpu")
+    counts = np.bincount(Pairs(root=str(made.path)).load().samples.cond["label"].numpy(), minlength=3)
+    assert counts.min() >= 2, counts
+
+
 def printed_commands(output):
     """The commands in the output, as arguments of `genkit train`."""
     commands = dict(re.findall(r"^(straighten|one step) +genkit train (.+)$", output, re.M))

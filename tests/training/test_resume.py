@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from genkit.cli.main import main
 from genkit.core.files import atomic_directory, atomic_write, sweep
+from genkit.core.links import set_link
 from genkit.core.tensors import sha256
 from genkit.data import DataSource
 from genkit.training import checkpoint
@@ -75,7 +76,8 @@ OTHER = {  # another value for every setting
     "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
     "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
     "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,
-    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True, "codec": "run",
+    "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True,
+    "trackers": ("wandb",), "tracker_project": "mine", "codec": "run",
     "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
 }  # fmt: skip
 
@@ -132,7 +134,15 @@ def test_data_of_other_classes_are_refused_and_other_content_is_said(tmp_path, c
         (folder / name).mkdir(parents=True)
         for k in range(6):
             Image.new("L", (8, 8), 40 * i + k).save(folder / name / f"{k}.png")
-    argv = [f"--data={folder}", "--data.size=8", *SMALL[3:], "--backbone=mlp", f"--out={tmp_path}/runs", "--steps=4"]
+    argv = [
+        f"--data={folder}",
+        "--data.size=8",
+        "--data.held-out=0",
+        *SMALL[3:],
+        "--backbone=mlp",
+        f"--out={tmp_path}/runs",
+        "--steps=4",
+    ]
     assert main(["train", *argv, "--batch=4"]) == 0
     run = (tmp_path / "runs" / "latest").resolve()
     Image.new("L", (8, 8), 200).save(folder / "c" / "new.png")
@@ -212,6 +222,12 @@ def damage(path, how):
         path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     else:
         path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+def test_a_run_that_was_killed_before_latest_moved_is_used_from_its_newest_checkpoint(run):
+    set_link(run / "latest", "checkpoints/step-0000009")
+    assert resume(run) == 0
+    assert find_checkpoint(run).name == "step-0000010"
 
 
 def test_checkpoints_are_sorted_by_number(run):
@@ -361,6 +377,16 @@ def test_auto_continues_the_run_that_these_settings_began(tmp_path):
     assert other != first
     assert len([p for p in tmp_path.iterdir() if not p.is_symlink()]) == 2
     assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
+
+
+def test_auto_compares_paths_as_they_are_resolved(tmp_path, monkeypatch):
+    """`--init runs/a` and a first stage named relative to the working directory are the same from everywhere."""
+    first = train(tmp_path / "a", "--steps=2")
+    monkeypatch.chdir(tmp_path)
+    run = train(tmp_path / "b", "--steps=2", "--init=a/latest", "--resume=auto")
+    again = train(tmp_path / "b", "--steps=3", f"--init={os.path.relpath(first)}", "--resume=auto")
+    assert again == run
+    assert stored_settings(run).init == str(first)
 
 
 # ------------------------------------------------------------------------------------------- killed machines

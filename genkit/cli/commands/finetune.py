@@ -8,7 +8,7 @@ from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.command import peek_option
 from genkit.rl.finetune.env_rewards import REWARDS
-from genkit.rl.finetune.loop import finetune, settings_file
+from genkit.rl.finetune.loop import finetune, settings_file, stored_finetuning
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.training.directory import find_run
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
@@ -20,11 +20,15 @@ def main(argv: list[str]) -> int:
         start_ranks(num, "finetune", argv)
     resume = peek_option(argv, "resume")
     if resume:
+        stored_finetuning(find_run(resume))  # refuses foreign code before the file is parsed with the command line
         argv = ["--config", str(settings_file(find_run(resume))), *argv]
     settings = parse(FinetuneSettings, argv, prog="genkit finetune", description="Improve a trained model by a reward.")
     run = finetune(settings=settings, resume=resume)
-    if is_main_process():
-        directory = shlex.quote(str(run.directory))
+    directory = shlex.quote(str(run.directory))
+    if is_main_process() and run.stopped:
+        say = f"stopped at iteration {run.step} for --max-time {settings.max_time}, saved; continue with:"
+        console.print(f"{say} genkit finetune --resume {directory}", markup=False)
+    elif is_main_process():
         sample = f"sample {directory} --steps {settings.sampler_steps}"
         command = f"rollout {directory}" if settings.reward in REWARDS else sample
         console.print(f"next     genkit {command}", markup=False)

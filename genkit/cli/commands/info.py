@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,13 +12,15 @@ from genkit.cli.commands.note import list_annotations
 from genkit.cli.output import console
 from genkit.config import parse, to_yaml
 from genkit.config.paths import PathText
+from genkit.config.trust import UntrustedCodeError
 from genkit.core import Label, Tokens
 from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
 from genkit.training.annotations import read_annotations
 from genkit.training.best import read_best
-from genkit.training.directory import read_log
+from genkit.training.checkpoint import list_checkpoints, read_state
+from genkit.training.directory import find_run, read_log
 from genkit.training.run import load_run, read_lora_base
 
 
@@ -32,7 +35,10 @@ class Info:
 def main(argv: list[str]) -> int:
     """Run the command. Returns the exit code."""
     command = parse(Info, argv, prog="genkit info")
-    run = load_run(command.run)
+    try:
+        run = load_run(command.run)
+    except UntrustedCodeError as e:
+        return show_stored(find_run(command.run), e)
     records = read_log(run.directory)
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
     saved = sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))
@@ -73,4 +79,17 @@ def main(argv: list[str]) -> int:
     for key, value in [*lines.items(), *list_annotations(read_annotations(run.directory))]:
         console.print(f"{key:<14} {value}", markup=False)
     console.print("\n" + to_yaml(run.config), markup=False)
+    return 0
+
+
+def show_stored(run: Path, reason: UntrustedCodeError) -> int:
+    """What the files of a run say whose code is not trusted, so that none of it is imported. Returns the exit code."""
+    saved = list_checkpoints(run)
+    lines = {"run": run, "note": str(reason), "checkpoints": ", ".join(p.name for p in saved)}
+    if saved:
+        spec = read_state(saved[-1])["spec"]
+        lines["samples"] = f"{'x'.join(map(str, spec['shape']))}, conditions: {', '.join(spec['cond']) or 'none'}"
+    for key, value in [*lines.items(), *list_annotations(read_annotations(run))]:
+        console.print(f"{key:<14} {value}", markup=False)
+    console.print("\n" + (run / "config.yaml").read_text(encoding="utf-8", errors="replace"), markup=False)
     return 0

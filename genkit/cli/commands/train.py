@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from genkit.config.command import peek_option
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import find_run, read_log
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.dry_run import estimate_training
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
 
@@ -22,6 +24,11 @@ def main(argv: list[str]) -> int:
     if (num := missing_ranks()) > 1:
         start_ranks(num, "train", argv)
     settings, resumed = read_settings(argv)
+    if settings.dry_run:
+        estimate = estimate_training(settings)
+        if is_main_process():
+            console.print(estimate.to_yaml(), end="", markup=False)
+        return 0
     run = train(settings, resume=resumed)
     if is_main_process():
         conclude(run)
@@ -64,7 +71,7 @@ def conclude(run: TrainedRun) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    resume = f"genkit train --resume {run.directory}"
+    resume = f"genkit train --resume {shlex.quote(str(run.directory))}"
     if run.ending == "signal":
         say(f"stopped at step {run.step}, saved; continue with: {resume}")
         return

@@ -53,6 +53,8 @@ class GuidanceDistillation(Matching):
     points: Count = 10
     """Euler steps of each guided trajectory, all of which are trained on"""
 
+    open_settings = ()
+
     def __post_init__(self) -> None:
         if not isinstance(self.of, Matching) or isinstance(self.of, GuidanceDistillation) or not self.of.sampler:
             kind = type(self.of).__name__
@@ -141,6 +143,12 @@ class GuidanceDistillation(Matching):
         if getattr(backbone, "checkpoint", False):
             raise ValueError("checkpoint: recomputed activations would see another scale of guidance; turn it off")
         return {"net": self.of.networks(backbone, spec)["net"]}
+
+    def decide(self, data_std: Callable[[], float]) -> GuidanceDistillation:
+        return replace(self, of=self.of.decide(data_std))
+
+    def notes(self) -> Sequence[str]:
+        return ()
 
     def check(self, nets: Mapping[str, nn.Module]) -> None:
         if not takes_scale(nets["net"]):

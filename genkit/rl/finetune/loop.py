@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,9 +17,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
-from genkit.config.trust import require_trust
+from genkit.config.trust import require_trust, require_trusted_code
 from genkit.core import seed_of
 from genkit.core.device import pick_device
+from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
@@ -43,15 +44,16 @@ from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint
+from genkit.training.checkpoint import list_checkpoints, point_latest, step_of
 from genkit.training.directory import create_run, find_run, read_log, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
+from genkit.training.pace import Pace
 from genkit.training.resume import resume_point
 from genkit.training.run import Run, load_run
-from genkit.training.session import Recorder, environment
+from genkit.training.session import Recorder, environment, tracker_names
 
-logger = logging.getLogger("genkit")
 CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: neither trained on nor reported
 WARN_KL = 100.0  # nats from the pretrained model after which little of it is left
 LINE = ("reward", "return", "success", "mode_entropy_bits", "kl_reference", "clipped", "diffusion_loss", "loss")
@@ -66,6 +68,8 @@ class FinetunedRun(Run):
     """results of the run that was improved"""
     after: Mapping[str, Any] = field(default_factory=dict)
     """results of this run"""
+    stopped: bool = False
+    """whether ``max_time`` ended it early; it can be resumed"""
 
 
 def finetune(
@@ -85,9 +89,7 @@ def finetune(
     """
     directory = find_run(resume) if resume is not None else None
     if settings is None:
-        stored = config.load_yaml(settings_file(directory)) if directory else {}
-        require_trust(FinetuneSettings, stored, directory)
-        settings = config.from_dict(FinetuneSettings, stored)
+        settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
     if isinstance(run, Run):
         base, accelerator = run, join_ranks(run.device)
@@ -106,6 +108,16 @@ def finetune(
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+
+
+def stored_finetuning(directory: Path) -> dict[str, Any]:
+    """The settings of a fine-tuning run, in the form of YAML. ``ValueError`` if its code is not trusted."""
+    file = settings_file(directory)
+    stored = config.load_yaml(file)
+    require_trust(FinetuneSettings, stored, file)
+    for name in ("reward", "env"):
+        require_trusted_code(str(stored.get(name) or ""), f"{file}: {name}", directory)
+    return stored
 
 
 def settings_file(directory: Path) -> Path:
@@ -131,6 +143,9 @@ class FineTuning:
         directory becomes one.
         """
         self.settings, self.base, self.accelerator, self.resumed = settings, base, accelerator, resumed
+        limit = parse_duration(settings.max_time) if settings.max_time else math.inf
+        self.deadline = time.monotonic() + limit
+        tracker_names(settings)
         self.locks = locks
         notes: list[str] = []
         world = accelerator.num_processes
@@ -145,6 +160,9 @@ class FineTuning:
         self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
         if self.checkpoint:
             restore_finetuning(self.checkpoint, self.learner, self.best)
+            if accelerator.is_main_process and resumed:
+                saved = {step_of(path): path for path in list_checkpoints(resumed)}
+                point_latest(resumed, saved.get(self.best.step, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
         for note in notes:
@@ -161,17 +179,17 @@ class FineTuning:
         self.recorder.say(f"{self.directory}  from {self.base.directory} ({self.base.weights})")
         with (
             reporting(progress, self.accelerator.is_main_process, stages=False) as report,
-            self.recorder.tensorboard(self.settings.tensorboard, self.learner.state.step),
+            self.recorder.tracking(self.settings, self.learner.state.step),
         ):
             if self.checkpoint is None:
                 self.record_results("before", self.evaluate("before", self.averaged))
                 if self.chooses_checkpoint:  # the start is a candidate too
                     self.save_checkpoint()
             try:
-                self.iterate(report)
+                stopped = self.iterate(report)
             except Diverged as e:
                 raise ValueError(f"{e}; the last good checkpoint stays in {self.directory}") from e
-            return self.conclude()
+            return self.conclude(stopped)
 
     def open_directory(self) -> Path:
         """The new run's directory, which the main process makes or reopens; every rank learns its name."""
@@ -206,9 +224,15 @@ class FineTuning:
         return sample_quality(self.base.config.data.load("train"))
 
     # --------------------------------------------------------------------------------------------------- learning
-    def iterate(self, report: Progress) -> None:
-        """Collect experience and learn from it until an iteration, a divergence or the patience ends it."""
+    def iterate(self, report: Progress) -> bool:
+        """Collect experience and learn from it until an iteration, a divergence or the patience ends it.
+
+        Returns whether ``max_time`` ended it.
+        """
         settings, learner, task = self.settings, self.learner, self.task
+        pace = Pace(learner.state.step, settings.iterations, self.base.device, self.recorder.say, self.recorder.note,
+                    "iteration")  # fmt: skip
+        saved = time.monotonic()
         start, cpu_start, begun = time.perf_counter(), time.process_time(), False
         while learner.state.step < settings.iterations and not self.best.is_stale(settings.patience):
             i = learner.state.step
@@ -227,9 +251,18 @@ class FineTuning:
             learner.state.step += 1
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
-            self.log({"step": i + 1, **clocks, **logs}, report)
+            self.log({"step": i + 1, **clocks, **logs}, report, pace)
             if (i + 1) % settings.save_every == 0 or i + 1 == settings.iterations:
                 self.save_checkpoint()
+                now = time.monotonic()
+                if i + 1 < settings.iterations and self.is_late(now + (now - saved)):
+                    return True
+                saved = now
+        return False
+
+    def is_late(self, end: float) -> bool:
+        """Whether the next checkpoint, expected at the time ``end``, is too late; the main process decides."""
+        return broadcast_object_list([end > self.deadline])[0] is True
 
     def warn_of_divergence(self, kl: float) -> None:
         """Say once that the model is no longer like the pretrained one."""
@@ -238,14 +271,13 @@ class FineTuning:
             self.recorder.say(f"warning  kl_reference is {kl:.3g} nats: the samples have left the pretrained model's; "
                               f"try a lower --method.lr, or stop there: --max-kl {WARN_KL:g}")  # fmt: skip
 
-    def log(self, record: dict[str, Any], report: Progress) -> None:
+    def log(self, record: dict[str, Any], report: Progress, pace: Pace) -> None:
         """A line of the log, and progress."""
         step, iterations = record["step"], self.settings.iterations
         self.recorder.log(record)
         line = "  ".join(f"{k} {record[k]:.3g}" for k in LINE if k in record)
         report(line, step, iterations)
-        if self.recorder.main and (step % 5 == 0 or step == 1):
-            logger.debug(f"iteration {step}/{iterations}  {line}")
+        pace(step, line)
 
     @property
     def chooses_checkpoint(self) -> bool:
@@ -310,19 +342,19 @@ class FineTuning:
         self.recorder.say(f"{name:<8} {line}")
         return values.get("return")
 
-    def conclude(self) -> FinetunedRun:
-        """Evaluate the run as it is from now on, and return it."""
+    def conclude(self, stopped: bool = False) -> FinetunedRun:
+        """Evaluate the run as it is from now on, unless it was ``stopped`` to be resumed, and return it."""
         if self.best.step == 0 and self.learner.state.step:
             self.recorder.say("chosen   the start: no checkpoint had a better return; try a lower --method.lr")
         run = load_run(self.directory, ema=self.settings.ema, device=self.accelerator.device.type)
-        after = self.evaluate("after", run.nets)
+        after = {} if stopped else self.evaluate("after", run.nets)
         self.record_results("after", after)
         if self.accelerator.is_main_process:
             plot_reward_kl(read_log(self.directory), self.directory / "reward-kl.png")
         file = self.directory / "before.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
         values: dict[str, Any] = {f.name: getattr(run, f.name) for f in fields(Run)}
-        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after)
+        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after, stopped=stopped)
 
 
 def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:

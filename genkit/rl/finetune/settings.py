@@ -11,8 +11,10 @@ from genkit.config import table
 from genkit.config.numbers import Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.core.device import DeviceName
+from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
 from genkit.training.sampling import GridName
+from genkit.training.settings import TrackerName
 
 if TYPE_CHECKING:
     from genkit.rl.finetune.noise import ExplorationNoise
@@ -103,6 +105,13 @@ class FinetuneSettings:
     """Rows per forward pass of a gradient step on one rank, to save memory; None: all at once."""
     tensorboard: bool = True
     """Write scalars for TensorBoard, besides log.jsonl."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Further trackers, through Accelerate; a resumed run goes on in the same run of theirs."""
+    tracker_project: str = "genkit"
+    """Project (wandb, trackio) or experiment (mlflow) of the run."""
+    max_time: DurationText | None = None
+    """Stop at the last checkpoint that fits into this time: 90s, 10m, 2h30m. It counts from the start of this process's
+    fine-tuning; a run that is resumed has as much again. None: never."""
     out: PathText = "runs"
     """Directory in which the new run's directory is made."""
     name: NameText | None = None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.config import load_object
 from genkit.config.numbers import CheckpointStep
+from genkit.config.trust import require_trusted_code
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
@@ -235,8 +236,11 @@ class Policy:
         """``num`` copies whose observations have the entries that it was trained on.
 
         ``env`` None is the environment of the demonstrations, with the keyword arguments that they name; ``arguments``,
-        each NAME=VALUE, replace or add to these. ``ValueError`` says what does not fit.
+        each NAME=VALUE, replace or add to these. ``ValueError`` says what does not fit, or that a module that only the
+        run names must be trusted.
         """
+        if env is None:
+            require_trusted_code(self.env, f"{self.run.directory}: data.env", self.run.directory)
         own = env is None or env == self.env
         known = parse_arguments(self.run.config.data.environment_arguments) if own else {}
         kind = self.run.spec.cond.get("obs")
