@@ -87,9 +87,6 @@ class GuidanceDistillation(Matching):
         """The standard deviation of the data that the model was made for."""
         return self.of.sigma_data
 
-    def decide(self, data_std: Callable[[], float]) -> GuidanceDistillation:
-        return replace(self, of=self.of.decide(data_std))
-
     @property
     def loss_weight(self) -> Any:
         """The weight of the model's loss."""
