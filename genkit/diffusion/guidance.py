@@ -291,7 +291,7 @@ def within(low: float, high: float, guidance: Guidance) -> Guidance:
             if bool((inside == inside[0]).all()):  # samplers give every sample the same time
                 return (guided if inside[0] else denoise)(x, t, cond)
             yes, no = guided(x, t, cond), denoise(x, t, cond)
-            return Prediction(*(torch.where(expand(inside, x), a, b) for a, b in zip(yes, no, strict=True)))
+            return replace_endpoints(yes, *(torch.where(expand(inside, x), a, b) for a, b in zip(yes, no, strict=True)))
 
         return Wrapped(denoise, predict)
 

@@ -24,6 +24,7 @@ from genkit.core import NO_COND, Cond, Denoiser, Guidance, Noise, Prediction, ex
 from genkit.diffusion.checks import require
 from genkit.diffusion.guidance import LAST, Wrapped
 from genkit.diffusion.paths import chart, mix, require_diffusion, times_at
+from genkit.diffusion.posterior import replace_endpoints
 from genkit.diffusion.samplers import SAMPLERS, Callback
 
 
@@ -273,13 +274,15 @@ def by_shift(shift: Shift) -> Guidance:
             alpha, sigma = path.alpha(t_safe), path.sigma(t_safe)
             with torch.enable_grad():
                 x_grad = x.detach().requires_grad_()
-                x0_hat = denoise(x_grad, t_safe, cond).x0
+                prediction = denoise(x_grad, t_safe, cond)
+                x0_hat = prediction.x0
 
             def covariance(v: Tensor) -> Tensor:
                 return expand(sigma**2 / alpha, x) * torch.autograd.grad(x0_hat, x_grad, v)[0]
 
             x0 = x0_hat.detach() + shift(x0_hat.detach(), alpha, sigma, covariance)
-            return Prediction(x0, (x - expand(path.alpha(t), x) * x0) / expand(path.sigma(t), x))
+            x1 = (x - expand(path.alpha(t), x) * x0) / expand(path.sigma(t), x)
+            return replace_endpoints(prediction, x0, x1)
 
         return Wrapped(denoise, predict)
 

@@ -217,7 +217,8 @@ class Shifted:
     path: ShiftablePath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path that is shifted"""
     shift: Positive = 3.0
-    """factor of the noise level; 3 is Esser et al.'s choice for 1024 x 1024, compared with 256 x 256"""
+    """factor of the noise level in training; the default grid of sampling is uniform in chart time whatever the shift,
+    and --grid trailing has the shifted times; 3 is Esser et al.'s choice for 1024 x 1024, compared with 256 x 256"""
 
     def __post_init__(self) -> None:
         if not self.shift > 0:

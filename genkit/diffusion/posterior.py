@@ -36,7 +36,7 @@ def learned_variance(prediction: Prediction) -> Tensor | None:
 
 
 def replace_endpoints(prediction: Prediction, x0: Tensor, x1: Tensor) -> Prediction:
-    """A prediction of other ends with the same learned variance, if any."""
+    """A prediction of other ends with the same learned variance, if any, as a constant for gradients."""
     return _with_variance_of(prediction, Prediction(x0, x1), slice(None))
 
 
@@ -47,7 +47,7 @@ def take(prediction: Prediction, rows: slice) -> Prediction:
 
 def _with_variance_of(prediction: Prediction, ends: Prediction, rows: slice) -> Prediction:
     w = learned_variance(prediction)
-    return ends if w is None else LearnedVariance.of(ends, w[rows])
+    return ends if w is None else LearnedVariance.of(ends, w[rows].detach())
 
 
 def reverse_step(path: ProbabilityPath, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

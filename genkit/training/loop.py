@@ -53,15 +53,35 @@ def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: Tr
     emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
-            [p for _, p in phase_parameters(phase, nets)],
+            parameter_groups(phase, nets, settings.weight_decay),
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
         for phase in objective.phases
+        if any(True for _ in phase_parameters(phase, nets))  # an adapter of one network leaves other phases without
     }
     return State(nets, emas, optimizers)
+
+
+def parameter_groups(phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of a phase's optimizer: matrices and convolutions, which decay, and all else, which does not.
+
+    Decay towards 0 means nothing for a norm, a bias, a table of classes, a learned null or a learned scale. Without
+    decay there is one group.
+    """
+    named = list(phase_parameters(phase, nets))
+    if not weight_decay:
+        return [{"params": [p for _, p in named]}]
+    embeddings = [m for net in nets.values() for m in net.modules() if isinstance(m, nn.Embedding)]
+    tables = {id(p) for m in embeddings for p in m.parameters()}
+    decays = {key: p.ndim >= 2 and id(p) not in tables and not key.endswith(".null") for key, p in named}
+    groups = [
+        {"params": [p for key, p in named if decays[key]]},
+        {"params": [p for key, p in named if not decays[key]], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def copy_for_ema(net: nn.Module) -> nn.Module:
@@ -227,6 +247,9 @@ class _Loop:
         draw = 0
         for phase in self.objective.phases:
             if step % phase.every:
+                continue
+            if phase.name not in self.state.optimizers:  # nothing to train; other phases keep their batches
+                draw += phase.repeats
                 continue
             nets = {k: self.wrapped[k] if k in phase.trains else v for k, v in self.state.nets.items()}
             for name, net in self.state.nets.items():

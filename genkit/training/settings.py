@@ -141,7 +141,7 @@ class TrainSettings:
     # -- latents, starting weights and resuming
     codec: PathText | None = None
     """Train on latents: the run of a first stage (vae, ae, vq or autoencoder), or diffusers:DIR. Latents have standard
-    deviation 1: give edm --objective.sigma-data 1."""
+    deviation 1."""
     codec_posterior: Literal["draw", "mean"] = "draw"
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
     init: PathText | None = None

@@ -156,7 +156,7 @@ def drawn(run, **how):
     """Of two seeds, before they are pixels: those of a network that is hardly trained are black and white."""
     loaded, noise = load_run(run, **how), Seeds(range(2))
     with torch.no_grad():
-        return loaded.generator(Sampling(steps=3))(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
+        return loaded.generator(Sampling(steps=3, clip=False))(noise((1, 8, 8)), {"label": torch.tensor([3, 7])}, noise)
 
 
 def weights(run, **how):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath
+from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath, seed_of
 from genkit.diffusion.paths import shared_time, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
@@ -99,7 +99,8 @@ class Seeds:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        # torch's generator on the CPU reads 32 bits of its seed: larger ones would repeat smaller ones
+        self.generators = [torch.Generator().manual_seed(s if s < 2**32 else seed_of(s)) for s in map(int, seeds)]
         self.device, self.dtype = torch.device(device), dtype
 
     def __call__(self, shape: Sequence[int]) -> Tensor:

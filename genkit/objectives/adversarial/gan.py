@@ -162,7 +162,7 @@ class GAN(Objective):
             iterate_spectral_norm(nets["discriminator"], self.gan_loss.discriminator_steps)
 
     def warning(self, record: Mapping[str, Any]) -> str | None:
-        spread, accuracy = record["discriminator/diversity"], record["discriminator/accuracy"]
+        spread, accuracy = record.get("discriminator/diversity"), record.get("discriminator/accuracy")
         if record["step"] < FIRST_WARNING or spread is None or accuracy is None:
             return None
         if spread < 0.3:

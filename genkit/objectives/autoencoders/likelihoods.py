@@ -138,17 +138,18 @@ class DiscretisedLogistic(Likelihood):
     is_discrete: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
 
-    std: Positive = 0.2
-    """the scale, in [-1, 1]; the initial value if it is learned"""
+    logistic_scale: Positive = 0.2
+    """s of the logistic distribution, in [-1, 1], whose standard deviation is 1.81 s; the initial value if it is
+    learned"""
     scale: ScaleName = "shared"
     """fixed; shared: one learned number; each: predicted for each dimension"""
 
     def __post_init__(self) -> None:
-        refuse_small_std("std", self.std)
+        refuse_small_std("logistic_scale", self.logistic_scale)
 
     def decoder_head(self, backbone: Backbone, spec: Spec, latent: tuple[int, ...]) -> DecoderHead:
         self.check(spec)
-        return DecoderHead(backbone, spec, latent, self.scale, self.std)
+        return DecoderHead(backbone, spec, latent, self.scale, self.logistic_scale)
 
     def log_prob(self, out: DecoderOutput, x: Tensor) -> Tensor:
         """``log (sigmoid(b) - sigmoid(a))``, a and b the edges of the level; the first and the last reach to infinity.

@@ -55,6 +55,8 @@ class DDPM(Matching):
         default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
     )
     """weight of each time in the loss: constant, min-snr, p2 or edm"""
+    sigma_data: Positive | None = None
+    """standard deviation of the data, for the prediction karras and the weight edm; None: measured when a run begins"""
     time_distribution: TimeDistribution = field(
         default_factory=Uniform, metadata={"table": "genkit.objectives.matching.times:TIME_DISTRIBUTIONS"}
     )
@@ -72,6 +74,7 @@ class DDPM(Matching):
         refuse_singular(self.parametrization, self.path)
         self.time_distribution.check(self.path)
         refuse_loss_weight(self.loss_weight, self.space)
+        self.refuse_sigma_data()
         uniform = isinstance(self.time_distribution, Uniform) or self.time_distribution.loss_aware
         if self.learn_variance and not uniform:
             raise ValueError(

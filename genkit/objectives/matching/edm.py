@@ -14,7 +14,7 @@ from genkit.diffusion.parametrization import Karras
 from genkit.diffusion.paths import VE
 from genkit.objectives.matching.matching import Matching
 from genkit.objectives.matching.times import SMALLEST, refuse_noisy_mean
-from genkit.objectives.matching.weights import EDMWeight
+from genkit.objectives.matching.weights import SIGMA_DATA, EDMWeight
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class EDM(Matching):
     ``log-normal`` and loss weight ``edm``. The paper samples it with heun, or churn, on the grid ``karras``.
     """
 
-    sigma_data: Positive = 0.5
-    """standard deviation of the data as the codec gives them; 0.5 is that of pictures in [-1, 1]"""
+    sigma_data: Positive | None = None
+    """standard deviation of the data as the codec gives them; None: measured when a run begins (0.5 in the paper)"""
     sigma_max: Annotated[float, Gt(0.002)] = 80.0
     """the noise level from which samples start"""
     p_mean: float = -1.2
@@ -50,12 +50,16 @@ class EDM(Matching):
 
     @property
     def parametrization(self) -> Parametrization:
-        return Karras(self.sigma_data)
+        return Karras(self.sigma_data or SIGMA_DATA)
+
+    @property
+    def uses_sigma_data(self) -> bool:
+        return True
 
     @property
     def loss_weight(self) -> EDMWeight:  # pyright: ignore[reportIncompatibleVariableOverride]
         """EDM's lambda(sigma)."""
-        return EDMWeight(self.sigma_data)
+        return EDMWeight(self.sigma_data or SIGMA_DATA)
 
     def sample_times(self, batch: Batch) -> Tensor:
         level = (self.p_mean + self.p_std * batch.normal(1)[:, 0].double()).exp()

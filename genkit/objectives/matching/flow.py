@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from genkit.config.numbers import Fraction
+from genkit.config.numbers import Fraction, Positive
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, ProbabilityPath, Spec
 from genkit.diffusion.parametrization import NetDenoiser, refuse_singular
 from genkit.diffusion.paths import Linear, ODEOnlyPath
@@ -33,6 +33,8 @@ class Flow(Matching):
         default_factory=Constant, metadata={"table": "genkit.objectives.matching.weights:LOSS_WEIGHTS"}
     )
     """weight of each time in the loss: constant, min-snr, p2 or edm"""
+    sigma_data: Positive | None = None
+    """standard deviation of the data, for the prediction karras and the weight edm; None: measured when a run begins"""
     time_distribution: TimeDistribution = field(
         default_factory=Uniform, metadata={"table": "genkit.objectives.matching.times:TIME_DISTRIBUTIONS"}
     )
@@ -53,6 +55,7 @@ class Flow(Matching):
         refuse_singular(self.parametrization, self.path)
         self.time_distribution.check(self.path)
         refuse_loss_weight(self.loss_weight, self.space)
+        self.refuse_sigma_data()
         if self.source.is_conditional and self.coupling.permutes:
             raise ValueError(
                 f"coupling: given {name_of(COUPLINGS, self.coupling)}, which gives a sample the source of another, but "

@@ -79,6 +79,15 @@ class GuidanceDistillation(Matching):
         return self.of.loss_space
 
     @property
+    def natural_space(self) -> Any:
+        return self.of.natural_space
+
+    @property
+    def sigma_data(self) -> Any:
+        """The standard deviation of the data that the model was made for."""
+        return self.of.sigma_data
+
+    @property
     def loss_weight(self) -> Any:
         """The weight of the model's loss."""
         return self.of.loss_weight

@@ -24,11 +24,11 @@ from genkit.core import (
     expand,
     mean_flat,
 )
-from genkit.diffusion.parametrization import PARAMETRIZATIONS, NetDenoiser
+from genkit.diffusion.parametrization import PARAMETRIZATIONS, Karras, NetDenoiser
 from genkit.diffusion.paths import mix
 from genkit.objectives.matching.sources import Normal, Source
 from genkit.objectives.matching.times import LossHistory, TimeDistribution, Uniform
-from genkit.objectives.matching.weights import Constant, LossSpace, LossWeight
+from genkit.objectives.matching.weights import SIGMA_DATA, Constant, EDMWeight, LossSpace, LossWeight
 
 PredictionName = Literal["velocity", "eps", "x0", "v", "score", "karras"]
 LOSS_SPACES: Mapping[str, Callable[[Prediction, Tensor, Tensor], Tensor]] = {  # (prediction, alpha, sigma) -> quantity
@@ -76,6 +76,8 @@ class Matching(Objective):
     """the quantity whose squared error is minimised; None: :meth:`space`"""
     loss_weight: LossWeight = Constant()
     """weight of each time in the loss, besides what ``loss_space`` implies"""
+    sigma_data: float | None = None
+    """standard deviation of the data, for the prediction karras and the weight edm; None: measured when a run begins"""
     time_distribution: TimeDistribution = Uniform()
     """how training times are drawn"""
     source: Source = Normal()
@@ -85,7 +87,7 @@ class Matching(Objective):
     cond_dropout_each: float = 0.0
     """probability of dropping each condition independently"""
 
-    open_settings: ClassVar[tuple[str, ...]] = ("loss_space",)
+    open_settings: ClassVar[tuple[str, ...]] = ("loss_space", "sigma_data")
     sampler: ClassVar[str | None] = "heun"
     likelihood_method: ClassVar[str | None] = "ode"
 
@@ -107,7 +109,30 @@ class Matching(Objective):
     @property
     def parametrization(self) -> Parametrization:
         """What the network's input, output and regression target mean."""
+        if self.prediction == "karras":
+            return Karras(self.sigma_data or SIGMA_DATA)
         return PARAMETRIZATIONS[self.prediction]()
+
+    @property
+    def uses_sigma_data(self) -> bool:
+        """Whether the standard deviation of the data matters."""
+        weight = self.loss_weight
+        return self.prediction == "karras" or (isinstance(weight, EDMWeight) and weight.sigma_data is None)
+
+    def refuse_sigma_data(self) -> None:
+        """``ValueError`` for a standard deviation of the data that has no effect, or for two that differ."""
+        if self.sigma_data is not None and not self.uses_sigma_data:
+            raise ValueError(
+                f"sigma_data: given {self.sigma_data}, which has no effect on prediction {self.prediction} without the "
+                "loss weight edm; leave it out"
+            )
+        weight = self.loss_weight
+        both = self.prediction == "karras" and isinstance(weight, EDMWeight) and weight.sigma_data is not None
+        if both and weight.sigma_data != (self.sigma_data or SIGMA_DATA):
+            raise ValueError(
+                f"loss_weight.sigma_data: given {weight.sigma_data}, but the prediction karras has "
+                f"{self.sigma_data or SIGMA_DATA}; leave it out, or give sigma_data the same"
+            )
 
     @property
     def is_diffusion(self) -> bool:
@@ -177,7 +202,10 @@ class Matching(Objective):
         one, parametrization = torch.ones_like(expand(t, like)), self.parametrization
         alpha, sigma = expand(self.path.alpha(t), like), expand(self.path.sigma(t), like)
         linear = parametrization.predict(self.path, torch.zeros_like(one), t, one)
-        scale = self.loss_weight(alpha, sigma).sqrt() * LOSS_SPACES[self.space](linear, alpha, sigma)
+        weight = self.loss_weight
+        if isinstance(weight, EDMWeight) and weight.sigma_data is None:
+            weight = EDMWeight(self.sigma_data)
+        scale = weight(alpha, sigma).sqrt() * LOSS_SPACES[self.space](linear, alpha, sigma)
         bound = MAX_ERROR_SCALE * one
         if parametrization.predicts_noise:  # in noise as large as the output: 1 / sigma for the score
             bound = bound / parametrization.target(self.path, torch.zeros_like(one), one, t).abs()
@@ -200,17 +228,21 @@ class Matching(Objective):
             history_of(nets).update()
 
     def decide(self, data_std: Callable[[], float]) -> Matching:
-        return self if self.loss_space else dataclasses.replace(cast(Any, self), loss_space=self.space)
+        decided: dict[str, Any] = {} if self.loss_space else {"loss_space": self.space}
+        if self.uses_sigma_data and self.sigma_data is None:
+            decided["sigma_data"] = data_std() or SIGMA_DATA
+        return dataclasses.replace(cast(Any, self), **decided) if decided else self
 
     def notes(self) -> Sequence[str]:
-        """A loss whose weight is 0 where the path is pure noise: that end is never learned."""
+        """The measured ``sigma_data``, and whether the loss has weight 0 where the path is pure noise."""
+        notes = [f"note     sigma_data is {self.sigma_data:g}"] if self.uses_sigma_data and self.sigma_data else []
         one = torch.ones(1, dtype=torch.float64)
-        if float(self.path.alpha(one)) > 0 or float(self.error_scale(one, one)) != 0:
-            return ()
-        return [
-            f"note     the loss of {self.space} has weight 0 at t = 1, where the path is pure noise, so that the first "
-            f"step of sampling is never learned; take --objective.loss-space {self.natural_space}"
-        ]
+        if float(self.path.alpha(one)) == 0 and float(self.error_scale(one, one)) == 0:
+            notes.append(
+                f"note     the loss of {self.space} has weight 0 at t = 1, where the path is pure noise, so that the "
+                f"first step of sampling is never learned; take --objective.loss-space {self.natural_space}"
+            )
+        return notes
 
     # -------------------------------------------------------------------------------------------------- its model
     def denoiser(self, net: nn.Module) -> Denoiser:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit.config.numbers import NonNegative, Positive
 
+SIGMA_DATA = 0.5  # of images in [-1, 1] (Karras et al. 2022, table 1), if it was neither given nor measured
 LossSpace = Literal["x0", "eps", "v", "velocity"]
 
 
@@ -71,12 +72,13 @@ class EDMWeight:
     Sigma is the noise level, here ``sigma / alpha``. Outputs of Karras' preconditioning then have weight 1.
     """
 
-    sigma_data: Positive = 0.5
-    """standard deviation of the data"""
+    sigma_data: Positive | None = None
+    """standard deviation of the data; None: the objective's"""
     space: ClassVar[LossSpace | None] = "x0"
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma**2 + (alpha * self.sigma_data) ** 2) / (sigma * self.sigma_data) ** 2
+        std = self.sigma_data or SIGMA_DATA
+        return (sigma**2 + (alpha * std) ** 2) / (sigma * std) ** 2
 
 
 LOSS_WEIGHTS: Mapping[str, type[LossWeight]] = {"constant": Constant, "min-snr": MinSNR, "p2": P2, "edm": EDMWeight}
