@@ -87,7 +87,7 @@ COMMANDS = {
     "folder": ["eval", "{top}", "{top}", "--features=raw", "--metrics=fid"],
     "compare": ["eval", "--compare", "{run}", "{run}"],
     "sweep": ["sweep", "{run}", "--steps", "1", "--n=16", "--confirm-n=16", "--features=raw", "--metric=fid"],
-    "likelihood": ["likelihood", "{run}", "--n=2", "--steps=2"],
+    "likelihood": ["likelihood", "{out}/" + EVIL],
     "reflow": ["reflow", "{run}", "--n=2", "--steps=1"],
     "report": ["report", "{run}"],
     "export": ["export", "{run}", "{out}/" + EVIL, "--to=run"],
