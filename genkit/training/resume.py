@@ -86,7 +86,8 @@ def decided_as(old: TrainSettings, new: TrainSettings) -> TrainSettings:
     before, after = old.objective, new.objective
     if type(before) is not type(after):
         return new
-    decided = {k: getattr(before, k) for k in after.open_settings if getattr(after, k) is None}
+    own = {f.name for f in dataclasses.fields(cast(Any, after))}.intersection(after.open_settings)
+    decided = {k: getattr(before, k) for k in own if getattr(after, k) is None}
     return dataclasses.replace(new, objective=dataclasses.replace(cast(Any, after), **decided)) if decided else new
 
 

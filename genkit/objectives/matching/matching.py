@@ -229,7 +229,8 @@ class Matching(Objective):
 
     def decide(self, data_std: Callable[[], float]) -> Matching:
         decided: dict[str, Any] = {} if self.loss_space else {"loss_space": self.space}
-        if self.uses_sigma_data and self.sigma_data is None:
+        is_field = any(f.name == "sigma_data" for f in dataclasses.fields(cast(Any, self)))
+        if is_field and self.uses_sigma_data and self.sigma_data is None:
             decided["sigma_data"] = data_std() or SIGMA_DATA
         return dataclasses.replace(cast(Any, self), **decided) if decided else self
 
