@@ -7,7 +7,7 @@ import re
 
 _DISK = "the disk is full, or a quota is reached"
 _ADVICE = "free some space or write elsewhere; what was saved before is intact"
-_MEMORY = "lower --batch, --micro-batch or the size of the network or samples"
+_MEMORY = "lower --n, --batch (in training also --micro-batch), or the size of the network or of the samples"
 OS_ERRORS = {
     errno.ENOSPC: f"{_DISK}; {_ADVICE}",
     errno.EDQUOT: f"{_DISK}; {_ADVICE}",

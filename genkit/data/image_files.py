@@ -114,6 +114,16 @@ class FolderFiles:
         return read_captions(self.names, self.others, lambda name: (self.root / name).read_bytes(), str(self.root))
 
 
+def refuse_splits(path: Path, names: Sequence[str]) -> None:
+    """``ValueError`` for an archive of several splits, whose test images would be trained on."""
+    tops = {PurePosixPath(name).parts[0] for name in names if "/" in name}
+    if "train" in tops and tops & {"test", "val"} and all("/" in name for name in names):
+        raise ValueError(
+            f"{path}: holds the splits {', '.join(sorted(tops))}; make an archive of each, train.zip and test.zip in "
+            "one folder, and name that folder"
+        )
+
+
 class ZipFiles:
     """The images of one archive, an ``ImageFiles``, read member by member. ``ValueError`` names a corrupt member."""
 
@@ -128,6 +138,7 @@ class ZipFiles:
         self.others = [n for n in every if not is_image(n)]
         if not self.names:
             raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        refuse_splits(path, self.names)
 
     def read_member(self, name: str) -> bytes:
         """Content of a member. ``ValueError`` if it is corrupt."""

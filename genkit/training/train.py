@@ -99,6 +99,11 @@ def train(
         raise ValueError("dry_run: genkit.train trains; estimate with genkit.estimate_training(settings)")
     began = time.monotonic()
     resumed = find_resumable(settings) if resume == "auto" else find_run(resume) if resume else None
+    if resumed and (resumed / "finetune.yaml").is_file():
+        raise ValueError(
+            f"resume: {resumed} was improved by a reward; continue that with genkit finetune --resume {resumed}, or "
+            f"train on from its weights with --init {resumed}"
+        )
     with contextlib.ExitStack() as locks:
         job = prepare(settings, resumed, locks)
         ending = run_job(job, progress, began)

@@ -140,6 +140,16 @@ def test_the_test_split_of_a_zip_has_the_classes_of_train(tmp_path):
         DATA["zip"](root=str(tmp_path)).load("test")
 
 
+def test_a_zip_of_several_splits_is_refused(tmp_path):
+    """Its test images would be trained on, as classes "test: ..."."""
+    images = {
+        f"{split}/{label}/{i}.png": picture(i) for split in ("train", "test") for label in (1, 10) for i in (0, 1)
+    }
+    root = make_zip(tmp_path / "both.zip", images)
+    with refuses("both.zip", "splits test, train", "train.zip and test.zip"):
+        DATA["zip"](root=root).load()
+
+
 @given(st.lists(st.integers(-50, 1000), unique=True), st.sampled_from(["", "class", "a b "]))
 def test_numbers_in_names_are_sorted_by_value(numbers, prefix):
     numbers = numbers if not prefix else [abs(n) for n in numbers]

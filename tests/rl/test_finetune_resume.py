@@ -12,6 +12,7 @@ from genkit.training.checkpoint import find_checkpoint, list_checkpoints
 from genkit.training.directory import find_run, read_log
 from genkit.training.lock import RunLock
 from genkit.training.run import load_run
+from genkit.training.train import train
 
 TINY = ["--num-envs", "4", "--num-steps", "2", "--eval-episodes", "4", "--method.batch", "32", "--method.warmup", "0",
         "--save-every", "1", "--no-tensorboard", "--device", "cpu"]  # fmt: skip
@@ -87,6 +88,19 @@ def test_results_are_logged_once_however_often_a_run_is_resumed(whole):
     assert sum("after/return" in r for r in read_log(whole)) == 1
 
 
+@pytest.mark.parametrize("change", ["--reward=progress", "--seed=9", "--method.lr=1", "--num-envs=9", "--method=rwr"])
+def test_a_run_is_not_continued_as_another_one(whole, change):
+    before = (whole / "finetune.yaml").read_text()
+    with pytest.raises(ValueError, match="a resumed run keeps its"):
+        finetune(["--resume", str(whole), "--iterations", "4", change])
+    assert (whole / "finetune.yaml").read_text() == before
+
+
+def test_training_does_not_continue_a_fine_tuned_run(whole):
+    with pytest.raises(ValueError, match="genkit finetune --resume"):
+        train(resume=whole, steps=99)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(policy, whole, tmp_path, caplog):
     caplog.set_level("INFO", logger="genkit")
     finetune([str(policy), "--iterations", "3", "--out", str(tmp_path), *TINY])
@@ -111,10 +125,15 @@ def test_one_process_at_a_time_and_no_file_is_written_in_place(policy, tmp_path,
     lock.release()
 
 
-def test_a_refusal_gives_the_run_back(whole):
+def test_a_refusal_gives_the_run_back(whole, monkeypatch):
     """Also while the error, and with it the frames that it passed, is kept."""
-    with pytest.raises(ValueError, match="label, unconditional") as error:
-        loop.finetune(resume=whole, label=3)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("this does not fit")
+
+    monkeypatch.setattr(loop, "build_learner", refuse)
+    with pytest.raises(ValueError, match="this does not fit") as error:
+        loop.finetune(resume=whole)
     RunLock(whole).release()
     assert error.value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
-from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.settings import RESUMABLE, FinetuneSettings
 from genkit.rl.finetune.setup import (
     build_chain,
     build_env,
@@ -58,6 +59,8 @@ CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: 
 WARN_KL = 100.0  # nats from the pretrained model after which little of it is left
 LINE = ("reward", "return", "success", "mode_entropy_bits", "kl_reference", "clipped", "diffusion_loss", "loss")
 RESULTS = ("success", "coverage", "return", "mode_entropy_bits", "reward", "frechet", "frechet_class", "precision")
+
+logger = logging.getLogger("genkit")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def finetune(
     if settings is None:
         settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
+    if directory:
+        refuse_other_meaning(directory, settings)
     if isinstance(run, Run):
         base, accelerator = run, join_ranks(run.device)
         settings = replace(settings, run=str(run.directory))
@@ -118,6 +123,23 @@ def stored_finetuning(directory: Path) -> dict[str, Any]:
     for name in ("reward", "env"):
         require_trusted_code(str(stored.get(name) or ""), f"{file}: {name}", directory)
     return stored
+
+
+def refuse_other_meaning(directory: Path, settings: FinetuneSettings) -> None:
+    """``ValueError`` if ``settings`` would continue a run as another one; what may change is said.
+
+    How long, how often and how fast may change (``RESUMABLE``), not what is learned and from what.
+    """
+    before = {**config.dump(FinetuneSettings()), **stored_finetuning(directory)}
+    for name, value in config.dump(settings).items():
+        if name in ("run", "resume", "note", "tags") or json.loads(json.dumps(value)) == before[name]:
+            continue
+        if name not in RESUMABLE:
+            raise ValueError(
+                f"{name}: given {value}, but {directory.name} was begun with {before[name]}; a resumed run keeps its "
+                f"{name}: leave it out, or begin another run: genkit finetune {directory}"
+            )
+        logger.info("changed  %s: %s -> %s", name, before[name], value)
 
 
 def settings_file(directory: Path) -> Path:

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from genkit.rl.finetune.reward_method import RewardMethod
 
 
+RESUMABLE = {
+    "iterations", "max_kl", "eval_episodes", "eval_samples", "patience", "device", "threads", "micro_batch",
+    "tensorboard", "trackers", "tracker_project", "max_time",
+}  # fmt: skip
+"""Settings that may change when a run is resumed: how long and how fast, not what is learned."""
+
+
 @dataclass(frozen=True)
 class FinetuneSettings:
     """Improve a trained model by a reward."""
