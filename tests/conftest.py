@@ -19,3 +19,4 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    os.environ.pop("GENKIT_TRUST", None)  # `genkit ... --trust` sets it for its process

@@ -9,8 +9,6 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from genkit.core.links import follow_links
-
 
 def expand_path(path: str) -> str:
     """``path`` with ``~`` expanded, and links that are text files (:func:`follow_links`) followed.
@@ -21,6 +19,8 @@ def expand_path(path: str) -> str:
         raise ValueError("an empty text is no path; name a file or folder (is a variable of the shell unset?)")
     if "\0" in path:
         raise ValueError("a path holds no NUL character")
+    from genkit.core.links import follow_links  # lazy: genkit.core imports torch, which no configuration needs
+
     path = os.path.expanduser(path)
     followed = follow_links(path)
     return path if followed == Path(path) else str(followed)

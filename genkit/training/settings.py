@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from genkit.config import from_dict, load_yaml, table
+from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
 from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
 from genkit.config.paths import NameText, PathText
@@ -167,5 +167,9 @@ def stored_settings(run: Path, trust: bool = False) -> TrainSettings:
     if not tree:
         raise ValueError(f"run: {run / 'config.yaml'} is empty, so the run's settings are lost; restore the file")
     require_trust(TrainSettings, tree, run / "config.yaml", trust)
+    try:
+        settings = from_dict(TrainSettings, tree)
+    except ConfigError as e:
+        raise ConfigError(f"{run / 'config.yaml'}: {e.path}", e.problem) from None
     require_recorded_settings(run, tree, TrainSettings)
-    return from_dict(TrainSettings, tree)
+    return settings

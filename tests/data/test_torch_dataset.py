@@ -128,7 +128,7 @@ def test_a_class_in_the_working_directory_trains_and_is_found_again(module, caps
     assert run.config.data.held_out == 0.1
     sys.modules.pop(module)
     sys.path[:] = [p for p in sys.path if p != str(run.directory.parents[1])]
-    assert cli.main(["info", "runs/latest"]) == 2
+    assert cli.main(["sample", "runs/latest"]) == 2
     assert "--trust" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENKIT_TRUST", "1")

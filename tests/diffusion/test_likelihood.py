@@ -26,6 +26,7 @@ from genkit.diffusion.samplers import (
 )
 from genkit.diffusion.samplers.likelihood import PIXEL
 from genkit.diffusion.samplers.vlb import log_level
+from genkit.evaluation.likelihoods import choose_rows
 from genkit.training.run import load_run
 from tests.support.exact import F64, Bell, ExactDenoiser, Mixture, three
 
@@ -465,7 +466,8 @@ def test_the_command_tells_the_bound_term_by_term(trained, capsys):
     assert found["bits_per_dim"]["value"] == pytest.approx(cut["bits_per_dim"]["value"], rel=1e-5)
     run = load_run(trained["learned"])
     data = run.config.data.load("test")
-    x, label = data.x[:6].float() / 127.5 - 1, data.cond["label"][:6]
+    rows = choose_rows(len(data), 6, 0)
+    x, label = data.x[rows].float() / 127.5 - 1, data.cond["label"][rows]
     with torch.no_grad():
         truth = variational_bound(run.denoiser, x, {"label": label}, times=torch.linspace(1, 0, 41, dtype=F64),
                                   variance="learned", pixels=True, noise=Seeds(range(6)))  # fmt: skip
