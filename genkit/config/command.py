@@ -289,7 +289,8 @@ class FlagParser:
                     kind = bool if value is not None else UNDECIDED
                     value = False if value is None else value
                 doc = add_sentence(doc, describe_bounds(setting.hint))
-                flags.append((StructFieldSpec(name, kind, self.required if value is ABSENT else value, doc), heading))
+                default = self.required if value is ABSENT else value
+                flags.append((StructFieldSpec(name, cast(Any, kind), default, doc), heading))
         stand_in = type(block.cls.__name__, (), {})
         self.specs[stand_in] = StructConstructorSpec(dict, (*self.group_flags(flags), *inner))
         return stand_in

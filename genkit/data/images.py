@@ -95,7 +95,7 @@ def open_image(content: bytes, formats: Sequence[str] | None = None) -> PILImage
 
     with OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", pil.DecompressionBombWarning)
-        return pil.open(io.BytesIO(content), formats=formats)
+        return pil.open(io.BytesIO(content), formats=None if formats is None else tuple(formats))
 
 
 def decode(

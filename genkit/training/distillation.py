@@ -17,7 +17,7 @@ from genkit.training.directory import find_run
 from genkit.training.run import Run
 from genkit.training.sampling import knows_null
 from genkit.training.settings import TrainSettings, stored_settings
-from genkit.training.train import train
+from genkit.training.train import TrainedRun, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def distill(
     *,
     progress: Progress | None = None,
     **changes: Any,
-) -> Run:
+) -> TrainedRun:
     """Distil the guidance of a trained model, and return a run that is guided in one pass (Jensen et al. 2025).
 
     The model itself stays as it is: the new run holds an adapter and refers to the old one, as a LoRA run does.

@@ -9,6 +9,7 @@ from genkit import distill, load, train
 from genkit.backbones import MLP, DiT, UNet
 from genkit.backbones.guidance_adapter import takes_scale
 from genkit.backbones.lora import GuidanceLoRA, adapt
+from genkit.cli.main import main
 from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
 from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.paths import Cosine
@@ -129,7 +130,7 @@ def base(tmp_path_factory):
     )  # fmt: skip
 
 
-def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path):
+def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path, capsys):
     run = distill(base, guidance=(1, 4), rank=8, steps=200, batch=64, out=str(tmp_path))
     again = load(run.directory, device="cpu")
     two = base.sample(256, Sampling(sampler="ddim", steps=10, guidance=3.0))
@@ -141,6 +142,12 @@ def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path):
     assert float(error) < 0.1, float(error)
     with pytest.raises(ValueError, match="allowed 1 to 4"):
         again.sample(4, guidance=5.0)
+    # the command, and the line that it prints
+    argv = ["distill", str(base.directory), "--guidance", "1", "4", "--steps=2", "--device=cpu", f"--out={tmp_path}"]
+    assert main(argv) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")).split()[2:]
+    assert command[0] == "sample"
+    assert main([*command, "--steps=2"]) == 0
     with pytest.raises(ValueError, match="takes the guidance scale as an input"):
         again.sample(4, guidance=2.0, guidance_passes="apart")
     with pytest.raises(ValueError, match="distilled already"):

@@ -24,6 +24,5 @@ def main(argv: list[str]) -> int:
     """Run the command. Returns the exit code, 130 if a signal stopped the training."""
     command = parse(Distill, argv, prog="genkit distill", description=Distill.__doc__)
     run = distill(command.run, narrow(command, DistillSettings))
-    done = run.step >= run.config.steps
-    conclude(run, done)
-    return 0 if done else 130
+    conclude(run)
+    return 130 if run.ending == "signal" else 0

@@ -122,7 +122,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
     keys = list(dict.fromkeys(key for found in estimates.values() for key in found))
     if not keys:
         return []
-    directions = {key: RESULT_DIRECTIONS.get(key) or metric_direction(key) for key in keys}
+    directions: dict[str, Any] = {key: RESULT_DIRECTIONS.get(key) or metric_direction(key) for key in keys}
     best = {key: find_best(directions[key], [found.get(key) for found in estimates.values()]) for key in keys}
     rows = []
     for i, (name, found) in enumerate(estimates.items()):

@@ -6,6 +6,8 @@ sampler will ask, so it needs only the conditions of the data. The network itsel
 it was.
 """
 
+# what a model is comes from the one whose guidance is distilled, so fields and class variables become properties
+# pyright: reportIncompatibleVariableOverride=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,11 +170,12 @@ class GuidanceDistillation(Matching):
         with torch.no_grad():
             targets = list(self.guided_trajectory(self.denoiser(net), batch))
         # one pass over all points, which is faster, and which DistributedDataParallel needs
-        join: Callable[[Sequence[Tensor]], Tensor] = torch.cat
-        sample = PathSample(*(join([t.sample[i] for t in targets]) for i in range(4)))  # pyright: ignore
-        cond = {k: join([t.cond[k] for t in targets]) for k in targets[0].cond}
+        points = [t.sample for t in targets]
+        ends = [torch.cat(parts) for parts in zip(*((p.x, p.t, p.x0, p.x1) for p in points), strict=True)]
+        sample = PathSample(*ends)
+        cond = {k: torch.cat([t.cond[k] for t in targets]) for k in targets[0].cond}
         x_in, label = self.parametrization.inputs(self.path, sample.x, sample.t)
-        out = net(x_in, label, {**cond, SCALE_INPUT: join([t.scale for t in targets])}).float()
+        out = net(x_in, label, {**cond, SCALE_INPUT: torch.cat([t.scale for t in targets])}).float()
         # a learned variance, in further channels, is not adapted
         losses = self.of.squared_error(sample, out[:, : sample.x.shape[1]])
         return Loss(losses.view(len(targets), -1).mean(0), {})

@@ -126,11 +126,10 @@ class Matching(Objective):
                 f"sigma_data: given {self.sigma_data}, which has no effect on prediction {self.prediction} without the "
                 "loss weight edm; leave it out"
             )
-        weight = self.loss_weight
-        both = self.prediction == "karras" and isinstance(weight, EDMWeight) and weight.sigma_data is not None
-        if both and weight.sigma_data != (self.sigma_data or SIGMA_DATA):
+        std = self.loss_weight.sigma_data if isinstance(self.loss_weight, EDMWeight) else None
+        if self.prediction == "karras" and std is not None and std != (self.sigma_data or SIGMA_DATA):
             raise ValueError(
-                f"loss_weight.sigma_data: given {weight.sigma_data}, but the prediction karras has "
+                f"loss_weight.sigma_data: given {std}, but the prediction karras has "
                 f"{self.sigma_data or SIGMA_DATA}; leave it out, or give sigma_data the same"
             )
 

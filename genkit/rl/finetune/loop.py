@@ -184,7 +184,7 @@ class FineTuning:
             restore_finetuning(self.checkpoint, self.learner, self.best)
             if accelerator.is_main_process and resumed:
                 saved = {step_of(path): path for path in list_checkpoints(resumed)}
-                point_latest(resumed, saved.get(self.best.step, self.checkpoint))
+                point_latest(resumed, saved.get(self.best.step or -1, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
         for note in notes:
