@@ -454,8 +454,20 @@ def kill_workloads() -> str:
     return table(["workload", "kills"], [[name, str(n)] for name, n in load("kill")["workloads"].items()])
 
 
+def fuzz() -> str:
+    """How generated configurations and commands ended."""
+    run = load("fuzz")
+    rows = [
+        [what, outcome, str(n)]
+        for what in ("configurations", "commands")
+        for outcome, n in sorted(run[what]["counts"].items())
+    ]
+    return table(["generated", "outcome", "number"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "kills": kills,
+    "fuzz": fuzz,
     "kill-workloads": kill_workloads,
     "kill-places": kill_places,
     "digits": digits,

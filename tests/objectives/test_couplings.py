@@ -331,6 +331,7 @@ def energy_above_transport(flow, nets, n=512):
     return float(energy / ((out - start) ** 2).sum(1).mean())
 
 
+@pytest.mark.slow
 def test_optimal_transport_straightens_the_flow():
     """Tong et al. 2024, table 2: the energy of the way is closer to the least there can be."""
     data = DATA["8gaussians"](n=20_000).load("train").x
@@ -342,6 +343,7 @@ def test_optimal_transport_straightens_the_flow():
     assert found["ot"] - 1 < 0.35 * (found["independent"] - 1), found
 
 
+@pytest.mark.slow
 def test_data_to_data_arrives():
     """From one mixture of two Gaussians to another: the second's mean, its spread, and both halves."""
     eye = torch.eye(2, dtype=F64)[None] * 0.02

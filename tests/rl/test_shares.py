@@ -113,6 +113,7 @@ def ranks(num, *argv):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["policy", "digits"])
 def test_two_ranks_are_one_rank_to_rounding(kind, request, tmp_path):
     """Not to the last bit: each rank's networks see half of the rows, and matrix products round by their shape."""

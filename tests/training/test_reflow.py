@@ -50,6 +50,7 @@ def off(x):
     return float(torch.cdist(x.detach(), 2**0.5 * torch.stack([angle.cos(), angle.sin()], 1)).amin(1).mean())
 
 
+@pytest.mark.slow
 def test_reflow_straightens_and_distillation_needs_one_step():
     """Liu et al. 2023, section 2.2, on 8 Gaussians: paths are straighter, and one Euler step ends closer."""
     data = DATA["8gaussians"](n=25_600).load("train").x
