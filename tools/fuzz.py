@@ -294,6 +294,7 @@ def run(argv: list[str], limit: float) -> tuple[int | None, str]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # not a test's
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         code = 70
         try:
@@ -304,6 +305,7 @@ def run(argv: list[str], limit: float) -> tuple[int | None, str]:
             os.write(2, traceback.format_exc().encode())
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     end = time.monotonic() + limit
     while time.monotonic() < end:

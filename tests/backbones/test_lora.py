@@ -275,5 +275,5 @@ def test_an_adapter_learns_digits_that_its_base_has_never_seen(tmp_path):
     before, after = (example.measure(run, tmp_path / "new", 0) for run in (base, adapter))
     assert before["accuracy"]["value"] < 0.45
     assert after["accuracy"]["value"] > 0.85
-    assert after["fid"]["value"] < before["fid"]["value"] / 3
+    assert after["fd (classifier)"]["value"] < before["fd (classifier)"]["value"] / 3
     assert after["trained_parameters"] < before["trained_parameters"] / 10

@@ -104,7 +104,7 @@ def test_ranks_refuse_in_one_line(tmp_path, moons):
     done = subprocess.run([*launch, "eval", str(moons), "--metrics=fidd", "--device=cpu"], cwd=tmp_path,
                           env=subprocess_environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("genkit: metrics: given 'fidd'") == 1
+    assert done.stderr.count("genkit: --metrics: given 'fidd'") == 1
 
 
 def test_a_killed_evaluation_continues(tmp_path, moons, monkeypatch):
