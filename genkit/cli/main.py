@@ -235,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
         shortage = explain_shortage(e)
         if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
+        if type(e).__name__ == "ConfigError" and os.environ.get("RANK", "0") != "0":
+            return 2  # every rank reads the same command line, and the first one has said it
         return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
 
 
