@@ -109,6 +109,7 @@ def replaced(run, old, new):
 
 def test_an_environment_that_only_a_run_names_is_trusted_or_given(policy, tmp_path, evil, capsys, monkeypatch):
     """Its module would run; the run itself is opened all the same."""
+    pytest.importorskip("gymnasium")
     evil(BAD[0])
     run = shutil.copytree(policy / "0000-policy", tmp_path / "policy")
     monkeypatch.setattr(type(genkit.load(run).config.data), "environment", "evil_module:Boom-v0")

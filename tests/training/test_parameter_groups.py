@@ -78,6 +78,7 @@ def test_a_step_without_a_gradient_shrinks_the_matrices_only():
 
 def test_an_adapter_of_one_network_leaves_the_other_phase_out(tmp_path):
     """A GAN whose generator alone is adapted: the discriminator has nothing to train, and no optimizer."""
+    pytest.importorskip("peft")
     tiny = ["--batch=8", "--workers=0", "--no-tensorboard", "--sample-every=0", "--device=cpu", f"--out={tmp_path}"]
     assert main(["train", "--objective=gan", "--data=digits", "--backbone.width=8", "--steps=1", *tiny]) == 0
     base = load_run(tmp_path / "latest", device="cpu")
@@ -93,6 +94,7 @@ def test_an_adapter_of_one_network_leaves_the_other_phase_out(tmp_path):
 
 
 def test_phases_without_parameters_have_no_optimizer():
+    pytest.importorskip("peft")
     nets = GAN().networks(UNet(width=8), CLASSES)
     lora.adapt(nets, lora.LoRA(rank=2, layers="discriminator"))
     state = initial_state(GAN(), nets, TrainSettings(ema=()))
