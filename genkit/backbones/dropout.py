@@ -30,9 +30,6 @@ class Dropout(nn.Module):
         keys = self.keys.repeat(len(x) // len(self.keys))  # several batches at once, such as real and generated ones
         return x * kept_entries(keys, self.layer, x, self.p) * (1 / (1 - self.p))
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
 
 def kept_entries(keys: Tensor, layer: int, like: Tensor, p: float) -> Tensor:
     """True with probability 1 - p, in the shape of ``like``, by a hash of (key, layer, position).
