@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from genkit.cli.commands.finetune import main as finetune
 from genkit.rl.finetune import loop
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints
-from genkit.training.directory import find_run, read_log
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, list_checkpoints, read_log
 from genkit.training.lock import RunLock
 from genkit.training.run import load_run
 from genkit.training.train import train

@@ -20,8 +20,8 @@ from genkit.core.links import set_link
 from genkit.core.tensors import sha256
 from genkit.data import DataSource
 from genkit.training import checkpoint
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints, read_state
-from genkit.training.directory import find_run, read_log
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, list_checkpoints, read_log, read_state
 from genkit.training.lock import RunLock
 from genkit.training.resume import continued_settings, find_resumable
 from genkit.training.run import load_run
