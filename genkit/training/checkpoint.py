@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from genkit.config.numbers import CheckpointStep
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.links import follow_links, set_link
+from genkit.core.messages import warn_once
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.training.best import read_best
 from genkit.training.directory import is_complete, list_checkpoints, list_incomplete, list_saved, read_state, step_of
 from genkit.training.loop import State, phase_parameters
-
-logger = logging.getLogger("genkit")
 
 
 def is_intact(path: Path, recorded: str) -> bool:
@@ -78,7 +76,7 @@ def find_intact_checkpoint(run: Path, step: CheckpointStep | None, file: str) ->
 
 def warn_damaged(checkpoint: Path, file: str, used: Path) -> None:
     """Say that a checkpoint is passed over."""
-    logger.warning(f"note     {checkpoint.name} is damaged ({file}); {used.name} is used")
+    warn_once(f"{checkpoint} is damaged ({file}); {used.name} is used")
 
 
 def find_checkpoint(run: Path, step: CheckpointStep | None = None) -> Path:

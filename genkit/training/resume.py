@@ -72,7 +72,7 @@ def refuse_other_meaning(run: Path, old: Settings, new: Settings, alternative: s
             before, after = before["root"], after["root"]
         elif name not in changeable_fields(type(new)):
             raise ValueError(
-                f"{name}: given {describe(after)}, but {run.name} was begun with {describe(before)}; a resumed run "
+                f"{name}: given {describe(after)}, but {run.name} was trained with {describe(before)}; a resumed run "
                 f"keeps its {name}: leave it out, or {alternative}"
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
@@ -181,13 +181,15 @@ def find_resumable(settings: TrainSettings) -> Path | None:
 
 
 def refuse_moving_paths(settings: TrainSettings) -> None:
-    """``ValueError`` if a setting names a run by ``latest``, which is another run once training has begun."""
+    """``ValueError`` if a setting names a run by ``latest`` in ``out``: another one as soon as this run has begun."""
+    moving = Path(settings.out).expanduser().resolve() / LINK_NAME
     given = {"codec": settings.codec, "init": settings.init, "data.root": getattr(settings.data, "root", None)}
-    for name, path in given.items():
-        if isinstance(path, str) and LINK_NAME in Path(path).parts:
+    for name, text in given.items():
+        path = Path(text).expanduser() if isinstance(text, str) else Path()
+        if any(p.name == LINK_NAME and p.parent.resolve() / LINK_NAME == moving for p in (path, *path.parents)):
             raise ValueError(
-                f"{name}: given {path} with --resume auto, but {LINK_NAME} will soon be the run that now begins; name "
-                f"the run itself: {follow_links(Path(path).expanduser()).resolve()}"
+                f"{name}: given {text} with --resume auto, but {LINK_NAME} is another run once this one has begun; "
+                f"name the run itself: {follow_links(path).resolve()}"
             )
 
 
