@@ -123,10 +123,9 @@ class Run:
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
         guidance = compose(*(g for g in guides if g is not None))
-        sampler = sampling.sampler or self.objective.sampler
-        bound = None
-        if sampler:
-            bound = bind(sampler, GRIDS[sampling.grid](sampling.steps), guidance, callback=callback, **options)
+        sampler, steps, bound = sampling.sampler_for(self.objective), sampling.num_steps(self.objective), None
+        if sampler and steps:
+            bound = bind(sampler, GRIDS[sampling.grid](steps), guidance, callback=callback, **options)
         return self.objective.generator(self.nets, bound)
 
     def sample(

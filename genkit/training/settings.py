@@ -107,8 +107,8 @@ class TrainSettings:
     """Samples per evaluation, over all ranks together."""
     eval_metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = changeable(None)
     """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
-    eval_steps: Count = changeable(20)
-    """Steps of the objective's default sampler in evaluations."""
+    eval_steps: Count | None = changeable(None)
+    """Steps of the objective's default sampler in evaluations. None: 20, or 1 for a flow map."""
     eval_features: Annotated[str, NameIn("genkit.evaluation:FEATURES")] = changeable("auto")
     """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)
