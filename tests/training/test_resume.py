@@ -393,9 +393,10 @@ def test_what_killed_processes_left_is_swept(run):
         (run / name).write_text("x")
     (run / "checkpoints" / f".step-0000012-{gone}.part").mkdir()
     (run / f".mine-{os.getpid()}.part").write_text("x")
+    (run / ".notes-20261125").write_text("a file of the user's")
     assert resume(run, "--steps=12") == 0
     left = [p.name for folder in (run, run / "checkpoints") for p in folder.iterdir() if p.name.startswith(".")]
-    assert left == [f".mine-{os.getpid()}.part"]
+    assert sorted(left) == [f".mine-{os.getpid()}.part", ".notes-20261125"]
 
 
 # ----------------------------------------------------------------------------------------------- requeued jobs
