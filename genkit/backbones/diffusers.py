@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
+from genkit.backbones.encoded_text import EncodedText, has_encoded_text
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Label, Spec, Tokens
 
@@ -98,8 +99,8 @@ class NetworkConfig(ABC):
         """The settings ``set_by_data`` except the output's channels. ``ValueError`` for data that it cannot serve."""
 
     @abstractmethod
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
-        """The output of diffusers' network; ``context`` is the tokens and their mask, or empty."""
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        """The output of diffusers' network; ``context`` is empty, or tokens and their mask (or None) by name."""
 
     def size_multiple(self) -> int:
         """The number of which the sides of pictures must be multiples."""
@@ -147,7 +148,7 @@ class UNet2D(NetworkConfig):
         rows = {"num_class_embeds": classes[1] + 1} if classes else {}
         return {"sample_size": list(spec.shape[1:]), "in_channels": spec.shape[0], **rows}
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
         return net(x, time, class_labels=label).sample
 
     def size_multiple(self) -> int:
@@ -175,8 +176,8 @@ class UNet2DCondition(UNet2D):
     cross_attention_dim: Width = 64
     """dimension of the data's tokens"""
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
-        tokens, mask = context
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        tokens, mask = context["tokens"], context.get("mask")
         return net(x, time, tokens, class_labels=label, encoder_attention_mask=mask).sample
 
     def size_multiple(self) -> int:
@@ -215,7 +216,7 @@ class DiT2D(NetworkConfig):
             "num_embeds_ada_norm": classes[1] if classes else 1,
         }
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Sequence[Any]) -> Tensor:
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
         null = torch.ones(len(x), dtype=torch.long, device=x.device)  # without classes: the second of two rows
         return net(x, time, class_labels=null if label is None else label).sample
 
@@ -324,13 +325,13 @@ class ContextTokens(nn.Module):
                 if isinstance(kind, Tokens):
                     self.cond.embed[module_name(name)] = RawTokensEmbed(kind, dim)
 
-    def forward(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, cond: Cond) -> dict[str, Tensor | None]:
         if self.cond is None:
             assert self.null is not None
-            return self.null.expand(len(x), -1, -1), None
+            return {"tokens": self.null.expand(len(x), -1, -1), "mask": None}
         routed = self.cond(x[:0].new_zeros(len(x)), (), None, cond)
         assert routed.tokens is not None
-        return routed.tokens, routed.mask
+        return {"tokens": routed.tokens, "mask": routed.mask}
 
 
 class DiffusersDenoiser(nn.Module):
@@ -356,12 +357,15 @@ class DiffusersDenoiser(nn.Module):
                 module.dropout_prob = 0.0  # type: ignore[assignment]  # genkit drops conditions itself, row by row
         if cfg.checkpoint:
             self.model.enable_gradient_checkpointing()  # type: ignore[operator]  # of diffusers, not of nn.Module
-        self.sequences = ContextTokens(spec, cfg.model.context_dim()) if cfg.model.context_dim() else None
+        self.sequences: ContextTokens | EncodedText | None = None
+        if cfg.model.context_dim():
+            encoded = has_encoded_text(spec)
+            self.sequences = EncodedText(spec) if encoded else ContextTokens(spec, cfg.model.context_dim())
 
     def forward(
         self, x: Float[Tensor, "b c h w"], label: Float[Tensor, " b"], cond: Cond = NO_COND
     ) -> Float[Tensor, "b c h w"]:
-        context = () if self.sequences is None else self.sequences(x, cond)
+        context = {} if self.sequences is None else self.sequences(x, cond)
         time = timestep_index(label, self.cfg.timesteps)
         out = self.cfg.model.call(self.model, x, time, self.class_row(x, cond), context)
         return out[:, : x.shape[1]] if self.cfg.learned_sigma else out

@@ -8,11 +8,9 @@ The module is an ``InitSource`` (``genkit.training.init_sources``).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,13 @@ from genkit.backbones.diffusers import (
 from genkit.core import Objective
 from genkit.core.files import format_error
 from genkit.diffusion.paths import VP
+from genkit.integrations.diffusers_folder import DENOISERS, canonical_name, locate, read_json
+from genkit.integrations.diffusers_scheduler import scheduler_times, solver_of
 from genkit.objectives import DDPM
+from genkit.objectives.matching.matching import Matching
+from genkit.training.pipelines import Pipeline
 
-SUBFOLDERS = ("unet", "transformer")  # of a pipeline, which may contain the network
+__all__ = ["canonical_name", "init_defaults", "init_from", "init_note", "pipeline", "scheduler_times", "text_encoder"]
 CLASSES = {
     **{m.class_name: m for m in MODELS.values()},
     "Transformer2DModel": MODELS["dit"],
@@ -49,7 +51,9 @@ class SavedModel:
     """A network on disk, with the scheduler of its pipeline if there is one."""
 
     name: str
+    root: Path
     folder: Path
+    """of the network: ``root``, or in it"""
     settings: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
 
@@ -72,55 +76,17 @@ class SavedModel:
 
 def open_model(location: str) -> SavedModel:
     """The model in a folder, or on the hub. ``ValueError`` if there is none that genkit supports."""
-    root = Path(location).expanduser()
-    if not root.is_dir():
-        root = download(location)
-    folder = next((root / p for p in SUBFOLDERS if (root / p / "config.json").is_file()), root)
+    root = locate(location)
+    folder = next((root / p for p in DENOISERS if (root / p / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
-        names = " or ".join(SUBFOLDERS)
+        names = " or ".join(DENOISERS)
         raise ValueError(f"init: {root} holds no config.json, and no {names}; needs a folder of save_pretrained")
     settings = read_json(folder / "config.json")
     if settings.get("_class_name") not in CLASSES:
         kind = settings.get("_class_name", "model without a class")
         raise ValueError(f"init: {folder} holds a {kind}; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
-    return SavedModel(location, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file. ``ValueError`` if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"init: {path} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"init: {path} holds no settings")
-    return content
-
-
-@lru_cache(maxsize=8)  # a command asks three times: for the settings, for a note, for the weights
-def download(name: str) -> Path:
-    """The local copy of OWNER/NAME of the hub. ``ValueError`` if it cannot be downloaded."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"init: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
-        )
-    try:
-        from huggingface_hub import snapshot_download  # lazy: optional
-
-        wanted = ["*.json", *(f"{p}/*.safetensors" for p in SUBFOLDERS), "diffusion_pytorch_model*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as e:  # of many kinds: no library, no network, no such repository
-        reason = format_error(e)[:150]
-        raise ValueError(
-            f"init: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
-            "download it elsewhere and name its folder"
-        ) from e
-
-
-def canonical_name(location: str) -> str:
-    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
-    return str(Path(location).expanduser().resolve()) if Path(location).expanduser().is_dir() else location
+    return SavedModel(location, root, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -133,7 +99,7 @@ class Blocks:
 
 
 def init_defaults(location: str) -> dict[str, Any]:
-    """The block ``backbone`` of config.yaml, and ``objective`` if genkit has the scheduler."""
+    """The block ``backbone`` of config.yaml, ``objective`` if genkit has the scheduler, ``codec`` if there is one."""
     model = open_model(location)
     settings = model.settings
     timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
@@ -141,7 +107,27 @@ def init_defaults(location: str) -> dict[str, Any]:
     network = model.network.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
     backbone = config.dump(Blocks(backbone=Diffusers(network, timesteps, learned_sigma)))["backbone"]
     objective = objective_of(model)
-    return {"backbone": backbone, **({"objective": objective} if objective else {})}
+    codec = {"codec": f"diffusers:{canonical_name(location)}"} if (model.root / "vae").is_dir() else {}
+    return {"backbone": backbone, **({"objective": objective} if objective else {}), **codec}
+
+
+def text_encoder(location: str) -> str | None:
+    """The encoders of the pipeline at ``location``, as ``--data.encoder`` names them; None if it reads no text."""
+    root = open_model(location).root
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    return f"diffusers:{canonical_name(location)}" if "text_encoder" in index else None
+
+
+def pipeline(location: str, objective: Objective) -> Pipeline | None:
+    """The scheduler of the pipeline at ``location``, if it goes with the path of ``objective`` and has a solver."""
+    model = open_model(location)
+    block, solver = objective_of(model), solver_of(model.scheduler or {})
+    if block is None or solver is None or model.scheduler is None or not isinstance(objective, Matching):
+        return None
+    theirs = config.from_dict(Blocks, {"objective": block}).objective
+    if theirs.path != objective.path:
+        return None
+    return Pipeline("diffusers", canonical_name(location), solver.sampler, dict(model.scheduler), solver.note)
 
 
 def objective_of(model: SavedModel) -> dict[str, Any] | None:
@@ -192,10 +178,19 @@ def init_note(location: str, objective: Objective) -> str | None:
         return f"{unknown}; continuing with {name}"
     changed = {k: v for k, v in theirs.items() if ours.get(k) != v}
     if not changed:
-        return None
+        return sampler_note(model)
     before = ", ".join(f"{k} {v}" for k, v in changed.items())
     after = ", ".join(f"{k} {ours[k]}" for k in changed if k in ours)
     return f"{location} was trained with {before}; continuing with {after}: at first its output means something else"
+
+
+def sampler_note(model: SavedModel) -> str | None:
+    """A remark if genkit samples in another way than the model's scheduler."""
+    assert model.scheduler is not None
+    solver, name = solver_of(model.scheduler), model.scheduler.get("_class_name")
+    if solver is None:
+        return f"{model.name} is sampled by {name}, of which genkit has no counterpart; genkit sample uses its own grid"
+    return f"{model.name} is sampled by {name}: {solver.note}" if solver.note else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from genkit import config
@@ -18,7 +19,7 @@ from genkit.config.trust import require_trust
 from genkit.core.device import pick_device
 from genkit.training.directory import find_run
 from genkit.training.first_stage import foreign_stage
-from genkit.training.init_sources import init_defaults
+from genkit.training.init_sources import find_source, init_defaults
 from genkit.training.settings import TrainSettings
 
 CONDITION_FIELDS = ("labels", "captions", "encoder", "text_length")  # of the data: a first stage is trained without
@@ -38,12 +39,23 @@ def read_with_defaults(
     """
     defaults = {**(codec_defaults(codec) if codec else {}), **(init_defaults(init) if init else {})}
     settings = read(defaults)
+    settings = with_text_encoder(settings)
     chosen = {} if init or codec else size_defaults(settings)
     if not chosen:
         return settings
     settings = read(merge_trees(defaults, chosen))
     describe_choice(settings, chosen)
     return settings
+
+
+def with_text_encoder(settings: TrainSettings) -> TrainSettings:
+    """``settings`` with captions read as the weights of ``init`` expect, unless they name an encoder."""
+    data = settings.data
+    if settings.init is None or not getattr(data, "captions", ()) or getattr(data, "encoder", None) is not None:
+        return settings
+    source, where = find_source(settings.init)
+    encoder = source.text_encoder(where) if source else None
+    return replace(settings, data=data.with_fields(encoder=encoder)) if encoder else settings
 
 
 def codec_defaults(codec: str) -> dict[str, Any]:
