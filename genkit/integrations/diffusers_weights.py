@@ -8,6 +8,7 @@ The module is an ``InitSource`` (``genkit.training.init_sources``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def objective_of(model: SavedModel) -> dict[str, Any] | None:
     if s is None:
         return None
     if is_flow_matching(s):
-        return {"name": "flow"}
+        times = time_distribution(s)
+        return {"name": "flow", **({"time_distribution": times} if times else {})}
     if s.get("prediction_type", "epsilon") not in PREDICTIONS or s.get("beta_schedule", "linear") not in BETAS:
         return None
     block: dict[str, Any] = {
@@ -151,6 +153,17 @@ def objective_of(model: SavedModel) -> dict[str, Any] | None:
     objective = DDPM(**{k: v for k, v in block.items() if k != "name"})
     assert isinstance(objective.path, VP)
     return block if has_same_alphas(objective.path, s) else None
+
+
+def time_distribution(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the trainers of a shifted flow draw times; None for a flow without a shift.
+
+    They shift logit-normal times by s (Esser et al. 2024, eq. 19 and 23), which adds log s to their logits. Of a shift
+    that depends on the number of tokens it is that of the largest pictures.
+    """
+    dynamic = scheduler.get("use_dynamic_shifting", False)
+    mean = scheduler.get("max_shift", 1.15) if dynamic else math.log(scheduler.get("shift", 1.0))
+    return {"name": "logit-normal", "mean": mean, "std": 1.0} if mean else None
 
 
 def has_same_alphas(path: VP, scheduler: Mapping[str, Any]) -> bool:
@@ -176,7 +189,7 @@ def init_note(location: str, objective: Objective) -> str | None:
         kind = model.scheduler.get("_class_name")
         unknown = f"{location} was trained with a {kind} whose schedule --objective=ddpm does not have"
         return f"{unknown}; continuing with {name}"
-    changed = {k: v for k, v in theirs.items() if ours.get(k) != v}
+    changed = {k: v for k, v in theirs.items() if ours.get(k) != v and k != "time_distribution"}
     if not changed:
         return sampler_note(model)
     before = ", ".join(f"{k} {v}" for k, v in changed.items())
