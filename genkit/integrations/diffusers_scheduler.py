@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genkit.backbones.diffusers import diffusers_class
+from genkit.training.pipelines import Pipeline
 
 
 class Solver(NamedTuple):
@@ -41,15 +43,20 @@ def solver_of(scheduler: Mapping[str, Any]) -> Solver | None:
     return None if respaced else SOLVERS.get(str(scheduler.get("_class_name")))
 
 
-def scheduler_times(settings: Mapping[str, Any], num_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """The grid of a scheduler with these settings, for samples of ``shape``: times ``[num_steps + 1]``, float64.
+def scheduler_times(pipeline: Pipeline, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """The grid of a pipeline's scheduler, for samples of ``shape``: times ``[num_steps + 1]``, float64.
 
     An index n is the time ``(n + 1) / T``. DDIM without ``set_alpha_to_one`` ends at the first discrete time, 1 / T.
+    The levels of a flow are times; where their shift depends on it, patches of 2x2 are the tokens.
     """
-    name = str(settings["_class_name"])
+    settings, name = pipeline.scheduler, str(pipeline.scheduler["_class_name"])
     scheduler = diffusers_class(name).from_config({k: v for k, v in settings.items() if not k.startswith("_")})
     if name == "PNDMScheduler":  # whose own times contain one twice
         scheduler = diffusers_class("DDIMScheduler").from_config(scheduler.config)
+    if name.startswith("FlowMatch"):
+        levels = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)} if pipeline.explicit else {}
+        scheduler.set_timesteps(num_steps, **levels, **dynamic_shift(scheduler.config, shape))
+        return torch.as_tensor(scheduler.sigmas).double()
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.config.num_train_timesteps
     first = name in ("DDIMScheduler", "PNDMScheduler") and not scheduler.config.set_alpha_to_one
@@ -58,3 +65,13 @@ def scheduler_times(settings: Mapping[str, Any], num_steps: int, shape: tuple[in
     if len(times) != num_steps or not bool((times.diff() < 0).all()) or float(times[-1]) <= float(end):
         raise ValueError(f"steps: given {num_steps}, for which {name} has no falling times; give fewer, or --grid")
     return torch.cat([times, end])
+
+
+def dynamic_shift(settings: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, float]:
+    """The argument mu of a flow's scheduler whose shift is linear in the number of tokens (Flux); else nothing."""
+    if not settings.get("use_dynamic_shifting"):
+        return {}
+    low, high = settings["base_image_seq_len"], settings["max_image_seq_len"]
+    slope = (settings["max_shift"] - settings["base_shift"]) / (high - low)
+    tokens = shape[-1] * shape[-2] // 4
+    return {"mu": settings["base_shift"] + slope * (tokens - low)}

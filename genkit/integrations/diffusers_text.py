@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from genkit.core.tensors import sha256
 from genkit.data.text import Encoder, canonical_name, shorten
 from genkit.integrations.diffusers_folder import locate, read_json
 
+OPTIONS = ("max_sequence_length", "clean_caption", "complex_human_instruction")  # a pipeline's own defaults are taken
 PARTS = ("text_encoder", "tokenizer")  # how the folders that read words begin
 
 
@@ -35,8 +36,6 @@ class Reader:
 
     outputs: tuple[str, ...]
     """names of what it returns, in order, those of null with the prefix null; "" is not used"""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """further arguments"""
 
     @property
     def padding(self) -> str:
@@ -46,6 +45,11 @@ class Reader:
 
 READERS: Mapping[str, Reader] = {  # classes of pipelines
     "StableDiffusionPipeline": Reader(("text", "null text")),
+    "StableDiffusionXLPipeline": Reader(("text", "null text", "pooled", "null pooled")),
+    "StableDiffusion3Pipeline": Reader(("text", "null text", "pooled", "null pooled")),
+    "FluxPipeline": Reader(("text", "pooled", "")),
+    "PixArtSigmaPipeline": Reader(("text", "mask", "null text", "null mask")),
+    "SanaPipeline": Reader(("text", "mask", "null text", "null mask")),
 }
 
 
@@ -61,6 +65,8 @@ class PipelineEncoder(Encoder):
             if part.startswith("text_encoder") and module is not None:
                 module.eval().requires_grad_(False)
         self.sha256 = files_sha256(root)
+        call = inspect.signature(pipe.__call__).parameters
+        self.options = {name: call[name].default for name in OPTIONS if name in call}
         self.null = self.call([""], null=True)
         self.length, self.dim = self.null["text"].shape[1:]
 
@@ -69,7 +75,7 @@ class PipelineEncoder(Encoder):
         known = inspect.signature(self.pipe.encode_prompt).parameters
         given = {
             "prompt": list(texts), "device": torch.device("cpu"), "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": null, **self.reader.options,
+            "do_classifier_free_guidance": null, **self.options,
         }  # fmt: skip
         required = {k: None for k, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
         with torch.no_grad():
@@ -91,7 +97,8 @@ class PipelineEncoder(Encoder):
     def require_length(self, text: str) -> None:
         """``ValueError`` for a text of which the pipeline would leave out the end."""
         tokenizer = [v for k, v in sorted(self.pipe.components.items()) if k.startswith("tokenizer") and v][-1]
-        count, limit = len(tokenizer(text)["input_ids"]), min(self.length, tokenizer.model_max_length)
+        count = len(tokenizer(text)["input_ids"])
+        limit = min(self.options.get("max_sequence_length", self.length), tokenizer.model_max_length)
         if count > limit:
             raise ValueError(f"text: given {count} tokens ({shorten(text)}); {self.name} reads {limit}")
 

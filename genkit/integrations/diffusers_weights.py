@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones.diffusers import (
     MODELS,
+    SDXL,
     Diffusers,
     DiffusersDenoiser,
     NetworkConfig,
+    UNet2DCondition,
     diffusers_class,
     shift_time_embedding,
 )
@@ -38,7 +40,7 @@ from genkit.training.pipelines import Pipeline
 
 __all__ = ["canonical_name", "init_defaults", "init_from", "init_note", "pipeline", "scheduler_times", "text_encoder"]
 CLASSES = {
-    **{m.class_name: m for m in MODELS.values()},
+    **{m.class_name: m for m in MODELS.values() if m is not SDXL},
     "Transformer2DModel": MODELS["dit"],
 }  # the second: DiT's releases
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
@@ -61,7 +63,8 @@ class SavedModel:
     @property
     def network(self) -> type[NetworkConfig]:
         """The kind of network, an entry of ``MODELS``."""
-        return CLASSES[self.settings["_class_name"]]
+        kind = CLASSES[self.settings["_class_name"]]
+        return SDXL if kind is UNet2DCondition and self.settings.get("addition_embed_type") == "text_time" else kind
 
     @property
     def weights(self) -> Path:
@@ -106,7 +109,12 @@ def init_defaults(location: str) -> dict[str, Any]:
     timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
     learned_sigma = settings.get("out_channels") == 2 * settings.get("in_channels", 0)
     network = model.network.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
-    backbone = config.dump(Blocks(backbone=Diffusers(network, timesteps, learned_sigma)))["backbone"]
+    if isinstance(network, SDXL) and (model.root / "vae" / "config.json").is_file():
+        levels = read_json(model.root / "vae" / "config.json").get("block_out_channels", [0] * 4)
+        network = replace(network, size_factor=2 ** (len(levels) - 1))
+    clock = "sigma" if is_flow_matching(model.scheduler) else "index"
+    family = Diffusers(network, timesteps, clock, learned_sigma)
+    backbone = config.dump(Blocks(backbone=family))["backbone"]
     objective = objective_of(model)
     codec = {"codec": f"diffusers:{canonical_name(location)}"} if (model.root / "vae").is_dir() else {}
     return {"backbone": backbone, **({"objective": objective} if objective else {}), **codec}
@@ -128,7 +136,8 @@ def pipeline(location: str, objective: Objective) -> Pipeline | None:
     theirs = config.from_dict(Blocks, {"objective": block}).objective
     if theirs.path != objective.path:
         return None
-    return Pipeline("diffusers", canonical_name(location), solver.sampler, dict(model.scheduler), solver.note)
+    name, explicit = canonical_name(location), model.network.explicit_grid
+    return Pipeline("diffusers", name, solver.sampler, dict(model.scheduler), explicit, solver.note)
 
 
 def objective_of(model: SavedModel) -> dict[str, Any] | None:
@@ -225,7 +234,7 @@ def init_from(
     except (OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
     stored = {k: v.float() for k, v in net.state_dict().items()}
-    if is_flow_matching(model.scheduler):
+    if is_flow_matching(model.scheduler) and target.cfg.clock == "index":
         stored |= remap_time_embedding(net, -1.0)  # from 1000 t to our timesteps * label - 1
     wanted = target.model.state_dict()
     for key in [k for k in wanted if CLASS_TABLE.search(k)]:
@@ -254,7 +263,7 @@ def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> Diffuser
             f"init: {model.name} is a {kind.class_name}; the backbone is a {target.cfg.model.class_name}; "
             "leave --backbone.model out"
         )
-    channels, shape = model.settings.get("in_channels"), list(target.spec.shape)
+    channels, shape = kind.sample_channels(model.settings), list(target.spec.shape)
     if channels != shape[0]:
         raise ValueError(
             f"init: {model.name} is for samples of {channels} channels; the data are {shape}; grey and colour are "

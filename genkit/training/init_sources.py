@@ -41,8 +41,8 @@ class InitSource(Protocol):
         """The scheduler at ``where``; None if there is none, or it does not go with the path of ``objective``."""
         ...
 
-    def scheduler_times(self, settings: Mapping[str, Any], num_steps: int, shape: tuple[int, ...]) -> Tensor:
-        """The grid ``[num_steps + 1]`` of a scheduler with these settings, for samples of ``shape``."""
+    def scheduler_times(self, pipeline: Pipeline, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+        """The grid ``[num_steps + 1]`` of a pipeline's scheduler, for samples of ``shape``."""
         ...
 
     def init_note(self, where: str, objective: Objective) -> str | None:

@@ -37,12 +37,14 @@ class Pipeline:
     sampler: str
     scheduler: Mapping[str, Any]
     """its settings, as the pipeline has them"""
+    explicit: bool = False
+    """whether the pipeline gives the scheduler n equal levels from 1 to 1 / n"""
     note: str = ""
     """how the sampler differs from the scheduler, if it does"""
 
     def times(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
         """The scheduler's grid for samples of ``shape``, ``[num_steps + 1]``. ``ValueError`` if it has none."""
-        return source_module(self.kind).scheduler_times(self.scheduler, num_steps, shape)
+        return source_module(self.kind).scheduler_times(self, num_steps, shape)
 
     @property
     def clips(self) -> bool:

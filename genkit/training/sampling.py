@@ -211,6 +211,7 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
     learned = run.objective.guidance_range if isinstance(run.objective, Matching) else None
+    learned = learned or run.config.backbone.guidance_range
     if weak is None and learned:
         if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
             raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
