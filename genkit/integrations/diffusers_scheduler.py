@@ -25,14 +25,13 @@ class Solver(NamedTuple):
     """how it differs, if it does"""
 
 
-SOLVERS: Mapping[str, Solver] = {  # classes of schedulers
+SOLVERS: Mapping[str, Solver] = {  # classes of schedulers; DDPMScheduler, with as many steps as times, is for training
     "DDIMScheduler": Solver("ddim"),
     "EulerDiscreteScheduler": Solver("ddim"),
     "FlowMatchEulerDiscreteScheduler": Solver("ddim"),
     "DPMSolverMultistepScheduler": Solver("dpmpp_2m"),
     "UniPCMultistepScheduler": Solver("unipc"),
     "PNDMScheduler": Solver("ddim", "PLMS is not among the samplers; ddim draws on its grid, in as many evaluations"),
-    "DDPMScheduler": Solver("ddim", "ddim draws without noise on its grid; with it: --sampler ancestral"),
 }
 RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 

@@ -210,9 +210,9 @@ def sampler_note(model: SavedModel) -> str | None:
     """A remark if genkit samples in another way than the model's scheduler."""
     assert model.scheduler is not None
     solver, name = solver_of(model.scheduler), model.scheduler.get("_class_name")
-    if solver is None:
+    if solver is None and name != "DDPMScheduler":
         return f"{model.name} is sampled by {name}, of which genkit has no counterpart; genkit sample uses its own grid"
-    return f"{model.name} is sampled by {name}: {solver.note}" if solver.note else None
+    return f"{model.name} is sampled by {name}: {solver.note}" if solver and solver.note else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
