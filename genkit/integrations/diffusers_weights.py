@@ -88,7 +88,7 @@ def open_model(location: str) -> SavedModel:
     settings = read_json(folder / "config.json")
     if settings.get("_class_name") not in CLASSES:
         kind = settings.get("_class_name", "model without a class")
-        raise ValueError(f"init: {folder} holds a {kind}; allowed: {', '.join(CLASSES)}")
+        raise ValueError(f"init: {folder} holds a {kind}, which genkit cannot call; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
     return SavedModel(location, root, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
 

@@ -49,9 +49,7 @@ class Pipeline:
     @property
     def clips(self) -> bool:
         """Whether the scheduler clips predicted data."""
-        return bool(
-            self.scheduler.get("clip_sample", self.scheduler["_class_name"] in ("DDIMScheduler", "DDPMScheduler"))
-        )
+        return bool(self.scheduler.get("clip_sample", self.scheduler["_class_name"] == "DDIMScheduler"))
 
 
 def read_pipeline(run: Path) -> Pipeline | None:

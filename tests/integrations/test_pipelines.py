@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from genkit import config
@@ -18,7 +17,6 @@ from genkit.cli import main as cli
 from genkit.core import Batch, Draw
 from genkit.data import text
 from genkit.data.codecs import Standardize
-from genkit.diffusion.samplers import Seeds
 from genkit.integrations.diffusers_scheduler import SOLVERS
 from genkit.integrations.diffusers_weights import Blocks, time_distribution
 from genkit.integrations.export import export
@@ -26,60 +24,7 @@ from genkit.objectives import DDPM, Flow
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
-
-transformers = pytest.importorskip("transformers")
-PROMPTS = ["a red square, 7", "blue"]
-QUICK = ["--lr=1e-12", "--steps=2", "--batch=2", "--sample-every=0", "--workers=0", "--no-tensorboard", "--device=cpu",
-         "--precision=fp32", "--data.held-out=0", "--data.captions=files"]  # fmt: skip
-STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(4):
-        pixels = np.random.RandomState(i).randint(0, 255, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(["a red square", "a blue circle"][i % 2])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def run_of(pipeline_folder, photos, tmp_path_factory):
-    """A run of two steps without effect that began from a pipeline, by the command line; each is made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            out = tmp_path_factory.mktemp(name)
-            init = f"--init=diffusers:{pipeline_folder(name)}"
-            assert cli.main(["train", init, f"--data={photos}", f"--out={out}", *QUICK]) == 0
-            made[name] = (out / "latest").resolve()
-        return made[name]
-
-    return make
-
-
-def their_picture(folder, guidance=5.0, scheduler=None):
-    """Pictures in [0, 1] of diffusers' pipeline, from the noise of seeds 0 and 1."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = scheduler(pipe.scheduler.config) if scheduler else pipe.scheduler
-    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-    return pipe(PROMPTS, generator=seeds, num_inference_steps=STEPS, guidance_scale=guidance, output_type="pt").images
-
-
-def our_picture(run, prompts=PROMPTS, guidance=5.0, **sampling):
-    """The same of genkit, before they become bytes."""
-    z, cond = Seeds(range(2))(run.spec.shape), text.encode_prompts(run.spec, prompts)
-    with torch.no_grad():
-        x = run.generator(Sampling(steps=STEPS, guidance=guidance, **sampling))(z, cond)
-        decoded = run.codec.stage.nets["net"].decode(run.codec.scaling.decode(x)).sample
-    return (decoded / 2 + 0.5).clamp(0, 1)
-
-
-def largest(a, b):
-    return float((a - b).abs().max())
+from tests.support.pipelines import CAPTIONS, PROMPTS, QUICK, STEPS, largest, our_picture, their_picture
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
@@ -153,7 +98,7 @@ def test_plms_is_replaced_by_ddim_with_a_note(pipeline_folder, photos, tmp_path,
     pndm = diffusers.PNDMScheduler.from_config(settings, skip_prk_steps=True)
     pndm.save_pretrained(folder / "scheduler")
     init = f"--init=diffusers:{folder}"
-    assert cli.main(["train", init, f"--data={photos}", f"--out={tmp_path}/runs", *QUICK]) == 0
+    assert cli.main(["train", init, f"--data={photos}", f"--out={tmp_path}/runs", *QUICK, CAPTIONS]) == 0
     assert "sampled by PNDMScheduler: PLMS is not among the samplers" in capsys.readouterr().out
     run = load_run(tmp_path / "runs" / "latest", device="cpu")
     assert Sampling().sampler_for(run) == "ddim"
@@ -169,7 +114,15 @@ def test_exports_and_further_training_keep_the_scheduler_and_the_scale(pipeline_
     export(run, tmp_path / "out", to="run")
     assert largest(our_picture(load_run(tmp_path / "out", device="cpu")), theirs) < 1e-5
     codec, words = (f"diffusers:{pipeline_folder('sd')}" for _ in range(2))
-    again = ["train", f"--init={run}", f"--codec={codec}", f"--data={photos}", f"--data.encoder={words}", *QUICK]
+    again = [
+        "train",
+        f"--init={run}",
+        f"--codec={codec}",
+        f"--data={photos}",
+        f"--data.encoder={words}",
+        *QUICK,
+        CAPTIONS,
+    ]
     assert cli.main([*again, f"--out={tmp_path}/runs"]) == 0
     assert largest(our_picture(load_run(tmp_path / "runs" / "latest", device="cpu")), theirs) < 1e-5
     assert cli.main([*again, f"--out={tmp_path}/flows", "--objective=flow"]) == 0
@@ -180,8 +133,7 @@ def test_a_first_stage_is_measured_for_new_weights(pipeline_folder, photos, tmp_
     """Its own scale is that of pretrained weights only."""
     codec = f"--codec=diffusers:{pipeline_folder('sd')}"
     net = ["--objective=flow", "--backbone=mlp", "--backbone.width=8"]
-    plain = [arg for arg in QUICK if "captions" not in arg]
-    assert cli.main(["train", codec, f"--data={photos}", f"--out={tmp_path}", *net, *plain]) == 0
+    assert cli.main(["train", codec, f"--data={photos}", f"--out={tmp_path}", *net, *QUICK]) == 0
     run = load_run(tmp_path / "latest", device="cpu")
     assert run.codec.measured
     assert len({round(s, 4) for s in run.codec.scaling.std}) == 4
@@ -198,7 +150,7 @@ def refused(args, capsys):
 def test_a_swapped_encoder_and_a_damaged_first_stage_are_refused(pipeline_folder, photos, tmp_path, capsys):
     folder = tmp_path / "p"
     shutil.copytree(pipeline_folder("sd"), folder)
-    train = ["train", f"--init=diffusers:{folder}", f"--data={photos}", f"--out={tmp_path}/runs", *QUICK]
+    train = ["train", f"--init=diffusers:{folder}", f"--data={photos}", f"--out={tmp_path}/runs", *QUICK, CAPTIONS]
     assert cli.main(train) == 0
     run = str(tmp_path / "runs" / "latest")
     capsys.readouterr()
@@ -221,7 +173,7 @@ def test_pipelines_that_are_not_served_are_refused(pipeline_folder, photos, tmp_
     shutil.copytree(pipeline_folder("sd"), folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "OddPipeline"}))
-    train = ["train", f"--init=diffusers:{folder}", f"--data={photos}", f"--out={tmp_path}/runs", *QUICK]
+    train = ["train", f"--init=diffusers:{folder}", f"--data={photos}", f"--out={tmp_path}/runs", *QUICK, CAPTIONS]
     assert "is a OddPipeline; allowed: StableDiffusionPipeline" in refused(train, capsys)
     error = refused([*train, "--data.encoder=diffusers:nobody/nothing"], capsys)
     assert "encoder: there is no folder nobody/nothing" in error
