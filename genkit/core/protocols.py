@@ -44,8 +44,8 @@ class Loss(NamedTuple):
     per_sample: Tensor
     logs: dict[str, Tensor]
     choice: Tensor | None = None
-    """the part of ``per_sample`` that is the cross-entropy of a choice, in nats ``[B]``, and no mean over the entries of
-    a sample; None: there is none"""
+    """the part of ``per_sample`` that is the cross-entropy of a choice, in nats ``[B]``, and no mean over the entries
+    of a sample; None: there is none"""
 
 
 @dataclass(frozen=True)
