@@ -305,6 +305,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     precision = pick_precision(settings.precision, accelerator.device, data.spec)
     if settings.lora.active and not settings.init:
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
+    require_start(settings)
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
@@ -314,6 +315,17 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None
     return replace(settings, codec=codec, init=canonical_init(settings.init) if settings.init else None)
+
+
+def require_start(settings: TrainSettings) -> None:
+    """``ValueError`` if the objective learns from a run and none is named, or if an adapter would stand in its way."""
+    if not settings.objective.starts_from:
+        return
+    kind = type(settings.objective).__name__
+    if not settings.init:
+        raise ValueError(f"init: {kind} learns from a trained run; name it with --init RUN")
+    if settings.lora.active:
+        raise ValueError(f"lora: given with {kind}, which copies whole networks; leave it out")
 
 
 def encoded_std(data: Data) -> float:
