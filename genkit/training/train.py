@@ -37,7 +37,7 @@ from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
-from genkit.training.init_sources import canonical_init, init_notes
+from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
@@ -315,17 +315,6 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
         return settings
     codec = canonical_first_stage(settings.codec) if settings.codec else None
     return replace(settings, codec=codec, init=canonical_init(settings.init) if settings.init else None)
-
-
-def require_start(settings: TrainSettings) -> None:
-    """``ValueError`` if the objective learns from a run and none is named, or if an adapter would stand in its way."""
-    if not settings.objective.starts_from:
-        return
-    kind = type(settings.objective).__name__
-    if not settings.init:
-        raise ValueError(f"init: {kind} learns from a trained run; name it with --init RUN")
-    if settings.lora.active:
-        raise ValueError(f"lora: given with {kind}, which copies whole networks; leave it out")
 
 
 def encoded_std(data: Data) -> float:
