@@ -1,4 +1,4 @@
-"""Progressive distillation: one step of the target is two of the teacher's, rounds follow each other, students agree."""
+"""Progressive distillation: one step of the target is two of the teacher's; rounds follow; students agree."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_one_step_of_the_student_is_two_of_the_teacher(name, scale):
 def test_the_loss_is_the_error_of_the_velocity_at_the_students_own_times(of):
     """For networks that answer 0, written out with the objective's own denoiser; and by the round of the step."""
     objective = ProgressiveDistillation(of=of, teacher_steps=8, steps=2, round_steps=10)
-    nets = {name: (lambda x, t, c: 0 * x + k) for k, name in enumerate(("net", "teacher"))}
+    nets = {name: (lambda x, t, c, k=k: 0 * x + k) for k, name in enumerate(("net", "teacher"))}
     x0 = torch.randn(30, 2, dtype=F64)
     denoise = of.denoiser(nets["net"])
     for step, steps in ((0, 4), (9, 4), (10, 2), (500, 2), (None, 2)):
@@ -169,7 +169,7 @@ def test_guidance_of_the_teacher_becomes_part_of_the_student(base, tmp_path):
         drawn = taken.sample(256, guidance=scale)
         assert drawn.network_rows == 1
         assert float((drawn.x - many[scale]).square().mean() / effect) < 0.3, scale
-    with pytest.raises(ValueError, match="guidance: given 5.0; allowed 1 to 4"):
+    with pytest.raises(ValueError, match=r"guidance: given 5\.0; allowed 1 to 4"):
         taken.sample(4, guidance=5.0)
 
 

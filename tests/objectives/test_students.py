@@ -140,7 +140,7 @@ def test_all_networks_start_from_the_run_and_its_data_are_used(base):
 
 @pytest.mark.parametrize("name", ARGS)
 def test_the_command_suggests_what_runs(base, tmp_path, name, capsys):
-    run = run_of(tmp_path, "--init", str(base), *ARGS[name], "--steps=1")
+    run_of(tmp_path, "--init", str(base), *ARGS[name], "--steps=1")
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")).split()[2:]
     assert command[0] == "sample"
     assert main([*command, "--device=cpu"]) == 0

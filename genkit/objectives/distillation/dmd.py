@@ -1,4 +1,4 @@
-"""Distribution matching distillation (Yin et al. 2024a, 2024b): a generator of one to four steps from a diffusion model.
+"""Distribution matching distillation (Yin et al. 2024a, 2024b): a generator of few steps from a diffusion model.
 
 The gradient of KL(generator || teacher) at a noisy sample is the difference of two scores: that of the teacher, and
 that of the generator's own samples, which a further network, the fake score, learns along.
@@ -55,8 +55,7 @@ class DMD(Student):
     of: Any = table("genkit.objectives:OBJECTIVES", "flow", kind="genkit.objectives.matching.matching:Matching")
     """objective of the model that is distilled; that of --init, unless it is given"""
     steps: Annotated[int, Ge(1), Le(8)] = 1
-    """steps of the generator: it predicts the data, adds noise, and predicts again; trained on its own samples (backward
-    simulation)"""
+    """steps of the generator: it predicts the data, adds noise, and predicts again; it is trained on its own samples"""
     fake_updates: Count = 5
     """updates of the fake score, and of the discriminator, for each of the generator"""
     teacher_guidance: Annotated[float, Gt(0), Le(100)] = 1.0
@@ -65,7 +64,7 @@ class DMD(Student):
     """weight of a non-saturating GAN loss on noisy samples, beside the score difference; 0: no discriminator"""
 
     validation_metrics: ClassVar[Mapping[str, Direction]] = {}  # its losses are relative to a moving opponent
-    starts_from = {"teacher": "net", "fake": "net", "discriminator": None}
+    starts_from: ClassVar[Mapping[str, str | None]] = {"teacher": "net", "fake": "net", "discriminator": None}
 
     def __post_init__(self) -> None:
         self.require_teacher()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -79,6 +79,8 @@ class ProgressiveDistillation(Student):
     guidance: Annotated[float, Ge(1), Le(100)] = 1.0
     """largest scale of guidance that the student takes as an input, so that --guidance 3 costs nothing; 1: none"""
 
+    starts_from: ClassVar[Mapping[str, str | None]] = {"teacher": "net", "average": "net"}
+
     def __post_init__(self) -> None:
         self.require_teacher()
         if self.num_rounds < 1 or self.steps * 2**self.num_rounds != self.teacher_steps:
@@ -118,8 +120,6 @@ class ProgressiveDistillation(Student):
         for name in ("teacher", "average"):
             nets[name].load_state_dict(nets["net"].state_dict())
         return {**nets, "rounds": Rounds()}
-
-    starts_from = {"teacher": "net", "average": "net"}
 
     def round_of(self, step: int | None) -> int:
         """The round of a training step, from 0; None stands for the end of training."""

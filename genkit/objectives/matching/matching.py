@@ -252,9 +252,7 @@ class Matching(Objective):
         return sampling(self.denoiser(nets["net"]))
 
 
-def bound_velocity_error(
-    parametrization: Parametrization, path: ProbabilityPath, t: Tensor, like: Tensor
-) -> Tensor:
+def bound_velocity_error(parametrization: Parametrization, path: ProbabilityPath, t: Tensor, like: Tensor) -> Tensor:
     """The factor ``[B, 1, ...]`` that keeps the network's share of an error of the velocity within MAX_ERROR_SCALE.
 
     A prediction of the data is divided by the noise to give a velocity, which is infinite at t = 0.
