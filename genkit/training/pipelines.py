@@ -18,12 +18,13 @@ from genkit.backbones.encoded_text import EncodedText
 from genkit.core import Objective
 from genkit.core.files import write_text
 from genkit.data.text import open_encoder
-from genkit.objectives.matching.matching import Matching
+from genkit.objectives import DDPM, Flow
 from genkit.training.directory import find_run
 from genkit.training.init_sources import find_source, source_module
 from genkit.training.settings import stored_settings
 
 FILE = "pipeline.json"
+SAMPLED_AS_PIPELINES = (DDPM, Flow)  # other objectives have steps and grids of their own
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ def pipeline_of_init(init: str | None, objective: Objective) -> Pipeline | None:
 
     None without one, and for an ``objective`` on another path than the scheduler's: its times would mean other levels.
     """
-    if init is None or not isinstance(objective, Matching):
+    if init is None or type(objective) not in SAMPLED_AS_PIPELINES:
         return None
     source, where = find_source(init)
     if source:
         return source.pipeline(where, objective)
     run = find_run(init)
     theirs = stored_settings(run).objective
-    return read_pipeline(run) if isinstance(theirs, Matching) and theirs.path == objective.path else None
+    same = type(theirs) in SAMPLED_AS_PIPELINES and getattr(theirs, "path", None) == getattr(objective, "path", None)
+    return read_pipeline(run) if same else None
 
 
 @torch.no_grad()
