@@ -30,6 +30,7 @@ from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
+from genkit.training.directory import find_run
 
 WEIGHTS = "first-stage.safetensors"
 PosteriorUse = Literal["draw", "mean"]
@@ -174,6 +175,15 @@ def foreign_stage(name: str) -> tuple[type[ForeignStage] | None, str]:
     """Return the class and location of ``--codec KIND:LOCATION``, or ``(None, name)`` for a run directory."""
     kind, colon, location = name.partition(":")
     return (load_object(FOREIGN_STAGES[kind]), location) if colon and kind in FOREIGN_STAGES else (None, name)
+
+
+def canonical_first_stage(name: str) -> str:
+    """``--codec`` as config.yaml stores it: independent of the working directory."""
+    foreign, where = foreign_stage(name)
+    if not foreign:
+        return str(find_run(name))
+    folder = Path(where).expanduser()
+    return f"{name.removesuffix(where)}{folder.resolve()}" if folder.is_dir() else name
 
 
 def stage_class(kind: str) -> type[FirstStage]:

@@ -449,12 +449,3 @@ def open_first_stage(name: str, shape: tuple[int, ...], device: torch.device) ->
     stage = run_stage(run.directory.name, cfg.objective, cfg.backbone, run.nets, run.spec, run.codec).to(device)
     require_fit(stage, shape)
     return stage
-
-
-def canonical_first_stage(name: str) -> str:
-    """``--codec`` as config.yaml stores it: independent of the working directory."""
-    foreign, where = foreign_stage(name)
-    if not foreign:
-        return str(find_run(name))
-    folder = Path(where).expanduser()
-    return f"{name.removesuffix(where)}{folder.resolve()}" if folder.is_dir() else name

@@ -36,7 +36,7 @@ from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import join_ranks
-from genkit.training.first_stage import LatentCodec
+from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
@@ -52,7 +52,7 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
+from genkit.training.run import Run, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
