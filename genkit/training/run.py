@@ -136,8 +136,7 @@ class Run:
         guidance = compose(*(g for g in guides if g is not None))
         sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
         if sampler and steps:
-            from_noise = sampling.grid_for(self) == PIPELINE_GRID
-            grid = sampling.times(self, steps)
+            grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
             bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
         return self.objective.generator(self.nets, bound)
 
