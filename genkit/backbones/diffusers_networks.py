@@ -49,6 +49,8 @@ class NetworkConfig(ABC):
     """settings that change the network's inputs, with the one value that is supported"""
     text_states: ClassVar[tuple[str, ...]] = ()
     """what the network of a pipeline reads of a text: tokens, mask, pooled; (): any tokens, or none"""
+    pipeline: ClassVar[str | None] = None
+    """the class of diffusers that reads LoRA files for it, if there is one"""
     explicit_grid: ClassVar[bool] = False
     """whether its pipeline gives the scheduler n equal levels from 1 to 1 / n"""
 
@@ -181,6 +183,7 @@ class UNet2DCondition(UNet2D):
     """diffusers' UNet2DConditionModel: that of latent diffusion (Rombach et al. 2022), with cross-attention."""
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
+    pipeline: ClassVar[str | None] = "StableDiffusionPipeline"
     has_own_pipeline: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, Any]] = {
         **UNet2D.fixed, "addition_embed_type": None, "encoder_hid_dim_type": None, "encoder_hid_dim": None

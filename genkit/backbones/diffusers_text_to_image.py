@@ -23,6 +23,7 @@ class SDXL(UNet2DCondition):
     """UNet2DConditionModel of Stable Diffusion XL (Podell et al. 2023), which is also told the size of the picture."""
 
     text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    pipeline: ClassVar[str | None] = "StableDiffusionXLPipeline"
     fixed: ClassVar[Mapping[str, Any]] = {**UNet2DCondition.fixed, "addition_embed_type": "text_time"}
 
     size_factor: Width = 8
@@ -61,6 +62,7 @@ class SD3(TextTransformer):
     """SD3Transformer2DModel of Stable Diffusion 3 (Esser et al. 2024)."""
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
+    pipeline: ClassVar[str | None] = "StableDiffusion3Pipeline"
     text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
     context_setting: ClassVar[str] = "joint_attention_dim"
 
@@ -77,6 +79,7 @@ class Flux(TextTransformer):
     """
 
     class_name: ClassVar[str] = "FluxTransformer2DModel"
+    pipeline: ClassVar[str | None] = "FluxPipeline"
     text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
     context_setting: ClassVar[str] = "joint_attention_dim"
     explicit_grid: ClassVar[bool] = True
@@ -133,6 +136,7 @@ class Sana(TextTransformer):
     """SanaTransformer2DModel of Sana (Xie et al. 2024)."""
 
     class_name: ClassVar[str] = "SanaTransformer2DModel"
+    pipeline: ClassVar[str | None] = "SanaPipeline"
     text_states: ClassVar[tuple[str, ...]] = ("tokens", "mask")
     fixed: ClassVar[Mapping[str, Any]] = {"guidance_embeds": False}
 

@@ -1,8 +1,8 @@
 """LoRA: learn a change of low rank of layers that are frozen (Hu et al. 2022), with the peft library.
 
-:func:`adapt` turns every weight that is not trained into a buffer that is not saved, so the code that trains,
-averages, resumes and stores parameters sees the adapter only. For sampling, :func:`merge` adds the change to the
-weights, and the network has its original modules again."""
+:func:`adapt` turns every weight that is not trained into a buffer, and saves no buffer of the network either, so the
+code that trains, averages, resumes and stores parameters sees the adapter only. For sampling, :func:`merge` adds the
+change to the weights, and the network has its original modules again."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class GuidanceLoRA(LoRA):
 
 
 LORA: dict[str, type[LoRA]] = {"lora": LoRA, "guidance": GuidanceLoRA}
-Frozen = list[tuple[nn.Module, str]]  # buffers, by their modules and names, which were parameters
+Frozen = list[tuple[nn.Module, str, bool]]  # buffers, by their modules and names, and whether they were parameters
 
 
 def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> Frozen:
@@ -125,15 +125,21 @@ def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> F
 
 
 def freeze(net: nn.Module) -> Frozen:
-    """Turn the parameters that need no gradient into buffers that are not saved; return them."""
+    """Turn the parameters that need no gradient into buffers that are not saved, as the buffers of a network with an
+    adapter, and return them: a checkpoint has the adapter alone."""
     frozen: Frozen = []
+    adapted = any(p.requires_grad for p in net.parameters())
     for module in net.modules():
+        if adapted and not isinstance(module, nn.modules.batchnorm._NormBase):  # whose statistics are learned
+            saved = module._buffers.keys() - module._non_persistent_buffers_set
+            module._non_persistent_buffers_set |= saved
+            frozen += [(module, name, False) for name in sorted(saved)]
         for name, p in list(module.named_parameters(recurse=False)):
             if not p.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, p.detach(), persistent=False)
-                frozen.append((module, name))
-    names = {id(b) for m, k in frozen for b in [m.get_buffer(k)]}
+                frozen.append((module, name, True))
+    names = {id(b) for m, k, _ in frozen for b in [m.get_buffer(k)]}
     # DistributedDataParallel would send them to all ranks at every step; they are the same everywhere, and stay so
     net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore[assignment]
     return frozen
@@ -141,7 +147,10 @@ def freeze(net: nn.Module) -> Frozen:
 
 def thaw(frozen: Frozen) -> None:
     """The inverse of :func:`freeze`."""
-    for module, name in frozen:
+    for module, name, was_parameter in frozen:
+        if not was_parameter:
+            module._non_persistent_buffers_set.discard(name)
+            continue
         value = module.get_buffer(name)
         delattr(module, name)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))

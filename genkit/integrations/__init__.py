@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from genkit.integrations.diffusers_export import ToDiffusers
 from genkit.integrations.export import ExportFormat, StandaloneRun
+from genkit.integrations.lora_files import ToLoRA
 
 __all__ = ["FORMATS", "ExportFormat"]
 
-FORMATS: dict[str, type[ExportFormat]] = {"diffusers": ToDiffusers, "run": StandaloneRun}
+FORMATS: dict[str, type[ExportFormat]] = {"diffusers": ToDiffusers, "run": StandaloneRun, "lora": ToLoRA}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,7 +16,7 @@ from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
 from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
-from genkit.core.files import atomic_directory
+from genkit.core.files import atomic_directory, atomic_write
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
@@ -25,6 +26,9 @@ from genkit.training.run import Run, load_run
 
 class ExportFormat(ABC):
     """A way to write a run into a folder: an entry of ``FORMATS``, a frozen dataclass of settings."""
+
+    single_file: ClassVar[str | None] = None
+    """the only file that it writes, for formats that may be written as a file of another name"""
 
     @abstractmethod
     def write(self, run: Run, folder: Path) -> list[str]:
@@ -55,13 +59,13 @@ class ExportSettings:
     """Which weights of a run are written, and in which format."""
 
     to: ExportFormat = table("genkit.integrations:FORMATS", "diffusers", kind="genkit.integrations.export:ExportFormat")
-    """Format: diffusers, a pipeline; run, a run of the exported weights only."""
+    """Format: diffusers, a pipeline; run, a run of the exported weights only; lora, the adapter of a LoRA run."""
     ema: str | None = None
     """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
     step: CheckpointStep | None = None
     """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     lora: PathText | None = None
-    """Merge the adapter of this run of --lora.rank into the weights."""
+    """Merge the adapter of this run of --lora.rank, or of a LoRA file (.safetensors), into the weights."""
     lora_scale: float | None = None
     """Scale of that adapter, or of a LoRA run's own; None: 1."""
 
@@ -74,6 +78,17 @@ class Exported:
     run: Run
     instructions: tuple[str, ...]
     """lines that say how to use it"""
+
+
+def write_to(path: Path, form: ExportFormat, run: Run) -> list[str]:
+    """Write a run to ``path``, completely or not at all: a folder, or a file if the format has its suffix."""
+    if not (form.single_file and path.suffix == Path(form.single_file).suffix):
+        with atomic_directory(path) as part:
+            return form.write(run, part)
+    with atomic_write(path) as part, tempfile.TemporaryDirectory() as folder:
+        lines = form.write(run, Path(folder))
+        shutil.copyfile(Path(folder) / form.single_file, part)
+        return lines
 
 
 def export(run: str | Path | Run, out: str | Path, settings: ExportSettings | None = None, **changes: Any) -> Exported:
@@ -89,6 +104,6 @@ def export(run: str | Path | Run, out: str | Path, settings: ExportSettings | No
     if not isinstance(run, Run):
         options = {"adapter": settings.lora, "adapter_scale": settings.lora_scale}
         run = load_run(run, ema=settings.ema, step=settings.step, device="cpu", **options)  # type: ignore[arg-type]
-    with atomic_directory(path) as part, torch.no_grad():
-        lines = settings.to.write(run, part)
+    with torch.no_grad():
+        lines = write_to(path, settings.to, run)
     return Exported(path, run, tuple(line.replace("{out}", str(path)) for line in lines))

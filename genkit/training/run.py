@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.backbones.embed import scalar_keys
+from genkit.config import load_object
 from genkit.config.numbers import CheckpointStep
 from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
-from genkit.core.files import format_error, write_text
+from genkit.core.files import write_text
 from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
@@ -36,6 +37,7 @@ from genkit.training.sampling import (
     PIPELINE_GRID,
     Classes,
     Sampling,
+    as_tensors,
     build_guidance,
     generate_at_scale,
     picture_names,
@@ -218,14 +220,6 @@ class Run:
             raise ValueError(f"{self.weights}: sample {index} is not finite; the run has diverged")
 
 
-def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
-    try:
-        return {name: torch.as_tensor(value) for name, value in cond.items()}
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e
-
-
 def with_classes(spec: Spec, classifier: Run) -> Spec:
     """The model's conditions and the classifier's classes. ``ValueError`` if both have classes that differ."""
     objective = classifier.classifier
@@ -310,7 +304,10 @@ def weights_file(cfg: TrainSettings, ema: str | None) -> str:
 
 
 def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
-    """Add a LoRA run's slowest average to the weights of ``nets``, in place."""
+    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place."""
+    if str(adapter).endswith(".safetensors"):
+        load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
+        return
     other = find_run(adapter)
     cfg = stored_settings(other)
     if not cfg.lora.active:
@@ -338,6 +335,7 @@ def average_name(weights: str) -> str:
 
 # ------------------------------------------------------------------------------- starting from other weights, LoRA
 LORA_BASE = "base.json"
+MERGE_LORA_FILE = "genkit.integrations.lora_files:merge_lora_file"  # of a higher room, imported on demand
 
 
 def init_from(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from genkit.config.numbers import CheckpointStep, Count, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import SCALE_INPUT, Codec, Cond, Generator, Guidance, Label, Noise, Objective, Spec
 from genkit.core.device import DeviceName
+from genkit.core.files import format_error
 from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
 from genkit.diffusion.checks import require
@@ -308,6 +309,14 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
             raise ValueError(f"{option}: given {value!r:.60}; needs a number or a name, or a list of them")
     numbers = torch.tensor([kind.number(value, option) for value in several])
     return numbers[torch.arange(n) % len(numbers)]
+
+
+def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
+    try:
+        return {name: torch.as_tensor(value) for name, value in cond.items()}
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e
 
 
 def sample_conditions(

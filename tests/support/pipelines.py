@@ -233,12 +233,18 @@ def save_pipeline(name: str, folder: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 def their_picture(
-    folder: Path, guidance: float = 5.0, scheduler: Callable[[object], object] | None = None, **settings: object
+    folder: Path,
+    guidance: float = 5.0,
+    scheduler: Callable[[object], object] | None = None,
+    lora: Path | None = None,
+    **settings: object,
 ) -> Tensor:
     """Pictures in [0, 1] of a pipeline, from the noise of seeds 0 and 1."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = scheduler(pipe.scheduler.config) if scheduler else pipe.scheduler
+    if lora:
+        pipe.load_lora_weights(str(lora))
     known = inspect.signature(pipe.__call__).parameters
     usual = {"prompt": PROMPTS, "guidance_scale": guidance, "use_resolution_binning": False}
     given = {k: v for k, v in {**usual, "batch_size": 2, **settings}.items() if k in known}

@@ -37,7 +37,8 @@ class Sample(Sampling, LoadOptions):
     prompt: tuple[str, ...] = ()
     """Prompts, for a model trained with captions. None: captions of its data in turn."""
     lora: PathText | None = None
-    """Add the adapter of this LoRA run (--lora.rank), trained from this run or from another with the same layers."""
+    """Add the adapter of this LoRA run (--lora.rank), trained from this run or from another with the same layers; or of
+    a LoRA file (.safetensors) for a network of a diffusers pipeline."""
     lora_scale: float | None = None
     """Strength of that adapter, or of a LoRA run's own. None: 1; 0: the base model."""
     format: Literal["grid", "png", "npz"] = "grid"
