@@ -98,8 +98,8 @@ class DataSource(ABC):
         return None
 
     def with_decisions(self: S) -> S:
-        """A copy in which what is left open is decided, for a run that begins: the share of held-out samples of a source
-        without a test split, or the environment that a recording names."""
+        """A copy in which what is left open is decided, for a run that begins: the share of held-out samples of a
+        source without a test split, or the environment that a recording names."""
         return self
 
     def with_decisions_of(self: S, earlier: DataSource) -> S:
