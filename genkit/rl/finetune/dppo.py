@@ -120,7 +120,7 @@ class DPPO(RewardMethod):
     def loss(self, learner: Learner, experience: Experience, targets: Targets, share: Share) -> tuple[Tensor, Tensor]:
         """The mean loss of rows ``k * M + m``: denoising step k (from the first that is trained) of trajectory m.
 
-        Also returns, float64 ``[3]``, means of the surrogate, of the KL divergence from the policy that drew the rows,
+        Also returns, ``[3]``, means of the surrogate, of the KL divergence from the policy that drew the rows,
         and of whether a ratio was clipped.
         """
         chain, trajectory, count = learner.chain, experience.trajectory, len(targets.advantages)
@@ -141,5 +141,5 @@ class DPPO(RewardMethod):
             loss = loss + self.bc_coef * share.bc_loss(self.bc_batch)
         with torch.no_grad():
             kl = gaussian_kl(mean, std, old_mean, old_std).mean()
-            clipped = ((ratio - 1).abs() > self.clip).cpu().double().mean()
-            return loss, torch.stack([surrogate.cpu().double(), kl.cpu().double(), clipped])
+            clipped = ((ratio - 1).abs() > self.clip).to(surrogate).mean()
+            return loss, torch.stack([surrogate, kl.to(surrogate), clipped])
