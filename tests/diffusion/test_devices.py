@@ -1,4 +1,4 @@
-"""No step of a sampler mixes devices, or lets the host wait for the device: samplers, guidance, editing, likelihoods."""
+"""No step of a sampler mixes devices, or lets the host wait: samplers, guidance, editing, likelihoods."""
 
 import pytest
 import torch

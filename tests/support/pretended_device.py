@@ -173,13 +173,20 @@ class PretendedDevice(TorchFunctionMode):
             if func is Tensor.new_tensor:
                 self.wait("new_tensor")
                 return Pretended(torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}))
-        if func is Tensor.backward:  # it may compute activations again
-            TorchFunctionMode.__enter__(self)
-            try:
-                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
-            finally:
-                TorchFunctionMode.__exit__(self, None, None, None)
+        if func is Tensor.backward:
+            return self.backward(args[0], **kwargs)
         return self.make(func, args, kwargs)
+
+    def backward(self, x, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+        """Backward with these rules in force: activations may be computed again."""
+        gradient = torch.ones_like(x) if gradient is None else gradient
+        TorchFunctionMode.__enter__(self)
+        try:
+            torch.autograd.graph._engine_run_backward(
+                (x,), (gradient,), bool(retain_graph or create_graph), create_graph, inputs or (),
+                allow_unreachable=True, accumulate_grad=True)  # fmt: skip
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
 
     def make(self, func, args, kwargs):
         """Call a function that may make numbers on the device it is given."""

@@ -114,7 +114,12 @@ FAST = {"path vp", "times log-normal", "times loss-aware", "rule improved", "rul
         "guidance as an input", "zero-terminal-SNR"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(k, marks=() if k in FAST else pytest.mark.slow) for k in CHOICES])
+def by_speed(names, fast):
+    """Names for a parametrised test, slow unless they are ``fast``."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", by_speed(CHOICES, FAST))
 def test_no_choice_lets_the_host_wait(name):
     assert not waits_of_a_step(CHOICES[name], TINY_MLP, points())
 
@@ -134,9 +139,7 @@ def test_given_pairs():
 FAST_PICTURES = {"first stage, codes", "latents", "bf16", "micro-batches"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(k, marks=() if k in FAST_PICTURES else pytest.mark.slow) for k in PICTURES]
-)
+@pytest.mark.parametrize("name", by_speed(PICTURES, FAST_PICTURES))
 def test_no_training_of_pictures_lets_the_host_wait(name):
     objective, family, data, settings = PICTURES[name]
     assert not waits_of_a_step(objective, TINY[family], data(), **settings)

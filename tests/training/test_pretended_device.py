@@ -106,7 +106,7 @@ FAULTS = {  # where, what, and the fault
     "a tensor of the host in the path": (Linear, "sigma", lambda old: lambda self, t: t + torch.zeros(len(t))),
     "a table of the host in the path": (Linear, "sigma", by_a_table),
     "a number read back in the loss": (matching, "mean_flat", lambda old: lambda x: old(x) * (1 if x.sum() > 0 else 2)),
-    "a mask as an index in the loss": (matching, "mean_flat", lambda old: lambda x: old(torch.relu(x)[x > -9].view_as(x))),
+    "a mask as an index in the loss": (matching, "mean_flat", lambda old: lambda x: old(x[x > -9].view_as(x))),
     "random numbers of the host": (Draw, "_rows", lambda old: draw_on_the_host),
 }  # fmt: skip
 

@@ -188,7 +188,7 @@ def _transitions(chain: Chain) -> tuple[Transition, ...]:
 @lru_cache(maxsize=64)
 def _table(chain: Chain, dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = [[step.node.t, step.alpha, step.kept, step.std] for step in chain.transitions]
-    return torch.tensor(rows, dtype=torch.float64).T.to(dtype).contiguous().to(device)
+    return send(torch.tensor(rows, dtype=torch.float64).T.to(dtype).contiguous(), device)
 
 
 def seeded_noise(
