@@ -54,17 +54,16 @@ def destination(command: Sample, run: Run) -> Path:
 
 def default_name(command: Sample, run: Run) -> str:
     """A file name from all settings that change the samples: the usual ones in words, the others as a hash."""
-    sampler = command.sampler or run.objective.sampler
+    chosen = command.resolved(run)
     parts = [f"sample-step{run.step}"]
     if command.ema is not None:
         parts.append(f"ema{slug(command.ema)}")
     guided = "" if command.guidance == 1 else f"-guidance{command.guidance:g}"
-    parts.append(f"{sampler}{command.steps}{guided}" if sampler else "one-pass")
-    held = command.resolved(run)
-    if held.get("clip"):
+    parts.append(f"{chosen['sampler']}{chosen['steps']}{guided}" if chosen["sampler"] else "one-pass")
+    if chosen.get("clip"):
         parts.append("clip")
-    if "start" in held:
-        parts.append(f"start{held['start']:g}")
+    if "start" in chosen:
+        parts.append(f"start{chosen['start']:g}")
     if command.label is not None:
         parts.append(f"label{slug(str(command.label))}")
     if command.lora:
@@ -155,9 +154,7 @@ def require_free_folder(command: Sample, run: Run, out: Path, stored: Mapping[st
 
 def base_settings(command: Sample, run: Run) -> dict[str, Any]:
     """What is known of the settings before the drawing."""
-    sampler = command.sampler or run.objective.sampler
-    settings = config.dump(command) | {"sampler": sampler, "weights": run.weights, "genkit": __version__}
-    settings |= command.resolved(run)
+    settings = config.dump(command) | {"weights": run.weights, "genkit": __version__} | command.resolved(run)
     kind = run.spec.cond.get("label")
     if command.label is not None and isinstance(kind, Label):
         settings["label"] = kind.number(command.label)

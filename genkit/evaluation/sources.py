@@ -386,7 +386,6 @@ def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
         other = samples.other_models.get(role)
         if other is not None:
             settings[name] = {"run": other.directory.name, "weights_sha256": hash_weights(other)}
-    settings["sampler"] = samples.sampling.sampler or samples.run.objective.sampler
     settings |= samples.sampling.resolved(samples.run)
     if samples.class_counts is not None:
         settings["classes"] = "in the proportions of the reference"

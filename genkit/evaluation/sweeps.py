@@ -21,10 +21,11 @@ from genkit.config import table
 from genkit.config.blocks import suggest
 from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
 from genkit.config.paths import PathText
-from genkit.core import pictures
+from genkit.core import Objective, pictures
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
+from genkit.diffusion.samplers import find_sampler
 from genkit.evaluation.best import pareto_front
 from genkit.evaluation.cards import Card, file_name, hash_json
 from genkit.evaluation.evaluations import default_reference_n, open_reference
@@ -53,8 +54,8 @@ class SweepSettings:
     """Noise levels at which guidance acts: all, or LOW-HIGH in sigma / (alpha + sigma), such as 0.2-0.8."""
     sampler: tuple[SamplerName, ...] = ()
     """Samplers; empty: the objective's default."""
-    steps: tuple[Count, ...] = (5, 10, 20)
-    """Steps of the samplers."""
+    steps: tuple[Count, ...] = ()
+    """Steps of the samplers; empty: 5, 10 and 20, or 1, 2 and 4 for one that jumps by a flow map."""
     grid: GridName = "uniform"
     """Time grid of the steps."""
     n: Annotated[int, Ge(2)] = 500
@@ -248,12 +249,12 @@ def list_combinations(run: str | Path, settings: SweepSettings, device: torch.de
     loaded: dict[str | None, Run] = {}
     combinations: dict[tuple[str | None, Sampling], ModelSamples] = {}
     intervals = [parse_interval(text) for text in settings.interval]
-    product = itertools.product(
-        settings.ema or (None,), settings.guidance, intervals, settings.sampler or (None,), settings.steps
-    )
-    for ema, guidance, interval, sampler, steps in product:
-        if ema not in loaded:
-            loaded[ema] = load_run(run, ema=ema, step=settings.step, device=device.type)
+    for ema in settings.ema or (None,):
+        loaded[ema] = load_run(run, ema=ema, step=settings.step, device=device.type)
+    objective = next(iter(loaded.values())).objective
+    solvers = [(s, steps) for s in settings.sampler or (None,) for steps in settings.steps or swept_steps(objective, s)]
+    product = itertools.product(loaded, settings.guidance, intervals, solvers)
+    for ema, guidance, interval, (sampler, steps) in product:
         sampling = Sampling(
             guidance=guidance,
             guidance_interval=interval if guidance != 1 else None,  # an interval has no effect at guidance 1
@@ -266,6 +267,12 @@ def list_combinations(run: str | Path, settings: SweepSettings, device: torch.de
         if (ema, sampling) not in combinations:
             combinations[ema, sampling] = ModelSamples(loaded[ema], sampling, hash_weights(loaded[ema]))
     return list(combinations.values())
+
+
+def swept_steps(objective: Objective, sampler: str | None) -> tuple[int | None, ...]:
+    """The numbers of steps to try if none are asked for; none is one for a model that draws in one pass."""
+    name = sampler or objective.sampler
+    return (None,) if name is None else find_sampler(name).swept_steps
 
 
 def parse_interval(text: str) -> tuple[float, float] | None:

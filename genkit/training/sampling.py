@@ -29,7 +29,7 @@ from genkit.diffusion.guidance import (
     within,
 )
 from genkit.diffusion.paths import end_time
-from genkit.diffusion.samplers import GRIDS
+from genkit.diffusion.samplers import GRIDS, find_sampler
 from genkit.objectives import FlowMap
 from genkit.objectives.matching.matching import Matching
 
@@ -50,8 +50,8 @@ class Sampling:
     # -- sampler and guidance
     sampler: SamplerName | None = None
     """Sampler. None: the objective's default (heun)."""
-    steps: Count = 20
-    """Number of sampler steps."""
+    steps: Count | None = None
+    """Number of sampler steps. None: 20, or 1 for a sampler that jumps by a flow map."""
     guidance: Scale = 1.0
     """Scale w of classifier-free guidance, uncond + w (cond - uncond), or away from --autoguide. 1: no guidance."""
     guidance_rule: Any = table("genkit.diffusion.guidance:RULES", "linear", kind="genkit.diffusion.guidance:Rule")
@@ -80,13 +80,24 @@ class Sampling:
         """Whether the predicted data are clipped."""
         return clips_by_default(run.objective, run.codec) if self.clip is None else self.clip
 
+    def sampler_for(self, objective: Objective) -> str | None:
+        """The sampler of this model, the objective's own if none is set; None for a model that draws in one pass."""
+        return self.sampler or objective.sampler
+
+    def num_steps(self, objective: Objective) -> int | None:
+        """The number of steps of this model's sampler; None for a model that draws in one pass."""
+        sampler = self.sampler_for(objective)
+        return None if sampler is None else self.steps or find_sampler(sampler).default_steps
+
     def resolved(self, run: Run) -> dict[str, Any]:
-        """What the settings leave open, for cards and file names: ``clip``, and the time ``start`` if it is not 1."""
+        """What the settings leave open, for cards and file names: sampler, its steps, ``clip``, and the time ``start``
+        if it is not 1."""
+        chosen = {"sampler": self.sampler_for(run.objective), "steps": self.num_steps(run.objective)}
         if run.objective.sampler is None:
-            return {}
+            return chosen
         clip = self.clips(run)
         start = 1.0 if clip else end_time(run.denoiser.path)
-        return {"clip": clip, **({} if start == 1 else {"start": round(start, 4)})}
+        return chosen | {"clip": clip, **({} if start == 1 else {"start": round(start, 4)})}
 
     def refuse_for_one_pass(self, model: str) -> None:
         """``ValueError`` for the first setting that has no effect on a ``model`` that draws in one pass."""

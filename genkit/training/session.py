@@ -32,12 +32,12 @@ from genkit.core.progress import Progress
 from genkit.data.codecs import decoded_shape
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.best import BestCheckpoint
-from genkit.training.checkpoint import list_checkpoints, save_checkpoint, step_of
-from genkit.training.directory import append_log, read_log
+from genkit.training.checkpoint import save_checkpoint
+from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace
-from genkit.training.sampling import default_guidance, grid_size, picture_names
+from genkit.training.sampling import Sampling, default_guidance, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.validation import Validation
 
@@ -214,7 +214,8 @@ class Session:
         objective, device = self.settings.objective, self.accelerator.device
         callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
         guidance = default_guidance(objective, self.codec)
-        sampling = bind(objective.sampler, 20, guidance, callback=callback) if objective.sampler else None
+        sampler, steps = objective.sampler, Sampling().num_steps(objective)
+        sampling = bind(sampler, steps, guidance, callback=callback) if sampler and steps else None
         generate = objective.generator(nets, sampling)
         for net in nets.values():
             net.eval()

@@ -60,8 +60,8 @@ class TrainSettings:
     batch: Count = 64
     """Samples per step, over all ranks together."""
     micro_batch: Count | None = changeable(None)
-    """Samples per forward pass on one rank, to save memory; the result does not depend on it, except through
-    the masks of dropout. None: all at once."""
+    """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at
+    once."""
     lr: Positive = changeable(1e-3)
     """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
     warmup: Natural = by_objective(100)
@@ -107,8 +107,8 @@ class TrainSettings:
     """Samples per evaluation, over all ranks together."""
     eval_metrics: Annotated[str, NameIn("genkit.evaluation:METRICS", ",")] | None = changeable(None)
     """Comma-separated metrics, as for genkit eval. None: those that suit the data."""
-    eval_steps: Count = changeable(20)
-    """Steps of the objective's default sampler in evaluations."""
+    eval_steps: Count | None = changeable(None)
+    """Steps of the objective's default sampler in evaluations. None: 20, or 1 for a flow map."""
     eval_features: Annotated[str, NameIn("genkit.evaluation:FEATURES")] = changeable("auto")
     """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)

@@ -1,10 +1,14 @@
 """Settings of sampling that would do nothing, or harm, are refused in one line."""
 
+import json
+
 import pytest
 import torch
 
 import genkit
 from genkit.cli.main import main
+from genkit.diffusion.samplers import bind, find_sampler
+from genkit.evaluation.sweeps import SweepSettings, list_combinations
 from genkit.training.loop import ema_decay
 from genkit.training.run import load_run, open_reference
 
@@ -70,3 +74,45 @@ def test_each_average_has_its_own_warm_up(decay):
     for step in (1, 60, 5000):
         slower = ema_decay(1 - (1 - decay) / 10, step)
         assert slower > ema_decay(decay, step) or slower == decay
+
+
+@pytest.mark.parametrize(
+    ("objective", "steps", "other"),
+    [
+        (["flow"], 20, ("ddim", 20)),
+        (["flow-map"], 1, ("heun", 20)),
+        (["flow-map", "--objective.rule=consistency"], 1, None),
+        (["drift"], None, None),
+    ],
+)
+def test_the_default_number_of_steps_is_the_samplers(tmp_path, monkeypatch, objective, steps, other):
+    """In pictures and evaluations of training, from Python, in file names and in cards alike."""
+    grids = []
+    bound = lambda name, grid, *a, **o: (grids.append((name, grid)), bind(name, grid, *a, **o))[1]  # noqa: E731
+    monkeypatch.setattr("genkit.training.session.bind", bound)
+    argv = [*SMALL, "--sample-every=3", "--eval-every=3", "--eval-n=8", "--eval-features=raw", "--eval-metrics=fid"]
+    assert (
+        main(["train", "--data=moons", f"--objective={objective[0]}", *objective[1:], *argv, f"--out={tmp_path}"]) == 0
+    )
+    run = load_run(tmp_path / "latest", device="cpu")
+    assert grids == ([] if steps is None else [(run.objective.sampler, steps)])
+    evaluations = 1 if steps is None else find_sampler(run.objective.sampler).evaluations(steps)
+    assert run.sample(2).evaluations == evaluations
+    (card,) = (json.loads(f.read_text()) for f in (run.directory / "eval").glob("*.json"))
+    assert card["settings"]["steps"] == steps
+    assert steps is None or card["settings"]["nfe"] == evaluations
+    assert main(["sample", str(run.directory), "--n=2", "--device=cpu"]) == 0
+    picture, *_ = (run.directory / "samples").glob("sample-step*")
+    assert (f"{run.objective.sampler}{steps}-" if steps else "one-pass") in picture.name
+    if other:
+        sampler, many = other
+        assert run.sample(2, sampler=sampler).evaluations == find_sampler(sampler).evaluations(many)
+
+
+def test_a_sweep_tries_the_samplers_own_numbers_of_steps(tmp_path):
+    assert main(["train", "--data=moons", "--objective=flow-map", *SMALL, f"--out={tmp_path}"]) == 0
+    combinations = list_combinations(
+        tmp_path / "latest", SweepSettings(sampler=("flow_map", "ddim")), torch.device("cpu")
+    )
+    tried = [(c.sampling.sampler, c.sampling.steps) for c in combinations]
+    assert tried == [("flow_map", 1), ("flow_map", 2), ("flow_map", 4), ("ddim", 5), ("ddim", 10), ("ddim", 20)]

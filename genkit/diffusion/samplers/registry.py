@@ -39,6 +39,10 @@ class SamplerInfo:
     right for flows that are not diffusions."""
     other_names: tuple[str, ...] = ()
     """What other libraries call it."""
+    default_steps: int = 20
+    """Number of steps if none is asked for."""
+    swept_steps: tuple[int, ...] = (5, 10, 20)
+    """Numbers of steps that a sweep tries if none are asked for."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -63,8 +67,8 @@ SAMPLERS: Mapping[str, SamplerInfo] = {
 }
 
 FLOW_MAP_SAMPLERS: Mapping[str, SamplerInfo] = {
-    "flow_map": SamplerInfo(flow_map, lambda n: n),
-    "consistency": SamplerInfo(consistency, lambda n: n, stochastic=True),
+    "flow_map": SamplerInfo(flow_map, lambda n: n, default_steps=1, swept_steps=(1, 2, 4)),
+    "consistency": SamplerInfo(consistency, lambda n: n, stochastic=True, default_steps=1, swept_steps=(1, 2, 4)),
 }
 
 

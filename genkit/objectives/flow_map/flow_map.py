@@ -78,7 +78,6 @@ class FlowMap(Matching):
 
     loss_space = "velocity"
     policy_steps: ClassVar[int] = 1
-    usage: ClassVar[str] = "genkit sample {run}{label} --n 16 --steps 1"
 
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
