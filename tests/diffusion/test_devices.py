@@ -152,7 +152,8 @@ def test_no_sampler_of_pictures_lets_the_host_wait(sampler, backbone):
 
 def test_every_generative_objective_is_above():
     """The others draw as one of these does: by a sampler, or in one pass."""
-    shared = {"anchored", "distillation", "guidance-distillation", "ae", "vq", "autoencoder", "classifier"}
+    distilled = {"distillation", "guidance-distillation", "progressive-distillation", "dmd"}
+    shared = {"anchored", *distilled, "ae", "vq", "autoencoder", "classifier"}
     assert set(OBJECTIVES) - shared == {"flow", "ddpm", "edm", "flow-map", "drift", "regression", "vae", "gan"}
 
 
