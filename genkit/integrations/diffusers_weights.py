@@ -22,6 +22,7 @@ from genkit import config
 from genkit.backbones.diffusers import (
     MODELS,
     SDXL,
+    ContextTokens,
     Diffusers,
     DiffusersDenoiser,
     NetworkConfig,
@@ -227,6 +228,9 @@ def init_from(
     model = open_model(location)
     target = single_network(nets, model)
     weights = model.weights
+    if isinstance(target.sequences, ContextTokens) and text_encoder(location):
+        note(f"{location} was trained with the words of its own encoders, and here they are others, or none: give "
+             "--data.captions, without --data.encoder")  # fmt: skip
     try:
         net = diffusers_class(model.network.class_name).from_pretrained(
             model.folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False

@@ -192,6 +192,14 @@ def test_texts_that_the_pipeline_would_cut_are_refused(pipeline_folder):
     assert torch.equal(states[0], encoder.null["text"][0])
 
 
+def test_other_words_than_the_pipelines_are_reported(pipeline_folder, photos, tmp_path, capsys):
+    args = [f"--init=diffusers:{pipeline_folder('sd')}", f"--data={photos}", f"--out={tmp_path}", *QUICK]
+    assert cli.main(["train", *args]) == 0
+    assert "trained with the words of its own encoders" in capsys.readouterr().out
+    assert cli.main(["train", *args, CAPTIONS]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def test_the_grid_of_a_pipeline_needs_one(tmp_path):
     run = load_run(make_flow(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="began from no pipeline; allowed: uniform"):
