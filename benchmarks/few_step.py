@@ -1,6 +1,7 @@
 """One to eight steps: flow maps by every rule, drifting, a GAN, reflow, distillation and a flow, at equal CPU time.
 
-    genkit bench few-step [--seeds 3] [--seconds 60] [--only plane] [--ways improved drift] [--out FILE.json]
+    genkit bench few-step [--seeds 3] [--seconds 60] [--only plane] [--ways shortcut drift]
+                          [--out FILE.json] [--picture FILE.png]
 
 Every row has the same network, data, optimizer and CPU seconds of training: each first times some steps, then trains as
 many as the budget allows. "plane": eight Gaussians of standard deviation 0.1 on a circle of radius 2; the
@@ -33,6 +34,7 @@ from torch import nn
 from benchmarks import few_step_data as experiments
 from benchmarks.ensemble import train
 from benchmarks.few_step_data import DrawBatch, Setting
+from benchmarks.few_step_picture import save_picture
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd
 from genkit.core import Batch, Generator, Guidance, Objective
 from genkit.diffusion.guidance import classifier_free, scale_input
@@ -253,6 +255,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ways", nargs="+", choices=(*UNGUIDED, *GUIDED), help="rows; all if left out")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of FashionMNIST/raw")
     parser.add_argument("--out", type=Path, help="JSON; a row that it has is not measured again")
+    parser.add_argument("--picture", type=Path, help="PNG of the distances against evaluations")
     args = parser.parse_args(argv)
     check_ranges(args, seeds=MAX_SEEDS)
     if not 0 < args.seconds < math.inf:
@@ -270,12 +273,16 @@ def main(argv: list[str]) -> int:
             if f"{name}/{way}" not in results and way in (args.ways or part.ways):
                 settings = part.settings(args.root, args.seeds, way)
                 results.add(f"{name}/{way}", {"budget": args.seconds, **measure(settings, way, args.seconds, part)})
+    shown: dict[str, dict] = {}
     for name, part in PARTS.items():
         rows = {k.partition("/")[2]: cell for k, cell in results.cells.items() if k.startswith(f"{name}/")}
         if rows:
             print_tables(console, part.title, rows)
-    if args.out:
-        console.print(args.out)
+            shown[part.title] = rows
+    if args.picture:
+        save_picture({title: rows for title, rows in shown.items() if len(rows) > 1}, args.picture)
+    for file in filter(None, (args.out, args.picture)):
+        console.print(file)
     return 0
 
 

@@ -32,7 +32,9 @@ def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys
     assert cells["plane/reflow"]["steps"][0] >= 2 * few_step.TIMED
     assert len(cells["plane/gan"]["steps"]) == 2  # one seed after the other
     monkeypatch.setattr(few_step, "measure", lambda *a: pytest.fail("measured again"))
-    assert main([*QUICK, "--ways", "improved", "--out", str(out)]) == 0
+    picture = tmp_path / "few.png"
+    assert main([*QUICK, "--ways", "improved", "--out", str(out), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
     assert "eight Gaussians, W2" in capsys.readouterr().out
     assert main([*QUICK[:-1], "3", "--ways", "improved", "--out", str(out)]) == 2
     assert "measured with seconds 0.05, not 3.0" in capsys.readouterr().err
