@@ -23,7 +23,7 @@ from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import GAN, FlowMap
 from genkit.objectives.adversarial.losses import Relativistic
 
-NUM_PAIRS, NUM_TEST, NUM_TRAIN = 20_000, 1000, 50_000
+NUM_PAIRS, NUM_TEST, NUM_TRAIN = 10_000, 1000, 50_000
 RADIUS, STD = 2.0, 0.1
 PLANE_GAN = GAN(latent=(2,), gan_loss=Relativistic(r1=0.01, r2=0.01))  # penalties as for the ring of docs/results
 
