@@ -145,7 +145,7 @@ def test_derivatives_are_those_of_the_map():
 
 def test_one_row_has_the_derivative_that_it_has_among_others():
     """A path's coefficients are read as numbers for a single row; under a derivative they must not be."""
-    objective = FlowMap(path=VP(), prediction="x0")
+    objective = FlowMap(rule=Improved(), path=VP(), prediction="x0")
     u = learned(objective, MapNet(objective))
     z, r, t, v = objective.draw_jumps(batch_of_normals(5), u)[:4]
     all_rows = u.derivative(z, r, t, v)
