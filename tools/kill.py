@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 
 from genkit.cli.main import main as genkit_main
 from genkit.core import pictures
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints, step_of
-from genkit.training.directory import find_run, read_log
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, list_checkpoints, read_log, step_of
 
 STEPS = 60
 SMALL = (

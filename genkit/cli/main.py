@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genkit.cli.escape import printable
+from genkit.cli.ranks import find_rank, has_said, leave_message
 from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
@@ -235,8 +236,6 @@ def main(argv: list[str] | None = None) -> int:
         shortage = explain_shortage(e)
         if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
-        if type(e).__name__ == "ConfigError" and os.environ.get("RANK", "0") != "0":
-            return 2  # every rank reads the same command line, and the first one has said it
         return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
 
 
@@ -270,14 +269,16 @@ def terminate_as_interrupt() -> Iterator[None]:
 class MessagePrinter(logging.Handler):
     """Prints the library's messages (logger ``genkit``) to standard output.
 
-    Progress and the first rank's warnings go to standard error.
+    Progress and warnings go to standard error.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
+        """Print one message of the first rank; the others say the same."""
+        if find_rank()[0] > 0:
+            return
         if record.levelno < logging.WARNING and record.name != "genkit.progress":
             print(printable(record.getMessage()), flush=True)
-        elif os.environ.get("RANK", "0") == "0":
+        else:
             print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
@@ -313,8 +314,12 @@ def refuse(message: str) -> int:
 
 
 def report_error(message: str, code: int) -> int:
-    """Print an error in one line to standard error, and return ``code``."""
-    print("genkit: " + printable(" ".join(message.split())), file=sys.stderr)
+    """Print an error in one line to standard error, and return ``code``. Ranks that say the same say it once."""
+    text = printable(" ".join(message.split()))
+    rank = find_rank()[0]
+    if not has_said(text):
+        print(f"genkit: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr, flush=True)
+    leave_message(text)
     return code
 
 

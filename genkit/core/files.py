@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 MARK = "written by genkit"  # in pictures and archives
 ENDS = 1 << 16  # bytes at each end of a file in which a mark is
+LEFTOVER = re.compile(r"\.latest-(\d+)|\..*-(\d+)\.(?:part|gone)")  # temporary names, with the id of their process
 OWN = re.compile(  # marks of what genkit writes: pictures and archives, JSON, HTML, shards of latents
     MARK.encode() + rb"""|"genkit": "\d|content="genkit |"__metadata__":\{"made":"""
 )
@@ -80,20 +83,17 @@ def remove_directory(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove temporary files and directories in ``folder`` whose processes no longer run."""
     for path in folder.glob(".*") if folder.is_dir() else ():
-        match = re.fullmatch(r"\..*-(\d+)(\.part|\.gone)?", path.name)
-        if match and not is_running(int(match[1])):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and not is_running(int(match[1] or match[2])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def is_running(pid: int) -> bool:
     """Return whether a process with this id runs on this machine."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+        return psutil.pid_exists(pid)
+    except OverflowError:  # no number of a process
+        return True
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from genkit.core.files import write_text
 
-NAME = "latest"
+LINK_NAME = "latest"
 MARK = "genkit link: "
 
 
@@ -52,10 +52,10 @@ def read_link(path: Path) -> str | None:
 def follow_links(path: str | Path) -> Path:
     """``path`` with each part ``latest`` that is such a text file replaced by its target."""
     path = Path(path)
-    if NAME not in path.parts:
+    if LINK_NAME not in path.parts:
         return path
     followed = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
-        target = read_link(followed / part) if part == NAME else None
+        target = read_link(followed / part) if part == LINK_NAME else None
         followed = followed / (target or part)
     return followed

@@ -43,6 +43,9 @@ class Loss(NamedTuple):
 
     per_sample: Tensor
     logs: dict[str, Tensor]
+    choice: Tensor | None = None
+    """the part of ``per_sample`` that is the cross-entropy of a choice, in nats ``[B]``, and no mean over the entries
+    of a sample; None: there is none"""
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,16 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The loss of one phase. Random numbers come from ``batch`` only."""
+
+    @property
+    def chosen_condition(self) -> str | None:
+        """The condition that the generator chooses a value of before its first step, unless it is given; None: none."""
+        return None
+
+    def choice_log_probs(self, nets: Mapping[str, nn.Module], cond: Cond, like: Tensor) -> Tensor:
+        """Log-probabilities ``[B, A]`` of the A values of the :attr:`chosen_condition`, given the other conditions, for
+        as many rows as ``like`` [B, *S] has, on its device."""
+        raise NotImplementedError
 
     def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         """The ``validation_metrics`` of held-out samples, ``[B]`` each, without a gradient and with nets in evaluation

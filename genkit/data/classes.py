@@ -25,15 +25,28 @@ def sort_naturally(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", name))])
 
 
-def folder_classes(names: Sequence[str]) -> tuple[str, ...]:
-    """The classes that the folders of images stand for, from the paths of the images below their root.
+def folder_classes(names: Sequence[str], path: object, required: bool = False) -> tuple[str, ...]:
+    """The classes that the folders of images in ``path`` stand for, from the paths of the images below it.
 
-    Two or more top folders without an image beside them are classes; otherwise there are none.
+    Two or more top folders without an image beside them are classes; otherwise there are none, and images beside
+    folders are mentioned. ``ValueError`` if there are none and they are ``required``.
     """
-    if any("/" not in name for name in names):
-        return ()
-    folders = {name.partition("/")[0] for name in names}
-    return tuple(sort_naturally(folders)) if len(folders) > 1 else ()
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    beside = [name for name in names if "/" not in name]
+    if len(folders) > 1 and not beside:
+        return tuple(sort_naturally(folders))
+    if len(folders) > 1:
+        problem = (
+            f"{path}: its {len(folders)} folders are no classes, because {len(beside)} of {len(names)} images are "
+            f"beside them: {abbreviate_list(beside)}; move these into a folder"
+        )
+        if not required:
+            warn_once(f"{problem}, or give --data.labels=false")
+    else:
+        problem = f"{path}: has no classes, which --data.labels needs; arrange the images in a folder for each class"
+    if required:
+        raise ValueError(problem)
+    return ()
 
 
 def folder_labels(names: Sequence[str], classes: Sequence[str], path: object, train: object) -> Tensor:

@@ -152,7 +152,7 @@ class Folder(LocalImages):
         refuse_run_pictures(path, files.names)
         warn_of_others(path, files.others, self.captions == (FILES,))
         train_names = files.names if path == train else FolderFiles.open(train).names
-        classes = folder_classes(train_names) if self.reads_labels else ()
+        classes = folder_classes(train_names, train, self.labels is True) if self.reads_labels else ()
         if not classes:
             return self.from_split(split, files, None, None)
         folders = {p.name for p in train.iterdir() if p.is_dir() and not is_hidden(p.name)}
@@ -203,18 +203,23 @@ class Zip(LocalImages):
         label = kind = None
         if self.reads_labels:
             train_files = files if path == train else ZipFiles(train)
-            label, kind = zip_classes(files, train_files, class_names)
+            label, kind = zip_classes(files, train_files, class_names, self.labels is True)
         return self.from_split(split, files, label, kind)
 
 
-def zip_classes(files: ZipFiles, train: ZipFiles, names: tuple[str, ...]) -> tuple[Tensor | None, Label | None]:
-    """The classes ``[N]`` of the images in an archive and their kind, which the training split decides; or None."""
+def zip_classes(
+    files: ZipFiles, train: ZipFiles, names: tuple[str, ...], required: bool = False
+) -> tuple[Tensor | None, Label | None]:
+    """The classes ``[N]`` of the images in an archive and their kind, which the training split decides; or None.
+
+    ``ValueError`` if there are none and they are ``required``.
+    """
     if files.has_index or train.has_index:
         label = files.labels()
         if label is None:
             return None, None
         return label, class_kind(label, label if files is train else train.labels(), names, files.path, train.path)
-    classes = folder_classes(train.names_below_top())
+    classes = folder_classes(train.names_below_top(), train.path, required)
     if not classes:
         return None, None
     label = folder_labels(files.names_below_top(), classes, files.path, train.path)

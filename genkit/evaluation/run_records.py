@@ -23,8 +23,7 @@ from genkit.evaluation.cards import Card, flatten, parse_card, to_number
 from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.training.annotations import Annotations, read_annotations
 from genkit.training.best import BestCheckpoint, read_best
-from genkit.training.checkpoint import list_checkpoints, read_state, step_of
-from genkit.training.directory import find_run
+from genkit.training.directory import find_run, list_checkpoints, list_incomplete, read_state, step_of
 from genkit.training.lock import is_locked
 
 TAIL = 1 << 18  # bytes at the end of a log in which its last numbers are looked up
@@ -239,6 +238,7 @@ def read_run(path: str | Path) -> RunRecord:
     tuning = load_mapping(directory / "finetune.yaml", problems) if (directory / "finetune.yaml").is_file() else {}
     try:
         checkpoints = tuple(step_of(checkpoint) for checkpoint in list_checkpoints(directory))
+        problems += [f"{checkpoint.name}: is damaged" for checkpoint in list_incomplete(directory)]
     except OSError as e:
         checkpoints = ()
         problems.append(f"checkpoints: {e.strerror}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,17 @@ from genkit.config.numbers import CheckpointStep
 from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.links import follow_links, set_link
+from genkit.core.messages import warn_once
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.training.best import read_best
+from genkit.training.directory import is_complete, list_checkpoints, list_incomplete, list_saved, read_state, step_of
 from genkit.training.loop import State, phase_parameters
-
-STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The record in ``state.json``. ``ValueError`` if it is missing or damaged: the checkpoint is incomplete then."""
-    path = checkpoint / "state.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or not record.keys() >= STATE_KEYS:
-        raise ValueError(f"{path}: is missing or damaged")
-    return record
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether ``state.json``, which is written last, is there and can be read."""
-    try:
-        read_state(checkpoint)
-    except ValueError:
-        return False
-    return True
 
 
 def is_intact(path: Path, recorded: str) -> bool:
     """Whether a file is there and has the recorded checksum."""
     return path.is_file() and sha256(path) == recorded
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    named = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted((p for p in named if is_complete(p)), key=step_of)
 
 
 def find_sound_checkpoint(
@@ -67,30 +35,68 @@ def find_sound_checkpoint(
 
     ``note`` is called for each damaged one that is skipped. ``ValueError`` if none is intact.
     """
-    candidates = [find_checkpoint(run, step)] if step is not None else list_checkpoints(run)[::-1]
+    candidates = [find_checkpoint(run, step)] if step is not None else list_saved(run)[::-1]
     for checkpoint in candidates:
-        damaged = [
-            name
-            for name, recorded in read_state(checkpoint)["sha256"].items()
-            if not is_intact(checkpoint / name, recorded)
-        ]
-        if not damaged:
+        damaged = first_damage(checkpoint)
+        if damaged is None:
             return checkpoint
-        note(f"{checkpoint.name} is damaged ({damaged[0]}); it is skipped")
+        note(f"{checkpoint.name} is damaged ({damaged}); it is skipped")
     tried = ", ".join(p.name for p in candidates) or "none"
     raise ValueError(f"run: given {run}, which has no intact checkpoint; tried: {tried}")
 
 
+def first_damage(checkpoint: Path, names: Iterable[str] | None = None) -> str | None:
+    """The first file of a checkpoint that is missing or damaged, of ``names`` or of all; None if there is none."""
+    try:
+        recorded = read_state(checkpoint)["sha256"]
+    except ValueError:
+        return "state.json"
+    wanted = recorded if names is None else [name for name in names if name in recorded]
+    return next((name for name in wanted if not is_intact(checkpoint / name, recorded[name])), None)
+
+
+def find_intact_checkpoint(run: Path, step: CheckpointStep | None, file: str) -> Path:
+    """The checkpoint of ``step``; for None the one that ``latest`` points at, or, if its ``file`` is damaged, the
+    newest of which it is not, with a warning.
+
+    ``ValueError`` if the one of ``step``, or every one, is damaged.
+    """
+    checkpoint = find_checkpoint(run, step)
+    if (damaged := first_damage(checkpoint, [file])) is None:
+        return checkpoint
+    others = [p for p in list_checkpoints(run)[::-1] if p != checkpoint] if step is None else []
+    for other in others:
+        if first_damage(other, [file]) is None:
+            warn_damaged(checkpoint, damaged, other)
+            return other
+    saved = ", ".join(str(step_of(p)) for p in list_checkpoints(run) if p != checkpoint) or "no other"
+    raise ValueError(f"{checkpoint / damaged}: is damaged (another sha256 than recorded); saved steps, for --step: "
+                     f"{saved}")  # fmt: skip
+
+
+def warn_damaged(checkpoint: Path, file: str, used: Path) -> None:
+    """Say that a checkpoint is passed over."""
+    warn_once(f"{checkpoint} is damaged ({file}); {used.name} is used")
+
+
 def find_checkpoint(run: Path, step: CheckpointStep | None = None) -> Path:
-    """The checkpoint that ``latest`` points at, or the one of ``step``. ``ValueError`` names those that exist."""
+    """The checkpoint that ``latest`` points at, or the one of ``step``. ``ValueError`` names those that exist.
+
+    If that of ``latest`` is incomplete, it is the newest complete one, with a warning.
+    """
     complete = list_checkpoints(run)
     if not complete:
         raise ValueError(f"run: given {run}, which has no complete checkpoint yet")
     if step == "best":
         step = best_step(run)
     if step is None:
-        latest = follow_links(run / "latest")
-        return latest.resolve() if is_complete(latest) else complete[-1]
+        latest = follow_links(run / "latest").resolve()
+        if is_complete(latest):
+            return latest
+        for damaged in list_incomplete(run):
+            if damaged == latest or step_of(damaged) > step_of(complete[-1]):
+                warn_damaged(damaged, "state.json", complete[-1])
+        return complete[-1]
     for path in complete:
         if step_of(path) == step:
             return path
@@ -175,16 +181,12 @@ def point_latest(run: Path, checkpoint: Path) -> None:
     set_link(run / "latest", f"checkpoints/{checkpoint.name}")
 
 
-def read_tensors(checkpoint: Path, name: str, verify: bool = True) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint. ``ValueError`` if it is missing or, unless ``verify`` is off, its
-    checksum is wrong."""
-    path = checkpoint / name
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, whose checksum has been compared. ``ValueError`` if it has none such."""
     recorded = read_state(checkpoint)["sha256"]
     if name not in recorded:
         raise ValueError(f"{checkpoint}: has no {name}; it holds {', '.join(recorded)}")
-    if verify and not is_intact(path, recorded[name]):
-        raise ValueError(f"{path}: is damaged (another sha256 than recorded); take an earlier checkpoint: --step N")
-    return load_file(path)
+    return load_file(checkpoint / name)
 
 
 def restore(checkpoint: Path, state: State, objective: Objective) -> None:
@@ -193,10 +195,10 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
     Its checksums are those that :func:`find_sound_checkpoint` has compared.
     """
     record = read_state(checkpoint)
-    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors", verify=False), checkpoint)
+    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
     for decay, nets in state.emas.items():
-        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors", verify=False), checkpoint)
-    stored = read_tensors(checkpoint, "optim.safetensors", verify=False)
+        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
+    stored = read_tensors(checkpoint, "optim.safetensors")
     for phase in objective.phases:
         for name, p in phase_parameters(phase, state.nets):
             prefix = f"{phase.name}/{name}/"

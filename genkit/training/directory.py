@@ -12,15 +12,18 @@ run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from genkit.core.files import write_text
 from genkit.core.links import follow_links, require_link
+
+STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
 
 
 def create_run(out: str | Path, name: str) -> Path:
@@ -56,6 +59,48 @@ def find_run(path: str | Path) -> Path:
     raise ValueError(f"run: given {path}, which holds no config.yaml; a run is a directory that genkit train wrote")
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The record in ``state.json``. ``ValueError`` if it is missing or damaged: the checkpoint is incomplete then."""
+    path = checkpoint / "state.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= STATE_KEYS:
+        raise ValueError(f"{path}: is missing or damaged")
+    return record
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether ``state.json``, which is written last, is there and can be read."""
+    try:
+        read_state(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return [p for p in list_saved(run) if is_complete(p)]
+
+
+def list_incomplete(run: Path) -> list[Path]:
+    """The checkpoints whose ``state.json`` is missing or damaged, oldest first: a kill leaves none such."""
+    return [p for p in list_saved(run) if not is_complete(p)]
+
+
+def list_saved(run: Path) -> list[Path]:
+    """The directories of all checkpoints, complete or not, oldest first."""
+    named = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(named, key=step_of)
+
+
 def append_log(run: Path, record: Mapping[str, Any]) -> None:
     """Add one line to ``log.jsonl``."""
     with open(run / "log.jsonl", "a") as f:
@@ -82,17 +127,27 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return parse_log(run)[0]
 
 
-def rewind_log(run: Path, step: int, results: str | None = None) -> int:
+def rewind_log(
+    run: Path, step: int, results: str | None = None, note: Callable[[str], None] = lambda text: None
+) -> None:
     """Drop the records after ``step``: what a killed run did past its last checkpoint is done again. So are ``results``
     of a finished run, the records with entries of this name (``after/success``).
 
-    Returns the number of unreadable lines; if there are any, the old file is kept as ``log.jsonl.bak``.
+    If there are lines that cannot be read, the old file is kept as ``log.jsonl.bak`` or, if that exists,
+    ``log.jsonl.bak.1`` and so on, and ``note`` is called.
     """
     records, unreadable = parse_log(run)
     if unreadable:
-        shutil.copyfile(run / "log.jsonl", run / "log.jsonl.bak")
+        copy = free_path(run / "log.jsonl.bak")
+        shutil.copyfile(run / "log.jsonl", copy)
+        note(f"note     {unreadable} lines of log.jsonl cannot be read; the old file is kept as {copy.name}")
     kept = [r for r in records if r["step"] <= step]
     if results is not None:
         kept = [r for r in kept if not any(name.startswith(f"{results}/") for name in r)]
     write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-    return unreadable
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or with the first number behind its name that no file has yet."""
+    numbered = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 
 from genkit.core import Data, Image
 from genkit.data import InLatents
-from genkit.training.checkpoint import find_checkpoint, read_state
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import read_state
 from genkit.training.first_stage import (
     CachedLatentCodec,
     FirstStage,

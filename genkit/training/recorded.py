@@ -8,20 +8,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from genkit.training.directory import list_checkpoints, read_state
+
 FREE = {"out", "name", "note", "tags", "resume", "step", "codec", "init"}  # places and labels, not meanings
 
 
 def read_recorded_settings(run: Path) -> dict[str, Any]:
     """The settings that the newest readable checkpoint was saved with, as in config.yaml; ``{}`` if none has any."""
-    found = (run / "checkpoints").glob("step-*/state.json")
-    for path in sorted(found, key=lambda path: (len(path.parent.name), path.parent.name), reverse=True):
-        try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    for checkpoint in list_checkpoints(run)[::-1]:
+        recorded = read_state(checkpoint).get("settings")
         if isinstance(recorded, dict):
             return recorded
     return {}
+
+
+def changeable_fields(settings: type) -> set[str]:
+    """The fields of a class of settings that may change when a run is resumed."""
+    return {f.name for f in fields(settings) if f.metadata.get("changeable")}
 
 
 def require_recorded_settings(run: Path, tree: Mapping[str, Any], settings: type) -> None:
@@ -29,7 +32,6 @@ def require_recorded_settings(run: Path, tree: Mapping[str, Any], settings: type
 
     Fields of the class ``settings`` that may change when a run is resumed may differ, and so may the root of the data.
     """
-    changeable = {f.name for f in fields(settings) if f.metadata.get("changeable")}
     for name, recorded in read_recorded_settings(run).items():
         where = run / "config.yaml"
         if name not in tree:
@@ -39,7 +41,7 @@ def require_recorded_settings(run: Path, tree: Mapping[str, Any], settings: type
             given, recorded = ({k: v for k, v in block.items() if k != "root"} for block in (given, recorded))
             # a setting that a newer version has added
             given = {k: v for k, v in given.items() if k in recorded}
-        if name not in changeable | FREE and json.loads(json.dumps(given)) != recorded:
+        if name not in changeable_fields(settings) | FREE and json.loads(json.dumps(given)) != recorded:
             raise ValueError(
                 f"run: {where} says {name}: {given}, but the weights were trained with {recorded}; restore the file"
             )

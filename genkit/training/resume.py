@@ -9,26 +9,28 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from genkit import config
 from genkit.config.numbers import CheckpointStep
 from genkit.core import Data, Draw, spec_to_dict
-from genkit.training.checkpoint import find_sound_checkpoint, list_checkpoints, step_of
-from genkit.training.directory import find_run
+from genkit.core.links import LINK_NAME, follow_links
+from genkit.training.checkpoint import find_sound_checkpoint
+from genkit.training.directory import find_run, list_saved, step_of
 from genkit.training.init_sources import canonical_init
 from genkit.training.loop import learning_rate
+from genkit.training.recorded import changeable_fields
 from genkit.training.run import canonical_first_stage
 from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers
 Note = Callable[[str], None]
-CHANGEABLE = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("changeable")}
+Settings = TypeVar("Settings")
 
 
-def settings_difference(old: TrainSettings, new: TrainSettings) -> dict[str, tuple[Any, Any]]:
+def settings_difference(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     """``{field: (old value, new value)}``, as config.yaml states them, of the fields that differ."""
     before, after = config.dump(old), config.dump(new)
     return {k: (before[k], after[k]) for k in before if before[k] != after[k]}
@@ -56,16 +58,24 @@ def continued_settings(run: Path, new: TrainSettings, note: Note) -> TrainSettin
         data=data,
     )
     new = decided_as(old, new)
+    refuse_other_meaning(run, old, new, f"begin another run from these weights with --init {run}", note)
+    return new
+
+
+def refuse_other_meaning(run: Path, old: Settings, new: Settings, alternative: str, note: Note) -> None:
+    """``ValueError``, which names the ``alternative``, if a field differs that may not change when ``run`` is resumed.
+
+    The fields that may are ``changeable``; a block of data may have another ``root``. ``note`` is called for each.
+    """
     for name, (before, after) in settings_difference(old, new).items():
-        if name == "data" and isinstance(before, dict) and {**before, "root": None} == {**after, "root": None}:
+        if isinstance(before, dict) and "root" in before and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
-        elif name not in CHANGEABLE:
+        elif name not in changeable_fields(type(new)):
             raise ValueError(
                 f"{name}: given {describe(after)}, but {run.name} was trained with {describe(before)}; a resumed run "
-                f"keeps its {name}: leave it out, or begin another run from these weights with --init {run}"
+                f"keeps its {name}: leave it out, or {alternative}"
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
-    return new
 
 
 def with_canonical_paths(settings: TrainSettings) -> TrainSettings:
@@ -119,7 +129,7 @@ def resume_point(run: Path, step: CheckpointStep | None, note: Note) -> Path | N
 
     Later checkpoints are set aside, in ``checkpoints/superseded``, or ``damaged`` if they are: they count no longer.
     """
-    if step is None and not list_checkpoints(run):
+    if step is None and not list_saved(run):
         note("note     no checkpoint was saved yet: the run begins again at step 0")
         return None
     try:
@@ -129,7 +139,7 @@ def resume_point(run: Path, step: CheckpointStep | None, note: Note) -> Path | N
             raise
         note("note     no intact checkpoint is left: the run begins again at step 0")
         checkpoint = None
-    later = [p for p in list_checkpoints(run) if checkpoint is None or step_of(p) > step_of(checkpoint)]
+    later = [p for p in list_saved(run) if checkpoint is None or step_of(p) > step_of(checkpoint)]
     if later:
         folder = run / "checkpoints" / ("damaged" if step is None else "superseded")
         set_aside(later, folder)
@@ -147,6 +157,7 @@ def set_aside(paths: Iterable[Path], folder: Path) -> None:
 
 def find_resumable(settings: TrainSettings) -> Path | None:
     """The newest run below ``settings.out`` that was started with these settings, for ``--resume auto``."""
+    refuse_moving_paths(settings)
     resolved = {"threads", "precision", "resume", "step"}  # differ between a command line and what it became
     settings = with_canonical_paths(settings)
     # a run that is older than held-out shares has the data as they are given
@@ -164,9 +175,22 @@ def find_resumable(settings: TrainSettings) -> Path | None:
             differences = [set(settings_difference(stored, settings)) for settings in given]
         except ValueError:
             continue
-        if any(not difference - CHANGEABLE - resolved for difference in differences):
+        if any(not difference - changeable_fields(TrainSettings) - resolved for difference in differences):
             return find_run(path)
     return None
+
+
+def refuse_moving_paths(settings: TrainSettings) -> None:
+    """``ValueError`` if a setting names a run by ``latest`` in ``out``: another one as soon as this run has begun."""
+    moving = Path(settings.out).expanduser().resolve() / LINK_NAME
+    given = {"codec": settings.codec, "init": settings.init, "data.root": getattr(settings.data, "root", None)}
+    for name, text in given.items():
+        path = Path(text).expanduser() if isinstance(text, str) else Path()
+        if any(p.name == LINK_NAME and p.parent.resolve() / LINK_NAME == moving for p in (path, *path.parents)):
+            raise ValueError(
+                f"{name}: given {text} with --resume auto, but {LINK_NAME} is another run once this one has begun; "
+                f"name the run itself: {follow_links(path).resolve()}"
+            )
 
 
 # -------------------------------------------------------------------------------------------------- the data

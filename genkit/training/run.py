@@ -26,8 +26,8 @@ from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import GRIDS, Seeds, bind
 from genkit.objectives import Classifier
-from genkit.training.checkpoint import find_checkpoint, read_state, read_tensors
-from genkit.training.directory import find_run
+from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
+from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.samples import Samples, count_calls
@@ -247,9 +247,9 @@ def load_run(
     cfg = stored_settings(run, trust)
     if trust:
         TRUSTED.add(str(run))
-    checkpoint = find_checkpoint(run, step)
-    record = read_state(checkpoint)
     file = weights_file(cfg, None if ema is None else str(ema))
+    checkpoint = find_intact_checkpoint(run, step, file)
+    record = read_state(checkpoint)
     spec = spec_from_dict(record["spec"])
     nets = cfg.objective.networks(cfg.backbone, spec)
     if adapter_scale is not None and adapter is None and not cfg.lora.active:
@@ -303,7 +303,8 @@ def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: 
     cfg = stored_settings(other)
     if not cfg.lora.active:
         raise ValueError(f"lora: given {adapter}, which is no LoRA run; train one: --init RUN --lora.rank 8")
-    checkpoint, file = find_checkpoint(other), weights_file(cfg, None)
+    file = weights_file(cfg, None)
+    checkpoint = find_intact_checkpoint(other, None, file)
     lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, strength)
 
 

@@ -32,8 +32,8 @@ from genkit.core.progress import Progress
 from genkit.data.codecs import decoded_shape
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.best import BestCheckpoint
-from genkit.training.checkpoint import list_checkpoints, save_checkpoint, step_of
-from genkit.training.directory import append_log, read_log
+from genkit.training.checkpoint import save_checkpoint
+from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace

@@ -32,9 +32,9 @@ from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
-from genkit.training.checkpoint import list_checkpoints, point_latest, read_state, restore
+from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
-from genkit.training.directory import create_run, find_run, rewind_log
+from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import canonical_init, init_notes
@@ -382,8 +382,7 @@ def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> N
     """Bring the files of a run back to ``step``: its log, its leftovers, a copy of settings that change."""
     for folder in (run, run / "checkpoints", run / "samples"):
         sweep(folder)
-    if unreadable := rewind_log(run, step):
-        notes.append(f"note     {unreadable} lines of log.jsonl cannot be read; the old file is kept as log.jsonl.bak")
+    rewind_log(run, step, note=notes.append)
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
     set_link(run.parent / "latest", run.name)

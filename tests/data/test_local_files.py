@@ -40,6 +40,23 @@ def test_a_flat_folder_is_searched_to_the_bottom_and_has_no_classes(tmp_path):
     assert torch.equal(data.x, torch.stack([chw(picture(i, c=1)) for i in (1, 2, 0, 3)]))
 
 
+@pytest.mark.parametrize("source", ["folder", "zip"])
+def test_images_beside_class_folders_are_counted_and_named(tmp_path, caplog, source):
+    names = ["cat/a.png", "dog/b.png", "stray.png", "other.png"]
+    for i, name in enumerate(names):
+        save(tmp_path / "in" / name, picture(i))
+    root = tmp_path / "in"
+    if source == "zip":
+        root = make_zip(tmp_path / "in.zip", {name: picture(i) for i, name in enumerate(names)})
+    assert DATA[source](root=str(root)).load().spec == Spec((3, 4, 4))
+    assert "2 folders are no classes, because 2 of 4 images are beside them: other.png, stray.png" in caplog.text
+    with refuses("2 of 4 images"):
+        DATA[source](root=str(root), labels=True).load()
+    caplog.clear()
+    assert DATA[source](root=str(root), labels=False).load().spec == Spec((3, 4, 4))
+    assert not caplog.text
+
+
 def test_a_single_subfolder_is_not_a_class(tmp_path):
     save(tmp_path / "all" / "a.png", picture(0))
     assert DATA["folder"](root=str(tmp_path)).load().spec == Spec((3, 4, 4))

@@ -1,15 +1,21 @@
 """Fine-tuning that is killed, damaged or started twice, and the start as the best checkpoint."""
 
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from genkit import config
 from genkit.cli.commands.finetune import main as finetune
 from genkit.rl.finetune import loop
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints
-from genkit.training.directory import find_run, read_log
+from genkit.rl.finetune.loop import refuse_changes, stored_finetuning
+from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.setup import default_name
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, list_checkpoints, read_log
 from genkit.training.lock import RunLock
 from genkit.training.run import load_run
 from genkit.training.train import train
@@ -94,6 +100,48 @@ def test_a_run_is_not_continued_as_another_one(whole, change):
     with pytest.raises(ValueError, match="a resumed run keeps its"):
         finetune(["--resume", str(whole), "--iterations", "4", change])
     assert (whole / "finetune.yaml").read_text() == before
+
+
+OTHER = {  # another value for every setting
+    "reward": "progress", "method": "rwr", "exploration_noise": "learned", "min_std": 0.5, "steps": 3, "grid":
+    "karras", "iterations": 9, "env": "pusht", "env_args": ["a=1"], "mode": 1, "num_envs": 9, "num_steps": 9,
+    "act_steps": 2, "terminate_out_of_range": 2.0, "samples": 9, "group": 2, "ema": 0.5, "label": 1,
+    "unconditional": True, "max_kl": 2.0, "eval_episodes": 9, "eval_samples": 9, "eval_seed": 9,
+    "checkpoint_eval_episodes": 9, "patience": 9, "save_every": 9, "seed": 9, "device": "auto", "threads": 2,
+    "precision": "bf16", "micro_batch": 9, "tensorboard": True, "trackers": ["wandb"], "tracker_project": "x",
+    "max_time": "1h", "out": "x", "name": "x", "note": "x", "tags": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_may_change_is_marked_in_the_settings_and_nothing_else_may(whole, name):
+    """One function refuses for training and for fine-tuning, and both mark their fields in the same way."""
+    all_fields = {f.name: f for f in fields(FinetuneSettings)}
+    assert all_fields.keys() - OTHER.keys() == {"run", "resume"}
+    stored = config.from_dict(FinetuneSettings, stored_finetuning(whole))
+    changed = config.override(stored, **{name: OTHER[name]})
+    if all_fields[name].metadata.get("changeable"):
+        refuse_changes(whole, changed)
+    else:
+        with pytest.raises(ValueError, match=f"{name}: given .*a resumed run keeps its {name}"):
+            refuse_changes(whole, changed)
+
+
+def test_a_run_is_continued_from_the_run_that_it_improves(policy, whole, tmp_path):
+    stored = config.from_dict(FinetuneSettings, stored_finetuning(whole))
+    copy = tmp_path / "copy"
+    shutil.copytree(policy, copy)
+    with pytest.raises(ValueError, match=r"run: given .*copy, but"):
+        refuse_changes(whole, replace(stored, run=str(copy)))
+    refuse_changes(whole, replace(stored, run=f"{policy}/../{policy.name}"))
+
+
+@pytest.mark.parametrize(("base", "name"), [
+    ("0002", "dppo"), ("0002-", "dppo"), ("0002-moons-flow", "moons-flow-dppo"), ("best", "best-dppo"),
+    ("my-run", "my-run-dppo"),
+])  # fmt: skip
+def test_the_name_of_a_fine_tuned_run(base, name):
+    assert default_name(FinetuneSettings(), Path(base)) == name
 
 
 def test_training_does_not_continue_a_fine_tuned_run(whole):

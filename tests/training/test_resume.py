@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from genkit.cli.main import main
 from genkit.core.files import atomic_directory, atomic_write, sweep
 from genkit.core.links import set_link
+from genkit.core.messages import warn_once
 from genkit.core.tensors import sha256
 from genkit.data import DataSource
 from genkit.training import checkpoint
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints, read_state
-from genkit.training.directory import find_run, read_log
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import find_run, list_checkpoints, read_log, read_state
 from genkit.training.lock import RunLock
 from genkit.training.resume import continued_settings, find_resumable
 from genkit.training.run import load_run
@@ -214,6 +215,30 @@ def test_a_checkpoint_whose_record_is_damaged_is_incomplete(run, trained, conten
     assert same(weights(run), weights(trained))
 
 
+USES = {
+    "info": ["info"], "sample": ["sample", "--n=1", "--steps=1"], "likelihood": ["likelihood", "--n=2", "--steps=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", USES)
+@pytest.mark.parametrize(
+    ("name", "how"), [("state.json", "cut"), ("state.json", "gone"), ("ema-0.999.safetensors", "flip")]
+)
+def test_every_use_of_a_damaged_run_says_which_checkpoint_it_takes(run, capsys, command, name, how):
+    damage(run / "checkpoints" / "step-0000010" / name, how)
+    warn_once.cache_clear()
+    assert main([USES[command][0], str(run), *USES[command][1:]]) == 0
+    said = capsys.readouterr()
+    assert f"step-0000010 is damaged ({name}); step-0000009 is used" in said.err
+    if command == "info":
+        assert ("step-0000010 (damaged)" in said.out) == (name == "state.json")
+    assert main(["sample", str(run), "--step=10"]) == 2
+    error = capsys.readouterr().err
+    assert f"step-0000010/{name}: is damaged" in error or "saved: 3, 6, 9" in error
+    assert resume(run) == 0
+    assert f"step-0000010 is damaged ({name}); it is skipped" in capsys.readouterr().out
+
+
 def damage(path, how):
     content = path.read_bytes()
     if how == "gone":
@@ -323,6 +348,11 @@ def test_damaged_lines_of_the_log_are_skipped_and_kept(run, capsys):
     assert "2 lines of log.jsonl cannot be read" in capsys.readouterr().out
     assert [r["step"] for r in read_log(run)] == [8, 10, 12]
     assert len((run / "log.jsonl.bak").read_text().splitlines()) == 4
+    (run / "log.jsonl").write_text("{\n" + (run / "log.jsonl").read_text())
+    assert resume(run, "--steps=14") == 0
+    assert "kept as log.jsonl.bak.1" in capsys.readouterr().out
+    assert len((run / "log.jsonl.bak").read_text().splitlines()) == 4
+    assert (run / "log.jsonl.bak.1").read_text().startswith("{\n")
 
 
 def test_one_process_at_a_time(run, capsys):
@@ -363,9 +393,10 @@ def test_what_killed_processes_left_is_swept(run):
         (run / name).write_text("x")
     (run / "checkpoints" / f".step-0000012-{gone}.part").mkdir()
     (run / f".mine-{os.getpid()}.part").write_text("x")
+    (run / ".notes-20261125").write_text("a file of the user's")
     assert resume(run, "--steps=12") == 0
     left = [p.name for folder in (run, run / "checkpoints") for p in folder.iterdir() if p.name.startswith(".")]
-    assert left == [f".mine-{os.getpid()}.part"]
+    assert sorted(left) == [f".mine-{os.getpid()}.part", ".notes-20261125"]
 
 
 # ----------------------------------------------------------------------------------------------- requeued jobs
@@ -387,6 +418,13 @@ def test_auto_compares_paths_as_they_are_resolved(tmp_path, monkeypatch):
     again = train(tmp_path / "b", "--steps=3", f"--init={os.path.relpath(first)}", "--resume=auto")
     assert again == run
     assert stored_settings(run).init == str(first)
+
+
+@pytest.mark.parametrize("setting", ["init", "codec"])
+def test_auto_refuses_a_latest_that_it_moves_itself(tmp_path, capsys, setting):
+    first = train(tmp_path, "--steps=2")
+    assert main(["train", *SMALL, f"--out={tmp_path}", f"--{setting}={tmp_path}/latest", "--resume=auto"]) == 2
+    assert f"name the run itself: {first}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- killed machines

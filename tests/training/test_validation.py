@@ -19,8 +19,8 @@ from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import OBJECTIVES
 from genkit.training.best import BestCheckpoint, choose_metric, read_best
-from genkit.training.checkpoint import find_checkpoint, list_checkpoints, step_of
-from genkit.training.directory import read_log
+from genkit.training.checkpoint import find_checkpoint
+from genkit.training.directory import list_checkpoints, read_log, step_of
 from genkit.training.loop import initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings

@@ -47,12 +47,7 @@ def main(argv: list[str]) -> int:
         command = replace(command, reference=reference[0])
     if command.out:
         refuse_foreign(command.out)
-    try:
-        card = evaluate(source, command)
-    except (ValueError, OSError):
-        if is_main_process():
-            raise
-        return 2
+    card = evaluate(source, command)
     if is_main_process():
         save_and_print(card, command)
     return 0

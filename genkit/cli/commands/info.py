@@ -19,8 +19,7 @@ from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
 from genkit.training.annotations import read_annotations
 from genkit.training.best import read_best
-from genkit.training.checkpoint import list_checkpoints, read_state
-from genkit.training.directory import find_run, read_log
+from genkit.training.directory import find_run, list_checkpoints, list_incomplete, list_saved, read_log, read_state
 from genkit.training.run import load_run, read_lora_base
 
 
@@ -41,7 +40,8 @@ def main(argv: list[str]) -> int:
         return show_stored(find_run(command.run), e)
     records = read_log(run.directory)
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
-    saved = sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))
+    damaged = list_incomplete(run.directory)
+    saved = [p.name + (" (damaged)" if p in damaged else "") for p in list_saved(run.directory)]
     cond = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in run.spec.cond.items()) or "none"
 
     # what every run has

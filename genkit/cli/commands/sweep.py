@@ -32,12 +32,7 @@ def main(argv: list[str]) -> int:
     if (num := missing_ranks()) > 1:
         start_ranks(num, "sweep", argv)
     command = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
-    try:
-        result = sweep(command.run, command)
-    except (ValueError, OSError):
-        if is_main_process():
-            raise
-        return 2
+    result = sweep(command.run, command)
     if not is_main_process():
         return 0
     picture = result.save_plot()

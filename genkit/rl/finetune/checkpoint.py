@@ -55,7 +55,7 @@ def auxiliary_tensors(name: str, net: nn.Module, optimizer: torch.optim.Optimize
 def restore_finetuning(checkpoint: Path, learner: Learner, best: BestCheckpoint) -> None:
     """Load a checkpoint, whose checksums have been compared, into ``learner`` and ``best``, in place."""
     restore(checkpoint, learner.state, learner.objective)
-    stored = read_tensors(checkpoint, EXTRA, verify=False)
+    stored = read_tensors(checkpoint, EXTRA)
     learner.draws, learner.reward_std = int(stored["draws"]), float(stored["reward_std"])
     step, value, worse = stored["best"].tolist()
     best.step, best.value = (None, None) if value == -math.inf else (int(step), value)

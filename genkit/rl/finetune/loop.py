@@ -30,14 +30,14 @@ from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
-from genkit.rl.finetune.settings import RESUMABLE, FinetuneSettings
+from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import (
     build_chain,
     build_env,
     build_learner,
     build_task,
     choose_threads,
-    method_name,
+    default_name,
     train_settings,
 )
 from genkit.rl.finetune.tasks import FunctionTask
@@ -45,13 +45,13 @@ from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint
-from genkit.training.checkpoint import list_checkpoints, point_latest, step_of
-from genkit.training.directory import create_run, find_run, read_log, rewind_log
+from genkit.training.checkpoint import point_latest
+from genkit.training.directory import create_run, find_run, list_checkpoints, read_log, rewind_log, step_of
 from genkit.training.distributed import join_ranks
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
-from genkit.training.resume import resume_point
+from genkit.training.resume import refuse_other_meaning, resume_point
 from genkit.training.run import Run, load_run
 from genkit.training.session import Recorder, environment, tracker_names
 
@@ -94,15 +94,15 @@ def finetune(
     if settings is None:
         settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
+    if run is not None:
+        settings = replace(settings, run=str(run.directory if isinstance(run, Run) else run))
+    if not settings.run:
+        raise ValueError("run: not given; say which: genkit finetune runs/latest")
     if directory:
-        refuse_other_meaning(directory, settings)
+        refuse_changes(directory, settings)
     if isinstance(run, Run):
         base, accelerator = run, join_ranks(run.device)
-        settings = replace(settings, run=str(run.directory))
     else:
-        settings = settings if run is None else replace(settings, run=str(run))
-        if not settings.run:
-            raise ValueError("run: not given; say which: genkit finetune runs/latest")
         accelerator = join_ranks(pick_device(settings.device))
         base = load_run(settings.run, device=accelerator.device.type)
     if settings.steps is None:
@@ -125,21 +125,15 @@ def stored_finetuning(directory: Path) -> dict[str, Any]:
     return stored
 
 
-def refuse_other_meaning(directory: Path, settings: FinetuneSettings) -> None:
-    """``ValueError`` if ``settings`` would continue a run as another one; what may change is said.
-
-    How long, how often and how fast may change (``RESUMABLE``), not what is learned and from what.
+def refuse_changes(directory: Path, settings: FinetuneSettings) -> None:
+    """``ValueError`` if ``settings`` would continue a run as another one, or from other weights; what may change is
+    said. A run to improve that has moved may be given with its new place.
     """
-    before = {**config.dump(FinetuneSettings()), **stored_finetuning(directory)}
-    for name, value in config.dump(settings).items():
-        if name in ("run", "resume", "note", "tags") or json.loads(json.dumps(value)) == before[name]:
-            continue
-        if name not in RESUMABLE:
-            raise ValueError(
-                f"{name}: given {value}, but {directory.name} was begun with {before[name]}; a resumed run keeps its "
-                f"{name}: leave it out, or begin another run: genkit finetune {directory}"
-            )
-        logger.info("changed  %s: %s -> %s", name, before[name], value)
+    old = config.from_dict(FinetuneSettings, stored_finetuning(directory))
+    begun = Path(old.run)
+    moved = not (begun / "config.yaml").is_file() or find_run(settings.run) == begun
+    new = replace(settings, run=old.run if moved else settings.run, resume=None, note=None, tags=())
+    refuse_other_meaning(directory, old, new, f"begin another run: genkit finetune {directory}", logger.info)
 
 
 def settings_file(directory: Path) -> Path:
@@ -169,7 +163,7 @@ class FineTuning:
         self.deadline = time.monotonic() + limit
         tracker_names(settings)
         self.locks = locks
-        notes: list[str] = []
+        self.notes: list[str] = []
         world = accelerator.num_processes
         torch.set_num_threads(choose_threads(settings, base, world))
         torch.manual_seed(settings.seed)
@@ -179,7 +173,7 @@ class FineTuning:
         self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
         # None: a new run, or one that was killed before its first checkpoint and begins again
-        self.checkpoint = resume_point(resumed, None, notes.append) if resumed else None
+        self.checkpoint = resume_point(resumed, None, self.notes.append) if resumed else None
         if self.checkpoint:
             restore_finetuning(self.checkpoint, self.learner, self.best)
             if accelerator.is_main_process and resumed:
@@ -187,7 +181,7 @@ class FineTuning:
                 point_latest(resumed, saved.get(self.best.step or -1, self.checkpoint))
         self.directory = self.open_directory()
         self.recorder = Recorder(self.directory, accelerator)
-        for note in notes:
+        for note in self.notes:
             self.recorder.say(note)
         self.quality = self.image_quality()
 
@@ -218,13 +212,12 @@ class FineTuning:
         settings, directory = self.settings, self.resumed
         if self.accelerator.is_main_process:
             if directory is None:
-                old_name = self.base.directory.name.partition("-")[2]
-                directory = create_run(settings.out, settings.name or f"{old_name}-{method_name(settings)}")
+                directory = create_run(settings.out, settings.name or default_name(settings, self.base.directory))
                 self.locks.enter_context(RunLock(directory))
                 write_text(directory / "env.json", json.dumps(environment(self.accelerator), indent=1))
             else:
                 sweep(directory)
-                rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after")
+                rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after", self.notes.append)
             stored = replace(settings, run=str(self.base.directory), resume=None, note=None, tags=())
             write_text(directory / "finetune.yaml", config.to_yaml(stored))
             if self.policy is not None:

@@ -14,18 +14,11 @@ from genkit.core.device import DeviceName
 from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
 from genkit.training.sampling import GridName
-from genkit.training.settings import TrackerName
+from genkit.training.settings import TrackerName, changeable
 
 if TYPE_CHECKING:
     from genkit.rl.finetune.noise import ExplorationNoise
     from genkit.rl.finetune.reward_method import RewardMethod
-
-
-RESUMABLE = {
-    "iterations", "max_kl", "eval_episodes", "eval_samples", "patience", "device", "threads", "micro_batch",
-    "tensorboard", "trackers", "tracker_project", "max_time",
-}  # fmt: skip
-"""Settings that may change when a run is resumed: how long and how fast, not what is learned."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class FinetuneSettings:
     grid: GridName = "uniform"
     """Time grid of the steps."""
     # -- experience
-    iterations: Count = 60
+    iterations: Count = changeable(60)
     """Rounds of collecting experience and learning from it."""
     env: str | None = None
     """Environment: four-ways, pusht, a gymnasium id or module:id of your own; None: that of the demonstrations."""
@@ -83,49 +76,49 @@ class FinetuneSettings:
     turn."""
     unconditional: bool = False
     """Improve the samples drawn without conditions, if the reward is a function."""
-    max_kl: Positive | None = None
+    max_kl: Positive | None = changeable(None)
     """Stop when the KL divergence of the sampler from the pretrained model's exceeds this, in nats; None: never."""
     # -- evaluation
-    eval_episodes: Natural = 200
+    eval_episodes: Natural = changeable(200)
     """Episodes before and after, without noise, from seeds that are not trained on; 0: none."""
-    eval_samples: Natural = 500
+    eval_samples: Natural = changeable(500)
     """Samples before and after, without noise, if the reward is a function; 0: none."""
     eval_seed: Seed = 100_000
     """Seed of the first of these episodes or samples."""
     checkpoint_eval_episodes: Natural = 0
     """Episodes at the start and at each checkpoint, without noise, from separate seeds: the run is then the one of
     these with the best return; 0: the run is the newest checkpoint."""
-    patience: Count | None = None
+    patience: Count | None = changeable(None)
     """Stop after this many checkpoints without a better return; None: never."""
     # -- saving and computation
     save_every: Count = 10
     """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same."""
     seed: Seed = 0
     """Seed of every random number."""
-    device: DeviceName = "auto"
+    device: DeviceName = changeable("auto")
     """Device of the networks. auto: the machine's accelerator, or the CPU if it has none."""
-    threads: Threads | None = None
+    threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for policies and small batches, where more only wait for each other, else all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Forward-pass precision. Probability ratios near 1 need more digits than bf16 has: try it for images only."""
-    micro_batch: Count | None = None
+    micro_batch: Count | None = changeable(None)
     """Rows per forward pass of a gradient step on one rank, to save memory; None: all at once."""
-    tensorboard: bool = True
+    tensorboard: bool = changeable(True)
     """Write scalars for TensorBoard, besides log.jsonl."""
-    trackers: tuple[TrackerName, ...] = ()
+    trackers: tuple[TrackerName, ...] = changeable(())
     """Further trackers, through Accelerate; a resumed run goes on in the same run of theirs."""
-    tracker_project: str = "genkit"
+    tracker_project: str = changeable("genkit")
     """Project (wandb, trackio) or experiment (mlflow) of the run."""
-    max_time: DurationText | None = None
+    max_time: DurationText | None = changeable(None)
     """Stop at the last checkpoint that fits into this time: 90s, 10m, 2h30m. It counts from the start of this process's
     fine-tuning; a run that is resumed has as much again. None: never."""
     out: PathText = "runs"
     """Directory in which the new run's directory is made."""
     name: NameText | None = None
     """Name of the new run; None: that of the old one and the method's."""
-    note: NoteText | None = None
+    note: NoteText | None = changeable(None)
     """A note that is added to those of the new run."""
-    tags: tuple[TagText, ...] = ()
+    tags: tuple[TagText, ...] = changeable(())
     """Tags that are added to those of the new run."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -36,6 +38,12 @@ DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstra
 def method_name(settings: FinetuneSettings) -> str:
     """The method's name in the registry."""
     return find_name({"table": "genkit.rl.finetune.methods:METHODS"}, type(settings.method))
+
+
+def default_name(settings: FinetuneSettings, base: Path) -> str:
+    """The new run's name: that of the directory of the old one, without its number, and the method's."""
+    old_name = re.sub(r"^\d{4,}(-|$)", "", base.name)
+    return f"{old_name}-{method_name(settings)}" if old_name else method_name(settings)
 
 
 def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:

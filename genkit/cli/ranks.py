@@ -1,0 +1,50 @@
+"""A mistake that all ranks make is said once: the first rank leaves its message where the others can read it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+KEY = "genkit/error"  # of the first rank's message, in the launcher's store
+PATIENCE = timedelta(seconds=10)  # in which the first rank makes the same mistake, if it does: it starts as late
+
+
+def find_rank() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks: 0 of 1 without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave_message(message: str) -> None:
+    """Let the other ranks know what the first one has said; nothing on another rank or without a launcher's store."""
+    rank, num = find_rank()
+    if rank == 0 and num > 1 and (store := open_store()):
+        store.set(KEY, message)
+
+
+def has_said(message: str) -> bool:
+    """Return whether the first rank has said the same. False on the first rank itself, and where there is no store."""
+    rank, num = find_rank()
+    if rank == 0 or num == 1 or (store := open_store()) is None:
+        return False
+    try:
+        store.wait([KEY], PATIENCE)
+        return store.get(KEY).decode() == message
+    except RuntimeError:  # it has said nothing: this rank alone is wrong
+        return False
+
+
+def open_store() -> TCPStore | None:
+    """Return a client of the store that torchrun keeps for its processes; None if another launcher started them."""
+    from torch.distributed import TCPStore  # lazy: only if something is wrong
+
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=PATIENCE)
+    except RuntimeError:
+        return None

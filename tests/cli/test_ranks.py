@@ -1,0 +1,50 @@
+"""What several ranks say of one mistake."""
+
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from genkit.cli import ranks
+from genkit.cli.main import main
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The store that torchrun keeps, and a function that makes this process one of its ranks."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=0.3))
+
+    def become(rank, agent="True"):
+        env = {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port,
+               "TORCHELASTIC_USE_AGENT_STORE": agent}  # fmt: skip
+        for name, value in env.items():
+            monkeypatch.setenv(name, str(value))
+
+    yield become
+    del store
+
+
+def test_the_same_mistake_is_said_once_and_another_one_too(launched, capsys):
+    launched(0)
+    assert main(["info", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("genkit: run: given nowhere")
+    launched(1)
+    assert main(["info", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+    launched(2)
+    assert main(["info", "elsewhere"]) == 2
+    assert capsys.readouterr().err.startswith("genkit: rank 2: run: given elsewhere")
+
+
+@pytest.mark.parametrize("agent", ["True", "False"])
+def test_a_mistake_of_one_rank_alone_is_said(launched, capsys, agent):
+    launched(1, agent)
+    assert main(["train", "--lr=-1"]) == 2
+    assert capsys.readouterr().err == "genkit: rank 1: --lr: given -1.0; should be greater than 0\n"
+
+
+def test_without_a_launcher_nothing_waits(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "open_store", lambda: pytest.fail("asks for a store"))
+    assert main(["info", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("genkit: run: given nowhere")
