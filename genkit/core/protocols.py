@@ -175,6 +175,9 @@ class Objective(ABC):
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
     open_settings: ClassVar[tuple[str, ...]] = ()
     """fields that :meth:`decide` sets if they are None; a run's config.yaml has what was decided"""
+    starts_from: ClassVar[Mapping[str, str | None]] = {}
+    """networks that begin as a copy of another one of the run that training starts from (``--init``), or as new ones
+    (None); an objective that names any learns from such a run, and needs it"""
     validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower"}
     """the numbers that :meth:`validate` returns, and which values are better; {} if no loss means anything on held-out
     samples"""
@@ -183,6 +186,11 @@ class Objective(ABC):
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """The optimizer steps that make up a training step, in order."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
+        return None
 
     @abstractmethod
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:

@@ -59,6 +59,17 @@ def init_defaults(init: str) -> dict[str, Any]:
     return blocks
 
 
+def require_start(settings: TrainSettings) -> None:
+    """``ValueError`` if the objective learns from a run and none is named, or if an adapter would stand in its way."""
+    if not settings.objective.starts_from:
+        return
+    kind = type(settings.objective).__name__
+    if not settings.init:
+        raise ValueError(f"init: {kind} learns from a trained run; name it with --init RUN")
+    if settings.lora.active:
+        raise ValueError(f"lora: given with {kind}, which copies whole networks; leave it out")
+
+
 def canonical_init(init: str) -> str:
     """``--init`` as config.yaml stores it: independent of the working directory."""
     source, where = find_source(init)

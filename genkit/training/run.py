@@ -35,6 +35,7 @@ from genkit.training.sampling import (
     Classes,
     Sampling,
     build_guidance,
+    generate_at_scale,
     picture_names,
     require_conditions,
     sample_conditions,
@@ -114,11 +115,14 @@ class Run:
         """
         sampling = sampling or Sampling()
         if self.objective.sampler is None and self.objective.is_generative:
-            sampling.refuse_for_one_pass(type(self.objective).__name__)
+            learned = self.objective.guidance_range
+            sampling.refuse_for_one_pass(type(self.objective).__name__, takes_guidance=learned is not None)
             given = {"weak": weak, "classifier": classifier, "callback": callback, "outer": outer, **options}
             if unused := [name for name, value in given.items() if value is not None]:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
+            if learned and sampling.guidance != 1:
+                return generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
         opened = {} if weak or classifier else self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
@@ -341,6 +345,24 @@ def init_from(
     ``note`` receives remarks on what is initialised anew. Inputs that the other network does not have (a second time)
     begin without an effect. ``ValueError`` names the first tensor that does not fit, or says why ``objective`` refuses.
     """
+    copies = objective.starts_from if objective is not None else {}
+    first = {k: net for k, net in nets.items() if k not in copies}
+    origin = load_weights(first, init, note, ema, step, objective)
+    for name, start in copies.items():
+        if name in nets and start is not None:
+            nets[name].load_state_dict(nets[start].state_dict())
+    return origin
+
+
+def load_weights(
+    nets: Mapping[str, nn.Module],
+    init: str | Path,
+    note: Callable[[str], None],
+    ema: str | None,
+    step: CheckpointStep | None,
+    objective: Objective | None,
+) -> dict[str, str]:
+    """The part of :func:`init_from` that reads a run or KIND:WHERE."""
     source, where = find_source(str(init))
     if source:
         return source.init_from(nets, where, note)

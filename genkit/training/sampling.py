@@ -13,10 +13,11 @@ from genkit.config import table
 from genkit.config.names import NameIn
 from genkit.config.numbers import CheckpointStep, Count, Scale, Seed
 from genkit.config.paths import PathText
-from genkit.core import Codec, Cond, Guidance, Label, Objective, Spec
+from genkit.core import SCALE_INPUT, Codec, Cond, Generator, Guidance, Label, Noise, Objective, Spec
 from genkit.core.device import DeviceName
 from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
+from genkit.diffusion.checks import require
 from genkit.diffusion.flow_map import HIGH_INPUT, LOW_INPUT
 from genkit.diffusion.guidance import (
     LINEAR,
@@ -99,9 +100,11 @@ class Sampling:
         start = 1.0 if clip else end_time(run.denoiser.path)
         return chosen | {"clip": clip, **({} if start == 1 else {"start": round(start, 4)})}
 
-    def refuse_for_one_pass(self, model: str) -> None:
+    def refuse_for_one_pass(self, model: str, takes_guidance: bool = False) -> None:
         """``ValueError`` for the first setting that has no effect on a ``model`` that draws in one pass."""
         for f in fields(self):
+            if takes_guidance and f.name == "guidance":
+                continue
             if f.name in ("seed", "batch", "guidance_rule", "guidance_passes", "autoguide", "classifier_scale"):
                 continue  # refused below without guidance
             if getattr(self, f.name) != f.default:
@@ -184,7 +187,7 @@ def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
 def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
-    learned = run.objective.guidance_range if isinstance(run.objective, Matching) else None
+    learned = run.objective.guidance_range
     if weak is None and learned:
         if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
             raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
@@ -205,6 +208,17 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
         raise ValueError(f"autoguide: given {weak.weights}, the model itself; take an earlier step or a faster ema")
     require_same_samples("autoguide", run, weak)
     return autoguidance(weak.denoiser, scale, rule)
+
+
+def generate_at_scale(generate: Generator, scale: float, low: float, high: float) -> Generator:
+    """A one-pass generator that takes the scale of guidance as an input, at ``scale``. ``ValueError`` outside of what
+    it has learned."""
+    require("guidance", scale, f"{low:g} to {high:g}, the scales that this model was trained for", low <= scale <= high)
+
+    def guided(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+        return generate(z, {**cond, SCALE_INPUT: z.new_full((len(z),), scale)}, noise)
+
+    return guided
 
 
 def takes_interval(objective: Objective) -> bool:

@@ -37,7 +37,7 @@ from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import LatentCodec
-from genkit.training.init_sources import canonical_init, init_notes
+from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
@@ -305,6 +305,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     precision = pick_precision(settings.precision, accelerator.device, data.spec)
     if settings.lora.active and not settings.init:
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
+    require_start(settings)
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
