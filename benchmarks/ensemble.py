@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -94,7 +94,7 @@ def train(
     fit(
         objective,
         state,
-        lambda step, random, first, stop: draw(stop - first),
+        lambda step, random, first, stop: replace(draw(stop - first), step=step),
         Identity(),
         settings,
         Accelerator(cpu=True, mixed_precision="no"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import few_step, few_step_data
-from benchmarks.ensemble import EnsembleMLP
+from benchmarks.ensemble import EnsembleMLP, train
 from genkit.cli.main import main
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import wasserstein2
@@ -111,3 +111,16 @@ def test_guidance_at_two_passes_and_at_one_start_from_the_same_noise(monkeypatch
     for way in part.ways:
         cell = few_step.measure(part.settings(None, 1, way), way, 0.01, part)
         assert list(cell["values"]["Fréchet"]) == ["1", "2", "4", "8"]
+
+
+@pytest.mark.parametrize("way", ["alpha", "consistency"])
+def test_curricula_see_how_far_training_is(monkeypatch, way):
+    """A batch without its step would stand for the end of training."""
+    setting, seen = few_step_data.plane(1), []
+    objective = few_step.TRAININGS[way].make(setting, 30, 1.0)
+    error = type(objective.rule).error
+    monkeypatch.setattr(
+        type(objective.rule), "error", lambda rule, u, jumps, step: (seen.append(step), error(rule, u, jumps, step))[1]
+    )
+    train(objective, setting.make_nets(0, objective), setting.draw, steps=4, batch=8, lr=1e-3)
+    assert seen == [0, 1, 2, 3]
