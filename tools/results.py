@@ -486,8 +486,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "reflow": reflow,
     "few-step-plane": few_step_plane,
     "few-step-digits": partial(few_step_images, "digits", 2),
-    "few-step-fashion": partial(few_step_images, "fashion", 2, (*FEW, "20")),
-    "few-step-guided": partial(few_step_images, "guided", 2),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
