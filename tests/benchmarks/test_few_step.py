@@ -11,6 +11,7 @@ from benchmarks.ensemble import EnsembleMLP, train
 from genkit.cli.main import main
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import wasserstein2
+from genkit.objectives import Flow
 
 QUICK = ["bench", "few-step", "--only", "plane", "--seeds", "2", "--seconds", "0.05"]
 
@@ -52,6 +53,19 @@ def test_a_budget_is_a_number_of_steps(monkeypatch):
         trainer.fit(make, {"net": torch.nn.Identity()}, lambda n: None)
         assert trainer.steps == trained[-1] == few_step.TIMED * seconds
         assert trainer.used == 1
+
+
+def test_drawing_pairs_is_part_of_the_budget(monkeypatch):
+    monkeypatch.setattr(few_step_data, "NUM_PAIRS", 8)
+    clock, trained = iter(range(1000)), []
+    monkeypatch.setattr(few_step.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(few_step, "train", lambda objective, net, draw, *, steps, **options: trained.append(steps))
+    setting, flow = few_step_data.plane(1), Flow()
+    trainer, nets = few_step.Trainer(setting, 10.0, 0, 1.0), setting.make_nets(0, flow)
+    draw = few_step.draw_pairs(trainer, flow, nets)
+    assert trainer.used == 1
+    trainer.fit(lambda steps: flow, nets, draw)
+    assert trained[-1] == few_step.TIMED * 9
 
 
 def test_a_member_of_an_ensemble_sees_its_own_numbers():
