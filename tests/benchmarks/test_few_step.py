@@ -1,7 +1,10 @@
 """genkit bench few-step: rows of equal budget, resumable; an ensemble whose members see a second time."""
 
 import json
+import struct
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,10 @@ import torch.nn.functional as F
 from benchmarks import few_step, few_step_data
 from benchmarks.ensemble import EnsembleMLP, train
 from genkit.cli.main import main
+from genkit.data.standard_images import FashionMnist
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import wasserstein2
+from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import Flow
 
 QUICK = ["bench", "few-step", "--only", "plane", "--seeds", "2", "--seconds", "0.05"]
@@ -138,3 +143,24 @@ def test_curricula_see_how_far_training_is(monkeypatch, way):
     )
     train(objective, setting.make_nets(0, objective), setting.draw, steps=4, batch=8, lr=1e-3)
     assert seen == [0, 1, 2, 3]
+
+
+def test_fashion_is_measured_in_the_features_of_a_classifier(tmp_path, monkeypatch):
+    """On 60 pictures in torchvision's layout; held-out ones are the reference, and training ones the row "real"."""
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(few_step_data, "Classifier", partial(Classifier, steps=2))
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 20)
+    monkeypatch.setattr(few_step, "TIMED", 1)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 60), ("t10k", 40)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, n) + bytes(i % 10 for i in range(n)))
+    part = few_step.PARTS["fashion"]
+    cell = few_step.measure(part.settings(tmp_path, 1, "shortcut"), "shortcut", 0.01, part)
+    assert list(cell["values"]["Fréchet"]) == ["1", "2", "4", "8", "20"]
+    assert all(0 <= v[0] <= 1 for v in cell["values"]["accuracy"].values())
+    scores = few_step_data.FashionScores(tmp_path)
+    held_out = few_step_data.first_rows(FashionMnist(root=str(tmp_path)).load("test"), 40).x
+    assert scores.distance(held_out) < 1e-4 < part.real(1, tmp_path)["Fréchet"][0] < cell["values"]["Fréchet"]["1"][0]
