@@ -32,6 +32,7 @@ from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
+from genkit.training.precision import with_precision
 from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import (
     PIPELINE_GRID,
@@ -131,7 +132,8 @@ class Run:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
-                return generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
+                generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
+                return with_precision(generate, self.nets, sampling.precision, self.device)
         opened = {} if weak or classifier else self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
@@ -140,7 +142,9 @@ class Run:
         if sampler and steps:
             grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
             bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
-        return self.objective.generator(self.nets, bound)
+        others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
+        generate = self.objective.generator(self.nets, bound)
+        return with_precision(generate, {**self.nets, **others}, sampling.precision, self.device)
 
     def sample(
         self,
@@ -196,8 +200,7 @@ class Run:
                 calls.append(count.calls)
                 report("sampling", rows.stop, n)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
-        names = picture_names(spec, prompt)
-        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, names, steps)
+        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, picture_names(spec, prompt), steps)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.
