@@ -324,14 +324,6 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
     return numbers[torch.arange(n) % len(numbers)]
 
 
-def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
-    try:
-        return {name: torch.as_tensor(value) for name, value in cond.items()}
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e
-
-
 def sample_conditions(
     spec: Spec, n: int, label: Classes | None = None, prompt: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:
