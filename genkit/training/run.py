@@ -309,8 +309,7 @@ def weights_file(cfg: TrainSettings, ema: str | None) -> str:
 def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
     """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place."""
     if str(adapter).endswith(".safetensors"):
-        load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
-        return
+        return load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
     other = find_run(adapter)
     cfg = stored_settings(other)
     if not cfg.lora.active:
