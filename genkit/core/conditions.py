@@ -29,12 +29,19 @@ class Label:
     """A class index: ``cond[name]`` is Int ``[B]`` in [0, num).
 
     ``centers`` holds one sample per class, flattened and concatenated, in the model's units, if a class stands for a
-    sample (the anchor near which an action chunk lies).
+    sample (the anchor near which an action chunk lies). ``empty`` are the classes without a sample in the training
+    data; they are no part of what the classes mean, and are not compared.
     """
 
     num: int
     names: tuple[str, ...] = ()
     centers: tuple[float, ...] = ()
+    empty: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def trained(self) -> list[int]:
+        """The classes that have samples."""
+        return [i for i in range(self.num) if i not in self.empty]
 
     def number(self, given: int | str, option: str = "label") -> int:
         """The class that a number or a name stands for. Text is a name, or a number if no class has that name.
@@ -226,8 +233,9 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
     def describe(kind: Condition) -> dict[str, Any]:
         values = asdict(kind)
-        if not values.get("entries", True):  # omitted if empty, as in specs written before the field existed
-            del values["entries"]
+        for name in ("entries", "empty"):  # omitted if empty, as in specs written before the field existed
+            if not values.get(name, True):
+                del values[name]
         return {"kind": names[type(kind)], **values}
 
     return {"shape": list(spec.shape), "cond": {k: describe(v) for k, v in spec.cond.items()}}
