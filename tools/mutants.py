@@ -3,9 +3,9 @@
     python tools/mutants.py [--only paths] [--first 0] [--last 20]
 
 `tests/mutants/ROOM.yaml` lists them: a file, the original text (`old`), its replacement (`new`), and the tests that
-must detect it. Each is planted in a copy of the tree, and its tests run until one fails. Survivors are printed, and the
-exit code is their number. A fault takes about half a minute, so this is not part of the test run;
-`tests/tools/test_mutants.py` checks that the line of each fault still exists.
+must detect it. Each is planted in a copy of the tree, and its tests run until one fails. Survivors, and faults whose
+tests do not exist, are printed, and the exit code is their number. A fault takes about half a minute, so this is not
+part of the test run; `tests/tools/test_mutants.py` checks that the line of each fault still exists.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def load_faults() -> list[Fault]:
     return [Fault(file, **fault) for room in rooms for file, faults in room.items() for fault in faults]
 
 
-def survives(tree: Path, fault: Fault) -> bool:
-    """Whether no test fails with the fault planted in `tree`."""
+def outcome(tree: Path, fault: Fault) -> str:
+    """`caught` if a test fails with the fault planted in `tree`, else `SURVIVED`, or `NO TEST` if pytest ran none."""
     file, old, new, tests = fault
     path = tree / file
     original = path.read_text()
@@ -51,9 +51,9 @@ def survives(tree: Path, fault: Fault) -> bool:
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=600)
-        return done.returncode == 0
+        return {0: "SURVIVED", 4: "NO TEST", 5: "NO TEST"}.get(done.returncode, "caught")
     except subprocess.TimeoutExpired:
-        return False  # an endless loop counts as detected
+        return "caught"  # an endless loop
     finally:
         path.write_text(original)
 
@@ -71,9 +71,8 @@ def main() -> int:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("runs", ".git", ".venv", "__pycache__", "*.egg-info"))
         for i, fault in enumerate(chosen):
-            alive = survives(tree, fault)
-            survivors += alive
-            said = "SURVIVED" if alive else "caught"
+            said = outcome(tree, fault)
+            survivors += said != "caught"
             print(
                 f"{i + 1}/{len(chosen)} {said}  {fault.file}: {fault.old!r} -> {fault.new!r}",
                 flush=True,

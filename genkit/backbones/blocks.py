@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from genkit.backbones.dropout import Dropout
+
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
@@ -175,14 +177,12 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(emb, 2 * out)
         self.conv2 = zero_init(CONV[dims](out, out, 3, padding=1))
         self.skip = CONV[dims](inp, out, 1) if inp != out else None
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b c *size"], emb: Float[Tensor, "b e"]) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.emb(emb).chunk(2, 1)
-        h = F.silu(group_norm(h, 1 + scale, shift))
-        if self.dropout:
-            h = F.dropout(h, self.dropout, self.training)
+        h = self.dropout(F.silu(group_norm(h, 1 + scale, shift)))
         return self.conv2(h) + (x if self.skip is None else self.skip(x))
 
 

@@ -23,6 +23,7 @@ from genkit.backbones.blocks import (
     require_positive,
     zero_init,
 )
+from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, Routed, grid_positions
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
@@ -88,7 +89,7 @@ class DiTBlock(nn.Module):
         self.cross = Attention(d, cfg.head_size, context) if context else None
         self.layer1 = nn.Linear(d, cfg.ratio * d)
         self.layer2 = nn.Linear(cfg.ratio * d, d)
-        self.dropout = cfg.dropout
+        self.dropout = Dropout(cfg.dropout)
         self.apply(xavier)
         zero_init(self.emb)
         if self.cross:
@@ -100,9 +101,7 @@ class DiTBlock(nn.Module):
         if self.cross and self.cross_norm:
             h = h + self.cross(self.cross_norm(h), tokens, mask)
         y = F.gelu(self.layer1(modulate(h, shift2, scale2)), approximate="tanh")
-        if self.dropout:
-            y = F.dropout(y, self.dropout, self.training)
-        return torch.addcmul(h, gate2[:, None], self.layer2(y))
+        return torch.addcmul(h, gate2[:, None], self.layer2(self.dropout(y)))
 
 
 class Trunk(nn.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import modulate, remat, require_fraction, require_positive, zero_init
+from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, require_routes
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
@@ -57,14 +58,12 @@ class MLPBlock(nn.Module):
         self.emb = zero_init(nn.Linear(width, 3 * width))  # adaLN-Zero: the gate starts at 0, the block as the identity
         self.layer1 = nn.Linear(width, width)
         self.layer2 = nn.Linear(width, width)
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: Float[Tensor, "b 1 d"], emb: Float[Tensor, "b d"]) -> Tensor:
         shift, scale, gate = self.emb(emb).chunk(3, 1)
         y = F.silu(self.layer1(modulate(h, shift, scale)))
-        if self.dropout:
-            y = F.dropout(y, self.dropout, self.training)
-        return h + gate[:, None] * self.layer2(y)
+        return h + gate[:, None] * self.layer2(self.dropout(y))
 
 
 class MLPNet(nn.Module):

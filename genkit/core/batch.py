@@ -52,6 +52,10 @@ class Draw:
         """Uniform numbers in [0, 1), ``[rows, *shape]``."""
         return self._rows(torch.rand, shape)
 
+    def integers(self) -> Tensor:
+        """Uniform integers below 2^62, int64 ``[rows]``."""
+        return self._rows(lambda n, **kw: torch.randint(2**62, (n,), **kw), ())
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -43,6 +43,9 @@ class Loss(NamedTuple):
 
     per_sample: Tensor
     logs: dict[str, Tensor]
+    choice: Tensor | None = None
+    """the part of ``per_sample`` that is the cross-entropy of a choice, in nats ``[B]``, and no mean over the entries
+    of a sample; None: there is none"""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ class Backbone:
         """Remarks for the first lines of training, such as settings that have no effect on samples of this shape."""
         return ()
 
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that its networks take as an input, if they were pretrained with one."""
+        return None
+
     def _missing(self, cut: str) -> ValueError:
         name = type(self).__name__
         return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")
@@ -172,6 +180,9 @@ class Objective(ABC):
     """training settings that replace the usual defaults (:class:`genkit.training.settings.TrainSettings`)"""
     open_settings: ClassVar[tuple[str, ...]] = ()
     """fields that :meth:`decide` sets if they are None; a run's config.yaml has what was decided"""
+    starts_from: ClassVar[Mapping[str, str | None]] = {}
+    """networks that begin as a copy of another one of the run that training starts from (``--init``), or as new ones
+    (None); an objective that names any learns from such a run, and needs it"""
     validation_metrics: ClassVar[Mapping[str, Direction]] = {"loss": "lower"}
     """the numbers that :meth:`validate` returns, and which values are better; {} if no loss means anything on held-out
     samples"""
@@ -180,6 +191,11 @@ class Objective(ABC):
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """The optimizer steps that make up a training step, in order."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
+        return None
 
     @abstractmethod
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
@@ -205,6 +221,16 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         """The loss of one phase. Random numbers come from ``batch`` only."""
+
+    @property
+    def chosen_condition(self) -> str | None:
+        """The condition that the generator chooses a value of before its first step, unless it is given; None: none."""
+        return None
+
+    def choice_log_probs(self, nets: Mapping[str, nn.Module], cond: Cond, like: Tensor) -> Tensor:
+        """Log-probabilities ``[B, A]`` of the A values of the :attr:`chosen_condition`, given the other conditions, for
+        as many rows as ``like`` [B, *S] has, on its device."""
+        raise NotImplementedError
 
     def validate(self, nets: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         """The ``validation_metrics`` of held-out samples, ``[B]`` each, without a gradient and with nets in evaluation

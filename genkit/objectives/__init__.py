@@ -10,6 +10,8 @@ from genkit.objectives.autoencoders.first_stage import FirstStage
 from genkit.objectives.autoencoders.vae import VAE
 from genkit.objectives.autoencoders.vq import VQ
 from genkit.objectives.classifier import Classifier
+from genkit.objectives.distillation.dmd import DMD
+from genkit.objectives.distillation.progressive import ProgressiveDistillation
 from genkit.objectives.drift import Drift
 from genkit.objectives.flow_map.flow_map import FlowMap
 from genkit.objectives.matching.anchored import AnchoredFlow
@@ -30,6 +32,8 @@ OBJECTIVES: Mapping[str, type] = {
     "regression": Regression,
     "distillation": Distillation,
     "guidance-distillation": GuidanceDistillation,
+    "progressive-distillation": ProgressiveDistillation,
+    "dmd": DMD,
     "vae": VAE,
     "ae": Autoencoder,
     "vq": VQ,
@@ -39,6 +43,7 @@ OBJECTIVES: Mapping[str, type] = {
 }
 
 __all__ = [
-    "DDPM", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
-    "Drift", "FirstStage", "Flow", "FlowMap", "GuidanceDistillation", "Regression",
+    "DDPM", "DMD", "EDM", "GAN", "OBJECTIVES", "VAE", "VQ", "AnchoredFlow", "Autoencoder", "Classifier", "Distillation",
+    "Drift", "FirstStage", "Flow", "FlowMap", "GuidanceDistillation",
+    "ProgressiveDistillation", "Regression",
 ]  # fmt: skip

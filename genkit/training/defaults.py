@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from genkit import config
@@ -18,7 +19,7 @@ from genkit.config.trust import require_trust
 from genkit.core.device import pick_device
 from genkit.training.directory import find_run
 from genkit.training.first_stage import foreign_stage
-from genkit.training.init_sources import init_defaults
+from genkit.training.init_sources import find_source, init_defaults
 from genkit.training.settings import TrainSettings
 
 CONDITION_FIELDS = ("labels", "captions", "encoder", "text_length")  # of the data: a first stage is trained without
@@ -37,13 +38,45 @@ def read_with_defaults(
     ``init`` and ``codec`` are those settings as far as they are given.
     """
     defaults = {**(codec_defaults(codec) if codec else {}), **(init_defaults(init) if init else {})}
-    settings = read(defaults)
+    settings = with_text_encoder(read(defaults))
+    if init and settings.objective.starts_from:
+        settings = with_text_encoder(read({**defaults, **teacher_data(init)}))
+        return replace(settings, objective=with_teacher(settings.objective, defaults.get("objective")))
     chosen = {} if init or codec else size_defaults(settings)
     if not chosen:
         return settings
     settings = read(merge_trees(defaults, chosen))
     describe_choice(settings, chosen)
     return settings
+
+
+def with_text_encoder(settings: TrainSettings) -> TrainSettings:
+    """``settings`` with captions read as the weights of ``init`` expect, unless they name an encoder."""
+    data = settings.data
+    if settings.init is None or not getattr(data, "captions", ()) or getattr(data, "encoder", None) is not None:
+        return settings
+    source, where = find_source(settings.init)
+    encoder = source.text_encoder(where) if source else None
+    return replace(settings, data=data.with_fields(encoder=encoder)) if encoder else settings
+
+
+def teacher_data(init: str) -> dict[str, Any]:
+    """The data and the codec that the run ``init`` was trained on; a foreign ``init`` knows none."""
+    if find_source(init)[0] is not None:
+        return {}
+    stored = config.load_yaml(find_run(init) / "config.yaml")
+    blocks = {k: stored[k] for k in ("data", "codec", "codec_posterior") if stored.get(k) is not None}
+    require_trust(TrainSettings, blocks, init)
+    return blocks
+
+
+def with_teacher(objective: Any, teacher: Mapping[str, Any] | None) -> Any:
+    """``objective``, which learns from a run of the block ``teacher``, with that as its ``of``, unless it has another.
+
+    Another one is refused when the weights are loaded.
+    """
+    default = type(objective)().of
+    return config.override(objective, of=teacher) if teacher and objective.of == default else objective
 
 
 def codec_defaults(codec: str) -> dict[str, Any]:

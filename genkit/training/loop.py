@@ -14,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from genkit.core import Batch, Codec, Loss, Objective, Phase, seed_of
+from genkit.backbones.dropout import install_dropout
+from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
 from genkit.training.meter import Meter, SkippedSteps
 from genkit.training.settings import TrainSettings
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
+DROPOUT = 2  # last number of the key of the masks, so that they do not shift the loss's draws
 
 
 @dataclass
@@ -230,6 +232,7 @@ class _Loop:
         self.pieces = split_batch(self.local, settings.micro_batch)
         self.bf16 = settings.precision == "bf16"
         self.skipped = SkippedSteps(self.device)
+        self.dropouts = [layer for layer in install_dropout(state.nets) if layer.p]
         if settings.compile:
             for net in state.nets.values():
                 net.compile()
@@ -243,7 +246,7 @@ class _Loop:
     def updates(self, step: int) -> Iterator[tuple[Phase, dict[str, nn.Module], int]]:
         """Yield the optimizer updates of one step: ``(phase, networks, number of the batch)``."""
         seed = seed_of(self.settings.seed, self.accelerator.process_index, step)
-        torch.manual_seed(seed)  # for the numbers that are not drawn per row: dropout
+        torch.manual_seed(seed)  # for networks that draw numbers themselves
         draw = 0
         for phase in self.objective.phases:
             if step % phase.every:
@@ -259,9 +262,12 @@ class _Loop:
                 draw += 1
 
     def rows(self, step: int, draw: int, piece: tuple[int, int]) -> Batch:
-        """Return this rank's rows ``piece`` (start, stop) of a batch, encoded."""
-        first = self.accelerator.process_index * self.local
-        return self.codec.encode(self.stream(step, draw, first + piece[0], first + piece[1]).to(self.device))
+        """Return this rank's rows ``piece`` (start, stop) of a batch, encoded; layers of dropout follow them."""
+        first, last = (self.accelerator.process_index * self.local + row for row in piece)
+        keys = Draw((self.settings.seed, step, draw, DROPOUT), first, last, self.device).integers()
+        for layer in self.dropouts:
+            layer.keys = keys
+        return self.codec.encode(self.stream(step, draw, first, last).to(self.device))
 
     def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
         """Return a context that keeps gradients on this rank, except for the last micro-batch."""

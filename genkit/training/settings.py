@@ -60,8 +60,8 @@ class TrainSettings:
     batch: Count = 64
     """Samples per step, over all ranks together."""
     micro_batch: Count | None = changeable(None)
-    """Samples per forward pass on one rank, to save memory; the result does not depend on it, except through
-    the masks of dropout. None: all at once."""
+    """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at
+    once."""
     lr: Positive = changeable(1e-3)
     """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
     warmup: Natural = by_objective(100)

@@ -76,6 +76,16 @@ def trained(tmp_path_factory):
     return out / "latest"
 
 
+def test_lines_of_validation_and_evaluation_hide_nothing_of_training(run):
+    """They are written last, and say nothing of the samples seen or of the steps that were skipped."""
+    trained = lines(20, skipped=3)
+    write_log(run, trained)
+    bare = read_log(run / "log.jsonl").last
+    write_log(run, [*trained, {"step": 200, "val/loss": 0.5}, {"step": 200, "eval/fd": 2.0}])
+    assert read_log(run / "log.jsonl").last == {**bare, "val/loss": 0.5, "eval/fd": 2.0}
+    assert bare["skipped"] == 3
+
+
 # --------------------------------------------------------------------------------------------------- whole pages
 def test_a_real_run(trained, tmp_path, capsys):
     out = tmp_path / "deep" / "page.html"

@@ -26,9 +26,9 @@ class Reinforce(RewardMethod):
         advantages = normalize(experience.advantages)
 
         def loss(share: Share) -> tuple[Tensor, Tensor]:
-            xs = experience.trajectory.xs[:, share.rows]
+            trajectory = experience.trajectory.map(lambda v: v[:, share.rows])
             cond = {name: v[share.rows] for name, v in experience.cond.items()}
-            log_prob = learner.chain.log_prob(learner.denoiser, xs, cond, used=experience.used)
+            log_prob = learner.log_prob(trajectory, cond, used=experience.used)
             value = -(advantages[share.rows] * log_prob.sum(0)).mean()
             return value, value
 

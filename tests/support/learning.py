@@ -21,7 +21,8 @@ def make_learner(
 ):
     """A learner with a fused optimizer of learning rate 0.1, which a method replaces by its own."""
     nets = nets if isinstance(nets, dict) else {"net": nets}
-    optimizers = {"denoise": optimizer(nets["net"].parameters(), lr=0.1, fused=True)}
+    parameters = [p for net in nets.values() for p in net.parameters()]
+    optimizers = {"denoise": optimizer(parameters, lr=0.1, fused=True)}
     critic_optimizer = None if critic is None else torch.optim.Adam(critic.parameters(), lr=1e-3)
     state = State(nets, {}, optimizers)
     return Learner(objective, state, chain, spec or Spec((1,)), demos, 0, critic, critic_optimizer, noise)

@@ -182,7 +182,7 @@ def test_the_best_is_that_of_the_log_in_the_direction_of_the_metric():
 def test_the_best_checkpoint_is_kept_loaded_and_shown_and_training_stops_without_a_better_one(tmp_path, capsys):
     """A learning rate that destroys the network: the first validation stays the best."""
     args = ["--steps=40", "--lr=1", "--warmup=0", "--clip=0", "--schedule=constant", "--ema=0.5", "--val-every=2",
-            "--save-every=5", "--keep-checkpoints=1", "--keep-best=val/loss"]  # fmt: skip
+            "--save-every=5", "--keep-checkpoints=1", "--log-every=2", "--keep-best=val/loss"]  # fmt: skip
     run = train(tmp_path, *args, "--patience=4")
     out = capsys.readouterr().out
     values = [r["val/loss"] for r in validations(run)]
@@ -195,7 +195,9 @@ def test_the_best_checkpoint_is_kept_loaded_and_shown_and_training_stops_without
     assert load_run(run).step == last
     assert load_run(run, step="best").step == best
     assert main(["info", str(run)]) == 0
-    assert f"step {best}, val/loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"step {best}, val/loss" in out
+    assert re.search(rf"last log line\s+step {last}, denoise/loss", out)  # not the line of the last validation
     assert main(["sample", str(run), "--step=best", "--n=2", "--device=cpu"]) == 0
     # it stays stopped, unless more patience is given
     assert main(["train", "--resume", str(run)]) == 0

@@ -17,6 +17,7 @@ from genkit.core import Label, Tokens
 from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
+from genkit.evaluation.run_records import is_progress
 from genkit.training.annotations import read_annotations
 from genkit.training.best import read_best
 from genkit.training.directory import find_run, list_checkpoints, list_incomplete, list_saved, read_log, read_state
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     if isinstance(run.codec, LearnedCodec):
         lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
-        last = records[-1]
+        last = next((r for r in reversed(records) if any(map(is_progress, r))), records[-1])  # not one of validation
         shown = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
         numbers = [f"{k} {v:.5g}" for k, v in shown.items() if isinstance(v, float)]
         rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []

@@ -33,7 +33,7 @@ class LogSummary:
     """complete lines"""
     lines_per_point: int = 1
     last: Mapping[str, Any] = field(default_factory=dict)
-    """the last complete line"""
+    """the last value of every key: validation and evaluation write lines of their own"""
     seconds: float = 0.0
     """of training, over all sessions"""
     nonfinite: dict[str, int] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def read_log(path: Path, points: int = POINTS) -> LogSummary:
             for record in records:
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                     continue
-                log.num_lines, log.last = log.num_lines + 1, record
+                log.num_lines, log.last = log.num_lines + 1, {**log.last, **record}
                 clock = record.get("seconds")
                 if isinstance(clock, int | float) and math.isfinite(clock):
                     past_sessions, session = past_sessions + (session if clock < session else 0.0), clock

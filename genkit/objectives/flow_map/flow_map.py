@@ -35,7 +35,7 @@ from genkit.objectives.flow_map.guidance import GuidedTeacher, draw_guidance, gu
 from genkit.objectives.flow_map.learned import Jumps, LearnedMap
 from genkit.objectives.flow_map.rules import RULES, Improved, Rule
 from genkit.objectives.matching.flow import name_of
-from genkit.objectives.matching.matching import MAX_ERROR_SCALE, Matching, PredictionName
+from genkit.objectives.matching.matching import Matching, PredictionName, bound_velocity_error
 from genkit.objectives.matching.times import LogitNormal, TimeDistribution
 
 SLOW = 0.01  # of the 1000 rad of a network's time label
@@ -187,13 +187,8 @@ class FlowMap(Matching):
         return Jumps(z, r, t, velocity, x0, x1)
 
     def error_bound(self, t: Tensor, like: Tensor) -> Tensor:
-        """The factor that keeps the network's share of the error within MAX_ERROR_SCALE, ``[B, 1, ...]``.
-
-        A prediction of the data is divided by the noise to give a velocity, which is infinite at t = 0.
-        """
-        one = torch.ones_like(expand(t, like))
-        linear = self.parametrization.predict(self.path, torch.zeros_like(one), t, one).velocity
-        return (MAX_ERROR_SCALE / linear.abs()).clamp(max=1)
+        """The factor that keeps the network's share of the error within bounds, ``[B, 1, ...]``."""
+        return bound_velocity_error(self.parametrization, self.path, t, like)
 
     def open_teacher(self, device: torch.device) -> Denoiser | None:
         """The teacher, guided, on ``device``."""

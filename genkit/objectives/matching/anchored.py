@@ -83,7 +83,14 @@ class AnchoredFlow(Flow):
         logits, centers = nets["bank"](batch.cond, batch.x)
         flow = super().loss(phase, nets, replace(batch, x1=centers[nearest])).per_sample
         choice = nn.functional.cross_entropy(logits, nearest, reduction="none")
-        return Loss(flow + choice, {"flow": flow.detach().mean(), "choice": choice.detach().mean()})
+        return Loss(flow + choice, {"flow": flow.detach().mean(), "choice": choice.detach().mean()}, choice)
+
+    @property
+    def chosen_condition(self) -> str:
+        return self.anchor
+
+    def choice_log_probs(self, nets: Mapping[str, nn.Module], cond: Cond, like: Tensor) -> Tensor:
+        return nets["bank"](cond, like)[0].log_softmax(1)
 
     def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         assert batch.x1 is not None, "loss puts the centres there"

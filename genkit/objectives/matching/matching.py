@@ -102,11 +102,6 @@ class Matching(Objective):
         return NATURAL_SPACES[self.prediction]
 
     @property
-    def guidance_range(self) -> tuple[float, float] | None:
-        """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
-        return None
-
-    @property
     def parametrization(self) -> Parametrization:
         """What the network's input, output and regression target mean."""
         if self.prediction == "karras":
@@ -255,6 +250,16 @@ class Matching(Objective):
         if sampling is None:
             raise ValueError(f"{type(self).__name__} needs a sampler to draw with, say bind('heun', 20)")
         return sampling(self.denoiser(nets["net"]))
+
+
+def bound_velocity_error(parametrization: Parametrization, path: ProbabilityPath, t: Tensor, like: Tensor) -> Tensor:
+    """The factor ``[B, 1, ...]`` that keeps the network's share of an error of the velocity within MAX_ERROR_SCALE.
+
+    A prediction of the data is divided by the noise to give a velocity, which is infinite at t = 0.
+    """
+    one = torch.ones_like(expand(t, like))
+    linear = parametrization.predict(path, torch.zeros_like(one), t, one).velocity
+    return (MAX_ERROR_SCALE / linear.abs()).clamp(max=1)
 
 
 def history_of(nets: Mapping[str, nn.Module]) -> LossHistory:

@@ -43,18 +43,21 @@ class DenoisingTrajectory(NamedTuple):
     means: Tensor
     stds: Tensor | None = None
     """None: those of the chain"""
+    choice: Tensor | None = None
+    """log-probabilities [1, B, A] of the A values of the choice that was made before the first step, such as an anchor;
+    None: there was none, or it was given"""
 
     @classmethod
     def stacked(cls, parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:
         """Trajectories of one chain, stacked along a new second dimension."""
-        xs, means, stds = zip(*parts, strict=True)
-        return cls(torch.stack(xs, 1), torch.stack(means, 1), None if stds[0] is None else torch.stack(stds, 1))
+        xs, means, stds, choice = zip(*parts, strict=True)
+        optional = [None if v[0] is None else torch.stack(v, 1) for v in (stds, choice)]
+        return cls(torch.stack(xs, 1), torch.stack(means, 1), *optional)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> DenoisingTrajectory:
         """The trajectory with ``function`` applied to each tensor."""
-        return DenoisingTrajectory(
-            function(self.xs), function(self.means), None if self.stds is None else function(self.stds)
-        )
+        optional = [None if v is None else function(v) for v in (self.stds, self.choice)]
+        return DenoisingTrajectory(function(self.xs), function(self.means), *optional)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,39 @@ from genkit.rl.finetune.learner import Learner
 
 
 def compare_with_reference(learner: Learner, experience: Experience) -> tuple[Experience, dict[str, float]]:
-    """The experience with the reference model's means, and ``kl_reference``, the KL divergence from it in nats per
-    trajectory, of the weights that drew them. It is not reported if a step of the chain has no noise."""
+    """The experience with the reference model's means and choice, and numbers for the log.
+
+    These are ``kl_reference``, the KL divergence from it in nats per trajectory, of the weights that drew them, unless
+    a step of the chain has no noise; and of a choice before the first step its part of that, ``kl_choice``, and its
+    mean entropy, ``choice_entropy_bits``.
+    """
     own = learner.own_rows(len(experience.advantages))
     with learner.autocast():
         means = step_means(learner.chain, learner.reference, experience, own)
+        choice = reference_choice(learner, experience, own)
     reference = learner.gather(means, 1)
     experience = experience._replace(reference_means=reference)
-    if not all(step.std > 0 for step in learner.chain.transitions):
-        return experience, {}
-    trajectory = experience.trajectory
-    kl = trajectory_kl(learner.chain, trajectory.means, reference, stds=trajectory.stds)
-    return experience, {"kl_reference": float(kl.mean())}
+    trajectory, logs = experience.trajectory, {}
+    kl = torch.zeros_like(experience.advantages)
+    if trajectory.choice is not None and choice is not None:
+        experience = experience._replace(reference_choice=learner.gather(choice, 1))
+        kl = categorical_kl(trajectory.choice[0], learner.gather(choice, 1)[0])
+        entropy_bits = float(categorical_entropy(trajectory.choice[0]).mean()) / math.log(2)
+        logs = {"kl_choice": float(kl.mean()), "choice_entropy_bits": entropy_bits}
+    if all(step.std > 0 for step in learner.chain.transitions):
+        kl = kl + trajectory_kl(learner.chain, trajectory.means, reference, stds=trajectory.stds)
+        logs = {"kl_reference": float(kl.mean()), **logs}
+    return experience, logs
+
+
+@torch.no_grad()
+def reference_choice(learner: Learner, experience: Experience, rows: slice = slice(None)) -> Tensor | None:
+    """Log-probabilities ``[1, M, A]`` of the choice before the first step under the model before any reward, of some
+    ``rows``; None if there is none."""
+    if experience.trajectory.choice is None:
+        return None
+    cond = {k: v[rows] for k, v in experience.cond.items()}
+    return learner.objective.choice_log_probs(learner.frozen, cond, experience.trajectory.xs[0, rows])[None]
 
 
 @torch.no_grad()
@@ -44,6 +67,16 @@ def trajectory_kl(
     first = chain.first_trained(last)
     std = chain.table(means)[3].reshape(-1, *(1,) * (means.ndim - 1)) if stds is None else stds
     return (((means - others) / std)[first:] ** 2).flatten(2).sum(2).sum(0) / 2
+
+
+def categorical_kl(log_probs: Tensor, others: Tensor) -> Tensor:
+    """KL divergence in nats, ``[B]``, of choices with log-probabilities ``log_probs`` [B, A] from ``others``."""
+    return (log_probs.exp() * (log_probs - others)).sum(1)
+
+
+def categorical_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats, ``[B]``, of choices with log-probabilities ``log_probs`` [B, A]."""
+    return -(log_probs.exp() * log_probs).sum(1)
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class SampleEvaluation:
 
     def __call__(self, run: Run, picture: Path) -> dict[str, Any]:
         """Estimates ready for JSON; the first samples are drawn to the file ``picture``."""
-        cond = replace(self.task, group=1).conditions(run.spec, self.n, lambda n: self.demos(0, 0, n).cond)
+        cond = replace(self.task, group=1).conditions(
+            run.spec, self.n, lambda n: self.demos(0, 0, n).cond, run.objective.chosen_condition
+        )
         # not clipped, as the chain draws in training
         generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid, clip=False))
         rewards, decoded = [], []

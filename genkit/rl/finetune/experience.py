@@ -30,6 +30,8 @@ class Experience(NamedTuple):
     """1 for the entries of a sample that the environment received, else 0, [*S]; None: all"""
     reference_means: Tensor | None = None
     """the steps' means under the model before any reward, [K, M, *S]; None: not computed yet"""
+    reference_choice: Tensor | None = None
+    """log-probabilities of the first choice under the model before any reward, [1, M, A], if there is one"""
 
 
 class Task(Protocol):

@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Denoiser, Draw, Objective, Spec, seed_of
-from genkit.rl.finetune.chain import Chain, find_denoiser
+from genkit.core import Batch, Cond, Denoiser, Draw, Noise, Objective, Spec, seed_of
+from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
 from genkit.training.distributed import sum_gradients
 from genkit.training.loop import Diverged, State, optimizer_step, split_batch, update_ema
 from genkit.training.meter import SkippedSteps
@@ -115,15 +115,18 @@ class Share:
         the shares, by their ``weight``, is the mean over the demonstrations.
 
         It is summed over the entries of a sample, as a log-probability is, so that their relative weight is the same
-        for long and short chunks.
+        for long and short chunks. The cross-entropy of a choice is a log-probability already.
         """
         learner = self.learner
         first, last = (round(n * i / self.total) for i in (self.start, self.stop))
         if first == last:
             return torch.zeros((), device=learner.device)
         batch = self.demos.rows(first, last)
-        per_sample = learner.objective.loss(learner.phase, learner.state.nets, batch).per_sample
-        return per_sample.mean() * math.prod(learner.spec.shape) * ((last - first) / (n * self.fraction))
+        loss, entries = learner.objective.loss(learner.phase, learner.state.nets, batch), math.prod(learner.spec.shape)
+        value = loss.per_sample.mean() * entries
+        if loss.choice is not None:
+            value = value - loss.choice.mean() * (entries - 1)
+        return value * ((last - first) / (n * self.fraction))
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -205,6 +208,36 @@ class Learner:
         if isinstance(self.chain.sigma, nn.Module) and self.noise_optimizer is not None:
             networks["noise"] = (self.chain.sigma, self.noise_optimizer)
         return networks
+
+    # ----------------------------------------------------------------------------------------------- trajectories
+    @torch.no_grad()
+    def draw_trajectories(self, z: Tensor, cond: Cond, noise: Noise | None) -> tuple[DenoisingTrajectory, Cond]:
+        """Trajectories from normals ``z`` ``[B, *S]``, and their conditions, with what was chosen before the first
+        step."""
+        nets = self.state.nets
+        with self.autocast():
+            start = start_trajectories(self.objective, nets, z, cond, noise, self.chain)
+            trajectory = self.chain.sample(start.denoise, start.x, start.cond, noise)
+            if self.objective.chosen_condition not in (None, *cond):
+                choice = self.objective.choice_log_probs(nets, start.cond, z)
+                trajectory = trajectory._replace(choice=choice[None])
+        return trajectory, start.cond
+
+    def log_prob(
+        self, trajectory: DenoisingTrajectory, cond: Cond, last: int | None = None, used: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities under the current weights of the choice before the first step, if there was one, and of the
+        ``last`` steps (None: all): ``[choices + last, B]``. For ``used`` see :meth:`Chain.density`."""
+        steps = self.chain.log_prob(self.denoiser, trajectory.xs, cond, last, used)
+        if trajectory.choice is None:
+            return steps
+        log_probs = self.objective.choice_log_probs(self.state.nets, cond, trajectory.xs[0])
+        return torch.cat([self.chosen(log_probs, cond)[None], steps])
+
+    def chosen(self, log_probs: Tensor, cond: Cond) -> Tensor:
+        """Of ``log_probs`` [B, A] those of the values that were chosen, ``[B]``."""
+        assert self.objective.chosen_condition is not None
+        return log_probs.gather(1, cond[self.objective.chosen_condition][:, None])[:, 0]
 
     def generator(self, *key: int) -> torch.Generator:
         """Random numbers for one purpose, on the CPU, the same on every rank."""

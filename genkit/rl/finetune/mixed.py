@@ -58,14 +58,16 @@ class Mixed(RewardMethod):
         advantages = normalize(experience.advantages)
         first = chain.first_trained(self.ft_denoising_steps)
         drawn = torch.stack([self.drawn_log_prob(chain, experience, k) for k in range(first, chain.steps)])
+        if trajectory.choice is not None:
+            drawn = torch.cat([learner.chosen(trajectory.choice[0], experience.cond)[None], drawn])
         order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2))
         total, steps = 0.0, 0
 
         def loss(share: Share) -> tuple[Tensor, Tensor]:
             m = share.rows
             cond = {name: v[m] for name, v in experience.cond.items()}
-            log_prob = chain.log_prob(
-                learner.denoiser, trajectory.xs[:, m], cond, self.ft_denoising_steps, experience.used
+            log_prob = learner.log_prob(
+                trajectory.map(lambda v: v[:, m]), cond, self.ft_denoising_steps, experience.used
             )
             surrogate = clipped_surrogate((log_prob - drawn[:, m]).exp(), advantages[m], self.clip)
             bc_loss = share.bc_loss(self.bc_batch)
@@ -88,7 +90,8 @@ class Mixed(RewardMethod):
     def by_backpropagation(
         self, learner: Learner, task: Task, experience: Experience, iteration: int
     ) -> dict[str, float]:
-        """Minus the reward of new trajectories, differentiated through the chain."""
+        """Minus the reward of new trajectories, differentiated through the chain. A choice before the first step has no
+        derivative: it follows the likelihood ratio, with the mean reward as the baseline."""
         count = experience.trajectory.xs.shape[1]
         reward_std = float(experience.advantages.std(correction=0).clamp(min=1e-8))
         total, steps = 0.0, 0
@@ -104,8 +107,13 @@ class Mixed(RewardMethod):
                 x = sample_differentiably(
                     learner.chain, start.denoise, start.x, start.cond, noise, self.ft_denoising_steps
                 )
-                bc_loss = share.bc_loss(self.bc_batch)
-                return bc_loss - self.weight * task.reward(x, start.cond).mean() / reward_std, bc_loss
+                bc_loss, rewards = share.bc_loss(self.bc_batch), task.reward(x, start.cond)
+                value = rewards.mean()
+                if learner.objective.chosen_condition not in (None, *own_cond):
+                    choice = learner.objective.choice_log_probs(learner.state.nets, start.cond, start.x)
+                    advantages = rewards.detach() - experience.logs["reward"]
+                    value = value + (advantages * learner.chosen(choice, start.cond)).mean()
+                return bc_loss - self.weight * value / reward_std, bc_loss
 
             total += float(learner.gradient_step(torch.arange(len(z)), loss, self.lr))
             steps += 1

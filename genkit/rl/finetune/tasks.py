@@ -16,7 +16,7 @@ from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
 from genkit.data.codecs import Actions, Pixels
 from genkit.envs import Env
 from genkit.rl.finetune.advantages import gae, group_advantages
-from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise, start_trajectories
+from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Learner
@@ -136,13 +136,11 @@ class EnvironmentTask:
         obs_steps = obs_steps_of(learner)
         obs = torch.from_numpy(np.stack(self.history, 1)).float().to(learner.device)
         z = noise(learner.spec.shape)
-        with learner.autocast():
-            start = start_trajectories(learner.objective, learner.state.nets, z, {"obs": obs}, noise, learner.chain)
-            trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
+        trajectory, cond = learner.draw_trajectories(z, {"obs": obs}, noise)
         chunk = self.codec.to_absolute(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
         reward, terminated, ended = self.act(actions)
-        return Decision(start.cond, trajectory, np.stack(self.history, 1), reward, terminated, ended)
+        return Decision(cond, trajectory, np.stack(self.history, 1), reward, terminated, ended)
 
     def advantages(
         self,
@@ -277,14 +275,19 @@ class FunctionTask:
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
         """Normals ``[n, *S]``, a function of ``iteration``, and conditions for them."""
         z = torch.randn(n, *learner.spec.shape, generator=learner.generator(iteration, 0)).to(learner.device)
-        cond = self.conditions(learner.spec, n, lambda rows: learner.draw_demos(rows).cond)
+        chosen = learner.objective.chosen_condition
+        cond = self.conditions(learner.spec, n, lambda rows: learner.draw_demos(rows).cond, chosen)
         return z, {k: v.to(z.device) for k, v in cond.items()}
 
-    def conditions(self, spec: Spec, n: int, demos: Callable[[int], Cond]) -> dict[str, Tensor]:
-        """Conditions of ``n`` samples, the same for each ``group``: classes, or those of ``demos(groups)``."""
+    def conditions(
+        self, spec: Spec, n: int, demos: Callable[[int], Cond], chosen: str | None = None
+    ) -> dict[str, Tensor]:
+        """Conditions of ``n`` samples, the same for each ``group``: classes, or those of ``demos(groups)`` without the
+        one whose value is ``chosen`` by the model itself."""
         groups = -(-n // self.group)
         classes = not spec.cond or is_class_conditional(spec)
         cond = sample_conditions(spec, groups, self.label) if classes else dict(demos(groups))
+        cond.pop(chosen or "", None)
         if self.unconditional:
             cond["keep"] = torch.zeros(groups, dtype=torch.bool)
         return {k: v.repeat_interleave(self.group, 0)[:n] for k, v in cond.items()}
@@ -310,19 +313,16 @@ class FunctionTask:
         z, cond = self.draw(learner, iteration, self.samples)
         own = learner.own_rows(self.samples)
         noise = seeded_noise(self.samples, learner.generator(iteration, 4), z.device, z.dtype, own)
-        own_cond = {k: v[own] for k, v in cond.items()}
-        with learner.autocast():
-            start = start_trajectories(learner.objective, learner.state.nets, z[own], own_cond, noise, learner.chain)
-            trajectory = learner.chain.sample(start.denoise, start.x, start.cond, noise)
-        rewards = learner.gather(self.reward(trajectory.xs[-1], start.cond))
+        trajectory, own_cond = learner.draw_trajectories(z[own], {k: v[own] for k, v in cond.items()}, noise)
+        rewards = learner.gather(self.reward(trajectory.xs[-1], own_cond))
         trajectory = trajectory.map(lambda x: learner.gather(x, 1))
-        start_cond = {k: learner.gather(v) for k, v in start.cond.items()}
+        cond = {k: learner.gather(v) for k, v in own_cond.items()}
         learner.reward_std = learner.reward_std or max(1e-8, float(rewards.std(correction=0)))
         groups = torch.arange(len(z), device=z.device) // (self.group if self.group > 1 else len(z))
         # the first deviation is also the least: rewards that are all alike are not blown up
         advantages = learner.reward_std * group_advantages(rewards, groups, learner.reward_std)
         logs = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
-        return Experience(trajectory, start_cond, advantages, None, logs)
+        return Experience(trajectory, cond, advantages, None, logs)
 
 
 def is_class_conditional(spec: Spec) -> bool:

@@ -1,0 +1,1 @@
+"""Distillation of a trained diffusion model or flow into a generator of few steps."""
