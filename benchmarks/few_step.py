@@ -13,7 +13,6 @@ samples that the SVM takes for their class; an ``MLP`` backbone, 192 wide; the b
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -31,6 +30,7 @@ from benchmarks.ensemble import EnsembleMLP, draw_rows, train
 from benchmarks.reflow import DigitScores, cycle_labels, load_digits
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd
 from genkit.backbones import MLP
+from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND, Batch, Generator, Noise, Objective
 from genkit.data.standard_images import Digits
 from genkit.diffusion.flow_map import SPAN
@@ -288,7 +288,7 @@ def print_tables(console: Console, title: str, rows: Mapping[str, dict]) -> None
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench few-step", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench few-step")
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--only", choices=PARTS, help="one of the two")
