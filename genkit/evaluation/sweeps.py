@@ -287,7 +287,7 @@ def time_sample(combinations: Sequence[ModelSamples]) -> float:
     """
 
     def cost(samples: ModelSamples) -> float:
-        return samples.sampling.steps * (1 if samples.sampling.guidance == 1 else 2)
+        return (samples.sampling.steps or 1) * (1 if samples.sampling.guidance == 1 else 2)
 
     for timed in combinations:
         num, seconds = 1, 0.0
