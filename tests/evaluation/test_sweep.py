@@ -164,3 +164,15 @@ def test_the_time_of_a_sweep_follows_steps_and_guidance(moons):
         patch.setattr(sweeps, "time", Clock())
         assert sweeps.time_sample(few) == 1 / 8  # of a batch of eight, which takes a second
         assert sweeps.time_sample(many) == (4 + 8 + 2 * 4 + 2 * 8) / 4 / 8
+
+
+def test_the_table_cuts_off_no_number_and_no_column(moons, capsys, monkeypatch):
+    """In a terminal, or a pipe, of 80 columns; settings that all points share are in one line below it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ["--n=20", "--confirm-n=30", "--steps", "2", "3", "--sampler", "ddim", "heun", "--ema", "0.5", "0.9"]
+    assert cli.main(["sweep", str(moons), *argv, "--device=cpu"]) == 0
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if "NFE" in line)
+    assert head.split() == ["NFE", "passes", "w2", "sampler", "steps", "ema", "Pareto"]
+    assert "…" not in out
+    assert "all with guidance 1, interval –" in out

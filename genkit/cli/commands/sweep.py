@@ -17,6 +17,7 @@ from genkit.evaluation import SweepResult, SweepSettings, sweep
 from genkit.evaluation.sweeps import SweepPoint
 from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
 
+TABLE_WIDTH = 160  # characters that a table may take rather than cut off a number or a column
 SETTINGS = ("sampler", "steps", "guidance", "interval", "ema")  # columns that are left out if all points have the same
 
 
@@ -69,7 +70,7 @@ def print_result(result: SweepResult, screened_n: int, picture: Path) -> None:
     table.add_column("Pareto")
     for point, row in zip(points, rows, strict=True):
         table.add_row(*(row[name] for name in swept), "*" if point in front else "")
-    console.print(table, crop=False)
+    console.print(table, width=max(console.width, TABLE_WIDTH), crop=False)
     if common := ", ".join(f"{name} {rows[0][name]}" for name in SETTINGS if name not in swept):
         console.print(f"all with {common}", markup=False)
     console.print(
