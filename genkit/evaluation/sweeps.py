@@ -257,19 +257,18 @@ def sweep(
 def choose_counts(
     settings: SweepSettings, combinations: Sequence[ModelSamples], progress: Progress = silent
 ) -> tuple[int, int]:
-    """The numbers of samples of screening and of confirming: those of ``settings``, or the largest of ``COUNTS`` whose
-    drawing takes at most ``max_minutes`` if every combination is confirmed.
+    """The numbers of samples of screening and of confirming: those of ``settings``, or without any the largest of
+    ``COUNTS`` whose drawing takes at most ``max_minutes`` if every combination is confirmed.
 
     Few sizes are allowed, so that a sweep that is called again finds its cards. What is left out is said.
     """
-    if settings.n is not None and settings.confirm_n is not None:
-        return settings.n, settings.confirm_n
+    if settings.n is not None or settings.confirm_n is not None:
+        return settings.n or COUNTS[0][0], settings.confirm_n or COUNTS[0][1]
     progress("timing", 0, None)
     seconds = time_sample(combinations)
-    options = [(settings.n or n, settings.confirm_n or confirm_n) for n, confirm_n in COUNTS]
-    minutes = [(n + confirm_n) * seconds / 60 for n, confirm_n in options]
-    i = next((i for i, m in enumerate(minutes) if m <= settings.max_minutes), len(options) - 1)
-    (n, confirm_n), (all_n, all_confirm_n) = options[i], options[0]
+    minutes = [(n + confirm_n) * seconds / 60 for n, confirm_n in COUNTS]
+    i = next((i for i, m in enumerate(minutes) if m <= settings.max_minutes), len(COUNTS) - 1)
+    (n, confirm_n), (all_n, all_confirm_n) = COUNTS[i], COUNTS[0]
     if i:
         logging.getLogger("genkit").warning(
             f"sweep: {len(combinations)} combinations, screened with {n} samples and confirmed with {confirm_n}, take "

@@ -136,7 +136,7 @@ def test_intervals_are_parsed():
 
 @pytest.mark.parametrize(("given", "minutes", "expected"), [
     ({}, 5500 / 60, (500, 5000)), ({}, 5499 / 60, (500, 2000)), ({}, 20, (200, 1000)), ({}, 1e-3, (50, 200)),
-    ({"n": 30}, 20, (30, 1000)), ({"confirm_n": 30}, 20, (500, 30)), ({"n": 9, "confirm_n": 9}, 1e-3, (9, 9)),
+    ({"n": 30}, 1e-3, (30, 5000)), ({"confirm_n": 30}, 1e-3, (500, 30)), ({"n": 9, "confirm_n": 9}, 1e-3, (9, 9)),
 ])  # fmt: skip
 def test_a_sweep_fits_into_the_minutes_and_says_what_it_leaves_out(monkeypatch, caplog, given, minutes, expected):
     """A sample of every combination takes a second."""
