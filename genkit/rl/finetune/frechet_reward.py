@@ -73,10 +73,7 @@ def load_frechet(reward: str, base: Run) -> FrechetReward:
     extract: Callable[[Tensor], Tensor] = torch.nn.Flatten()
     if name == "classifier":
         network = Classifier().load("cpu", data).network.to(base.device).eval().requires_grad_(False)
-
-        def extract(x: Tensor) -> Tensor:
-            return network(255 * x.clamp(0, 1)).features
-
+        extract = lambda x: network(255 * x.clamp(0, 1)).features  # noqa: E731
     with torch.no_grad():
         features = torch.cat([extract(part.to(base.device)) for part in real.split(1024)])
     return FrechetReward(extract, Moments.of(features))
