@@ -30,7 +30,7 @@ def is_same(a: TrainSettings, b: TrainSettings) -> bool:
     """Whether the training of the stored settings ``a`` leads to the same networks as one of ``b``, which may leave
     settings open that training decides."""
     stored = replace(a, **{name: getattr(b, name) for name in IGNORED})
-    sources = (source.with_absolute_root() for source in (b.data, b.data.with_default_held_out()))
+    sources = (source.with_absolute_root() for source in (b.data, b.data.with_decisions()))
     return any(stored == decided_as(a, replace(b, data=source)) for source in (b.data, *sources))
 
 

@@ -85,7 +85,7 @@ class LocalSource(ImageSource):
     """share of the training split that is kept for evaluation and is its test split, chosen by a hash of each file's
     name (of an npz: its row); None: 0.1 when training begins, unless there is a test split"""
 
-    def with_default_held_out(self: S) -> S:
+    def with_decisions(self: S) -> S:
         if self.held_out is not None:
             return self
         share = 0.0 if has_test_split(self.root, self.suffix or "") else DEFAULT_SHARE

@@ -97,9 +97,9 @@ class DataSource(ABC):
         that the defaults suit."""
         return None
 
-    def with_default_held_out(self: S) -> S:
-        """A copy whose share of held-out samples is decided, for a run that begins; sources with a test split have
-        nothing to decide."""
+    def with_decisions(self: S) -> S:
+        """A copy in which what is left open is decided, for a run that begins: the share of held-out samples of a
+        source without a test split, or the environment that a recording names."""
         return self
 
     def with_decisions_of(self: S, earlier: DataSource) -> S:

@@ -67,7 +67,7 @@ class TorchSource(DataSource):
         """What messages call it."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
-    def with_default_held_out(self) -> TorchSource:
+    def with_decisions(self) -> TorchSource:
         if self.held_out is not None:
             return self
         return self.with_fields(held_out=0.0 if self.has_splits else DEFAULT_SHARE)

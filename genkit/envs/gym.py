@@ -23,6 +23,7 @@ INSTALL = {  # start of an environment's id -> the package that registers it, an
     "Adroit": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
     "Fetch": ("gymnasium_robotics", 'pip install gymnasium-robotics "mujoco<4"'),
 }
+REGISTERING_PACKAGES = {"gymnasium", *(package for package, _ in INSTALL.values())}  # whose ids need no module
 INSTALL_MUJOCO = 'pip install "gymnasium[mujoco]" "mujoco<4"'  # 4.0.0 breaks Fetch, HandReach and Meta-World
 DEFAULT_MAX_STEPS = 1000  # if the environment has no limit of its own
 INFO_NAMES = {"is_success": "success", "success": "success", "coverage": "coverage"}

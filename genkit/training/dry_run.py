@@ -92,7 +92,7 @@ def estimate_training(settings: TrainSettings | None = None, **changes: Any) -> 
         if getattr(settings, name) is not None:
             raise ValueError(f"{name}: given {getattr(settings, name)} with dry_run, which estimates a new run; give "
                              "--config RUN/config.yaml instead")  # fmt: skip
-    settings = replace(settings, data=settings.data.with_default_held_out())
+    settings = replace(settings, data=settings.data.with_decisions())
     accelerator = join_ranks(pick_device(settings.device))
     model = build_model(settings, accelerator, [])
     settings, state = model.settings, model.state

@@ -163,7 +163,7 @@ def find_resumable(settings: TrainSettings) -> Path | None:
     # a run that is older than held-out shares has the data as they are given
     alternatives = [
         dataclasses.replace(settings, data=source.with_absolute_root())
-        for source in (settings.data.with_default_held_out(), settings.data)
+        for source in (settings.data.with_decisions(), settings.data)
     ]
     out = Path(settings.out).expanduser()
     for path in sorted(out.glob("*-*"), reverse=True) if out.is_dir() else ():

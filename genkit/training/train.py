@@ -207,7 +207,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     else:
-        settings = replace(settings, data=settings.data.with_default_held_out())
+        settings = replace(settings, data=settings.data.with_decisions())
     model = build_model(settings, accelerator, notes, resumed, checkpoint)
     settings, dataset, data, state, stream = model.settings, model.dataset, model.data, model.state, model.stream
     fingerprint = data_fingerprint(dataset)

@@ -134,7 +134,7 @@ def test_training_holds_out_a_tenth_and_says_so(tmp_path, kind, capsys):
 def test_a_test_split_leaves_nothing_to_hold_out(tmp_path):
     for split in ("train", "test"):
         make_folder(tmp_path / split, 12)
-    source = DATA["folder"](root=str(tmp_path)).with_default_held_out()
+    source = DATA["folder"](root=str(tmp_path)).with_decisions()
     assert source.held_out == 0
     assert len(source.load("train")) == 12
 

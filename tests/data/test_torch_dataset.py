@@ -110,7 +110,7 @@ def test_numbers_are_scaled_by_the_training_samples():
 
 
 def test_a_class_with_splits_of_its_own_uses_them():
-    source = from_dict(TrainSettings, {"data": f"{__name__}:Halves"}).data.with_default_held_out()
+    source = from_dict(TrainSettings, {"data": f"{__name__}:Halves"}).data.with_decisions()
     train, batch = load_all(source)
     _, test = load_all(source, "test")
     assert [int(v) for v in batch.x[:, 0, 0, 0]] == list(range(30))
@@ -146,7 +146,7 @@ def test_an_object_is_given_in_python(tmp_path):
     assert f"Items of {N} samples" in again.config.data.about
     other = adapt(Items([torch.zeros(3)] * N))
     assert other != again.config.data
-    assert adapt(dataset).with_default_held_out() == again.config.data
+    assert adapt(dataset).with_decisions() == again.config.data
 
 
 REFUSED = {

@@ -103,6 +103,7 @@ def test_a_run_is_not_continued_as_another_one(whole, change):
 
 
 OTHER = {  # another value for every setting
+    "conditions": ["skill=1"], "lora": {"rank": 2},
     "reward": "progress", "method": "rwr", "exploration_noise": "learned", "min_std": 0.5, "steps": 3, "grid":
     "karras", "iterations": 9, "env": "pusht", "env_args": ["a=1"], "mode": 1, "num_envs": 9, "num_steps": 9,
     "act_steps": 2, "terminate_out_of_range": 2.0, "samples": 9, "group": 2, "ema": 0.5, "label": 1,

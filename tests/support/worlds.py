@@ -42,5 +42,5 @@ class Shelf(Reach):
         return {"zpos": np.array([self.place]), "agoal": np.array([self.goal, 7.0])}
 
 
-gymnasium.register("Reach-v0", Reach, max_episode_steps=12)
+gymnasium.register("Reach-v0", f"{__name__}:Reach", max_episode_steps=12)
 gymnasium.register("Shelf-v0", Shelf, max_episode_steps=12)

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
         console.print(f"{say} genkit finetune --resume {directory}", markup=False)
     elif is_main_process():
         sample = f"sample {directory} --steps {settings.sampler_steps}"
-        command = f"rollout {directory}" if settings.reward in REWARDS else sample
+        conditions = f" --conditions {shlex.join(settings.conditions)}" if settings.conditions else ""
+        command = f"rollout {directory}{conditions}" if settings.reward in REWARDS else sample
         console.print(f"next     genkit {command}", markup=False)
     return 0

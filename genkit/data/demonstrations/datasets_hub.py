@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import numpy as np
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
 from genkit.data.demonstrations.replay import Recorded, require_arrays
+from genkit.data.source import DataSource
+from genkit.envs import parse_arguments
+from genkit.envs.gym import REGISTERING_PACKAGES
 
 INSTALL = "pip install 'genkit[data]'"
 
@@ -32,6 +35,35 @@ class Minari(Recorded):
     """if observations are dictionaries, the observed entries in this order; (): all that are not images"""
     reward: str = "reward"
     """the array of rewards, for the condition returns"""
+
+    def with_decisions(self) -> Minari:
+        return self if self.env else self.with_recorded_environment()
+
+    def with_decisions_of(self, earlier: DataSource) -> Minari:
+        if self.env or not isinstance(earlier, Minari):
+            return self
+        return replace(self, env=earlier.env, env_args=earlier.env_args)
+
+    def with_recorded_environment(self) -> Minari:
+        """A copy with the environment that the dataset names for evaluation, else the one that it was recorded in.
+
+        ``env_args`` add to its keyword arguments, or replace them. An environment with wrappers is left out, since it
+        could not be made again.
+        """
+        metadata = open_minari(self.root).storage.metadata
+        stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
+        spec = json.loads(stored) if stored else {}
+        if not spec or spec.get("additional_wrappers"):
+            return self
+        module = str(spec.get("entry_point") or "").partition(":")[0]
+        known = not module or module.partition(".")[0] in REGISTERING_PACKAGES
+        values = {"max_episode_steps": spec.get("max_episode_steps"), **spec.get("kwargs", {})}
+        own = parse_arguments(self.env_args)
+        arguments = [
+            f"{k}={json.dumps(v)}" for k, v in values.items() if k not in own and k != "render_mode" and v is not None
+        ]
+        name = spec["id"] if known else f"{module}:{spec['id']}"
+        return replace(self, env=name, env_args=(*arguments, *self.env_args))
 
     def observed_columns(self) -> tuple[str, ...]:
         if self.observed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Cond, Denoiser, Draw, Noise, Objective, Spec, seed_of
+from genkit.core.device import send
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
 from genkit.training.distributed import sum_gradients
-from genkit.training.loop import Diverged, State, optimizer_step, split_batch, update_ema
+from genkit.training.loop import Diverged, State, copy_for_ema, optimizer_step, split_batch, update_ema
 from genkit.training.meter import SkippedSteps
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         if not self.frozen:
-            self.frozen = {k: copy.deepcopy(v).requires_grad_(False).eval() for k, v in self.state.nets.items()}
+            self.frozen = {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in self.state.nets.items()}
         for net in self.state.nets.values():
             net.eval()  # with dropout the ratio of an unchanged network would not be 1
         self.skipped = SkippedSteps(self.device)
@@ -187,7 +187,7 @@ class Learner:
     @property
     def device(self) -> torch.device:
         """Device of the networks."""
-        return next(self.state.nets["net"].parameters()).device
+        return next(p for net in self.state.nets.values() for p in net.parameters()).device
 
     @property
     def denoiser(self) -> Denoiser:
@@ -294,7 +294,7 @@ class Learner:
         if not counted:  # fewer rows than ranks: take part in the collective calls all the same
             first, last = min(first, total - 1), min(first, total - 1) + 1
         bounds = [(first + a, first + b) for a, b in split_batch(last - first, self.micro_batch)]
-        return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
+        return [Share(send(rows[a:b], self.device), a, b, total, self, demos, counted) for a, b in bounds]
 
     # --------------------------------------------------------------------------------------------------- learning
     def gradient_step(self, rows: Tensor, loss: ShareLoss, lr: float, clip: float = 1.0) -> Tensor:

@@ -33,17 +33,20 @@ from genkit.rl.finetune.frechet_reward import is_frechet, resolve_frechet
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import (
+    acting_policy,
     build_chain,
     build_env,
     build_learner,
     build_task,
+    check_adapter,
+    choose_save_interval,
     choose_threads,
     default_name,
     train_settings,
 )
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.policy import ACTING_FILE, Policy, default_steps
+from genkit.rl.policies.policy import ACTING_FILE, default_steps
 from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import point_latest
@@ -53,7 +56,7 @@ from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
 from genkit.training.resume import refuse_other_meaning, resume_point
-from genkit.training.run import Run, load_run
+from genkit.training.run import LORA_BASE, Run, average_name, load_run, read_lora_base, write_lora_base
 from genkit.training.session import Recorder, environment, tracker_names
 
 CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: neither trained on nor reported
@@ -105,7 +108,7 @@ def finetune(
         base, accelerator = run, join_ranks(run.device)
     else:
         accelerator = join_ranks(pick_device(settings.device))
-        base = load_run(settings.run, device=accelerator.device.type)
+        base = load_base(settings.run, directory, accelerator.device.type)
     if settings.steps is None:
         settings = replace(
             settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
@@ -116,6 +119,16 @@ def finetune(
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+
+
+def load_base(run: str, directory: Path | None, device: str) -> Run:
+    """The run to improve; when ``directory``, that of an adapter, is resumed, with the weights that this adapts."""
+    if directory is None or not (directory / LORA_BASE).is_file():
+        return load_run(run, device=device)
+    origin = read_lora_base(directory)
+    return load_run(
+        origin["run"], ema=average_name(origin["weights"]), step=step_of(Path(origin["weights"]).parent), device=device
+    )
 
 
 def stored_finetuning(directory: Path) -> dict[str, Any]:
@@ -170,8 +183,11 @@ class FineTuning:
         world = accelerator.num_processes
         torch.set_num_threads(choose_threads(settings, base, world))
         torch.manual_seed(settings.seed)
+        check_adapter(settings, base)
         chain = build_chain(settings, base)
         self.task, self.policy = build_task(settings, base, world)
+        save_every = choose_save_interval(settings, self.task, self.notes.append)
+        self.settings = settings = replace(settings, save_every=save_every)
         settings.method.check(chain, self.task)
         self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
@@ -226,6 +242,8 @@ class FineTuning:
             if self.policy is not None:
                 acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
                 write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
+            if settings.lora.active and not (directory / LORA_BASE).is_file():
+                write_lora_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
             if settings.note or settings.tags:
@@ -254,7 +272,7 @@ class FineTuning:
         start, cpu_start, begun = time.perf_counter(), time.process_time(), False
         while learner.state.step < settings.iterations and not self.best.is_stale(settings.patience):
             i = learner.state.step
-            if i % settings.save_every == 0 or not begun:
+            if i % settings.checkpoint_interval == 0 or not begun:
                 task.begin(learner, i)
                 begun = True
             torch.manual_seed(seed_of(settings.seed, i))  # for the objective's own draws
@@ -270,7 +288,7 @@ class FineTuning:
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
             self.log({"step": i + 1, **clocks, **logs}, report, pace)
-            if (i + 1) % settings.save_every == 0 or i + 1 == settings.iterations:
+            if (i + 1) % settings.checkpoint_interval == 0 or i + 1 == settings.iterations:
                 self.save_checkpoint()
                 now = time.monotonic()
                 if i + 1 < settings.iterations and self.is_late(now + (now - saved)):
@@ -378,8 +396,6 @@ class FineTuning:
 def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:
     """Results of the policy with these networks, without noise: one episode for each seed. The return is the sum of the
     rewards that were learned from; the largest reward of a step is left out unless it is the environment's own."""
-    policy = Policy.load(
-        replace(base, nets=nets), steps=settings.sampler_steps, act_steps=settings.act_steps, grid=settings.grid
-    )
+    policy = acting_policy(settings, replace(base, nets=nets))
     results = run_episodes(policy, build_env(settings, policy, min(50, len(seeds))), seeds).summary()
     return {k: v for k, v in results.items() if settings.reward == "env" or k != "best_reward"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -15,6 +15,8 @@ from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
 from genkit.training.sampling import GridName
 from genkit.training.settings import TrackerName, changeable
+
+SAVE_EVERY = 10  # iterations between checkpoints
 
 if TYPE_CHECKING:
     from genkit.rl.finetune.noise import ExplorationNoise
@@ -41,6 +43,9 @@ class FinetuneSettings:
         "genkit.rl.finetune.noise:NOISES", "fixed", kind="genkit.rl.finetune.noise:ExplorationNoise"
     )
     """Noise added to the sampler's steps, for exploration."""
+    lora: Any = table("genkit.backbones.lora:LORA", "lora")
+    """Train a low-rank adapter of the run's weights, by --lora.rank, and not the weights. The new run holds the adapter
+    alone and refers to the run that is improved."""
     min_std: NonNegative = 0.05
     """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
     steps: Count | None = None
@@ -55,6 +60,8 @@ class FinetuneSettings:
     """Environment: four-ways, pusht, a gymnasium id or module:id of your own; None: that of the demonstrations."""
     env_args: tuple[str, ...] = ()
     """Keyword arguments of an environment of gymnasium: reward_type=dense; they add to those of the demonstrations."""
+    conditions: tuple[str, ...] = ()
+    """Conditions that the policy was trained with (--data.conditions), for all episodes: skill=2."""
     mode: Natural | None = None
     """Reward only episodes of this mode, in an environment that has several."""
     num_envs: Count = 100
@@ -92,8 +99,9 @@ class FinetuneSettings:
     patience: Count | None = changeable(None)
     """Stop after this many checkpoints without a better return; None: never."""
     # -- saving and computation
-    save_every: Count = 10
-    """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same."""
+    save_every: Count | None = None
+    """Iterations between checkpoints. New episodes begin after each, so that a resumed run is the same. None: 10, or
+    more if whole episodes would not fit in between."""
     seed: Seed = 0
     """Seed of every random number."""
     device: DeviceName = changeable("auto")
@@ -123,6 +131,11 @@ class FinetuneSettings:
     """Tags that are added to those of the new run."""
     resume: PathText | None = None
     """Directory of a fine-tuning run to resume."""
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """``save_every``, or the usual number if it is left open."""
+        return self.save_every or SAVE_EVERY
 
     @property
     def sampler_steps(self) -> int:

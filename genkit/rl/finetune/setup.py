@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -12,9 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from genkit.backbones.lora import LoRA
+from genkit.backbones import lora
 from genkit.config.blocks import find_name
 from genkit.core import Batch
+from genkit.core.tensors import to_tensors
 from genkit.data import Stream
 from genkit.data.codecs import Actions
 from genkit.envs import Env
@@ -24,12 +26,13 @@ from genkit.rl.finetune.experience import Task
 from genkit.rl.finetune.frechet_reward import is_frechet, load_frechet
 from genkit.rl.finetune.learner import Critic, Learner
 from genkit.rl.finetune.noise import unlearned_noises
-from genkit.rl.finetune.settings import FinetuneSettings
+from genkit.rl.finetune.settings import SAVE_EVERY, FinetuneSettings
 from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_conditional, load_reward
 from genkit.rl.policies.episodes import require_compatible
 from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.rollout import parse_conditions
 from genkit.training.loop import initial_state, local_batch_size
-from genkit.training.run import Run
+from genkit.training.run import Run, average_name, load_run
 from genkit.training.settings import TrainSettings
 from genkit.training.train import pick_threads
 
@@ -75,10 +78,11 @@ def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[T
     """The source of rewards and, for an environment, the policy. ``ValueError`` for settings that have no effect."""
     if settings.reward in REWARDS:
         return build_environment_task(settings, base, world)
-    given = (settings.mode, settings.env, settings.terminate_out_of_range, settings.env_args or None)
-    if any(value is not None for value in given):
+    given = (settings.mode, settings.env, settings.terminate_out_of_range)
+    if any(value is not None for value in given) or settings.env_args or settings.conditions:
         raise ValueError(
-            "env, env_args, mode, terminate_out_of_range: have no effect if the reward is a function; leave them out"
+            "env, env_args, conditions, mode, terminate_out_of_range: have no effect if the reward is a function; "
+            "leave them out"
         )
     if settings.label is not None and not is_class_conditional(base.spec):
         raise ValueError(f"label: given {settings.label}, but this model has no classes; leave it out")
@@ -100,7 +104,7 @@ def build_environment_task(settings: FinetuneSettings, base: Run, world: int) ->
     """This rank's environments, and the policy that acts in them."""
     if settings.label is not None or settings.unconditional:
         raise ValueError("label, unconditional: have no effect in an environment; leave them out")
-    policy = Policy.load(base, steps=settings.sampler_steps, act_steps=settings.act_steps, grid=settings.grid)
+    policy = acting_policy(settings, base)
     if type(policy) is not Policy:
         raise ValueError(f"run: {base.directory.name} plans, or sees pictures; allowed: policies of actions given obs")
     env = build_env(settings, policy, local_batch_size(settings.num_envs, world, "num_envs"))
@@ -113,8 +117,20 @@ def build_environment_task(settings: FinetuneSettings, base: Run, world: int) ->
         settings.method.gamma,
         settings.method.gae_lambda,
         settings.terminate_out_of_range,
+        policy.conditions,
     )
     return task, policy
+
+
+def acting_policy(settings: FinetuneSettings, run: Run) -> Policy:
+    """The policy of a run, without noise, as it acts in fine-tuning."""
+    return Policy.load(
+        run,
+        steps=settings.sampler_steps,
+        act_steps=settings.act_steps,
+        grid=settings.grid,
+        conditions=parse_conditions(settings.conditions),
+    )
 
 
 def build_env(settings: FinetuneSettings, policy: Policy, num: int) -> Env:
@@ -134,8 +150,45 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         seed=settings.seed,
         resume=None,
         precision=settings.precision,
-        lora=LoRA(),
+        lora=settings.lora,
     )
+
+
+def choose_save_interval(settings: FinetuneSettings, task: Task, note: Callable[[str], None]) -> int:
+    """Iterations between checkpoints. Episodes begin anew after each, so that the end of one that takes longer would
+    never be learned from: the default has room for a whole episode in each row, whose first one is cut; a given number
+    that has none is mentioned."""
+    if not isinstance(task, EnvironmentTask):
+        return settings.checkpoint_interval
+    steps = task.num_steps * task.act_steps
+    if settings.save_every is None:
+        return max(SAVE_EVERY, -(-2 * task.env.max_steps // steps))
+    if settings.save_every * steps < task.env.max_steps:
+        note(f"note     episodes begin anew at each checkpoint, after {settings.save_every * steps} of up to "
+             f"{task.env.max_steps} steps, and their ends are not learned from; "
+             f"try --save-every {-(-2 * task.env.max_steps // steps)}")  # fmt: skip
+    return settings.save_every
+
+
+def check_adapter(settings: FinetuneSettings, base: Run) -> None:
+    """``ValueError`` if a run cannot be fine-tuned, or not by this adapter."""
+    if isinstance(base.config.lora, lora.GuidanceLoRA):
+        raise ValueError(f"run: {base.directory.name} is an adapter of guidance; improve the run that it adapts: "
+                         f"{base.config.init}")  # fmt: skip
+    if not settings.lora.active:
+        return
+    if type(settings.lora) is not lora.LoRA:
+        raise ValueError("lora: rewards train no adapter of guidance; allowed: lora, with --lora.rank 8")
+    if settings.lora.dropout:
+        raise ValueError(
+            f"lora.dropout: given {settings.lora.dropout}, which has no effect, since the probability of a sample must "
+            "be that with which it was drawn; leave it out"
+        )
+    stored = load_run(base.directory, ema=average_name(base.weights), step=base.step, device=base.device.type)
+    ours, theirs = (to_tensors(nets) for nets in (base.nets, stored.nets))
+    if ours.keys() != theirs.keys() or any(not torch.equal(v, theirs[k]) for k, v in ours.items()):
+        raise ValueError(f"lora: this model is not what {base.directory} holds, which an adapter would refer to; "
+                         "fine-tune it without --lora.rank, or export it as a run of its own")  # fmt: skip
 
 
 def build_learner(
@@ -147,6 +200,8 @@ def build_learner(
     nets = base.objective.networks(config.backbone, base.spec)
     for name, net in nets.items():
         net.to(device).requires_grad_(True).load_state_dict(base.nets[name].state_dict())
+    if settings.lora.active:
+        lora.adapt(nets, settings.lora)
     state = initial_state(config.objective, nets, config)
 
     data = base.config.data.load("train")

@@ -74,6 +74,8 @@ class EnvironmentTask:
     gamma: float
     gae_lambda: float
     terminate_out_of_range: float | None = None
+    conditions: Cond = field(default_factory=dict)
+    """conditions besides obs, each as one row, the same in all episodes"""
     differentiable: ClassVar[bool] = False
     history: list[np.ndarray] = field(default_factory=list)
 
@@ -136,7 +138,8 @@ class EnvironmentTask:
         obs_steps = obs_steps_of(learner)
         obs = torch.from_numpy(np.stack(self.history, 1)).float().to(learner.device)
         z = noise(learner.spec.shape)
-        trajectory, cond = learner.draw_trajectories(z, {"obs": obs}, noise)
+        own = {k: v.expand(len(obs), *v.shape[1:]).to(obs.device) for k, v in self.conditions.items()}
+        trajectory, cond = learner.draw_trajectories(z, {"obs": obs, **own}, noise)
         chunk = self.codec.to_absolute(trajectory.xs[-1], obs)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].cpu().numpy()
         reward, terminated, ended = self.act(actions)
