@@ -35,6 +35,7 @@ from genkit.evaluation.sources import (
     source_settings,
     split_into_blocks,
 )
+from genkit.evaluation.trained_features import trained_features
 
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
 Reference = SampleSource | Path
@@ -259,6 +260,7 @@ class Evaluator:
             "metric_settings": asdict(self.settings),
             "features": dict(self.extractor.settings),
             "reference": dict(self.reference_settings),
+            **trained_on(samples),
         }
 
     def card_path(self, samples: SampleSource, n: int) -> Path | None:
@@ -277,6 +279,8 @@ class Evaluator:
         reference = self.reference.to(self.device) if self.reference else None
         estimates: dict[str, Estimate] = {}
         notes: list[str | None] = [self.match_classes(samples)]
+        if self.extractor.settings.get("name") in trained_on(samples).get("trained_on", []):
+            notes.append("trained on these features: the values are better than the model, and rank nothing")
         errors: list[ValueError] = []
         for name, metric in self.metrics.items():
             try:
@@ -302,6 +306,14 @@ class Evaluator:
             observed = {"nfe": measurement.nfe, "passes": measurement.passes, **observed}
         settings = {**self.card_settings(samples, n), **observed}
         return cards.Card(estimates, settings, self.card_path(samples, n))
+
+
+def trained_on(samples: SampleSource) -> dict[str, list[str]]:
+    """``{"trained_on": names}`` of the features that a run or one that it started from was trained on; else empty."""
+    if not isinstance(samples, ModelSamples | Reconstructions):
+        return {}
+    names = trained_features(samples.run.directory)
+    return {"trained_on": names} if names else {}
 
 
 def load_extractor(features: Features, device: torch.device | str, data: Data | None, ranks: Ranks) -> Extractor:
