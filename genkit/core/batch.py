@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genkit.core.conditions import RESERVED, Cond, keep_target
+from genkit.core.device import send
 
 
 def seed_of(*key: int) -> int:
@@ -104,17 +105,14 @@ class Batch:
         return cond
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``; copies from pinned memory do not block."""
-
-        def move(v: Tensor) -> Tensor:
-            return v.to(device, non_blocking=True)
-
+        """The batch on ``device``, without waiting for it."""
+        target = torch.device(device)
         return replace(
             self,
-            x=move(self.x),
-            cond={k: move(v) for k, v in self.cond.items()},
-            weight=None if self.weight is None else move(self.weight),
-            x1=None if self.x1 is None else move(self.x1),
+            x=send(self.x, target),
+            cond={k: send(v, target) for k, v in self.cond.items()},
+            weight=None if self.weight is None else send(self.weight, target),
+            x1=None if self.x1 is None else send(self.x1, target),
         )
 
 

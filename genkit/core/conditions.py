@@ -69,7 +69,8 @@ class Vector:
     They are given in the data's own units. Networks see ``(value - shift) / scale``, clamped to ``[-limit, limit]``
     (None: not clamped); ``shift`` and ``scale`` have one number per entry of the last axis, () meaning unchanged. They
     are stored here so that they travel with the model. ``entries`` names what the last axis is composed of, in this
-    order, () if it is one thing: the entries of an observation that is a dictionary.
+    order, () if it is one thing: the entries of an observation that is a dictionary. A frozen text ``encoder`` computes
+    a pooled state together with the tokens of a text.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +78,7 @@ class Vector:
     scale: tuple[float, ...] = ()
     limit: float | None = None
     entries: tuple[str, ...] = ()
+    encoder: str = ""
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
@@ -101,7 +103,9 @@ class Tokens:
     """A sequence for cross-attention: ``cond[name]`` Float ``[B, L, dim]``, with ``cond["mask"]`` Bool ``[B, L]``.
 
     If a frozen text ``encoder`` computes them (:mod:`genkit.data.text`), its name, the ``sha256`` of its weights, the
-    number of tokens it takes (``length``) and some captions of the data (``examples``) are stored here.
+    number of tokens it takes (``length``) and some captions of the data (``examples``) are stored here. ``padding`` is
+    "seen" or "masked" for the encoders of a pipeline, which make every text ``length`` tokens long: the network sees
+    the padding or a mask hides it, and the states of the empty text are null, in place of a learned token.
     """
 
     dim: int
@@ -109,6 +113,7 @@ class Tokens:
     sha256: str = ""
     length: int = 0
     examples: tuple[str, ...] = ()
+    padding: str = ""
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
@@ -171,6 +176,10 @@ class Scalar:
             raise ValueError(f"cond[{name!r}]: given {tuple(value.shape)} of {value.dtype}; needs [{batch}] floats")
 
 
+NEWER_FIELDS: Mapping[type, tuple[str, ...]] = {  # omitted if empty, as in specs written before they existed
+    Vector: ("entries", "encoder"),
+    Tokens: ("padding",),
+}
 Condition = Label | Vector | Image | Tokens | Text | Frames | Scalar
 KINDS: Mapping[str, type] = {
     "label": Label,
@@ -226,8 +235,9 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
     def describe(kind: Condition) -> dict[str, Any]:
         values = asdict(kind)
-        if not values.get("entries", True):  # omitted if empty, as in specs written before the field existed
-            del values["entries"]
+        for field_name in NEWER_FIELDS.get(type(kind), ()):
+            if not values[field_name]:
+                del values[field_name]
         return {"kind": names[type(kind)], **values}
 
     return {"shape": list(spec.shape), "cond": {k: describe(v) for k, v in spec.cond.items()}}

@@ -148,6 +148,11 @@ class Backbone:
         """Remarks for the first lines of training, such as settings that have no effect on samples of this shape."""
         return ()
 
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Scales of guidance that its networks take as an input, if they were pretrained with one."""
+        return None
+
     def _missing(self, cut: str) -> ValueError:
         name = type(self).__name__
         return ValueError(f"{name}: has no {cut}, only {', '.join(self.cuts)}; choose another --backbone, say unet")

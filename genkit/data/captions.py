@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.core import Batch, Condition, Draw, Label, Text, Tokens
+from genkit.core import Batch, Condition, Draw, Label, Text
 from genkit.data import text
 
 FILES = "files"  # value of --data.captions that means captions beside the images
@@ -59,8 +59,8 @@ def load_captions(
     length: int,
     encoder: str | None,
     read_files: CaptionReader | None,
-) -> tuple[Captions, Condition] | None:
-    """Return the captions of ``--data.captions`` and their kind of condition, or None without ``captions``.
+) -> tuple[Captions, Mapping[str, Condition]] | None:
+    """Return the captions of ``--data.captions`` and their kinds of condition, or None without ``captions``.
 
     Templates use ``class_words``, or the names of the classes in ``kinds``. Without ``encoder`` captions are bytes, at
     most ``length`` each; with one they are its states. ``read_files`` reads the captions beside the images.
@@ -85,10 +85,9 @@ def load_captions(
         for caption in unique:
             if (size := len(caption.text.encode())) > length:
                 raise ValueError(f"{caption.location}: this caption has {size} bytes; --data.text-length is {length}")
-        return Captions(rows, {"text": text.to_bytes(texts, length)}), Text(length, tuple(examples))
+        return Captions(rows, {"text": text.to_bytes(texts, length)}), {"text": Text(length, tuple(examples))}
     frozen = text.open_encoder(encoder)
-    kind = Tokens(frozen.dim, text.canonical_name(encoder), frozen.sha256, frozen.length, tuple(examples))
-    return Captions(rows, text.encode_cached(frozen, texts)), kind
+    return Captions(rows, text.encode_cached(frozen, texts)), frozen.kinds(tuple(examples))
 
 
 def captions_from_templates(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,11 +54,11 @@ class Affine(ABC):
         """Two float64 tensors ``[C]``."""
 
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale = self.shift_scale()
+        shift, scale = constants(self, x.dtype, x.device)
         if x.ndim < 2 or x.shape[1] != len(shift):
             raise ValueError(f"this codec has {len(shift)} dimensions; given shape {tuple(x.shape)}")
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        return shift.to(x).reshape(shape), scale.to(x).reshape(shape)
+        return shift.reshape(shape), scale.reshape(shape)
 
     @property
     def needs_float64(self) -> bool:
@@ -76,6 +77,13 @@ class Affine(ABC):
         x = x.double() if self.needs_float64 else x
         shift, scale = self._broadcast(x)
         return x * scale + shift
+
+
+@lru_cache(maxsize=64)
+def constants(codec: Affine, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``codec.shift_scale()`` in a dtype, on a device: copied there once, not for every batch."""
+    shift, scale = codec.shift_scale()
+    return shift.to(device, dtype), scale.to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Plans(Affine):
 
     def encode_states(self, states: Tensor) -> Tensor:
         """States ``[B, Do, ...]``, scaled as the state rows of a sample are."""
-        shift, scale = (v[self.actions :].to(states) for v in self.shift_scale())
+        shift, scale = (v[self.actions :] for v in constants(self, states.dtype, states.device))
         shape = (1, -1, *(1,) * (states.ndim - 2))
         return (states - shift.reshape(shape)) / torch.where(scale > 0, scale, 1).reshape(shape)
 

@@ -239,7 +239,8 @@ class ImageSource(DataSource):
     text_length: Count = 256
     """bytes of the longest caption or prompt that the model reads"""
     encoder: PathText | None = None
-    """a frozen text encoder of transformers, a folder or hub id; None: bytes and an encoder trained with the model"""
+    """a frozen text encoder of transformers, a folder or hub id, or diffusers:DIR, all those of a pipeline; None: those
+    of --init diffusers:DIR, else bytes and an encoder trained with the model"""
 
     @property
     def random_flip(self) -> bool:
@@ -270,8 +271,8 @@ class ImageSource(DataSource):
             cond, kinds = {}, {}
         if captioned is None:
             return cond, kinds, None
-        captions, kind = captioned
-        return cond, {**kinds, "text": kind}, captions
+        captions, text_kinds = captioned
+        return cond, {**kinds, **text_kinds}, captions
 
     def from_files(
         self,

@@ -58,8 +58,6 @@ class Stream:
             batch = self.data.batch(self.indices(step, draw, start, stop), augment)
         else:
             batch = self.ahead.batch(step, (draw, start, stop), augment)
-        if self.device.type == "cuda":
-            batch = replace(batch, x=batch.x.pin_memory(), cond={k: v.pin_memory() for k, v in batch.cond.items()})
         numbers = Draw((self.seed, step, draw), start, stop, self.device)
         return replace(batch.to(self.device), draw=numbers, step=step)
 

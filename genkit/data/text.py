@@ -1,14 +1,16 @@
 """Text as a condition: bytes for an encoder that is trained with the model, or the states of a frozen one.
 
 The spec of a model says which: :class:`~genkit.core.Text` is bytes; :class:`~genkit.core.Tokens` with an ``encoder``
-names a folder or hub id of transformers, and the sha256 of the weights and vocabulary that were used in training (with
-others a prompt would mean something else). Only safetensors are read, and no code that comes with a model is run.
+names a folder or hub id of transformers, or ``diffusers:DIR``, all encoders of a pipeline; and the sha256 of the
+weights and vocabulary that were used in training (with others a prompt would mean something else). Only safetensors are
+read, and no code that comes with a model is run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genkit.core import Spec, Text, Tokens
+from genkit.config import load_object
+from genkit.core import Condition, Spec, Text, Tokens, Vector
 from genkit.core.files import atomic_write, format_error
 from genkit.core.tensors import cache_folder
 
@@ -51,7 +54,25 @@ def shorten(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ frozen encoders
-class TextEncoder:
+class Encoder(ABC):
+    """Frozen text encoders, of one library."""
+
+    name: str
+    """where they are from, for messages"""
+    sha256: str
+    """of the weights and vocabularies"""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditions of N texts: ``"text"`` ``[N, L, dim]`` and those that go with it (``"mask"`` ``[N, L]``,
+        ``"pooled"`` ``[N, dim]``), on the CPU. ``ValueError`` for a text that is too long."""
+
+    @abstractmethod
+    def kinds(self, examples: tuple[str, ...]) -> dict[str, Condition]:
+        """The kinds of these conditions, with some captions of the data."""
+
+
+class TextEncoder(Encoder):
     """A frozen text encoder of transformers: ``(texts) -> (states [N, L, dim], mask [N, L])``, float16 on the CPU.
 
     States are those of the last layer. The mask is False for padding, and for all of an empty text.
@@ -86,6 +107,13 @@ class TextEncoder:
             mask[rows.start : rows.stop, :width] = attended.bool()
         return states, mask & torch.tensor([bool(text) for text in texts])[:, None]
 
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        states, mask = self(texts)
+        return {"text": states, "mask": mask}
+
+    def kinds(self, examples: tuple[str, ...]) -> dict[str, Condition]:
+        return {"text": Tokens(self.dim, canonical_name(self.name), self.sha256, self.length, examples)}
+
 
 def fingerprint(tokenizer: Any, model: Any) -> str:
     """sha256 of an encoder's weights and vocabulary, independent of the files that hold them."""
@@ -96,12 +124,21 @@ def fingerprint(tokenizer: Any, model: Any) -> str:
     return digest.hexdigest()
 
 
+FOREIGN_ENCODERS = {  # KIND of KIND:WHERE -> "module:function" of a higher room, imported on demand
+    "diffusers": "genkit.integrations.diffusers_text:open_pipeline_encoder",
+}
+
+
 @lru_cache(maxsize=2)
-def open_encoder(name: str) -> TextEncoder:
-    """Open the encoder in a local folder (of ``save_pretrained``, or a diffusers pipeline), or of a hub id.
+def open_encoder(name: str) -> Encoder:
+    """Open the encoder in a local folder (of ``save_pretrained``, or a diffusers pipeline) or of a hub id, or all those
+    of a pipeline, ``diffusers:DIR``.
 
     ``ValueError`` in one line if transformers, the folder, the network or the weights are missing.
     """
+    kind, colon, where = name.partition(":")
+    if colon and kind in FOREIGN_ENCODERS:
+        return load_object(FOREIGN_ENCODERS[kind])(where)
     try:
         import transformers as hf  # lazy: optional
     except ImportError as e:
@@ -124,7 +161,7 @@ def open_encoder(name: str) -> TextEncoder:
         kind = "the folder" if folder.is_dir() else "neither a folder nor available from the hub:"
         raise ValueError(
             f"encoder: {name} cannot be opened ({kind} {reason}); needs a text encoder of transformers with "
-            "safetensors: CLIP's text half, T5, BERT ..."
+            "safetensors: CLIP's text half, T5, BERT ...; or diffusers:PIPELINE, the root of a pipeline"
         ) from e
     finally:
         hf.logging.set_verbosity(before)
@@ -135,20 +172,21 @@ TEXT_CONFIGS: Mapping[str, Callable[[Any], Any]] = {"clip": lambda config: confi
 
 def canonical_name(name: str) -> str:
     """An encoder's name as a spec stores it: the absolute path of a folder, or the hub id."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    kind, colon, where = name.partition(":")
+    prefix = kind + colon if colon and kind in FOREIGN_ENCODERS else ""
+    folder = Path(where if prefix else name).expanduser()
+    return f"{prefix}{folder.resolve()}" if folder.is_dir() else name
 
 
-def encode_cached(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
-    """``encoder(texts)`` as ``{"text", "mask"}``, read from the cache or computed and stored there."""
+def encode_cached(encoder: Encoder, texts: Sequence[str]) -> dict[str, Tensor]:
+    """``encoder.encode(texts)``, read from the cache or computed and stored there."""
     key = hashlib.sha256(json.dumps([encoder.sha256, *texts]).encode()).hexdigest()
     path = cache_folder() / "text" / f"{key[:32]}.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError):  # missing or truncated
         pass
-    states, mask = encoder(texts)
-    encoded = {"text": states, "mask": mask}
+    encoded = {name: value.contiguous() for name, value in encoder.encode(texts).items()}
     try:
         with atomic_write(path) as part:
             save_file(encoded, part)
@@ -174,8 +212,7 @@ def prompts_to_states(name: str, kind: Tokens, prompts: Sequence[str]) -> dict[s
             f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}, but the one found has "
             f"{encoder.sha256[:12]}; restore the former"
         )
-    states, mask = encoder(prompts)
-    return {name: states, "mask": mask}
+    return {name if k == "text" else k: v for k, v in encoder.encode(prompts).items()}
 
 
 PROMPT_READERS: Mapping[type, Callable[[str, Any, Sequence[str]], dict[str, Tensor]]] = {
@@ -188,6 +225,12 @@ def text_conditions(spec: Spec) -> dict[str, Text | Tokens]:
     """The conditions of a model that a prompt can give."""
     readable = {k: v for k, v in spec.cond.items() if isinstance(v, (Text, Tokens))}
     return {k: v for k, v in readable.items() if isinstance(v, Text) or v.encoder}
+
+
+def conditions_of_prompts(spec: Spec) -> set[str]:
+    """The names of all conditions that a prompt gives: those of :func:`text_conditions` and what comes with them."""
+    pooled = {k for k, v in spec.cond.items() if isinstance(v, Vector) and v.encoder}
+    return {*text_conditions(spec), *pooled}
 
 
 def caption_examples(spec: Spec) -> tuple[str, ...]:

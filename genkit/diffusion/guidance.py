@@ -25,7 +25,7 @@ from torch import Tensor
 from genkit.config.numbers import NonNegative
 from genkit.core import SCALE_INPUT, Cond, Denoiser, Guidance, Prediction, ProbabilityPath, expand
 from genkit.diffusion.checks import require, require_finite
-from genkit.diffusion.paths import require_diffusion, whole_path
+from genkit.diffusion.paths import coefficients, repeated, require_diffusion, whole_path, within_path
 from genkit.diffusion.posterior import replace_endpoints, take
 
 DenoiserPair = Callable[[Tensor, Tensor, Cond], tuple[Prediction, Prediction]]  # (x, t, cond) -> (better, worse)
@@ -123,8 +123,8 @@ def one_pass(denoise: Denoiser) -> DenoiserPair:
 
     def predict_both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         n, kept = len(x), keep_mask(x, cond)
-        doubled = {k: torch.cat([v, v]) for k, v in cond.items()} | {"keep": torch.cat([kept, torch.zeros_like(kept)])}
-        p = denoise(torch.cat([x, x]), torch.cat([t, t]), doubled)
+        doubled = {k: repeated(v, 2) for k, v in cond.items()} | {"keep": torch.cat([kept, torch.zeros_like(kept)])}
+        p = denoise(torch.cat([x, x]), repeated(t, 2), doubled)
         return take(p, slice(n)), take(p, slice(n, None))
 
     return predict_both
@@ -260,7 +260,7 @@ def by_classifier(classify: NoisyClassifier, scale: float = 1.0) -> Guidance:
         path = denoise.path
 
         def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            t_safe = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
+            t_safe = within_path(path, t, LAST)
             with torch.enable_grad():
                 x_grad = x.detach().requires_grad_()
                 grad = torch.autograd.grad(classify(x_grad, t_safe, cond).sum(), x_grad)[0]
@@ -286,12 +286,13 @@ def within(low: float, high: float, guidance: Guidance) -> Guidance:
         guided, path = guidance(denoise), denoise.path
 
         def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            alpha, sigma = path.alpha(t), path.sigma(t)
-            inside = (low * (alpha + sigma) <= sigma) & (sigma <= high * (alpha + sigma))
-            if bool((inside == inside[0]).all()):  # samplers give every sample the same time
-                return (guided if inside[0] else denoise)(x, t, cond)
+            alpha, sigma = coefficients(path, t, x)
+            above, below = low * (alpha + sigma) <= sigma, sigma <= high * (alpha + sigma)
+            if isinstance(above, bool):  # samplers give every sample the same time
+                return (guided if above and below else denoise)(x, t, cond)
+            inside = above & below
             yes, no = guided(x, t, cond), denoise(x, t, cond)
-            return replace_endpoints(yes, *(torch.where(expand(inside, x), a, b) for a, b in zip(yes, no, strict=True)))
+            return replace_endpoints(yes, *(torch.where(inside, a, b) for a, b in zip(yes, no, strict=True)))
 
         return Wrapped(denoise, predict)
 

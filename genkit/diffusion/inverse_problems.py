@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,23 @@ from torch import Tensor
 from genkit.core import NO_COND, Cond, Denoiser, Guidance, Noise, Prediction, expand
 from genkit.diffusion.checks import require
 from genkit.diffusion.guidance import LAST, Wrapped
-from genkit.diffusion.paths import chart, mix, require_diffusion, times_at
+from genkit.diffusion.paths import chart, mix, require_diffusion, shared_time, times_at, within_path
 from genkit.diffusion.posterior import replace_endpoints
 from genkit.diffusion.samplers import SAMPLERS, Callback
+
+T = TypeVar("T")
+
+
+def once(owner: object, name: str, like: Tensor, make: Callable[[], T]) -> T:
+    """``make()``, computed once for each dtype and device of ``like``, and kept with its frozen ``owner``.
+
+    A constant is then copied to a device once, and not at every step, where the host would wait.
+    """
+    kept = vars(owner).setdefault("_constants", {})
+    key = (name, like.dtype, like.device)
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -65,7 +80,7 @@ class Mask(Operator):
         return shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.mask.to(x)
+        return x * once(self, "mask", x, lambda: self.mask.to(x))
 
     def transpose(self, y: Tensor) -> Tensor:
         return self.forward(y)
@@ -130,7 +145,8 @@ class Blur(Operator):
         columns = (torch.arange(w, device=like.device) - w // 2) % width
         wrapped = torch.zeros(height * width, dtype=like.dtype, device=like.device)
         pixels = (rows[:, None] * width + columns).flatten()
-        return torch.fft.rfft2(wrapped.index_add(0, pixels, self.kernel.to(like).flatten()).reshape(height, width))
+        kernel = once(self, "kernel", like, lambda: self.kernel.to(like))
+        return torch.fft.rfft2(wrapped.index_add(0, pixels, kernel.flatten()).reshape(height, width))
 
     def multiply(self, x: Tensor, transfer: Tensor) -> Tensor:
         """``x`` with its Fourier transform multiplied by ``transfer``."""
@@ -161,14 +177,18 @@ class Dense(Operator):
         return given[:1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T.to(x)
+        return x @ self.matrix_like(x).T
 
     def transpose(self, y: Tensor) -> Tensor:
-        return y @ self.matrix.to(y)
+        return y @ self.matrix_like(y)
+
+    def matrix_like(self, x: Tensor) -> Tensor:
+        """The matrix with dtype and device of ``x``."""
+        return once(self, "matrix", x, lambda: self.matrix.to(x))
 
     def solve(self, y: Tensor, r2: Tensor, s2: float) -> Tensor:
-        matrix = self.matrix.to(y)
-        powers, basis = torch.linalg.eigh(matrix @ matrix.T)
+        matrix = self.matrix_like(y)
+        powers, basis = once(self, "spectrum", y, lambda: torch.linalg.eigh(matrix @ matrix.T))
         return (y @ basis * pseudo_inverse(r2[:, None] * powers + s2, r2[:, None] * powers.max())) @ basis.T
 
 
@@ -197,7 +217,7 @@ class Measurement:
         given = tuple(self.y.shape)
         require("y", f"shape {given}", f"{needed} for {needed[0]} samples of shape {tuple(x0.shape[1:])}",
                 given == needed)  # fmt: skip
-        return self.y.to(x0) - self.operator.forward(x0)
+        return once(self, "y", x0, lambda: self.y.to(x0)) - self.operator.forward(x0)
 
 
 def measure(operator: Operator, x0: Tensor, sigma_y: float = 0.0, noise: Noise | None = None) -> Measurement:
@@ -270,7 +290,7 @@ def by_shift(shift: Shift) -> Guidance:
         require_diffusion("measurement", path)
 
         def predict(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            t_safe = torch.where(path.alpha(t) > 0, t, t.clamp(max=LAST))
+            t_safe = within_path(path, t, LAST)
             alpha, sigma = path.alpha(t_safe), path.sigma(t_safe)
             with torch.enable_grad():
                 x_grad = x.detach().requires_grad_()
@@ -313,7 +333,7 @@ def sdedit(
     times = times.double()
     start = times[:1] if strength == 1 else times_at(denoise.path, strength * chart(denoise.path, times[:1])[0])
     draw = noise or (lambda shape: torch.randn(len(x0), *shape, dtype=x0.dtype, device=x0.device))
-    t = start.to(x0).expand(len(x0))
+    t = shared_time(float(start), len(x0), x0.dtype, x0.device)
     x = mix(denoise.path, x0, draw(x0.shape[1:]), t)
     below = torch.cat([start, times[times < start]])
     with torch.no_grad():

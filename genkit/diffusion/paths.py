@@ -328,9 +328,23 @@ class SharedTime(Tensor):
 @lru_cache(maxsize=256)
 def shared_time(t: float, rows: int, dtype: torch.dtype, device: torch.device) -> SharedTime:
     """``t`` for each of ``rows`` samples, for samplers."""
-    time = torch.tensor([t], dtype=dtype, device=device).expand(rows).as_subclass(SharedTime)
+    time = torch.full((1,), t, dtype=dtype, device=device).expand(rows).as_subclass(SharedTime)  # a kernel, no copy
     time.value = t
     return time
+
+
+def repeated(t: Tensor, times: int) -> Tensor:
+    """A time of each sample, ``[B]``, for a batch that is repeated: ``[times * B]``, shared if ``t`` is."""
+    if isinstance(t, SharedTime):
+        return shared_time(t.value, times * len(t), t.dtype, t.device)
+    return torch.cat([t] * times)
+
+
+def within_path(path: ProbabilityPath, t: Tensor, last: float) -> Tensor:
+    """``t`` ``[B]``, but no later than ``last`` where alpha(t) is 0, shared if ``t`` is."""
+    if isinstance(t, SharedTime):
+        return t if _at(path, t.value)[0] > 0 else shared_time(min(t.value, last), len(t), t.dtype, t.device)
+    return torch.where(path.alpha(t) > 0, t, t.clamp(max=last))
 
 
 def coefficients(path: ProbabilityPath, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
@@ -381,6 +395,6 @@ def times_at(path: ProbabilityPath, tau: Tensor, halvings: int = 110) -> Tensor:
         middle = (low + high) / 2
         above = chart(path, middle)[0] > tau
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    ends = chart(path, torch.tensor([0.0, end], dtype=torch.float64, device=tau.device))[0]
-    t = torch.where(tau <= ends[0], torch.zeros_like(tau), (low + high) / 2)
-    return torch.where(tau >= ends[1], torch.full_like(tau, end), t)
+    first, last = (sigma / (alpha + sigma) for alpha, sigma in (_at(path, 0.0), _at(path, end)))
+    t = torch.where(tau <= first, torch.zeros_like(tau), (low + high) / 2)
+    return torch.where(tau >= last, torch.full_like(tau, end), t)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConfig, diffusers_class
+from genkit.backbones.encoded_text import EncodedText
 from genkit.config.numbers import Natural
 from genkit.core import Objective
 from genkit.data.codecs import LearnedCodec
@@ -48,11 +49,11 @@ class ToDiffusers(ExportFormat):
         net, classes = copy.deepcopy(denoiser.model), denoiser.classes
         if self.label is not None:
             net, classes = single_class(denoiser, family.model, self.label), None
-        if schedule.time_shift:
+        if schedule.time_shift and family.clock == "index":
             net.load_state_dict(net.state_dict() | remap_time_embedding(net, schedule.time_shift))
 
         latent = isinstance(run.codec, LearnedCodec)
-        part = "transformer" if family.model.class_name.startswith("DiT") else "unet"
+        part = "unet" if family.model.class_name.startswith("UNet") else "transformer"
         if family.model.has_own_pipeline and not latent:
             diffusers_class(schedule.pipeline)(unet=net, scheduler=schedule.scheduler).save_pretrained(folder)
         else:
@@ -66,7 +67,9 @@ class ToDiffusers(ExportFormat):
         start = end_time(run.denoiser.path)
         if start < 1 and not clip:
             lines.append(f"diffusers draws from t = 1 and genkit from t = {start:.4g}: their samples differ.")
-        if denoiser.sequences is not None:
+        if isinstance(denoiser.sequences, EncodedText):
+            lines.append(f"Its text is read by the encoders of {denoiser.sequences.encoder}.")
+        elif denoiser.sequences is not None:
             lines.append("Its learned null and text encoder have no place in diffusers: they are left out.")
         (folder / "README.md").write_text(model_card(run, lines))
         return lines

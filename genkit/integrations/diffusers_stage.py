@@ -14,6 +14,7 @@ from genkit.backbones.diffusers import diffusers_class
 from genkit.core import Batch
 from genkit.core.files import format_error
 from genkit.data.codecs import Pixels
+from genkit.integrations.diffusers_folder import HUB_NAME, locate
 from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
 from genkit.training.first_stage import ForeignStage
 
@@ -25,19 +26,20 @@ def kl_posterior(out: Any) -> Posterior:
 
 def deterministic_posterior(out: Any) -> Posterior:
     """The posterior in the output of a deterministic encoder."""
-    return point_posterior(out.latents)
+    return point_posterior(out.latents if hasattr(out, "latents") else out.latent)
 
 
 POSTERIORS: Mapping[str, Callable[[Any], Posterior]] = {
     "AutoencoderKL": kl_posterior,
     "AutoencoderTiny": deterministic_posterior,
     "VQModel": deterministic_posterior,
+    "AutoencoderDC": deterministic_posterior,
 }
 
 
 class DiffusersStage(ForeignStage):
-    """An autoencoder of diffusers for images of one ``shape``. Its ``scaling_factor`` is not used: mean and standard
-    deviation of the latents are measured."""
+    """An autoencoder of diffusers for images of one ``shape``. Its ``scaling_factor`` is used with the weights of its
+    pipeline (``--init``); without them mean and standard deviation of the latents are measured."""
 
     def __init__(self, name: str, kind: str, settings: Mapping[str, Any], shape: tuple[int, ...], net: nn.Module):
         self.name, self.kind, self.settings, self.shape = name, kind, dict(settings), tuple(shape)
@@ -53,6 +55,18 @@ class DiffusersStage(ForeignStage):
                 "halve evenly, with --data.size"
             )
         self.latent = tuple(mean.shape[1:])
+
+    @property
+    def own_scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """``(z - shift_factor) * scaling_factor``, or by ``latents_mean`` and ``latents_std``, as one map."""
+        settings: Any = self.nets["net"].config  # which has the defaults that config.json may leave out
+        scale = settings.get("scaling_factor")
+        if scale is None:
+            return None
+        channels = self.latent[0]
+        mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * channels
+        std = settings.get("latents_std") or [1.0] * channels
+        return tuple(mean), tuple(s / scale for s in std)
 
     def encode(self, x: Tensor) -> Posterior:
         """The posterior of images in [-1, 1]."""
@@ -76,8 +90,10 @@ class DiffusersStage(ForeignStage):
 
     @staticmethod
     def open(location: str, shape: tuple[int, ...], device: torch.device) -> DiffusersStage:
-        """The model in a local folder, or in the folder ``vae`` of a pipeline."""
+        """The model in a folder, or in the folder ``vae`` of a pipeline, which may be on the hub."""
         folder = Path(location).expanduser()
+        if not folder.exists() and HUB_NAME.fullmatch(location):
+            folder = locate(location, "codec")
         folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
         if not (folder / "config.json").is_file():
             raise ValueError(

@@ -8,11 +8,10 @@ The module is an ``InitSource`` (``genkit.training.init_sources``).
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,26 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones.diffusers import (
     MODELS,
+    SDXL,
     Diffusers,
     DiffusersDenoiser,
     NetworkConfig,
+    UNet2DCondition,
     diffusers_class,
     shift_time_embedding,
 )
 from genkit.core import Objective
 from genkit.core.files import format_error
 from genkit.diffusion.paths import VP
+from genkit.integrations.diffusers_folder import DENOISERS, canonical_name, locate, read_json
+from genkit.integrations.diffusers_scheduler import scheduler_times, solver_of
 from genkit.objectives import DDPM
+from genkit.objectives.matching.matching import Matching
+from genkit.training.pipelines import Pipeline
 
-SUBFOLDERS = ("unet", "transformer")  # of a pipeline, which may contain the network
+__all__ = ["canonical_name", "init_defaults", "init_from", "init_note", "pipeline", "scheduler_times", "text_encoder"]
 CLASSES = {
-    **{m.class_name: m for m in MODELS.values()},
+    **{m.class_name: m for m in MODELS.values() if m is not SDXL},
     "Transformer2DModel": MODELS["dit"],
 }  # the second: DiT's releases
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
@@ -49,14 +54,17 @@ class SavedModel:
     """A network on disk, with the scheduler of its pipeline if there is one."""
 
     name: str
+    root: Path
     folder: Path
+    """of the network: ``root``, or in it"""
     settings: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
 
     @property
     def network(self) -> type[NetworkConfig]:
         """The kind of network, an entry of ``MODELS``."""
-        return CLASSES[self.settings["_class_name"]]
+        kind = CLASSES[self.settings["_class_name"]]
+        return SDXL if kind is UNet2DCondition and self.settings.get("addition_embed_type") == "text_time" else kind
 
     @property
     def weights(self) -> Path:
@@ -72,55 +80,17 @@ class SavedModel:
 
 def open_model(location: str) -> SavedModel:
     """The model in a folder, or on the hub. ``ValueError`` if there is none that genkit supports."""
-    root = Path(location).expanduser()
-    if not root.is_dir():
-        root = download(location)
-    folder = next((root / p for p in SUBFOLDERS if (root / p / "config.json").is_file()), root)
+    root = locate(location)
+    folder = next((root / p for p in DENOISERS if (root / p / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
-        names = " or ".join(SUBFOLDERS)
+        names = " or ".join(DENOISERS)
         raise ValueError(f"init: {root} holds no config.json, and no {names}; needs a folder of save_pretrained")
     settings = read_json(folder / "config.json")
     if settings.get("_class_name") not in CLASSES:
         kind = settings.get("_class_name", "model without a class")
-        raise ValueError(f"init: {folder} holds a {kind}; allowed: {', '.join(CLASSES)}")
+        raise ValueError(f"init: {folder} holds a {kind}, which genkit cannot call; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
-    return SavedModel(location, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file. ``ValueError`` if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"init: {path} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"init: {path} holds no settings")
-    return content
-
-
-@lru_cache(maxsize=8)  # a command asks three times: for the settings, for a note, for the weights
-def download(name: str) -> Path:
-    """The local copy of OWNER/NAME of the hub. ``ValueError`` if it cannot be downloaded."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"init: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
-        )
-    try:
-        from huggingface_hub import snapshot_download  # lazy: optional
-
-        wanted = ["*.json", *(f"{p}/*.safetensors" for p in SUBFOLDERS), "diffusion_pytorch_model*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as e:  # of many kinds: no library, no network, no such repository
-        reason = format_error(e)[:150]
-        raise ValueError(
-            f"init: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
-            "download it elsewhere and name its folder"
-        ) from e
-
-
-def canonical_name(location: str) -> str:
-    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
-    return str(Path(location).expanduser().resolve()) if Path(location).expanduser().is_dir() else location
+    return SavedModel(location, root, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -133,15 +103,41 @@ class Blocks:
 
 
 def init_defaults(location: str) -> dict[str, Any]:
-    """The block ``backbone`` of config.yaml, and ``objective`` if genkit has the scheduler."""
+    """The block ``backbone`` of config.yaml, ``objective`` if genkit has the scheduler, ``codec`` if there is one."""
     model = open_model(location)
     settings = model.settings
     timesteps = (model.scheduler or {}).get("num_train_timesteps", 1000)
     learned_sigma = settings.get("out_channels") == 2 * settings.get("in_channels", 0)
     network = model.network.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
-    backbone = config.dump(Blocks(backbone=Diffusers(network, timesteps, learned_sigma)))["backbone"]
+    if isinstance(network, SDXL) and (model.root / "vae" / "config.json").is_file():
+        levels = read_json(model.root / "vae" / "config.json").get("block_out_channels", [0] * 4)
+        network = replace(network, size_factor=2 ** (len(levels) - 1))
+    clock = "sigma" if is_flow_matching(model.scheduler) else "index"
+    family = Diffusers(network, timesteps, clock, learned_sigma)
+    backbone = config.dump(Blocks(backbone=family))["backbone"]
     objective = objective_of(model)
-    return {"backbone": backbone, **({"objective": objective} if objective else {})}
+    codec = {"codec": f"diffusers:{canonical_name(location)}"} if (model.root / "vae").is_dir() else {}
+    return {"backbone": backbone, **({"objective": objective} if objective else {}), **codec}
+
+
+def text_encoder(location: str) -> str | None:
+    """The encoders of the pipeline at ``location``, as ``--data.encoder`` names them; None if it reads no text."""
+    root = open_model(location).root
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    return f"diffusers:{canonical_name(location)}" if "text_encoder" in index else None
+
+
+def pipeline(location: str, objective: Objective) -> Pipeline | None:
+    """The scheduler of the pipeline at ``location``, if it goes with the path of ``objective`` and has a solver."""
+    model = open_model(location)
+    block, solver = objective_of(model), solver_of(model.scheduler or {})
+    if block is None or solver is None or model.scheduler is None or not isinstance(objective, Matching):
+        return None
+    theirs = config.from_dict(Blocks, {"objective": block}).objective
+    if theirs.path != objective.path:
+        return None
+    name, explicit = canonical_name(location), model.network.explicit_grid
+    return Pipeline("diffusers", name, solver.sampler, dict(model.scheduler), explicit, solver.note)
 
 
 def objective_of(model: SavedModel) -> dict[str, Any] | None:
@@ -150,7 +146,8 @@ def objective_of(model: SavedModel) -> dict[str, Any] | None:
     if s is None:
         return None
     if is_flow_matching(s):
-        return {"name": "flow"}
+        times = time_distribution(s)
+        return {"name": "flow", **({"time_distribution": times} if times else {})}
     if s.get("prediction_type", "epsilon") not in PREDICTIONS or s.get("beta_schedule", "linear") not in BETAS:
         return None
     block: dict[str, Any] = {
@@ -165,6 +162,17 @@ def objective_of(model: SavedModel) -> dict[str, Any] | None:
     objective = DDPM(**{k: v for k, v in block.items() if k != "name"})
     assert isinstance(objective.path, VP)
     return block if has_same_alphas(objective.path, s) else None
+
+
+def time_distribution(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the trainers of a shifted flow draw times; None for a flow without a shift.
+
+    They shift logit-normal times by s (Esser et al. 2024, eq. 19 and 23), which adds log s to their logits. Of a shift
+    that depends on the number of tokens it is that of the largest pictures.
+    """
+    dynamic = scheduler.get("use_dynamic_shifting", False)
+    mean = scheduler.get("max_shift", 1.15) if dynamic else math.log(scheduler.get("shift", 1.0))
+    return {"name": "logit-normal", "mean": mean, "std": 1.0} if mean else None
 
 
 def has_same_alphas(path: VP, scheduler: Mapping[str, Any]) -> bool:
@@ -190,12 +198,21 @@ def init_note(location: str, objective: Objective) -> str | None:
         kind = model.scheduler.get("_class_name")
         unknown = f"{location} was trained with a {kind} whose schedule --objective=ddpm does not have"
         return f"{unknown}; continuing with {name}"
-    changed = {k: v for k, v in theirs.items() if ours.get(k) != v}
+    changed = {k: v for k, v in theirs.items() if ours.get(k) != v and k != "time_distribution"}
     if not changed:
-        return None
+        return sampler_note(model)
     before = ", ".join(f"{k} {v}" for k, v in changed.items())
     after = ", ".join(f"{k} {ours[k]}" for k in changed if k in ours)
     return f"{location} was trained with {before}; continuing with {after}: at first its output means something else"
+
+
+def sampler_note(model: SavedModel) -> str | None:
+    """A remark if genkit samples in another way than the model's scheduler."""
+    assert model.scheduler is not None
+    solver, name = solver_of(model.scheduler), model.scheduler.get("_class_name")
+    if solver is None and name != "DDPMScheduler":
+        return f"{model.name} is sampled by {name}, of which genkit has no counterpart; genkit sample uses its own grid"
+    return f"{model.name} is sampled by {name}: {solver.note}" if solver and solver.note else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
@@ -217,7 +234,7 @@ def init_from(
     except (OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
     stored = {k: v.float() for k, v in net.state_dict().items()}
-    if is_flow_matching(model.scheduler):
+    if is_flow_matching(model.scheduler) and target.cfg.clock == "index":
         stored |= remap_time_embedding(net, -1.0)  # from 1000 t to our timesteps * label - 1
     wanted = target.model.state_dict()
     for key in [k for k in wanted if CLASS_TABLE.search(k)]:
@@ -246,7 +263,7 @@ def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> Diffuser
             f"init: {model.name} is a {kind.class_name}; the backbone is a {target.cfg.model.class_name}; "
             "leave --backbone.model out"
         )
-    channels, shape = model.settings.get("in_channels"), list(target.spec.shape)
+    channels, shape = kind.sample_channels(model.settings), list(target.spec.shape)
     if channels != shape[0]:
         raise ValueError(
             f"init: {model.name} is for samples of {channels} channels; the data are {shape}; grey and colour are "

@@ -19,6 +19,7 @@ from genkit.core.files import atomic_directory
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
+from genkit.training.pipelines import write_pipeline
 from genkit.training.run import Run, load_run
 
 
@@ -43,6 +44,7 @@ class StandaloneRun(ExportFormat):
         state.step = run.step
         (folder / "config.yaml").write_text(to_yaml(cfg))
         save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1, announce=False)
+        write_pipeline(folder, run.pipeline)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
         return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]

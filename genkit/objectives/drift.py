@@ -55,7 +55,8 @@ class Drift(Objective):
     def drift(self, x: Tensor, data: Tensor, different: Tensor) -> Tensor:
         """The drift ``[B, *S]`` of samples ``x``; rows of ``different`` classes (Bool ``[B, B]``) do not meet."""
         to_data, to_samples = distances(x, data), distances(x, x)
-        width = to_data[~different].mean().clamp(min=1e-12)
+        width = (to_data * ~different).sum() / (~different).sum().clamp(min=1)  # a mask as an index makes the host wait
+        width = width.clamp(min=1e-12)
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
         to_data = to_data.masked_fill(different, math.inf)
         to_samples = to_samples.masked_fill(different | itself, math.inf)

@@ -38,9 +38,9 @@ def read_with_defaults(
     ``init`` and ``codec`` are those settings as far as they are given.
     """
     defaults = {**(codec_defaults(codec) if codec else {}), **(init_defaults(init) if init else {})}
-    settings = read(defaults)
+    settings = with_text_encoder(read(defaults))
     if init and settings.objective.starts_from:
-        settings = read({**defaults, **teacher_data(init)})
+        settings = with_text_encoder(read({**defaults, **teacher_data(init)}))
         return replace(settings, objective=with_teacher(settings.objective, defaults.get("objective")))
     chosen = {} if init or codec else size_defaults(settings)
     if not chosen:
@@ -48,6 +48,16 @@ def read_with_defaults(
     settings = read(merge_trees(defaults, chosen))
     describe_choice(settings, chosen)
     return settings
+
+
+def with_text_encoder(settings: TrainSettings) -> TrainSettings:
+    """``settings`` with captions read as the weights of ``init`` expect, unless they name an encoder."""
+    data = settings.data
+    if settings.init is None or not getattr(data, "captions", ()) or getattr(data, "encoder", None) is not None:
+        return settings
+    source, where = find_source(settings.init)
+    encoder = source.text_encoder(where) if source else None
+    return replace(settings, data=data.with_fields(encoder=encoder)) if encoder else settings
 
 
 def teacher_data(init: str) -> dict[str, Any]:

@@ -151,3 +151,8 @@ def free_path(path: Path) -> Path:
     """``path``, or with the first number behind its name that no file has yet."""
     numbered = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())
+
+
+def slug(name: str) -> str:
+    """A block's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition(":")[2])

@@ -23,7 +23,7 @@ from genkit.core.tensors import to_tensors
 from genkit.training.checkpoint import optimizer_tensors
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import State, fit
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
 from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
@@ -158,7 +158,7 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
         session = Session(settings, accelerator, model.data.spec, model.data.codec, cond, recorder)
         drawing = time_call(lambda: session.sample(state))
         times["pictures"] = drawing * count(settings.sample_every)
-        drawn_steps = Sampling().num_steps(settings.objective)
+        drawn_steps = default_steps(settings.objective)
         more_steps = settings.eval_steps / drawn_steps if settings.eval_steps and drawn_steps else 1
         share = settings.eval_n / session.num_drawn * more_steps
         times["evaluations"] = drawing * share * count(settings.eval_every)

@@ -30,6 +30,7 @@ from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
+from genkit.training.directory import find_run
 
 WEIGHTS = "first-stage.safetensors"
 PosteriorUse = Literal["draw", "mean"]
@@ -44,6 +45,11 @@ class FirstStage(ABC):
     shape: tuple[int, ...]
     latent: tuple[int, ...]
     nets: Mapping[str, nn.Module]
+
+    @property
+    def own_scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel that networks pretrained on these latents expect, if known."""
+        return None
 
     @abstractmethod
     def posterior(self, batch: Batch) -> Posterior:
@@ -171,6 +177,15 @@ def foreign_stage(name: str) -> tuple[type[ForeignStage] | None, str]:
     return (load_object(FOREIGN_STAGES[kind]), location) if colon and kind in FOREIGN_STAGES else (None, name)
 
 
+def canonical_first_stage(name: str) -> str:
+    """``--codec`` as config.yaml stores it: independent of the working directory."""
+    foreign, where = foreign_stage(name)
+    if not foreign:
+        return str(find_run(name))
+    folder = Path(where).expanduser()
+    return f"{name.removesuffix(where)}{folder.resolve()}" if folder.is_dir() else name
+
+
 def stage_class(kind: str) -> type[FirstStage]:
     """Return the class of a stored stage."""
     return RunStage if kind == "run" else load_object(FOREIGN_STAGES[kind])
@@ -200,11 +215,18 @@ def require_fit(stage: FirstStage, shape: tuple[int, ...]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- the codec
 class LatentCodec(LearnedCodec):
-    """A first stage whose latents are scaled to mean 0 and standard deviation 1 in every channel."""
+    """A first stage whose latents are scaled: in every channel to mean 0 and standard deviation 1, as they were
+    ``measured``, or by the numbers that the weights of ``--init`` expect."""
 
     def __init__(
-        self, stage: FirstStage, mean: tuple[float, ...], std: tuple[float, ...], posterior: PosteriorUse = "draw"
+        self,
+        stage: FirstStage,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        posterior: PosteriorUse = "draw",
+        measured: bool = True,
     ):
+        self.measured = measured
         self.stage, self.scaling, self.shape = stage, Standardize(tuple(mean), tuple(std)), stage.shape
         self.posterior: PosteriorUse = posterior
 
@@ -224,7 +246,8 @@ class LatentCodec(LearnedCodec):
     def to_dict(self) -> dict[str, Any]:
         stage = {**self.stage.to_dict(), "sha256": self.stage.sha256}
         scaling = {"mean": list(self.scaling.mean), "std": list(self.scaling.std)}
-        return {"name": "latent", "stage": stage, **scaling, "posterior": self.posterior}
+        origin = {} if self.measured else {"measured": False}
+        return {"name": "latent", "stage": stage, **scaling, "posterior": self.posterior, **origin}
 
 
 class CachedLatentCodec(LatentCodec):
@@ -239,7 +262,8 @@ def codec_from_dict(stored: Mapping[str, Any], folder: Path, device: torch.devic
     if stored.get("name") != "latent":
         return codecs.from_dict(stored)
     stage = read_stage(stored["stage"], folder, device)
-    return LatentCodec(stage, tuple(stored["mean"]), tuple(stored["std"]), stored["posterior"])
+    scaling = tuple(stored["mean"]), tuple(stored["std"])
+    return LatentCodec(stage, *scaling, stored["posterior"], stored.get("measured", True))
 
 
 @dataclass(eq=False)

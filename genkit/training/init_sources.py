@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from genkit import config
 from genkit.config.trust import require_trust
 from genkit.core import Objective
 from genkit.training.directory import find_run
 from genkit.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from genkit.training.pipelines import Pipeline
 
 
 class InitSource(Protocol):
@@ -23,11 +26,23 @@ class InitSource(Protocol):
         ...
 
     def init_defaults(self, where: str) -> dict[str, Any]:
-        """Blocks of ``config.yaml`` (objective, backbone) that fit these weights."""
+        """Entries of ``config.yaml`` (objective, backbone, codec) that fit these weights."""
         ...
 
     def canonical_name(self, where: str) -> str:
         """``where`` as it is stored in a configuration: independent of the working directory."""
+        ...
+
+    def text_encoder(self, where: str) -> str | None:
+        """The text encoder that reads captions for these weights, as ``--data.encoder`` names it; None: it has none."""
+        ...
+
+    def pipeline(self, where: str, objective: Objective) -> Pipeline | None:
+        """The scheduler at ``where``; None if there is none, or it does not go with the path of ``objective``."""
+        ...
+
+    def scheduler_times(self, pipeline: Pipeline, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+        """The grid ``[num_steps + 1]`` of a pipeline's scheduler, for samples of ``shape``."""
         ...
 
     def init_note(self, where: str, objective: Objective) -> str | None:
@@ -40,11 +55,16 @@ INIT_SOURCES = {
 }  # modules of a higher room, imported when they are named
 
 
+def source_module(kind: str) -> InitSource:
+    """The source of a kind, an entry of ``INIT_SOURCES``."""
+    return cast(InitSource, importlib.import_module(INIT_SOURCES[kind]))
+
+
 def find_source(init: str) -> tuple[InitSource | None, str]:
     """The source that serves ``init``, and its argument; ``(None, init)`` for a run directory."""
     kind, colon, where = init.partition(":")
     if colon and kind in INIT_SOURCES:
-        return cast(InitSource, importlib.import_module(INIT_SOURCES[kind])), where
+        return source_module(kind), where
     return None, init
 
 

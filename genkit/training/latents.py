@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from genkit.core import Data, Image
 from genkit.data import InLatents
 from genkit.training.checkpoint import find_checkpoint
-from genkit.training.directory import read_state
+from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import (
     CachedLatentCodec,
     FirstStage,
@@ -22,6 +22,7 @@ from genkit.training.first_stage import (
     codec_from_dict,
     read_stage,
 )
+from genkit.training.init_sources import find_source
 from genkit.training.latent_statistics import LatentStatistics, measure_latents
 from genkit.training.run import open_first_stage
 from genkit.training.settings import TrainSettings
@@ -30,7 +31,8 @@ from genkit.training.settings import TrainSettings
 def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, resumed: Path | None) -> Data:
     """Return ``data`` with a codec to latents if there is a first stage (``--codec`` or cached latents), else ``data``.
 
-    Rank 0 measures the latents' mean and standard deviation and broadcasts them; a resumed run keeps those it has.
+    Rank 0 measures the latents' mean and standard deviation and broadcasts them; a resumed run keeps those it has, and
+    weights of ``--init`` those that they were trained with.
     Raises ``ValueError`` if the first stage does not fit the data.
     """
     cached = data if isinstance(data, InLatents) else None
@@ -63,7 +65,9 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
             f"codec: the condition {images[0]} is an image of the samples' size, not of the latents'; leave --codec out"
         )
 
-    # the scale of the latents, the same on every rank
+    # the scale of the latents, the same on every rank: that of pretrained weights, or measured
+    if codec is None and (known := expected_scaling(settings.init, stage)):
+        codec = LatentCodec(stage, *known, settings.codec_posterior, measured=False)
     if codec is None:
         measured: list[Any] = [cached.statistics if cached else None]
         if cached is None and accelerator.is_main_process:
@@ -72,8 +76,24 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
         mean, std = statistics.mean, statistics.std(settings.codec_posterior)
         codec = LatentCodec(stage, tuple(mean.tolist()), tuple(std.tolist()), settings.codec_posterior)
     if cached:
-        codec = CachedLatentCodec(stage, codec.scaling.mean, codec.scaling.std, codec.posterior)
+        codec = CachedLatentCodec(stage, codec.scaling.mean, codec.scaling.std, codec.posterior, codec.measured)
     return LatentData(data, spec, codec)
+
+
+def expected_scaling(init: str | None, stage: FirstStage) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the latents that the weights of ``init`` were trained on; None if unknown.
+
+    Those of a pipeline are its autoencoder's own; those of a run on the latents of the same ``stage`` are in its codec.
+    """
+    if init is None:
+        return None
+    source, _ = find_source(init)
+    if source:
+        return stage.own_scaling
+    stored = read_state(find_checkpoint(find_run(init)))["codec"]
+    if stored.get("name") != "latent" or stored["stage"]["sha256"] != stage.sha256:
+        return None
+    return tuple(stored["mean"]), tuple(stored["std"])
 
 
 def open_stage(settings: TrainSettings, data: Data, device: torch.device) -> FirstStage:

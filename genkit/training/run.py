@@ -24,14 +24,16 @@ from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
-from genkit.diffusion.samplers import GRIDS, Seeds, bind
+from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
 from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
+from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
 from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import (
+    PIPELINE_GRID,
     Classes,
     Sampling,
     build_guidance,
@@ -61,6 +63,11 @@ class Run:
     def objective(self) -> Objective:
         """The objective that the networks were trained by."""
         return self.config.objective
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The scheduler of the pretrained pipeline that the run began from, if it began from one."""
+        return read_pipeline(self.directory)
 
     @property
     def data_spec(self) -> Spec:
@@ -127,9 +134,10 @@ class Run:
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
         guidance = compose(*(g for g in guides if g is not None))
-        sampler, steps, bound = sampling.sampler_for(self.objective), sampling.num_steps(self.objective), None
+        sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
         if sampler and steps:
-            bound = bind(sampler, GRIDS[sampling.grid](steps), guidance, callback=callback, **options)
+            grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
+            bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
         return self.objective.generator(self.nets, bound)
 
     def sample(
@@ -419,7 +427,9 @@ def load_lora_base(nets: Mapping[str, nn.Module], run: Path) -> dict[str, str]:
     origin = read_lora_base(run)
     source, where = find_source(origin["run"])
     if source:
-        return source.init_from(nets, where)
+        origin = source.init_from(nets, where)
+        set_text_nulls(nets)
+        return origin
     step = int(Path(origin["weights"]).parent.name.removeprefix("step-"))
     return init_from(nets, origin["run"], ema=average_name(origin["weights"]), step=step)
 
@@ -438,9 +448,3 @@ def open_first_stage(name: str, shape: tuple[int, ...], device: torch.device) ->
     stage = run_stage(run.directory.name, cfg.objective, cfg.backbone, run.nets, run.spec, run.codec).to(device)
     require_fit(stage, shape)
     return stage
-
-
-def canonical_first_stage(name: str) -> str:
-    """``--codec`` as config.yaml stores it: independent of the working directory."""
-    foreign, where = foreign_stage(name)
-    return f"{name.removesuffix(where)}{Path(where).resolve()}" if foreign else str(find_run(name))

@@ -30,7 +30,7 @@ from genkit.diffusion.guidance import (
     within,
 )
 from genkit.diffusion.paths import end_time
-from genkit.diffusion.samplers import GRIDS, find_sampler
+from genkit.diffusion.samplers import GRIDS, Grid, find_sampler
 from genkit.objectives import FlowMap
 from genkit.objectives.matching.matching import Matching
 
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from genkit.training.run import Run
 
 SamplerName = Annotated[str, NameIn("genkit.diffusion.samplers:SAMPLERS")]
-GridName = Annotated[str, NameIn("genkit.diffusion.samplers:GRIDS")]
+PIPELINE_GRID = "pipeline"  # the grid of the scheduler that a pretrained pipeline came with
+GRID_NAMES = {**GRIDS, PIPELINE_GRID: None}
+GridName = Annotated[str, NameIn("genkit.training.sampling:GRID_NAMES")]
 Classes = int | str | Sequence[int | str] | Tensor
 """A class by number or name, or several in turn."""
 BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
@@ -50,7 +52,7 @@ class Sampling:
 
     # -- sampler and guidance
     sampler: SamplerName | None = None
-    """Sampler. None: the objective's default (heun)."""
+    """Sampler. None: the objective's default (heun), or the counterpart of the scheduler of a pretrained pipeline."""
     steps: Count | None = None
     """Number of sampler steps. None: 20, or 1 for a sampler that jumps by a flow map."""
     guidance: Scale = 1.0
@@ -67,8 +69,9 @@ class Sampling:
     """Guide by the gradient of this classifier, a run of --objective=classifier on the same path."""
     classifier_scale: float | None = None
     """Weight of the classifier's gradient. None: 1, which is Bayes' rule."""
-    grid: GridName = "uniform"
-    """Time grid of the steps."""
+    grid: GridName | None = None
+    """Time grid of the steps; pipeline is that of the scheduler of a pretrained pipeline, which starts from the noise
+    itself. None: uniform, or pipeline for a run that began from one."""
     clip: bool | None = None
     """Clip the predicted data to [-1, 1] at every step. None: if the model predicts the noise (eps, score) of data in
     [-1, 1], such as pixels, as Ho et al. 2020 do."""
@@ -79,25 +82,43 @@ class Sampling:
 
     def clips(self, run: Run) -> bool:
         """Whether the predicted data are clipped."""
+        if self.clip is None and self.grid_for(run) == PIPELINE_GRID and run.pipeline:
+            return run.pipeline.clips and clips_by_default(run.objective, run.codec)
         return clips_by_default(run.objective, run.codec) if self.clip is None else self.clip
 
-    def sampler_for(self, objective: Objective) -> str | None:
-        """The sampler of this model, the objective's own if none is set; None for a model that draws in one pass."""
-        return self.sampler or objective.sampler
+    def grid_for(self, run: Run) -> str:
+        """The name of the grid that this model is sampled on."""
+        return self.grid or (PIPELINE_GRID if run.pipeline else "uniform")
 
-    def num_steps(self, objective: Objective) -> int | None:
+    def times(self, run: Run, num_steps: int) -> Grid | Tensor:
+        """The grid of this model's sampler. ``ValueError`` for that of a pipeline, if the run began from none."""
+        name = self.grid_for(run)
+        if name != PIPELINE_GRID:
+            return GRIDS[name](num_steps)
+        if run.pipeline is None:
+            raise ValueError(f"grid: given {name}, but this run began from no pipeline; allowed: {', '.join(GRIDS)}")
+        return run.pipeline.times(num_steps, run.spec.shape)
+
+    def sampler_for(self, run: Run) -> str | None:
+        """The sampler of this model, its pipeline's or objective's own if none is set; None for a model that draws in
+        one pass."""
+        if self.sampler or run.objective.sampler is None:
+            return self.sampler
+        return run.pipeline.sampler if run.pipeline else run.objective.sampler
+
+    def num_steps(self, run: Run) -> int | None:
         """The number of steps of this model's sampler; None for a model that draws in one pass."""
-        sampler = self.sampler_for(objective)
+        sampler = self.sampler_for(run)
         return None if sampler is None else self.steps or find_sampler(sampler).default_steps
 
     def resolved(self, run: Run) -> dict[str, Any]:
         """What the settings leave open, for cards and file names: sampler, its steps, ``clip``, and the time ``start``
         if it is not 1."""
-        chosen = {"sampler": self.sampler_for(run.objective), "steps": self.num_steps(run.objective)}
+        chosen = {"sampler": self.sampler_for(run), "steps": self.num_steps(run), "grid": self.grid_for(run)}
         if run.objective.sampler is None:
             return chosen
         clip = self.clips(run)
-        start = 1.0 if clip else end_time(run.denoiser.path)
+        start = 1.0 if clip or chosen["grid"] == PIPELINE_GRID else end_time(run.denoiser.path)
         return chosen | {"clip": clip, **({} if start == 1 else {"start": round(start, 4)})}
 
     def refuse_for_one_pass(self, model: str, takes_guidance: bool = False) -> None:
@@ -124,6 +145,11 @@ class LoadOptions:
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
 
 
+def default_steps(objective: Objective) -> int | None:
+    """The number of steps of an objective's own sampler; None for a model that draws in one pass."""
+    return None if objective.sampler is None else find_sampler(objective.sampler).default_steps
+
+
 def clips_by_default(objective: Objective, codec: Codec) -> bool:
     """Whether predicted data are clipped to [-1, 1]: data in that range, by a model that predicts the noise.
 
@@ -146,8 +172,8 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
 
     Raises ``ValueError`` for settings that contradict each other, have no effect, or do not fit the run.
     """
-    if sampling.grid not in GRIDS:
-        raise ValueError(f"grid: given {sampling.grid!r}; allowed: {', '.join(GRIDS)}")
+    if sampling.grid not in (None, *GRID_NAMES):
+        raise ValueError(f"grid: given {sampling.grid!r}; allowed: {', '.join(GRID_NAMES)}")
     guides: list[Guidance] = []
     if sampling.guidance != 1:
         guides.append(add_guidance(run, sampling, weak))
@@ -187,7 +213,7 @@ def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
 def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     """Classifier-free guidance (Ho & Salimans 2022), or autoguidance (Karras et al. 2024) with a weaker model."""
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
-    learned = run.objective.guidance_range
+    learned = run.objective.guidance_range or run.config.backbone.guidance_range
     if weak is None and learned:
         if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
             raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
@@ -298,7 +324,7 @@ def sample_conditions(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if label is not None and not classes:
         raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
-    if missing := ", ".join(k for k in spec.cond if k not in {**classes, **texts}):
+    if missing := ", ".join(k for k in spec.cond if k not in {*classes, *text.conditions_of_prompts(spec)}):
         raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
     numbers = {} if label is None else {name: class_numbers(kind, label, n, name) for name, kind in classes.items()}
     unspecified = label is None and not prompts

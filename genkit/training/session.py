@@ -37,7 +37,7 @@ from genkit.training.directory import append_log, list_checkpoints, read_log, st
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace
-from genkit.training.sampling import Sampling, default_guidance, grid_size, picture_names
+from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.validation import Validation
 
@@ -214,7 +214,7 @@ class Session:
         objective, device = self.settings.objective, self.accelerator.device
         callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
         guidance = default_guidance(objective, self.codec)
-        sampler, steps = objective.sampler, Sampling().num_steps(objective)
+        sampler, steps = objective.sampler, default_steps(objective)
         sampling = bind(sampler, steps, guidance, callback=callback) if sampler and steps else None
         generate = objective.generator(nets, sampling)
         for net in nets.values():

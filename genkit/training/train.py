@@ -34,13 +34,14 @@ from genkit.training.annotations import annotate
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
-from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log
+from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import join_ranks
-from genkit.training.first_stage import LatentCodec
+from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
+from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -51,7 +52,7 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run, canonical_first_stage, init_from, load_lora_base, write_lora_base
+from genkit.training.run import Run, init_from, load_lora_base, write_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
@@ -331,6 +332,8 @@ def initial_networks(
     origin = None
     torch.manual_seed(settings.seed)
     nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
+    if not resumed:
+        set_text_nulls(nets)
     if settings.init and not resumed:
         origin = init_from(
             nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective
@@ -373,6 +376,7 @@ def record_origin(
 ) -> None:
     """What a new run directory keeps of where it comes from: environment, first stage, base weights."""
     write_text(run / "env.json", json.dumps({**environment(accelerator), "init": origin}, indent=1))
+    write_pipeline(run, pipeline_of_init(settings.init, settings.objective))
     if isinstance(codec, LatentCodec):
         codec.stage.write(run / "codec")
     if settings.lora.active and origin:
@@ -443,8 +447,3 @@ def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
     except ValueError:
         cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
         return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}
-
-
-def slug(name: str) -> str:
-    """A block's name as part of a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition(":")[2])

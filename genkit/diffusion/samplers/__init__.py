@@ -41,12 +41,14 @@ def bind(
     guidance: Guidance | None = None,
     *,
     callback: Callback | None = None,
+    from_noise: bool = False,
     **options: object,
 ) -> Callable[[Denoiser], Generator]:
     """A function from denoisers to generators: ``bind("heun", uniform(20), classifier_free(2.0))(denoise)(z, cond)``.
 
     ``grid`` is a grid, explicit times, or a number of uniform steps; ``options`` go to the sampler (``eta`` of ddim).
-    The generator takes standard normals ``z`` ``[B, *S]`` and starts from ``sigma(times[0]) z``. For a flow that is not
+    The generator takes standard normals ``z`` ``[B, *S]`` and starts from ``sigma(times[0]) z``, or ``from_noise`` from
+    z itself, as the pipelines of diffusers do. For a flow that is not
     a diffusion (:class:`~genkit.diffusion.paths.ODEOnlyPath`), a sampler that adds noise raises ``ValueError``.
     """
     if isinstance(sampler, str):
@@ -74,7 +76,8 @@ def bind(
                 noise = refuse_noise(f"{path.model} is only an ODE")
             guided = guidance(denoise) if guidance else denoise  # for each call: guidance may hold state
             with torch.no_grad():
-                return function(guided, start.sigma * z, times, cond, noise=noise, callback=callback, **options)
+                first = z if from_noise else start.sigma * z
+                return function(guided, first, times, cond, noise=noise, callback=callback, **options)
 
         return generate
 

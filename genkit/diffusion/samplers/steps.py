@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Denoiser, Noise, Prediction, ProbabilityPath, seed_of
+from genkit.core.device import send
 from genkit.diffusion.paths import shared_time, times_at
 
 Callback = Callable[[int, Tensor, Prediction], None]  # (step, x after it, the prediction it used)
@@ -105,7 +106,7 @@ class Seeds:
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         normals = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
-        return torch.stack(normals).to(self.device)
+        return send(torch.stack(normals), self.device)
 
 
 class CountingDenoiser:

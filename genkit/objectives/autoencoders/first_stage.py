@@ -128,7 +128,7 @@ class VectorQuantizer(Bottleneck):
         if codebook.training:
             codebook.record(out, quantized.indices, 1 - batch.uniform(*quantized.indices.shape[1:]))
         commitment = mean_flat((out - quantized.vectors).square())
-        use = quantized.indices.flatten().bincount(minlength=self.codebook_size).float()
+        use = codebook.count(quantized.indices)
         logs = {"commitment": commitment.mean(), "perplexity": perplexity(use)}
         return Encoded(straight_through(out, quantized.vectors), self.commitment_weight * commitment, logs)
 
@@ -187,8 +187,8 @@ class AdaptiveWeight(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.rec)
             dist.all_reduce(self.gan)
-        if bool(self.gan.any()):
-            self.weight.copy_((self.rec.norm() / (self.gan.norm() + 1e-6)).clamp(0, 1e4))  # their code's limit
+        weight = (self.rec.norm() / (self.gan.norm() + 1e-6)).clamp(0, 1e4)  # their code's limit
+        self.weight.copy_(torch.where(self.gan.any(), weight, self.weight))
         self.rec.zero_()
         self.gan.zero_()
 

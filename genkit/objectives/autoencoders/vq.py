@@ -66,6 +66,11 @@ class Codebook(nn.Module):
         index = distance.argmin(-1)
         return Quantized(self.codes[index].movedim(-1, 1).to(z), index)
 
+    def count(self, indices: Tensor) -> Tensor:
+        """How often each entry occurs among ``indices``, ``[K]`` (``bincount`` would make the host wait)."""
+        flat = indices.flatten()
+        return torch.zeros_like(self.counts).index_add_(0, flat, self.counts.new_ones(len(flat)))
+
     @torch.no_grad()
     def record(self, z: Tensor, index: Tensor, priority: Tensor) -> None:
         """Count the vectors ``z`` ``[B, C, *grid]`` towards their entries, and keep some for restarts.
@@ -192,7 +197,7 @@ class VQ(EncoderDecoder):
         out = self.decode(nets, straight_through(z, quantized.vectors), batch.cond)
         error = mean_flat(RECONSTRUCTION_LOSSES[self.reconstruction_loss](out - batch.x))
         commitment = mean_flat((z - quantized.vectors).square())
-        use = quantized.indices.flatten().bincount(minlength=self.codebook_size).float()
+        use = codebook.count(quantized.indices)
         logs = {"error": error.mean(), "commitment": commitment.mean(), "perplexity": perplexity(use)}
         return Loss(error + self.commitment_weight * commitment, {**logs, "codes_used": (use > 0).sum().float()})
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import SCALE_INPUT, Backbone, Cond, Denoiser, Generator, Objective, Prediction, ProbabilityPath, Spec
+from genkit.core.device import send
 from genkit.diffusion.paths import chart, end_time, mix, times_at
 from genkit.objectives.flow_map.flow_map import FlowMap
 from genkit.objectives.matching.guidance_distillation import GuidanceDistillation
@@ -111,7 +112,7 @@ def starting_point(path: ProbabilityPath, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows_of(times: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """``times[index]`` ``[B]`` on the device and in the precision of ``like``."""
-    return times.to(like.device)[index.long()].to(like.dtype)
+    return send(times, like.device)[index.long()].to(like.dtype)
 
 
 def same_times(times: Tensor, like: Tensor) -> Sequence[Tensor]:

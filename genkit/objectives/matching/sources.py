@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genkit.config.numbers import Positive
 from genkit.core import Cond, Data, Draw, Image, Spec, Vector
+from genkit.core.device import send
 
 
 class Source(Protocol):
@@ -100,7 +101,8 @@ class DatasetSource:
         data = _load(self.data)
         u = torch.special.ndtr(z.flatten(1)[:, 0].double())
         numbers = (u * len(data)).long().clamp(max=len(data) - 1).cpu()
-        return data.codec.encode(data.batch(numbers, NoAugmentation((0,), 0, len(z)))).x.to(z)
+        chosen = data.codec.encode(data.batch(numbers, NoAugmentation((0,), 0, len(z)))).x
+        return send(chosen, z.device).to(z.dtype)
 
 
 class NoAugmentation(Draw):

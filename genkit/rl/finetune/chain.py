@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import NO_COND, Cond, Denoiser, Generator, Noise, Objective, ProbabilityPath, expand
+from genkit.core.device import send
 from genkit.diffusion.checks import require
 from genkit.diffusion.flow_map import is_flow_map
 from genkit.diffusion.paths import require_diffusion
@@ -190,7 +191,7 @@ def _transitions(chain: Chain) -> tuple[Transition, ...]:
 @lru_cache(maxsize=64)
 def _table(chain: Chain, dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = [[step.node.t, step.alpha, step.kept, step.std] for step in chain.transitions]
-    return torch.tensor(rows, dtype=torch.float64).T.to(device, dtype).contiguous()
+    return send(torch.tensor(rows, dtype=torch.float64).T.to(dtype).contiguous(), device)
 
 
 def seeded_noise(
@@ -204,7 +205,7 @@ def seeded_noise(
     the device nor on which other rows are wanted."""
 
     def noise(shape: Sequence[int]) -> Tensor:
-        normals = torch.randn(n, *shape, generator=generator).to(device, dtype)
+        normals = send(torch.randn(n, *shape, generator=generator), device).to(dtype)
         return normals if rows is None else normals[rows]
 
     return noise

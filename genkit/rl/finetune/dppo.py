@@ -204,7 +204,7 @@ class DPPO(RewardMethod):
     ) -> tuple[Tensor, Tensor]:
         """The mean loss of denoising steps ``k`` Int [B] of trajectories ``m`` Int [B].
 
-        Also returns, float64 ``[3]``, means of the surrogate, of the KL divergence from the policy that drew the rows,
+        Also returns, ``[3]``, means of the surrogate, of the KL divergence from the policy that drew the rows,
         and of whether a ratio was clipped.
         """
         chain, trajectory = learner.chain, experience.trajectory
@@ -222,5 +222,5 @@ class DPPO(RewardMethod):
             loss = loss + self.kl * gaussian_kl(mean, fixed_std, targets.reference[k, m], fixed_std).mean()
         with torch.no_grad():
             kl = gaussian_kl(mean, std, old_mean, old_std).mean()
-            clipped = ((ratio - 1).abs() > self.clip).cpu().double().mean()
-            return loss, torch.stack([surrogate.cpu().double(), kl.cpu().double(), clipped])
+            clipped = ((ratio - 1).abs() > self.clip).to(surrogate).mean()
+            return loss, torch.stack([surrogate, kl.to(surrogate), clipped])

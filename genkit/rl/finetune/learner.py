@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Cond, Denoiser, Draw, Noise, Objective, Spec, seed_of
+from genkit.core.device import send
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
 from genkit.training.distributed import sum_gradients
 from genkit.training.loop import Diverged, State, copy_for_ema, optimizer_step, split_batch, update_ema
@@ -293,7 +294,7 @@ class Learner:
         if not counted:  # fewer rows than ranks: take part in the collective calls all the same
             first, last = min(first, total - 1), min(first, total - 1) + 1
         bounds = [(first + a, first + b) for a, b in split_batch(last - first, self.micro_batch)]
-        return [Share(rows[a:b].to(self.device), a, b, total, self, demos, counted) for a, b in bounds]
+        return [Share(send(rows[a:b], self.device), a, b, total, self, demos, counted) for a, b in bounds]
 
     # --------------------------------------------------------------------------------------------------- learning
     def gradient_step(self, rows: Tensor, loss: ShareLoss, lr: float, clip: float = 1.0) -> Tensor:

@@ -1,0 +1,142 @@
+"""The networks of diffusers' text-to-image pipelines, which are made by ``--init diffusers:PIPELINE``.
+
+Each reads what the encoders of its pipeline make of a text (:class:`~genkit.backbones.encoded_text.EncodedText`). Their
+settings have no fields here: all are in ``more``, as the pipeline has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genkit.backbones.diffusers_networks import NetworkConfig, UNet2DCondition
+from genkit.config.numbers import Width
+from genkit.core import Spec
+
+
+@dataclass(frozen=True)
+class SDXL(UNet2DCondition):
+    """UNet2DConditionModel of Stable Diffusion XL (Podell et al. 2023), which is also told the size of the picture."""
+
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    fixed: ClassVar[Mapping[str, Any]] = {**UNet2DCondition.fixed, "addition_embed_type": "text_time"}
+
+    size_factor: Width = 8
+    """pixels of the side of a latent, for the size that the network is told: the picture's own, not cropped"""
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in super().settings().items() if k != "size_factor"}
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        size = [self.size_factor * n for n in x.shape[-2:]]
+        sizes = torch.tensor([*size, 0, 0, *size], dtype=x.dtype, device=x.device).expand(len(x), -1)
+        added = {"text_embeds": context["pooled"], "time_ids": sizes}
+        return net(x, time, context["tokens"], class_labels=label, added_cond_kwargs=added).sample
+
+
+@dataclass(frozen=True)
+class TextTransformer(NetworkConfig):
+    """A transformer of a text-to-image pipeline. Its own ``sample_size`` stays: positions are relative to it."""
+
+    set_by_data: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
+    context_setting: ClassVar[str] = "caption_channels"
+    """the setting that is the dimension of its tokens"""
+
+    def data_settings(self, spec: Spec) -> dict[str, Any]:
+        return {"in_channels": spec.shape[0]}
+
+    def size_multiple(self) -> int:
+        return int(self.setting("patch_size"))
+
+    def context_dim(self) -> int:
+        return int(self.setting(self.context_setting))
+
+
+@dataclass(frozen=True)
+class SD3(TextTransformer):
+    """SD3Transformer2DModel of Stable Diffusion 3 (Esser et al. 2024)."""
+
+    class_name: ClassVar[str] = "SD3Transformer2DModel"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    context_setting: ClassVar[str] = "joint_attention_dim"
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        words = {"encoder_hidden_states": context["tokens"], "pooled_projections": context["pooled"]}
+        return net(hidden_states=x, timestep=time, **words).sample
+
+
+@dataclass(frozen=True)
+class Flux(TextTransformer):
+    """FluxTransformer2DModel of Flux 1 (dev, which is told the scale of guidance, and schnell).
+
+    Its tokens are patches of 2x2 latents, with their positions.
+    """
+
+    class_name: ClassVar[str] = "FluxTransformer2DModel"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    context_setting: ClassVar[str] = "joint_attention_dim"
+    explicit_grid: ClassVar[bool] = True
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        return (0.0, 100.0) if self.setting("guidance_embeds") else None
+
+    @classmethod
+    def sample_channels(cls, settings: Mapping[str, Any]) -> int | None:
+        return settings.get("in_channels", 64) // 4
+
+    def data_settings(self, spec: Spec) -> dict[str, Any]:
+        return {"in_channels": 4 * spec.shape[0], "out_channels": 4 * spec.shape[0]}
+
+    def size_multiple(self) -> int:
+        return 2
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        b, c, h, w = x.shape
+        rows, columns = h // 2, w // 2
+        patches = x.view(b, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, 4 * c)
+        positions = torch.zeros(rows, columns, 3, device=x.device)
+        positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
+        positions[..., 2] = torch.arange(columns, device=x.device)
+        out = net(
+            hidden_states=patches,
+            timestep=time / 1000,
+            guidance=context.get("guidance"),
+            encoder_hidden_states=context["tokens"],
+            pooled_projections=context["pooled"],
+            txt_ids=torch.zeros(context["tokens"].shape[1], 3, device=x.device),
+            img_ids=positions.reshape(-1, 3),
+        ).sample
+        return out.view(b, rows, columns, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+@dataclass(frozen=True)
+class PixArt(TextTransformer):
+    """PixArtTransformer2DModel of PixArt-Sigma (Chen et al. 2024)."""
+
+    class_name: ClassVar[str] = "PixArtTransformer2DModel"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "mask")
+    fixed: ClassVar[Mapping[str, Any]] = {"use_additional_conditions": False}
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        words = {"encoder_hidden_states": context["tokens"], "encoder_attention_mask": context["mask"]}
+        unused = {"resolution": None, "aspect_ratio": None}
+        return net(x, timestep=time, added_cond_kwargs=unused, **words).sample
+
+
+@dataclass(frozen=True)
+class Sana(TextTransformer):
+    """SanaTransformer2DModel of Sana (Xie et al. 2024)."""
+
+    class_name: ClassVar[str] = "SanaTransformer2DModel"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "mask")
+    fixed: ClassVar[Mapping[str, Any]] = {"guidance_embeds": False}
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        words = {"encoder_hidden_states": context["tokens"], "encoder_attention_mask": context["mask"]}
+        config: Any = net.config
+        return net(x, timestep=time * config.timestep_scale, **words).sample

@@ -1,0 +1,60 @@
+"""Folders that diffusers saved: a model or a pipeline, on this machine or downloaded from the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from genkit.core.files import format_error
+
+DENOISERS = ("unet", "transformer")  # the folders of a pipeline that may hold its network
+HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")  # OWNER/NAME
+WANTED = (  # of a repository on the hub: settings, vocabularies and safetensors, nothing that runs
+    "*.json", "*.txt", "*.model", "diffusion_pytorch_model*.safetensors",
+    *(f"{part}*/*.safetensors" for part in (*DENOISERS, "vae", "text_encoder")),
+)  # fmt: skip
+UNWANTED = ("*.fp16.*", "*non_ema*", "*ema_only*", "*flax*", "*onnx*")  # the same weights once more
+
+
+def locate(location: str, option: str = "init") -> Path:
+    """The folder ``location``, or the local copy of OWNER/NAME of the hub. ``ValueError`` if there is neither."""
+    root = Path(location).expanduser()
+    return root if root.is_dir() else download(location, option)
+
+
+@lru_cache(maxsize=8)  # a command asks several times: for the settings, for a note, for the weights
+def download(name: str, option: str = "init") -> Path:
+    """The local copy of OWNER/NAME of the hub. ``ValueError`` if it cannot be downloaded."""
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(
+            f"{option}: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
+        )
+    try:
+        from huggingface_hub import snapshot_download  # lazy: optional
+
+        return Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+    except Exception as e:  # of many kinds: no library, no network, no such repository
+        reason = format_error(e)[:150]
+        raise ValueError(
+            f"{option}: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
+            "download it elsewhere and name its folder"
+        ) from e
+
+
+def read_json(path: Path, option: str = "init") -> dict[str, Any]:
+    """The settings in a JSON file. ``ValueError`` if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{option}: {path} is not valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{option}: {path} holds no settings")
+    return content
+
+
+def canonical_name(location: str) -> str:
+    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
+    return str(Path(location).expanduser().resolve()) if Path(location).expanduser().is_dir() else location
