@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -24,7 +24,8 @@ class EnsembleMLP(nn.Module):
 
     The rows of a batch come in as many equal groups, one for each member. Adam treats each weight on its own, so
     (without clipping) training them together is training them one after the other, in a fraction of the time.
-    Conditions named in ``numbers``, ``[members * B]`` each, are further inputs: a second time.
+    Conditions named in ``numbers``, ``[members * B]`` each, are further inputs: a second time. ``out`` features come
+    out, ``dim`` if None.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class EnsembleMLP(nn.Module):
         depth: int,
         activation: Callable[[Tensor], Tensor],
         numbers: Sequence[str] = (),
+        out: int | None = None,
     ):
         super().__init__()
-        sizes = [dim + 1 + len(numbers), *[width] * depth, dim]
+        sizes = [dim + 1 + len(numbers), *[width] * depth, out or dim]
         self.members, self.activation, self.numbers = members, activation, numbers
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(sizes):
@@ -74,7 +76,7 @@ class PerMember:
 
 def train(
     objective: Objective,
-    net: nn.Module,
+    nets: Mapping[str, nn.Module],
     draw: Callable[[int], Batch],
     *,
     steps: int,
@@ -83,22 +85,23 @@ def train(
     seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train ``net`` in place by genkit's own loop on ``draw(rows)``, with a cosine schedule and without clipping."""
+    """Train ``nets`` in place by genkit's own loop on ``draw(rows)``, with a cosine schedule and without clipping."""
     settings = TrainSettings(
         steps=steps, batch=batch, lr=lr, warmup=min(100, steps // 10), clip=0.0, ema=(), precision="fp32", seed=seed,
-        betas=(0.9, 0.99), log_every=steps, save_every=steps, sample_every=0,
+        log_every=steps, save_every=steps, sample_every=0, betas=objective.default_settings.get("betas", (0.9, 0.99)),
     )  # fmt: skip
-    state = initial_state(objective, {"net": net}, settings)
+    state = initial_state(objective, dict(nets), settings)
     fit(
         objective,
         state,
-        lambda step, random, first, stop: draw(stop - first),
+        lambda step, random, first, stop: replace(draw(stop - first), step=step),
         Identity(),
         settings,
         Accelerator(cpu=True, mixed_precision="no"),
         progress=lambda step, loss: progress(step),
     )
-    net.eval()
+    for net in nets.values():
+        net.eval()
 
 
 def draw_rows(data: Tensor) -> Callable[[int], Batch]:

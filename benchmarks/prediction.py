@@ -86,7 +86,7 @@ def measure(
     net = EnsembleMLP(seeds, dim, width, 4, F.relu)
     start = time.process_time()
     draw = draw_rows(spiral.load("train").x @ basis)
-    train(objective, net, draw, steps=steps, batch=BATCH * seeds, lr=lr, progress=progress)
+    train(objective, {"net": net}, draw, steps=steps, batch=BATCH * seeds, lr=lr, progress=progress)
     seconds = time.process_time() - start
     z = torch.randn(seeds * test, dim, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

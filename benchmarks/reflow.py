@@ -65,12 +65,12 @@ def train_ladder(
     rows: Rows = {}
     objective = Flow()
     for k in range(1, rounds + 1):
-        train(objective, net, draw, **options)
+        train(objective, {"net": net}, draw, **options)
         many = objective.generator({"net": net}, bind("heun", HEUN_STEPS))
         one = objective.generator({"net": net}, bind("ddim", 1))
         rows[f"{k}-RF"] = {"one": evaluate(one), "many": evaluate(many)}
         objective, draw = Flow(coupling=GivenPairs()), make_pairs(many)
-    train(Distillation(), net, draw, **options)
+    train(Distillation(), {"net": net}, draw, **options)
     rows[f"{rounds}-RF distilled"] = {"one": evaluate(Distillation().generator({"net": net}))}
     return rows
 

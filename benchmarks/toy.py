@@ -164,7 +164,7 @@ def measure(
     torch.manual_seed(0)
     net = EnsembleMLP(seeds, 2, 64, 3, F.selu)
     start = time.process_time()
-    train(objective, net, draw_rows(data), steps=steps, batch=BATCH * seeds, lr=LR, progress=progress)
+    train(objective, {"net": net}, draw_rows(data), steps=steps, batch=BATCH * seeds, lr=LR, progress=progress)
     seconds = time.process_time() - start
     z = torch.cat([sobol_normals(test, seed) for seed in range(seeds)])
     x, energy, trajectories = integrate(objective, net, z)

@@ -197,6 +197,7 @@ def reflow() -> str:
     return table(header, rows)
 
 
+FEW = ("1", "2", "4", "8")
 WAYS = {
     "improved": "flow map, improved",
     "mean": "flow map, mean",
@@ -205,18 +206,22 @@ WAYS = {
     "alpha": "flow map, alpha",
     "consistency": "flow map, consistency",
     "drift": "drifting",
-    "reflow": "reflow and distillation",
+    "gan": "GAN",
+    "distilled": "reflow and distillation",
+    "reflow": "reflow, Euler's method",
     "flow": "flow, Euler's method",
+    "one-pass": "guidance as an input, one pass",
+    "two-passes": "classifier-free guidance, two passes",
 }
 
 
-def few_step_rows(part: str, value: str, digits: int) -> list[list[str]]:
+def few_step_rows(part: str, value: str, digits: int, counts: Sequence[str] = FEW) -> list[list[str]]:
     """A row for each way that was measured, by number of steps, with the CPU seconds of a seed."""
     cells, rows = load("few-step")["cells"], []
     for way, label in WAYS.items():
         if (cell := cells.get(f"{part}/{way}")) is None:
             continue
-        runs = [cell["values"][value].get(k) for k in ("1", "2", "4", "8")]
+        runs = [cell["values"][value].get(k) for k in counts]
         seconds = mean(cell["cpu_seconds"]) * len(cell["cpu_seconds"]) / len(runs[0])
         rows.append([label, *(spread(run, digits) if run else "" for run in runs), number(seconds, 0)])
     return rows
@@ -229,13 +234,13 @@ def few_step_plane() -> str:
     return table(["W2", "1 step", "2", "4", "8", "training, CPU s a seed"], rows)
 
 
-def few_step_digits() -> str:
-    cells, rows = load("few-step")["cells"], few_step_rows("digits", "Fréchet", 2)
-    accuracy = {row[0]: row[1] for row in few_step_rows("digits", "accuracy", 3)}
+def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
+    rows = few_step_rows(part, "Fréchet", digits, counts)
+    accuracy = {row[0]: row[1] for row in few_step_rows(part, "accuracy", 3, counts)}
     rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
-    real = cells["digits/real"]["values"]["Fréchet"]["1"]
-    rows.append(["real data", number(mean(real), 2), "", "", "", "", ""])
-    return table(["Fréchet distance", "1 step", "2", "4", "8", "accuracy, 1 step", "training, CPU s"], rows)
+    real = load("few-step")["cells"][f"{part}/real"]["values"]["Fréchet"]["1"]
+    rows.append(["real data", number(mean(real), digits), *[""] * (len(counts) + 1)])
+    return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- policies
@@ -480,7 +485,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "prediction": prediction,
     "reflow": reflow,
     "few-step-plane": few_step_plane,
-    "few-step-digits": few_step_digits,
+    "few-step-digits": partial(few_step_images, "digits", 2),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,

@@ -1,51 +1,76 @@
 """genkit bench few-step: rows of equal budget, resumable; an ensemble whose members see a second time."""
 
 import json
+import struct
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import few_step
-from benchmarks.ensemble import EnsembleMLP
+from benchmarks import few_step, few_step_data
+from benchmarks.ensemble import EnsembleMLP, train
 from genkit.cli.main import main
+from genkit.data.standard_images import FashionMnist
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import wasserstein2
+from genkit.evaluation.metrics.features import Classifier
+from genkit.objectives import Flow
 
 QUICK = ["bench", "few-step", "--only", "plane", "--seeds", "2", "--seconds", "0.05"]
 
 
 def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(few_step, "NUM_TEST", 64)
-    monkeypatch.setattr(few_step, "NUM_PAIRS", 128)
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 64)
+    monkeypatch.setattr(few_step_data, "NUM_PAIRS", 128)
     monkeypatch.setattr(few_step, "TIMED", 3)
     out = tmp_path / "few.json"
-    assert main([*QUICK, "--ways", "flow", "improved", "drift", "reflow", "--out", str(out)]) == 0
+    assert main([*QUICK, "--ways", "flow", "improved", "drift", "gan", "reflow", "distilled", "--out", str(out)]) == 0
+    steps = {"flow": 4, "improved": 4, "drift": 1, "gan": 1, "reflow": 4, "distilled": 1}
     cells = json.loads(out.read_text())["cells"]
-    assert cells.keys() == {f"plane/{way}" for way in ("real", "flow", "improved", "drift", "reflow")}
-    for way, steps in (("flow", 4), ("improved", 4), ("drift", 1), ("reflow", 1)):
+    assert cells.keys() == {f"plane/{way}" for way in ("real", *steps)}
+    for way, count in steps.items():
         values = cells[f"plane/{way}"]["values"]["W2"]
-        assert list(values) == ["1", "2", "4", "8"][:steps]
+        assert list(values) == ["1", "2", "4", "8"][:count]
         assert all(len(v) == 2 and 0 < v[0] != v[1] for v in values.values())
-    assert cells["plane/reflow"]["steps"][0] >= 3 * few_step.TIMED  # three trainings
+    assert cells["plane/distilled"]["steps"][0] >= 3 * few_step.TIMED  # three trainings
+    assert cells["plane/reflow"]["steps"][0] >= 2 * few_step.TIMED
+    assert len(cells["plane/gan"]["steps"]) == 2  # one seed after the other
     monkeypatch.setattr(few_step, "measure", lambda *a: pytest.fail("measured again"))
-    assert main([*QUICK, "--ways", "improved", "--out", str(out)]) == 0
+    picture = tmp_path / "few.png"
+    assert main([*QUICK, "--ways", "improved", "--out", str(out), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
     assert "eight Gaussians, W2" in capsys.readouterr().out
     assert main([*QUICK[:-1], "3", "--ways", "improved", "--out", str(out)]) == 2
-    assert "measured with seconds 0.05" in capsys.readouterr().err
+    assert "measured with seconds 0.05, not 3.0" in capsys.readouterr().err
 
 
 def test_a_budget_is_a_number_of_steps(monkeypatch):
     """Steps are timed first: three times the seconds are three times the steps."""
     clock = iter(range(1000))
     monkeypatch.setattr(few_step.time, "process_time", lambda: next(clock))
-    trained = []
+    trained, setting = [], few_step_data.plane(2)
+    make = lambda steps: few_step.TRAININGS["improved"].make(setting, steps, 1.0)  # noqa: E731
     monkeypatch.setattr(few_step, "train", lambda objective, net, draw, *, steps, **options: trained.append(steps))
     for seconds in (10.0, 30.0):
-        trainer = few_step.Trainer(few_step.plane(2), seconds, 0, 1.0)
-        trainer.fit(lambda steps: few_step.make_objective("improved", steps, 1.0), torch.nn.Identity(), lambda n: None)
-        assert trainer.steps == trained[-1] == 20 * seconds
+        trainer = few_step.Trainer(setting, seconds, 0, 1.0)
+        trainer.fit(make, {"net": torch.nn.Identity()}, lambda n: None)
+        assert trainer.steps == trained[-1] == few_step.TIMED * seconds
         assert trainer.used == 1
+
+
+def test_drawing_pairs_is_part_of_the_budget(monkeypatch):
+    monkeypatch.setattr(few_step_data, "NUM_PAIRS", 8)
+    clock, trained = iter(range(1000)), []
+    monkeypatch.setattr(few_step.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(few_step, "train", lambda objective, net, draw, *, steps, **options: trained.append(steps))
+    setting, flow = few_step_data.plane(1), Flow()
+    trainer, nets = few_step.Trainer(setting, 10.0, 0, 1.0), setting.make_nets(0, flow)
+    draw = few_step.draw_pairs(trainer, flow, nets)
+    assert trainer.used == 1
+    trainer.fit(lambda steps: flow, nets, draw)
+    assert trained[-1] == few_step.TIMED * 9
 
 
 def test_a_member_of_an_ensemble_sees_its_own_numbers():
@@ -60,12 +85,82 @@ def test_a_member_of_an_ensemble_sees_its_own_numbers():
 
 
 def test_the_ring_is_eight_gaussians():
-    x = few_step.draw_ring(4000, 3)
+    x = few_step_data.draw_ring(4000, 3)
     assert float(x.norm(dim=1).mean()) == pytest.approx(2, abs=0.02)
-    assert few_step.real_values("plane", 1)["values"]["W2"]["1"][0] > 0.1
+    assert few_step_data.real_plane(1, None)["W2"][0] > 0.1
     assert wasserstein2(x[:500], x[:500]) == 0
 
 
 def test_a_budget_is_above_zero(capsys):
     assert main([*QUICK[:-1], "0"]) == 2
     assert "seconds: given 0.0; allowed above 0" in capsys.readouterr().err
+
+
+def test_a_gan_is_trained_for_one_seed_after_the_other():
+    """One setting for each seed, with its own networks and test points; all other rows train the seeds at once."""
+    part = few_step.PARTS["plane"]
+    (together,) = part.settings(None, 3, "shortcut")
+    alone = part.settings(None, 3, "gan")
+    assert [s.batch for s in (together, *alone)] == [768, 256, 256, 256]
+    assert len({float(s.test(0, None)[0].sum()) for s in alone}) == 3
+    assert len(together.score(together.test(0, None)[0])["W2"]) == 3
+    nets = [s.make_nets(s.seeds[0], s.gan)["generator"] for s in alone]
+    z = torch.randn(4, 2)
+    assert len({float(net(z).detach().sum()) for net in nets}) == 3
+    assert nets[0](z).shape == (4, 2)
+
+
+@pytest.mark.parametrize("way", few_step.UNGUIDED)
+def test_every_way_has_a_row_on_images(monkeypatch, way):
+    """Networks, noise and rows fit each other on the digits; a sample of each is finite."""
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 20)
+    monkeypatch.setattr(few_step_data, "NUM_PAIRS", 40)
+    monkeypatch.setattr(few_step, "TIMED", 1)
+    part = few_step.PARTS["digits"]
+    cell = few_step.measure(part.settings(None, 1, way), way, 0.01, part)
+    assert all(0 < v < 1e6 for v in cell["values"]["Fréchet"]["1"])
+    assert (list(cell["values"]["accuracy"]) == ["1"]) == (way in ("drift", "gan", "distilled"))
+
+
+def test_guidance_at_two_passes_and_at_one_start_from_the_same_noise(monkeypatch):
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 20)
+    monkeypatch.setattr(few_step, "TIMED", 1)
+    part = few_step.PARTS["guided"]
+    assert part.ways == ("one-pass", "two-passes")
+    for way in part.ways:
+        cell = few_step.measure(part.settings(None, 1, way), way, 0.01, part)
+        assert list(cell["values"]["Fréchet"]) == ["1", "2", "4", "8"]
+
+
+@pytest.mark.parametrize("way", ["alpha", "consistency"])
+def test_curricula_see_how_far_training_is(monkeypatch, way):
+    """A batch without its step would stand for the end of training."""
+    setting, seen = few_step_data.plane(1), []
+    objective = few_step.TRAININGS[way].make(setting, 30, 1.0)
+    error = type(objective.rule).error
+    monkeypatch.setattr(
+        type(objective.rule), "error", lambda rule, u, jumps, step: (seen.append(step), error(rule, u, jumps, step))[1]
+    )
+    train(objective, setting.make_nets(0, objective), setting.draw, steps=4, batch=8, lr=1e-3)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_fashion_is_measured_in_the_features_of_a_classifier(tmp_path, monkeypatch):
+    """On 60 pictures in torchvision's layout; held-out ones are the reference, and training ones the row "real"."""
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(few_step_data, "Classifier", partial(Classifier, steps=2))
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 20)
+    monkeypatch.setattr(few_step, "TIMED", 1)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 60), ("t10k", 40)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, n) + bytes(i % 10 for i in range(n)))
+    part = few_step.PARTS["fashion"]
+    cell = few_step.measure(part.settings(tmp_path, 1, "shortcut"), "shortcut", 0.01, part)
+    assert list(cell["values"]["Fréchet"]) == ["1", "2", "4", "8", "20"]
+    assert all(0 <= v[0] <= 1 for v in cell["values"]["accuracy"].values())
+    scores = few_step_data.FashionScores(tmp_path)
+    held_out = few_step_data.first_rows(FashionMnist(root=str(tmp_path)).load("test"), 40).x
+    assert scores.distance(held_out) < 1e-4 < part.real(1, tmp_path)["Fréchet"][0] < cell["values"]["Fréchet"]["1"][0]

@@ -145,7 +145,7 @@ def test_derivatives_are_those_of_the_map():
 
 def test_one_row_has_the_derivative_that_it_has_among_others():
     """A path's coefficients are read as numbers for a single row; under a derivative they must not be."""
-    objective = FlowMap(path=VP(), prediction="x0")
+    objective = FlowMap(rule=Improved(), path=VP(), prediction="x0")
     u = learned(objective, MapNet(objective))
     z, r, t, v = objective.draw_jumps(batch_of_normals(5), u)[:4]
     all_rows = u.derivative(z, r, t, v)
@@ -184,7 +184,7 @@ def test_times_are_in_order_and_shared_as_the_rule_says(rule):
     assert float((r == t).float().mean()) == pytest.approx(rule.share, abs=0.02)
     if isinstance(rule, Shortcut):
         length = (t - r)[r < t]
-        assert set(length.log2().round().tolist()) == {-float(k) for k in range(7)}
+        assert set(length.log2().round().tolist()) == {-float(k) for k in range(rule.halvings)}
         torch.testing.assert_close(length.log2(), length.log2().round())
         torch.testing.assert_close((t[r < t] / length), (t[r < t] / length).round())
 

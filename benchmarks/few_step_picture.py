@@ -1,0 +1,57 @@
+"""The picture of :mod:`benchmarks.few_step`: distance to real data against evaluations, a panel for each experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genkit.core.files import atomic_write
+
+STYLES = {"flow": ":", "reflow": ":"}  # rows that solve an ODE; marks alone are one-step generators
+
+
+def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Mean and standard deviation over the seeds of each row, ``parts`` by title and row, as ``genkit bench`` has them.
+
+    The grey line is real data's distance. Rows have the same colour in all panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
+    from matplotlib.figure import Figure
+
+    ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way != "real"))
+    colours = {way: f"C{i}" if i < 10 else "k" for i, way in enumerate(ways)}
+    fig = Figure(figsize=(4.2 * len(parts) + 1.6, 3.8), dpi=80, layout="constrained")
+    panels = fig.subplots(1, len(parts), squeeze=False)[0]
+    shown: dict[str, Any] = {}
+    for panel, (title, rows) in zip(panels, parts.items(), strict=True):
+        counts: set[int] = set()
+        for way, cell in rows.items():
+            name, values = next(iter(cell["values"].items()))
+            panel.set_ylabel(name, fontsize=9)
+            if way == "real":
+                panel.axhline(np.mean(values["1"]), color="0.6", lw=1)
+                continue
+            counts |= {int(k) for k in values}
+            shown[way] = draw_row(panel, values, colours[way], STYLES.get(way, "-"))
+        panel.set(title=title, xscale="log", yscale="log", xlabel="evaluations")
+        panel.set_xticks(sorted(counts), [str(k) for k in sorted(counts)], minor=False)
+        panel.minorticks_off()
+        panel.tick_params(labelsize=8)
+    fig.legend(shown.values(), shown, loc="outside right center", fontsize=8, frameon=False)
+    FigureCanvasAgg(fig)
+    with atomic_write(path) as part:
+        fig.savefig(part, format="png")
+
+
+def draw_row(panel: Any, values: Mapping[str, Sequence[float]], colour: str, style: str) -> Any:
+    """A line with error bars, or a mark at one evaluation."""
+    x = np.array(sorted(int(k) for k in values))
+    y = np.array([np.mean(values[str(k)]) for k in x])
+    sd = np.array([np.std(values[str(k)], ddof=1) if len(values[str(k)]) > 1 else 0.0 for k in x])
+    one = len(x) == 1
+    return panel.errorbar(
+        x, y, sd, color=colour, fmt="D" if one else f"o{style}", ms=5 if one else 3, lw=1.2, capsize=2
+    )
