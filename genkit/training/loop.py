@@ -357,7 +357,7 @@ def optimizer_step(
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the device supports bf16 natively; a CPU that emulates it is slower than in fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 

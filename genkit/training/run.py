@@ -19,7 +19,7 @@ from genkit.config.numbers import CheckpointStep
 from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
-from genkit.core.files import format_error, write_text
+from genkit.core.files import write_text
 from genkit.core.progress import Progress, reporting
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
@@ -31,11 +31,13 @@ from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
+from genkit.training.precision import with_precision
 from genkit.training.samples import Samples, count_calls
 from genkit.training.sampling import (
     PIPELINE_GRID,
     Classes,
     Sampling,
+    as_tensors,
     build_guidance,
     generate_at_scale,
     picture_names,
@@ -129,7 +131,8 @@ class Run:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
-                return generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
+                generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
+                return with_precision(generate, self.nets, sampling.precision, self.device)
         opened = {} if weak or classifier else self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
@@ -138,7 +141,9 @@ class Run:
         if sampler and steps:
             grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
             bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
-        return self.objective.generator(self.nets, bound)
+        others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
+        generate = self.objective.generator(self.nets, bound)
+        return with_precision(generate, {**self.nets, **others}, sampling.precision, self.device)
 
     def sample(
         self,
@@ -194,8 +199,7 @@ class Run:
                 calls.append(count.calls)
                 report("sampling", rows.stop, n)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
-        names = picture_names(spec, prompt)
-        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, names, steps)
+        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, picture_names(spec, prompt), steps)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.
@@ -216,14 +220,6 @@ class Run:
         if bool(bad.any()):
             index = first + int(bad.nonzero()[0])
             raise ValueError(f"{self.weights}: sample {index} is not finite; the run has diverged")
-
-
-def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
-    try:
-        return {name: torch.as_tensor(value) for name, value in cond.items()}
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e
 
 
 def with_classes(spec: Spec, classifier: Run) -> Spec:

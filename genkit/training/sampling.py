@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from genkit.config.numbers import CheckpointStep, Count, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import SCALE_INPUT, Codec, Cond, Generator, Guidance, Label, Noise, Objective, Spec
 from genkit.core.device import DeviceName
+from genkit.core.files import format_error
 from genkit.core.grids import full_grid_size
 from genkit.data import codecs, text
 from genkit.diffusion.checks import require
@@ -33,6 +34,7 @@ from genkit.diffusion.paths import end_time
 from genkit.diffusion.samplers import GRIDS, Grid, find_sampler
 from genkit.objectives import FlowMap
 from genkit.objectives.matching.matching import Matching
+from genkit.training.precision import Precision
 
 if TYPE_CHECKING:
     from genkit.training.run import Run
@@ -48,7 +50,8 @@ BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampler, guidance and seeds. A one-pass model (a VAE, a GAN) takes ``seed`` and ``batch`` only."""
+    """Sampler, guidance and seeds. A one-pass model (a VAE, a GAN) takes ``seed``, ``batch`` and
+    ``precision`` only."""
 
     # -- sampler and guidance
     sampler: SamplerName | None = None
@@ -79,6 +82,9 @@ class Sampling:
     """Sample i has seed + i, whatever the batch size."""
     batch: Count = 64
     """Samples per batch."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks' forward passes: fp32, tf32 (matrix products and convolutions of a CUDA device) or
+    bf16. Samplers, guidance and the decoder of latents compute in fp32."""
 
     def clips(self, run: Run) -> bool:
         """Whether the predicted data are clipped."""
@@ -126,7 +132,15 @@ class Sampling:
         for f in fields(self):
             if takes_guidance and f.name == "guidance":
                 continue
-            if f.name in ("seed", "batch", "guidance_rule", "guidance_passes", "autoguide", "classifier_scale"):
+            if f.name in (
+                "seed",
+                "batch",
+                "precision",
+                "guidance_rule",
+                "guidance_passes",
+                "autoguide",
+                "classifier_scale",
+            ):
                 continue  # refused below without guidance
             if getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}: has no effect on {model}, which draws in one pass; leave it out")
@@ -359,3 +373,11 @@ def grid_size(spec: Spec, about: int) -> int:
     about //= 1 if height * width <= 32**2 else 2 if height * width <= 64**2 else 4
     groups = [kind.num for kind in spec.cond.values() if isinstance(kind, Label)]
     return full_grid_size(groups[0] if groups else len(text.caption_examples(spec)) or 1, about, height / width)
+
+
+def as_tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Conditions that may be given as lists or arrays. ``ValueError`` for what is no numbers."""
+    try:
+        return {name: torch.as_tensor(value) for name, value in cond.items()}
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"cond: needs tensors [n, ...] by name: {format_error(e)}; classes by name: label=") from e

@@ -101,7 +101,7 @@ OTHER_VALUES = {
     "ema": ("none", "0.5"), "sampler": ("ddim",), "steps": (7,), "guidance": (2.0, 2.0000001),
     "guidance_rule": (RULES["apg"](), RULES["rescale"]()), "guidance_interval": ((0.1, 0.5),),
     "guidance_passes": ("apart",), "autoguide": ("ema:0.5",), "classifier": ("c",), "classifier_scale": (2.0,),
-    "grid": ("karras",), "clip": (True,), "seed": (9,), "n": (3,), "label": ("1", "a b", "a-b"),
+    "precision": ("bf16",), "grid": ("karras",), "clip": (True,), "seed": (9,), "n": (3,), "label": ("1", "a b", "a-b"),
     "prompt": (("x",), ("y",)),
     "lora": ("x/l", "y/l"), "lora_scale": (0.5,),
 }  # fmt: skip
