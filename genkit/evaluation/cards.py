@@ -22,7 +22,8 @@ from genkit.core.files import refuse_foreign, write_text
 from genkit.core.links import follow_links
 from genkit.evaluation.metrics import Estimate, metric_title
 
-WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples")  # settings that compared cards may differ in
+# settings that compared cards may differ in
+WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples", "trained_on")
 OBSERVED = (  # of the machine or of the work, not settings
     "nfe",
     "passes",
@@ -102,6 +103,13 @@ class Card:
         notes = self.settings.get("notes")
         return [to_text(note) for note in notes] if isinstance(notes, list) else []
 
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether the model was trained on the features that it was measured in, so that its values rank nothing."""
+        features, trained = self.settings.get("features"), self.settings.get("trained_on")
+        name = features.get("name") if isinstance(features, Mapping) else None
+        return isinstance(trained, list) and name in trained
+
     def title(self, metric: str) -> str:
         """What tables call one of the metrics: ``fid`` in Inception's features, ``fd (raw)`` in raw ones."""
         features = self.settings.get("features")
@@ -115,6 +123,11 @@ class Card:
         return "\n".join([*lines, describe_settings(self.settings), *(f"note: {note}" for note in self.notes)])
 
     __repr__ = summary
+
+
+def rankable(card: Card | None, metric: str) -> Estimate | None:
+    """A card's value, if it can be the best one: None for features that the model was trained on."""
+    return None if card is None or card.is_trained_on else card.metrics.get(metric)
 
 
 # ------------------------------------------------------------------------------------------------ making and reading
@@ -196,6 +209,13 @@ def compare(a: Card, b: Card) -> list[MetricComparison]:
     if differences := setting_differences(a, b):
         raise ValueError(f"compare: the cards differ in more than the weights: {'; '.join(differences)}; measure both "
                          "in the same way")  # fmt: skip
+    for card in (a, b):
+        if card.is_trained_on:
+            raise ValueError(
+                f"compare: {to_text(card.settings.get('run'))} was trained on these features "
+                f"({to_text(card.settings['features']['name'])}); ranking by them means nothing; measure both in "
+                "others, say --features raw"
+            )
     shared = [name for name in a.metrics if name in b.metrics]
     if not shared:
         raise ValueError(f"compare: the cards have no metric in common: {', '.join(a.metrics)} and "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from genkit.evaluation.best import Best, find_best, group_cards
-from genkit.evaluation.cards import Card, comparable_settings, describe_settings, flatten, setting_differences
+from genkit.evaluation.cards import Card, comparable_settings, describe_settings, flatten, rankable, setting_differences
 from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.evaluation.run_records import RunRecord, read_run
 
@@ -149,9 +149,8 @@ def compare_metrics(runs: Sequence[RunRecord]) -> tuple[MetricRow, ...]:
         for metric in dict.fromkeys(name for card in cards if card for name in card.metrics):
             estimates = tuple(card.metrics.get(metric) if card else None for card in cards)
             title = next(card.title(metric) for card in cards if card)
-            rows.append(
-                MetricRow(metric, title, estimates, tuple(cards), find_best(metric_direction(metric), estimates))
-            )
+            best = find_best(metric_direction(metric), [rankable(card, metric) for card in cards])
+            rows.append(MetricRow(metric, title, estimates, tuple(cards), best))
     return tuple(rows)
 
 

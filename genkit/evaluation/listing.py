@@ -183,8 +183,12 @@ def require_field(name: str, runs: Sequence[RunRecord]) -> None:
 
 
 def sort_runs(runs: Sequence[RunRecord], name: str, reverse: bool = False) -> list[RunRecord]:
-    """The runs by a field, those without it last; metrics from the best to the worst."""
+    """The runs by a field, those without it last; metrics from the best to the worst, and last those of runs that were
+    trained on the features."""
     key = {id(run): (values[0] if (values := field_values(run, name)) else None) for run in runs}
+    for run in runs:
+        if name not in FIELDS and (headline := find_headline(run, name)) and headline.card.is_trained_on:
+            key[id(run)] = None
     having = [run for run in runs if key[id(run)] is not None]
     missing = [run for run in runs if key[id(run)] is None]
     better_high = name not in FIELDS and metric_direction(name) == "higher"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from genkit.config import load_yaml
 from genkit.evaluation.best import Best, find_best, group_cards, measurement_settings
-from genkit.evaluation.cards import Card, flatten, parse_card, to_number
+from genkit.evaluation.cards import Card, flatten, parse_card, rankable, to_number
 from genkit.evaluation.metrics import Estimate, metric_direction
 from genkit.training.annotations import Annotations, read_annotations
 from genkit.training.best import BestCheckpoint, read_best
@@ -146,7 +146,7 @@ class RunRecord:
         found = []
         for metric in dict.fromkeys(name for card in chosen for name in card.metrics):
             having = [card for card in chosen if metric in card.metrics]
-            best = find_best(metric_direction(metric), [card.metrics[metric] for card in having])
+            best = find_best(metric_direction(metric), [rankable(card, metric) for card in having])
             card = having[best.index if best else -1]
             found.append(Headline(metric, card.title(metric), card.metrics[metric], card, best))
         return tuple(found)
@@ -238,7 +238,8 @@ def read_run(path: str | Path) -> RunRecord:
     tuning = load_mapping(directory / "finetune.yaml", problems) if (directory / "finetune.yaml").is_file() else {}
     try:
         checkpoints = tuple(step_of(checkpoint) for checkpoint in list_checkpoints(directory))
-        problems += [f"{checkpoint.name}: is damaged" for checkpoint in list_incomplete(directory)]
+        for checkpoint in list_incomplete(directory):
+            warn_once(f"{checkpoint} is damaged (state.json); it is left out")
     except OSError as e:
         checkpoints = ()
         problems.append(f"checkpoints: {e.strerror}")

@@ -15,6 +15,7 @@ from genkit.evaluation.cards import (
     comparable_settings,
     describe_data,
     describe_settings,
+    rankable,
     to_number,
     to_short,
     to_text,
@@ -119,7 +120,7 @@ def card_table(cards: Sequence[Card], columns: Sequence[str]) -> Markup:
     heads = [format_metric(name, title) for name, title in titled]
     best = {
         (name, title): find_best(
-            metric_direction(name), [card.metrics.get(name) if card.title(name) == title else None for card in cards]
+            metric_direction(name), [rankable(card, name) if card.title(name) == title else None for card in cards]
         )
         for name, title in titled
     }
@@ -136,7 +137,8 @@ def card_table(cards: Sequence[Card], columns: Sequence[str]) -> Markup:
         for name, title in titled:
             estimate = card.metrics.get(name) if card.title(name) == title else None
             mark = best[name, title]
-            values.append(render_value(estimate, mark.mark(i) if mark and estimate else ""))
+            said = "trained on these features" if card.is_trained_on else mark.mark(i) if mark else ""
+            values.append(render_value(estimate, said if estimate else ""))
         rows.append([*settings, *(cells[i] for cells in cost.values()), *values, render("small", text=card.name)])
     caption = "Values with their intervals if known; ↓ lower is better, ↑ higher is better."
     if any(best.values()):

@@ -29,6 +29,7 @@ from genkit.rl.finetune.checkpoint import restore_finetuning, save_finetuning
 from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
+from genkit.rl.finetune.frechet_reward import is_frechet, resolve_frechet
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import (
@@ -112,6 +113,8 @@ def finetune(
         settings = replace(
             settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
         )
+    if is_frechet(settings.reward):
+        settings = replace(settings, reward=resolve_frechet(settings.reward, base))
     with contextlib.ExitStack() as locks:
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))

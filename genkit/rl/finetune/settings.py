@@ -32,7 +32,8 @@ class FinetuneSettings:
     # -- model and method
     reward: str = "env"
     """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
-    environment's reward from step to step, and 1 for success; or package.module:function, (samples [B, ...], cond) to
+    environment's reward from step to step, and 1 for success; frechet, minus the Fréchet distance to the data in the
+    features that suit them (frechet:classifier, frechet:raw); or package.module:function, (samples [B, ...], cond) to
     [B]."""
     method: RewardMethod = table(
         "genkit.rl.finetune.methods:METHODS", "dppo", kind="genkit.rl.finetune.reward_method:RewardMethod"

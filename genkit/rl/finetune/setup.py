@@ -23,6 +23,7 @@ from genkit.envs import Env
 from genkit.rl.finetune.chain import Chain, find_denoiser
 from genkit.rl.finetune.env_rewards import REWARDS, SingleModeReward
 from genkit.rl.finetune.experience import Task
+from genkit.rl.finetune.frechet_reward import is_frechet, load_frechet
 from genkit.rl.finetune.learner import Critic, Learner
 from genkit.rl.finetune.noise import unlearned_noises
 from genkit.rl.finetune.settings import SAVE_EVERY, FinetuneSettings
@@ -86,7 +87,7 @@ def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[T
     if settings.label is not None and not is_class_conditional(base.spec):
         raise ValueError(f"label: given {settings.label}, but this model has no classes; leave it out")
     local_batch_size(settings.samples, world, "samples")
-    function = load_reward(settings.reward)
+    function = load_frechet(settings.reward, base) if is_frechet(settings.reward) else load_reward(settings.reward)
     task = FunctionTask(
         function,
         settings.reward,

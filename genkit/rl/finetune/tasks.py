@@ -337,7 +337,7 @@ def load_reward(name: str) -> Reward:
     """The function ``package.module:function``. ``ValueError`` if there is none."""
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise ValueError(f"reward: given {name!r}; allowed: {', '.join(REWARDS)}, or package.module:function")
+        raise ValueError(f"reward: given {name!r}; allowed: {', '.join(REWARDS)}, frechet, or package.module:function")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as e:

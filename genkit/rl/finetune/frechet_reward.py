@@ -1,0 +1,79 @@
+"""The reward ``frechet``: each sample's share of minus the Fréchet distance between samples and data in some features.
+
+The gradient of the mean reward is that of minus the distance (FD-loss, arXiv 2604.28190). A model that has been trained
+by a distance is better by that distance: cards say so and refuse to rank by the same features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genkit.core import Cond, Draw
+from genkit.data.codecs import LearnedCodec
+from genkit.evaluation.evaluator import default_features
+from genkit.evaluation.metrics import Moments
+from genkit.evaluation.metrics.features import Classifier
+from genkit.evaluation.metrics.frechet import frechet_contributions
+from genkit.evaluation.trained_features import FRECHET
+from genkit.training.run import Run
+
+DIFFERENTIABLE = ("classifier", "raw")
+
+
+@dataclass(frozen=True)
+class FrechetReward:
+    """Minus the contributions ``[B]`` of samples to the Fréchet distance of their features from the data's.
+
+    Samples are weighed within the rows of a call, of which there must be more than features.
+    """
+
+    extract: Callable[[Tensor], Tensor]
+    """differentiable features ``[B, D]`` of decoded samples (pictures in [0, 1])"""
+    reference: Moments
+    """of the data"""
+
+    def __call__(self, x: Tensor, cond: Cond) -> Tensor:
+        features = self.extract(x)
+        if len(features) <= self.reference.dim:
+            raise ValueError(
+                f"reward: {FRECHET} of {len(features)} samples at a time in {self.reference.dim} features; needs more "
+                "samples than features: a larger --samples and --method.batch, and no --micro-batch"
+            )
+        return -frechet_contributions(features, self.reference).to(x.dtype)
+
+
+def is_frechet(reward: str) -> bool:
+    """Whether a reward is named ``frechet`` or ``frechet:FEATURES``."""
+    return reward.partition(":")[0] == FRECHET
+
+
+def resolve_frechet(reward: str, base: Run) -> str:
+    """``frechet:FEATURES``, with the features that suit the data if none are named. ``ValueError`` for others."""
+    name = reward.partition(":")[2] or default_features(base.data_spec)
+    if name not in DIFFERENTIABLE:
+        raise ValueError(
+            f"reward: given {reward}, whose features ({name}) have no gradient; allowed: "
+            f"{', '.join(f'{FRECHET}:{features}' for features in DIFFERENTIABLE)}"
+        )
+    if isinstance(base.codec, LearnedCodec):
+        raise ValueError(f"reward: given {reward} for a model of latents; allowed: a model of the samples themselves")
+    return f"{FRECHET}:{name}"
+
+
+def load_frechet(reward: str, base: Run) -> FrechetReward:
+    """The reward of a resolved name, against the training data of ``base``."""
+    name = reward.partition(":")[2]
+    data = base.config.data.load("train")
+    x = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data))).x
+    real = x.float() / 255 if x.dtype == torch.uint8 else x
+    extract: Callable[[Tensor], Tensor] = torch.nn.Flatten()
+    if name == "classifier":
+        network = Classifier().load("cpu", data).network.to(base.device).eval().requires_grad_(False)
+        extract = lambda x: network(255 * x.clamp(0, 1)).features  # noqa: E731
+    with torch.no_grad():
+        features = torch.cat([extract(part.to(base.device)) for part in real.split(1024)])
+    return FrechetReward(extract, Moments.of(features))
