@@ -19,7 +19,6 @@ an input (one pass) or by classifier-free guidance (two). The row "real" is the 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -37,6 +36,7 @@ from benchmarks.ensemble import train
 from benchmarks.few_step_data import DrawBatch, Setting
 from benchmarks.few_step_picture import save_picture
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd
+from genkit.cli.scripts import ScriptParser
 from genkit.core import Batch, Generator, Guidance, Objective
 from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.samplers import bind
@@ -255,7 +255,7 @@ def print_tables(console: Console, title: str, rows: Mapping[str, dict]) -> None
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench few-step", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench few-step")
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--only", choices=PARTS, help="one of the experiments")

@@ -12,7 +12,6 @@ of two, over that between unguided samples and those of two.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from rich.table import Table
 
 import genkit
 from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from genkit.cli.scripts import ScriptParser
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
 
@@ -128,7 +128,7 @@ def print_table(console: Console, name: str, cells: Sequence[Mapping[str, Any]])
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench guidance", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench guidance")
     parser.add_argument("--seeds", type=int, default=3, help="models of each data set")
     parser.add_argument("--only", choices=PARTS, help="one of the two")
     parser.add_argument("--root", type=Path, help="folder of Fashion-MNIST's files; else as in genkit train")

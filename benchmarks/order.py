@@ -9,7 +9,6 @@ nats.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.mixture import F64, ExactDenoiser, three
 from genkit import __version__
+from genkit.cli.scripts import ScriptParser
 from genkit.core import ProbabilityPath
 from genkit.core.files import write_text
 from genkit.diffusion.paths import PATHS, Linear, chart, times_at
@@ -51,7 +51,7 @@ def likelihood_error(path: ProbabilityPath, x: Tensor) -> float:
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench order", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench order")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)
     console = Console()

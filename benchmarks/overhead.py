@@ -10,7 +10,6 @@ combine tensors, and Python.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from genkit import __version__
+from genkit.cli.scripts import ScriptParser
 from genkit.core import Parametrization, ProbabilityPath, Sampler
 from genkit.core.files import write_text
 from genkit.diffusion.parametrization import Epsilon, NetDenoiser, Velocity
@@ -122,7 +122,7 @@ def measure(name: str, rounds: int = 25) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench overhead", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench overhead")
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)

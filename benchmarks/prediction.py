@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.ensemble import EnsembleMLP, draw_rows, train
 from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND
 from genkit.core.files import atomic_write
 from genkit.data.toy import SwissRoll
@@ -134,7 +135,7 @@ def print_tables(console: Console, results: ResultsFile, dims: list[int]) -> Non
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(prog="genkit bench prediction", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench prediction")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each cell, trained together")
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--only", type=int, action="append", default=[], help=f"a dimension of {DIMS}; may be repeated")

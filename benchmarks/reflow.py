@@ -13,7 +13,6 @@ real training data.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.ensemble import EnsembleMLP, draw_rows, train
 from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
 from genkit.backbones import MLP
+from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND, Batch, Draw, Generator
 from genkit.data.standard_images import Digits
 from genkit.data.toy import EightGaussians
@@ -214,7 +214,7 @@ def print_table(console: Console, title: str, rows: Mapping[str, Mapping[str, Se
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="genkit bench reflow", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench reflow")
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
     parser.add_argument("--plane-steps", type=int, default=1000, help="training steps of each stage, in the plane")
     parser.add_argument("--digits-steps", type=int, default=1000, help="the same, on the digits")

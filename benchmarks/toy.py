@@ -36,6 +36,7 @@ from torch import Tensor
 
 from benchmarks.ensemble import EnsembleMLP, PerMember, draw_rows, train
 from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND
 from genkit.core.files import atomic_write
 from genkit.data.toy import Points, Toy
@@ -222,7 +223,7 @@ def print_tables(console: Console, results: ResultsFile, methods: list[str], col
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(prog="genkit bench toy", description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__, "genkit bench toy")
     parser.add_argument("--seeds", type=int, default=5, help="networks of each cell, trained together")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps")
     parser.add_argument("--test", type=int, default=TEST_SAMPLES, help="samples of each W2; the time grows cubically")

@@ -7,7 +7,6 @@ method halves, that of a second-order method falls to a quarter. On every path t
 of them solve the same equation in the chart (see genkit/diffusion/paths.py).
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genkit import SAMPLERS, VP, Linear, Prediction, ProbabilityPath
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Cond
 from genkit.diffusion.paths import chart, times_at
 
@@ -47,7 +46,7 @@ def solve(path: ProbabilityPath, sampler: str, steps: int, z: Tensor) -> Tensor:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
+    ScriptParser(__doc__).parse_args()
     z = torch.randn(256, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     truth = solve(Linear(), "heun", 1024, z)
     print(f"{'path':<8}{'sampler':<10}" + "".join(f"{n:>12}" for n in (16, 32, 64, 128)) + "   order")

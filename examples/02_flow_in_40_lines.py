@@ -5,16 +5,16 @@
 `genkit train --data=moons` does the same with EMA, checkpoints, resume and a log.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from genkit import MLP, Batch, Flow, bind, classifier_free, uniform
+from genkit.cli.scripts import ScriptParser
 from genkit.core import pictures
 from genkit.data.toy import Moons
 
-parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+parser = ScriptParser(__doc__)
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--out", type=Path, default=Path("moons.png"))
 args = parser.parse_args()

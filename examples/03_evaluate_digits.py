@@ -10,7 +10,6 @@ The same numbers for real training digits are printed beside them: a perfect mod
 and the training digits are cut to as many as there are held-out digits, ten times over, and averaged.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
 import genkit
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Draw
 from genkit.data import DATA
 
@@ -78,7 +77,7 @@ def evaluate(run: genkit.Run, n: int = 1000, seed: int = 0, **sampling: Any) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--n", type=int, default=1000, help="number of samples")
     parser.add_argument("--sampler", help="default: the objective's usual one")

@@ -10,7 +10,6 @@ always right, and the losses differ in the gradient that reaches the generator (
 tenth of the training).
 """
 
-import argparse
 import json
 import math
 import time
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from genkit import __version__, config
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.data import Stream
 from genkit.training.loop import fit, initial_state
 from genkit.training.settings import TrainSettings
@@ -119,7 +118,7 @@ def draw(samples: Mapping[tuple[str, int], Tensor], results: Mapping[str, Mappin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--picture", type=Path, default=Path("gan_8gaussians.png"))

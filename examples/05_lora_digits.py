@@ -9,7 +9,6 @@ digits, and the evaluation says how many of them a classifier of the new digits 
 recognises as the requested one, and the Fréchet distance in that classifier's features to the held-out digits.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 import genkit
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Draw
 from genkit.data import DATA
 
@@ -83,7 +82,7 @@ def round_values(estimate: Mapping[str, float | None]) -> dict[str, float | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--shown", type=int, default=100, help="images of the new digits")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -6,7 +6,6 @@ Trains a policy with each objective on 200 demonstrations (under a minute of CPU
 starts, prints success and how evenly the four ways are taken (2 bits: equally often), and draws the trajectories.
 """
 
-import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from genkit import rollout, train
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 from genkit.envs.four_ways import FourWays, expert_episodes
 
@@ -29,7 +28,7 @@ POLICIES: Mapping[str, tuple[Mapping[str, Any], int]] = {  # settings of trainin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2500, help="of training")
     parser.add_argument("--episodes", type=int, default=400)

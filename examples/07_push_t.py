@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from genkit import rollout, train
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 
 MATCHING = {"loss_space": "x0", "cond_dropout": 0.0}  # the loss is taken on actions, which always see the observation
@@ -33,7 +33,7 @@ SIDE, MOMENTS, MARGIN = 128, 8, 18  # of the picture, in pixels and frames
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--data", required=True, help="the replay buffer, .npz or .zarr")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=8000, help="of training")

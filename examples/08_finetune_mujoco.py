@@ -20,7 +20,7 @@ from PIL import Image
 
 import genkit
 from genkit import config
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 from genkit.envs import make
 from genkit.envs.gym import Gym
@@ -49,7 +49,7 @@ class Curve(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--env", choices=TASKS, default="HalfCheetah-v5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, help="of fine-tuning; default: the configuration's")

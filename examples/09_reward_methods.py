@@ -8,7 +8,6 @@ rwr: regression onto the policy's own episodes, weighted by exp(advantage), naiv
 reward, for several lambda: success against the loss on held-out demonstrations. Each run takes some CPU minutes.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 import genkit
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Draw
 from genkit.training.directory import read_log
 
@@ -57,7 +56,7 @@ def held_out_loss(run: genkit.Run, rows: int = 4000) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("experiment", choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1000, help="of training on demonstrations")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import genkit
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Draw
 from genkit.core.pictures import save_image
 from genkit.data import DATA
@@ -29,7 +29,7 @@ WIDTH, HEIGHT, CAPTION = 7 * 66 + 2, 3 * 66 + 2, 24  # three rows of seven sampl
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--run", help="a run on the digits; default: train one")
     parser.add_argument("--reward", default="genkit.rl.finetune.image_rewards:eight")
     parser.add_argument("--label", type=int, default=3)

@@ -8,14 +8,13 @@ One row of images for each scale, or one scatter plot. The model need not know t
 the classifier guides it (Dhariwal & Nichol 2021).
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 import genkit
 from genkit import bind, classifier_free, uniform
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 from genkit.diffusion.guidance import by_classifier, compose
 from genkit.diffusion.samplers import Seeds
@@ -24,7 +23,7 @@ from genkit.training.sampling import sample_conditions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("run", help="a run directory")
     parser.add_argument("classifier", help="a run of --objective=classifier on the same path")
     parser.add_argument("--label", default="1", help="the class, by name or number")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import genkit
 from genkit import SAMPLERS, Guidance, bind, uniform
+from genkit.cli.scripts import ScriptParser
 from genkit.core import Draw, pictures
 from genkit.data import DATA, find_source
 from genkit.diffusion.guidance import within
@@ -27,9 +28,9 @@ def restore_by_pigdm(measurement: Measurement) -> Guidance:
 METHODS: Mapping[str, Callable[[Measurement], Guidance]] = {"pigdm": restore_by_pigdm, "dps": dps}
 
 
-def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+def make_parser(description: str, out: str) -> ScriptParser:
     """The arguments of every script."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = ScriptParser(description)
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--images", help="a folder, .zip or .npz; default: held-out images of the run's data")
     parser.add_argument("--sampler", default="heun", choices=SAMPLERS)
@@ -40,7 +41,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_restoration_arguments(parser: argparse.ArgumentParser, noise: float) -> None:
+def add_restoration_arguments(parser: ScriptParser, noise: float) -> None:
     parser.add_argument("--noise", type=float, default=noise, help="standard deviation; pixels lie in [-1, 1]")
     parser.add_argument("--methods", nargs="+", default=["pigdm", "dps"], choices=METHODS)
 

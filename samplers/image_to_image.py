@@ -8,7 +8,6 @@ The corrupted image is the model's condition, as further channels (Saharia et al
 samples. The default takes about a minute on one core.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from editing import rms_error
 from torch import Tensor, nn
 
 from genkit import Batch, Flow, Image, Spec, UNet, bind, classifier_free, uniform
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import Data, Draw, pictures
 from genkit.data import DATA, Stream, find_source
 from genkit.diffusion.inverse_problems import Average
@@ -59,7 +58,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--data", default="digits", help="a name of genkit.data.DATA, a folder, .zip or .npz")
     parser.add_argument("--task", default="enlarge", choices=TASKS)
     parser.add_argument("--steps", type=int, default=600, help="number of training steps")

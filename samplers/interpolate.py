@@ -6,14 +6,13 @@ Each row goes from the noise of seed 2i to that of seed 2i + 1 along a great cir
 norm that normal noise has.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import genkit
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 from genkit.diffusion.samplers import Seeds
 from genkit.training.sampling import picture_names, sample_conditions
@@ -26,7 +25,7 @@ def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--label", help="the class of all rows, by name or number; default: row i has class i")
     parser.add_argument("--rows", type=int, default=5)

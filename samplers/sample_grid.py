@@ -5,19 +5,18 @@
 Copy this file and change it: it shows all that sampling from Python needs.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 import genkit
 from genkit import SAMPLERS
-from genkit.cli.scripts import run_script
+from genkit.cli.scripts import ScriptParser, run_script
 from genkit.core import pictures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("run", help="a run directory, such as runs/latest")
     parser.add_argument("--samplers", nargs="+", default=["ddim", "heun", "dpmpp_2m", "ancestral"], choices=SAMPLERS)
     parser.add_argument("--steps", type=int, default=10)

@@ -12,7 +12,6 @@ still busy at its limit hangs. Exit code: 1 if something failed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from genkit.cli.main import COMMANDS
 from genkit.cli.main import main as genkit_main
+from genkit.cli.scripts import ScriptParser
 from genkit.config import ConfigError, dump, from_dict, parse
 from genkit.config.blocks import find_types, get_fields, load_object, parse_block
 from genkit.config.command import FlagParser, to_flag
@@ -263,6 +263,10 @@ TEMPLATES = {  # command -> arguments that keep the work small; {run} is one of 
     "rollout": ["{run} --episodes 2 --max-steps 4 --num-envs 2"],
     "demo": ["four-ways --out demo.npz --episodes 2"],
     "finetune": ["{run} --iterations 1 --num-envs 2 --num-steps 2 --eval-episodes 0 --eval-samples 0 --samples 4"],
+    "list": ["runs"],
+    "diff": ["{run} runs/flow", "runs/flow runs/ddpm {run}"],
+    "note": ["{run} words --tag a", "{run}"],
+    "distill": ["{run} --steps 2 --batch 4 --points 2 --rank 2 --device cpu"],
     "completion": ["bash"],
 }
 FITTING = {"encode": "runs/stage", "rollout": "runs/policy", "finetune": "runs/policy", "reflow": "runs/ddpm"}
@@ -360,7 +364,7 @@ def fuzz_commands(num: int, seed: int) -> Tally:
 
 def main(argv: list[str] | None = None) -> int:
     """Run both campaigns. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--configurations", type=int, default=10_000)
     parser.add_argument("--commands", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

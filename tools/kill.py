@@ -12,7 +12,6 @@ genkit is a fork of this process, so that imports are paid once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -33,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from genkit.cli.main import main as genkit_main
+from genkit.cli.scripts import ScriptParser
 from genkit.core import pictures
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run, list_checkpoints, read_log, step_of
@@ -219,7 +219,7 @@ class Campaign:
 
 def main() -> int:
     """Run all chains. Returns the exit code: 1 if one differs from its uninterrupted run."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--power-cuts", type=int, default=20)

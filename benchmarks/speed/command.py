@@ -30,6 +30,7 @@ from benchmarks.speed.measuring import (
     time_to_quality,
 )
 from genkit.backbones import UNet
+from genkit.cli.scripts import ScriptParser
 from genkit.core.files import write_text
 from genkit.training.loop import has_fast_bf16
 
@@ -79,7 +80,7 @@ def versions() -> dict[str, str]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The options."""
     description = "one training step of genkit's U-Net and of diffusers', at equal parameters and FLOPs"
-    parser = argparse.ArgumentParser(prog="genkit bench speed", description=description)
+    parser = ScriptParser(description, "genkit bench speed")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each contender")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=32, help="side of the images")

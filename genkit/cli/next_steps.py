@@ -45,10 +45,12 @@ def can_sample(run: Run) -> bool:
 
 
 def condition_options(run: Run) -> str:
-    """The options of ``genkit sample`` that ask for the second class and the first caption, as far as there are any."""
+    """The options of ``genkit sample`` that ask for the second class with samples and the first caption, as far as
+    there are any."""
     kind, options = run.spec.cond.get("label"), ""
     if isinstance(kind, Label):
-        name = kind.names[1] if len(kind.names) > 1 else str(min(1, kind.num - 1))
+        number = kind.trained[:2][-1]
+        name = kind.names[number] if kind.names else str(number)
         options += f" --label {shlex.quote(name)}"
     if captions := caption_examples(run.spec):
         options += f" --prompt {shlex.quote(captions[0])}"

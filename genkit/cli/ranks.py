@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 KEY = "genkit/error"  # of the first rank's message, in the launcher's store
 PATIENCE = timedelta(seconds=10)  # in which the first rank makes the same mistake, if it does: it starts as late
@@ -39,7 +39,9 @@ def has_said(message: str) -> bool:
 
 def open_store() -> TCPStore | None:
     """Return a client of the store that torchrun keeps for its processes; None if another launcher started them."""
-    from torch.distributed import TCPStore  # lazy: only if something is wrong
+    from torch.distributed import (  # lazy: only if something is wrong
+        TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

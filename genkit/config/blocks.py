@@ -304,14 +304,14 @@ def check_value(hint: Any, given: object, path: str) -> Any:
         require_machine_numbers(value, path)
         return value
     item_path = path + "".join(f"[{i}]" for i in errors[0]["loc"] if isinstance(i, int))
+    other = [error for error in errors if not error["type"].endswith(("_type", "_parsing", "int_from_float"))]
     problems = dict.fromkeys(
-        re.sub("^(Input|Value)( error,)? ", "", x["msg"]).replace("Tuple", "the list") for x in errors
+        re.sub("^(Input|Value)( error,)? | after validation", "", x["msg"]).replace("Tuple", "the list") for x in other
     )
     names = re.findall("'([^']*)'", str(errors[0].get("ctx", {}).get("expected", "")))
-    is_name = any("allowed:" in problem for problem in problems)
-    optional = " (or null)" if type(None) in find_types(hint) and not is_name else ""
     wrong = errors[0]["input"]
-    raise ConfigError(item_path, f"given {abbreviate(wrong)}; {' or '.join(problems)}{optional}{suggest(wrong, names)}")
+    problems = problems or {f"needs {describe_type(hint, of_item=item_path != path)}": None}
+    raise ConfigError(item_path, f"given {abbreviate(wrong)}; {' or '.join(problems)}{suggest(wrong, names)}")
 
 
 def require_machine_numbers(value: object, path: str) -> None:
@@ -332,9 +332,11 @@ def find_types(hint: Any) -> set[Any]:
     return {typing.get_origin(hint) or hint}.union(*map(find_types, typing.get_args(hint)))
 
 
-def describe_type(hint: Any) -> str:
-    """Describe a type in words for an error message: ``"an integer or null"``."""
-    nouns = {int: "an integer", float: "a number", str: "text", type(None): "null", tuple: "a list"}
+def describe_type(hint: Any, of_item: bool = False) -> str:
+    """Describe a type, or that of the items of a list, in words for an error message: ``"an integer or null"``."""
+    nouns = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if not of_item:
+        nouns |= {tuple: "a list", type(None): "null"}
     return " or ".join(nouns[t] for t in nouns if t in find_types(hint)) or str(hint)
 
 

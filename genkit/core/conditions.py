@@ -29,12 +29,19 @@ class Label:
     """A class index: ``cond[name]`` is Int ``[B]`` in [0, num).
 
     ``centers`` holds one sample per class, flattened and concatenated, in the model's units, if a class stands for a
-    sample (the anchor near which an action chunk lies).
+    sample (the anchor near which an action chunk lies). ``empty`` are the classes without a sample in the training
+    data; they are no part of what the classes mean, and are not compared.
     """
 
     num: int
     names: tuple[str, ...] = ()
     centers: tuple[float, ...] = ()
+    empty: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def trained(self) -> list[int]:
+        """The classes that have samples."""
+        return [i for i in range(self.num) if i not in self.empty]
 
     def number(self, given: int | str, option: str = "label") -> int:
         """The class that a number or a name stands for. Text is a name, or a number if no class has that name.
@@ -179,6 +186,7 @@ class Scalar:
 NEWER_FIELDS: Mapping[type, tuple[str, ...]] = {  # omitted if empty, as in specs written before they existed
     Vector: ("entries", "encoder"),
     Tokens: ("padding",),
+    Label: ("empty",),
 }
 Condition = Label | Vector | Image | Tokens | Text | Frames | Scalar
 KINDS: Mapping[str, type] = {

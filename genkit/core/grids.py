@@ -54,8 +54,8 @@ def count_cycle(cond: Mapping[str, Tensor]) -> int | None:
     """The number of classes or prompts if 2 to 16 of them repeat in a cycle, else None."""
     label, words = cond.get("label"), cond.get("text")
     if label is not None and len(label) > 1:
-        num = int(label.max()) + 1
-        in_turn = 2 <= num <= MAX_GROUPS and bool((label == torch.arange(len(label)) % num).all())
+        num = len(label.unique())
+        in_turn = 2 <= num <= MAX_GROUPS and bool((label == label[torch.arange(len(label)) % num]).all())
         return num if in_turn else None
     if words is None or len(words) < 2:
         return None
@@ -103,7 +103,8 @@ def make_grid(
 def draw_groups(x: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = (), **options: Any) -> Image.Image:
     """A grid of images ``[N, C, H, W]``; those of classes or prompts in turn have columns of their own.
 
-    ``names`` are their headings; without them classes have their numbers. ``options`` go to :func:`make_grid`.
+    ``names``, of all classes or of the prompts, are their headings; without them classes have their numbers.
+    ``options`` go to :func:`make_grid`.
     """
     num, (n, _, h, w) = count_cycle(cond), x.shape
     if num is None:
@@ -114,7 +115,10 @@ def draw_groups(x: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = ()
     places = [(k % num) * columns + (k // num) % columns + (k // num // columns) * num * columns for k in range(n)]
     sheet = torch.full((rows * num * columns, *x.shape[1:]), GREY, dtype=x.dtype)
     sheet[torch.tensor(places)] = x
-    headings = names[:num] if len(names) >= num else [str(i) for i in range(num)] if "label" in cond else ()
+    if (label := cond.get("label")) is not None:
+        headings = [names[i] if i < len(names) else str(i) for i in label[:num].tolist()]
+    else:
+        headings = names[:num] if len(names) >= num else ()
     return make_grid(sheet, num * columns, headings=headings, **options)
 
 

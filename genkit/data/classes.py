@@ -67,15 +67,16 @@ def class_kind(label: Tensor, train_label: Tensor | None, names: tuple[str, ...]
         raise ValueError(f"{train}: has the class {num - 1}; allowed 0..{MAX_CLASSES - 1}; number the classes from 0")
     if int(label.max()) >= num:
         raise ValueError(f"{path}: has the class {int(label.max())}; {train} has 0..{num - 1}")
-    if empty := num - len(train_label.unique()):
-        warn_once(f"{train}: {empty} of the {num} classes have no samples: {list_empty(train_label, num, names)}")
-    return Label(num, names)
+    return build_label(train_label, num, names, train)
 
 
-def list_empty(label: Tensor, num: int, names: tuple[str, ...]) -> str:
-    """The classes without samples, by name or number, abbreviated."""
-    empty = (torch.bincount(label, minlength=num) == 0).nonzero().flatten().tolist()
-    return abbreviate_list([names[i] if names else str(i) for i in empty])
+def build_label(train_label: Tensor, num: int, names: tuple[str, ...], where: object) -> Label:
+    """The classes of the training data, with those that have no samples, which are mentioned."""
+    empty = (torch.bincount(train_label, minlength=num) == 0).nonzero().flatten().tolist()
+    if empty:
+        listed = abbreviate_list([names[i] if names else str(i) for i in empty])
+        warn_once(f"{where}: {len(empty)} of the {num} classes have no samples: {listed}")
+    return Label(num, names, empty=tuple(empty))
 
 
 def abbreviate_list(items: Sequence[str]) -> str:

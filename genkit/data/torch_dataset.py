@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from genkit.core import Codec, Condition, Label, Spec
+from genkit.core import Codec, Condition, Spec
 from genkit.core.messages import warn_once
+from genkit.data.classes import build_label
 from genkit.data.codecs import Pixels, Standardize
 from genkit.data.held_out import DEFAULT_SHARE, HeldOut, row_names, split_rows
 from genkit.data.images import PROGRESS_FROM, to_pixels, with_progress
@@ -87,7 +88,7 @@ class TorchSource(DataSource):
         x, label, names = read_items(self.open("train"), self.title)
         of_training = split_rows(row_names(len(x)), self.held_out or 0.0, "train", self.title)
         codec = fit_codec(x[of_training])
-        num = len(names) or (int(label.max()) + 1 if label is not None else 0)
+        kind = None if label is None else build_label(label, len(names) or int(label.max()) + 1, names, self.title)
         if own_test and split == "test":
             x, label, _ = read_items(self.open("test"), self.title)
             rows = torch.arange(len(x))
@@ -95,8 +96,8 @@ class TorchSource(DataSource):
             rows = split_rows(row_names(len(x)), self.held_out or 0.0, split, self.title)
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
-        if label is not None and self.labels:
-            cond, kinds = {"label": label[rows]}, {"label": Label(num, names)}
+        if label is not None and kind is not None and self.labels:
+            cond, kinds = {"label": label[rows]}, {"label": kind}
         num_held_out = len(row_names(len(x))) - len(of_training) if self.held_out else 0
         return InMemory(x[rows], cond, Spec(tuple(x.shape[1:]), kinds), codec, num_held_out=num_held_out)
 

@@ -41,7 +41,8 @@ def describe_classes(counts: Tensor, names: tuple[str, ...], matched: bool) -> s
     what = (
         "samples are drawn in these proportions" if matched else "the samples have others, which distances measure too"
     )
-    note = f"classes of the reference have {smallest} to {largest} samples each; {what}"
+    each = f"{smallest} to {largest}" if smallest < largest else str(largest)
+    note = f"classes of the reference have {each} samples each; {what}"
     empty = [names[i] if names else str(i) for i in (counts == 0).nonzero().flatten().tolist()]
     if not empty:
         return note

@@ -43,6 +43,10 @@ Reference = SampleSource | Path
 
 
 # ------------------------------------------------------------------------------------------------ choosing features
+CountNames = tuple[str | None, str | None]
+COUNT_NAMES: CountNames = ("n", "reference_n")  # of genkit eval: the settings that give the numbers of samples
+
+
 @dataclass(frozen=True)
 class Auto(Features, ABC):
     """What suits the samples: a classifier for small grey labelled images, inception for others, raw for vectors."""
@@ -140,6 +144,7 @@ class Evaluator:
         settings: MetricSettings | None = None,
         n: int | None = None,
         reference_n: int | None = None,
+        names: CountNames = COUNT_NAMES,
         batch: int = 64,
         device: torch.device | str = "cpu",
         ranks: Ranks = SINGLE,
@@ -149,7 +154,7 @@ class Evaluator:
 
         Metrics and features that are not given are chosen by the kind of the samples. All ranks call this together.
         ``ValueError``, before any sample is drawn, if a metric has no meaning for these samples, or cannot be computed
-        of ``n`` of them (None: any number).
+        of ``n`` of them (None: any number); ``names`` are the settings of the caller that its advice names.
         """
         source = None if isinstance(reference, Path) else reference
         spec = source.spec if source is not None and samples.label is None else samples.spec
@@ -165,8 +170,10 @@ class Evaluator:
         progress("feature extractor", 0, None)
         extractor = load_extractor(chosen, device, data, ranks)
         settings = settings or MetricSettings()
-        check_counts(metrics, extractor.dim or math.prod(samples.spec.shape), settings, n,
-                     None if source is None else smallest(reference_n, source.limit))  # fmt: skip
+        limits = samples.limit, None if source is None else source.limit
+        of_reference = None if source is None else smallest(reference_n, source.limit)
+        dim = extractor.dim or math.prod(samples.spec.shape)
+        check_counts(metrics, dim, settings, n, of_reference, names, limits)
         needs_logits = any("logits" in metric.required_tensors for metric in metrics.values())
         if isinstance(source, DatasetSamples) and needs_logits:
             require_logits(extractor(source.rows(0, 1, 1).x), extractor)
@@ -347,22 +354,35 @@ def check_metrics(metrics: Mapping[str, Metric], samples: SampleSource, referenc
 
 
 def check_counts(
-    metrics: Mapping[str, Metric], dim: int, settings: MetricSettings, n: int | None, reference_n: int | None
+    metrics: Mapping[str, Metric],
+    dim: int,
+    settings: MetricSettings,
+    n: int | None,
+    reference_n: int | None,
+    names: CountNames = COUNT_NAMES,
+    limits: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """``ValueError`` that names every metric that cannot be computed of ``n`` samples against ``reference_n``.
 
-    ``dim`` is the number of features. A number that is None is not known.
+    ``dim`` is the number of features. A number that is None is not known. ``names`` are the settings that give the two
+    numbers (None: nothing does), and ``limits`` the samples that there are (None: any number).
     """
-    sides = [("n", n, {name: metric.min_samples(dim, settings) for name, metric in metrics.items()})]
-    needed = {name: metric.min_reference(dim, settings) for name, metric in metrics.items() if metric.reference}
-    sides.append(("reference_n", reference_n, needed))
-    for option, given, least in sides:
-        missing = {name: number for name, number in least.items() if given is not None and given < number}
-        if missing:
-            text = ", ".join(f"{name} needs at least {number}" for name, number in missing.items())
-            flag = option.replace("_", "-")
-            raise ValueError(f"{option}: given {given}; of {dim} features {text}; "
-                             f"take --{flag} {max(missing.values())}, or leave them out")  # fmt: skip
+    of_samples = {name: metric.min_samples(dim, settings) for name, metric in metrics.items()}
+    of_reference = {name: metric.min_reference(dim, settings) for name, metric in metrics.items() if metric.reference}
+    sides = zip(("samples", "reference"), names, (n, reference_n), (of_samples, of_reference), limits, strict=True)
+    for side, option, given, needed, limit in sides:
+        missing = {name: number for name, number in needed.items() if given is not None and given < number}
+        if not missing:
+            continue
+        text = ", ".join(f"{name} needs at least {least}" for name, least in missing.items())
+        number = max(missing.values())
+        if limit is not None and limit < number:
+            advice = f"there are no more {side}; leave" if side == "samples" else "take a larger reference, or leave"
+        elif option is None:
+            advice = "leave"
+        else:
+            advice = f"take --{option.replace('_', '-')} {number}, or leave"
+        raise ValueError(f"{option or side}: given {given}; of {dim} features {text}; {advice} them out")
 
 
 def smallest(*numbers: int | None) -> int | None:

@@ -52,6 +52,7 @@ class PeriodicEvaluation:
             weights=cfg.eval_weights,
             n=cfg.eval_n,
             reference_n=default_reference_n(data.spec, cfg.eval_n),
+            names=("eval_n", None),
             batch=min(cfg.batch, MAX_BATCH),
             device=accelerator.device,
             ranks=Ranks.of(accelerator),

@@ -238,7 +238,8 @@ def read_run(path: str | Path) -> RunRecord:
     tuning = load_mapping(directory / "finetune.yaml", problems) if (directory / "finetune.yaml").is_file() else {}
     try:
         checkpoints = tuple(step_of(checkpoint) for checkpoint in list_checkpoints(directory))
-        problems += [f"{checkpoint.name}: is damaged" for checkpoint in list_incomplete(directory)]
+        for checkpoint in list_incomplete(directory):
+            warn_once(f"{checkpoint} is damaged (state.json); it is left out")
     except OSError as e:
         checkpoints = ()
         problems.append(f"checkpoints: {e.strerror}")

@@ -7,7 +7,10 @@ resumes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,13 @@ from annotated_types import Ge
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import suggest
-from genkit.config.numbers import CheckpointStep, Count, Natural, Seed
+from genkit.config.numbers import CheckpointStep, Count, Natural, Positive, Seed
 from genkit.config.paths import PathText
 from genkit.core import Objective, pictures
 from genkit.core.device import DeviceName, pick_device
+from genkit.core.durations import estimate_duration
 from genkit.core.files import refuse_foreign
-from genkit.core.progress import Progress, reporting
+from genkit.core.progress import Progress, reporting, silent
 from genkit.diffusion.samplers import find_sampler
 from genkit.evaluation.best import pareto_front
 from genkit.evaluation.cards import Card, file_name, hash_json
@@ -37,6 +41,8 @@ from genkit.training.distributed import join_ranks
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import GridName, SamplerName, Sampling
 
+COUNTS = ((500, 5000), (500, 2000), (200, 1000), (100, 500), (50, 200))  # samples of screening and of confirming
+PILOT_SECONDS = 2.0  # of drawing, by which the time of a sweep is estimated
 SWEPT = ("sampler", "steps", "guidance", "guidance_interval", "ema")
 
 
@@ -58,10 +64,12 @@ class SweepSettings:
     """Steps of the samplers; empty: 5, 10 and 20, or 1, 2 and 4 for one that jumps by a flow map."""
     grid: GridName = "uniform"
     """Time grid of the steps."""
-    n: Annotated[int, Ge(2)] = 500
-    """Samples that each combination is screened with."""
-    confirm_n: Annotated[int, Ge(2)] = 5000
-    """Samples that the best combinations are measured with again."""
+    n: Annotated[int, Ge(2)] | None = None
+    """Samples that each combination is screened with. None: 500, or fewer if --max-minutes asks for it."""
+    confirm_n: Annotated[int, Ge(2)] | None = None
+    """Samples that the best combinations are measured with again. None: 5000, or fewer if --max-minutes asks for it."""
+    max_minutes: Positive = 20.0
+    """About the longest time of drawing without --n and --confirm-n: a few samples are timed before."""
     num_confirm_extra: Natural = 2
     """Combinations that are confirmed besides the Pareto front: the next best."""
     reference: PathText = "train"
@@ -214,6 +222,7 @@ def sweep(
     with accelerator.main_process_first():
         reference = open_reference(settings.reference, first, settings.data, first.sampling, accelerator.device)
     with reporting(progress, ranks.is_main) as report, use_threads(first.run.config.threads):
+        n, confirm_n = ranks.once(choose_counts, settings, combinations, report)
         evaluator = Evaluator.create(
             first,
             reference,
@@ -222,8 +231,9 @@ def sweep(
             resize=settings.resize,
             weights=settings.weights,
             settings=settings.metric_settings,
-            n=min(settings.n, settings.confirm_n),
-            reference_n=default_reference_n(first.spec, settings.confirm_n, reference),
+            n=min(n, confirm_n),
+            reference_n=default_reference_n(first.spec, confirm_n, reference),
+            names=("n" if n <= confirm_n else "confirm_n", None),
             batch=settings.batch,
             device=accelerator.device,
             ranks=ranks,
@@ -231,17 +241,64 @@ def sweep(
         )
         evaluator.keep = frozenset({"features"})
         failures: list[str] = []
-        screened = measure_points(combinations, evaluator, settings.n, metric, report, "screening", failures)
+        screened = measure_points(combinations, evaluator, n, metric, report, "screening", failures)
         if not screened:
             raise ValueError(
                 f"sweep: none of {len(combinations)} combinations gave finite samples; the run has diverged"
             )
         points = screened
-        if settings.confirm_n > settings.n:
+        if confirm_n > n:
             chosen = [point.samples for point in choose_points(screened, settings.num_confirm_extra)]
             again = [samples for samples in combinations if samples in chosen]
-            points = measure_points(again, evaluator, settings.confirm_n, metric, report, "confirming", failures)
+            points = measure_points(again, evaluator, confirm_n, metric, report, "confirming", failures)
     return SweepResult(metric, points, screened, failures, first.run)
+
+
+def choose_counts(
+    settings: SweepSettings, combinations: Sequence[ModelSamples], progress: Progress = silent
+) -> tuple[int, int]:
+    """The numbers of samples of screening and of confirming: those of ``settings``, or without any the largest of
+    ``COUNTS`` whose drawing takes at most ``max_minutes`` if every combination is confirmed.
+
+    Few sizes are allowed, so that a sweep that is called again finds its cards. What is left out is said.
+    """
+    if settings.n is not None or settings.confirm_n is not None:
+        return settings.n or COUNTS[0][0], settings.confirm_n or COUNTS[0][1]
+    progress("timing", 0, None)
+    seconds = time_sample(combinations)
+    minutes = [(n + confirm_n) * seconds / 60 for n, confirm_n in COUNTS]
+    i = next((i for i, m in enumerate(minutes) if m <= settings.max_minutes), len(COUNTS) - 1)
+    (n, confirm_n), (all_n, all_confirm_n) = COUNTS[i], COUNTS[0]
+    if i:
+        logging.getLogger("genkit").warning(
+            f"sweep: {len(combinations)} combinations, screened with {n} samples and confirmed with {confirm_n}, take "
+            f"{estimate_duration(60 * minutes[i])} at most; {all_n} and {all_confirm_n} would take "
+            f"{estimate_duration(60 * minutes[0])}: --n {all_n} --confirm-n {all_confirm_n}, or --max-minutes"
+        )
+    return n, confirm_n
+
+
+def time_sample(combinations: Sequence[ModelSamples]) -> float:
+    """About the seconds of one sample of every combination: one is timed, and others cost as their steps do.
+
+    Twice as many samples as before are drawn until that takes ``PILOT_SECONDS``, or is a batch. 0 if no combination
+    gives samples.
+    """
+
+    def cost(samples: ModelSamples) -> float:
+        return (samples.sampling.steps or 1) * (1 if samples.sampling.guidance == 1 else 2)
+
+    for timed in combinations:
+        num, seconds = 1, 0.0
+        with contextlib.suppress(ValueError):  # it is left out of the sweep, too
+            while True:
+                began = time.perf_counter()
+                timed.rows(0, num, num)
+                seconds = time.perf_counter() - began
+                if seconds > PILOT_SECONDS or num >= timed.sampling.batch:
+                    return seconds / num * sum(map(cost, combinations)) / cost(timed)
+                num = min(2 * num, timed.sampling.batch)
+    return 0.0
 
 
 def list_combinations(run: str | Path, settings: SweepSettings, device: torch.device) -> list[ModelSamples]:

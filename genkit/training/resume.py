@@ -15,7 +15,7 @@ import torch
 
 from genkit import config
 from genkit.config.numbers import CheckpointStep
-from genkit.core import Data, Draw, spec_to_dict
+from genkit.core import Data, Draw, spec_from_dict, spec_to_dict
 from genkit.core.links import LINK_NAME, follow_links
 from genkit.training.checkpoint import find_sound_checkpoint
 from genkit.training.directory import find_run, list_saved, step_of
@@ -71,11 +71,20 @@ def refuse_other_meaning(run: Path, old: Settings, new: Settings, alternative: s
         if isinstance(before, dict) and "root" in before and {**before, "root": None} == {**after, "root": None}:
             before, after = before["root"], after["root"]
         elif name not in changeable_fields(type(new)):
+            setting, was, given = first_difference(name, before, after)
             raise ValueError(
-                f"{name}: given {describe(after)}, but {run.name} was trained with {describe(before)}; a resumed run "
+                f"{setting}: given {describe(given)}, but {run.name} was trained with {describe(was)}; a resumed run "
                 f"keeps its {name}: leave it out, or {alternative}"
             )
         note(f"changed  {name}: {describe(before)} -> {describe(after)}")
+
+
+def first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    """The dotted name of the first setting that differs, within blocks of one class, and its two values."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.get("name") == after.get("name"):
+        inner = next(k for k in before | after if before.get(k) != after.get(k))
+        return first_difference(f"{name}.{inner}", before.get(inner), after.get(inner))
+    return name, before, after
 
 
 def with_canonical_paths(settings: TrainSettings) -> TrainSettings:
@@ -102,11 +111,8 @@ def decided_as(old: TrainSettings, new: TrainSettings) -> TrainSettings:
 
 
 def describe(value: Any) -> str:
-    """A setting in a message: a block by its name and what it holds."""
-    if isinstance(value, dict):
-        inner = ", ".join(f"{k} {v}" for k, v in value.items() if k != "name" and not isinstance(v, dict))
-        return f"{value.get('name')} ({inner})" if inner else str(value.get("name"))
-    return str(value)
+    """A setting in a message: a block by its name."""
+    return str(value["name"]) if isinstance(value, dict) and "name" in value else str(value)
 
 
 def note_schedule(old: TrainSettings, new: TrainSettings, step: int, note: Note) -> None:
@@ -210,7 +216,7 @@ def compare_fingerprints(stored: Mapping[str, Any], current: Mapping[str, Any], 
         return
     # through JSON, as the stored one went
     current = json.loads(json.dumps(current))
-    if stored["spec"] != current["spec"]:
+    if spec_from_dict(stored["spec"]) != spec_from_dict(current["spec"]):
         raise ValueError(
             f"data: {difference_of_specs(stored['spec'], current['spec'])}; a resumed run needs its own data"
         )

@@ -17,6 +17,7 @@ from genkit.core import SCALE_INPUT, Codec, Cond, Generator, Guidance, Label, No
 from genkit.core.device import DeviceName
 from genkit.core.files import format_error
 from genkit.core.grids import full_grid_size
+from genkit.core.messages import warn_once
 from genkit.data import codecs, text
 from genkit.diffusion.checks import require
 from genkit.diffusion.flow_map import HIGH_INPUT, LOW_INPUT
@@ -321,6 +322,9 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise ValueError(f"{option}: given {value!r:.60}; needs a number or a name, or a list of them")
     numbers = torch.tensor([kind.number(value, option) for value in several])
+    if untrained := sorted({int(i) for i in numbers if int(i) in kind.empty}):
+        listed = ", ".join(kind.names[i] if kind.names else str(i) for i in untrained)
+        warn_once(f"{option}: {listed} had no sample in training; the model knows nothing of it")
     return numbers[torch.arange(n) % len(numbers)]
 
 
@@ -330,8 +334,8 @@ def sample_conditions(
     """Conditions of ``n`` samples: the class ``label`` (number or name, or several in turn), the ``prompt`` (or several
     in turn), or both.
 
-    If neither is given, all classes, or the captions that the model kept, in turn; ``{}`` for a model without
-    conditions. Any of several conditions that is left out is null.
+    If neither is given, all classes that have samples, or the captions that the model kept, in turn; ``{}`` for a model
+    without conditions. Any of several conditions that is left out is null.
     """
     classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
     texts = text.text_conditions(spec)
@@ -351,7 +355,7 @@ def sample_conditions(
         cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
     if label is not None:
         return {**cond, **numbers}
-    return cond if prompts else {**cond, **{k: index % kind.num for k, kind in classes.items()}}
+    return cond if prompts else {**cond, **{k: class_numbers(kind, kind.trained, n, k) for k, kind in classes.items()}}
 
 
 def picture_names(spec: Spec, prompt: str | Sequence[str] | None = None) -> tuple[str, ...]:
@@ -371,7 +375,7 @@ def grid_size(spec: Spec, about: int) -> int:
         return about
     _, height, width = spec.shape
     about //= 1 if height * width <= 32**2 else 2 if height * width <= 64**2 else 4
-    groups = [kind.num for kind in spec.cond.values() if isinstance(kind, Label)]
+    groups = [len(kind.trained) for kind in spec.cond.values() if isinstance(kind, Label)]
     return full_grid_size(groups[0] if groups else len(text.caption_examples(spec)) or 1, about, height / width)
 
 

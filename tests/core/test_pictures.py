@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit.core import pictures
+from genkit.core import grids, pictures
 from genkit.core.grids import (
     GAP,
     MIN_SIDE,
@@ -122,6 +122,16 @@ def test_cycles_of_classes_and_prompts():
     assert count_cycle({"label": torch.tensor([0, 0, 1, 1])}) is None
     assert count_cycle({"label": torch.arange(40) % 20}) is None
     assert count_cycle({}) is None
+    assert count_cycle({"label": torch.tensor([3, 1, 3, 1, 3])}) == 2  # classes that were asked for, in turn
+
+
+def test_columns_are_headed_by_their_own_classes(monkeypatch):
+    headings = []
+    monkeypatch.setattr(grids, "make_grid", lambda *args, **options: headings.append(options["headings"]))
+    x = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    grids.draw_groups(x, {"label": torch.tensor([3, 1] * 3)}, ("a", "b", "c", "d"))
+    grids.draw_groups(x, {"label": torch.tensor([0, 2] * 3)})
+    assert headings == [["d", "b"], ["0", "2"]]
 
 
 def test_signals_and_numbers_are_plotted():

@@ -1,6 +1,8 @@
 """Metrics that cannot be computed of so few samples: refused before the work; one that fails leaves the others."""
 
+import contextlib
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -43,6 +45,30 @@ def test_a_metric_is_refused_below_its_minimum_and_computed_at_it(name, side):
             continue
         with pytest.raises(ValueError, match=f"{option}: given {n}; .*{name} needs at least {minimum}"):
             check_counts({name: metric}, DIM, SETTINGS, **counts)
+
+
+@pytest.mark.parametrize("names", [("n", "reference_n"), ("eval_n", None), ("confirm_n", None)])
+@pytest.mark.parametrize("limits", [(None, None), (8, 8), (2, 2)])
+@pytest.mark.parametrize("name", METRICS)
+def test_advice_that_is_followed_is_not_refused_again(name, limits, names):
+    """It names an option of the command that says it, and never more samples than there are."""
+    metric, counts = METRICS[name], [1, 1]
+    for _ in range(2):
+        counts = [n if limit is None else min(n, limit) for n, limit in zip(counts, limits, strict=True)]
+        with contextlib.suppress(ValueError):
+            check_counts({name: metric}, DIM, SETTINGS, *counts, names, limits)
+            return
+        with pytest.raises(ValueError, match=r"leave them out$") as refused:
+            check_counts({name: metric}, DIM, SETTINGS, *counts, names, limits)
+        error = str(refused.value)
+        advice = re.search(r"take --([a-z-]+) (\d+), or", error)
+        if advice is None:
+            assert re.search(r"no more samples; leave|larger reference, or leave|\d; leave", error)
+            return
+        side = names.index(advice[1].replace("-", "_"))
+        assert counts[side] < int(advice[2]) <= (limits[side] or 10**9)
+        counts[side] = int(advice[2])
+    check_counts({name: metric}, DIM, SETTINGS, *counts, names, limits)
 
 
 def test_what_cannot_be_computed_is_refused_before_drawing(moons, capsys, monkeypatch):

@@ -1,12 +1,14 @@
 """`sweep` and `genkit sweep`: the Pareto front, what is confirmed, and what a second call still has to do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from genkit.cli import main as cli
-from genkit.evaluation import Card, Estimate, ModelSamples, sweep
+from genkit.evaluation import Card, Estimate, ModelSamples, SweepSettings, sweep, sweeps
 from genkit.evaluation.sweeps import SweepPoint, choose_points, front_of, parse_interval
 from tests.support.evaluation import refusal, train
 
@@ -130,3 +132,47 @@ def test_mistakes_are_one_line(moons, capsys):
 def test_intervals_are_parsed():
     assert parse_interval("all") is None
     assert parse_interval("0.2-0.75") == (0.2, 0.75)
+
+
+@pytest.mark.parametrize(("given", "minutes", "expected"), [
+    ({}, 5500 / 60, (500, 5000)), ({}, 5499 / 60, (500, 2000)), ({}, 20, (200, 1000)), ({}, 1e-3, (50, 200)),
+    ({"n": 30}, 1e-3, (30, 5000)), ({"confirm_n": 30}, 1e-3, (500, 30)), ({"n": 9, "confirm_n": 9}, 1e-3, (9, 9)),
+])  # fmt: skip
+def test_a_sweep_fits_into_the_minutes_and_says_what_it_leaves_out(monkeypatch, caplog, given, minutes, expected):
+    """A sample of every combination takes a second."""
+    monkeypatch.setattr(sweeps, "time_sample", lambda combinations: 1.0)
+    assert sweeps.choose_counts(SweepSettings(max_minutes=minutes, **given), [None] * 4) == expected
+    full = (given.get("n", 500), given.get("confirm_n", 5000))
+    said = f"--n {full[0]} --confirm-n {full[1]}, or --max-minutes" in caplog.text
+    assert said == (expected != full)
+
+
+def test_the_time_of_a_sweep_follows_steps_and_guidance(moons):
+    device = torch.device("cpu")
+    one = SweepSettings(steps=(4,), batch=8)
+    more = replace(one, steps=(4, 8), guidance=(1.0, 2.0))
+    few, many = (sweeps.list_combinations(moons, settings, device) for settings in (one, more))
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            self.now += 1.0
+            return self.now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "time", Clock())
+        assert sweeps.time_sample(few) == 1 / 8  # of a batch of eight, which takes a second
+        assert sweeps.time_sample(many) == (4 + 8 + 2 * 4 + 2 * 8) / 4 / 8
+
+
+def test_the_table_cuts_off_no_number_and_no_column(moons, capsys, monkeypatch):
+    """In a terminal, or a pipe, of 80 columns; settings that all points share are in one line below it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ["--n=20", "--confirm-n=30", "--steps", "2", "3", "--sampler", "ddim", "heun", "--ema", "0.5", "0.9"]
+    assert cli.main(["sweep", str(moons), *argv, "--device=cpu"]) == 0
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if "NFE" in line)
+    assert head.split() == ["NFE", "passes", "w2", "sampler", "steps", "ema", "Pareto"]
+    assert "…" not in out
+    assert "all with guidance 1, interval –" in out

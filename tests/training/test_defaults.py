@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import genkit
-from genkit.backbones import DiT
+from genkit.backbones import MLP, DiT, UNet
 from genkit.cli.commands.train import read_settings
 from genkit.training.defaults import CPU_SETTINGS, LARGEST
 from genkit.training.settings import TrainSettings
@@ -89,3 +89,15 @@ def test_a_latent_model_is_trained_on_the_data_of_its_first_stage(tmp_path, monk
     assert settings.data == run.config.data
     assert read(f"--codec={stage.directory}", "--data.held-out=0").data.held_out == 0
     assert read(f"--codec={stage.directory}", "--data=digits").data == PLAIN.data
+
+
+def test_vectors_are_trained_with_an_mlp(tmp_path):
+    """A U-Net needs images or sequences; one that is asked for is refused."""
+    np.savez(tmp_path / "vectors.npz", x=np.random.default_rng(0).normal(size=(20, 5)))
+    np.savez(tmp_path / "sequences.npz", x=np.random.default_rng(0).normal(size=(20, 3, 8)))
+    assert isinstance(read(f"--data={tmp_path}/vectors.npz").backbone, MLP)
+    assert isinstance(read(f"--data={tmp_path}/vectors.npz", "--backbone=unet").backbone, UNet)
+    assert isinstance(read(f"--data={tmp_path}/sequences.npz").backbone, UNet)
+    settings = {k: v for k, v in TINY.items() if k != "backbone"}
+    run = genkit.train(data=str(tmp_path / "vectors.npz"), out=str(tmp_path / "runs"), **settings)
+    assert run.sample(2, steps=1).x.shape == (2, 5)

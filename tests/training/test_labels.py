@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import genkit
+from genkit.cli.main import main
 from genkit.core import Label, Spec
 from genkit.training.sampling import sample_conditions
 
@@ -66,3 +67,21 @@ def test_mistakes_are_one_line(run, options, message):
     with pytest.raises(ValueError, match=message) as refused:
         run.sample(4, **options)
     assert "\n" not in str(refused.value)
+
+
+def test_classes_without_samples_are_not_asked_for(tmp_path, capsys, caplog):
+    """Neither by the printed next step nor by samples in turn; one that is given is mentioned."""
+    x = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "gap.npz", x=x, y=np.array([0, 2, 4] * 10))
+    argv = ["--backbone.width=8", "--steps=2", "--batch=8", "--no-tensorboard", "--workers=0", "--device=cpu"]
+    assert main(["train", f"--data={tmp_path}/gap.npz", f"--out={tmp_path}/runs", "--sample-every=0", *argv]) == 0
+    assert "next     genkit sample" in (out := capsys.readouterr().out)
+    assert "--label 2 " in out
+    run = genkit.load(tmp_path / "runs" / "latest")
+    assert run.sample(7, steps=1).cond["label"].tolist() == [0, 2, 4, 0, 2, 4, 0]
+    assert not caplog.text.count("had no sample")
+    assert run.sample(2, steps=1, label=3).cond["label"].tolist() == [3, 3]
+    assert "label: 3 had no sample in training" in caplog.text
+    np.savez(tmp_path / "gap.npz", x=x, y=np.array([0, 1, 2, 3, 4] * 6))  # now there are some
+    assert main(["train", f"--resume={tmp_path}/runs/latest", "--steps=3"]) == 0
+    assert genkit.load(tmp_path / "runs" / "latest").spec.cond["label"].trained == [0, 1, 2, 3, 4]

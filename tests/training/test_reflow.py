@@ -19,6 +19,7 @@ from genkit.diffusion.samplers import Seeds, bind, uniform
 from genkit.objectives import Flow
 from genkit.objectives.matching.couplings import GivenPairs
 from genkit.objectives.matching.distillation import Distillation
+from genkit.training import reflow as module
 from genkit.training.reflow import reflow
 from genkit.training.run import load_run
 
@@ -121,6 +122,33 @@ def test_reflow_is_a_call_that_returns_the_file_and_prints_nothing(tmp_path, cap
     assert torch.allclose(one, other, atol=1e-5)
     with pytest.raises(ValueError, match="stepz"):
         reflow(run, stepz=3)
+
+
+class Clock:
+    """A second passes with each look at it."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_without_a_number_the_pairs_fit_into_the_minutes(tmp_path, monkeypatch, caplog):
+    """24 pairs take two seconds, so 12 fit into each; what is left out is said, and how long all take."""
+    assert train_command(["--data=moons", "--device=cpu", f"--out={tmp_path}", *SMALL]) == 0
+    run = load_run(tmp_path / "latest")
+    monkeypatch.setattr(module, "time", Clock())
+    made = reflow(run, batch=16, steps=1, max_minutes=0.1)
+    assert made.num_pairs == 72
+    assert "reflow: 72 of 50000 pairs take about 0.1 minutes; all would take about 1 h 9 min" in caplog.text
+    caplog.clear()
+    asked = reflow(run, n=72, batch=72, steps=1, out=tmp_path / "p.npz")
+    assert not caplog.text
+    few, same = (Pairs(root=str(p.path)).load() for p in (made, asked))
+    assert torch.allclose(few.samples.x, same.samples.x, atol=1e-5)
+    assert torch.equal(few.x1, same.x1)
+    assert torch.equal(few.samples.cond["label"], same.samples.cond["label"])
 
 
 def test_a_few_pairs_have_all_classes_of_sorted_data(tmp_path):

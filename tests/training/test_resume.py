@@ -103,7 +103,7 @@ def test_how_long_how_often_and_how_fast_may_change_and_nothing_else(run, field)
         assert len(notes) == 1
         assert field.name in notes[0]
     else:
-        with pytest.raises(ValueError, match=f"^{field.name}: given .* was trained with .*--init") as e:
+        with pytest.raises(ValueError, match=rf"^{field.name}(\.\w+)*: given .* was trained with .*--init") as e:
             continued_settings(run, new, notes.append)
         assert "\n" not in str(e.value)
 
