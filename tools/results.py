@@ -243,6 +243,29 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
+def guidance() -> str:
+    """Guidance in one pass and in two; the difference is that of the same seed, with Student's interval."""
+    from benchmarks.guidance import ARMS, cells_of, difference
+
+    measured, rows = load("guidance")["cells"], []
+    for name, label in {"digits": "digits", "fashion": "Fashion-MNIST"}.items():
+        cells = cells_of(measured, name)
+        for scale in ("1", "2", "4"):
+            row = [f"{label}, {len(cells)} seeds", scale]
+            for metric, digits in (("accuracy", 3), ("fid", 2)):
+                if scale == "1":
+                    row += [spread([c["values"]["1"]["unguided"][metric] for c in cells], digits), "", ""]
+                    continue
+                row += [spread([c["values"][scale][arm][metric] for c in cells], digits) for arm in ARMS]
+                middle, half = difference(cells, scale, metric)
+                row.append(f"{number(middle, digits)} ± {number(half, digits)}")
+            missed = "" if scale == "1" else spread([c["missed"][scale] for c in cells], 2)
+            rows.append([*row, missed])
+    header = ["", "scale", "accuracy, two passes", "one pass", "difference", "Fréchet, two passes", "one pass",
+              "difference", "missed"]  # fmt: skip
+    return table(header, rows)
+
+
 # ----------------------------------------------------------------------------------------------------------- policies
 def mean_of(runs: Sequence[Mapping[str, Any]], key: str, digits: int = 3) -> str:
     return spread([run[key]["value"] for run in runs], digits)
@@ -485,6 +508,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "prediction": prediction,
     "reflow": reflow,
     "few-step-plane": few_step_plane,
+    "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,

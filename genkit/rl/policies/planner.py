@@ -117,6 +117,10 @@ class Planner(Policy):
         return len(self.inverse_dynamics.get_buffer("action_mean"))
 
     @property
+    def future_steps(self) -> int:
+        return super().future_steps - int(self.inverse_dynamics is not None)
+
+    @property
     def details(self) -> dict[str, Any]:
         return {} if self.explained_variance is None else {"inverse_explained_variance": self.explained_variance}
 

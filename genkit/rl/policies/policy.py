@@ -119,6 +119,10 @@ class Policy:
     """conditions besides obs, each as one row"""
     steps: int = 1
     """sampler steps for each chunk; 1 for a one-pass objective"""
+    history: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list, init=False, repr=False)
+    """the newest observations and pictures that :meth:`step` was given"""
+    queue: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
+    """the actions of the last chunk that :meth:`step` has not returned yet"""
 
     @classmethod
     def load(
@@ -226,6 +230,11 @@ class Policy:
         return self.run.spec.shape[0]
 
     @property
+    def future_steps(self) -> int:
+        """Number of actions of a chunk from now on."""
+        return self.run.spec.shape[1] - self.obs_shape[0] + 1
+
+    @property
     def env(self) -> str:
         """Name of the environment of the demonstrations; "" if they name none."""
         return self.run.config.data.environment
@@ -254,8 +263,26 @@ class Policy:
         return {}
 
     def reset(self, seeds: Sequence[int]) -> None:
-        """Begin episodes: from now on row i draws from its own seed."""
+        """Begin episodes: from now on row i draws from its own seed, and :meth:`step` begins anew."""
         self.noise = Seeds(seeds, self.run.device)
+        self.history, self.queue = [], []
+
+    def step(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+        """The next action ``[N, A]``, given the newest observation ``[N, Do]`` (pictures uint8 ``[N, C, H, W]``).
+
+        Called once for each step of an episode: it keeps the observations that the policy needs (the first is repeated
+        before the start), draws a chunk when that is due, and returns its actions one by one. One environment's
+        ``[Do]`` gives ``[A]``.
+        """
+        obs_steps = self.obs_shape[0]
+        newest = (np.asarray(obs, np.float32), frames)
+        self.history = [*(self.history or [newest] * (obs_steps - 1)), newest][-obs_steps:]
+        if not self.queue:
+            window = np.stack([seen for seen, _ in self.history], -2)
+            images = [v for _, v in self.history if v is not None]
+            chunk = self.act(window, np.stack(images, -4) if images else None)
+            self.queue = list(np.moveaxis(chunk, -2, 0))
+        return self.queue.pop(0)
 
     def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
         """Actions ``[N, Ta, A]`` in the environment's units, for observations ``[N, To, Do]`` and, if it sees pictures,

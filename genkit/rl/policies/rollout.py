@@ -29,6 +29,7 @@ from genkit.diffusion.value_guidance import value_guidance
 from genkit.envs import Env
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.episodes import Episodes, frames_argument, run_episodes, see
+from genkit.rl.policies.execution import DelayedPolicy, ExecutionName
 from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import Policy, executed_mask
@@ -72,6 +73,13 @@ class RolloutSettings:
     """Discount of Q from one decision to the next."""
     act_steps: Count | None = None
     """Actions of each chunk that are executed before the next decision; None: as in training."""
+    delay: Natural = 0
+    """Steps of the environment that a decision takes: its chunk arrives as many steps after the observation."""
+    execution: ExecutionName = "naive"
+    """How chunks follow each other: naive, the newest that has arrived; ensemble, the average of all that have (Zhao et
+    al. 2023; with --act-steps 1 as in the paper)."""
+    ensemble_decay: NonNegative = 0.01
+    """Decay of the weights of an ensemble: exp(-decay i), i = 0 for the oldest chunk."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
@@ -196,8 +204,11 @@ def rollout(
     seeds = range(settings.seed, settings.seed + settings.episodes)
     explained_variance = fit_q(policy, env, settings) if settings.fit_q else None
     policy = with_q(policy, settings)
+    actor: Policy | DelayedPolicy = policy
+    if settings.delay or settings.execution != "naive":
+        actor = DelayedPolicy(policy, settings.delay, settings.execution, settings.ensemble_decay)
     with reporting(progress) as report:
-        episodes = run_episodes(policy, env, seeds, film=settings.film, progress=report)
+        episodes = run_episodes(actor, env, seeds, film=settings.film, progress=report)
     chunk_ms = chunk_latency(policy, env, env.reset(list(seeds)[: env.num]))
     return Rollouts(policy, env, episodes, settings, chunk_ms, explained_variance, folder)
 

@@ -1,0 +1,80 @@
+"""Chunks of actions carried out one step at a time, by a policy that takes time to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from genkit.rl.policies.policy import Policy
+
+ExecutionName = Literal["naive", "ensemble"]
+
+
+@dataclass
+class DelayedPolicy:
+    """A policy whose chunks arrive ``delay`` steps after the observations that they are drawn for.
+
+    It decides every ``policy.act_steps`` steps. Until a chunk arrives, the earlier ones go on; only the first chunk of
+    an episode is waited for. ``naive`` carries out the newest chunk that has arrived, from the action on whose time it
+    is. ``ensemble`` averages the actions that all chunks which have arrived have for a step, with weights
+    ``exp(-decay i)``, where i = 0 is the oldest of them (temporal ensembling, Zhao et al. 2023, algorithm 2).
+    ``ValueError`` if the chunks are too short for the delay.
+    """
+
+    policy: Policy
+    delay: int = 0
+    execution: ExecutionName = "naive"
+    decay: float = 0.01
+    time: int = field(default=0, init=False)
+    chunks: list[tuple[int, np.ndarray]] = field(default_factory=list, init=False)
+    """the step that each chunk begins at, and its actions [N, H, A]"""
+
+    def __post_init__(self) -> None:
+        longest = self.policy.future_steps - self.policy.act_steps
+        if not 0 <= self.delay <= longest:
+            raise ValueError(
+                f"delay: given {self.delay}; chunks of {self.policy.future_steps} actions, of which "
+                f"{self.policy.act_steps} are executed, allow 0 … {longest}; take fewer --act-steps"
+            )
+
+    @property
+    def obs_shape(self) -> tuple[int, int]:
+        """(To, Do); Do is 0 if pictures are all it sees."""
+        return self.policy.obs_shape
+
+    @property
+    def frame_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the pictures that it sees; None if it sees none."""
+        return self.policy.frame_shape
+
+    @property
+    def action_dim(self) -> int:
+        """Dimension of an action."""
+        return self.policy.action_dim
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Begin episodes: from now on row i draws from its own seed, and no chunk is under way."""
+        self.policy.reset(seeds)
+        self.time, self.chunks = 0, []
+
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+        """The actions ``[N, Ta, A]`` of the next steps, for observations ``[N, To, Do]`` and pictures as
+        :meth:`Policy.act` takes them."""
+        whole = replace(self.policy, act_steps=self.policy.future_steps)
+        self.chunks.append((self.time, whole.act(obs, frames)))
+        actions = [self.action(t) for t in range(self.time, self.time + self.policy.act_steps)]
+        self.time += self.policy.act_steps
+        self.chunks = [(start, chunk) for start, chunk in self.chunks if start + chunk.shape[1] > self.time]
+        return np.stack(actions, 1)
+
+    def action(self, t: int) -> np.ndarray:
+        """The action ``[N, A]`` of step ``t``, from the chunks that have arrived."""
+        arrived = [(s, c) for s, c in self.chunks if s == 0 or s + self.delay <= t]
+        actions = [chunk[:, t - start] for start, chunk in arrived if t - start < chunk.shape[1]]
+        if self.execution == "naive":
+            return actions[-1]
+        weights = np.exp(-self.decay * np.arange(len(actions)))
+        return np.einsum("k,kna->na", weights / weights.sum(), np.stack(actions)).astype(actions[0].dtype)
