@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from genkit.config import load_yaml
+from genkit.core.messages import warn_once
 from genkit.evaluation.best import Best, find_best, group_cards, measurement_settings
 from genkit.evaluation.cards import Card, flatten, parse_card, rankable, to_number
 from genkit.evaluation.metrics import Estimate, metric_direction

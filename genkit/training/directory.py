@@ -3,7 +3,7 @@
     runs/0007-digits-flow-unet/
       config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
       codec/first-stage.safetensors  (latent models only: a copy of their first stage, made once)
-      base.json  (LoRA runs only: the weights that they adapt, with their sha256; checkpoints hold the adapter alone)
+      base.json  (LoRA and fine-tuning: the weights that they began from, with their sha256)
       checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
 
 Checkpoints and links are written under a temporary name, then renamed, so a directory is consistent whatever kills the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from genkit.config.numbers import CheckpointStep
 from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
-from genkit.core.files import write_text
 from genkit.core.progress import Progress, reporting
-from genkit.core.tensors import load_tensors, sha256, to_tensors
+from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
+from genkit.training.base_weights import read_base
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
 from genkit.training.directory import find_run, read_state
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
@@ -336,7 +335,6 @@ def average_name(weights: str) -> str:
 
 
 # ------------------------------------------------------------------------------- starting from other weights, LoRA
-LORA_BASE = "base.json"
 MERGE_LORA_FILE = "genkit.integrations.lora_files:merge_lora_file"  # of a higher room, imported on demand
 
 
@@ -393,38 +391,9 @@ def load_weights(
     return {"run": str(other.directory), "weights": other.weights}
 
 
-def write_lora_base(run: Path, origin: Mapping[str, str]) -> None:
-    """Record which weights a LoRA run adapts, with their checksum."""
-    write_text(run / LORA_BASE, json.dumps({**origin, "sha256": sha256(base_weights(origin))}, indent=1) + "\n")
-
-
-def base_weights(origin: Mapping[str, str]) -> Path:
-    """The weights file that :func:`init_from` returned."""
-    return Path(origin["run"]) / origin["weights"]
-
-
-def read_lora_base(run: Path) -> dict[str, str]:
-    """The origin in ``base.json``, also if the base was moved together with the run.
-
-    Raises ``ValueError`` if its weights are gone or have changed.
-    """
-    if not (run / LORA_BASE).is_file():
-        raise ValueError(f"{run}: has no {LORA_BASE}, which says what this LoRA changes")
-    origin = json.loads((run / LORA_BASE).read_text())
-    moved = {**origin, "run": str(run.parent / Path(origin["run"]).name)}
-    present = [o for o in (origin, moved) if base_weights(o).is_file()]
-    if not present:
-        raise ValueError(f"lora: {run.name} changes {base_weights(origin)}, which is not there any more; put it back, "
-                         "or its run beside this one")  # fmt: skip
-    for candidate in present:
-        if sha256(base_weights(candidate)) == origin["sha256"]:
-            return candidate
-    raise ValueError(f"lora: {base_weights(present[0])} is not what {run.name} changes any more (another sha256)")
-
-
 def load_lora_base(nets: Mapping[str, nn.Module], run: Path) -> dict[str, str]:
     """Load the weights that a LoRA run adapts into ``nets``; returns their origin."""
-    origin = read_lora_base(run)
+    origin = read_base(run)
     source, where = find_source(origin["run"])
     if source:
         origin = source.init_from(nets, where)

@@ -31,6 +31,7 @@ from genkit.data.classes import describe_classes
 from genkit.data.codecs import decoded_shape
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
+from genkit.training.base_weights import write_base
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
@@ -52,7 +53,7 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run, init_from, load_lora_base, write_lora_base
+from genkit.training.run import Run, init_from, load_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
@@ -380,7 +381,7 @@ def record_origin(
     if isinstance(codec, LatentCodec):
         codec.stage.write(run / "codec")
     if settings.lora.active and origin:
-        write_lora_base(run, origin)
+        write_base(run, origin)
 
 
 def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> None:

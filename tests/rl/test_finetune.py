@@ -144,7 +144,7 @@ def test_learned_noise_trains_along_and_resumes(policy, tmp_path):
         ),
         (
             ["--reward", "brightness"],
-            "reward: given 'brightness'; allowed: env, success, progress, or package.module:function",
+            "reward: given 'brightness'; allowed: env, success, progress, frechet, or package.module:function",
         ),
         (["--reward", "no_such_module:f"], "reward: given no_such_module:f; there is no module no_such_module"),
         (["--reward", "tests.rl.test_finetune:nothing"], "the module has no such function"),

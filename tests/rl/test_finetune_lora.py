@@ -57,7 +57,8 @@ def test_the_change_of_each_layer_is_the_product_of_the_adapter(policy, adapted)
     assert log[0]["kl_reference"] == log[1]["kl_reference"] == 0 < log[-1]["kl_reference"]
 
 
-def test_an_adapter_resumes_as_if_it_had_not_stopped_although_its_base_went_on(policy, adapted, tmp_path):
+@pytest.mark.parametrize("adapter", [["--lora.rank", "2"], []])
+def test_it_resumes_as_if_it_had_not_stopped_although_its_base_went_on_and_moved(tmp_path, adapter):
     base = tmp_path / "base"
     tiny = "--data=four-ways --data.n 20 --objective.prediction x0 --backbone.width 16 --backbone.depth 1 --batch 16"
     usual = "--sample-every 0 --no-tensorboard --device cpu --precision fp32 --workers 0"
@@ -65,10 +66,12 @@ def test_an_adapter_resumes_as_if_it_had_not_stopped_although_its_base_went_on(p
     parts = {}
     for name, iterations in (("whole", 4), ("part", 2)):
         parts[name] = tmp_path / name
-        finetune([str(base / "latest"), "--iterations", str(iterations), "--lora.rank", "2", "--out", str(parts[name]),
-                  *SMALL])  # fmt: skip
+        finetune([str(base / "latest"), "--iterations", str(iterations), *adapter, "--out", str(parts[name]), *SMALL])
     train(["--resume", str(base / "latest"), "--steps", "6"])
-    finetune(["--resume", str(parts["part"] / "latest"), "--iterations", "4"])
+    moved = find_run(base / "latest").rename(tmp_path / "moved")
+    finetune([str(moved), "--resume", str(parts["part"] / "latest"), "--iterations", "4"])
+    kl = [[r["kl_reference"] for r in read_log(find_run(parts[k] / "latest")) if "kl_reference" in r] for k in parts]
+    assert kl[0] == kl[1]
     for file in ("nets.safetensors", "ema-0.99.safetensors", "optim.safetensors", "finetune.safetensors"):
         a, b = (load_file(checkpoint(parts[k]) / file) for k in ("whole", "part"))
         assert a.keys() == b.keys()

@@ -17,11 +17,11 @@ from genkit.core import Label, Tokens
 from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
-from genkit.evaluation.run_records import is_progress
 from genkit.training.annotations import read_annotations
+from genkit.training.base_weights import read_base
 from genkit.training.best import read_best
 from genkit.training.directory import find_run, list_checkpoints, list_incomplete, list_saved, read_log, read_state
-from genkit.training.run import load_run, read_lora_base
+from genkit.training.run import load_run
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ def main(argv: list[str]) -> int:
         by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
-        base = read_lora_base(run.directory)
+        base = read_base(run.directory)
         lines["lora"] = f"rank {run.config.lora.rank}, merged into {base['run']} ({base['weights']})"
     if isinstance(run.codec, LearnedCodec):
         lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:
-        last = next((r for r in reversed(records) if any(map(is_progress, r))), records[-1])  # not one of validation
+        last = {
+            k: v for r in records if r["step"] == records[-1]["step"] for k, v in r.items()
+        }  # validation has its own
         shown = {k: v for k, v in last.items() if k.endswith("/loss") or "samples_per_s" not in last}
         numbers = [f"{k} {v:.5g}" for k, v in shown.items() if isinstance(v, float)]
         rate = [f"{last['samples_per_s']:.0f} samples/s"] if "samples_per_s" in last else []

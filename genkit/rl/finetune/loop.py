@@ -48,6 +48,7 @@ from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE, default_steps
 from genkit.training.annotations import annotate
+from genkit.training.base_weights import read_base, write_base
 from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import point_latest
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_log, rewind_log, step_of
@@ -56,7 +57,7 @@ from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
 from genkit.training.resume import refuse_other_meaning, resume_point
-from genkit.training.run import LORA_BASE, Run, average_name, load_run, read_lora_base, write_lora_base
+from genkit.training.run import Run, average_name, load_run
 from genkit.training.session import Recorder, environment, tracker_names
 
 CHECKPOINT_SEED = 2**29  # first seed of the episodes that choose a checkpoint: neither trained on nor reported
@@ -104,11 +105,11 @@ def finetune(
         raise ValueError("run: not given; say which: genkit finetune runs/latest")
     if directory:
         refuse_changes(directory, settings)
-    if isinstance(run, Run):
-        base, accelerator = run, join_ranks(run.device)
+    accelerator = join_ranks(run.device if isinstance(run, Run) else pick_device(settings.device))
+    if directory:
+        base = load_base(directory, settings.run, accelerator.device.type)
     else:
-        accelerator = join_ranks(pick_device(settings.device))
-        base = load_base(settings.run, directory, accelerator.device.type)
+        base = run if isinstance(run, Run) else load_run(settings.run, device=accelerator.device.type)
     if settings.steps is None:
         settings = replace(
             settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
@@ -121,11 +122,9 @@ def finetune(
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
 
 
-def load_base(run: str, directory: Path | None, device: str) -> Run:
-    """The run to improve; when ``directory``, that of an adapter, is resumed, with the weights that this adapts."""
-    if directory is None or not (directory / LORA_BASE).is_file():
-        return load_run(run, device=device)
-    origin = read_lora_base(directory)
+def load_base(directory: Path, run: str, device: str) -> Run:
+    """The run that a fine-tuning run began from, with the weights of then: it may have trained on, or be moved."""
+    origin = read_base(directory, run if (Path(run) / "config.yaml").is_file() else None)
     return load_run(
         origin["run"], ema=average_name(origin["weights"]), step=step_of(Path(origin["weights"]).parent), device=device
     )
@@ -242,8 +241,7 @@ class FineTuning:
             if self.policy is not None:
                 acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
                 write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
-            if settings.lora.active and not (directory / LORA_BASE).is_file():
-                write_lora_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
+            write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
             if settings.note or settings.tags:

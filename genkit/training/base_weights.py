@@ -1,0 +1,43 @@
+"""``base.json``: the weights that a LoRA adapts, or that fine-tuning by reward began from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from genkit.core.files import write_text
+from genkit.core.tensors import sha256
+from genkit.training.directory import find_run
+
+BASE_FILE = "base.json"
+
+
+def write_base(run: Path, origin: Mapping[str, str]) -> None:
+    """Record which weights a LoRA adapts or a fine-tuning run began from, with their checksum."""
+    write_text(run / BASE_FILE, json.dumps({**origin, "sha256": sha256(base_weights(origin))}, indent=1) + "\n")
+
+
+def base_weights(origin: Mapping[str, str]) -> Path:
+    """The weights file that :func:`init_from` returned."""
+    return Path(origin["run"]) / origin["weights"]
+
+
+def read_base(run: Path, given: str | Path | None = None) -> dict[str, str]:
+    """The origin in ``base.json``, also if the base was moved together with the run, or to the place that is ``given``.
+
+    Raises ``ValueError`` if its weights are gone or have changed.
+    """
+    if not (run / BASE_FILE).is_file():
+        raise ValueError(f"{run}: has no {BASE_FILE}, which says which weights it began from")
+    origin = json.loads((run / BASE_FILE).read_text())
+    moved = {**origin, "run": str(run.parent / Path(origin["run"]).name)}
+    elsewhere = [{**origin, "run": str(find_run(given))}] if given is not None else []
+    present = [o for o in (origin, moved, *elsewhere) if base_weights(o).is_file()]
+    if not present:
+        raise ValueError(f"{run}: began from {base_weights(origin)}, which is not there any more; put it back, or its "
+                         "run beside this one")  # fmt: skip
+    for candidate in present:
+        if sha256(base_weights(candidate)) == origin["sha256"]:
+            return candidate
+    raise ValueError(f"{run}: began from {base_weights(present[0])}, which has changed since (another sha256)")
