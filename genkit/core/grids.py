@@ -116,9 +116,9 @@ def draw_groups(x: Tensor, cond: Mapping[str, Tensor], names: Sequence[str] = ()
     sheet = torch.full((rows * num * columns, *x.shape[1:]), GREY, dtype=x.dtype)
     sheet[torch.tensor(places)] = x
     if (label := cond.get("label")) is not None:
-        headings = tuple(names[i] if i < len(names) else str(i) for i in label[:num].tolist())
+        headings = [names[int(i)] if i < len(names) else str(i) for i in label[:num].tolist()]
     else:
-        headings = tuple(names[:num]) if len(names) >= num else ()
+        headings = list(names[:num]) if len(names) >= num else []
     return make_grid(sheet, num * columns, headings=headings, **options)
 
 
