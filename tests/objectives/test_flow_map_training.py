@@ -221,7 +221,8 @@ def test_settings_are_part_of_the_configuration():
     tree = {"objective": {"name": "flow-map", "rule": {"name": "lagrangian", "share": 0.25}, "prediction": "x0"}}
     objective = config.from_dict(TrainSettings, tree).objective
     assert objective == FlowMap(rule=Lagrangian(share=0.25), prediction="x0")
-    assert (objective.label_rate, FlowMap().label_rate, replace(FlowMap(), time_rate=0.5).label_rate) == (1, 0.01, 0.5)
+    rates = [o.label_rate for o in (objective, FlowMap(), FlowMap(rule=Improved()), replace(FlowMap(), time_rate=0.5))]
+    assert rates == [1, 1, 0.01, 0.5]
 
 
 # ------------------------------------------------------------------------------------ guidance as an input

@@ -33,7 +33,7 @@ from genkit.diffusion.parametrization import refuse_singular
 from genkit.diffusion.paths import Linear, chart
 from genkit.objectives.flow_map.guidance import GuidedTeacher, draw_guidance, guided_velocity
 from genkit.objectives.flow_map.learned import Jumps, LearnedMap
-from genkit.objectives.flow_map.rules import RULES, Improved, Rule
+from genkit.objectives.flow_map.rules import RULES, Rule, Shortcut
 from genkit.objectives.matching.flow import name_of
 from genkit.objectives.matching.matching import Matching, PredictionName, bound_velocity_error
 from genkit.objectives.matching.times import LogitNormal, TimeDistribution
@@ -50,8 +50,8 @@ class FlowMap(Matching):
     (Lu et al. 2026).
     """
 
-    rule: Rule = field(default_factory=Improved, metadata={"table": "genkit.objectives.flow_map.rules:RULES"})
-    """how it is learned: improved, mean (MeanFlow), lagrangian, shortcut, alpha or consistency"""
+    rule: Rule = field(default_factory=Shortcut, metadata={"table": "genkit.objectives.flow_map.rules:RULES"})
+    """how it is learned: shortcut, improved, mean (MeanFlow), lagrangian, alpha or consistency"""
     path: ProbabilityPath = field(default_factory=Linear, metadata={"table": "genkit.diffusion.paths:PATHS"})
     """the path between data and noise"""
     prediction: PredictionName = "velocity"
