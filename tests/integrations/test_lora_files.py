@@ -97,11 +97,12 @@ def test_changes_of_the_text_encoder_are_named(run_of, lora_run, tmp_path, caplo
 
 def test_files_that_do_not_fit_are_refused(run_of, lora_run, tmp_path, capsys):
     file = tmp_path / "adapter.safetensors"
+    run = str(run_of("sd"))  # made here, not under the eyes of capsys
     assert cli.main(["export", str(lora_run("sdxl")), "--to", "lora", str(file)]) == 0
     capsys.readouterr()
 
     def refused(*args):
-        assert cli.main(["sample", str(run_of("sd")), "--prompt=red", "--n=1", "--device=cpu", *args]) == 2
+        assert cli.main(["sample", run, "--prompt=red", "--n=1", "--device=cpu", *args]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         return error
@@ -110,7 +111,7 @@ def test_files_that_do_not_fit_are_refused(run_of, lora_run, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-9])
     assert "does not fit this network" in refused(f"--lora={file}")
     assert "there is no file" in refused(f"--lora={tmp_path}/absent.safetensors")
-    assert cli.main(["export", str(run_of("sd")), "--to", "lora", f"{tmp_path}/x.safetensors"]) == 2
+    assert cli.main(["export", run, "--to", "lora", f"{tmp_path}/x.safetensors"]) == 2
     assert "is no LoRA run" in capsys.readouterr().err
     kohya = ["--to", "lora", f"{tmp_path}/x.safetensors", "--to.layout=kohya"]
     assert cli.main(["export", str(lora_run("sd3")), *kohya]) == 2

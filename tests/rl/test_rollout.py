@@ -39,7 +39,7 @@ def test_a_file_name_holds_every_setting(policy):
     first = rollout(policy, episodes=2, num_envs=2, max_steps=4)
     other = {
         "env": "pusht", "sampler": "heun", "conditions": ("skill=2",), "act_steps": 1, "max_steps": 5, "ema": "none",
-        "env_args": ("a=b/c",), "device": "mps",
+        "env_args": ("a=b/c",), "device": "mps", "execution": "ensemble",
     }  # fmt: skip
     names = {first.name}
     for f in fields(RolloutSettings):

@@ -42,7 +42,7 @@ def test_pixels_are_clipped_by_default_and_not_if_told_so(run):
     assert largest(run) == largest(run, clip=True)
     assert largest(run) <= 1.0001
     assert 5 < largest(run, clip=False) < 1000  # 1 / MIN_ALPHA times a normal, instead of 1 / 5e-5
-    assert Sampling().resolved(run) == {"sampler": "heun", "steps": 20, "clip": True}
+    assert Sampling().resolved(run) == {"sampler": "heun", "steps": 20, "grid": "uniform", "clip": True}
     assert (
         Sampling(clip=False).resolved(run).items()
         >= {"clip": False, "start": round(end_time(run.denoiser.path), 4)}.items()

@@ -482,6 +482,15 @@ class Interrupted(DataSource):
         raise AssertionError("the signal was not heard")
 
 
+@pytest.fixture
+def heard():
+    """SIGINT is heard, which a shell's background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, number):
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
