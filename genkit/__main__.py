@@ -1,8 +1,6 @@
 """`python -m genkit COMMAND ...` does the same as `genkit COMMAND ...`."""
 
-import sys
-
-from genkit.cli.main import main
+from genkit.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

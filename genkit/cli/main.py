@@ -13,9 +13,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from genkit.cli.escape import printable
-from genkit.cli.ranks import find_rank, has_said, leave_message
+from genkit.cli.ranks import end_process, find_rank, has_said, leave_message
 from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
@@ -237,6 +238,11 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
         return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
+
+
+def run() -> NoReturn:
+    """The process of ``genkit`` and of ``python -m genkit``."""
+    end_process(main())
 
 
 def run_command(name: str, argv: list[str]) -> int:

@@ -1,10 +1,15 @@
-"""A mistake that all ranks make is said once: the first rank leaves its message where the others can read it."""
+"""Ranks on the command line: how a process ends, and a mistake that all ranks make, which is said once.
+
+The first rank leaves its message where the others can read it.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -50,3 +55,17 @@ def open_store() -> TCPStore | None:
         return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=PATIENCE)
     except RuntimeError:
         return None
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process with the exit code ``code``.
+
+    A rank runs its exit handlers, but not the interpreter's finalization: threads of torch's process group that still
+    wait for the interpreter then abort the process now and then ("terminate called without an active exception").
+    """
+    if find_rank()[1] > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

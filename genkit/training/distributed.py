@@ -8,6 +8,7 @@ processes, which communicate over gloo.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -51,8 +52,9 @@ def is_main_process() -> bool:
 
 
 def leave_ranks() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. Networks that refer to it are freed, so that its threads end too."""
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

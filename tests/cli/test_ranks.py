@@ -1,5 +1,8 @@
 """What several ranks say of one mistake."""
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -48,3 +51,17 @@ def test_without_a_launcher_nothing_waits(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "open_store", lambda: pytest.fail("asks for a store"))
     assert main(["info", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("genkit: run: given nowhere")
+
+
+def test_a_rank_runs_its_handlers_and_skips_the_finalization():
+    """The interpreter's finalization would wait for the thread, for ever."""
+    code = """
+import atexit, threading
+from genkit.cli.ranks import end_process
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(print, "handled")
+end_process(3)
+"""
+    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (3, "handled\n")
