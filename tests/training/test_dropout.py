@@ -29,6 +29,8 @@ def test_micro_batches_equal_one_batch_with_dropout(tmp_path, objective):
     paired = ["--data=pairs", f"--data.root={some_pairs(tmp_path)}", "--backbone=mlp"]
     anchored = ["--data=four-ways", "--data.n=8", "--data.anchors=4"]
     data = paired if OBJECTIVES[objective]().needs_pairs else anchored if objective == "anchored" else []
+    if OBJECTIVES[objective].starts_from:  # it learns from another run
+        data = ["--init", str(in_process(tmp_path / "base", "--steps=2"))]
     args = [f"--objective={objective}", "--backbone.dropout=0.3", *STEPS, *data]
     whole = in_process(tmp_path / "whole", *args)
     cut = in_process(tmp_path / "cut", *args, "--micro-batch=5")
