@@ -27,7 +27,7 @@ from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
 from genkit.training.base_weights import read_base
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
-from genkit.training.directory import find_run, read_state
+from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
@@ -399,7 +399,7 @@ def load_lora_base(nets: Mapping[str, nn.Module], run: Path) -> dict[str, str]:
         origin = source.init_from(nets, where)
         set_text_nulls(nets)
         return origin
-    step = int(Path(origin["weights"]).parent.name.removeprefix("step-"))
+    step = step_of(Path(origin["weights"]).parent)
     return init_from(nets, origin["run"], ema=average_name(origin["weights"]), step=step)
 
 

@@ -2,14 +2,11 @@
 
 import math
 import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from genkit import config
@@ -29,6 +26,7 @@ from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from tests.support.objectives import train
+from tests.support.ranks import on_two_ranks
 
 SMALL = ["train", "--data=moons", "--data.n=400", "--data.labels", "--backbone=mlp", "--backbone.width=16",
          "--backbone.depth=1", "--batch=32", "--warmup=0", "--ema", "0.9", "--device=cpu", "--sample-every=0",
@@ -72,24 +70,9 @@ def small(rule, accelerator=None, micro_batch=None):
     return {k: v.detach() for k, v in nets["net"].state_dict().items()}
 
 
-def rank(number, port, answers):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    answers[number] = {name: small(cls(), accelerator, micro_batch=4) for name, cls in RULES.items()}
-
-
 def test_two_ranks_with_four_pieces_each_are_one_rank(tmp_path):
     """Derivative passes on the bare network and gradients through its wrapper, in float64, for every rule."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        answers = manager.dict()
-        mp.start_processes(rank, (port, answers), nprocs=2, start_method="fork")
-        both = [dict(answers[i]) for i in range(2)]
+    both = on_two_ranks(lambda a: {name: small(cls(), a, micro_batch=4) for name, cls in RULES.items()})
     for name, cls in RULES.items():
         for key, value in small(cls()).items():
             assert torch.equal(both[0][name][key], both[1][name][key]), (name, key)

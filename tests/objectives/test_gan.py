@@ -2,16 +2,12 @@
 
 import importlib.util
 import math
-import os
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from sklearn.svm import SVC
 
 from genkit import config
@@ -34,6 +30,7 @@ from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from tests.support.objectives import PLANE, Shift, batch_of
+from tests.support.ranks import on_two_ranks
 
 F64 = torch.float64
 
@@ -125,28 +122,15 @@ HARD = [
 ]
 
 
-def rank(number, port, objective, answers):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    state, _ = small(objective, steps=3, accelerator=accelerator, micro_batch=4)
-    answers[number] = {f"{k}.{n}": v.detach() for k, net in state.nets.items() for n, v in net.state_dict().items()}
-
-
 @pytest.mark.parametrize("objective", HARD, ids=["wgan-gp", "r1-r2-spectral"])
 def test_gradient_penalties_through_two_ranks_and_four_pieces_are_those_of_one(tmp_path, objective):
     """Double backward through DDP, in float64: 32 rows on one rank, and 2 ranks with 4 pieces of 4 rows each."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        answers = manager.dict()
-        mp.start_processes(rank, (port, objective, answers), nprocs=2, start_method="fork")
-        both = [dict(answers[i]) for i in range(2)]
-    state, _ = small(objective, steps=3)
-    whole = {f"{k}.{n}": v for k, net in state.nets.items() for n, v in net.state_dict().items()}
+
+    def weights(state):
+        return {f"{k}.{n}": v.detach() for k, net in state.nets.items() for n, v in net.state_dict().items()}
+
+    both = on_two_ranks(lambda a: weights(small(objective, steps=3, accelerator=a, micro_batch=4)[0]))
+    whole = weights(small(objective, steps=3)[0])
     assert whole.keys() == both[0].keys()
     for name, value in whole.items():
         assert torch.equal(both[0][name], both[1][name]), name

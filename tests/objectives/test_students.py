@@ -1,13 +1,10 @@
 """Objectives that learn from a copy of themselves: exact resume, micro-batches, ranks, other starting weights."""
 
 import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from genkit import config
@@ -21,6 +18,7 @@ from genkit.training.directory import read_log
 from genkit.training.loop import fit, initial_state
 from genkit.training.run import init_from, load_run
 from genkit.training.settings import TrainSettings
+from tests.support.ranks import on_two_ranks
 
 SMALL = ["--backbone.width=16", "--backbone.depth=1", "--batch=32", "--warmup=0", "--ema", "0.9", "--device=cpu",
          "--sample-every=0", "--no-tensorboard", "--workers=0"]  # fmt: skip
@@ -56,23 +54,8 @@ def small(objective, accelerator=None, micro_batch=None):
     return before, {f"{k}.{n}": v.detach() for k, net in nets.items() for n, v in net.state_dict().items()}
 
 
-def rank(number, port, answers):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    answers[number] = {name: small(o, accelerator, micro_batch=4)[1] for name, o in STUDENTS.items()}
-
-
 def test_two_ranks_with_four_pieces_each_are_one_rank():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        answers = manager.dict()
-        mp.start_processes(rank, (port, answers), nprocs=2, start_method="fork")
-        both = [dict(answers[i]) for i in range(2)]
+    both = on_two_ranks(lambda a: {name: small(o, a, micro_batch=4)[1] for name, o in STUDENTS.items()})
     for name, objective in STUDENTS.items():
         before, whole = small(objective)
         for key, value in whole.items():
