@@ -54,6 +54,13 @@ def network_precision(nets: Mapping[str, nn.Module], precision: Precision, devic
             handle.remove()
 
 
+@contextlib.contextmanager
+def tensor_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run all that the context contains in a precision: bf16 by autocast, TF32 by the device's settings."""
+    with network_precision({}, precision, device), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        yield
+
+
 def with_precision(
     generate: Generator, nets: Mapping[str, nn.Module], precision: Precision, device: torch.device
 ) -> Generator:

@@ -129,7 +129,7 @@ class TrainSettings:
     """Number of newest checkpoints to keep."""
     # -- computation
     workers: Natural = changeable(2)
-    """Data-loading processes. 0: load in this process."""
+    """Threads that read samples from the disk ahead of the training. 0: none."""
     max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
     # -- saving and logging
