@@ -49,8 +49,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 def has_autocast(dtype: torch.dtype, device: str) -> bool:
     """Whether matrix products under autocast to ``dtype`` work on a device; some versions of torch only warn."""
     try:
-        with warnings.catch_warnings(action="ignore"), torch.autocast(device, dtype):
-            return (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype == dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autocast(device, dtype):
+                return (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype == dtype
     except RuntimeError:
         return False
 

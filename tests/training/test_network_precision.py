@@ -112,6 +112,7 @@ def test_pictures_of_training_are_drawn_in_its_precision(tmp_path):
     assert not np.array_equal(drawn, picture("fp32"))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_draws_the_same_samples_and_is_left_as_it_was(moons, monkeypatch):
     """By the tracing of torch.compile, without its C++ kernels, which take seconds to build."""
     compiled, calls = torch.compile, []
