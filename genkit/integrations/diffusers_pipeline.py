@@ -74,11 +74,12 @@ def open_base(run: Run, denoiser: DiffusersDenoiser, location: str) -> SavedMode
     ours, theirs = type(denoiser.model).__name__, base.network.class_name
     if ours != theirs:
         raise ValueError(f"to.base: the network in {base.root} is a {theirs}, the run's a {ours}; {expected}")
-    counts = [(dict(denoiser.model.config).get(k), base.settings.get(k)) for k in CLASS_COUNTS]  # type: ignore[arg-type]
+    own = dict(denoiser.model.config)  # type: ignore[arg-type]
+    counts = [(own.get(k), base.settings.get(k)) for k in CLASS_COUNTS]
     if odd := [(a, b) for a, b in counts if b is not None and a != b]:
         raise ValueError(
-            f"to.base: the run has {odd[0][0]} classes, its pipeline draws from {odd[0][1]}; write network and scheduler "
-            "alone: --to.base none"
+            f"to.base: the run has {odd[0][0]} classes, its pipeline draws from {odd[0][1]}; write network and "
+            "scheduler alone: --to.base none"
         )
     sequences = denoiser.sequences
     if isinstance(sequences, EncodedText) and files_sha256(base.root) != sequences.sha256:
@@ -95,12 +96,14 @@ def require_same_meaning(run: Run, base: SavedModel) -> None:
     theirs = (objective_of(base) or {}).get("prediction", "velocity")
     if prediction != theirs:
         raise ValueError(
-            f"to.base: the run predicts {prediction}, its pipeline expects {theirs}; write network and scheduler alone: "
-            "--to.base none"
+            f"to.base: the run predicts {prediction}, its pipeline expects {theirs}; write network and scheduler "
+            "alone: --to.base none"
         )
     if not isinstance(run.codec, LearnedCodec):
         return
-    theirs = isinstance(run.codec, LatentCodec) and isinstance(run.codec.stage, DiffusersStage) and not run.codec.measured
+    theirs = (
+        isinstance(run.codec, LatentCodec) and isinstance(run.codec.stage, DiffusersStage) and not run.codec.measured
+    )
     if not theirs or not (base.root / "vae").is_dir():
         raise ValueError(
             "to.base: the run has another first stage than its pipeline, or scales its latents in another way; write "

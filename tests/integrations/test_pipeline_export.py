@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from genkit.cli import main as cli
 from genkit.training.run import load_run
 from tests.support.pipelines import QUICK, largest, our_picture, their_picture
@@ -150,7 +151,10 @@ def test_a_run_that_means_something_else_is_no_such_pipeline(run_of, photos, tmp
     vae = ["--objective=vae", "--objective.latent", "4", "8", "8", "--backbone.width=8", f"--data={photos}"]
     assert cli.main(["train", *vae, "--data.size=16", f"--out={tmp_path / 'vae'}", *QUICK]) == 0
     own_stage = run_of("sd", f"--codec={(tmp_path / 'vae' / 'latest').resolve()}")
-    for run, words in ((v_net, "the run predicts v, its pipeline expects eps"), (own_stage, "another first stage than")):
+    for run, words in (
+        (v_net, "the run predicts v, its pipeline expects eps"),
+        (own_stage, "another first stage than"),
+    ):
         capsys.readouterr()
         assert cli.main(["export", str(run), str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
