@@ -378,7 +378,7 @@ def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
 
 
 def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
-    """How a model's samples are drawn: all settings but ``batch`` and ``compile``, with other models as their hashes."""
+    """How a model's samples are drawn: all settings but ``batch`` and ``compile``, other models as hashes."""
     settings = config.dump(samples.sampling)
     del settings["batch"], settings["compile"]  # which change the last digits only
     names = {"autoguide": "weak", "classifier": "classifier"}
