@@ -41,7 +41,7 @@ from genkit.training.directory import find_run
 from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import FirstStage, foreign_stage
 from genkit.training.latent_statistics import LatentStatistics, compute_statistics, merge_all
-from genkit.training.precision import Precision, require_precision, tensor_precision
+from genkit.training.precision import Precision, require_precision, use_codec_precision
 from genkit.training.ranks import Ranks, use_threads
 from genkit.training.run import load_run, open_first_stage
 from genkit.training.settings import stored_settings
@@ -82,7 +82,8 @@ class EncodeSettings:
     workers: Natural = 2
     """Threads that read and decode samples from the disk while others are encoded."""
     precision: Precision = "fp32"
-    """Arithmetic of the encoder: fp32, tf32 (matrix products and convolutions of a CUDA device) or bf16."""
+    """Arithmetic of the encoder: fp32, tf32 (matrix products and convolutions of a CUDA device) or bf16; fp16 means
+    fp32 here, as common first stages exceed its range."""
     storage: Literal["fp32", "bf16"] = "fp32"
     """Type of the stored numbers. bf16 halves the files; it is refused where rounding changes a channel by more than a
     hundredth of its standard deviation."""
@@ -291,7 +292,7 @@ def encode_rows(stage: FirstStage, data: Data, rows: range, views: int, settings
     parts: list[dict[str, Tensor]] = []
     for chunk, batches in read_ahead(data, rows, views, settings.batch, settings.workers):
         draws = [Draw((0,), chunk.start, chunk.stop, device) for _ in batches]
-        with torch.no_grad(), tensor_precision(settings.precision, device):
+        with torch.no_grad(), use_codec_precision(settings.precision, device):
             posteriors = [stage.posterior(replace(b.to(device), draw=d)) for b, d in zip(batches, draws, strict=True)]
         part = {
             "mean": torch.stack([q.mean for q in posteriors], 1).float().cpu(),

@@ -31,7 +31,7 @@ from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
-from genkit.training.precision import with_precision
+from genkit.training.precision import Precision, use_codec_precision, with_networks
 from genkit.training.ranks import SINGLE, Ranks
 from genkit.training.samples import Samples, count_calls, draw_batches
 from genkit.training.sampling import (
@@ -133,7 +133,7 @@ class Run:
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
-                return with_precision(generate, self.nets, sampling.precision, self.device)
+                return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
         opened = {} if weak or classifier else self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
@@ -144,7 +144,13 @@ class Run:
             bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
         others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
         generate = self.objective.generator(self.nets, bound)
-        return with_precision(generate, {**self.nets, **others}, sampling.precision, self.device)
+        return with_networks(generate, {**self.nets, **others}, sampling.precision, self.device, sampling.compile)
+
+    def decode(self, x: Tensor, precision: Precision = "fp32") -> Tensor:
+        """Decode samples in the model's units ``[B, *S]``; latents by their first stage, in a precision (in fp32 for
+        fp16, whose range common decoders exceed)."""
+        with use_codec_precision(precision, self.device):
+            return self.codec.decode(x)
 
     def sample(
         self,
@@ -186,7 +192,7 @@ class Run:
         frames: list[list[Tensor]] = []
 
         def record(step: int, x: Tensor, prediction: Any) -> None:
-            frames[-1].append(self.codec.decode(x.float()).cpu())
+            frames[-1].append(self.decode(x.float(), sampling.precision).cpu())
 
         generate = self.generator(sampling, weak=weak, classifier=classifier, outer=outer,
                                   callback=record if trajectory else None, **(options or {}))  # fmt: skip
@@ -199,7 +205,7 @@ class Run:
             z = generate(noise(shape), batch_cond, noise)
             self.require_finite(z, rows.start)
             calls.append(count.calls)
-            return self.codec.decode(z).cpu()
+            return self.decode(z, sampling.precision).cpu()
 
         with reporting(progress) as report, torch.no_grad(), count_calls(self.nets) as count:
             x = draw_batches(draw, n, sampling.batch, ranks, consume, report)
