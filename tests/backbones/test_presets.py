@@ -103,3 +103,9 @@ def test_unknown_presets_are_refused():
         EDM2(preset="huge")
     with pytest.raises(ValueError, match=r"all settings are the defaults; try genkit.config.from_dict\(UNet"):
         UNet(preset="adm-64")
+
+
+@pytest.mark.parametrize(("preset", "heads"), [("S/2", 6), ("B/4", 12), ("L/2", 16), ("XL/8", 16), ("JiT-G/16", 16)])
+def test_heads_are_those_of_the_paper(preset, heads):
+    cfg = from_dict(DiT, {"preset": preset})
+    assert cfg.width // cfg.head_size == heads
