@@ -158,7 +158,7 @@ def run(tmp_path_factory):
 
 def test_reconstructed_weights_are_those_that_were_averaged(run):
     """With few snapshots not exactly."""
-    assert reconstruction_error(run, 0.075) < 2e-3
+    assert reconstruction_error(run, 0.075) < 5e-3
 
 
 @pytest.mark.slow
