@@ -193,7 +193,9 @@ def test_snapshots_are_thinned_and_resumed_exactly(tmp_path):
     stopped = train(**{**settings(tmp_path / "b"), **short, "steps": 25, "schedule": "constant"})
     whole = train(**{**settings(tmp_path / "a"), **short, "schedule": "constant"})
     load_run(stopped.directory, ema="power-0.2", step=20)
-    resumed = train(resume=stopped.directory, step=20, steps=40)
+    train(resume=stopped.directory, step=20, steps=22)
+    assert [step_of(p) for p in list_snapshots(stopped.directory)] == [6, 12, 18]  # that of 24 is ahead
+    resumed = train(resume=stopped.directory, steps=40)
     assert not (stopped.directory / "averages" / "reconstructed").exists()
     assert [step_of(p) for p in list_snapshots(resumed.directory)] == [12, 24, 36]
     for ours, theirs in zip(list_snapshots(resumed.directory), list_snapshots(whole.directory), strict=True):
