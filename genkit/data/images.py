@@ -150,6 +150,8 @@ class ImageFiles(Protocol):
 class OnDisk:
     """Images that are decoded when they are needed, because all of them do not fit into memory."""
 
+    rows_per_task: ClassVar[int] = 16
+
     files: ImageFiles
     cond: Mapping[str, Tensor]
     spec: Spec
@@ -160,6 +162,10 @@ class OnDisk:
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
     num_held_out: int = 0
     """samples that are held out of the training split"""
+    shard_starts: Tensor | None = None
+    """the first row of each shard, and the number of rows, if rows of one shard are fast to read one after the other"""
+    window: int | None = None
+    """shards whose rows are mixed at a time; None: all"""
     paged: set[str] = field(default_factory=set, init=False)
     """images of which only the first page is taken, as far as they were read"""
     warned: bool = field(default=False, init=False)
@@ -186,18 +192,15 @@ class OnDisk:
         colour = {1: "grey", 3: "colour"}
         return f"{odd} is {colour[c]}, but {first} is {colour[first_c]}: choose with --data.channels=1 or 3"
 
-    def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
-        """Add conditions and augmentation to the pixels ``x`` that :meth:`read` returned for ``indices``."""
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The images at ``indices`` ``[B]``, augmented by ``draw``."""
+        x = self.read(indices.tolist())
         if self.paged and not self.warned:
             self.warned = True
             warn_once(f"{min(self.paged)}: has several pages; only the first of each such image is taken")
         batch = Batch(x, {k: v.index_select(0, indices) for k, v in self.cond.items()})
         batch = random_flip(batch, self.spec, draw) if self.flip else batch
         return batch if self.captions is None else self.captions.add(batch, indices, draw)
-
-    def batch(self, indices: Tensor, draw: Draw) -> Batch:
-        """The images at ``indices`` ``[B]``, augmented by ``draw``."""
-        return self.finish(self.read(indices.tolist()), indices, draw)
 
     def in_memory(self) -> InMemory:
         """All images, decoded by a pool of threads (Pillow releases the interpreter lock while it decodes)."""

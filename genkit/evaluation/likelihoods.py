@@ -30,10 +30,10 @@ from genkit.diffusion.samplers import (
     variational_bound,
 )
 from genkit.diffusion.samplers.likelihood import BitsPerDim
-from genkit.evaluation.ranks import use_threads
 from genkit.objectives import DDPM
 from genkit.objectives.matching.matching import Matching
 from genkit.training.precision import Precision, network_precision
+from genkit.training.ranks import use_threads
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions
 
