@@ -126,6 +126,10 @@ class Trunk(nn.Module):
         self.cond.apply(xavier)
         zero_init(self.emb_last)
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one."""
+        return list(self.blocks)
+
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
         """The embedded conditions, with the activation that every block would otherwise apply itself."""
         c = self.cond(like, self.size, label, cond)

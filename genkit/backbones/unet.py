@@ -125,6 +125,10 @@ class Stage(nn.Module):
         self.attention = MapAttention(out, cfg.head_size, context) if attend else None
         self.up = Upsample(dims, out) if up else None
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one: the stage itself."""
+        return [self]
+
     def _forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.block(x, emb)
         x = x if self.attention is None else self.attention(x, tokens, mask)

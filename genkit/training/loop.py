@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
+from genkit.core.tensors import copy_to_cpu, local_rows, unsaved_buffers
 from genkit.training.meter import Meter, SkippedSteps
 from genkit.training.settings import TrainSettings
+from genkit.training.shared_files import Piece
+
+if TYPE_CHECKING:
+    from genkit.training.sharding import Sharding
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
 DROPOUT = 2  # last number of the key of the masks, so that they do not shift the loss's draws
@@ -33,11 +38,35 @@ class State:
     step: int = 0
     skipped: int = 0  # steps skipped because a gradient was not finite
     meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, as Meter.dump returns it
+    sharding: Sharding | None = None  # how the ranks share the networks; None: each rank has them whole
 
     @property
     def slowest_average(self) -> dict[str, nn.Module]:
         """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
         return self.emas[max(self.emas)] if self.emas else self.nets
+
+    def whole(self) -> State:
+        """The state with whole networks, of the averages the slowest; itself if they are not sharded.
+
+        All ranks call it. Optimizers are left out of a copy.
+        """
+        if self.sharding is None:
+            return self
+        nets = self.sharding.whole(self.nets)
+        emas = {max(self.emas): self.sharding.whole(self.slowest_average)} if self.emas else {}
+        return State(nets, emas, {}, self.step, self.skipped)
+
+    def stepped(self, p: nn.Parameter) -> nn.Parameter:
+        """What an optimizer steps of a parameter: this rank's share, if it is sharded."""
+        return self.sharding.stepped(p) if self.sharding else p
+
+    def piece(self, value: Tensor, like: Tensor) -> Piece:
+        """A copy on the CPU of ``value``, a tensor of the parameter or buffer ``like``, or of this rank's rows."""
+        return self.sharding.piece(value, like) if self.sharding else Piece(copy_to_cpu(value), tuple(value.shape))
+
+    def own_rows(self, value: Tensor, like: Tensor) -> Tensor:
+        """What this rank has of a whole ``value`` of the parameter or buffer ``like``."""
+        return self.sharding.own_rows(value, like) if self.sharding else value
 
 
 class Diverged(RuntimeError):
@@ -50,12 +79,16 @@ def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tu
         yield from nets[name].named_parameters(prefix=name)
 
 
-def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings) -> State:
-    """Return the state before the first step."""
+def initial_state(
+    objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings, sharding: Sharding | None = None
+) -> State:
+    """Return the state before the first step. ``nets`` are sharded in place if a ``sharding`` is given."""
     emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
+    if sharding:
+        sharding.split(nets, emas.values(), objective.needs_whole_networks)
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
-            parameter_groups(phase, nets, settings.weight_decay),
+            parameter_groups(phase, nets, settings.weight_decay, sharding),
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -64,32 +97,34 @@ def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: Tr
         for phase in objective.phases
         if any(True for _ in phase_parameters(phase, nets))  # an adapter of one network leaves other phases without
     }
-    return State(nets, emas, optimizers)
+    return State(nets, emas, optimizers, sharding=sharding)
 
 
-def parameter_groups(phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float, sharding: Sharding | None = None
+) -> list[dict[str, Any]]:
     """The groups of a phase's optimizer: matrices and convolutions, which decay, and all else, which does not.
 
     Decay towards 0 means nothing for a norm, a bias, a table of classes, a learned null or a learned scale. Without
     decay there is one group.
     """
     named = list(phase_parameters(phase, nets))
+    stepped = {key: sharding.stepped(p) if sharding else p for key, p in named}
     if not weight_decay:
-        return [{"params": [p for _, p in named]}]
+        return [{"params": list(stepped.values())}]
     embeddings = [m for net in nets.values() for m in net.modules() if isinstance(m, nn.Embedding)]
     tables = {id(p) for m in embeddings for p in m.parameters()}
     decays = {key: p.ndim >= 2 and id(p) not in tables and not key.endswith(".null") for key, p in named}
     groups = [
-        {"params": [p for key, p in named if decays[key]]},
-        {"params": [p for key, p in named if not decays[key]], "weight_decay": 0.0},
+        {"params": [p for key, p in stepped.items() if decays[key]]},
+        {"params": [p for key, p in stepped.items() if not decays[key]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def copy_for_ema(net: nn.Module) -> nn.Module:
     """Copy a network, but share the buffers that are not saved: tables, and the frozen weights under a LoRA."""
-    unsaved = {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
-    return copy.deepcopy(net, unsaved)
+    return copy.deepcopy(net, unsaved_buffers(net))
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -119,8 +154,7 @@ def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], deca
     """Average in place: ``ema += (1 - d) (net - ema)`` with ``d`` of :func:`ema_decay`."""
     weight = 1 - ema_decay(decay, step)
     for name, net in nets.items():
-        old: list[Tensor] = list(ema[name].parameters())
-        new: list[Tensor] = list(net.parameters())
+        old, new = ([local_rows(p) for p in n.parameters()] for n in (ema[name], net))
         if old:
             torch._foreach_lerp_(old, new, weight)  # pyright: ignore  # private, and 6.7 times faster than a loop
         for a, b in zip(ema[name].buffers(), net.buffers(), strict=True):
@@ -204,9 +238,11 @@ def fit(
                 save(state)
             if stopping and state.step < settings.steps:
                 return False
-            for due_every, hook in hooks:
-                if due_every and loop.is_due(due_every):
-                    hook(state)
+            due = [hook for every, hook in hooks if every and loop.is_due(every)]
+            whole = state.whole() if due else state
+            for hook in due:
+                hook(whole)
+            del whole
             if not saved and (is_best(state.step) or is_stale()):
                 loop.prepare_checkpoint()
                 save(state)
@@ -238,7 +274,8 @@ class _Loop:
                 net.compile()
         # DDP refuses networks without parameters, such as a memory of past losses
         trainable = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]
-        self.wrapped = {k: accelerator.prepare_model(v) if k in trainable else v for k, v in state.nets.items()}
+        wrap = accelerator.prepare_model if state.sharding is None else lambda net: net
+        self.wrapped = {k: wrap(v) if k in trainable else v for k, v in state.nets.items()}
         self.meter = Meter(self.device, state.step, state.meter)
         for net in state.nets.values():
             net.train()
@@ -272,7 +309,7 @@ class _Loop:
     def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
         """Return a context that keeps gradients on this rank, except for the last micro-batch."""
         stack = ExitStack()
-        if piece is not self.pieces[-1]:
+        if piece is not self.pieces[-1] and self.state.sharding is None:  # a share has no room for a whole gradient
             for name in phase.trains:
                 stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
         return stack
@@ -288,8 +325,11 @@ class _Loop:
 
     def optimize(self, phase: Phase, lr: float) -> None:
         """Clip the gradient and step the phase's optimizer; skip the step if the gradient is not finite."""
-        parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
-        norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
+        if sharding := self.state.sharding:
+            parameters, norm = sharding.take_gradients(self.state.nets, phase.trains)
+        else:
+            parameters, norm = [p for _, p in phase_parameters(phase, self.state.nets)], None
+        norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip, norm=norm)
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
         self.skipped.add(bad)
 
@@ -303,7 +343,7 @@ class _Loop:
         if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
-            layer = find_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
+            layer = find_bad_layer(self.objective, self.state.whole(), self.rows(step, 0, self.pieces[0]), self.bf16)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
@@ -337,14 +377,19 @@ def optimizer_step(
     lr: float,
     clip: float,
     bad: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients to norm ``clip`` (0: no clipping) and step, unless they are not finite; then clear them.
 
     ``bad`` = 1.0 skips the step too, for instance because the gradient of a network trained together with this one is
-    not finite. Returns the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0. Both are scalars
-    on the device, which is not synchronised.
+    not finite; ``norm`` is the gradient's norm if it is known, for ``parameters`` may be shares. Returns the gradient's
+    norm before clipping, and 1.0 if the step was skipped, else 0.0. Both are scalars on the device, which is not
+    synchronised.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if norm is None:
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
     nonfinite = (~torch.isfinite(norm)).float()
     bad = nonfinite if bad is None else torch.maximum(bad, nonfinite)
     for group in optimizer.param_groups:
@@ -372,6 +417,9 @@ def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 @torch.no_grad()
 def require_same(accelerator: Accelerator, state: State) -> None:
     """Assert that the weights are the same on every rank, to the last bit."""
+    if state.sharding:
+        assert state.sharding.copies_agree(state.nets), f"step {state.step}: the copies of weights have drifted apart"
+        return
     if accelerator.num_processes == 1:
         return
     parts = [p.double().sum() for net in state.nets.values() for p in net.parameters()]

@@ -36,7 +36,7 @@ from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
-from genkit.training.distributed import join_ranks
+from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
@@ -131,12 +131,13 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process, stages=False) as report,
         session.recorder.tracking(settings, job.state.step),
+        session.writer,
     ):
         limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf
         session.stopped = lambda: bool(signals) or time.monotonic() > limit
         try:
             if 0 < job.state.step < settings.steps:
-                session.catch_up(job.state)
+                session.catch_up(job.state.whole())
             fit(
                 settings.objective,
                 job.state,
@@ -155,6 +156,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 is_stale=session.is_stale,
             )
         except Diverged as e:
+            session.writer.wait()
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
         stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
@@ -180,7 +182,8 @@ class Job:
 
     def trained_run(self, ending: Ending) -> TrainedRun:
         """The model as it is used: its slowest average, in evaluation mode."""
-        state, nets = self.state, self.state.slowest_average
+        state = self.state.whole()
+        nets = state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)
         file = f"ema-{max(state.emas)}.safetensors" if state.emas else "nets.safetensors"
@@ -203,8 +206,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
         settings = continued_settings(resumed, settings, notes.append)
-        with accelerator.main_process_first():
-            checkpoint = resume_point(resumed, step, notes.append)
+        checkpoint = once(accelerator, lambda: resume_point(resumed, step, notes.append))
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     else:
@@ -280,7 +282,8 @@ def build_model(
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
     nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
-    state = initial_state(settings.objective, nets, settings)
+    sharding = create_sharding(settings, accelerator)
+    state = initial_state(settings.objective, nets, settings, sharding)
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))

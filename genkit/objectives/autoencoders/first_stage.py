@@ -245,6 +245,10 @@ class FirstStage(EncoderDecoder):
         return ("encoder", "decoder", *self.bottleneck.codec_networks)
 
     @property
+    def needs_whole_networks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.adversarial_weight > 0  # the adaptive weight reads the decoder's last layer
+
+    @property
     def phases(self) -> Sequence[Phase]:
         reconstruct = Phase("reconstruct", trains=("encoder", "decoder"))
         if not self.adversarial_weight:
