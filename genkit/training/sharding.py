@@ -1,7 +1,7 @@
 """Sharded training: each rank keeps a share of every weight, gradient, average and optimizer state (FSDP).
 
-The engine is PyTorch's own, ``torch.distributed.fsdp.fully_shard``, without Accelerate: that prepares one model together
-with one optimizer, and an objective may have several of both. Hooks gather the weights of a block for its forward and
+The engine is PyTorch's own, ``torch.distributed.fsdp.fully_shard``, without Accelerate: that prepares one model with
+one optimizer, and an objective may have several of both. Hooks gather the weights of a block for its forward and
 backward passes, and reduce its gradient to shares of the mean over the ranks.
 
 Everything beside the passes works on the shares as plain tensors: the fused optimizers, whose flag of a non-finite

@@ -35,7 +35,8 @@ VAE = {"name": "vae", "latent": [3], "likelihood": {"name": "gaussian", "scale":
 STAGE = {"name": "autoencoder", "latent": [2, 4, 4], "adversarial_weight": 0.5, "adversarial_start": 1}
 CASES = {
     "flow": ("flow", SMALL_DIT, PICTURES),
-    "gan": ({"name": "gan", "spectral_norm": True}, MLP(width=16, depth=2), PLANE),  # penalties: second derivatives
+    "gan": ("gan", MLP(width=16, depth=2), PLANE),  # penalties: second derivatives
+    "spectral norm": ({"name": "gan", "spectral_norm": True}, MLP(width=16, depth=2), PLANE),
     "vae": (VAE, MLP(width=16, depth=2), PLANE),  # its scale is one number, which is not sharded
     "first stage": (STAGE, SMALL_UNET, PICTURES),
     "flow map": ("flow-map", MLP(width=16, depth=2), PLANE),  # forward mode
@@ -47,6 +48,7 @@ def start(case, parallel="ddp", accelerator=None, shard_size=None, **changes):
     """The settings, the state before the first step, and the stream of a case, in float64."""
     objective, backbone, spec = CASES[case]
     how = {"steps": 3, "batch": 8, "ema": [0.5, 0.9], "precision": "fp32", "warmup": 0, "clip": 0.1, "lr": 0.01}
+    how |= {"schedule": "constant"}
     sharing = {"parallel": parallel, "shard_size": shard_size}
     settings = config.from_dict(TrainSettings, {"objective": objective, **how, **sharing, **changes})
     torch.manual_seed(0)
@@ -119,7 +121,7 @@ def test_two_ranks_are_one_process_for_every_kind_of_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel, shares, shard_size", [("fsdp", 4, None), ("hsdp", 2, 2)])
+@pytest.mark.parametrize(("parallel", "shares", "shard_size"), [("fsdp", 4, None), ("hsdp", 2, 2)])
 def test_four_ranks_are_one_process(parallel, shares, shard_size):
     compare(["flow", "gan", "first stage"], 4, parallel, shares, shard_size)
 
@@ -129,7 +131,7 @@ def test_settings_that_do_not_fit_are_refused():
     given = config.from_dict(TrainSettings, {"objective": "flow", "shard_size": 2})
     with pytest.raises(ValueError, match="shard_size: given 2 with --parallel ddp, which has no groups; give hsdp"):
         create_sharding(given, accelerator)
-    assert create_sharding(config.override(given, parallel="hsdp"), accelerator) is None  # one rank has nothing to share
+    assert create_sharding(config.override(given, parallel="hsdp"), accelerator) is None  # one rank shares nothing
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
@@ -160,8 +162,8 @@ def contents(folder):
 
 
 def test_ranks_write_the_files_of_one_process_to_the_byte(tmp_path):
-    pieces = {f"t{i}": torch.randn(n, 3) for i, n in enumerate((1, 2, 5))} | {"b": torch.ones(2, dtype=torch.bfloat16)}
-    pieces |= {"half": torch.ones(3).half(), "count": torch.tensor(7), "é": torch.zeros(0, 4), "step": torch.tensor(1.0)}
+    pieces = {f"t{i}": torch.randn(n, 3) for i, n in enumerate((1, 2, 5))} | {"é": torch.zeros(0, 4)}
+    pieces |= {"b": torch.ones(2, dtype=torch.bfloat16), "half": torch.ones(3).half(), "count": torch.tensor(7)}
     save_file(pieces, tmp_path / "one.safetensors")
 
     def job(accelerator):
@@ -217,10 +219,9 @@ def test_one_process_goes_on_from_two_ranks_and_two_from_one(tmp_path):
     one, two = (contents(tmp_path / k) for k in ("one", "two"))
     assert one.keys() == two.keys()
     for name, content in one.items():
-        assert len(content) == len(two[name]) and b"pickle" not in two[name]
-        assert content[:8] == two[name][:8] and two[name][8:9] == b"{"  # a safetensors header, not a pickle's or zip's
-        path = list_checkpoints(tmp_path / "two")[-1] / name
-        assert load_file(path).keys() == load_file(list_checkpoints(tmp_path / "one")[-1] / name).keys()
+        size = 8 + int.from_bytes(content[:8], "little")  # the same header; no pickle, no zip
+        assert content[:size] == two[name][:size], name
+        assert len(content) == len(two[name]), name
 
 
 @pytest.mark.slow
