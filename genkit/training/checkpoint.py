@@ -181,6 +181,7 @@ def checkpoint_record(
         "codec": codecs.to_dict(codec),
         "data": dict(data or {}),
         "meter": state.meter,
+        **({"loss_scales": state.loss_scales} if state.loss_scales else {}),
         "settings": load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
     }
 
@@ -293,6 +294,7 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
             own = {k: state.own_rows(v, p).to(p.device) for k, v in slots.items()}
             state.optimizers[phase.name].state[state.stepped(p)] = own
     state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})
+    state.loss_scales = record.get("loss_scales", {})
 
 
 def load_networks(state: State, nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], file: Path) -> None:

@@ -50,7 +50,7 @@ class Sharding:
         world, device = accelerator.num_processes, accelerator.device.type
         if parallel == "fsdp":
             return cls(init_device_mesh(device, (world,), mesh_dim_names=("share",)), Exchange(world))
-        size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE") or world)
         if world % size:
             raise ValueError(f"shard_size: given {size} on {world} ranks; needs a divisor of {world}")
         mesh = init_device_mesh(device, (world // size, size), mesh_dim_names=("copy", "share"))

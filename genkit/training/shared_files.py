@@ -59,7 +59,7 @@ class Exchange:
 
     def __init__(self, writers: int) -> None:
         """The first ``writers`` ranks have all rows; the others have copies."""
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self.rank, self.writers = dist.get_rank(), writers
 
     def all(self, work: Callable[[], T]) -> list[T]:
@@ -124,7 +124,7 @@ def write_rows(path: Path, pieces: Pieces, exchange: Exchange) -> tuple[Regions,
         for name, piece in pieces.items():
             if piece.rows.numel() == 0 or (piece.is_whole and exchange.rank):
                 continue
-            content = piece.rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+            content = piece.rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
             offset = offsets[name] + piece.skipped_bytes
             f.seek(offset)
             f.write(content)
