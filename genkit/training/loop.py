@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
 from genkit.core.tensors import copy_to_cpu, local_rows, unsaved_buffers
+from genkit.training.divergence import find_bad_layer
 from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
 from genkit.training.precision import use_codec_precision, use_precision
 from genkit.training.settings import TrainSettings
 from genkit.training.shared_files import Piece
+from genkit.training.stopping import StopAgreement
 
 if TYPE_CHECKING:
     from genkit.training.sharding import Sharding
@@ -213,7 +215,7 @@ def fit(
     without synchronising the device; after ``settings.max_nonfinite_steps`` in a row :class:`Diverged` names the first
     bad layer.
     """
-    loop = _Loop(objective, state, stream, codec, settings, accelerator)
+    loop, agreement = _Loop(objective, state, stream, codec, settings, accelerator), StopAgreement(accelerator)
     hooks = (settings.val_every, validate), (settings.sample_every, sample), (settings.eval_every, evaluate)
     while state.step < settings.steps and not is_stale():
         step = state.step
@@ -231,7 +233,7 @@ def fit(
         if loop.is_due(settings.log_every):
             log(loop.record(lr))
         progress(state.step, loop.recent_loss())
-        stopping = all_agree(accelerator, state.step, stop)
+        stopping = agreement.reached(state.step, stop())
         with loop.meter.paused():
             # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
             saved = stopping or loop.is_due(settings.save_every)
@@ -356,7 +358,7 @@ class _Loop:
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
             batch = self.rows(step, 0, self.pieces[0])
-            layer = find_bad_layer(self.objective, self.state.whole(), batch, self.settings.precision)
+            layer = find_bad_layer(self.objective, self.state.whole().nets, batch, self.settings.precision)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
@@ -432,43 +434,6 @@ def require_same(accelerator: Accelerator, state: State) -> None:
     sums = accelerator.gather(torch.stack(parts)[None])
     assert isinstance(sums, Tensor)
     assert bool((sums == sums[0]).all()), f"step {state.step}: the ranks' weights have drifted apart"
-
-
-def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> bool:
-    """Return whether to stop. Ranks receive a signal at different steps, so they compare every tenth step."""
-    if accelerator.num_processes == 1:
-        return stop()
-    if step % 10:
-        return False
-    flag = torch.tensor(float(stop()), device=accelerator.device)
-    return float(accelerator.reduce(flag, "sum")) > 0  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def find_bad_layer(objective: Objective, state: State, batch: Batch, precision: str) -> str:
-    """Name what is not finite first: the data, a parameter, the output of a module on ``batch``, or a gradient."""
-    if not bool(torch.isfinite(batch.x).all()):
-        return "the data: a batch holds numbers that are not finite"
-    for name, net in state.nets.items():
-        for key, p in net.named_parameters(prefix=name):
-            if not bool(torch.isfinite(p).all()):
-                return f"{key}, a weight"
-    bad_modules: list[str] = []
-    hooks = []
-    for name, net in state.nets.items():
-        for key, module in net.named_modules(prefix=name):
-
-            def check_output(_module: nn.Module, _args: Any, out: Any, key: str = key) -> None:
-                if isinstance(out, Tensor) and not bool(torch.isfinite(out).all()):
-                    bad_modules.append(key)
-
-            hooks.append(module.register_forward_hook(check_output))
-    with use_precision(precision, batch.x.device):
-        for phase in objective.phases:
-            objective.loss(phase.name, state.nets, batch)
-    for hook in hooks:
-        hook.remove()
-    return f"{bad_modules[0]}, its output" if bad_modules else "a gradient; all outputs are finite (try a lower --lr)"
 
 
 def sample_rows(n: int, accelerator: Accelerator) -> Sequence[int]:
