@@ -274,6 +274,8 @@ class _Loop:
         scaled = state.optimizers if settings.precision == "fp16" else ()
         self.scales = {name: LossScale(self.device, state.loss_scales.get(name)) for name in scaled}
         self.dropouts = [layer for layer in install_dropout(state.nets) if layer.p]
+        modules = [module for net in state.nets.values() for module in net.modules()]
+        self.projections: list[Any] = [m.project_weights for m in modules if hasattr(m, "project_weights")]
         if settings.compile:
             for net in state.nets.values():
                 net.compile()
@@ -348,8 +350,10 @@ class _Loop:
             scale.update(bad)
 
     def finish(self, step: int) -> None:
-        """Finish a step: updates without a gradient, averages, and the check for divergence."""
+        """Finish a step: updates without a gradient, projections, averages, and the check for divergence."""
         self.objective.after_step(self.state.nets, step)
+        for project_weights in self.projections:
+            project_weights()
         self.state.step += 1
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, step)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from genkit import config
 from genkit.backbones import MLP, DiT, UNet
+from genkit.backbones.edm2 import EDM2
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.tensors import local_rows
 from genkit.data.codecs import Identity
@@ -39,6 +40,7 @@ CASES = {
     "spectral norm": ({"name": "gan", "spectral_norm": True}, MLP(width=16, depth=2), PLANE),
     "vae": (VAE, MLP(width=16, depth=2), PLANE),  # its scale is one number, which is not sharded
     "first stage": (STAGE, SMALL_UNET, PICTURES),
+    "edm": ("edm", EDM2(width=8, mults=(1,), num_blocks=1), PICTURES),  # projects its weights; gains are scalars
     "flow map": ("flow-map", MLP(width=16, depth=2), PLANE),  # forward mode
     "progressive": ({"name": "progressive-distillation", "teacher_steps": 8, "round_steps": 2}, SMALL_DIT, PICTURES),
 }
