@@ -121,7 +121,7 @@ def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
         f"{phase.name}/{name}/{key}": state.piece(value, p)
         for phase in objective.phases
         for name, p in phase_parameters(phase, state.nets)
-        for key, value in state.optimizers[phase.name].state.get(state.stepped(p), {}).items()
+        for key, value in state.optimizers[phase.name].state.get(state.share_of(p), {}).items()
     }
 
 
@@ -292,7 +292,7 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
             slots = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             # the fused kernels need the step count on the parameter's device
             own = {k: state.own_rows(v, p).to(p.device) for k, v in slots.items()}
-            state.optimizers[phase.name].state[state.stepped(p)] = own
+            state.optimizers[phase.name].state[state.share_of(p)] = own
     state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})
     state.loss_scales = record.get("loss_scales", {})
 

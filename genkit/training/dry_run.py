@@ -146,7 +146,7 @@ def time_steps(model: UntrainedModel, accelerator: Accelerator) -> tuple[list[fl
 
 def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Validation | None) -> dict[str, float]:
     """Seconds that pictures, validations and the sampling of evaluations take in all of the training."""
-    settings, state = model.settings, model.state.whole()
+    settings, state = model.settings, model.state.gather()
 
     def count(every: int) -> int:
         return -(-settings.steps // every) if every else 0

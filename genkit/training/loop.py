@@ -49,20 +49,20 @@ class State:
         """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
         return self.emas[max(self.emas)] if self.emas else self.nets
 
-    def whole(self) -> State:
+    def gather(self) -> State:
         """The state with whole networks, of the averages the slowest; itself if they are not sharded.
 
         All ranks call it. Optimizers are left out of a copy.
         """
         if self.sharding is None:
             return self
-        nets = self.sharding.whole(self.nets)
-        emas = {max(self.emas): self.sharding.whole(self.slowest_average)} if self.emas else {}
+        nets = self.sharding.gather_networks(self.nets)
+        emas = {max(self.emas): self.sharding.gather_networks(self.slowest_average)} if self.emas else {}
         return State(nets, emas, {}, self.step, self.skipped)
 
-    def stepped(self, p: nn.Parameter) -> nn.Parameter:
+    def share_of(self, p: nn.Parameter) -> nn.Parameter:
         """What an optimizer steps of a parameter: this rank's share, if it is sharded."""
-        return self.sharding.stepped(p) if self.sharding else p
+        return self.sharding.share_of(p) if self.sharding else p
 
     def piece(self, value: Tensor, like: Tensor) -> Piece:
         """A copy on the CPU of ``value``, a tensor of the parameter or buffer ``like``, or of this rank's rows."""
@@ -113,7 +113,7 @@ def parameter_groups(
     decay there is one group.
     """
     named = list(phase_parameters(phase, nets))
-    stepped = {key: sharding.stepped(p) if sharding else p for key, p in named}
+    stepped = {key: sharding.share_of(p) if sharding else p for key, p in named}
     if not weight_decay:
         return [{"params": list(stepped.values())}]
     embeddings = [m for net in nets.values() for m in net.modules() if isinstance(m, nn.Embedding)]
@@ -233,7 +233,7 @@ def fit(
         if loop.is_due(settings.log_every):
             log(loop.record(lr))
         progress(state.step, loop.recent_loss())
-        stopping = agreement.reached(state.step, stop())
+        stopping = agreement.is_reached(state.step, stop())
         with loop.meter.paused():
             # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
             saved = stopping or loop.is_due(settings.save_every)
@@ -243,7 +243,7 @@ def fit(
             if stopping and state.step < settings.steps:
                 return False
             due = [hook for every, hook in hooks if every and loop.is_due(every)]
-            whole = state.whole() if due else state
+            whole = state.gather() if due else state
             for hook in due:
                 hook(whole)
             del whole
@@ -362,7 +362,7 @@ class _Loop:
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
             batch = self.rows(step, 0, self.pieces[0])
-            layer = find_bad_layer(self.objective, self.state.whole().nets, batch, self.settings.precision)
+            layer = find_bad_layer(self.objective, self.state.gather().nets, batch, self.settings.precision)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 

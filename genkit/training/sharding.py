@@ -99,7 +99,7 @@ class Sharding:
                 with torch.no_grad():
                     self.shares[id(p)] = nn.Parameter(p.to_local(), requires_grad=p.requires_grad)
 
-    def stepped(self, p: nn.Parameter) -> nn.Parameter:
+    def share_of(self, p: nn.Parameter) -> nn.Parameter:
         """What the optimizer steps of a parameter: this rank's share of it, or a scalar itself."""
         return self.shares.get(id(p), p)
 
@@ -146,13 +146,13 @@ class Sharding:
         for module in sharded_modules(nets):
             module.reshard()
         parameters = [p for name in trained for p in nets[name].parameters()]
-        mine, common, stepped = [], [], [self.stepped(p) for p in parameters]
-        for p, share, gradient in zip(parameters, stepped, here, strict=True):
+        own, common, shares = [], [], [self.share_of(p) for p in parameters]
+        for p, share, gradient in zip(parameters, shares, here, strict=True):
             if gradient is None:
                 continue
             share.grad = self.reduce_gradient(p, gradient)
-            (mine if isinstance(p, DTensor) else common).append(share.grad)
-        return stepped, self.norm(mine, common, stepped[0].device)
+            (own if isinstance(p, DTensor) else common).append(share.grad)
+        return shares, self.norm(own, common, shares[0].device)
 
     def reduce_gradient(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         """This rank's share of the mean gradient of a parameter."""
@@ -164,9 +164,9 @@ class Sharding:
         dist.all_reduce(gradient)
         return gradient / dist.get_world_size()
 
-    def norm(self, mine: Sequence[Tensor], common: Sequence[Tensor], device: torch.device) -> Tensor:
-        """The norm of tensors of which ``mine`` are this rank's shares, and ``common`` are the same on all ranks."""
-        total = nn.utils.get_total_norm(mine).square() if mine else torch.zeros((), device=device)
+    def norm(self, own: Sequence[Tensor], common: Sequence[Tensor], device: torch.device) -> Tensor:
+        """The norm of tensors of which ``own`` are this rank's shares, and ``common`` are the same on all ranks."""
+        total = nn.utils.get_total_norm(own).square() if own else torch.zeros((), device=device)
         dist.all_reduce(total, group=self.mesh["share"].get_group())
         if common:
             total = total + nn.utils.get_total_norm(common).square()
@@ -174,12 +174,12 @@ class Sharding:
 
     # ----------------------------------------------------------------------------------------------- whole again
     @torch.no_grad()
-    def whole(self, nets: Networks) -> dict[str, nn.Module]:
+    def gather_networks(self, nets: Networks) -> dict[str, nn.Module]:
         """Copies of sharded networks with all their weights, on every rank; all ranks call it. Buffers that are not
         saved are shared with the originals, and so are networks without parameters."""
-        return {name: self.whole_network(name, net) for name, net in nets.items()}
+        return {name: self.gather_network(name, net) for name, net in nets.items()}
 
-    def whole_network(self, name: str, net: nn.Module) -> nn.Module:
+    def gather_network(self, name: str, net: nn.Module) -> nn.Module:
         """The copy of one network."""
         if name not in self.skeletons:
             return net

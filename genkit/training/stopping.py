@@ -24,7 +24,7 @@ class StopAgreement:
         self.next: int | None = None
         self.last = (0, 0.0)
 
-    def reached(self, step: int, stop: bool) -> bool:
+    def is_reached(self, step: int, stop: bool) -> bool:
         """Whether a rank wants to ``stop``, if the ranks compare after this step."""
         if self.accelerator.num_processes == 1:
             return stop

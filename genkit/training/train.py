@@ -138,7 +138,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
         session.stopped = lambda: bool(signals) or time.monotonic() > limit
         try:
             if 0 < job.state.step < settings.steps:
-                session.catch_up(job.state.whole())
+                session.catch_up(job.state.gather())
             fit(
                 settings.objective,
                 job.state,
@@ -183,7 +183,7 @@ class Job:
 
     def trained_run(self, ending: Ending) -> TrainedRun:
         """The model as it is used: its slowest average, in evaluation mode."""
-        state = self.state.whole()
+        state = self.state.gather()
         nets = state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)

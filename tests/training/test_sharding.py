@@ -93,7 +93,7 @@ def trained(case, parallel="ddp", accelerator=None, shard_size=None, **changes):
     trains = {k for phase in settings.objective.phases for k in phase.trains}
     numbers = sum(p.numel() for k in trains for p in state.nets[k].parameters())
     optimizer_share = sum(v.numel() for v in slots if v.ndim) / (2 * numbers)
-    return weights(state.whole()), state.skipped, (share, optimizer_share)
+    return weights(state.gather()), state.skipped, (share, optimizer_share)
 
 
 def require_equal(mine, whole):
@@ -156,7 +156,7 @@ def resumed(case, folder, parallel="ddp", accelerator=None):
     settings, state, stream = start(case, parallel, accelerator)
     restore(list_checkpoints(folder)[-1], state, settings.objective)
     fit(settings.objective, state, stream, Identity(), settings, accelerator or Accelerator(cpu=True))
-    return weights(state.whole())
+    return weights(state.gather())
 
 
 def contents(folder):

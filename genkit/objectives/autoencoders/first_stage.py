@@ -246,7 +246,8 @@ class FirstStage(EncoderDecoder):
 
     @property
     def needs_whole_networks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.adversarial_weight > 0  # the adaptive weight reads the decoder's last layer
+        """With an adversary: its adaptive weight reads the decoder's last layer."""
+        return self.adversarial_weight > 0
 
     @property
     def phases(self) -> Sequence[Phase]:
