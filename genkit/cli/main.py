@@ -134,6 +134,18 @@ COMMANDS = {
         "genkit.cli.commands.export:Export",
         ("genkit export runs/latest --to diffusers pipeline",),
     ),
+    "push": Command(
+        "genkit.cli.commands.push",
+        "upload a run to the Hugging Face Hub, with a model card",
+        "genkit.cli.commands.push:Push",
+        ("genkit push runs/latest OWNER/NAME --private",),
+    ),
+    "pull": Command(
+        "genkit.cli.commands.pull",
+        "download a run from the Hugging Face Hub",
+        "genkit.cli.commands.pull:Pull",
+        ("genkit pull OWNER/NAME", "genkit sample hf://OWNER/NAME"),
+    ),
     "info": Command(
         "genkit.cli.commands.info",
         "show what a run is, its progress and its settings",

@@ -125,6 +125,8 @@ class Backbone:
     "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
     """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Published networks: the settings that the name in a field ``preset`` stands for, where none are given."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -89,10 +89,8 @@ class PeriodicEvaluation:
 
 def slowest_average(state: State) -> tuple[dict[str, nn.Module], str]:
     """The networks that are evaluated, and the name of the file that they are saved in."""
-    if not state.emas:
-        return state.nets, "nets.safetensors"
-    slowest = max(state.emas)
-    return state.emas[slowest], f"ema-{slowest}.safetensors"
+    slowest = state.slowest
+    return state.slowest_average, "nets.safetensors" if slowest is None else f"ema-{slowest}.safetensors"
 
 
 def samples_while_training(

@@ -17,6 +17,7 @@ from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
 from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
+from genkit.training.power_ema import average_names, power_decay, slowest_key, width_of
 from genkit.training.precision import use_codec_precision, use_precision
 from genkit.training.settings import TrainSettings
 
@@ -29,7 +30,7 @@ class State:
     """Everything that a checkpoint holds: networks, their averages, an optimizer per phase, and the progress."""
 
     nets: dict[str, nn.Module]
-    emas: dict[float, dict[str, nn.Module]]
+    emas: dict[float | str, dict[str, nn.Module]]  # by decay, or power-WIDTH
     optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0
     skipped: int = 0  # steps skipped because a gradient was not finite
@@ -37,9 +38,14 @@ class State:
     loss_scales: dict[str, dict[str, float]] = field(default_factory=dict)  # of fp16, as LossScale.dump returns them
 
     @property
+    def slowest(self) -> float | str | None:
+        """The key of the average to sample from: the largest decay, else the widest power function."""
+        return slowest_key([*self.emas])
+
+    @property
     def slowest_average(self) -> dict[str, nn.Module]:
-        """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
-        return self.emas[max(self.emas)] if self.emas else self.nets
+        """The networks to sample from: the slowest average, or the raw ones if there are no averages."""
+        return self.nets if self.slowest is None else self.emas[self.slowest]
 
 
 class Diverged(RuntimeError):
@@ -54,7 +60,8 @@ def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tu
 
 def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings) -> State:
     """Return the state before the first step."""
-    emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
+    keys: list[float | str] = [*settings.ema, *average_names(settings.power_ema)]
+    emas = {key: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for key in keys}
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
             parameter_groups(phase, nets, settings.weight_decay),
@@ -103,13 +110,16 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def ema_decay(decay: float, step: int) -> float:
+def ema_decay(decay: float | str, step: int) -> float:
     """The decay rate at ``step``: ``decay``, after a warm-up in which the average spans a fixed share of training.
 
-    ``(1 + s) / (1 + c + s)`` is a power-function average (Karras et al. 2024, section 3.1) of exponent c: it spans
+    That of a power function is given by the average's name (:mod:`genkit.training.power_ema`).
+    The warm-up ``(1 + s) / (1 + c + s)`` is a power-function average of exponent c, too: it spans
     about 1 / c of the training. ``c = 27 / log10(1 / (1 - decay))`` is 9 for 0.999 and 6.75 for 0.9999, so that
     averages of different decay differ from the first steps on.
     """
+    if isinstance(decay, str):
+        return power_decay(width_of(decay) or 0.0, step)
     if decay == 0:
         return 0.0
     exponent = round(27 / math.log10(1 / (1 - decay)), 6)
@@ -117,7 +127,7 @@ def ema_decay(decay: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
+def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float | str, step: int) -> None:
     """Average in place: ``ema += (1 - d) (net - ema)`` with ``d`` of :func:`ema_decay`."""
     weight = 1 - ema_decay(decay, step)
     for name, net in nets.items():
@@ -162,6 +172,7 @@ def fit(
     validate: Hook = lambda state: None,
     evaluate: Hook = lambda state: None,
     save: Hook = lambda state: None,
+    snapshot: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
     is_best: Callable[[int], bool] = lambda step: False,
@@ -206,6 +217,8 @@ def fit(
                 save(state)
             if stopping and state.step < settings.steps:
                 return False
+            if settings.power_ema and loop.is_due(settings.power_ema_every):
+                snapshot(state)
             for due_every, hook in hooks:
                 if due_every and loop.is_due(due_every):
                     hook(state)
@@ -236,6 +249,8 @@ class _Loop:
         scaled = state.optimizers if settings.precision == "fp16" else ()
         self.scales = {name: LossScale(self.device, state.loss_scales.get(name)) for name in scaled}
         self.dropouts = [layer for layer in install_dropout(state.nets) if layer.p]
+        modules = [module for net in state.nets.values() for module in net.modules()]
+        self.projections: list[Any] = [m.project_weights for m in modules if hasattr(m, "project_weights")]
         if settings.compile:
             for net in state.nets.values():
                 net.compile()
@@ -305,8 +320,10 @@ class _Loop:
             scale.update(bad)
 
     def finish(self, step: int) -> None:
-        """Finish a step: updates without a gradient, averages, and the check for divergence."""
+        """Finish a step: updates without a gradient, projections, averages, and the check for divergence."""
         self.objective.after_step(self.state.nets, step)
+        for project_weights in self.projections:
+            project_weights()
         self.state.step += 1
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, step)

@@ -37,6 +37,7 @@ from genkit.training.directory import append_log, list_checkpoints, read_log, st
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace
+from genkit.training.post_hoc_ema import save_snapshot
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
@@ -343,6 +344,12 @@ class Session:
                             best=self.best.step if self.best else None)  # fmt: skip
             self.plot_loss()
             self.plotted_step = state.step
+        self.accelerator.wait_for_everyone()
+
+    def snapshot(self, state: State) -> None:
+        """Store the power-function averages, from which others can be reconstructed."""
+        if self.recorder.main:
+            save_snapshot(self.run, state.emas, state.step, self.settings)
         self.accelerator.wait_for_everyone()
 
     def plot_loss(self) -> None:

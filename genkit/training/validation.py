@@ -30,7 +30,7 @@ def validation_metrics(settings: TrainSettings) -> dict[str, Direction]:
             f"val_every: given {settings.val_every}, but {type(settings.objective).__name__} has no loss that means "
             "anything on held-out samples: its networks are each other's measure; try --eval-every 500"
         )
-    prefixes = ("val", "val/raw") if settings.ema else ("val",)
+    prefixes = ("val", "val/raw") if settings.ema or settings.power_ema else ("val",)
     return {f"{prefix}/{name}": direction for prefix in prefixes for name, direction in metrics.items()}
 
 

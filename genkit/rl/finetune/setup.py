@@ -205,6 +205,7 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         base.config,
         init=str(base.directory),
         ema=(settings.ema,),
+        power_ema=(),
         lr=settings.method.lr,
         out=settings.out,
         seed=settings.seed,
