@@ -21,8 +21,9 @@ from genkit.core.tensors import load_tensors, require_fit, sha256
 from genkit.data import codecs
 from genkit.training.best import read_best
 from genkit.training.directory import is_complete, list_checkpoints, list_incomplete, list_saved, read_state, step_of
-from genkit.training.loop import State, phase_parameters
+from genkit.training.loop import phase_parameters
 from genkit.training.shared_files import Exchange, Piece, write_together
+from genkit.training.state import State
 
 
 def is_intact(path: Path, recorded: str) -> bool:

@@ -22,10 +22,11 @@ from genkit.core.memory import format_bytes, peak_memory, reset_peak_memory
 from genkit.core.tensors import local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
-from genkit.training.loop import State, fit
+from genkit.training.loop import fit
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
 from genkit.training.validation import Validation
 

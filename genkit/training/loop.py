@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 
 from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
-from genkit.core.tensors import copy_to_cpu, local_rows, unsaved_buffers
+from genkit.core.tensors import local_rows, unsaved_buffers
 from genkit.training.divergence import find_bad_layer
 from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
+from genkit.training.power_ema import average_names, power_decay, width_of
 from genkit.training.precision import use_codec_precision, use_precision
 from genkit.training.settings import TrainSettings
-from genkit.training.shared_files import Piece
+from genkit.training.state import State
 from genkit.training.stopping import StopAgreement
 
 if TYPE_CHECKING:
@@ -29,48 +29,6 @@ if TYPE_CHECKING:
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
 DROPOUT = 2  # last number of the key of the masks, so that they do not shift the loss's draws
-
-
-@dataclass
-class State:
-    """Everything that a checkpoint holds: networks, their averages, an optimizer per phase, and the progress."""
-
-    nets: dict[str, nn.Module]
-    emas: dict[float, dict[str, nn.Module]]
-    optimizers: dict[str, torch.optim.Optimizer]
-    step: int = 0
-    skipped: int = 0  # steps skipped because a gradient was not finite
-    meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, as Meter.dump returns it
-    sharding: Sharding | None = None  # how the ranks share the networks; None: each rank has them whole
-    loss_scales: dict[str, dict[str, float]] = field(default_factory=dict)  # of fp16, as LossScale.dump returns them
-
-    @property
-    def slowest_average(self) -> dict[str, nn.Module]:
-        """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
-        return self.emas[max(self.emas)] if self.emas else self.nets
-
-    def gather(self) -> State:
-        """The state with whole networks, of the averages the slowest; itself if they are not sharded.
-
-        All ranks call it. Optimizers are left out of a copy.
-        """
-        if self.sharding is None:
-            return self
-        nets = self.sharding.gather_networks(self.nets)
-        emas = {max(self.emas): self.sharding.gather_networks(self.slowest_average)} if self.emas else {}
-        return State(nets, emas, {}, self.step, self.skipped)
-
-    def share_of(self, p: nn.Parameter) -> nn.Parameter:
-        """What an optimizer steps of a parameter: this rank's share, if it is sharded."""
-        return self.sharding.share_of(p) if self.sharding else p
-
-    def piece(self, value: Tensor, like: Tensor) -> Piece:
-        """A copy on the CPU of ``value``, a tensor of the parameter or buffer ``like``, or of this rank's rows."""
-        return self.sharding.piece(value, like) if self.sharding else Piece(copy_to_cpu(value), tuple(value.shape))
-
-    def own_rows(self, value: Tensor, like: Tensor) -> Tensor:
-        """What this rank has of a whole ``value`` of the parameter or buffer ``like``."""
-        return self.sharding.own_rows(value, like) if self.sharding else value
 
 
 class Diverged(RuntimeError):
@@ -87,7 +45,8 @@ def initial_state(
     objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings, sharding: Sharding | None = None
 ) -> State:
     """Return the state before the first step. ``nets`` are sharded in place if a ``sharding`` is given."""
-    emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
+    keys: list[float | str] = [*settings.ema, *average_names(settings.power_ema)]
+    emas = {key: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for key in keys}
     if sharding:
         sharding.split(nets, emas.values(), objective.needs_whole_networks)
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -140,13 +99,16 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def ema_decay(decay: float, step: int) -> float:
+def ema_decay(decay: float | str, step: int) -> float:
     """The decay rate at ``step``: ``decay``, after a warm-up in which the average spans a fixed share of training.
 
-    ``(1 + s) / (1 + c + s)`` is a power-function average (Karras et al. 2024, section 3.1) of exponent c: it spans
+    That of a power function is given by the average's name (:mod:`genkit.training.power_ema`).
+    The warm-up ``(1 + s) / (1 + c + s)`` is a power-function average of exponent c, too: it spans
     about 1 / c of the training. ``c = 27 / log10(1 / (1 - decay))`` is 9 for 0.999 and 6.75 for 0.9999, so that
     averages of different decay differ from the first steps on.
     """
+    if isinstance(decay, str):
+        return power_decay(width_of(decay) or 0.0, step)
     if decay == 0:
         return 0.0
     exponent = round(27 / math.log10(1 / (1 - decay)), 6)
@@ -154,7 +116,7 @@ def ema_decay(decay: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
+def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float | str, step: int) -> None:
     """Average in place: ``ema += (1 - d) (net - ema)`` with ``d`` of :func:`ema_decay`."""
     weight = 1 - ema_decay(decay, step)
     for name, net in nets.items():
@@ -198,6 +160,7 @@ def fit(
     validate: Hook = lambda state: None,
     evaluate: Hook = lambda state: None,
     save: Hook = lambda state: None,
+    snapshot: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
     is_best: Callable[[int], bool] = lambda step: False,
@@ -242,6 +205,8 @@ def fit(
                 save(state)
             if stopping and state.step < settings.steps:
                 return False
+            if settings.power_ema and loop.is_due(settings.power_ema_every):
+                snapshot(state.gather(all_averages=True))
             due = [hook for every, hook in hooks if every and loop.is_due(every)]
             whole = state.gather() if due else state
             for hook in due:

@@ -35,11 +35,13 @@ from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, checkpoint_record, write_checkpoint
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
-from genkit.training.loop import State, sample_rows
+from genkit.training.loop import sample_rows
 from genkit.training.pace import Pace
+from genkit.training.post_hoc_ema import save_snapshot
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
+from genkit.training.state import State
 from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
@@ -351,6 +353,12 @@ class Session:
         if self.recorder.main:
             self.plot_loss()
             self.plotted_step = state.step
+
+    def snapshot(self, state: State) -> None:
+        """Store the power-function averages, from which others can be reconstructed."""
+        if self.recorder.main:
+            save_snapshot(self.run, state.emas, state.step, self.settings)
+        self.accelerator.wait_for_everyone()
 
     def plot_loss(self) -> None:
         """Draw ``loss.png`` from the log."""

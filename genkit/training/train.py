@@ -41,8 +41,9 @@ from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
-from genkit.training.loop import Diverged, State, fit, initial_state, local_batch_size
+from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
 from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
+from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
 from genkit.training.resume import (
     compare_fingerprints,
@@ -58,6 +59,7 @@ from genkit.training.run import Run, init_from, load_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.state import State
 from genkit.training.validation import Validation, validation_metrics
 
 STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
@@ -151,6 +153,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 validate=session.validate,
                 evaluate=session.evaluate,
                 save=session.save,
+                snapshot=session.snapshot,
                 progress=session.progress(report, job.state.step),
                 stop=session.stopped,
                 is_best=session.is_best,
@@ -187,7 +190,7 @@ class Job:
         nets = state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)
-        file = f"ema-{max(state.emas)}.safetensors" if state.emas else "nets.safetensors"
+        file = "nets.safetensors" if state.slowest is None else f"ema-{state.slowest}.safetensors"
         weights = f"checkpoints/step-{state.step:07d}/{file}"
         return TrainedRun(self.session.run, self.settings, nets, self.data.spec, self.data.codec, state.step, weights,
                           self.accelerator.device, ending, self.session.best)  # fmt: skip
@@ -390,8 +393,9 @@ def record_origin(
 
 def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> None:
     """Bring the files of a run back to ``step``: its log, its leftovers, a copy of settings that change."""
-    for folder in (run, run / "checkpoints", run / "samples"):
+    for folder in (run, run / "checkpoints", run / "samples", run / FOLDER):
         sweep(folder)
+    forget_snapshots(run, step)
     rewind_log(run, step, note=notes.append)
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
