@@ -286,8 +286,7 @@ def build_model(
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
     nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
-    sharding = create_sharding(settings, accelerator)
-    state = initial_state(settings.objective, nets, settings, sharding)
+    state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))
