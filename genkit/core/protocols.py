@@ -195,6 +195,11 @@ class Objective(ABC):
         """The optimizer steps that make up a training step, in order."""
 
     @property
+    def generator_phase(self) -> str:
+        """Name of the phase that trains the networks which samples are drawn from."""
+        return self.phases[0].name
+
+    @property
     def guidance_range(self) -> tuple[float, float] | None:
         """Scales of guidance that the network takes as an input, so that one pass does; None: guidance takes two."""
         return None

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.mixture import F64
 from genkit.core import Batch, Spec
+from genkit.diffusion.samplers import bind
 from genkit.objectives import Flow
 from genkit.rl.finetune.chain import DenoisingTrajectory
 from genkit.rl.finetune.experience import Experience
@@ -26,6 +27,15 @@ def make_learner(
     critic_optimizer = None if critic is None else torch.optim.Adam(critic.parameters(), lr=1e-3)
     state = State(nets, {}, optimizers)
     return Learner(objective, state, chain, spec or Spec((1,)), demos, 0, critic, critic_optimizer, noise)
+
+
+def steps_of(method, chain):
+    """How a learner of this method draws samples: along the chain, or in as many steps that are differentiated."""
+    return (
+        chain
+        if method.uses_chain
+        else lambda nets: PLAIN.generator(nets, bind("ddim", chain.steps, differentiable=True))
+    )
 
 
 def constant_demos(value, dim=1, dtype=torch.float32):

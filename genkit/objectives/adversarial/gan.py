@@ -86,6 +86,10 @@ class GAN(Objective):
             Phase("generator", trains=("generator",)),
         )
 
+    @property
+    def generator_phase(self) -> str:
+        return "generator"
+
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.augment and len(spec.shape) < 2:
             raise ValueError(f"augment: given {', '.join(self.augment)}, but samples are vectors; leave it out")
