@@ -117,13 +117,15 @@ class Run:
         inner: Guidance | None = None,
         outer: Guidance | None = None,
         callback: Callable[..., None] | None = None,
+        differentiable: bool = False,
         **options: Any,
     ) -> Generator:
         """``(z, cond, noise) -> x`` in the model's own units; ``run.codec.decode`` decodes them to samples.
 
         ``options`` go to the sampler (``eta`` of ddim), and so does ``callback(step, x, prediction)``. ``weak`` and
         ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps
-        the network itself (it may count evaluations), ``outer`` one applied after all others. Raises ``ValueError`` for
+        the network itself (it may count evaluations), ``outer`` one applied after all others. Gradients pass through a
+        one-pass model, and through a sampler's steps if it is to be ``differentiable``. Raises ``ValueError`` for
         settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
         """
         sampling = sampling or Sampling()
@@ -144,7 +146,8 @@ class Run:
         sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
         if sampler and steps:
             grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
-            bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
+            bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise,
+                         differentiable=differentiable, **options)  # fmt: skip
         others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
         generate = self.objective.generator(self.nets, bound)
         return with_networks(generate, {**self.nets, **others}, sampling.precision, self.device, sampling.compile)
