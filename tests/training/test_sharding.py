@@ -3,15 +3,22 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+import genkit
 from genkit import config
 from genkit.backbones import MLP, DiT, UNet
 from genkit.backbones.edm2 import EDM2
+from genkit.config import load_yaml
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.tensors import local_rows
 from genkit.data.codecs import Identity
@@ -277,3 +284,47 @@ def test_a_kill_in_the_background_leaves_the_older_checkpoint(tmp_path, monkeypa
         writer.wait()
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["step"] == 0
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000000"]
+
+
+# ------------------------------------------------------------------------------------------- on the command line
+SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
+         "--log-every=5", "--sample-every=10", "--val-every=20", "--val-n=50", "--steps=40"]  # fmt: skip
+
+
+def launch(folder, num, *args):
+    """``genkit train`` on ``num`` ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*launcher, "genkit", "train", *args], cwd=folder, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["flow", "gan"])
+def test_a_killed_run_goes_on_with_another_number_of_ranks(objective, tmp_path):
+    args = [*SMALL, f"--objective={objective}", *(["--val-every=0"] if objective == "gan" else [])]
+    process = launch(tmp_path, 2, *args, "--parallel=fsdp", "--save-every=1")  # so that the kill falls into a save
+    while not (list((tmp_path / "runs").glob("0*/checkpoints/step-000000[5-9]"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    agent = psutil.Process(process.pid)
+    for each in (agent, *agent.children(recursive=True)):
+        each.kill()
+    process.communicate()
+    (run,) = (tmp_path / "runs").glob("0*")
+    assert json.loads((run / "latest/state.json").read_text())["step"] < 40
+    process = launch(tmp_path, 4, "--resume=auto", *args, "--parallel=hsdp", "--shard-size=2", "--save-every=10")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    whole = genkit.train(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")), out=str(tmp_path / "one"))
+    mine = genkit.load(run, device="cpu")  # one process reads what four ranks wrote
+    assert mine.step == whole.step == 40
+    for name, net in whole.nets.items():
+        for key, value in net.state_dict().items():
+            assert torch.allclose(
+                mine.nets[name].state_dict()[key], value, atol=2e-5 if objective == "flow" else 2e-3
+            ), key
+    assert mine.sample(4).x.shape == (4, 2)
+    for path in (p for p in run.rglob("*") if p.is_file()):
+        assert path.suffix in (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".txt"), path
+        assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"), path  # pickles, torch.save
