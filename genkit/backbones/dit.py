@@ -187,6 +187,10 @@ class Trunk(nn.Module):
         self.cond.apply(xavier)
         zero_init(self.emb_last)
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one."""
+        return list(self.blocks)
+
     def _patch_embedding(self, channels: int) -> nn.Module:
         """One convolution, or two layers with a bottleneck between them (Li & He 2025, section 4.3)."""
         cfg, conv = self.cfg, CONV[len(self.size)]

@@ -209,6 +209,10 @@ class MPBlock(nn.Module):
         self.qkv = MPLayer(out, 3 * out, 1) if attends else None
         self.proj = MPLayer(out, out, 1) if attends else None
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one: the block itself."""
+        return [self]
+
     def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Tensor:
         return remat(self._forward, self.checkpoint, x, emb)
 

@@ -165,6 +165,10 @@ class Stage(nn.Module):
         self.checkpoint = cfg.checkpoint
         self.block, self.attention, self.up = block, attention, up
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one: the stage itself."""
+        return [self]
+
     def _forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.block(x, emb)
         x = x if self.attention is None else self.attention(x, tokens, mask)

@@ -174,6 +174,9 @@ class Objective(ABC):
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     rows_interact: ClassVar[bool] = False
     """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
+    needs_whole_networks: ClassVar[bool] = False
+    """whether its loss differentiates a gradient, or reads a weight outside of a pass: sharded networks then stay whole
+    from the first pass of a step to its last"""
     policy_sampler: ClassVar[str] = "ddim"
     """sampler of a policy's actions, unless another is asked for: one evaluation a step"""
     policy_steps: ClassVar[int] = 4

@@ -17,11 +17,11 @@ from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.sources import ModelSamples, open_run_data
-from genkit.training.loop import State
 from genkit.training.ranks import Ranks
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 
 MAX_BATCH = 64
 

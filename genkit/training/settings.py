@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
 
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -98,6 +99,12 @@ class TrainSettings:
     """Seed. Every random number is a function of (seed, step, row) only."""
     device: DeviceName = changeable("auto")
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
+    parallel: Parallel = changeable("ddp")
+    """What ranks share. ddp: each has all weights, and its own samples. fsdp: each keeps a share of every weight,
+    gradient, average and optimizer state, for networks that one device cannot train. hsdp: shares within a group of
+    ranks, copies across groups, for several nodes."""
+    shard_size: Count | None = changeable(None)
+    """With --parallel hsdp: ranks that share one copy. None: those of a node."""
     threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     # -- saving and logging

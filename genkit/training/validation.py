@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit.core import Batch, Codec, Data, Direction, Draw, Objective
-from genkit.training.loop import State
 from genkit.training.precision import use_precision
 from genkit.training.resume import data_fingerprint
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 
 DRAWS = -1  # second number of the key of the random draws, which is the step in training
 MAX_BLOCK = 256  # samples in a forward pass

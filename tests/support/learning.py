@@ -11,7 +11,7 @@ from genkit.objectives import Flow
 from genkit.rl.finetune.chain import DenoisingTrajectory
 from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Learner
-from genkit.training.loop import State
+from genkit.training.state import State
 
 PLAIN = Flow(prediction="x0", cond_dropout=0.0)
 THETA, AIM, STD, COUNT = 0.3, 1.0, 2.0, 20_001  # the bandit's mean action, best action, noise and number of rows

@@ -56,6 +56,7 @@ class GAN(Objective):
     sampler: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "warmup": 0}
     validation_metrics: ClassVar[Mapping[str, Direction]] = {}  # its losses are relative to a moving opponent
+    needs_whole_networks: ClassVar[bool] = True  # gradient penalties
 
     gan_loss: GANLoss = field(
         default_factory=Relativistic, metadata={"table": "genkit.objectives.adversarial.losses:GAN_LOSSES"}

@@ -18,8 +18,9 @@ from genkit.core.device import send
 from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
 from genkit.training.distributed import sum_gradients
-from genkit.training.loop import Diverged, State, copy_for_ema, optimizer_step, split_batch, update_ema
+from genkit.training.loop import Diverged, copy_for_ema, optimizer_step, split_batch, update_ema
 from genkit.training.meter import SkippedSteps
+from genkit.training.state import State
 
 T = TypeVar("T")
 # (number of the batch, start, stop) -> its rows start..stop, demonstrations in the model's units
