@@ -35,8 +35,8 @@ def test_counts_are_those_of_a_real_network():
 
 
 def test_flops_are_those_of_the_formula():
-    """A block of width d multiplies 12 n d^2 + 2 n^2 d numbers for n tokens, each two FLOPs; backward costs twice
-    as much as forward. For DiT-B/2 that is the published 23 GMAC (Peebles & Xie 2023). adaLN and the ends are the rest."""
+    """A block of width d multiplies 12 n d^2 + 2 n^2 d numbers for n tokens, each two FLOPs; backward costs twice as
+    much. For DiT-B/2 that is the published 23 GMAC (Peebles & Xie 2023). adaLN and the ends are the rest."""
     tokens, width, depth = 64, 256, 4
     cost = measure_network(DiT(width=width, depth=depth), Spec((4, 16, 16)))
     blocks = 3 * depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
