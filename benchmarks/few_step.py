@@ -41,7 +41,7 @@ from genkit.core import Batch, Generator, Guidance, Objective
 from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.samplers import bind
 from genkit.objectives import Distillation, Drift, Flow, FlowMap
-from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule
+from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule, Shortcut
 from genkit.objectives.matching.couplings import GivenPairs
 
 STEPS = (1, 2, 4, 8)
@@ -54,6 +54,7 @@ def scheduled_rule(name: str, steps: int) -> Rule:
     curricula = {
         "alpha": lambda: Alpha(start=steps // 10, end=max(steps // 10 + 1, 7 * steps // 10)),
         "consistency": lambda: Consistency(stage_steps=max(1, steps // 10)),
+        "shortcut": lambda: Shortcut(share=0.25, halvings=5, start=9 * steps // 20),
     }
     return curricula[name]() if name in curricula else RULES[name]()
 
@@ -79,8 +80,13 @@ TRAININGS: Mapping[str, Way] = {
     **{rule: flow_map(rule) for rule in RULES},
     "drift": Way(lambda setting, steps, rate: Drift()),
     "gan": Way(lambda setting, steps, rate: setting.gan),
-    "one-pass": Way(lambda setting, steps, rate: FlowMap(guidance=LARGEST), guidance=scale_input(SCALE, 1.0, LARGEST)),
-    "two-passes": Way(lambda setting, steps, rate: FlowMap(), guidance=classifier_free(SCALE)),
+    "one-pass": Way(
+        lambda setting, steps, rate: FlowMap(rule=scheduled_rule("shortcut", steps), guidance=LARGEST),
+        guidance=scale_input(SCALE, 1.0, LARGEST),
+    ),
+    "two-passes": Way(
+        lambda setting, steps, rate: FlowMap(rule=scheduled_rule("shortcut", steps)), guidance=classifier_free(SCALE)
+    ),
 }
 LADDERS = {"reflow": 2, "distilled": 3}  # and their number of trainings
 GUIDED = ("one-pass", "two-passes")
@@ -227,6 +233,7 @@ PARTS = {
         "digits at guidance 2",
         ways=GUIDED,
     ),
+    "guided-fashion": Part(experiments.fashion, experiments.real_fashion, "Fashion-MNIST at guidance 2", ways=GUIDED),
 }
 
 
