@@ -1,4 +1,4 @@
-"""One to eight steps: flow maps by every rule, drifting, a GAN, reflow, distillation and a flow, at equal CPU time.
+"""One to eight steps: flow maps by every rule, drifting, a GAN, students of a flow, and a flow, at equal CPU time.
 
     genkit bench few-step [--seeds 3] [--seconds 60] [--only plane] [--ways shortcut drift]
                           [--out FILE.json] [--picture FILE.png]
@@ -10,11 +10,14 @@ themselves; all seeds share the budget, because they are trained at once. "digit
 the Fréchet distance to held-out digits in the class scores of an SVM, as in `genkit bench reflow`, and the share of
 samples that the SVM takes for their class; an ``MLP`` backbone, 192 wide; the budget is that of each seed. "fashion":
 Fashion-MNIST in ``--root``, 28x28, class-conditional; the Fréchet distance to held-out pictures in the features of
-genkit's own classifier, and its accuracy; an ``MLP`` backbone, 256 wide. "guided": digits at guidance 2, whose scale is
-an input (one pass) or by classifier-free guidance (two). The row "real" is the distance of real data.
+genkit's own classifier, and its accuracy; an ``MLP`` backbone, 256 wide, which predicts the picture (the noise of 784
+pixels does not pass through it). "guided" and "guided-fashion": both at guidance 2, whose scale is an input (one pass)
+or by classifier-free guidance (two). The row "real" is the distance of real data.
 
 "reflow" is half a budget of a flow and half of its reflow, "distilled" a third each and one of distillation; drawing
-10,000 pairs of each is part of it.
+10,000 pairs of each is part of it. "progressive" is half a budget of a flow and half of its progressive distillation,
+in rounds of equal shares from twice the most steps down to one; "dmd" half of a flow and half of distribution matching,
+with a discriminator in "dmd-gan".
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,12 +45,14 @@ from genkit.cli.scripts import ScriptParser
 from genkit.core import Batch, Generator, Guidance, Objective
 from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.samplers import bind
-from genkit.objectives import Distillation, Drift, Flow, FlowMap
+from genkit.objectives import DMD, Distillation, Drift, Flow, FlowMap, ProgressiveDistillation
+from genkit.objectives.distillation.student import Student
 from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule, Shortcut
 from genkit.objectives.matching.couplings import GivenPairs
 
 STEPS = (1, 2, 4, 8)
 TIMED = 40
+GAN_WEIGHT = 0.01  # of a discriminator beside distribution matching
 SCALE, LARGEST = 2.0, 4.0
 
 
@@ -70,27 +77,41 @@ class Way:
     guidance: Guidance | None = None
 
 
+def plain_flow(setting: Setting, **options: Any) -> Flow:
+    """Rectified flow, without guidance."""
+    return Flow(prediction=setting.prediction, cond_dropout=0.0, **options)
+
+
+def guided_flow_map(setting: Setting, steps: int, guidance: float) -> FlowMap:
+    """A flow map by shortcuts; its classes can be guided by a scale up to ``guidance`` as an input, or (1) in two
+    passes.
+    """
+    return FlowMap(rule=scheduled_rule("shortcut", steps), prediction=setting.prediction, guidance=guidance)
+
+
 def flow_map(rule: str) -> Way:
     """The row of a rule."""
-    return Way(lambda setting, steps, rate: FlowMap(rule=scheduled_rule(rule, steps), time_rate=rate, cond_dropout=0.0))
+    return Way(
+        lambda setting, steps, rate: FlowMap(
+            rule=scheduled_rule(rule, steps), prediction=setting.prediction, time_rate=rate, cond_dropout=0.0
+        )
+    )
 
 
 TRAININGS: Mapping[str, Way] = {
-    "flow": Way(lambda setting, steps, rate: Flow(cond_dropout=0.0), sampler="ddim"),
+    "flow": Way(lambda setting, steps, rate: plain_flow(setting), sampler="ddim"),
     **{rule: flow_map(rule) for rule in RULES},
     "drift": Way(lambda setting, steps, rate: Drift()),
     "gan": Way(lambda setting, steps, rate: setting.gan),
     "one-pass": Way(
-        lambda setting, steps, rate: FlowMap(rule=scheduled_rule("shortcut", steps), guidance=LARGEST),
+        lambda setting, steps, rate: guided_flow_map(setting, steps, LARGEST),
         guidance=scale_input(SCALE, 1.0, LARGEST),
     ),
     "two-passes": Way(
-        lambda setting, steps, rate: FlowMap(rule=scheduled_rule("shortcut", steps)), guidance=classifier_free(SCALE)
+        lambda setting, steps, rate: guided_flow_map(setting, steps, 1.0), guidance=classifier_free(SCALE)
     ),
 }
-LADDERS = {"reflow": 2, "distilled": 3}  # and their number of trainings
 GUIDED = ("one-pass", "two-passes")
-UNGUIDED = tuple(name for name in (*TRAININGS, *LADDERS) if name not in GUIDED)
 
 
 @dataclass
@@ -128,7 +149,7 @@ class Trainer:
 def generators(trainer: Trainer, way: str, counts: Sequence[int]) -> dict[int, Generator]:
     """Train a row; its generators by number of steps."""
     if way in LADDERS:
-        return ladder_generators(trainer, LADDERS[way], counts)
+        return LADDERS[way](trainer, counts)
     setting, row = trainer.setting, TRAININGS[way]
     make = lambda steps: row.make(setting, steps, trainer.rate)  # noqa: E731
     torch.manual_seed(trainer.seed)
@@ -141,21 +162,80 @@ def generators(trainer: Trainer, way: str, counts: Sequence[int]) -> dict[int, G
     return {k: objective.generator(nets, bind(sampler, k, row.guidance)) for k in counts}
 
 
-def ladder_generators(trainer: Trainer, trainings: int, counts: Sequence[int]) -> dict[int, Generator]:
-    """Equal shares of the budget for a flow, its reflow, and the distillation of that (Liu et al. 2023).
-
-    The budget is for drawing the pairs too.
-    """
-    setting = trainer.setting
+# ----------------------------------------------------------------------------------------- rows of several trainings
+def train_flow(trainer: Trainer, trainings: int) -> tuple[Flow, Mapping[str, nn.Module]]:
+    """A flow, the first of ``trainings`` of equal shares, and its network."""
     torch.manual_seed(trainer.seed)
-    flow, reflow = Flow(cond_dropout=0.0), Flow(coupling=GivenPairs(), cond_dropout=0.0)
-    nets = setting.make_nets(trainer.seed, flow)
-    trainer.fit(lambda steps: flow, nets, setting.draw, trainings)
+    flow = plain_flow(trainer.setting)
+    nets = trainer.setting.make_nets(trainer.seed, flow)
+    trainer.fit(lambda steps: flow, nets, trainer.setting.draw, trainings)
+    return flow, nets
+
+
+def train_reflow(trainer: Trainer, trainings: int) -> tuple[Flow, Mapping[str, nn.Module]]:
+    """A flow and its reflow (Liu et al. 2023), the first two of ``trainings``. The budget is for drawing pairs too."""
+    flow, nets = train_flow(trainer, trainings)
+    reflow = plain_flow(trainer.setting, coupling=GivenPairs())
     trainer.fit(lambda steps: reflow, nets, draw_pairs(trainer, flow, nets), trainings - 1)
-    if trainings == 2:
-        return {k: reflow.generator(nets, bind("ddim", k)) for k in counts}
-    trainer.fit(lambda steps: Distillation(), nets, draw_pairs(trainer, reflow, nets))
-    return {1: Distillation().generator(nets)}
+    return reflow, nets
+
+
+def reflow_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Generator]:
+    """Half of the budget for a flow, and half for its reflow."""
+    reflow, nets = train_reflow(trainer, 2)
+    return {k: reflow.generator(nets, bind("ddim", k)) for k in counts}
+
+
+def distilled_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Generator]:
+    """A third of the budget each for a flow, its reflow, and the distillation of that (Liu et al. 2023)."""
+    reflow, nets = train_reflow(trainer, 3)
+    distillation = Distillation(prediction=trainer.setting.prediction)
+    trainer.fit(lambda steps: distillation, nets, draw_pairs(trainer, reflow, nets))
+    return {1: distillation.generator(nets)}
+
+
+def progressive_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Generator]:
+    """Half of the budget for a flow, and equal shares of the rest for rounds, which halve the steps down to one.
+
+    The first round's teacher takes twice the most steps (Salimans & Ho 2022); each number of ``counts`` is a round.
+    """
+    flow, teacher = train_flow(trainer, 2)
+    found: dict[int, Generator] = {}
+    for rounds_left in range(round(math.log2(max(counts))) + 1, 0, -1):
+        steps = 2 ** (rounds_left - 1)
+        objective = ProgressiveDistillation(of=flow, teacher_steps=2 * steps, steps=steps)
+        teacher = start_student(trainer, objective, teacher)
+        trainer.fit(lambda _, objective=objective: objective, teacher, trainer.setting.draw, rounds_left)
+        found[steps] = objective.generator(teacher)
+    return {k: found[k] for k in counts if k in found}
+
+
+def dmd_generators(trainer: Trainer, counts: Sequence[int], gan_weight: float) -> dict[int, Generator]:
+    """Half of the budget for a flow, and half for one step by distribution matching (DMD2; Yin et al. 2024)."""
+    flow, teacher = train_flow(trainer, 2)
+    objective = DMD(of=flow, gan_weight=gan_weight)
+    nets = start_student(trainer, objective, teacher)
+    trainer.fit(lambda steps: objective, nets, trainer.setting.draw)
+    return {1: objective.generator(nets)}
+
+
+def start_student(trainer: Trainer, objective: Student, teacher: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """New networks of a student, those that start from the teacher's with its weights."""
+    nets = trainer.setting.make_nets(trainer.seed, objective)
+    for name, source in {"net": "net", **objective.starts_from}.items():
+        if name in nets and source is not None:
+            nets[name].load_state_dict(teacher[source].state_dict())
+    return nets
+
+
+LADDERS: Mapping[str, Callable[[Trainer, Sequence[int]], dict[int, Generator]]] = {
+    "reflow": reflow_generators,
+    "distilled": distilled_generators,
+    "progressive": progressive_generators,
+    "dmd": partial(dmd_generators, gan_weight=0.0),
+    "dmd-gan": partial(dmd_generators, gan_weight=GAN_WEIGHT),
+}
+UNGUIDED = tuple(name for name in (*TRAININGS, *LADDERS) if name not in GUIDED)
 
 
 def draw_pairs(trainer: Trainer, flow: Flow, nets: Mapping[str, nn.Module]) -> DrawBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from benchmarks.ensemble import EnsembleMLP, draw_rows
 from benchmarks.reflow import DigitScores, cycle_labels, load_digits
 from genkit.backbones import MLP
-from genkit.core import NO_COND, Batch, Cond, Data, Draw, Noise, Objective
+from genkit.core import NO_COND, Backbone, Batch, Cond, Data, Draw, Noise, Objective, Spec
 from genkit.data.standard_images import Digits, FashionMnist
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import Moments, frechet_distance, wasserstein2
 from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import GAN, FlowMap
 from genkit.objectives.adversarial.losses import Relativistic
+from genkit.objectives.distillation.student import Student
+from genkit.objectives.matching.matching import PredictionName
 
 NUM_PAIRS, NUM_TEST, NUM_TRAIN = 10_000, 1000, 50_000
 RADIUS, STD = 2.0, 0.1
@@ -55,6 +57,8 @@ class Setting:
     interacting: int
     """rows of a batch whose rows interact: 32 or more of each class"""
     gan: GAN
+    prediction: PredictionName = "velocity"
+    """what the networks of flows and flow maps predict"""
 
 
 def normals_of(shape: Sequence[int], seed: int) -> Tensor:
@@ -64,7 +68,7 @@ def normals_of(shape: Sequence[int], seed: int) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- the plane
 class Timeless(nn.Module):
-    """A player of a GAN, of one member: ``(x, cond)``, and ``net`` sees the time 0."""
+    """A player of a GAN: ``(x, cond)``, and ``net`` sees the time 0."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -73,6 +77,24 @@ class Timeless(nn.Module):
     def forward(self, x: Tensor, cond: Cond = NO_COND) -> Tensor:
         """``x`` ``[B, dim]`` to ``[B, out]``."""
         return self.net(x, x.new_zeros(len(x)))
+
+
+@dataclass(frozen=True)
+class Ensembles(Backbone):
+    """The networks of a student's teacher and its discriminator: an MLP for each of ``members``."""
+
+    members: int
+
+    def denoiser(self, spec: Spec) -> nn.Module:
+        return ensemble(self.members)
+
+    def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
+        return Timeless(ensemble(self.members, out=out[0]))
+
+
+def ensemble(members: int, numbers: Sequence[str] = (), out: int | None = None) -> EnsembleMLP:
+    """The network of the plane."""
+    return EnsembleMLP(members, 2, 128, 3, F.silu, numbers, out)
 
 
 def draw_ring(n: int, seed: int) -> Tensor:
@@ -91,10 +113,11 @@ def plane(seeds: int, offset: int = 0) -> Setting:
 
     def make_nets(seed: int, objective: Objective) -> Nets:
         torch.manual_seed(seed + offset)
-        make = lambda numbers=(), out=None: EnsembleMLP(seeds, 2, 128, 3, F.silu, numbers, out)  # noqa: E731
         if isinstance(objective, GAN):
-            return {"generator": Timeless(make()), "discriminator": Timeless(make(out=1))}
-        return {"net": make((SPAN,) if isinstance(objective, FlowMap) else ())}
+            return {"generator": Timeless(ensemble(seeds)), "discriminator": Timeless(ensemble(seeds, out=1))}
+        if isinstance(objective, Student):
+            return objective.networks(Ensembles(seeds), Spec((2,)))
+        return {"net": ensemble(seeds, (SPAN,) if isinstance(objective, FlowMap) else ())}
 
     rows, points = {True: NUM_PAIRS, False: NUM_TEST}, draw_ring(NUM_TRAIN, 1)
 
@@ -195,7 +218,7 @@ def fashion(root: Path, seeds: int, offset: int = 0) -> Setting:
     """Fashion-MNIST, 28x28."""
     scores = FashionScores(root)
     rows = scores.data.codec.encode(first_rows(scores.data, len(scores.data)))
-    return images(rows, 28, 256, scores.score, scores.data, seeds, offset)
+    return replace(images(rows, 28, 256, scores.score, scores.data, seeds, offset), prediction="x0")
 
 
 # --------------------------------------------------------------------------------------------------------- real data

@@ -32,7 +32,7 @@ from benchmarks.speed.measuring import (
 from genkit.backbones import UNet
 from genkit.cli.scripts import ScriptParser
 from genkit.core.files import write_text
-from genkit.training.loop import has_fast_bf16
+from genkit.training.precision import has_fast_bf16
 
 PEAK_FLOPS = {  # bf16, dense
     "H200": 989e12,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from genkit.cli.escape import printable
-from genkit.cli.ranks import end_process, find_rank, has_said, leave_message
+from genkit.cli.ranks import end_process, find_rank, has_said, is_launched, leave_message
 from genkit.cli.shortage import explain_shortage
 
 PACKAGE = Path(__file__).parents[1]
@@ -35,6 +35,8 @@ class Command:
     """``module:Class`` of its options; empty if it parses them itself"""
     examples: tuple[str, ...] = ()
     """command lines that its help ends with"""
+    shares_work: bool = False
+    """whether several ranks share its work; otherwise several are refused"""
 
 
 COMMANDS = {
@@ -47,6 +49,7 @@ COMMANDS = {
             "genkit train --objective=ddpm --data=path/to/images --data.size 32 --steps 20000",
             "genkit train --resume runs/latest --steps 4000",
         ),
+        shares_work=True,
     ),
     "sample": Command(
         "genkit.cli.commands.sample",
@@ -56,6 +59,7 @@ COMMANDS = {
             "genkit sample runs/latest --label 7 --n 16",
             "genkit sample runs/latest --sampler dpmpp_2m --steps 10 --guidance 2 --format png --out samples",
         ),
+        shares_work=True,
     ),
     "eval": Command(
         "genkit.cli.commands.evaluate",
@@ -65,12 +69,14 @@ COMMANDS = {
             "genkit eval runs/latest --metrics fid,kid,prdc --n 1000",
             "genkit eval path/to/samples --reference path/to/images --data.size 32",
         ),
+        shares_work=True,
     ),
     "sweep": Command(
         "genkit.cli.commands.sweep",
         "find the best sampler, steps and guidance for each cost in network passes",
         "genkit.cli.commands.sweep:Sweep",
         ("genkit sweep runs/latest --sampler heun dpmpp_2m --steps 5 10 20 --guidance 1 2",),
+        shares_work=True,
     ),
     "likelihood": Command(
         "genkit.cli.commands.likelihood",
@@ -83,6 +89,7 @@ COMMANDS = {
         "cache the latents of a data set, for training with --data=latents",
         "genkit.cli.commands.encode:Encode",
         ("genkit encode runs/first-stage --out latents",),
+        shares_work=True,
     ),
     "reflow": Command(
         "genkit.cli.commands.reflow",
@@ -95,6 +102,7 @@ COMMANDS = {
         "learn an adapter of a run that guides in one pass a step, its scale an input",
         "genkit.cli.commands.distill:Distill",
         ("genkit distill runs/latest --guidance 1 6",),
+        shares_work=True,
     ),
     "report": Command(
         "genkit.cli.commands.report",
@@ -152,6 +160,7 @@ COMMANDS = {
             "genkit finetune runs/latest --method dppo",
             "genkit finetune runs/latest --reward package.module:function --method ddpo",
         ),
+        shares_work=True,
     ),
     "bench": Command(
         "genkit.cli.commands.bench",
@@ -247,12 +256,29 @@ def run() -> NoReturn:
 
 def run_command(name: str, argv: list[str]) -> int:
     """Run a command, and print the end of its help if it prints help. Returns the exit code."""
+    if is_launched():
+        arrange_ranks(name, argv)
     try:
         return importlib.import_module(COMMANDS[name].module).main(argv)
     except SystemExit as e:
         if e.code in (0, None) and {"-h", "--help"}.intersection(argv):
             print(format_epilog(name), end="", flush=True)
         raise
+
+
+def arrange_ranks(name: str, argv: list[str]) -> None:
+    """Start the ranks that a launcher has not. ``ValueError`` for several ranks of a command that has one process."""
+    from genkit.training.distributed import missing_ranks, start_ranks  # lazy: most processes have no launcher
+
+    missing = missing_ranks()
+    if (num := max(missing, find_rank()[1])) > 1 and not COMMANDS[name].shares_work:
+        several = ", ".join(other for other, command in COMMANDS.items() if command.shares_work)
+        raise ValueError(
+            f"{name}: works in one process, and a launcher started {num}; run it without torchrun or accelerate "
+            f"launch; several share the work of: {several}"
+        )
+    if missing > 1:
+        start_ranks(missing, name, argv)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ def find_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_launched() -> bool:
+    """Return whether torchrun or `accelerate launch` started this process."""
+    return "WORLD_SIZE" in os.environ or {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+
+
 def leave_message(message: str) -> None:
     """Let the other ranks know what the first one has said; nothing on another rank or without a launcher's store."""
     rank, num = find_rank()

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from torch import Tensor
 
 from genkit import __version__, config
 from genkit.core import Label, pictures
 from genkit.core.arrays import save_npz
 from genkit.core.files import is_own, refuse_foreign, sync, write_text
+from genkit.training.ranks import Ranks
 from genkit.training.run import Run, Samples
 
 if TYPE_CHECKING:
@@ -162,13 +164,15 @@ def base_settings(command: Sample, run: Run) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------- writing
-def write_samples(command: Sample, run: Run, samples: Samples, captions: Sequence[str], out: Path) -> list[Path]:
-    """Write the samples and their settings; the paths to name. All of a folder appears at once."""
+def write_samples(
+    command: Sample, run: Run, samples: Samples, captions: Sequence[str], out: Path, folder: SampleFolder | None
+) -> list[Path]:
+    """Write the samples and their settings; the paths to name. All of a ``folder`` appears at once."""
     settings = base_settings(command, run)
     settings |= {"nfe": samples.evaluations, "rows_per_sample": samples.network_rows}
     text = json.dumps(settings, indent=1) + "\n"
-    if command.format == "png":
-        write_folder(samples, captions, out, text, command.trajectory)
+    if folder is not None:
+        folder.finish(samples, captions, text, command.trajectory)
         return [out, out / "trajectory.gif"] if command.trajectory else [out]
     out.parent.mkdir(parents=True, exist_ok=True)
     if command.format == "npz":
@@ -187,30 +191,55 @@ def animation_path(out: Path, format: str) -> Path:
     return out / "trajectory.gif" if format == "png" else out.with_suffix(".gif")
 
 
-def write_folder(samples: Samples, captions: Sequence[str], out: Path, settings: str, trajectory: bool) -> None:
-    """One file a sample, `000000.png` and so on, with `labels.txt` and captions if there are any.
+class SampleFolder:
+    """A folder of one file a sample, `000000.png` and so on, which ranks fill together as they draw.
 
-    Written under a temporary name; a folder that is there already receives the finished files, its settings last.
+    The files have a temporary name until :meth:`finish`; a folder that is there already receives the finished files,
+    its settings last. As a context it removes what is unfinished.
     """
-    if samples.x.ndim != 4:
-        raise ValueError(f"format: given png for samples of shape {tuple(samples.x.shape[1:])}; allowed: grid, npz")
-    hidden = f".samples-{os.getpid()}.part"
-    part = out / hidden if out.exists() else out.absolute().with_name(hidden)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        for i, image in enumerate(samples.images):
-            image.save(part / f"{i:06d}.png", **pictures.mark_options("PNG"))
+
+    def __init__(self, out: Path, ranks: Ranks) -> None:
+        self.out, self.ranks = out, ranks
+        self.part: Path = ranks.once(self.create_part)
+
+    def create_part(self) -> Path:
+        """Create the temporary folder, on the main rank."""
+        hidden = f".samples-{os.getpid()}.part"
+        part = self.out / hidden if self.out.exists() else self.out.absolute().with_name(hidden)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        return part
+
+    def __enter__(self) -> SampleFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.ranks.is_main:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+    def write(self, first: int, x: Tensor) -> None:
+        """Write samples uint8 ``[B, C, H, W]``, of which the first has the number ``first``."""
+        if x.ndim != 4:
+            raise ValueError(f"format: given png for samples of shape {tuple(x.shape[1:])}; allowed: grid, npz")
+        for i, image in enumerate(x.permute(0, 2, 3, 1).numpy(), first):
+            file = self.part / f"{i:06d}.png"
+            pictures.to_pil(image).save(file, **pictures.mark_options("PNG"))
+            sync(file)
+
+    def finish(self, samples: Samples, captions: Sequence[str], settings: str, trajectory: bool) -> None:
+        """Add `labels.txt`, captions and the settings, and give all files their names."""
+        part, out, n = self.part, self.out, len(list(self.part.glob("*.png")))
         if "label" in samples.cond:
             lines = (f"{i:06d}.png {int(c)}\n" for i, c in enumerate(samples.cond["label"]))
             (part / "labels.txt").write_text("".join(lines))
         if captions:
-            (part / "captions.jsonl").write_text("".join(caption_lines(captions, len(samples))))
+            (part / "captions.jsonl").write_text("".join(caption_lines(captions, n)))
         if trajectory:
             samples.animation(part / "trajectory.gif")
         (part / SETTINGS_FILE).write_text(settings)
         for file in part.iterdir():
-            sync(file)
+            if file.suffix != ".png":
+                sync(file)
         if not out.exists():
             os.replace(part, out)
             return
@@ -220,8 +249,6 @@ def write_folder(samples: Samples, captions: Sequence[str], out: Path, settings:
                 raise ValueError(f"out: {kept} exists, and has been changed; give another --out, or move it")
         for file in sorted(part.iterdir(), key=lambda file: file.name == SETTINGS_FILE):
             os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def caption_lines(captions: Sequence[str], n: int) -> list[str]:

@@ -150,6 +150,8 @@ class ImageFiles(Protocol):
 class OnDisk:
     """Images that are decoded when they are needed, because all of them do not fit into memory."""
 
+    rows_per_task: ClassVar[int] = 16
+
     files: ImageFiles
     cond: Mapping[str, Tensor]
     spec: Spec
@@ -186,18 +188,15 @@ class OnDisk:
         colour = {1: "grey", 3: "colour"}
         return f"{odd} is {colour[c]}, but {first} is {colour[first_c]}: choose with --data.channels=1 or 3"
 
-    def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
-        """Add conditions and augmentation to the pixels ``x`` that :meth:`read` returned for ``indices``."""
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The images at ``indices`` ``[B]``, augmented by ``draw``."""
+        x = self.read(indices.tolist())
         if self.paged and not self.warned:
             self.warned = True
             warn_once(f"{min(self.paged)}: has several pages; only the first of each such image is taken")
         batch = Batch(x, {k: v.index_select(0, indices) for k, v in self.cond.items()})
         batch = random_flip(batch, self.spec, draw) if self.flip else batch
         return batch if self.captions is None else self.captions.add(batch, indices, draw)
-
-    def batch(self, indices: Tensor, draw: Draw) -> Batch:
-        """The images at ``indices`` ``[B]``, augmented by ``draw``."""
-        return self.finish(self.read(indices.tolist()), indices, draw)
 
     def in_memory(self) -> InMemory:
         """All images, decoded by a pool of threads (Pillow releases the interpreter lock while it decodes)."""

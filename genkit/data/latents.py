@@ -2,6 +2,7 @@
 
     DIR/latents.json                       the first stage, the data, and each split that is complete
     DIR/train-00000-of-00007.safetensors   mean, log_var (unless all are deterministic) [rows, views, C, ...], cond.NAME
+    DIR/checked.json                       which shards were compared with their sha256, so that it is done once
     DIR/codec/first-stage.safetensors      the weights, so that the folder is self-contained
 
 A sample has two views if the data are mirrored at random: training then draws either, as it would with the images.
@@ -9,11 +10,14 @@ A sample has two views if the data are mirrored at random: training then draws e
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,22 +30,28 @@ from genkit.config import load_object
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import atomic_write, format_error, write_text
+from genkit.core.tensors import sha256
 from genkit.data.codecs import Identity
+from genkit.data.mapped_shards import MappedShards
 from genkit.data.source import DataSource, Split, check_split
 
 INDEX = "latents.json"
+MARKS = "checked.json"
+CONDITION = "cond."  # begins the name of a condition's tensor
 
 
 @dataclass(eq=False)
 class InLatents:
-    """Moments ``[N, views, 2 C, ...]``, mean and log variance, with their conditions; ``spec`` is that of one latent.
+    """Moments of N posteriors, mean and log variance, with their conditions; ``spec`` is that of one latent.
 
-    ``index`` (the content of latents.json) and ``root`` identify the first stage, which decodes draws of them; the
-    ``codec`` is the identity. ``statistics`` are those of the latents' channels.
+    They stay in the files, which are mapped into memory. ``index`` (the content of latents.json) and ``root`` identify
+    the first stage, which decodes draws of them; the ``codec`` is the identity. ``statistics`` are those of the
+    latents' channels.
     """
 
-    moments: Tensor
-    cond: Mapping[str, Tensor]
+    rows_per_task: ClassVar[int] = 256
+
+    shards: MappedShards
     spec: Spec
     root: Path
     index: Mapping[str, Any]
@@ -49,16 +59,35 @@ class InLatents:
     codec: Codec = Identity()  # noqa: RUF009  (frozen)
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.shards)
+
+    @cached_property
+    def cond(self) -> dict[str, Tensor]:
+        """The conditions of one number a sample ``[N]``, in memory; batches hold the others too."""
+        names = [name for name in self.shards.names if name.startswith(CONDITION)]
+        rows = torch.arange(len(self))
+        return {
+            name.removeprefix(CONDITION): self.shards.gather(name, rows)
+            for name in names
+            if not self.shards.row_shape(name)
+        }
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
-        """The moments ``[B, 2 C, ...]`` at ``indices`` ``[B]``, of a random view."""
+        """The moments float32 ``[B, 2 C, ...]`` at ``indices`` ``[B]``, of a random view."""
+        views = self.shards.row_shape("mean")[0]
+        view = torch.zeros(len(indices), dtype=torch.int64)
+        if views > 1:
+            view = (draw.uniform() < 0.5).long()
+        mean = self.shards.gather("mean", indices, view).float()
+        if "log_var" in self.shards:
+            log_var = self.shards.gather("log_var", indices, view).float()
+        else:
+            log_var = torch.full_like(mean, -torch.inf)
         cond = {k: v.index_select(0, indices) for k, v in self.cond.items()}
-        chosen = self.moments.index_select(0, indices)
-        if chosen.shape[1] == 1:
-            return Batch(chosen[:, 0], cond)
-        mirrored = draw.uniform() < 0.5
-        return Batch(chosen[torch.arange(len(chosen)), mirrored.long()], cond)
+        for name in self.spec.cond:
+            if name not in cond:
+                cond[name] = self.shards.gather(CONDITION + name, indices)
+        return Batch(torch.cat([mean, log_var], 1), cond)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +107,9 @@ class Latents(DataSource):
             run = shlex.quote(str(root.parent)) if (root.parent / "config.yaml").is_file() else "RUN"
             raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode {run} --split {split}")
         record = index["splits"][split]
-        shards = [read_shard(root / name, sha256) for name, sha256 in record["shards"].items()]
-        mean = torch.cat([shard["mean"] for shard in shards])
-        has_variance = "log_var" in shards[0]
-        log_var = torch.cat([s["log_var"] for s in shards]) if has_variance else torch.full_like(mean, -torch.inf)
-        cond = {
-            key.removeprefix("cond."): torch.cat([shard[key] for shard in shards])
-            for key in shards[0]
-            if key.startswith("cond.")
-        }
-        spec = spec_from_dict(record["spec"])
-        return InLatents(torch.cat([mean, log_var], 2), cond, spec, root, index, record["statistics"])
+        require_intact(root, record["shards"])
+        shards = MappedShards([root / name for name in record["shards"]])
+        return InLatents(shards, spec_from_dict(record["spec"]), root, index, record["statistics"])
 
     def decoded_source(self) -> DataSource:
         """The data that were encoded. ``ValueError`` if they are of a class that is not in ``DATA``."""
@@ -143,11 +164,57 @@ def is_shard(path: Path, origin: Mapping[str, str]) -> bool:
         return False
 
 
-def read_shard(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a shard. ``ValueError`` if it is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; run the same genkit encode again to make it")
-    content = path.read_bytes()
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path}: is damaged (another sha256 than recorded); remove it and run genkit encode again")
-    return load(content)
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard."""
+    return load(path.read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------------- checksums
+def require_intact(root: Path, recorded: Mapping[str, str]) -> None:
+    """``ValueError`` if a shard is missing, or its sha256 is not the ``recorded`` one.
+
+    A shard is read once: its size and time of change, by which it is known again, are then noted in checked.json.
+    """
+    for name in recorded:
+        if not (root / name).is_file():
+            raise ValueError(f"{root / name}: there is no such file; run the same genkit encode again to make it")
+    for name, digest in find_digests(root, list(recorded)).items():
+        if digest != recorded[name]:
+            raise ValueError(
+                f"{root / name}: is damaged (another sha256 than recorded); remove it and run genkit encode again"
+            )
+
+
+def find_digests(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """The sha256 of each shard: as noted if it has not changed since, else computed by threads and noted."""
+    known = read_marks(root)
+    stamps = {name: file_stamp(root / name) for name in names}
+    digests = {name: known[name][1] for name in names if name in known and known[name][0] == stamps[name]}
+    unknown = [name for name in names if name not in digests]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests |= zip(unknown, pool.map(lambda name: sha256(root / name), unknown), strict=True)
+    if unknown:
+        note_digests(root, digests)
+    return {name: digests[name] for name in names}
+
+
+def note_digests(root: Path, digests: Mapping[str, str]) -> None:
+    """Note the sha256 of shards in checked.json, which is left out where the folder cannot be written to."""
+    marks = {**read_marks(root), **{name: [file_stamp(root / name), digest] for name, digest in digests.items()}}
+    with contextlib.suppress(OSError):
+        write_text(root / MARKS, json.dumps(marks, indent=1))
+
+
+def read_marks(root: Path) -> dict[str, Any]:
+    """The content of checked.json: ``[stamp, sha256]`` of shards; empty if it is missing or damaged."""
+    try:
+        marks = json.loads((root / MARKS).read_text(encoding="utf-8"))
+        return {name: [stamp, str(digest)] for name, (stamp, digest) in marks.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Size and time of change, by which a file is known again."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -6,7 +6,7 @@ same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Data, Draw, seed_of
 from genkit.data.images import OnDisk
+from genkit.data.latents import InLatents
 
 Rows = tuple[int, int, int]  # draw, start, stop
 
@@ -40,7 +41,8 @@ class Stream:
             )
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, torch.device(device)
         self.order = lru_cache(maxsize=8)(self._order)
-        self.ahead = ReadAhead(data, self.indices, workers) if workers and isinstance(data, OnDisk) else None
+        on_disk = isinstance(data, OnDisk | InLatents)
+        self.ahead = ReadAhead(self.read, data.rows_per_task, workers) if workers and on_disk else None
 
     def _order(self, draw: int, epoch: int) -> Tensor:
         return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(self.seed, draw, epoch)))
@@ -51,40 +53,43 @@ class Stream:
         epochs = range(first // n, (last - 1) // n + 1)
         return torch.cat([self.order(draw, e)[max(first - e * n, 0) : min(last - e * n, n)] for e in epochs])
 
+    def read(self, step: int, draw: int, start: int, stop: int) -> Batch:
+        """These rows, augmented, on the CPU."""
+        return self.data.batch(
+            self.indices(step, draw, start, stop), Draw((self.seed, step, draw, AUGMENTATION), start, stop)
+        )
+
     def __call__(self, step: int, draw: int, start: int, stop: int) -> Batch:
         assert step >= 0 and 0 <= start < stop <= self.batch_size, (step, start, stop, self.batch_size)  # noqa: PT018
-        augment = Draw((self.seed, step, draw, AUGMENTATION), start, stop)
-        if self.ahead is None:
-            batch = self.data.batch(self.indices(step, draw, start, stop), augment)
-        else:
-            batch = self.ahead.batch(step, (draw, start, stop), augment)
+        rows = (draw, start, stop)
+        batch = self.read(step, *rows) if self.ahead is None else self.ahead.batch(step, rows)
         numbers = Draw((self.seed, step, draw), start, stop, self.device)
         return replace(batch.to(self.device), draw=numbers, step=step)
 
 
 class ReadAhead:
-    """Threads that decode the samples of the next steps, as predicted from the last ones.
+    """Threads that read the samples of the next steps, as predicted from the last ones.
 
     Rows that were requested at steps s and s + k are expected at s + 2k and s + 3k. A wrong prediction costs time but
     never changes a batch: what was not predicted is read on request, and what is not wanted is dropped.
     """
 
     DEPTH = 2  # steps
-    CHUNK = 16  # images a task, so that one batch keeps all threads busy
 
-    def __init__(self, data: OnDisk, indices: Callable[..., Tensor], workers: int) -> None:
-        self.data, self.indices = data, indices
+    def __init__(self, read: Callable[[int, int, int, int], Batch], rows_per_task: int, workers: int) -> None:
+        self.read, self.rows_per_task = read, rows_per_task
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="genkit-read")
-        self.tasks: dict[Rows, dict[int, list[Future[Tensor]]]] = {}
+        self.tasks: dict[Rows, dict[int, list[Future[Batch]]]] = {}
         self.last: dict[Rows, int] = {}
 
-    def submit(self, step: int, rows: Rows) -> list[Future[Tensor]]:
-        """Start to decode these rows of ``step``."""
-        chunks = self.indices(step, *rows).split(self.CHUNK)
-        return [self.pool.submit(self.data.read, chunk.tolist()) for chunk in chunks]
+    def submit(self, step: int, rows: Rows) -> list[Future[Batch]]:
+        """Start to read these rows of ``step``, in parts that keep all threads busy."""
+        draw, start, stop = rows
+        firsts = range(start, stop, self.rows_per_task)
+        return [self.pool.submit(self.read, step, draw, i, min(i + self.rows_per_task, stop)) for i in firsts]
 
-    def batch(self, step: int, rows: Rows, augment: Draw) -> Batch:
-        """These rows of ``step``; decoding of the predicted steps starts."""
+    def batch(self, step: int, rows: Rows) -> Batch:
+        """These rows of ``step``; reading of the predicted steps starts."""
         tasks = self.tasks.setdefault(rows, {})
         stride = step - self.last.get(rows, step - 1)
         predicted = [step + k * stride for k in range(self.DEPTH + 1)] if stride > 0 else [step]
@@ -95,5 +100,9 @@ class ReadAhead:
             if s not in tasks:
                 tasks[s] = self.submit(s, rows)
         self.last[rows] = step
-        x = torch.cat([task.result() for task in tasks.pop(step)])
-        return self.data.finish(x, self.indices(step, *rows), augment)
+        return join_batches([task.result() for task in tasks.pop(step)])
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """The samples and conditions of several batches as one."""
+    return Batch(torch.cat([b.x for b in parts]), {k: torch.cat([b.cond[k] for b in parts]) for k in parts[0].cond})

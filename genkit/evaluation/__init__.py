@@ -8,7 +8,6 @@ from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
 from genkit.evaluation.measurement import Measurement, measure
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings
-from genkit.evaluation.ranks import Ranks
 from genkit.evaluation.sources import (
     DataOptions,
     DatasetSamples,
@@ -19,6 +18,7 @@ from genkit.evaluation.sources import (
     open_run_data,
 )
 from genkit.evaluation.sweeps import SweepResult, SweepSettings, sweep
+from genkit.training.ranks import Ranks
 
 DATA_OPTIONS = {"default": DataOptions}
 METRIC_SETTINGS = {"default": MetricSettings}

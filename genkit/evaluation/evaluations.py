@@ -27,7 +27,6 @@ from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
-from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import (
     REFERENCE_SEED,
     SPLITS,
@@ -42,6 +41,7 @@ from genkit.evaluation.sources import (
     open_run_data,
 )
 from genkit.training.distributed import join_ranks
+from genkit.training.ranks import Ranks, use_threads
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions, Sampling
 

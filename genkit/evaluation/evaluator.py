@@ -23,7 +23,6 @@ from genkit.evaluation.measurement import Measurement, measure, measure_referenc
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
 from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
 from genkit.evaluation.metrics.features import Extractor, Features
-from genkit.evaluation.ranks import SINGLE, Ranks
 from genkit.evaluation.sources import (
     DatasetSamples,
     ModelSamples,
@@ -36,6 +35,7 @@ from genkit.evaluation.sources import (
     split_into_blocks,
 )
 from genkit.evaluation.trained_features import trained_features
+from genkit.training.ranks import SINGLE, Ranks
 
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
 Reference = SampleSource | Path

@@ -30,9 +30,10 @@ from genkit.diffusion.samplers import (
     variational_bound,
 )
 from genkit.diffusion.samplers.likelihood import BitsPerDim
-from genkit.evaluation.ranks import use_threads
 from genkit.objectives import DDPM
 from genkit.objectives.matching.matching import Matching
+from genkit.training.precision import Precision, network_precision
+from genkit.training.ranks import use_threads
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions
 
@@ -72,6 +73,9 @@ class LikelihoodSettings(LoadOptions):
     """Seed of dequantisation and probes; sample i has seed + i."""
     batch: Count = 128
     """Samples at a time."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks' forward passes: fp32, tf32 (on CUDA devices), bf16 or fp16. The ODE, the chain and
+    sums compute in fp32."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def likelihood(
     bound = settings.bound or run.objective.likelihood_method
     if bound is None:
         raise ValueError(f"likelihood: {type(run.objective).__name__} has none; needs a flow, a diffusion or a VAE")
-    with reporting(progress) as report, use_threads(run.config.threads):
+    precise = network_precision(run.nets, settings.precision, run.device)
+    with reporting(progress) as report, use_threads(run.config.threads), precise:
         available = len(run.config.data.load(settings.split))
         fitted = fit_budget(run, settings, ESTIMATORS[bound], available, report)
         result = ESTIMATORS[bound](run, fitted, report)

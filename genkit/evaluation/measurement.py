@@ -22,8 +22,8 @@ from genkit.core.tensors import cache_folder
 from genkit.evaluation.cards import hash_json
 from genkit.evaluation.metrics import Moments, SampleStatistics
 from genkit.evaluation.metrics.features import Extraction, Extractor
-from genkit.evaluation.ranks import SINGLE, Ranks
 from genkit.evaluation.sources import DatasetSamples, SampleSource, split_into_blocks
+from genkit.training.ranks import SINGLE, Ranks
 
 TENSORS = ("features", "logits", "labels")
 SAVE_SECONDS = 30.0  # of work that a killed process may lose
@@ -127,7 +127,7 @@ def measure(
         except (ValueError, OSError) as e:
             error = e
         if turn % ERROR_CHECK_BLOCKS == ERROR_CHECK_BLOCKS - 1 or turn == turns - 1 or ranks.world == 1:
-            raise_together(ranks, error)
+            ranks.raise_together(error)
     # a rank may be killed while others still gather, so its share is kept until all have it
     if path and ranks.world > 1 and shard.moments is not None:
         shard.save(path)
@@ -137,13 +137,6 @@ def measure(
     if path:
         path.unlink(missing_ok=True)
     return measurement
-
-
-def raise_together(ranks: Ranks, error: Exception | None) -> None:
-    """Raise the first rank's error on every rank, so that none waits for one that has stopped."""
-    for message in ranks.gather(None if error is None else str(error)):
-        if message is not None:
-            raise error if error is not None and ranks.world == 1 else ValueError(message)
 
 
 def add_block(

@@ -16,9 +16,9 @@ from genkit.core.tensors import to_tensors
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
-from genkit.evaluation.ranks import Ranks
 from genkit.evaluation.sources import ModelSamples, open_run_data
 from genkit.training.loop import State
+from genkit.training.ranks import Ranks
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings

@@ -302,7 +302,7 @@ class ModelSamples:
         with torch.no_grad():
             x = self.generate(noise(run.objective.noise_shape(run.spec)), model_cond, noise)
             run.require_finite(x, first)
-            x = run.codec.decode(x)
+            x = run.decode(x, self.sampling.precision)
         calls = sum(counter.calls for counter in self.counters) if self.counters else 1
         passes = sum(counter.rows for counter in self.counters) if self.counters else len(rows)
         labels = cond[self.label].cpu() if self.label else None
@@ -378,9 +378,9 @@ def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
 
 
 def sampling_settings(samples: ModelSamples) -> dict[str, Any]:
-    """How a model's samples are drawn: all settings but the batch size, with other models as their weights' hashes."""
+    """How a model's samples are drawn: all settings but ``batch`` and ``compile``, other models as hashes."""
     settings = config.dump(samples.sampling)
-    del settings["batch"]
+    del settings["batch"], settings["compile"]  # which change the last digits only
     names = {"autoguide": "weak", "classifier": "classifier"}
     for name, role in names.items():
         other = samples.other_models.get(role)

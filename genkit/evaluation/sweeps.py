@@ -35,9 +35,9 @@ from genkit.evaluation.cards import Card, file_name, hash_json
 from genkit.evaluation.evaluations import default_reference_n, open_reference
 from genkit.evaluation.evaluator import Evaluator, is_image
 from genkit.evaluation.metrics import METRICS, find_metric, metric_direction
-from genkit.evaluation.ranks import Ranks, use_threads
 from genkit.evaluation.sources import ModelSamples, hash_weights
 from genkit.training.distributed import join_ranks
+from genkit.training.ranks import Ranks, use_threads
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import GridName, SamplerName, Sampling
 

@@ -13,9 +13,11 @@ from torch import nn
 from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConfig, diffusers_class
 from genkit.backbones.encoded_text import EncodedText
 from genkit.config.numbers import Natural
+from genkit.config.paths import PathText
 from genkit.core import Objective
 from genkit.data.codecs import LearnedCodec
 from genkit.diffusion.paths import Linear, end_time
+from genkit.integrations.diffusers_pipeline import has_further_parts, write_whole_pipeline
 from genkit.integrations.diffusers_weights import BETAS, PREDICTIONS, remap_time_embedding
 from genkit.integrations.export import ExportFormat
 from genkit.objectives import DDPM, Flow
@@ -27,8 +29,10 @@ from genkit.training.sampling import clips_by_default
 class ToDiffusers(ExportFormat):
     """A folder that ``DiffusionPipeline.from_pretrained`` loads, of a run of --backbone=diffusers by ddpm or flow.
 
-    diffusers has pipelines for unet2d without classes. Everything else (classes, dit, unet2d-condition, latents) is
-    written as network and scheduler, with the loop that draws samples in README.md.
+    A run that began from a pipeline (--init diffusers:P) is written as that pipeline with the run's network: its text
+    encoders and all other parts are copied from P. Without one, diffusers has pipelines for unet2d without classes;
+    everything else (classes, dit, unet2d-condition, latents) is written as network and scheduler, with the loop that
+    draws samples in README.md.
 
     The same seed is the same noise z. diffusers starts from z, genkit from sigma(1) z: they differ by 2e-5 of it with
     linear betas, by 4e-4 with scaled-linear ones, and not at all with cosine betas, zero_snr or a flow.
@@ -36,10 +40,18 @@ class ToDiffusers(ExportFormat):
 
     label: Natural | None = None
     """for a network with classes: write only this class, as a network without; None: all of them"""
+    base: PathText | None = None
+    """pipeline that the run began from, if it is no longer where it was; "none": write network and scheduler alone"""
 
     def write(self, run: Run, folder: Path) -> list[str]:
         denoiser, family = single_network(run), run.config.backbone
         assert isinstance(family, Diffusers)
+        if self.base != "none" and self.label is None and has_further_parts(run, denoiser):
+            lines = write_whole_pipeline(run, denoiser, self.base, folder)
+            (folder / "README.md").write_text(model_card(run, lines))
+            return lines
+        if self.base not in (None, "none"):
+            raise ValueError(f"to.base: given {self.base}, but the run needs no parts of a pipeline; leave it out")
         make_schedule = SCHEDULES.get(type(run.objective))
         if make_schedule is None:
             name = type(run.objective).__name__

@@ -16,7 +16,7 @@ from genkit.core.files import format_error
 from genkit.data.codecs import Pixels
 from genkit.integrations.diffusers_folder import HUB_NAME, locate
 from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
-from genkit.training.first_stage import ForeignStage
+from genkit.training.first_stage import ForeignStage, encode_in_chunks
 
 
 def kl_posterior(out: Any) -> Posterior:
@@ -74,7 +74,7 @@ class DiffusersStage(ForeignStage):
         return POSTERIORS[self.kind](out)
 
     def posterior(self, batch: Batch) -> Posterior:
-        return self.encode(Pixels().encode(batch).x)
+        return encode_in_chunks(self.encode, Pixels().encode(batch).x)
 
     def decode(self, z: Tensor) -> Tensor:
         return Pixels().decode(self.nets["net"].decode(z).sample)  # type: ignore[operator]

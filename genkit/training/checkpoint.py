@@ -162,6 +162,7 @@ def save_checkpoint(
             "codec": codecs.to_dict(codec),
             "data": dict(data or {}),
             "meter": state.meter,
+            **({"loss_scales": state.loss_scales} if state.loss_scales else {}),
             "settings": load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
             "sha256": {name: sha256(part / name) for name in files},
         }
@@ -206,3 +207,4 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
             # the fused kernels need the step count on the parameter's device
             state.optimizers[phase.name].state[p] = {k: v.to(p.device) for k, v in slots.items()}
     state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})
+    state.loss_scales = record.get("loss_scales", {})

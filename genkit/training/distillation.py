@@ -16,7 +16,7 @@ from genkit.objectives.matching.guidance_distillation import GuidanceDistillatio
 from genkit.training.directory import find_run
 from genkit.training.run import Run
 from genkit.training.sampling import knows_null
-from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.settings import TrainingPrecision, TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
 
 
@@ -43,6 +43,8 @@ class DistillSettings:
     seed: Seed = 0
     """Seed of every random number."""
     # -- computation and saving
+    precision: TrainingPrecision = "fp32"
+    """Forward-pass precision of the guided trajectories and the adapter."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
     threads: Threads | None = None
@@ -98,7 +100,7 @@ def distill(
             lr=settings.lr,
             warmup=min(stored.warmup, settings.steps // 10),
             seed=settings.seed,
-            precision="fp32",
+            precision=settings.precision,
             device=settings.device,
             threads=settings.threads,
             workers=settings.workers,

@@ -10,8 +10,9 @@ about it, with the SHA-256 of the weights, is in each ``state.json``.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from genkit.training.directory import find_run
 
 WEIGHTS = "first-stage.safetensors"
 PosteriorUse = Literal["draw", "mean"]
+CHUNK_NUMBERS = 2**23  # of the samples that are encoded or decoded at once: 42 colour images of 256 x 256
 
 
 # ------------------------------------------------------------------------------------------------- the first stage
@@ -94,6 +96,17 @@ class FirstStage(ABC):
         return self
 
 
+def chunk_size(shape: tuple[int, ...]) -> int:
+    """The number of samples of ``shape`` that a first stage encodes or decodes at once."""
+    return max(1, CHUNK_NUMBERS // math.prod(shape))
+
+
+def encode_in_chunks(encode: Callable[[Tensor], Posterior], x: Tensor) -> Posterior:
+    """``encode(x)``, ``CHUNK_NUMBERS`` of the numbers of ``x`` ``[B, *S]`` at a time."""
+    parts = [encode(rows) for rows in x.split(chunk_size(tuple(x.shape[1:])))]
+    return Posterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
 class ForeignStage(FirstStage):
     """A first stage in another library's format, an entry of ``FOREIGN_STAGES``: ``--codec KIND:LOCATION``."""
 
@@ -129,7 +142,7 @@ class RunStage(FirstStage):
 
     def posterior(self, batch: Batch) -> Posterior:
         encoded = self.base.encode(replace(batch, cond={}))
-        return self.objective.encode(self.nets, self.objective.encoder_input(encoded))
+        return encode_in_chunks(lambda x: self.objective.encode(self.nets, x), self.objective.encoder_input(encoded))
 
     def decode(self, z: Tensor) -> Tensor:
         return self.base.decode(self.objective.decode(self.nets, self.objective.quantize(self.nets, z)))
@@ -236,12 +249,16 @@ class LatentCodec(LearnedCodec):
             return self.encode_posterior(self.stage.posterior(batch), batch)
 
     def encode_posterior(self, q: Posterior, batch: Batch) -> Batch:
-        """Return ``batch`` with scaled latents from posterior ``q``."""
+        """Return ``batch`` with scaled latents, float32, from posterior ``q``."""
+        q = Posterior(q.mean.float(), q.log_var.float())
         z = q.sample(batch.normal(*q.mean.shape[1:])) if self.posterior == "draw" else q.mean
         return self.scaling.encode(replace(batch, x=z))
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.stage.decode(self.scaling.decode(x.float()))
+        """Decode latents to samples, ``CHUNK_NUMBERS`` of their numbers at a time."""
+        parts = self.scaling.decode(x.float()).split(chunk_size(self.shape))
+        samples = torch.cat([self.stage.decode(z) for z in parts])
+        return samples.float() if samples.dtype in (torch.bfloat16, torch.float16) else samples
 
     def to_dict(self) -> dict[str, Any]:
         stage = {**self.stage.to_dict(), "sha256": self.stage.sha256}

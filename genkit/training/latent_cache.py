@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +16,38 @@ from torch import Tensor
 from genkit import config
 from genkit.config import table
 from genkit.config.blocks import find_name
-from genkit.config.numbers import Count
-from genkit.core import Data, Draw, spec_to_dict
+from genkit.config.numbers import Count, Natural
+from genkit.core import Batch, Data, Draw, spec_to_dict
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
-from genkit.core.tensors import sha256
-from genkit.data import DATA, DataSource, InLatents
-from genkit.data.latents import INDEX, is_shard, read_index, read_shard, write_index, write_shard
+from genkit.data import DATA, DataSource, InLatents, InMemory, OnDisk
+from genkit.data.in_memory import random_flip
+from genkit.data.latents import (
+    CONDITION,
+    INDEX,
+    find_digests,
+    is_shard,
+    note_digests,
+    read_index,
+    read_shard,
+    write_index,
+    write_shard,
+)
 from genkit.data.source import Split
+from genkit.data.stream import join_batches
 from genkit.objectives.autoencoders.autoencoder import Posterior
 from genkit.training.directory import find_run
+from genkit.training.distributed import join_ranks
 from genkit.training.first_stage import FirstStage, foreign_stage
-from genkit.training.latent_statistics import compute_statistics
+from genkit.training.latent_statistics import LatentStatistics, compute_statistics, merge_all
+from genkit.training.precision import Precision, require_precision, use_codec_precision
+from genkit.training.ranks import Ranks, use_threads
 from genkit.training.run import load_run, open_first_stage
+from genkit.training.settings import stored_settings
+
+BATCHES_AHEAD = 2  # that threads decode while one is encoded
+MAX_ROUNDING = 0.01  # of a channel's standard deviation, by which bf16 may change the means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +79,14 @@ class EncodeSettings:
     """Samples of a file. Existing files are kept, so an interrupted call can be repeated."""
     batch: Count = 256
     """Samples per batch."""
+    workers: Natural = 2
+    """Threads that read and decode samples from the disk while others are encoded."""
+    precision: Precision = "fp32"
+    """Arithmetic of the encoder: fp32, tf32 (matrix products and convolutions of a CUDA device) or bf16; fp16 means
+    fp32 here, as common first stages exceed its range."""
+    storage: Literal["fp32", "bf16"] = "fp32"
+    """Type of the stored numbers. bf16 halves the files; it is refused where rounding changes a channel by more than a
+    hundredth of its standard deviation."""
     device: DeviceName = "auto"
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
 
@@ -89,22 +117,37 @@ def encode(
 
     ``stage`` is a run with a code (of vae, ae, vq or autoencoder), or KIND:WHERE such as ``diffusers:DIR``. ``out`` is
     the folder; None: latents in the run's folder. ``changes`` are settings by name: ``encode(run, split="test")``.
-    ``ValueError`` if the stage does not fit the data, or the folder holds latents of others.
+    Under a launcher all ranks call this together: they share the files, which are those of one process, and each gets
+    the cache. ``ValueError`` if the stage does not fit the data, or the folder holds latents of others.
     """
     settings = config.override(settings or EncodeSettings(), **changes)
-    source = settings.data
-    if foreign_stage(stage)[0] and (isinstance(source, TrainingData) or not out):
+    source, foreign = settings.data, foreign_stage(stage)[0]
+    if foreign and (isinstance(source, TrainingData) or not out):
         raise ValueError(f"encode: {stage} is no run, and has no data or folder of its own; give --data and --out")
     if isinstance(source, TrainingData):
         source = load_run(stage, device="cpu").config.data
     folder = Path(out) if out else find_run(stage) / "latents"
-    device = pick_device(settings.device)
-    data = source.load(settings.split)
-    if isinstance(data, InLatents):
-        raise ValueError(f"data: {folder} would be latents of latents; name the samples themselves")
-    first_stage = open_first_stage(stage, data.spec.shape, device)
-    with reporting(progress) as report:
-        return write_split(folder, first_stage, source, data, settings, device, report)
+    require_precision(settings.precision, pick_device(settings.device))
+    accelerator = join_ranks(pick_device(settings.device))
+    ranks = Ranks.of(accelerator)
+    with accelerator.main_process_first():
+        data = source.load(settings.split)
+        if isinstance(data, InLatents):
+            raise ValueError(f"data: {folder} would be latents of latents; name the samples themselves")
+        first_stage = open_first_stage(stage, data.spec.shape, accelerator.device)
+    threads = None if foreign else stored_settings(find_run(stage)).threads
+    with reporting(progress, ranks.is_main) as report, use_threads(threads):
+        return write_split(folder, first_stage, source, data, settings, ranks, report)
+
+
+class EncodedShard(NamedTuple):
+    """What a rank knows of a shard."""
+
+    name: str
+    sha256: str
+    statistics: LatentStatistics
+    is_new: bool
+    """whether this call wrote it"""
 
 
 def write_split(
@@ -113,35 +156,57 @@ def write_split(
     source: DataSource,
     data: Data,
     settings: EncodeSettings,
-    device: torch.device,
+    ranks: Ranks,
     progress: Progress,
 ) -> LatentCache:
-    """Write the shards of a split that are missing, then its entry in the index."""
-    index = open_index(folder, stage, source)
+    """Write the shards of a split that are missing, then its entry in the index. Ranks take shards in turn."""
+    index = ranks.once(open_index, folder, stage, source)
+    count = -(-len(data) // settings.shard)
     views = 1 + int(source.random_flip)
-    starts, written, shards = range(0, len(data), settings.shard), 0, {}
+    own: list[EncodedShard] = []
     progress("encoding", 0, len(data))
-    for k, first in enumerate(starts):
-        last = min(first + settings.shard, len(data))
-        path = folder / f"{settings.split}-{k:05d}-of-{len(starts):05d}.safetensors"
-        origin = {"rows": f"{first}-{last}", "views": str(views), "sha256": stage.sha256}
-        if not is_shard(path, origin):
-            refuse_foreign(path)
-            content = encode_rows(stage, data, range(first, last), views, settings.batch, device)
-            write_shard(path, content, origin)
-            written += 1
-        shards[path.name] = sha256(path)
-        progress("encoding", last, len(data))
-    statistics = compute_statistics(shard_posterior(read_shard(folder / name)) for name in shards)
+    for turn in range(-(-count // ranks.world)):
+        k, error = turn * ranks.world + ranks.rank, None
+        try:
+            if k < count:
+                own.append(write_rows(folder, stage, data, settings, views, k, count))
+        except (ValueError, OSError) as e:
+            error = e
+        ranks.raise_together(error)
+        progress("encoding", min((turn + 1) * ranks.world * settings.shard, len(data)), len(data))
+    shards = sorted((shard for part in ranks.gather(own) for shard in part), key=lambda shard: shard.name)
+    digests = {shard.name: shard.sha256 for shard in shards}
     index["splits"][settings.split] = {
         "n": len(data),
         "views": views,
         "spec": spec_to_dict(replace(data.spec, shape=tuple(stage.latent))),
-        "shards": shards,
-        "statistics": statistics.to_dict(),
+        "shards": digests,
+        "statistics": merge_all(shard.statistics for shard in shards).to_dict(),
     }
-    write_index(folder, index)
-    return LatentCache(folder, settings.split, len(data), written, tuple(stage.latent))
+    if ranks.is_main:
+        note_digests(folder, digests)
+        write_index(folder, index)
+    ranks.gather(None)  # nobody returns before the index is there
+    return LatentCache(folder, settings.split, len(data), sum(s.is_new for s in shards), tuple(stage.latent))
+
+
+def write_rows(
+    folder: Path, stage: FirstStage, data: Data, settings: EncodeSettings, views: int, k: int, count: int
+) -> EncodedShard:
+    """Write shard ``k`` of ``count``, unless it is there already."""
+    rows = range(k * settings.shard, min((k + 1) * settings.shard, len(data)))
+    path = folder / f"{settings.split}-{k:05d}-of-{count:05d}.safetensors"
+    origin = {"rows": f"{rows.start}-{rows.stop}", "views": str(views), "sha256": stage.sha256}
+    origin |= {k: v for k, v in (("precision", settings.precision), ("storage", settings.storage)) if v != "fp32"}
+    missing = not is_shard(path, origin)
+    if missing:
+        refuse_foreign(path)
+        content = encode_rows(stage, data, rows, views, settings)
+        if settings.storage == "bf16":
+            content = round_moments(content, stage.name)
+        write_shard(path, content, origin)
+    statistics = compute_statistics([shard_posterior(read_shard(path))])
+    return EncodedShard(path.name, find_digests(folder, [path.name])[path.name], statistics, missing)
 
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:
@@ -162,8 +227,8 @@ def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str,
 
 def shard_posterior(shard: Mapping[str, Tensor]) -> Posterior:
     """The posterior of all samples and views of a shard."""
-    mean = shard["mean"].flatten(0, 1)
-    log_var = shard["log_var"].flatten(0, 1) if "log_var" in shard else torch.full_like(mean, -torch.inf)
+    mean = shard["mean"].float().flatten(0, 1)
+    log_var = shard["log_var"].float().flatten(0, 1) if "log_var" in shard else torch.full_like(mean, -torch.inf)
     return Posterior(mean, log_var)
 
 
@@ -178,25 +243,62 @@ class FixedFlip(Draw):
         return super().uniform(*shape) if shape else torch.full((self.stop - self.start,), self.number)
 
 
-def encode_rows(
-    stage: FirstStage, data: Data, rows: range, views: int, batch: int, device: torch.device
-) -> dict[str, Tensor]:
+def read_ahead(data: Data, rows: range, views: int, batch: int, workers: int) -> Iterator[tuple[range, list[Batch]]]:
+    """The samples ``rows`` in batches: a range of rows, and a batch for each view (as stored, and mirrored).
+
+    Samples on disk are decoded once for both views, by ``workers`` threads that are ``BATCHES_AHEAD`` batches ahead.
+    """
+    per_task = getattr(data, "rows_per_task", 0) if workers else 0
+
+    def read(chunk: range) -> list[Batch]:
+        stored = data.batch(torch.tensor(chunk), FixedFlip(chunk, 1.0))
+        if views == 1:
+            return [stored]
+        if isinstance(data, InMemory | OnDisk):
+            return [stored, random_flip(stored, data.spec, FixedFlip(chunk, 0.0))]
+        return [stored, data.batch(torch.tensor(chunk), FixedFlip(chunk, 0.0))]
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        pending: deque[tuple[range, list[Future[list[Batch]]]]] = deque()
+        chunks = (range(first, min(first + batch, rows.stop)) for first in range(rows.start, rows.stop, batch))
+        try:
+            for chunk in chunks:
+                if not per_task:
+                    yield chunk, read(chunk)
+                    continue
+                tasks = (chunk[i : i + per_task] for i in range(0, len(chunk), per_task))
+                pending.append((chunk, [pool.submit(read, task) for task in tasks]))
+                if len(pending) > BATCHES_AHEAD:
+                    yield collect(*pending.popleft())
+            while pending:
+                yield collect(*pending.popleft())
+        finally:
+            for _, tasks in pending:
+                for task in tasks:
+                    task.cancel()
+
+
+def collect(rows: range, tasks: Sequence[Future[list[Batch]]]) -> tuple[range, list[Batch]]:
+    """The parts of a batch that threads have read, as one batch for each view."""
+    return rows, [join_batches(parts) for parts in zip(*(task.result() for task in tasks), strict=True)]
+
+
+def encode_rows(stage: FirstStage, data: Data, rows: range, views: int, settings: EncodeSettings) -> dict[str, Tensor]:
     """The content of one shard: ``mean`` and ``log_var`` ``[rows, views, C, ...]``, and the conditions.
 
     ``log_var`` is left out if all posteriors are deterministic. ``ValueError`` if the stage yields NaN.
     """
+    device = next((p.device for net in stage.nets.values() for p in net.parameters()), torch.device("cpu"))
     parts: list[dict[str, Tensor]] = []
-    for first in range(rows.start, rows.stop, batch):
-        chunk = range(first, min(first + batch, rows.stop))
-        batches = [data.batch(torch.tensor(chunk), FixedFlip(chunk, number)) for number in (1.0, 0.0)[:views]]
-        draw = [Draw((0,), chunk.start, chunk.stop, device) for _ in batches]
-        with torch.no_grad():
-            posteriors = [stage.posterior(replace(b.to(device), draw=d)) for b, d in zip(batches, draw, strict=True)]
+    for chunk, batches in read_ahead(data, rows, views, settings.batch, settings.workers):
+        draws = [Draw((0,), chunk.start, chunk.stop, device) for _ in batches]
+        with torch.no_grad(), use_codec_precision(settings.precision, device):
+            posteriors = [stage.posterior(replace(b.to(device), draw=d)) for b, d in zip(batches, draws, strict=True)]
         part = {
             "mean": torch.stack([q.mean for q in posteriors], 1).float().cpu(),
             "log_var": torch.stack([q.log_var for q in posteriors], 1).float().cpu(),
         }
-        parts.append({**part, **{f"cond.{k}": v for k, v in batches[0].cond.items()}})
+        parts.append({**part, **{CONDITION + k: v for k, v in batches[0].cond.items()}})
     content = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     if bool((content["log_var"] == -torch.inf).all()):
         del content["log_var"]
@@ -204,3 +306,21 @@ def encode_rows(
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ValueError(f"codec: {stage.name} gives a {name} that is not a number; the run has diverged")
     return content
+
+
+def round_moments(content: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The content of a shard with moments in bf16.
+
+    ``ValueError`` if that moves the means of a channel by more than ``MAX_ROUNDING`` of the standard deviation of its
+    latents (root mean square).
+    """
+    rounded = {k: v.bfloat16() if k in ("mean", "log_var") else v for k, v in content.items()}
+    change = (rounded["mean"].double() - content["mean"].double()).flatten(0, 1).movedim(1, 0).flatten(1)
+    std = compute_statistics([shard_posterior(content)]).std("draw")
+    share = float((change.square().mean(1).sqrt() / std.clamp(min=torch.finfo(std.dtype).tiny)).max())
+    if share > MAX_ROUNDING:
+        raise ValueError(
+            f"storage: bf16 changes a channel of the latents of {name} by {share:.1%} of its standard deviation; "
+            f"allowed {MAX_ROUNDING:.0%}; take --storage fp32"
+        )
+    return rounded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -45,14 +45,26 @@ class LatentStatistics(NamedTuple):
 
 
 def compute_statistics(posteriors: Iterable[Posterior]) -> LatentStatistics:
-    """Compute the statistics of all ``posteriors`` in one pass (Chan et al. 1979, eq. 2.1).
+    """Compute the statistics of all ``posteriors`` in one pass.
+
+    Raises ``ValueError`` if there are none.
+    """
+
+    def parts() -> Iterator[LatentStatistics]:
+        for q in posteriors:
+            mean, var = (v.double().movedim(1, 0).flatten(1).cpu() for v in (q.mean, q.log_var.exp()))
+            yield LatentStatistics(mean.shape[1], mean.mean(1), mean.var(1, correction=0), var.mean(1))
+
+    return merge_all(parts())
+
+
+def merge_all(parts: Iterable[LatentStatistics]) -> LatentStatistics:
+    """Return the statistics of the union of disjoint sets, merged one after the other (Chan et al. 1979, eq. 2.1).
 
     Raises ``ValueError`` if there are none.
     """
     total: LatentStatistics | None = None
-    for q in posteriors:
-        mean, var = (v.double().movedim(1, 0).flatten(1).cpu() for v in (q.mean, q.log_var.exp()))
-        part = LatentStatistics(mean.shape[1], mean.mean(1), mean.var(1, correction=0), var.mean(1))
+    for part in parts:
         total = part if total is None else merge_statistics(total, part)
     if total is None:
         raise ValueError("codec: there are no samples to measure the latents of")

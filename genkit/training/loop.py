@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
+from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
+from genkit.training.precision import use_codec_precision, use_precision
 from genkit.training.settings import TrainSettings
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
@@ -33,6 +34,7 @@ class State:
     step: int = 0
     skipped: int = 0  # steps skipped because a gradient was not finite
     meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, as Meter.dump returns it
+    loss_scales: dict[str, dict[str, float]] = field(default_factory=dict)  # of fp16, as LossScale.dump returns them
 
     @property
     def slowest_average(self) -> dict[str, nn.Module]:
@@ -187,7 +189,7 @@ def fit(
                 # ranks exchange gradients once, with the last micro-batch
                 with loop.accumulating(phase, piece):
                     batch = loop.rows(step, draw, piece)
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=loop.bf16):
+                    with use_precision(settings.precision, accelerator.device):
                         loss = objective.loss(phase.name, nets, batch)
                     loop.backward(phase, batch, loss)
             loop.optimize(phase, lr)
@@ -230,8 +232,9 @@ class _Loop:
         self.device = accelerator.device
         self.local = local_batch_size(settings.batch, accelerator.num_processes)
         self.pieces = split_batch(self.local, settings.micro_batch)
-        self.bf16 = settings.precision == "bf16"
         self.skipped = SkippedSteps(self.device)
+        scaled = state.optimizers if settings.precision == "fp16" else ()
+        self.scales = {name: LossScale(self.device, state.loss_scales.get(name)) for name in scaled}
         self.dropouts = [layer for layer in install_dropout(state.nets) if layer.p]
         if settings.compile:
             for net in state.nets.values():
@@ -267,7 +270,9 @@ class _Loop:
         keys = Draw((self.settings.seed, step, draw, DROPOUT), first, last, self.device).integers()
         for layer in self.dropouts:
             layer.keys = keys
-        return self.codec.encode(self.stream(step, draw, first, last).to(self.device))
+        batch = self.stream(step, draw, first, last).to(self.device)
+        with use_codec_precision(self.settings.precision, self.device):
+            return self.codec.encode(batch)
 
     def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
         """Return a context that keeps gradients on this rank, except for the last micro-batch."""
@@ -280,7 +285,8 @@ class _Loop:
     def backward(self, phase: Phase, batch: Batch, loss: Loss) -> None:
         """Accumulate the gradient of a micro-batch's share of the mean loss."""
         weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
-        self.accelerator.backward(weighted.sum() / self.local)
+        mean = weighted.sum() / self.local
+        self.accelerator.backward(mean * self.scales[phase.name].scale if self.scales else mean)
         share = len(batch) / self.local
         self.meter.add(f"{phase.name}/loss", weighted.detach().sum() / self.local, share)
         for key, value in loss.logs.items():
@@ -289,9 +295,14 @@ class _Loop:
     def optimize(self, phase: Phase, lr: float) -> None:
         """Clip the gradient and step the phase's optimizer; skip the step if the gradient is not finite."""
         parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
+        scale = self.scales.get(phase.name)
+        if scale:
+            scale.unscale(parameters)
         norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
-        self.skipped.add(bad)
+        self.skipped.add(bad, hopeless=scale.is_exhausted if scale else 1.0)
+        if scale:
+            scale.update(bad)
 
     def finish(self, step: int) -> None:
         """Finish a step: updates without a gradient, averages, and the check for divergence."""
@@ -303,7 +314,8 @@ class _Loop:
         if self.device.type != "cpu" and not self.is_due(self.settings.log_every):
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
-            layer = find_bad_layer(self.objective, self.state, self.rows(step, 0, self.pieces[0]), self.bf16)
+            batch = self.rows(step, 0, self.pieces[0])
+            layer = find_bad_layer(self.objective, self.state, batch, self.settings.precision)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
@@ -325,6 +337,7 @@ class _Loop:
         self.count_skipped()
         require_same(self.accelerator, self.state)
         self.state.meter = self.meter.dump(self.accelerator)
+        self.state.loss_scales = {name: scale.dump() for name, scale in self.scales.items()}
 
     def count_skipped(self) -> None:
         """Move the count of skipped steps into the state."""
@@ -352,14 +365,6 @@ def optimizer_step(
     guarded_step(optimizer, bad)
     optimizer.zero_grad(set_to_none=True)
     return norm, bad
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether the device supports bf16 natively; a CPU that emulates it is slower than in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
@@ -391,7 +396,7 @@ def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> 
 
 
 @torch.no_grad()
-def find_bad_layer(objective: Objective, state: State, batch: Batch, bf16: bool) -> str:
+def find_bad_layer(objective: Objective, state: State, batch: Batch, precision: str) -> str:
     """Name what is not finite first: the data, a parameter, the output of a module on ``batch``, or a gradient."""
     if not bool(torch.isfinite(batch.x).all()):
         return "the data: a batch holds numbers that are not finite"
@@ -409,7 +414,7 @@ def find_bad_layer(objective: Objective, state: State, batch: Batch, bf16: bool)
                     bad_modules.append(key)
 
             hooks.append(module.register_forward_hook(check_output))
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
+    with use_precision(precision, batch.x.device):
         for phase in objective.phases:
             objective.loss(phase.name, state.nets, batch)
     for hook in hooks:

@@ -92,13 +92,13 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device):
         self.streak = torch.zeros((), device=device)
-        """skipped steps in a row, up to the last step"""
+        """skipped steps in a row, up to the last step, without those after which fp16 takes a smaller loss scale"""
         self.count = torch.zeros((), device=device)
         """skipped steps since the last :meth:`take`"""
 
-    def add(self, bad: Tensor) -> None:
-        """Count a step: ``bad`` is 1.0 if it was skipped, else 0.0."""
-        self.streak = (self.streak + 1) * bad
+    def add(self, bad: Tensor, hopeless: Tensor | float = 1.0) -> None:
+        """Count a step: ``bad`` is 1.0 if it was skipped, else 0.0; not in the streak unless it was ``hopeless``."""
+        self.streak = (self.streak + hopeless) * bad
         self.count = self.count + bad
 
     def take(self) -> int:

@@ -21,6 +21,7 @@ from genkit.data.codecs import LearnedCodec
 from genkit.data.pairs import save_pairs
 from genkit.diffusion.samplers import Seeds, refuse_noise
 from genkit.objectives.matching.matching import Matching
+from genkit.training.precision import Precision
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions, Sampling
 
@@ -46,6 +47,8 @@ class ReflowSettings(LoadOptions):
     """Pair i has seed + i; far from the seeds of usual samples."""
     batch: Count = 256
     """Pairs per batch."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks' forward passes: fp32, tf32 (on CUDA devices), bf16 or fp16."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ def draw_pairs(run: Run, settings: ReflowSettings, progress: Progress) -> tuple[
         raise ValueError(f"run: given one of {type(objective).__name__}, which has no ODE to straighten")
     if isinstance(run.codec, LearnedCodec):
         raise ValueError("run: given a model of latents, whose pairs cannot be stored yet; take a model of the samples")
-    generate = run.generator(Sampling(sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance))
+    sampling = Sampling(
+        sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance, precision=settings.precision
+    )
+    generate = run.generator(sampling)
     no_noise = refuse_noise("a pair needs the sample that its noise alone determines")
     data = run.config.data.load("train") if run.spec.cond else None
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []

@@ -31,8 +31,9 @@ from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
-from genkit.training.precision import with_precision
-from genkit.training.samples import Samples, count_calls
+from genkit.training.precision import Precision, use_codec_precision, with_networks
+from genkit.training.ranks import SINGLE, Ranks
+from genkit.training.samples import Samples, count_calls, draw_batches
 from genkit.training.sampling import (
     PIPELINE_GRID,
     Classes,
@@ -132,7 +133,7 @@ class Run:
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
-                return with_precision(generate, self.nets, sampling.precision, self.device)
+                return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
         opened = {} if weak or classifier else self.open_references(sampling)
         weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
@@ -143,7 +144,13 @@ class Run:
             bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
         others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
         generate = self.objective.generator(self.nets, bound)
-        return with_precision(generate, {**self.nets, **others}, sampling.precision, self.device)
+        return with_networks(generate, {**self.nets, **others}, sampling.precision, self.device, sampling.compile)
+
+    def decode(self, x: Tensor, precision: Precision = "fp32") -> Tensor:
+        """Decode samples in the model's units ``[B, *S]``; latents by their first stage, in a precision (in fp32 for
+        fp16, whose range common decoders exceed)."""
+        with use_codec_precision(precision, self.device):
+            return self.codec.decode(x)
 
     def sample(
         self,
@@ -158,6 +165,8 @@ class Run:
         outer: Guidance | None = None,
         options: Mapping[str, Any] | None = None,
         trajectory: bool = False,
+        ranks: Ranks = SINGLE,
+        consume: Callable[[int, Tensor], None] | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:
@@ -167,7 +176,9 @@ class Run:
         Conditions are a class ``label`` (a number or a name, or several in turn: a list, a tensor), a ``prompt`` (or
         several in turn; "" is null), or ``cond``, tensors ``[n, ...]`` by name; without any of these the model's
         classes, or the captions that it kept, in turn.
-        ``options`` go to the sampler. Raises ``ValueError`` for what does not fit the model.
+        ``options`` go to the sampler. ``ranks`` share the batches; the main one gets all samples, the others none.
+        ``consume(first, x)`` receives each batch in place of the result, on the rank that drew it. Raises
+        ``ValueError`` for what does not fit the model.
         """
         sampling = config.override(sampling or Sampling(), **settings)
         opened = self.open_references(sampling)
@@ -181,25 +192,26 @@ class Run:
         frames: list[list[Tensor]] = []
 
         def record(step: int, x: Tensor, prediction: Any) -> None:
-            frames[-1].append(self.codec.decode(x.float()).cpu())
+            frames[-1].append(self.decode(x.float(), sampling.precision).cpu())
 
         generate = self.generator(sampling, weak=weak, classifier=classifier, outer=outer,
                                   callback=record if trajectory else None, **(options or {}))  # fmt: skip
-        shape, x, calls = self.objective.noise_shape(self.spec), [], []
+        shape, calls = self.objective.noise_shape(self.spec), []
+
+        def draw(rows: range) -> Tensor:
+            noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
+            batch_cond = {k: v[rows.start : rows.stop].to(self.device) for k, v in conditions.items()}
+            frames.append([])
+            z = generate(noise(shape), batch_cond, noise)
+            self.require_finite(z, rows.start)
+            calls.append(count.calls)
+            return self.decode(z, sampling.precision).cpu()
+
         with reporting(progress) as report, torch.no_grad(), count_calls(self.nets) as count:
-            report("sampling", 0, n)
-            for first in range(0, n, sampling.batch):
-                rows = slice(first, min(first + sampling.batch, n))
-                noise = Seeds(range(sampling.seed + rows.start, sampling.seed + rows.stop), self.device)
-                batch_cond = {k: v[rows].to(self.device) for k, v in conditions.items()}
-                frames.append([])
-                z = generate(noise(shape), batch_cond, noise)
-                self.require_finite(z, rows.start)
-                x.append(self.codec.decode(z).cpu())
-                calls.append(count.calls)
-                report("sampling", rows.stop, n)
+            x = draw_batches(draw, n, sampling.batch, ranks, consume, report)
+        (evaluations, *_), rows = zip(*ranks.gather((calls[0] if calls else 0, count.rows)), strict=True)
         steps = [torch.cat(parts) for parts in zip(*frames, strict=True)]
-        return Samples(torch.cat(x), conditions, calls[0], count.rows / n, picture_names(spec, prompt), steps)
+        return Samples(x, conditions, evaluations, sum(rows) / n, picture_names(spec, prompt), steps)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """``batch.x`` ``[B, *S]`` encoded and decoded again; for a model of latents, by its first stage.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from genkit.core import pictures
+from genkit.core.progress import Progress, silent
+from genkit.training.ranks import SINGLE, Ranks
 
 FRAME_MILLISECONDS = 150  # of a trajectory's picture: 20 steps take three seconds
 
@@ -60,6 +63,45 @@ class Samples:
     def _repr_png_(self) -> bytes:
         """The PNG that a notebook displays."""
         return self.grid()._repr_png_()  # type: ignore[attr-defined]
+
+
+def draw_batches(
+    draw: Callable[[range], Tensor],
+    n: int,
+    batch: int,
+    ranks: Ranks = SINGLE,
+    consume: Callable[[int, Tensor], None] | None = None,
+    progress: Progress = silent,
+) -> Tensor:
+    """Samples ``[n, *S]`` of ``draw(rows)``, in batches that ``ranks`` take in turn: any number of them draws the same.
+
+    The main rank gets all samples, the others none, ``[0, *S]``. With ``consume(first, x)`` each rank hands over what
+    it has drawn, and no rank keeps any. A ``ValueError`` or ``OSError`` of one rank is raised on all.
+    """
+    blocks = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
+    samples = torch.empty(0)
+    progress("sampling", 0, n)
+    for first in range(0, len(blocks), ranks.world):
+        part, error = None, None
+        try:
+            if first + ranks.rank < len(blocks):
+                rows = blocks[first + ranks.rank]
+                part = draw(rows)
+                if consume is not None:
+                    consume(rows.start, part)
+                    part = part[:0]
+        except (ValueError, OSError) as e:
+            error = e
+        ranks.raise_together(error)
+        parts = ranks.gather(part)
+        if first == 0:
+            kept = n if ranks.is_main and consume is None else 0
+            samples = parts[0].new_empty(kept, *parts[0].shape[1:])
+        if len(samples):
+            for rows, x in zip(blocks[first:], parts, strict=False):
+                samples[rows.start : rows.stop] = x
+        progress("sampling", min((first + ranks.world) * batch, n), n)
+    return samples
 
 
 @dataclass

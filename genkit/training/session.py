@@ -37,6 +37,7 @@ from genkit.training.directory import append_log, list_checkpoints, read_log, st
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import State, sample_rows
 from genkit.training.pace import Pace
+from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.validation import Validation
@@ -200,6 +201,11 @@ class Session:
         """Layout of a decoded sample."""
         return replace(self.spec, shape=decoded_shape(self.codec, self.spec.shape))
 
+    @property
+    def network_precision(self) -> Precision:
+        """The precision of pictures: that of training."""
+        return "fp32" if self.settings.precision == "auto" else self.settings.precision
+
     def log(self, record: dict[str, Any]) -> None:
         """One line of the log, and the objective's warning about it, once."""
         self.recorder.log(record)
@@ -216,14 +222,16 @@ class Session:
         guidance = default_guidance(objective, self.codec)
         sampler, steps = objective.sampler, default_steps(objective)
         sampling = bind(sampler, steps, guidance, callback=callback) if sampler and steps else None
-        generate = objective.generator(nets, sampling)
+        generate = with_networks(objective.generator(nets, sampling), nets, self.network_precision, device)
         for net in nets.values():
             net.eval()
         noise = Seeds(rows, device)
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         try:
             with torch.no_grad():
-                share = self.codec.decode(generate(noise(objective.noise_shape(self.spec)), cond, noise))
+                z = generate(noise(objective.noise_shape(self.spec)), cond, noise)
+                with use_codec_precision(self.network_precision, device):
+                    share = self.codec.decode(z)
         except DrawingStopped:
             return
         finally:
@@ -242,8 +250,9 @@ class Session:
         nets = state.slowest_average
         for net in nets.values():
             net.eval()
-        encoded = self.codec.encode(batch.to(self.accelerator.device))
-        with torch.no_grad():
+        device = self.accelerator.device
+        encoded = self.codec.encode(batch.to(device))
+        with torch.no_grad(), network_precision(nets, self.network_precision, device):
             decoded = self.settings.objective.reconstruct(nets, encoded)
         for net in state.nets.values():
             net.train()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
 
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -77,8 +78,9 @@ class TrainSettings:
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
     # -- computation
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Forward-pass precision. auto: bf16 if the device supports it natively and samples are not vectors, else fp32."""
+    precision: TrainingPrecision = "auto"
+    """Forward-pass precision: fp32, bf16, or fp16 with a loss scale, for cards without bf16. auto: bf16 if the device
+    supports it natively and samples are not vectors, else fp32."""
     compile: bool = changeable(False)
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
     seed: Seed = 0
@@ -129,7 +131,7 @@ class TrainSettings:
     """Number of newest checkpoints to keep."""
     # -- computation
     workers: Natural = changeable(2)
-    """Data-loading processes. 0: load in this process."""
+    """Threads that read samples from the disk ahead of the training. 0: none."""
     max_nonfinite_steps: Count = changeable(10)
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
     # -- saving and logging

@@ -20,7 +20,7 @@ from genkit import config
 from genkit.backbones import lora
 from genkit.config import load_object
 from genkit.config.command import merge_trees
-from genkit.core import Codec, Data, Draw, Spec
+from genkit.core import Codec, Data, Draw
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -41,8 +41,9 @@ from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
-from genkit.training.loop import Diverged, State, fit, has_fast_bf16, initial_state, local_batch_size
+from genkit.training.loop import Diverged, State, fit, initial_state, local_batch_size
 from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
+from genkit.training.precision import pick_precision
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -426,13 +427,6 @@ def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
             raise
         stage = data.codec.stage.name
         raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e
-
-
-def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
-    """``auto`` is bf16 if the device is fast at it, but fp32 for vectors, whose small networks gain nothing."""
-    if name != "auto":
-        return name
-    return "bf16" if len(spec.shape) > 1 and has_fast_bf16(device) else "fp32"
 
 
 def pick_threads(numbers: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genkit.core import Batch, Codec, Data, Direction, Draw, Objective
 from genkit.training.loop import State
+from genkit.training.precision import use_precision
 from genkit.training.resume import data_fingerprint
 from genkit.training.settings import TrainSettings
 
@@ -46,7 +47,7 @@ class Validation:
     block: int
     """samples in a forward pass"""
     seed: int
-    bf16: bool
+    precision: str
     accelerator: Accelerator
 
     @classmethod
@@ -73,7 +74,7 @@ class Validation:
             )
         block = min(settings.micro_batch or settings.batch, MAX_BLOCK)
         return cls(settings.objective, data, codec, min(settings.val_n, len(data)), block, settings.seed,
-                   settings.precision == "bf16", accelerator)  # fmt: skip
+                   settings.precision, accelerator)  # fmt: skip
 
     def __call__(self, state: State) -> dict[str, float]:
         """Means over the samples by name: ``val/loss`` of the slowest average, ``val/raw/loss`` of the raw weights."""
@@ -94,7 +95,7 @@ class Validation:
         rows = torch.zeros(len(names), self.n, device=device, dtype=torch.float64)
         for first in range(self.accelerator.process_index * self.block, self.n, world * self.block):
             stop = min(first + self.block, self.n)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            with use_precision(self.precision, device):
                 losses = self.objective.validate(nets, self.rows(first, stop))
             rows[:, first:stop] = torch.stack([losses[name].double() for name in names])
         if world > 1:  # every row is 0 on all ranks but one

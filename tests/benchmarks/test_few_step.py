@@ -26,8 +26,17 @@ def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(few_step_data, "NUM_PAIRS", 128)
     monkeypatch.setattr(few_step, "TIMED", 3)
     out = tmp_path / "few.json"
-    assert main([*QUICK, "--ways", "flow", "improved", "drift", "gan", "reflow", "distilled", "--out", str(out)]) == 0
-    steps = {"flow": 4, "improved": 4, "drift": 1, "gan": 1, "reflow": 4, "distilled": 1}
+    steps = {
+        "flow": 4,
+        "improved": 4,
+        "drift": 1,
+        "gan": 1,
+        "reflow": 4,
+        "distilled": 1,
+        "progressive": 4,
+        "dmd-gan": 1,
+    }
+    assert main([*QUICK, "--ways", *steps, "--out", str(out)]) == 0
     cells = json.loads(out.read_text())["cells"]
     assert cells.keys() == {f"plane/{way}" for way in ("real", *steps)}
     for way, count in steps.items():
@@ -36,6 +45,7 @@ def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys
         assert all(len(v) == 2 and 0 < v[0] != v[1] for v in values.values())
     assert cells["plane/distilled"]["steps"][0] >= 3 * few_step.TIMED  # three trainings
     assert cells["plane/reflow"]["steps"][0] >= 2 * few_step.TIMED
+    assert cells["plane/progressive"]["steps"][0] >= 5 * few_step.TIMED  # a flow and four rounds
     assert len(cells["plane/gan"]["steps"]) == 2  # one seed after the other
     monkeypatch.setattr(few_step, "measure", lambda *a: pytest.fail("measured again"))
     picture = tmp_path / "few.png"
@@ -71,6 +81,39 @@ def test_drawing_pairs_is_part_of_the_budget(monkeypatch):
     assert trainer.used == 1
     trainer.fit(lambda steps: flow, nets, draw)
     assert trained[-1] == few_step.TIMED * 9
+
+
+def test_students_start_from_their_teacher_and_share_its_budget(monkeypatch):
+    """Half of the steps are the flow's; each round of progressive distillation starts from the one before."""
+    clock, trained = [0.0], []
+
+    def train_a_little(objective, nets, draw, *, steps, **options):
+        clock[0] += steps / few_step.TIMED  # a second for as many
+        if steps > few_step.TIMED:
+            start = {k: net.state_dict() for k, net in nets.items()}
+            trained.append((objective, steps, {k: {n: v.clone() for n, v in w.items()} for k, w in start.items()}))
+            with torch.no_grad():
+                [p.add_(1) for p in nets["net"].parameters()]
+
+    monkeypatch.setattr(few_step.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(few_step, "train", train_a_little)
+    for way, students in (("progressive", 4), ("dmd", 1), ("dmd-gan", 1)):
+        trained.clear()
+        found = few_step.generators(few_step.Trainer(few_step_data.plane(2), 100.0, 0, 1.0), way, few_step.STEPS)
+        (flow, first, before), *rest = trained
+        assert isinstance(flow, Flow)
+        assert [len(rest), len(found)] == [students, students]
+        assert sum(steps for _, steps, _ in rest) == pytest.approx(first, rel=0.1)
+        for objective, _, start in rest:
+            weights = {k: v + 1 for k, v in before["net"].items()}
+            for name in ("net", "teacher", *objective.starts_from):
+                if name in start and objective.starts_from.get(name, "net"):
+                    assert all(torch.equal(start[name][k], v) for k, v in weights.items()), (way, name)
+            before = start
+        if way == "progressive":
+            assert [(o.teacher_steps, o.steps) for o, *_ in rest] == [(16, 8), (8, 4), (4, 2), (2, 1)]
+            assert list(found) == list(few_step.STEPS)
+    assert rest[0][0].gan_weight == few_step.GAN_WEIGHT
 
 
 def test_a_member_of_an_ensemble_sees_its_own_numbers():
@@ -119,7 +162,7 @@ def test_every_way_has_a_row_on_images(monkeypatch, way):
     part = few_step.PARTS["digits"]
     cell = few_step.measure(part.settings(None, 1, way), way, 0.01, part)
     assert all(0 < v < 1e6 for v in cell["values"]["Fréchet"]["1"])
-    assert (list(cell["values"]["accuracy"]) == ["1"]) == (way in ("drift", "gan", "distilled"))
+    assert (list(cell["values"]["accuracy"]) == ["1"]) == (way in ("drift", "gan", "distilled", "dmd", "dmd-gan"))
 
 
 def test_guidance_at_two_passes_and_at_one_start_from_the_same_noise(monkeypatch):

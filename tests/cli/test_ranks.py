@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from genkit.cli import ranks
-from genkit.cli.main import main
+from genkit.cli.main import COMMANDS, main
 
 
 @pytest.fixture
@@ -30,14 +30,30 @@ def launched(monkeypatch):
 
 def test_the_same_mistake_is_said_once_and_another_one_too(launched, capsys):
     launched(0)
-    assert main(["info", "nowhere"]) == 2
+    assert main(["train", "--resume=nowhere"]) == 2
     assert capsys.readouterr().err.startswith("genkit: run: given nowhere")
     launched(1)
-    assert main(["info", "nowhere"]) == 2
+    assert main(["train", "--resume=nowhere"]) == 2
     assert capsys.readouterr().err == ""
     launched(2)
-    assert main(["info", "elsewhere"]) == 2
+    assert main(["train", "--resume=elsewhere"]) == 2
     assert capsys.readouterr().err.startswith("genkit: rank 2: run: given elsewhere")
+
+
+SHARED = {"train", "sample", "eval", "sweep", "encode", "distill", "finetune"}
+
+
+def test_the_commands_that_share_their_work_are_known():
+    assert {name for name, command in COMMANDS.items() if command.shares_work} == SHARED
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SHARED))
+def test_a_command_of_one_process_refuses_ranks_in_one_line(name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([name, "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"genkit: {name}: works in one process, and a launcher started 3; run it without torchrun")
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("agent", ["True", "False"])

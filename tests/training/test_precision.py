@@ -9,8 +9,7 @@ from torch import nn
 from genkit.core.device import pick_device
 from genkit.diffusion.samplers import bind
 from genkit.objectives import Flow
-from genkit.training import loop
-from genkit.training.precision import network_precision, with_precision
+from genkit.training.precision import has_fast_bf16, network_precision, with_networks
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling
 from genkit.training.train import train
@@ -31,12 +30,12 @@ def test_bf16_rounds_the_network_and_not_the_sampler():
     torch.manual_seed(0)
     net, z = Product(3, 3, bias=False).requires_grad_(False), torch.randn(4, 3)
     generate = Flow().generator({"net": net}, bind("ddim", 1))
-    drawn = with_precision(generate, {"net": net}, "bf16", CPU)(z, {})
+    drawn = with_networks(generate, {"net": net}, "bf16", CPU)(z, {})
     rounded = (z.bfloat16() @ net.weight.bfloat16().T).float()
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn, z - rounded, rtol=0, atol=1e-6)
     assert (drawn - generate(z, {})).abs().max() > 1e-4
-    assert with_precision(generate, {"net": net}, "fp32", CPU) is generate
+    assert with_networks(generate, {"net": net}, "fp32", CPU) is generate
 
 
 def test_it_ends_with_the_context_also_after_an_error():
@@ -58,7 +57,7 @@ def test_tf32_is_switched_on_and_back():
 
 def test_a_cpu_has_no_tf32():
     with pytest.raises(ValueError, match="precision: given tf32, which only CUDA devices have; allowed on cpu"):
-        with_precision(lambda z, cond, noise=None: z, {}, "tf32", pick_device("cpu"))
+        with_networks(lambda z, cond, noise=None: z, {}, "tf32", pick_device("cpu"))
 
 
 def test_a_run_samples_in_bf16_and_the_shift_is_small(tmp_path):
@@ -76,4 +75,4 @@ def test_emulated_bf16_is_not_fast(monkeypatch, native, emulated):
     """A V100 emulates it, and torch says yes unless it is asked without emulation."""
     answer = lambda including_emulation=True: emulated if including_emulation else native  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
-    assert loop.has_fast_bf16(CUDA) == native
+    assert has_fast_bf16(CUDA) == native

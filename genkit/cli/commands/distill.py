@@ -10,6 +10,7 @@ from genkit.cli.commands.train import conclude
 from genkit.config import narrow, parse
 from genkit.config.paths import PathText
 from genkit.training.distillation import DistillSettings, distill
+from genkit.training.distributed import is_main_process
 
 
 @dataclass(frozen=True)
@@ -24,5 +25,6 @@ def main(argv: list[str]) -> int:
     """Run the command. Returns the exit code, 130 if a signal stopped the training."""
     command = parse(Distill, argv, prog="genkit distill", description=Distill.__doc__)
     run = distill(command.run, narrow(command, DistillSettings))
-    conclude(run)
+    if is_main_process():
+        conclude(run)
     return 130 if run.ending == "signal" else 0

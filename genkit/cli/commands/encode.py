@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from genkit.cli.output import console
 from genkit.config import narrow, parse
 from genkit.config.paths import PathText
+from genkit.training.distributed import is_main_process
 from genkit.training.latent_cache import EncodeSettings, encode
 
 
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Encode, argv, prog="genkit encode", description="Cache the latents of a data set.")
     cache = encode(command.run, narrow(command, EncodeSettings), out=command.out)
+    if not is_main_process():
+        return 0
     counts = f"{cache.num_samples} samples of {cache.split}, {cache.num_written} files written"
     console.print(f"{counts}  {cache.path}", markup=False)
     backbone = "dit" if len(cache.shape) > 1 else "mlp"

@@ -14,7 +14,7 @@ from genkit.config.paths import PathText
 from genkit.core.files import refuse_foreign
 from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
 from genkit.evaluation.cards import version_differences
-from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.distributed import is_main_process
 
 OVERLAP = {True: "overlap", False: "disjoint", None: "unknown"}
 
@@ -35,8 +35,6 @@ class Evaluate(EvaluationSettings):
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    if (num := missing_ranks()) > 1:
-        start_ranks(num, "eval", argv)
     command = parse(Evaluate, argv, prog="genkit eval", description=Evaluate.__doc__)
     if command.compare:
         return compare_cards(command)

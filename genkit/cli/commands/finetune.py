@@ -11,13 +11,11 @@ from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.loop import finetune, settings_file, stored_finetuning
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.training.directory import find_run
-from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.distributed import is_main_process
 
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    if (num := missing_ranks()) > 1:
-        start_ranks(num, "finetune", argv)
     resume = peek_option(argv, "resume")
     if resume:
         stored_finetuning(find_run(resume))  # refuses foreign code before the file is parsed with the command line

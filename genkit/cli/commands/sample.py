@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,12 +12,15 @@ from tyro.conf import Positional
 
 from genkit import config
 from genkit.cli.output import console
-from genkit.cli.sample_output import destination, require_free, write_samples
+from genkit.cli.sample_output import SampleFolder, destination, require_free, write_samples
 from genkit.config import parse
 from genkit.config.numbers import Count
 from genkit.config.paths import PathText
+from genkit.core.device import pick_device
 from genkit.core.progress import reporting
 from genkit.data import text
+from genkit.training.distributed import join_ranks
+from genkit.training.ranks import Ranks
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import LoadOptions, Sampling, grid_size
 
@@ -60,22 +64,28 @@ def default_number(command: Sample, run: Run) -> int:
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     command = parse(Sample, argv, prog="genkit sample", description="Draw samples from a run.")
-    run = load_run(command.run, ema=command.ema, step=command.step, device=command.device,
+    accelerator = join_ranks(pick_device(command.device))
+    ranks = Ranks.of(accelerator)
+    run = load_run(command.run, ema=command.ema, step=command.step, device=accelerator.device.type,
                    adapter=command.lora, adapter_scale=command.lora_scale)  # fmt: skip
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
     command = replace(command, n=command.n or default_number(command, run))
     n = (command.n or 1) * max(1, len(command.prompt))
     out = destination(command, run)
-    require_free(command, run, out)
+    ranks.once(require_free, command, run, out)
     began = time.perf_counter()
-    with reporting(None) as progress:
-        samples = run.sample(n, config.narrow(command, Sampling), label=command.label, prompt=command.prompt,
-                             trajectory=command.trajectory, progress=progress)  # fmt: skip
-    captions = command.prompt or (text.caption_examples(run.spec) if command.label is None else ())
-    for path in write_samples(command, run, samples, captions, out):
-        console.print(path, markup=False)
-    seconds = time.perf_counter() - began
-    console.print(f"{n} samples, {samples.evaluations} evaluations each, in {seconds:.1f} s from {run.weights}",
-                  markup=False)  # fmt: skip
+    with SampleFolder(out, ranks) if command.format == "png" else nullcontext() as folder:
+        with reporting(None, ranks.is_main) as progress:
+            samples = run.sample(n, config.narrow(command, Sampling), label=command.label, prompt=command.prompt,
+                                 trajectory=command.trajectory, progress=progress, ranks=ranks,
+                                 consume=folder.write if folder else None)  # fmt: skip
+        captions = command.prompt or (text.caption_examples(run.spec) if command.label is None else ())
+        paths = ranks.once(write_samples, command, run, samples, captions, out, folder)
+    if ranks.is_main:
+        for path in paths:
+            console.print(path, markup=False)
+        seconds = time.perf_counter() - began
+        console.print(f"{n} samples, {samples.evaluations} evaluations each, in {seconds:.1f} s from {run.weights}",
+                      markup=False)  # fmt: skip
     return 0

@@ -15,7 +15,7 @@ from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.evaluation import SweepResult, SweepSettings, sweep
 from genkit.evaluation.sweeps import SweepPoint
-from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.distributed import is_main_process
 
 TABLE_WIDTH = 160  # characters that a table may take rather than cut off a number or a column
 SETTINGS = ("sampler", "steps", "guidance", "interval", "ema")  # columns that are left out if all points have the same
@@ -34,8 +34,6 @@ class Sweep(SweepSettings):
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    if (num := missing_ranks()) > 1:
-        start_ranks(num, "sweep", argv)
     command = parse(Sweep, argv, prog="genkit sweep", description=Sweep.__doc__)
     result = sweep(command.run, command)
     if not is_main_process():

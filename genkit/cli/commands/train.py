@@ -13,7 +13,7 @@ from genkit.config import parse
 from genkit.config.command import peek_option
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import find_run, read_log
-from genkit.training.distributed import is_main_process, missing_ranks, start_ranks
+from genkit.training.distributed import is_main_process
 from genkit.training.dry_run import estimate_training
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
@@ -21,8 +21,6 @@ from genkit.training.train import TrainedRun, train
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code, 130 if a signal stopped the training, 0 if it ended as the settings ask."""
-    if (num := missing_ranks()) > 1:
-        start_ranks(num, "train", argv)
     settings, resumed = read_settings(argv)
     if settings.dry_run:
         estimate = estimate_training(settings)

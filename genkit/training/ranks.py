@@ -1,4 +1,4 @@
-"""Processes and threads: how the ranks of an evaluation share values and errors, and how many threads each uses."""
+"""Processes and threads: how ranks that share work share values and errors, and how many threads each uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process number ``rank`` of ``world`` processes that evaluate together."""
+    """Process number ``rank`` of ``world`` processes that share work."""
 
     rank: int = 0
     world: int = 1
@@ -45,6 +45,12 @@ class Ranks:
         if error is not None:
             raise ValueError(error)
         return result
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the first rank's error on every rank, so that none waits for one that has stopped."""
+        for message in self.gather(None if error is None else str(error)):
+            if message is not None:
+                raise error if error is not None and self.world == 1 else ValueError(message)
 
 
 SINGLE = Ranks()
