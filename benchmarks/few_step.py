@@ -12,7 +12,8 @@ samples that the SVM takes for their class; an ``MLP`` backbone, 192 wide; the b
 Fashion-MNIST in ``--root``, 28x28, class-conditional; the Fréchet distance to held-out pictures in the features of
 genkit's own classifier, and its accuracy; an ``MLP`` backbone, 256 wide, which predicts the picture (the noise of 784
 pixels does not pass through it). "guided" and "guided-fashion": both at guidance 2, whose scale is an input (one pass)
-or by classifier-free guidance (two). The row "real" is the distance of real data.
+or by classifier-free guidance (two). The row "real" is the distance of real data; "resampled" of as many training
+digits as samples, drawn with replacement.
 
 "reflow" is half a budget of a flow and half of its reflow, "distilled" a third each and one of distillation; drawing
 10,000 pairs of each is part of it. "progressive" is half a budget of a flow and half of its progressive distillation,
@@ -47,10 +48,11 @@ from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.samplers import bind
 from genkit.objectives import DMD, Distillation, Drift, Flow, FlowMap, ProgressiveDistillation
 from genkit.objectives.distillation.student import Student
-from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule, Shortcut
+from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule
 from genkit.objectives.matching.couplings import GivenPairs
 
 STEPS = (1, 2, 4, 8)
+MAX_SAMPLES = 10**6
 TIMED = 40
 GAN_WEIGHT = 0.01  # of a discriminator beside distribution matching
 SCALE, LARGEST = 2.0, 4.0
@@ -61,7 +63,6 @@ def scheduled_rule(name: str, steps: int) -> Rule:
     curricula = {
         "alpha": lambda: Alpha(start=steps // 10, end=max(steps // 10 + 1, 7 * steps // 10)),
         "consistency": lambda: Consistency(stage_steps=max(1, steps // 10)),
-        "shortcut": lambda: Shortcut(share=0.25, halvings=5, start=9 * steps // 20),
     }
     return curricula[name]() if name in curricula else RULES[name]()
 
@@ -82,11 +83,11 @@ def plain_flow(setting: Setting, **options: Any) -> Flow:
     return Flow(prediction=setting.prediction, cond_dropout=0.0, **options)
 
 
-def guided_flow_map(setting: Setting, steps: int, guidance: float) -> FlowMap:
+def guided_flow_map(setting: Setting, guidance: float) -> FlowMap:
     """A flow map by shortcuts; its classes can be guided by a scale up to ``guidance`` as an input, or (1) in two
     passes.
     """
-    return FlowMap(rule=scheduled_rule("shortcut", steps), prediction=setting.prediction, guidance=guidance)
+    return FlowMap(prediction=setting.prediction, guidance=guidance)
 
 
 def flow_map(rule: str) -> Way:
@@ -104,12 +105,10 @@ TRAININGS: Mapping[str, Way] = {
     "drift": Way(lambda setting, steps, rate: Drift()),
     "gan": Way(lambda setting, steps, rate: setting.gan),
     "one-pass": Way(
-        lambda setting, steps, rate: guided_flow_map(setting, steps, LARGEST),
+        lambda setting, steps, rate: guided_flow_map(setting, LARGEST),
         guidance=scale_input(SCALE, 1.0, LARGEST),
     ),
-    "two-passes": Way(
-        lambda setting, steps, rate: guided_flow_map(setting, steps, 1.0), guidance=classifier_free(SCALE)
-    ),
+    "two-passes": Way(lambda setting, steps, rate: guided_flow_map(setting, 1.0), guidance=classifier_free(SCALE)),
 }
 GUIDED = ("one-pass", "two-passes")
 
@@ -279,8 +278,8 @@ def measure(settings: Sequence[Setting], way: str, seconds: float, part: Part) -
 class Part:
     """One of the experiments."""
 
-    make: Callable[[Path, int, int], Setting]
-    """the setting for a root of data sets, a number of seeds and the first test seed"""
+    make: Callable[[Path, int, int, int | None], Setting]
+    """the setting for a root of data sets, a number of seeds, the first test seed and a number of samples"""
     real: Callable[[int, Path], Mapping[str, list[float]]]
     title: str
     rate: float | None = None
@@ -289,26 +288,33 @@ class Part:
     counts: tuple[int, ...] = STEPS
     at_once: bool = False
     """whether all seeds are trained at once"""
+    resampled: Callable[[int | None], Mapping[str, list[float]]] | None = None
+    """values of a number of training rows drawn with replacement, where few samples make the distance larger"""
 
-    def settings(self, root: Path, seeds: int, way: str) -> Sequence[Setting]:
+    def settings(self, root: Path, seeds: int, way: str, samples: int | None) -> Sequence[Setting]:
         """The settings of a row. The two networks of a GAN are trained for one seed after the other."""
         if self.at_once and way == "gan":
-            return [replace(self.make(root, 1, i), seeds=[i]) for i in range(seeds)]
-        return [self.make(root, seeds, 0)]
+            return [replace(self.make(root, 1, i, samples), seeds=[i]) for i in range(seeds)]
+        return [self.make(root, seeds, 0, samples)]
 
 
 PARTS = {
     "plane": Part(
-        lambda root, seeds, first: experiments.plane(seeds, first),
+        lambda root, seeds, first, samples: experiments.plane(seeds, first),
         experiments.real_plane,
         "eight Gaussians",
         rate=1.0,
         at_once=True,
     ),
-    "digits": Part(lambda root, seeds, first: experiments.digits(seeds, first), experiments.real_digits, "digits"),
+    "digits": Part(
+        lambda root, seeds, first, samples: experiments.digits(seeds, first, samples),
+        experiments.real_digits,
+        "digits",
+        resampled=experiments.resampled_digits,
+    ),
     "fashion": Part(experiments.fashion, experiments.real_fashion, "Fashion-MNIST", counts=(*STEPS, 20)),
     "guided": Part(
-        lambda root, seeds, first: experiments.digits(seeds, first),
+        lambda root, seeds, first, samples: experiments.digits(seeds, first, samples),
         experiments.real_digits,
         "digits at guidance 2",
         ways=GUIDED,
@@ -347,15 +353,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--only", choices=PARTS, help="one of the experiments")
     parser.add_argument("--ways", nargs="+", choices=(*UNGUIDED, *GUIDED), help="rows; all if left out")
+    parser.add_argument("--samples", type=int, help="pictures of each model that are measured; 1000 if left out")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of FashionMNIST/raw")
     parser.add_argument("--out", type=Path, help="JSON; a row that it has is not measured again")
     parser.add_argument("--picture", type=Path, help="PNG of the distances against evaluations")
     args = parser.parse_args(argv)
-    check_ranges(args, seeds=MAX_SEEDS)
+    given = {} if args.samples is None else {"samples": args.samples}
+    check_ranges(args, seeds=MAX_SEEDS, **dict.fromkeys(given, MAX_SAMPLES))
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
     torch.set_num_threads(1)
-    results = ResultsFile(args.out, {"seeds": args.seeds}, ["few-step", *argv])
+    results = ResultsFile(args.out, {"seeds": args.seeds, **given}, ["few-step", *argv])
     console = Console()
     for name, part in PARTS.items():
         if args.only not in (None, name):
@@ -363,9 +371,12 @@ def main(argv: list[str]) -> int:
         require_budget(results, name, args.seconds)
         if f"{name}/real" not in results:
             results.add(f"{name}/real", {"values": {k: {"1": v} for k, v in part.real(args.seeds, args.root).items()}})
+        if part.resampled and f"{name}/resampled" not in results:
+            values = {k: {"1": v} for k, v in part.resampled(args.samples).items()}
+            results.add(f"{name}/resampled", {"values": values})
         for way in part.ways:
             if f"{name}/{way}" not in results and way in (args.ways or part.ways):
-                settings = part.settings(args.root, args.seeds, way)
+                settings = part.settings(args.root, args.seeds, way, args.samples)
                 results.add(f"{name}/{way}", {"budget": args.seconds, **measure(settings, way, args.seconds, part)})
     shown: dict[str, dict] = {}
     for name, part in PARTS.items():

@@ -11,17 +11,18 @@ import numpy as np
 from genkit.core.files import atomic_write
 
 STYLES = {"flow": ":", "reflow": ":"}  # rows that solve an ODE; marks alone are one-step generators
+REAL = {"real": "-", "resampled": ":"}  # grey lines
 
 
 def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Mean and standard deviation over the seeds of each row, ``parts`` by title and row, as ``genkit bench`` has them.
 
-    The grey line is real data's distance. Rows have the same colour in all panels.
+    The grey line is real data's distance, the dotted one that of as many real rows as samples. Rows have the same colour in all panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure
 
-    ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way != "real"))
+    ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way not in REAL))
     colours = {way: f"C{i}" if i < 10 else "k" for i, way in enumerate(ways)}
     fig = Figure(figsize=(4.2 * len(parts) + 1.6, 3.8), dpi=80, layout="constrained")
     panels = fig.subplots(1, len(parts), squeeze=False)[0]
@@ -31,8 +32,8 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for way, cell in rows.items():
             name, values = next(iter(cell["values"].items()))
             panel.set_ylabel(name, fontsize=9)
-            if way == "real":
-                panel.axhline(np.mean(values["1"]), color="0.6", lw=1)
+            if way in REAL:
+                panel.axhline(np.mean(values["1"]), color="0.6", lw=1, ls=REAL[way])
                 continue
             counts |= {int(k) for k in values}
             shown[way] = draw_row(panel, values, colours[way], STYLES.get(way, "-"))

@@ -213,29 +213,6 @@ def test_alpha_falls_from_flow_matching():
     torch.testing.assert_close(rule.error(u, jumps, 0), u(jumps.z, jumps.r, jumps.t) - jumps.velocity)
 
 
-def test_shortcuts_begin_after_a_phase_of_flow_matching():
-    """Before ``start`` each sample learns the velocity, and no target is evaluated; the log has that error alone."""
-    rule, n = Shortcut(share=0.25, start=10), 4000
-    objective = FlowMap(rule=rule)
-    net = MapNet(objective)
-    calls = []
-    net.register_forward_hook(lambda *_: calls.append(1))
-    u = learned(objective, net)
-    for step, share, passes in ((0, 1.0, 1), (9, 1.0, 1), (10, 0.25, 3), (None, 0.25, 3)):
-        batch = replace(batch_of_normals(n), step=step)
-        jumps = objective.draw_jumps(batch, u)
-        assert float((jumps.r == jumps.t).float().mean()) == pytest.approx(share, abs=0.03)
-        calls.clear()
-        error = rule.error(u, jumps, step)
-        assert len(calls) == passes
-        if share == 1:
-            torch.testing.assert_close(error, u(jumps.z, jumps.t, jumps.t) - jumps.velocity)
-        logs = objective.loss("denoise", {"net": net}, batch).logs
-        assert logs.keys() == ({"velocity"} if share == 1 else {"map", "velocity"})
-        expected = error[jumps.r == jumps.t].square().mean()  # of other times
-        assert float(logs["velocity"]) == pytest.approx(float(expected), rel=0.1)
-
-
 @on_every_rule
 def test_a_rows_loss_does_not_depend_on_how_the_batch_is_split(rule):
     contract.check_loss_does_not_depend_on_how_the_batch_is_cut(FlowMap(rule=rule))

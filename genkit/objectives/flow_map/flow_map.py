@@ -165,11 +165,9 @@ class FlowMap(Matching):
         error = self.rule.error(u, jumps, batch.step)
         bounded = error * self.error_bound(jumps.t, error)
         squared, same = mean_flat(error.detach().square()), jumps.r == jumps.t
-        share, logs = self.rule.share_at(batch.step), {}
-        if share < 1:
-            logs["map"] = (squared * ~same).mean() / (1 - share)
-        if share:
-            logs["velocity"] = (squared * same).mean() / share
+        logs = {"map": (squared * ~same).mean() / (1 - self.rule.share)}
+        if self.rule.share:
+            logs["velocity"] = (squared * same).mean() / self.rule.share
         return Loss(self.rule.weigh(bounded), logs)
 
     def learned_map(self, net: nn.Module, cond: Cond, teacher: Denoiser | None = None) -> LearnedMap:

@@ -35,10 +35,6 @@ class Rule(ABC):
     share: float
     """share of the samples with r = t, which learn the velocity itself"""
 
-    def share_at(self, step: int | None) -> float:
-        """The share at a training step (None: the end)."""
-        return self.share
-
     def times(self, batch: Batch, draw: DrawTimes, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
         """``(r, t)``, each ``[B]``: two times in order, the same one for a ``share`` of the samples."""
         a, b = draw(), draw()
@@ -130,8 +126,7 @@ class Lagrangian(Adaptive):
 class Shortcut(Adaptive):
     """Shortcut models (Frans et al. 2025, eq. 5): one jump onto the mean of two of half the length.
 
-    Lengths are 1, 1/2, 1/4, ... of the path, and a jump starts at a multiple of its length. The others learn v, and all
-    samples do before the step ``start``, at the price of flow matching: two halves teach nothing until v is known.
+    Lengths are 1, 1/2, 1/4, ... of the path, and a jump starts at a multiple of its length. The others learn v.
     """
 
     share: Annotated[float, Ge(0), Lt(1)] = 0.75
@@ -140,22 +135,15 @@ class Shortcut(Adaptive):
     """power of the mean squared error that divides it; 0: plain squares, as in the paper"""
     halvings: Annotated[int, Ge(1)] = 7
     """the shortest jump has length 2^-halvings; the paper's is 1/128"""
-    start: Annotated[int, Ge(0)] = 0
-    """training step before which it is flow matching"""
-
-    def share_at(self, step: int | None) -> float:
-        return 1.0 if step is not None and step < self.start else self.share
 
     def times(self, batch: Batch, draw: DrawTimes, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
         length = 2.0 ** -(batch.uniform() * self.halvings).floor()
         start = ((batch.uniform() / length).floor() + 1) * length
-        bootstrap, t = batch.uniform() >= self.share_at(batch.step), draw()
+        bootstrap, t = batch.uniform() >= self.share, draw()
         return torch.where(bootstrap, start - length, t), torch.where(bootstrap, start, t)
 
     def error(self, u: LearnedMap, jumps: Jumps, step: int | None) -> Tensor:
         z, r, t, v = jumps[:4]
-        if self.share_at(step) == 1:
-            return u(z, r, t) - v
         middle = (r + t) / 2
         first, second = u.gap(middle, t, z), u.gap(r, middle, z)
         a = u.frozen(z, middle, t)
