@@ -31,6 +31,7 @@ from .evaluation.differences import RunDifferences, diff_runs
 from .evaluation.evaluations import EvaluationSettings, evaluate
 from .evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
 from .evaluation.listing import list_runs
+from .evaluation.publishing import PushSettings, pull, push
 from .evaluation.report.page import write_report
 from .evaluation.run_records import RunRecord
 from .evaluation.sweeps import SweepResult, SweepSettings, sweep
@@ -101,6 +102,7 @@ __all__ = [
     "Policy",
     "Prediction",
     "ProbabilityPath",
+    "PushSettings",
     "ReflowSettings",
     "Regression",
     "RolloutSettings",
@@ -132,6 +134,8 @@ __all__ = [
     "likelihood",
     "list_runs",
     "load",
+    "pull",
+    "push",
     "record_demonstrations",
     "reflow",
     "rollout",

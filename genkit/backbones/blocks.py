@@ -84,9 +84,18 @@ class GroupNorm(nn.Module):
         return group_norm(x, self.weight.expand(len(x), -1), self.bias.expand(len(x), -1))
 
 
-def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]) -> Tensor:
-    """adaLN: ``(1 + scale) layer_norm(x) + shift`` (Peebles & Xie 2023, section 3.2)."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
+def rms_norm(x: Float[Tensor, "*b d"]) -> Tensor:
+    """``x / sqrt(mean(x^2))`` over the last axis (Zhang & Sennrich 2019), in float32 or wider inside."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def modulate(
+    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"], rms: bool = False
+) -> Tensor:
+    """adaLN: ``(1 + scale) norm(x) + shift`` (Peebles & Xie 2023, section 3.2), by layer norm or :func:`rms_norm`."""
+    normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:])
+    return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -119,19 +128,32 @@ def softmax_of_dual(score: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention ``[B, N, dim] -> [B, N, dim]``, to itself, or to a context ``[B, L, context]`` with a mask.
 
-    One head if ``head_size`` does not divide ``dim``.
+    One head if ``head_size`` does not divide ``dim``. ``qk_norm`` normalises queries and keys of each head by
+    :func:`rms_norm` with learned scales (Henry et al. 2020; Dehghani et al. 2023).
     """
 
-    def __init__(self, dim: int, head_size: int, context: int = 0):
+    def __init__(self, dim: int, head_size: int, context: int = 0, qk_norm: bool = False):
         super().__init__()
         self.heads = dim // head_size if dim % head_size == 0 else 1
         self.q = nn.Linear(dim, dim) if context else None
         self.kv = nn.Linear(context or dim, 2 * dim if context else 3 * dim)
         self.out = nn.Linear(dim, dim)
+        self.scales = nn.Parameter(torch.ones(2, dim // self.heads)) if qk_norm else None
 
-    def forward(self, x: Float[Tensor, "b n d"], context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        angles: Float[Tensor, "n half"] | None = None,
+    ) -> Tensor:
+        """``angles`` rotate queries and keys (:func:`rotate`)."""
         projected = self._split_heads(self.kv(x if self.q is None else context))
         q, k, v = projected if self.q is None else (*self._split_heads(self.q(x)), *projected)
+        if self.scales is not None:
+            q, k = (rms_norm(y) * scale.to(y.dtype) for y, scale in zip((q, k), self.scales, strict=True))
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         y = attend(q, k, v, None if mask is None else mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -141,11 +163,19 @@ class Attention(nn.Module):
         return y.unflatten(-1, (-1, self.heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def rotate(y: Float[Tensor, "b heads n d"], angles: Float[Tensor, "n half"]) -> Tensor:
+    """Rotate the pairs ``(y[i], y[i + d/2])`` by ``angles`` (Su et al. 2021, eq. 34, with the halves as pairs)."""
+    a, b = y.chunk(2, -1)
+    cos, sin = angles.cos().to(y.dtype), angles.sin().to(y.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 class MapAttention(nn.Module):
     """Residual attention of a map ``[B, C, *size]`` to itself (Ho et al. 2020, appendix B), then to any tokens."""
 
-    def __init__(self, channels: int, head_size: int, context: int = 0):
+    def __init__(self, channels: int, head_size: int, context: int = 0, rescale: bool = False):
         super().__init__()
+        self.rescale = rescale
         self.norm = GroupNorm(channels)
         self.self_attention = Attention(channels, head_size)
         zero_init(self.self_attention.out)
@@ -160,30 +190,92 @@ class MapAttention(nn.Module):
         y = self.self_attention(self.norm(x).flatten(2).transpose(1, 2))
         if self.cross and self.cross_norm:
             y = y + self.cross(self.cross_norm(x.flatten(2).transpose(1, 2) + y), tokens, mask)
-        return x + y.transpose(1, 2).reshape(x.shape)
+        return add_residual(x, y.transpose(1, 2).reshape(x.shape), self.rescale)
 
 
 # ------------------------------------------------------------------------------------------------------ residual
+def add_residual(x: Tensor, y: Tensor, rescale: bool) -> Tensor:
+    """``x + y``, divided by sqrt(2) with ``rescale``, which keeps the variance (Song et al. 2021, appendix H)."""
+    return (x + y) * 0.5**0.5 if rescale else x + y
+
+
 class ResBlock(nn.Module):
     """The residual block of ADM (Dhariwal & Nichol 2021): norm, SiLU, conv; AdaGN, SiLU, conv. ``[B, inp, *size]``.
 
-    AdaGN is ``(1 + scale) norm(h) + shift`` with scale and shift from the embedding (section 3).
+    AdaGN is ``(1 + scale) norm(h) + shift`` with scale and shift from the embedding (section 3). Without
+    ``scale_shift`` the embedding is added before the norm (Ho et al. 2020). ``resample`` is applied to the input of the
+    first convolution and to the skip connection (Brock et al. 2019, figure 15), which ``rescale`` projects then, and
+    divides the sum by sqrt(2) (Song et al. 2021, appendix H).
     """
 
-    def __init__(self, dims: int, inp: int, out: int, emb: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        dims: int,
+        inp: int,
+        out: int,
+        emb: int,
+        dropout: float = 0.0,
+        *,
+        scale_shift: bool = True,
+        rescale: bool = False,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
+        self.resample, self.rescale = resample, rescale
         self.norm1 = GroupNorm(inp)
         self.conv1 = CONV[dims](inp, out, 3, padding=1)
-        self.emb = nn.Linear(emb, 2 * out)
+        self.emb = nn.Linear(emb, 2 * out if scale_shift else out)
+        self.norm2 = None if scale_shift else GroupNorm(out)
         self.conv2 = zero_init(CONV[dims](out, out, 3, padding=1))
-        self.skip = CONV[dims](inp, out, 1) if inp != out else None
+        projects = inp != out or (rescale and resample is not None)
+        self.skip = CONV[dims](inp, out, 1) if projects else None
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b c *size"], emb: Float[Tensor, "b e"]) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(emb).chunk(2, 1)
-        h = self.dropout(F.silu(group_norm(h, 1 + scale, shift)))
-        return self.conv2(h) + (x if self.skip is None else self.skip(x))
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h, condition = self.conv1(h), self.emb(emb)
+        if self.norm2 is None:
+            scale, shift = condition.chunk(2, 1)
+            h = group_norm(h, 1 + scale, shift)
+        else:
+            h = self.norm2(h + condition.unflatten(1, (-1, *(1,) * (h.ndim - 2))))
+        h = self.conv2(self.dropout(F.silu(h)))
+        return add_residual(x if self.skip is None else self.skip(x), h, self.rescale)
+
+
+# ------------------------------------------------------------------------------------------------------ resampling
+BOX, FIR = (1, 1), (1, 3, 3, 1)
+"""Taps of the filters: averages of pairs (Dhariwal & Nichol 2021), and one against aliasing (Song et al. 2021)."""
+
+
+class Resample(nn.Module):
+    """Halve or double each axis of ``[B, C, *size]`` by a filter with these taps on each channel.
+
+    Down: filter and keep every second value, of an even number. Up: put zeros between the values and filter, with a
+    gain of 2 for each axis. Zeros lie outside.
+    """
+
+    def __init__(self, dims: int, taps: tuple[int, ...], up: bool):
+        super().__init__()
+        self.dims, self.is_box, self.up = dims, taps == BOX, up
+        line = torch.tensor(taps) / sum(taps) * (2 if up else 1)
+        kernel = (line if dims == 1 else torch.outer(line, line))[None, None]
+        self.kernel: Tensor
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
+        if self.is_box:
+            if self.up:
+                return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return F.avg_pool1d(x, 2) if self.dims == 1 else F.avg_pool2d(x, 2)
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *(-1,) * self.dims)
+        padding, groups = (kernel.shape[-1] - 1) // 2, x.shape[1]
+        if self.up:
+            spread = F.conv_transpose1d if self.dims == 1 else F.conv_transpose2d
+            return spread(x, kernel, stride=2, padding=padding, groups=groups)
+        return (F.conv1d if self.dims == 1 else F.conv2d)(x, kernel, stride=2, padding=padding, groups=groups)
 
 
 class Downsample(nn.Module):
@@ -204,7 +296,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = CONV[dims](channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c *size"], _: object = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,10 @@ from genkit.backbones.blocks import (
     zero_init,
 )
 from genkit.backbones.dropout import Dropout
-from genkit.backbones.embed import Conditioner, Routed, grid_positions
-from genkit.config.numbers import Fraction, Layers, Width
+from genkit.backbones.embed import Conditioner, Routed, grid_angles, grid_positions
+from genkit.backbones.presets import DIT_PRESETS, describe_preset, require_filled
+from genkit.config.names import NameIn
+from genkit.config.numbers import Fraction, Layers, Natural, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
@@ -38,6 +41,10 @@ class DiT(Backbone):
     Sizes that ``patch`` does not divide are padded with zeros inside and cropped again.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = DIT_PRESETS
+
+    preset: Annotated[str, NameIn("genkit.backbones.presets:DIT_PRESETS")] | None = None
+    """a published network, whose settings are used where none are given: XL/2 has patches of 2x2"""
     width: Annotated[int, Ge(4), Le(1_000_000), MultipleOf(4)] = 128
     """features of a token; 6 blocks of 128 have 2M parameters and cost as much as the default U-Net"""
     depth: Layers = 6
@@ -47,7 +54,25 @@ class DiT(Backbone):
     head_size: Width = 64
     """features of an attention head; 64 as in the paper's larger models"""
     ratio: Width = 4
-    """hidden width of the MLP, in widths"""
+    """hidden width of the MLP, in widths; of swiglu two thirds of it, which has three matrices instead of two"""
+    norm: Literal["layer", "rms"] = "layer"
+    """norm that the conditions modulate: layer norm, or RMSNorm, which does not subtract the mean"""
+    qk_norm: bool = False
+    """normalise queries and keys of each head by RMSNorm, with learned scales"""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of the blocks: GELU as in the paper, or SwiGLU (Shazeer 2020)"""
+    rope: bool = False
+    """rotary positions in attention, axis by axis, besides the fixed ones that are added to the tokens"""
+    bottleneck: Natural = 0
+    """features between the two layers that embed a patch (JiT, Li & He 2025); 0: one layer, without a bottleneck"""
+    class_tokens: Natural = 0
+    """tokens that are the embedded conditions with learned positions, and attend with the others (JiT); 0: none"""
+    class_tokens_start: Natural = 0
+    """block at which the class tokens join"""
+    registers: Natural = 0
+    """learned tokens that attend with the others and are dropped at the end (Darcet et al. 2024)"""
+    waves: Width = 32
+    """sinusoids of the time embedding"""
     dropout: Fraction = 0.0
     """dropout inside the blocks; 0 as in the paper"""
     checkpoint: bool = False
@@ -58,7 +83,24 @@ class DiT(Backbone):
         require_positive("DiT", head_size=(self.head_size,), ratio=(self.ratio,))
         if self.width % 4:
             raise ValueError(f"DiT: width is {self.width}; needs a multiple of 4, for sine and cosine on two axes")
+        require_positive("DiT", waves=(self.waves,))
         require_fraction("DiT", dropout=self.dropout)
+        require_filled(self)
+        if self.class_tokens_start >= self.depth:
+            raise ValueError(f"DiT: class_tokens_start is {self.class_tokens_start}; allowed 0 to {self.depth - 1}, as "
+                             f"depth is {self.depth}")  # fmt: skip
+        if self.rope and self.actual_head_size % 4:
+            raise ValueError(f"DiT: rope rotates pairs on two axes, and a head has {self.actual_head_size} features; "
+                             "needs a multiple of 4")  # fmt: skip
+
+    @property
+    def actual_head_size(self) -> int:
+        """Features of a head: all of them if ``head_size`` does not divide ``width``."""
+        return self.head_size if self.width % self.head_size == 0 else self.width
+
+    def notes(self, spec: Spec) -> Sequence[str]:
+        """The preset, and what replaces its settings."""
+        return describe_preset(self)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return DiTDenoiser(self, spec)
@@ -82,25 +124,39 @@ class DiTBlock(nn.Module):
 
     def __init__(self, cfg: DiT, context: int):
         super().__init__()
-        d = cfg.width
+        d, self.rms, self.gated = cfg.width, cfg.norm == "rms", cfg.mlp == "swiglu"
+        hidden = cfg.ratio * d * 2 // 3 if self.gated else cfg.ratio * d
         self.emb = nn.Linear(d, 6 * d)
-        self.attention = Attention(d, cfg.head_size)
+        self.attention = Attention(d, cfg.head_size, qk_norm=cfg.qk_norm)
         self.cross_norm = nn.LayerNorm(d) if context else None
         self.cross = Attention(d, cfg.head_size, context) if context else None
-        self.layer1 = nn.Linear(d, cfg.ratio * d)
-        self.layer2 = nn.Linear(cfg.ratio * d, d)
+        self.layer1 = nn.Linear(d, 2 * hidden if self.gated else hidden)
+        self.layer2 = nn.Linear(hidden, d)
         self.dropout = Dropout(cfg.dropout)
         self.apply(xavier)
         zero_init(self.emb)
         if self.cross:
             zero_init(self.cross.out)
 
-    def forward(self, h: Float[Tensor, "b n d"], emb: Float[Tensor, "b d"], tokens: Tensor | None, mask: Tensor | None):
+    def forward(
+        self,
+        h: Float[Tensor, "b n d"],
+        emb: Float[Tensor, "b d"],
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.emb(emb).chunk(6, 1)
-        h = torch.addcmul(h, gate1[:, None], self.attention(modulate(h, shift1, scale1)))
+        y = self.attention(modulate(h, shift1, scale1, self.rms), angles=angles)
+        h = torch.addcmul(h, gate1[:, None], y)
         if self.cross and self.cross_norm:
             h = h + self.cross(self.cross_norm(h), tokens, mask)
-        y = F.gelu(self.layer1(modulate(h, shift2, scale2)), approximate="tanh")
+        y = self.layer1(modulate(h, shift2, scale2, self.rms))
+        if self.gated:
+            gate, y = y.chunk(2, -1)
+            y = F.silu(gate) * y
+        else:
+            y = F.gelu(y, approximate="tanh")
         return torch.addcmul(h, gate2[:, None], self.layer2(self.dropout(y)))
 
 
@@ -113,23 +169,51 @@ class Trunk(nn.Module):
             raise ValueError(
                 f"DiT: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp"
             )
-        d, self.size, self.checkpoint = cfg.width, spec.shape[1:], cfg.checkpoint
+        d, self.size, self.cfg = cfg.width, spec.shape[1:], cfg
         self.grid = tuple(-(-n // cfg.patch) for n in self.size)
         self.padded = tuple(n * cfg.patch for n in self.grid)
-        self.cond = Conditioner(spec, d, time)
+        self.cond = Conditioner(spec, d, time, cfg.waves)
         channels += self.cond.num_channels
-        self.patches = CONV[len(self.size)](channels, d, cfg.patch, cfg.patch) if channels else None
+        self.patches = self._patch_embedding(channels) if channels else None
         self.positions: Tensor
         self.register_buffer("positions", grid_positions(self.grid, d), persistent=False)
+        self.angles: Tensor | None
+        angles = grid_angles(self.grid, cfg.actual_head_size // 2) if cfg.rope else None
+        self.register_buffer("angles", angles, persistent=False)
+        self.registers = nn.Parameter(0.02 * torch.randn(cfg.registers, d)) if cfg.registers else None
+        self.class_tokens = nn.Parameter(0.02 * torch.randn(cfg.class_tokens, d)) if cfg.class_tokens else None
         self.blocks = nn.ModuleList(DiTBlock(cfg, d if self.cond.has_tokens else 0) for _ in range(cfg.depth))
         self.emb_last = nn.Linear(d, 2 * d)
         self.cond.apply(xavier)
         zero_init(self.emb_last)
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one."""
+        return list(self.blocks)
+
+    def _patch_embedding(self, channels: int) -> nn.Module:
+        """One convolution, or two layers with a bottleneck between them (Li & He 2025, section 4.3)."""
+        cfg, conv = self.cfg, CONV[len(self.size)]
+        if not cfg.bottleneck:
+            return conv(channels, cfg.width, cfg.patch, cfg.patch)
+        return nn.Sequential(
+            conv(channels, cfg.bottleneck, cfg.patch, cfg.patch, bias=False), conv(cfg.bottleneck, cfg.width, 1)
+        )
+
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
         """The embedded conditions, with the activation that every block would otherwise apply itself."""
         c = self.cond(like, self.size, label, cond)
         return c._replace(emb=F.silu(c.emb))
+
+    def further_tokens(self, block: int, c: Routed) -> Float[Tensor, "b k d"] | None:
+        """The tokens that join the others before ``block``: registers, and class tokens."""
+        joined = []
+        if block == 0 and self.registers is not None:
+            joined.append(self.registers.expand(len(c.emb), -1, -1))
+        if block == self.cfg.class_tokens_start and self.class_tokens is not None:
+            given = 0 if c.given is None else c.given[:, None]
+            joined.append((given + self.class_tokens).expand(len(c.emb), -1, -1))
+        return torch.cat(joined, 1) if joined else None
 
     def forward(self, x: Tensor | None, tokens: Tensor | None, c: Routed) -> Float[Tensor, "b d *grid"]:
         """From a map ``x`` ``[B, C, *size]`` or from ``tokens`` ``[B, N, D]``; Image conditions are added to either."""
@@ -137,9 +221,14 @@ class Trunk(nn.Module):
         if self.patches is not None:
             maps = torch.cat([v for v in (x, c.channels) if v is not None], 1)
             h = h + self.patches(pad_to(maps, self.padded)).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            h = remat(block, self.checkpoint, h, c.emb, c.tokens, c.mask)
-        h = modulate(h, *self.emb_last(c.emb).chunk(2, 1))
+        count, angles = h.shape[1], self.angles
+        for i, block in enumerate(self.blocks):
+            if (further := self.further_tokens(i, c)) is not None:
+                h = torch.cat([h, further.to(h.dtype)], 1)
+                if angles is not None:
+                    angles = F.pad(angles, (0, 0, 0, further.shape[1]))  # they have no position: they do not turn
+            h = remat(block, self.cfg.checkpoint, h, c.emb, c.tokens, c.mask, angles)
+        h = modulate(h[:, :count], *self.emb_last(c.emb).chunk(2, 1), rms=self.cfg.norm == "rms")
         return h.transpose(1, 2).unflatten(2, self.grid)
 
 

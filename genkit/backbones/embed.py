@@ -35,6 +35,15 @@ def grid_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "n {dim}"]:
     return torch.cat([sinusoid(a.flatten(), dim // len(grid)) for a in axes], -1)
 
 
+def grid_angles(grid: Sequence[int], dim: int, period: float = 10_000.0) -> Float[Tensor, "n {dim}"]:
+    """Angles of rotary positions of a 1-D or 2-D grid in row-major order: ``dim / len(grid)`` for each axis, of
+    ``p period^(-i / n)`` (Su et al. 2021, section 3.2; axis by axis as Heo et al. 2024, section 3.1)."""
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij")
+    count = dim // len(grid)
+    rates = torch.exp(torch.arange(count) * (-math.log(period) / count))
+    return torch.cat([a.flatten()[:, None] * rates for a in axes], -1)
+
+
 class TimeEmbed(nn.Module):
     """A time label of order one, ``[B] -> [B, dim]``: sinusoids of 1000 x label, then two layers.
 
@@ -265,12 +274,14 @@ EMBEDDERS: dict[type, type[Embedder]] = {
 # ------------------------------------------------------------------------------------------------ all conditions
 class Routed(NamedTuple):
     """The conditions of one batch, by route: ``emb`` (global) ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens``
-    ``[B, L, E]`` with their ``mask`` ``[B, L]``."""
+    ``[B, L, E]`` with their ``mask`` ``[B, L]``; ``given`` ``[B, E]`` is ``emb`` without the time, None without
+    conditions."""
 
     emb: Tensor
     channels: Tensor | None
     tokens: Tensor | None
     mask: Tensor | None
+    given: Tensor | None = None
 
 
 class Constant(nn.Module):
@@ -287,9 +298,9 @@ class Constant(nn.Module):
 class Conditioner(nn.Module):
     """Time and conditions of a batch, embedded and routed."""
 
-    def __init__(self, spec: Spec, dim: int, time: bool = True):
+    def __init__(self, spec: Spec, dim: int, time: bool = True, waves: int = 32):
         super().__init__()
-        self.start = TimeEmbed(dim) if time else Constant(dim)
+        self.start = TimeEmbed(dim, waves) if time else Constant(dim)
         self.names: dict[str, list[str]] = {"global": [], "channels": [], "tokens": []}
         self.embed = nn.ModuleDict()
         for name, kind in spec.cond.items():
@@ -311,9 +322,10 @@ class Conditioner(nn.Module):
         keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
         # global embedding
-        emb = self.start(label).expand(batch, -1)
+        emb, given = self.start(label).expand(batch, -1), None
         for name, embed in self._on("global"):
-            emb = emb + (embed(cond[name], keep[name]) if name in cond else embed.null)
+            part = embed(cond[name], keep[name]) if name in cond else embed.null
+            emb, given = emb + part, part.expand(emb.shape) if given is None else given + part
 
         # further channels
         channels = []
@@ -338,6 +350,7 @@ class Conditioner(nn.Module):
             torch.cat(channels, 1) if channels else None,
             torch.cat(tokens, 1) if tokens else None,
             torch.cat(masks, 1) if masks else None,
+            given,
         )
 
 

@@ -78,6 +78,10 @@ class MLPNet(nn.Module):
         self.blocks = nn.ModuleList(MLPBlock(cfg.width, cfg.dropout) for _ in range(cfg.depth))
         self.last = nn.Linear(cfg.width, math.prod(out))
 
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one."""
+        return list(self.blocks)
+
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND, label: Tensor | None = None) -> Tensor:
         emb = F.silu(self.cond(x, (), label, cond).emb)
         h = self.first(x.flatten(1))[:, None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import (
+    BOX,
     CONV,
+    FIR,
     Downsample,
     GroupNorm,
     MapAttention,
+    Resample,
     ResBlock,
     Upsample,
+    add_residual,
     crop_to,
     pad_to,
     remat,
@@ -26,6 +31,8 @@ from genkit.backbones.blocks import (
     zero_init,
 )
 from genkit.backbones.embed import Conditioner, Routed
+from genkit.backbones.presets import UNET_PRESETS, describe_preset, require_filled
+from genkit.config.names import NameIn
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
@@ -38,6 +45,10 @@ class UNet(Backbone):
     that do not halve evenly are padded with zeros inside and cropped again.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = UNET_PRESETS
+
+    preset: Annotated[str, NameIn("genkit.backbones.presets:UNET_PRESETS")] | None = None
+    """a published network, whose settings are used where none are given"""
     width: Width = 32
     """channels at full size; on digits 48 needs more CPU seconds for the same loss"""
     mults: tuple[Width, ...] = (1, 2, 4)
@@ -48,6 +59,21 @@ class UNet(Backbone):
     """shorter sides of the levels with attention (14 or 7 for 28x28); the middle always has it"""
     head_size: Width = 64
     """channels of an attention head; 64 is 1.3 to 1.5 times faster than 8 at equal FLOPs, on CPUs"""
+    up_attention: Literal["every", "last"] = "every"
+    """blocks on the way up of a level with attention that have it: every one, or the last of the level (DDPM++)"""
+    scale_shift: bool = True
+    """scale and shift the second norm of a block by the embedding (ADM); off: add it to the features (DDPM)"""
+    resample: Literal["conv", "block", "fir"] = "conv"
+    """change of size: a convolution (DDPM), a residual block that averages pairs (BigGAN, ADM), or one with the filter
+    1 3 3 1 (NCSN++)"""
+    rescale: bool = False
+    """divide the sums of residual blocks by sqrt(2), and project the skip connection where the size changes (NCSN++)"""
+    residual_input: bool = False
+    """add the input, convolved and halved level by level, on the way down (progressive growing, NCSN++)"""
+    stem: Width | None = None
+    """channels of the first convolution. None: those of the first level"""
+    waves: Width = 32
+    """sinusoids of the time embedding"""
     dropout: Fraction = 0.0
     """dropout inside residual blocks; it costs as much as a convolution on a CPU"""
     checkpoint: bool = False
@@ -55,8 +81,9 @@ class UNet(Backbone):
 
     def __post_init__(self):
         require_positive("UNet", width=(self.width,), mults=self.mults)
-        require_positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,))
+        require_positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,), waves=(self.waves,))
         require_fraction("UNet", dropout=self.dropout)
+        require_filled(self)
 
     def denoiser(self, spec: Spec) -> nn.Module:
         return UNetDenoiser(self, spec)
@@ -76,7 +103,7 @@ class UNet(Backbone):
             text += f"; attention at {idle} has no effect"
         if unused := len(self.mults) - len(levels):
             text += f"; the last {unused} of {len(self.mults)} mults unused, as the level would be smaller than 4"
-        return [text]
+        return [*describe_preset(self), text]
 
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:
         return UNetEncoder(self, spec, out)
@@ -112,26 +139,67 @@ class Layout:
 
     def stage(self, inp: int, out: int, attend: bool, tokens: bool, up: bool = False) -> Stage:
         """A stage from ``inp`` to ``out`` channels."""
-        return Stage(self.cfg, self.dims, inp, out, self.emb, attend, self.emb if tokens else 0, up)
+        block, attention = self.block(inp, out), None
+        if attend:
+            attention = MapAttention(out, self.cfg.head_size, self.emb if tokens else 0, self.cfg.rescale)
+        return Stage(self.cfg, block, attention, self.resample(out, up=True) if up else None)
+
+    def block(self, inp: int, out: int, resample: Resample | None = None) -> ResBlock:
+        """A residual block."""
+        cfg = self.cfg
+        return ResBlock(self.dims, inp, out, self.emb, cfg.dropout, scale_shift=cfg.scale_shift, rescale=cfg.rescale,
+                        resample=resample)  # fmt: skip
+
+    def resample(self, channels: int, up: bool) -> nn.Module:
+        """The module ``(x, emb)`` that halves or doubles the size."""
+        if self.cfg.resample == "conv":
+            return (Upsample if up else Downsample)(self.dims, channels)
+        return self.block(channels, channels, Resample(self.dims, FIR if self.cfg.resample == "fir" else BOX, up))
 
 
 class Stage(nn.Module):
     """A residual block, attention if its level has it, and upsampling after the last block of a level."""
 
-    def __init__(self, cfg: UNet, dims: int, inp: int, out: int, emb: int, attend: bool, context: int, up: bool):
+    def __init__(self, cfg: UNet, block: ResBlock, attention: MapAttention | None, up: nn.Module | None):
         super().__init__()
         self.checkpoint = cfg.checkpoint
-        self.block = ResBlock(dims, inp, out, emb, cfg.dropout)
-        self.attention = MapAttention(out, cfg.head_size, context) if attend else None
-        self.up = Upsample(dims, out) if up else None
+        self.block, self.attention, self.up = block, attention, up
+
+    def shard_blocks(self) -> list[nn.Module]:
+        """The modules that sharded training gathers one by one: the stage itself."""
+        return [self]
 
     def _forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.block(x, emb)
         x = x if self.attention is None else self.attention(x, tokens, mask)
-        return x if self.up is None else self.up(x)
+        return x if self.up is None else self.up(x, emb)
 
     def forward(self, x: Float[Tensor, "b c *size"], c: Routed) -> Tensor:
         return remat(self._forward, self.checkpoint, x, c.emb, c.tokens, c.mask)
+
+
+class Shrink(nn.Module):
+    """The step down to the next level."""
+
+    def __init__(self, layout: Layout, channels: int):
+        super().__init__()
+        self.checkpoint = layout.cfg.checkpoint
+        self.down = layout.resample(channels, up=False)
+
+    def forward(self, x: Float[Tensor, "b c *size"], c: Routed) -> Tensor:
+        return remat(self.down, self.checkpoint, x, c.emb)
+
+
+class ResidualInput(nn.Module):
+    """The input of a level, convolved and halved, ``[B, inp, *size] -> [B, out, *size / 2]`` (Song et al. 2021)."""
+
+    def __init__(self, layout: Layout, inp: int, out: int):
+        super().__init__()
+        self.conv = CONV[layout.dims](inp, out, 3, padding=1)
+        self.shrink = Resample(layout.dims, FIR if layout.cfg.resample == "fir" else BOX, up=False)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
+        return self.shrink(self.conv(x))
 
 
 class DownPath(nn.Module):
@@ -139,23 +207,30 @@ class DownPath(nn.Module):
 
     def __init__(self, layout: Layout, inp: int, tokens: bool):
         super().__init__()
-        have = layout.channels[0]
+        have = layout.cfg.stem or layout.channels[0]
         self.first = CONV[layout.dims](inp, have, 3, padding=1)
         self.steps = nn.ModuleList()
+        self.inputs = nn.ModuleList()  # one for each level below the first, if there are any
         self.skip_channels = [have]
         for i, (out, attend) in enumerate(zip(layout.channels, layout.attends, strict=True)):
             if i:
-                self.steps.append(Downsample(layout.dims, have))
+                is_conv = layout.cfg.resample == "conv"
+                self.steps.append(layout.resample(have, up=False) if is_conv else Shrink(layout, have))
+                if layout.cfg.residual_input:
+                    self.inputs.append(ResidualInput(layout, inp, have))
+                    inp = have
                 self.skip_channels.append(have)
             for _ in range(layout.cfg.num_blocks):
                 self.steps.append(layout.stage(have, out, attend, tokens))
                 self.skip_channels.append(have := out)
 
     def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
-        h = self.first(x)
+        h, inputs = self.first(x), iter(self.inputs)
         skips = [h]
         for step in self.steps:
             h = step(h, c)
+            if not isinstance(step, Stage) and self.inputs:
+                h = x = add_residual(h, next(inputs)(x), rescale=True)
             skips.append(h)
         return h, skips
 
@@ -185,7 +260,8 @@ class UpPath(nn.Module):
         for i in reversed(range(len(layout.channels))):
             for last in [False] * layout.cfg.num_blocks + [True]:
                 inp, have = have + skip_channels.pop(), layout.channels[i]
-                self.stages.append(layout.stage(inp, have, layout.attends[i], tokens, up=last and i > 0))
+                attend = layout.attends[i] and (last or layout.cfg.up_attention == "every")
+                self.stages.append(layout.stage(inp, have, attend, tokens, up=last and i > 0))
         self.norm = GroupNorm(have)
         self.last = CONV[layout.dims](have, out, 3, padding=1)
 
@@ -201,7 +277,7 @@ class UNetDenoiser(nn.Module):
     def __init__(self, cfg: UNet, spec: Spec):
         super().__init__()
         self.layout = Layout(cfg, spec)
-        self.cond = Conditioner(spec, self.layout.emb)
+        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves)
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
         self.up = UpPath(self.layout, spec.shape[0], self.down.skip_channels, self.cond.has_tokens)

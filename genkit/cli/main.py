@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -134,6 +134,18 @@ COMMANDS = {
         "genkit.cli.commands.export:Export",
         ("genkit export runs/latest --to diffusers pipeline",),
     ),
+    "push": Command(
+        "genkit.cli.commands.push",
+        "upload a run to the Hugging Face Hub, with a model card",
+        "genkit.cli.commands.push:Push",
+        ("genkit push runs/latest OWNER/NAME --private",),
+    ),
+    "pull": Command(
+        "genkit.cli.commands.pull",
+        "download a run from the Hugging Face Hub",
+        "genkit.cli.commands.pull:Pull",
+        ("genkit pull OWNER/NAME", "genkit sample hf://OWNER/NAME"),
+    ),
     "info": Command(
         "genkit.cli.commands.info",
         "show what a run is, its progress and its settings",
@@ -243,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        shortage = explain_shortage(e)
+        shortage = explain_shortage(e, command_options(name))
         if os.environ.get("GENKIT_TRACEBACK") or not (shortage or is_user_error(e)):
             raise
         return report_error(shortage, 1) if shortage else refuse(str(e) or type(e).__name__)
@@ -264,6 +276,12 @@ def run_command(name: str, argv: list[str]) -> int:
         if e.code in (0, None) and {"-h", "--help"}.intersection(argv):
             print(format_epilog(name), end="", flush=True)
         raise
+
+
+def command_options(name: str) -> list[str]:
+    """The names of a command's options; empty if it parses them itself."""
+    module, _, kind = COMMANDS[name].settings.partition(":")
+    return [f.name for f in fields(getattr(importlib.import_module(module), kind))] if kind else []
 
 
 def arrange_ranks(name: str, argv: list[str]) -> None:

@@ -184,6 +184,7 @@ def parse_block(cls: type, tree: object, path: str = "", base: Block | None = No
         if key not in known:
             allowed = f"allowed: {', '.join(known)}" if known else f"{cls.__name__} has no settings"
             raise ConfigError(join_path(path, str(key)), f"unknown setting; {allowed}{suggest(key, known)}")
+    tree = fill_preset(cls, tree, path)
     values: dict[str, Any] = {}
     for name, f in sorted(known.items(), key=lambda item: "follows" in item[1].metadata):  # followers last
         given, inner_path = tree.get(name, ABSENT), join_path(path, name)
@@ -198,6 +199,20 @@ def parse_block(cls: type, tree: object, path: str = "", base: Block | None = No
             value = follow_default(f.metadata, values, name, value)
         values[name] = value
     return Block(cls, {name: values[name] for name in known if values[name] is not ABSENT})
+
+
+def fill_preset(cls: type, tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Return ``tree`` with the settings of the preset that it names, except for those that it gives itself.
+
+    A class with presets has a field ``preset``, and a mapping ``presets`` from names to settings.
+    """
+    name, presets = tree.get("preset"), getattr(cls, "presets", None)
+    if name is None or not presets or "preset" not in get_fields(cls):
+        return tree
+    if not isinstance(name, str) or name not in presets:
+        problem = f"given {abbreviate(name)}; allowed: {', '.join(presets)}{suggest(name, presets)}"
+        raise ConfigError(join_path(path, "preset"), problem)
+    return {**presets[name], **tree}
 
 
 def parse_table(meta: Mapping[str, Any], given: object, path: str, value: Any) -> Any:

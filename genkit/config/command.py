@@ -18,7 +18,7 @@ import io
 import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -73,7 +73,9 @@ def parse(
     flags: set[str] = set()  # the dotted paths that the command line gives
     try:
         block = choose_classes(cast(type, cls), tree, argv, flags)
-        for path, value in FlagParser(block, wants_help(argv)).read(argv, prog, description).items():
+        given = FlagParser(block, wants_help(argv)).read(argv, prog, description)
+        clear_presets(tree, block, given)
+        for path, value in given.items():
             put_setting(tree, path, value)
             flags.add(path)
         return from_dict(cls, tree)
@@ -175,6 +177,17 @@ def put_setting(tree: dict[str, Any], path: str, value: Any) -> None:
         tree[name] = dict(inner) if isinstance(inner, Mapping) else {"name": inner}
         tree = tree[name]
     tree[last] = value
+
+
+def clear_presets(tree: dict[str, Any], block: Block, given: Iterable[str]) -> None:
+    """Remove from ``tree`` what a preset on the command line stands for, as flags take precedence over a file."""
+    for path in given:
+        *names, last = path.split(".")
+        values: Any = functools.reduce(lambda v, name: v.get(name) if isinstance(v, Mapping) else None, names, tree)
+        presets = getattr(functools.reduce(lambda b, name: b.values[name], names, block).cls, "presets", None)
+        if last == "preset" and presets and names and isinstance(values, Mapping):
+            filled = set().union(*presets.values())
+            put_setting(tree, ".".join(names), {k: v for k, v in values.items() if k not in filled})
 
 
 def to_flag(path: str) -> str:
@@ -344,12 +357,9 @@ class FlagParser:
             value = functools.reduce(operator.getitem, path.split("."), answer)
             if isinstance(value, RawValues):
                 out[path] = setting.read(value)
-            elif setting.hint is bool and value != setting.value:
-                out[path] = value
-        # the switches that tyro cannot tell from their default
+        # the switches, which tyro cannot tell from their defaults
         for token in itertools.takewhile(lambda token: token != "--", argv):
-            switch = self.find_switch(token)
-            if switch and self.settings[switch[0]].hint is not bool:
+            if switch := self.find_switch(token):
                 out[switch[0]] = switch[1]
         return out
 

@@ -125,6 +125,8 @@ class Backbone:
     "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
     """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Published networks: the settings that the name in a field ``preset`` stands for, where none are given."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -172,6 +174,9 @@ class Objective(ABC):
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     rows_interact: ClassVar[bool] = False
     """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
+    needs_whole_networks: ClassVar[bool] = False
+    """whether its loss differentiates a gradient, or reads a weight outside of a pass: sharded networks then stay whole
+    from the first pass of a step to its last"""
     policy_sampler: ClassVar[str] = "ddim"
     """sampler of a policy's actions, unless another is asked for: one evaluation a step"""
     policy_steps: ClassVar[int] = 4
@@ -191,6 +196,11 @@ class Objective(ABC):
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """The optimizer steps that make up a training step, in order."""
+
+    @property
+    def generator_phase(self) -> str:
+        """Name of the phase that trains the networks which samples are drawn from."""
+        return self.phases[0].name
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,15 +18,35 @@ def to_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
+def local_rows(value: Tensor) -> Tensor:
+    """What this rank has of a sharded tensor (a ``DTensor``); any other tensor itself."""
+    return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[attr-defined]
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """A copy of a tensor, of a sharded one of this rank's rows, that shares no memory."""
+    return local_rows(value).detach().cpu().contiguous().clone()
+
+
+def unsaved_buffers(net: nn.Module) -> dict[int, Any]:
+    """The buffers that are not saved, by id: tables, and the frozen weights under a LoRA. Copies share them."""
+    return {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
+
+
 def load_tensors(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], file: Path) -> None:
     """Load the tensors of ``file`` into ``nets``.
 
     Raises ``ValueError`` that names the first tensor that is missing, unknown or of another shape.
     """
-    if mismatched := mismatched_keys(nets, stored):
-        raise ValueError(f"{file}: does not fit the run's config.yaml, first at {mismatched[0]}")
+    require_fit(nets, stored, file)
     for name, net in nets.items():
         net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
+
+def require_fit(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], file: Path) -> None:
+    """``ValueError`` that names the first tensor of ``file`` that is missing, unknown or of another shape."""
+    if mismatched := mismatched_keys(nets, stored):
+        raise ValueError(f"{file}: does not fit the run's config.yaml, first at {mismatched[0]}")
 
 
 def mismatched_keys(nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor]) -> list[str]:

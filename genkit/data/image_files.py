@@ -34,18 +34,23 @@ COMPANIONS = {  # known files beside images that are not images; no warning ment
 }  # fmt: skip
 MAX_MEMBER = 2**29  # bytes of an archive's member: an image of 178 million pixels is smaller, a bomb is not
 SECONDS_UNTIL_SAID = 5.0  # between messages while the files of a large tree are listed
+HIDDEN = (".", "__MACOSX")  # begin the names of files and folders that are left out
 CAPTION_SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
 def is_image(name: str) -> bool:
     """Whether a file is an image by its suffix, and not in a hidden folder or one that macOS adds."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+    return has_image_suffix(name) and not is_hidden(name)
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or one of its folders is hidden, or added by macOS."""
-    return any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(name).parts)
+    return any(p.startswith(HIDDEN) for p in PurePosixPath(name).parts)
 
 
 def list_files(directory: Path) -> list[str]:
@@ -55,22 +60,30 @@ def list_files(directory: Path) -> list[str]:
     which folder it has reached.
     """
 
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
-
     said = time.monotonic()
     visited: set[str] = set()
     names: list[str] = []
-    for base, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(base)) in visited:  # a link to a folder above would never end
-            folders.clear()
+    pending = [("", os.fspath(directory))]
+    while pending:
+        prefix, folder = pending.pop()
+        if (real := os.path.realpath(folder)) in visited:  # a link to a folder above would never end
             continue
         visited.add(real)
-        names += (Path(base, name).relative_to(directory).as_posix() for name in files)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(HIDDEN):
+                        continue
+                    if entry.is_dir():
+                        pending.append((f"{prefix}{entry.name}/", entry.path))
+                    else:
+                        names.append(prefix + entry.name)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
         if time.monotonic() - said > SECONDS_UNTIL_SAID:
             said = time.monotonic()
-            logger.info("%s: still listing files, %d so far; now in %s", directory, len(names), base)
-    return sorted(name for name in names if not is_hidden(name))
+            logger.info("%s: still listing files, %d so far; now in %s", directory, len(names), folder)
+    return sorted(names)
 
 
 def warn_of_others(root: Path, others: Iterable[str], with_captions: bool) -> None:
@@ -98,10 +111,10 @@ class FolderFiles:
     def open(root: Path) -> FolderFiles:
         """List a folder. ``ValueError`` if it holds no images."""
         every = list_files(root)
-        names = [name for name in every if is_image(name)]
+        names = [name for name in every if has_image_suffix(name)]
         if not names:
             raise ValueError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        return FolderFiles(root, names, [name for name in every if not is_image(name)])
+        return FolderFiles(root, names, [name for name in every if not has_image_suffix(name)])
 
     def read(self, i: int) -> bytes:
         return (self.root / self.names[i]).read_bytes()

@@ -162,6 +162,10 @@ class OnDisk:
     codec: Codec = Pixels()  # noqa: RUF009  (frozen)
     num_held_out: int = 0
     """samples that are held out of the training split"""
+    shard_starts: Tensor | None = None
+    """the first row of each shard, and the number of rows, if rows of one shard are fast to read one after the other"""
+    window: int | None = None
+    """shards whose rows are mixed at a time; None: all"""
     paged: set[str] = field(default_factory=set, init=False)
     """images of which only the first page is taken, as far as they were read"""
     warned: bool = field(default=False, init=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from genkit.core import Codec, Condition, Data, Label, Spec
 from genkit.core.arrays import open_npz
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
-from genkit.data.captions import FILES
+from genkit.data.captions import FILES, Caption
 from genkit.data.classes import abbreviate_list, class_kind, folder_classes, folder_labels, sort_naturally
 from genkit.data.codecs import Identity, MinMax, Standardize, loses_digits
 from genkit.data.held_out import DEFAULT_SHARE, HeldOut, SelectedFiles, row_names, split_rows
@@ -102,6 +103,14 @@ class LocalSource(ImageSource):
         return find_split(self.root, "train" if self.held_out else split, self.suffix or "")
 
 
+class ImageContainer(ImageFiles, Protocol):
+    """Images of a folder, an archive or shards, with captions."""
+
+    def captions(self) -> list[Caption]:
+        """The captions that lie beside the images."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalImages(LocalSource):
     """Base of the sources of a person's own images in files."""
@@ -110,7 +119,7 @@ class LocalImages(LocalSource):
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
 
     @abstractmethod
-    def open_files(self, path: Path) -> FolderFiles | ZipFiles:
+    def open_files(self, path: Path) -> ImageContainer:
         """The images in ``path``."""
 
     def preview(self) -> tuple[tuple[int, ...], int]:
@@ -118,16 +127,16 @@ class LocalImages(LocalSource):
         return decode(files.read(0), files.location(0), self.size, self.channels).shape, len(files.names)
 
     def from_split(
-        self, split: Split, files: FolderFiles | ZipFiles, label: Tensor | None, kind: Label | None
+        self, split: Split, files: ImageContainer, label: Tensor | None, kind: Label | None
     ) -> InMemory | OnDisk:
         """The images of a split by these settings, with classes ``label`` ``[N]`` of all ``files`` if there are any."""
         chosen: ImageFiles = files
         captions, num_held_out = files.captions, 0
         if self.held_out:
-            rows, of_training = (split_rows(files.names, self.held_out, s, self.root) for s in (split, "train"))
+            rows = split_rows(files.names, self.held_out, split, self.root)
             selected = chosen = SelectedFiles(files, rows.tolist())
             captions = partial(selected.select_captions, files.captions)
-            num_held_out = len(files.names) - len(of_training)
+            num_held_out = len(rows) if split == "test" else len(files.names) - len(rows)
             label = None if label is None else label[rows]
         cond, kinds = ({}, {}) if label is None or kind is None else ({"label": label}, {"label": kind})
         return replace(self.from_files(chosen, cond, kinds, self.memory, captions), num_held_out=num_held_out)
@@ -167,7 +176,8 @@ def refuse_run_pictures(folder: Path, names: Sequence[str]) -> None:
 
     What ``genkit sample --format png`` wrote, ``000000.png`` and so on, is data, also inside a run.
     """
-    for parent in sorted({Path(name).parent for name in names if not Path(name).stem.isdecimal()}):
+    parts = (name.rpartition("/") for name in names)
+    for parent in sorted({folder for folder, _, file in parts if not os.path.splitext(file)[0].isdecimal()}):
         directory = (folder / parent).resolve()
         run = next((p for p in (directory, *directory.parents) if is_run_directory(p)), None)
         if run is not None:

@@ -45,7 +45,11 @@ class Stream:
         self.ahead = ReadAhead(self.read, data.rows_per_task, workers) if workers and on_disk else None
 
     def _order(self, draw: int, epoch: int) -> Tensor:
-        return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(self.seed, draw, epoch)))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, draw, epoch))
+        starts, window = getattr(self.data, "shard_starts", None), getattr(self.data, "window", None)
+        if starts is None or window is None:
+            return torch.randperm(len(self.data), generator=generator)
+        return shuffle_locally(starts, window, generator)
 
     def indices(self, step: int, draw: int, start: int, stop: int) -> Tensor:
         """The samples in these rows, ``[stop - start]``."""
@@ -65,6 +69,19 @@ class Stream:
         batch = self.read(step, *rows) if self.ahead is None else self.ahead.batch(step, rows)
         numbers = Draw((self.seed, step, draw), start, stop, self.device)
         return replace(batch.to(self.device), draw=numbers, step=step)
+
+
+def shuffle_locally(starts: Tensor, window: int, generator: torch.Generator) -> Tensor:
+    """All rows ``[N]``: the shards permuted, and the rows of ``window`` of them at a time permuted among each other.
+
+    ``starts`` ``[shards + 1]`` are the first row of each shard, and N.
+    """
+    order = torch.randperm(len(starts) - 1, generator=generator)
+    windows = []
+    for shards in order.split(window):
+        rows = torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in shards.tolist()])
+        windows.append(rows[torch.randperm(len(rows), generator=generator)])
+    return torch.cat(windows)
 
 
 class ReadAhead:

@@ -34,6 +34,7 @@ OBSERVED = (  # of the machine or of the work, not settings
     "device",
     "ranks",
     "notes",
+    "precision_shift",
 )
 LOCATIONS = ("reference.data", "reference.stats", "reference.run")  # names; the hash of a reference counts
 PACKAGES = ("torch", "numpy", "scipy", "torchvision", "pillow")
@@ -273,6 +274,8 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
     words.append(f"{settings.get('n')} samples{against}")
     features = settings.get("features", {})
     words.append("features " + " ".join(str(features[key]) for key in ("name", "resize") if key in features))
+    if isinstance(shift := settings.get("precision_shift"), Mapping):
+        words.append(f"{settings.get('precision')} (mean difference to fp32 {to_short(shift.get('mean'))})")
     if "seconds" in settings:
         words.append(f"{settings['seconds']} s")
     return "; ".join(words)

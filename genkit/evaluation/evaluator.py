@@ -23,6 +23,7 @@ from genkit.evaluation.measurement import Measurement, measure, measure_referenc
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
 from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
 from genkit.evaluation.metrics.features import Extractor, Features
+from genkit.evaluation.shift import SHIFT_SAMPLES, measure_shift
 from genkit.evaluation.sources import (
     DatasetSamples,
     ModelSamples,
@@ -304,6 +305,8 @@ class Evaluator:
         }
         if isinstance(samples, ModelSamples):
             observed = {"nfe": measurement.nfe, "passes": measurement.passes, **observed}
+            if samples.sampling.precision != "fp32":
+                observed["precision_shift"] = measure_shift(samples, min(n, SHIFT_SAMPLES))
         settings = {**self.card_settings(samples, n), **observed}
         return cards.Card(estimates, settings, self.card_path(samples, n))
 

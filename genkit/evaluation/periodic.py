@@ -17,11 +17,11 @@ from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.sources import ModelSamples, open_run_data
-from genkit.training.loop import State
 from genkit.training.ranks import Ranks
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 
 MAX_BATCH = 64
 
@@ -89,10 +89,8 @@ class PeriodicEvaluation:
 
 def slowest_average(state: State) -> tuple[dict[str, nn.Module], str]:
     """The networks that are evaluated, and the name of the file that they are saved in."""
-    if not state.emas:
-        return state.nets, "nets.safetensors"
-    slowest = max(state.emas)
-    return state.emas[slowest], f"ema-{slowest}.safetensors"
+    slowest = state.slowest
+    return state.slowest_average, "nets.safetensors" if slowest is None else f"ema-{slowest}.safetensors"
 
 
 def samples_while_training(

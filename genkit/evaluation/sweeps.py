@@ -53,7 +53,8 @@ class SweepSettings:
     metric: str | None = None
     """The number to optimise, such as fid, kid, recall or w2; None: fid for images, w2 for vectors."""
     ema: tuple[str, ...] = ()
-    """Averaged weights by decay, and "none"; empty: the slowest average."""
+    """Averaged weights by decay, power-WIDTH (of any width, for a run with --power-ema), and "none"; empty: the slowest
+    average."""
     guidance: tuple[float, ...] = (1.0,)
     """Guidance scales; 1: none."""
     interval: tuple[str, ...] = ("all",)

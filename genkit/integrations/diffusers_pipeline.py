@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from genkit.backbones.diffusers import DiffusersDenoiser
 from genkit.backbones.encoded_text import EncodedText
@@ -74,7 +75,7 @@ def open_base(run: Run, denoiser: DiffusersDenoiser, location: str) -> SavedMode
     ours, theirs = type(denoiser.model).__name__, base.network.class_name
     if ours != theirs:
         raise ValueError(f"to.base: the network in {base.root} is a {theirs}, the run's a {ours}; {expected}")
-    own = dict(denoiser.model.config)  # type: ignore[arg-type]
+    own: Any = denoiser.model.config
     counts = [(own.get(k), base.settings.get(k)) for k in CLASS_COUNTS]
     if odd := [(a, b) for a, b in counts if b is not None and a != b]:
         raise ValueError(

@@ -61,7 +61,8 @@ class ExportSettings:
     to: ExportFormat = table("genkit.integrations:FORMATS", "diffusers", kind="genkit.integrations.export:ExportFormat")
     """Format: diffusers, a pipeline; run, a run of the exported weights only; lora, the adapter of a LoRA run."""
     ema: str | None = None
-    """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
+    """Averaged weights, by decay, or power-WIDTH of a run with --power-ema. None: the slowest average; "none": the raw
+    weights."""
     step: CheckpointStep | None = None
     """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     lora: PathText | None = None

@@ -70,8 +70,7 @@ class Drift(Objective):
             raise ValueError("Drift answers in one pass: a sampler has no effect; leave it out")
 
         def draw(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
-            with torch.no_grad():
-                return generate(nets["net"], z, cond)
+            return generate(nets["net"], z, cond)
 
         return draw
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.config import load_yaml
 from genkit.config.numbers import CheckpointStep
@@ -16,11 +17,13 @@ from genkit.core import Codec, Objective, Spec, spec_to_dict
 from genkit.core.files import atomic_directory, remove_directory
 from genkit.core.links import follow_links, set_link
 from genkit.core.messages import warn_once
-from genkit.core.tensors import load_tensors, sha256, to_tensors
+from genkit.core.tensors import load_tensors, require_fit, sha256
 from genkit.data import codecs
 from genkit.training.best import read_best
 from genkit.training.directory import is_complete, list_checkpoints, list_incomplete, list_saved, read_state, step_of
-from genkit.training.loop import State, phase_parameters
+from genkit.training.loop import phase_parameters
+from genkit.training.shared_files import Exchange, Piece, write_together
+from genkit.training.state import State
 
 
 def is_intact(path: Path, recorded: str) -> bool:
@@ -113,14 +116,19 @@ def best_step(run: Path) -> int:
     return best.step
 
 
-def optimizer_tensors(objective: Objective, state: State) -> dict[str, Tensor]:
-    """The optimizers' state by name: ``{"denoise/net.conv.weight/exp_avg": ...}``."""
+def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
+    """The optimizers' state by name, as this rank has it."""
     return {
-        f"{phase.name}/{name}/{key}": value.cpu().contiguous().clone()
+        f"{phase.name}/{name}/{key}": state.piece(value, p)
         for phase in objective.phases
         for name, p in phase_parameters(phase, state.nets)
-        for key, value in state.optimizers[phase.name].state.get(p, {}).items()
+        for key, value in state.optimizers[phase.name].state.get(state.share_of(p), {}).items()
     }
+
+
+def network_pieces(nets: Mapping[str, nn.Module], state: State) -> dict[str, Piece]:
+    """Networks as named tensors, as this rank has them."""
+    return {f"{name}.{k}": state.piece(v, v) for name, net in nets.items() for k, v in net.state_dict().items()}
 
 
 def save_checkpoint(
@@ -145,27 +153,65 @@ def save_checkpoint(
     ``extra`` holds further files by name. ``best`` is the step of the best checkpoint, which is kept as well;
     ``latest`` points at that one with ``use_best``.
     """
-    final = run / "checkpoints" / f"step-{state.step:07d}"
+    files = checkpoint_files(state, objective, extra)
+    record = checkpoint_record(run, state, spec, codec, seed, data)
+    return write_checkpoint(run, files, record, keep=keep, best=best, use_best=use_best, announce=announce)
+
+
+def checkpoint_files(
+    state: State, objective: Objective, extra: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> dict[str, dict[str, Piece]]:
+    """The content of a checkpoint's files, copied to the CPU; a rank's part of it, if networks are sharded."""
+    files = {"nets.safetensors": network_pieces(state.nets, state)}
+    files |= {"optim.safetensors": optimizer_pieces(objective, state)}
+    files |= {f"ema-{decay}.safetensors": network_pieces(nets, state) for decay, nets in state.emas.items()}
+    for name, content in (extra or {}).items():
+        files[name] = {k: Piece(v, tuple(v.shape)) for k, v in content.items()}
+    return files
+
+
+def checkpoint_record(
+    run: Path, state: State, spec: Spec, codec: Codec, seed: int, data: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What ``state.json`` holds, without the checksums."""
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "seed": seed,
+        "spec": spec_to_dict(spec),
+        "codec": codecs.to_dict(codec),
+        "data": dict(data or {}),
+        "meter": state.meter,
+        **({"loss_scales": state.loss_scales} if state.loss_scales else {}),
+        "settings": load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
+    }
+
+
+def write_checkpoint(
+    run: Path,
+    files: Mapping[str, Mapping[str, Piece]],
+    record: Mapping[str, Any],
+    *,
+    keep: int,
+    best: int | None = None,
+    use_best: bool = False,
+    announce: bool = True,
+    exchange: Exchange | None = None,
+) -> Path:
+    """Write a checkpoint whose content was copied. With an ``exchange`` all ranks call it, and write their parts."""
+    final = run / "checkpoints" / f"step-{record['step']:07d}"
+    if exchange and exchange.rank:
+        write_together(None, files, exchange)
+        return final
     first = not list_checkpoints(run)
-    files = {"nets.safetensors": to_tensors(state.nets), "optim.safetensors": optimizer_tensors(objective, state)}
-    files |= {f"ema-{decay}.safetensors": to_tensors(nets) for decay, nets in state.emas.items()}
-    files |= {name: dict(content) for name, content in (extra or {}).items()}
     with atomic_directory(final) as part:
-        for name, content in files.items():
-            save_file(content, part / name)
+        if exchange:
+            write_together(part, files, exchange)
+        else:
+            for name, content in files.items():
+                save_file({k: piece.rows for k, piece in content.items()}, part / name)
         # state.json comes last: a checkpoint without it is incomplete.
-        record = {
-            "step": state.step,
-            "skipped": state.skipped,
-            "seed": seed,
-            "spec": spec_to_dict(spec),
-            "codec": codecs.to_dict(codec),
-            "data": dict(data or {}),
-            "meter": state.meter,
-            **({"loss_scales": state.loss_scales} if state.loss_scales else {}),
-            "settings": load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
-            "sha256": {name: sha256(part / name) for name in files},
-        }
+        record = {**record, "sha256": {name: sha256(part / name) for name in files}}
         (part / "state.json").write_text(json.dumps(record, indent=1))
     kept = final if best is None else final.with_name(f"step-{best:07d}")
     point_latest(run, kept if use_best else final)
@@ -175,6 +221,47 @@ def save_checkpoint(
         if old != kept:
             remove_directory(old)
     return final
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time, while training goes on; a kill leaves the one before.
+
+    As a context it waits for the last one, unless Ctrl-C ends it at once. An error of the thread is raised by the next
+    :meth:`start` or :meth:`wait`.
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begin ``work()``, once the one before has ended."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as e:  # raised in the thread that waits
+                self.error = e
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:
+            self.wait()
 
 
 def point_latest(run: Path, checkpoint: Path) -> None:
@@ -196,15 +283,25 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
     Its checksums are those that :func:`find_sound_checkpoint` has compared.
     """
     record = read_state(checkpoint)
-    load_tensors(state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
+    load_networks(state, state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
     for decay, nets in state.emas.items():
-        load_tensors(nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
+        load_networks(state, nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
     stored = read_tensors(checkpoint, "optim.safetensors")
     for phase in objective.phases:
         for name, p in phase_parameters(phase, state.nets):
             prefix = f"{phase.name}/{name}/"
             slots = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             # the fused kernels need the step count on the parameter's device
-            state.optimizers[phase.name].state[p] = {k: v.to(p.device) for k, v in slots.items()}
+            own = {k: state.own_rows(v, p).to(p.device) for k, v in slots.items()}
+            state.optimizers[phase.name].state[state.share_of(p)] = own
     state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})
     state.loss_scales = record.get("loss_scales", {})
+
+
+def load_networks(state: State, nets: Mapping[str, nn.Module], stored: Mapping[str, Tensor], file: Path) -> None:
+    """Load the tensors of ``file`` into ``nets``, of a sharded network this rank's rows."""
+    if state.sharding is None:
+        load_tensors(nets, stored, file)
+        return
+    require_fit(nets, stored, file)
+    state.sharding.load(nets, stored)

@@ -111,7 +111,7 @@ def size_defaults(settings: TrainSettings) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if side > LARGE_SIDE and pick_device(settings.device).type == "cpu":
         channels, chosen["batch"] = next((v for limit, v in CPU_SETTINGS.items() if side <= limit), LARGEST)
-        if type(settings.backbone) is UNet:
+        if type(settings.backbone) is UNet and settings.backbone.preset is None:
             chosen["backbone"] = {"width": channels}
     steps = TrainSettings.__dataclass_fields__["steps"].default
     enough = max(MIN_STEPS, math.ceil(EPOCHS * n / chosen.get("batch", settings.batch) / 100) * 100)

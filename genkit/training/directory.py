@@ -20,9 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from genkit.config import load_object
 from genkit.core.files import write_text
 from genkit.core.links import follow_links, require_link
 
+RUN_SOURCES = {
+    "hf": "genkit.integrations.hub:find_hub_run"
+}  # scheme of SCHEME://NAME -> "module:function" of a higher room
 STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
 
 
@@ -45,9 +49,15 @@ def create_run(out: str | Path, name: str) -> Path:
 
 
 def find_run(path: str | Path) -> Path:
-    """The resolved run directory at ``path``. ``ValueError`` says what is there instead."""
+    """The resolved run directory at ``path``, or the local copy of ``hf://OWNER/NAME``.
+
+    ``ValueError`` says what is there instead.
+    """
     if not str(path):
         raise ValueError("run: given an empty text; needs a run directory, such as runs/latest")
+    scheme, separator, _ = str(path).partition("://")
+    if separator and scheme in RUN_SOURCES:
+        return load_object(RUN_SOURCES[scheme])(str(path))
     run = follow_links(Path(path).expanduser())
     if (run / "config.yaml").is_file():
         return run.resolve()

@@ -11,12 +11,20 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from genkit.training.settings import TrainSettings
+    from genkit.training.sharding import Sharding
+
+T = TypeVar("T")
 
 
 def missing_ranks() -> int:
@@ -49,6 +57,36 @@ def join_ranks(device: torch.device) -> Accelerator:
 def is_main_process() -> bool:
     """Return whether this is the process that writes and prints for all ranks."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def create_sharding(settings: TrainSettings, accelerator: Accelerator) -> Sharding | None:
+    """How the ranks share networks; None if each has them whole, as one rank alone does. ``ValueError`` for settings
+    that do not fit together, or the ranks."""
+    parallel, size = settings.parallel, settings.shard_size
+    if size is not None and parallel != "hsdp":
+        raise ValueError(f"shard_size: given {size} with --parallel {parallel}, which has no groups; give hsdp")
+    if parallel == "ddp" or accelerator.num_processes == 1:
+        return None
+    if settings.compile:
+        raise ValueError(f"compile: given with --parallel {parallel}, whose hooks cut a network into pieces; leave it "
+                         "out, or take --parallel ddp")  # fmt: skip
+    from genkit.training.sharding import Sharding  # lazy: it takes most of a second
+
+    return Sharding.create(parallel, size, accelerator)
+
+
+def once(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What ``work()`` returns on the main process, on every rank; its ``ValueError`` is raised on all."""
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except ValueError as e:
+            error = e
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def leave_ranks() -> None:

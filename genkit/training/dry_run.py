@@ -19,13 +19,14 @@ from genkit import config
 from genkit.core.device import pick_device
 from genkit.core.durations import estimate_duration, format_step, parse_duration
 from genkit.core.memory import format_bytes, peak_memory, reset_peak_memory
-from genkit.core.tensors import to_tensors
-from genkit.training.checkpoint import optimizer_tensors
+from genkit.core.tensors import local_rows
+from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
-from genkit.training.loop import State, fit
+from genkit.training.loop import fit
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
 from genkit.training.validation import Validation
 
@@ -146,7 +147,7 @@ def time_steps(model: UntrainedModel, accelerator: Accelerator) -> tuple[list[fl
 
 def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Validation | None) -> dict[str, float]:
     """Seconds that pictures, validations and the sampling of evaluations take in all of the training."""
-    settings, state = model.settings, model.state
+    settings, state = model.settings, model.state.gather()
 
     def count(every: int) -> int:
         return -(-settings.steps // every) if every else 0
@@ -192,13 +193,13 @@ def memory_parts(model: UntrainedModel) -> dict[str, int]:
     state, trained = model.state, {name for phase in model.settings.objective.phases for name in phase.trains}
 
     def tensors(nets: Mapping[str, nn.Module], names: Iterable[str]) -> list[Tensor]:
-        return [t for name in names for t in (*nets[name].parameters(), *nets[name].buffers())]
+        return [local_rows(t) for name in names for t in (*nets[name].parameters(), *nets[name].buffers())]
 
     slots = [v for o in state.optimizers.values() for slot in o.state.values() for v in slot.values()]
     averages = [t for ema in state.emas.values() for t in tensors(ema, ema)]
     return {
         "weights": count_bytes(tensors(state.nets, state.nets)),
-        "gradients": count_bytes(p for name in trained for p in state.nets[name].parameters()),
+        "gradients": count_bytes(local_rows(p) for name in trained for p in state.nets[name].parameters()),
         "optimizer": count_bytes(slots),
         "averages": count_bytes(averages),
     }
@@ -206,9 +207,8 @@ def memory_parts(model: UntrainedModel) -> dict[str, int]:
 
 def checkpoint_size(settings: TrainSettings, state: State) -> int:
     """Bytes of the tensors of one checkpoint."""
-    files = [to_tensors(nets) for nets in (state.nets, *state.emas.values())]
-    files.append(optimizer_tensors(settings.objective, state))
-    return sum(count_bytes(tensors.values()) for tensors in files)
+    files = checkpoint_files(state, settings.objective)
+    return sum(piece.num_bytes for pieces in files.values() for piece in pieces.values())
 
 
 def warnings(settings: TrainSettings, disk: int, seconds: float) -> Iterable[str]:

@@ -6,8 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,31 +14,21 @@ from torch import Tensor, nn
 
 from genkit.backbones.dropout import install_dropout
 from genkit.core import Batch, Codec, Draw, Loss, Objective, Phase, seed_of
+from genkit.core.tensors import local_rows, unsaved_buffers
+from genkit.training.divergence import find_bad_layer
 from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
+from genkit.training.power_ema import average_names, power_decay, width_of
 from genkit.training.precision import use_codec_precision, use_precision
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
+from genkit.training.stopping import StopAgreement
+
+if TYPE_CHECKING:
+    from genkit.training.sharding import Sharding
 
 Stream = Callable[[int, int, int, int], Batch]  # (step, draw, start, stop) -> rows start..stop of the global batch
 DROPOUT = 2  # last number of the key of the masks, so that they do not shift the loss's draws
-
-
-@dataclass
-class State:
-    """Everything that a checkpoint holds: networks, their averages, an optimizer per phase, and the progress."""
-
-    nets: dict[str, nn.Module]
-    emas: dict[float, dict[str, nn.Module]]
-    optimizers: dict[str, torch.optim.Optimizer]
-    step: int = 0
-    skipped: int = 0  # steps skipped because a gradient was not finite
-    meter: dict[str, Any] = field(default_factory=dict)  # the unfinished line of the log, as Meter.dump returns it
-    loss_scales: dict[str, dict[str, float]] = field(default_factory=dict)  # of fp16, as LossScale.dump returns them
-
-    @property
-    def slowest_average(self) -> dict[str, nn.Module]:
-        """The networks to sample from: the average with the largest decay, or the raw ones if there are no averages."""
-        return self.emas[max(self.emas)] if self.emas else self.nets
 
 
 class Diverged(RuntimeError):
@@ -52,12 +41,17 @@ def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tu
         yield from nets[name].named_parameters(prefix=name)
 
 
-def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings) -> State:
-    """Return the state before the first step."""
-    emas = {decay: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for decay in settings.ema}
+def initial_state(
+    objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings, sharding: Sharding | None = None
+) -> State:
+    """Return the state before the first step. ``nets`` are sharded in place if a ``sharding`` is given."""
+    keys: list[float | str] = [*settings.ema, *average_names(settings.power_ema)]
+    emas = {key: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for key in keys}
+    if sharding:
+        sharding.split(nets, emas.values(), objective.needs_whole_networks)
     optimizers: dict[str, torch.optim.Optimizer] = {
         phase.name: torch.optim.AdamW(
-            parameter_groups(phase, nets, settings.weight_decay),
+            parameter_groups(phase, nets, settings.weight_decay, sharding),
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -66,32 +60,34 @@ def initial_state(objective: Objective, nets: dict[str, nn.Module], settings: Tr
         for phase in objective.phases
         if any(True for _ in phase_parameters(phase, nets))  # an adapter of one network leaves other phases without
     }
-    return State(nets, emas, optimizers)
+    return State(nets, emas, optimizers, sharding=sharding)
 
 
-def parameter_groups(phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float, sharding: Sharding | None = None
+) -> list[dict[str, Any]]:
     """The groups of a phase's optimizer: matrices and convolutions, which decay, and all else, which does not.
 
     Decay towards 0 means nothing for a norm, a bias, a table of classes, a learned null or a learned scale. Without
     decay there is one group.
     """
     named = list(phase_parameters(phase, nets))
+    stepped = {key: sharding.share_of(p) if sharding else p for key, p in named}
     if not weight_decay:
-        return [{"params": [p for _, p in named]}]
+        return [{"params": list(stepped.values())}]
     embeddings = [m for net in nets.values() for m in net.modules() if isinstance(m, nn.Embedding)]
     tables = {id(p) for m in embeddings for p in m.parameters()}
     decays = {key: p.ndim >= 2 and id(p) not in tables and not key.endswith(".null") for key, p in named}
     groups = [
-        {"params": [p for key, p in named if decays[key]]},
-        {"params": [p for key, p in named if not decays[key]], "weight_decay": 0.0},
+        {"params": [p for key, p in stepped.items() if decays[key]]},
+        {"params": [p for key, p in stepped.items() if not decays[key]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def copy_for_ema(net: nn.Module) -> nn.Module:
     """Copy a network, but share the buffers that are not saved: tables, and the frozen weights under a LoRA."""
-    unsaved = {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}
-    return copy.deepcopy(net, unsaved)
+    return copy.deepcopy(net, unsaved_buffers(net))
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -103,13 +99,16 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def ema_decay(decay: float, step: int) -> float:
+def ema_decay(decay: float | str, step: int) -> float:
     """The decay rate at ``step``: ``decay``, after a warm-up in which the average spans a fixed share of training.
 
-    ``(1 + s) / (1 + c + s)`` is a power-function average (Karras et al. 2024, section 3.1) of exponent c: it spans
+    That of a power function is given by the average's name (:mod:`genkit.training.power_ema`).
+    The warm-up ``(1 + s) / (1 + c + s)`` is a power-function average of exponent c, too: it spans
     about 1 / c of the training. ``c = 27 / log10(1 / (1 - decay))`` is 9 for 0.999 and 6.75 for 0.9999, so that
     averages of different decay differ from the first steps on.
     """
+    if isinstance(decay, str):
+        return power_decay(width_of(decay) or 0.0, step)
     if decay == 0:
         return 0.0
     exponent = round(27 / math.log10(1 / (1 - decay)), 6)
@@ -117,12 +116,11 @@ def ema_decay(decay: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float, step: int) -> None:
+def update_ema(ema: Mapping[str, nn.Module], nets: Mapping[str, nn.Module], decay: float | str, step: int) -> None:
     """Average in place: ``ema += (1 - d) (net - ema)`` with ``d`` of :func:`ema_decay`."""
     weight = 1 - ema_decay(decay, step)
     for name, net in nets.items():
-        old: list[Tensor] = list(ema[name].parameters())
-        new: list[Tensor] = list(net.parameters())
+        old, new = ([local_rows(p) for p in n.parameters()] for n in (ema[name], net))
         if old:
             torch._foreach_lerp_(old, new, weight)  # pyright: ignore  # private, and 6.7 times faster than a loop
         for a, b in zip(ema[name].buffers(), net.buffers(), strict=True):
@@ -162,6 +160,7 @@ def fit(
     validate: Hook = lambda state: None,
     evaluate: Hook = lambda state: None,
     save: Hook = lambda state: None,
+    snapshot: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
     is_best: Callable[[int], bool] = lambda step: False,
@@ -179,7 +178,7 @@ def fit(
     without synchronising the device; after ``settings.max_nonfinite_steps`` in a row :class:`Diverged` names the first
     bad layer.
     """
-    loop = _Loop(objective, state, stream, codec, settings, accelerator)
+    loop, agreement = _Loop(objective, state, stream, codec, settings, accelerator), StopAgreement(accelerator)
     hooks = (settings.val_every, validate), (settings.sample_every, sample), (settings.eval_every, evaluate)
     while state.step < settings.steps and not is_stale():
         step = state.step
@@ -197,7 +196,7 @@ def fit(
         if loop.is_due(settings.log_every):
             log(loop.record(lr))
         progress(state.step, loop.recent_loss())
-        stopping = all_agree(accelerator, state.step, stop)
+        stopping = agreement.is_reached(state.step, stop())
         with loop.meter.paused():
             # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
             saved = stopping or loop.is_due(settings.save_every)
@@ -206,9 +205,13 @@ def fit(
                 save(state)
             if stopping and state.step < settings.steps:
                 return False
-            for due_every, hook in hooks:
-                if due_every and loop.is_due(due_every):
-                    hook(state)
+            if settings.power_ema and loop.is_due(settings.power_ema_every):
+                snapshot(state.gather(all_averages=True))
+            due = [hook for every, hook in hooks if every and loop.is_due(every)]
+            whole = state.gather() if due else state
+            for hook in due:
+                hook(whole)
+            del whole
             if not saved and (is_best(state.step) or is_stale()):
                 loop.prepare_checkpoint()
                 save(state)
@@ -236,12 +239,15 @@ class _Loop:
         scaled = state.optimizers if settings.precision == "fp16" else ()
         self.scales = {name: LossScale(self.device, state.loss_scales.get(name)) for name in scaled}
         self.dropouts = [layer for layer in install_dropout(state.nets) if layer.p]
+        modules = [module for net in state.nets.values() for module in net.modules()]
+        self.projections: list[Any] = [m.project_weights for m in modules if hasattr(m, "project_weights")]
         if settings.compile:
             for net in state.nets.values():
                 net.compile()
         # DDP refuses networks without parameters, such as a memory of past losses
         trainable = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]
-        self.wrapped = {k: accelerator.prepare_model(v) if k in trainable else v for k, v in state.nets.items()}
+        wrap = accelerator.prepare_model if state.sharding is None else lambda net: net
+        self.wrapped = {k: wrap(v) if k in trainable else v for k, v in state.nets.items()}
         self.meter = Meter(self.device, state.step, state.meter)
         for net in state.nets.values():
             net.train()
@@ -277,7 +283,7 @@ class _Loop:
     def accumulating(self, phase: Phase, piece: tuple[int, int]) -> ExitStack:
         """Return a context that keeps gradients on this rank, except for the last micro-batch."""
         stack = ExitStack()
-        if piece is not self.pieces[-1]:
+        if piece is not self.pieces[-1] and self.state.sharding is None:  # a share has no room for a whole gradient
             for name in phase.trains:
                 stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
         return stack
@@ -294,19 +300,25 @@ class _Loop:
 
     def optimize(self, phase: Phase, lr: float) -> None:
         """Clip the gradient and step the phase's optimizer; skip the step if the gradient is not finite."""
-        parameters = [p for _, p in phase_parameters(phase, self.state.nets)]
+        if sharding := self.state.sharding:
+            parameters, norm = sharding.take_gradients(self.state.nets, phase.trains)
+        else:
+            parameters, norm = [p for _, p in phase_parameters(phase, self.state.nets)], None
         scale = self.scales.get(phase.name)
         if scale:
             scale.unscale(parameters)
-        norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip)
+            norm = norm if norm is None else norm / scale.scale
+        norm, bad = optimizer_step(self.state.optimizers[phase.name], parameters, lr, self.settings.clip, norm=norm)
         self.meter.add(f"{phase.name}/grad_norm", norm, 1.0)
         self.skipped.add(bad, hopeless=scale.is_exhausted if scale else 1.0)
         if scale:
             scale.update(bad)
 
     def finish(self, step: int) -> None:
-        """Finish a step: updates without a gradient, averages, and the check for divergence."""
+        """Finish a step: updates without a gradient, projections, averages, and the check for divergence."""
         self.objective.after_step(self.state.nets, step)
+        for project_weights in self.projections:
+            project_weights()
         self.state.step += 1
         for decay, ema in self.state.emas.items():
             update_ema(ema, self.state.nets, decay, step)
@@ -315,7 +327,7 @@ class _Loop:
             return
         if float(self.skipped.streak) >= self.settings.max_nonfinite_steps:
             batch = self.rows(step, 0, self.pieces[0])
-            layer = find_bad_layer(self.objective, self.state, batch, self.settings.precision)
+            layer = find_bad_layer(self.objective, self.state.gather().nets, batch, self.settings.precision)
             count = int(self.skipped.streak)
             raise Diverged(f"step {self.state.step}: no finite gradient for {count} steps in a row; first bad: {layer}")
 
@@ -350,14 +362,19 @@ def optimizer_step(
     lr: float,
     clip: float,
     bad: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients to norm ``clip`` (0: no clipping) and step, unless they are not finite; then clear them.
 
     ``bad`` = 1.0 skips the step too, for instance because the gradient of a network trained together with this one is
-    not finite. Returns the gradient's norm before clipping, and 1.0 if the step was skipped, else 0.0. Both are scalars
-    on the device, which is not synchronised.
+    not finite; ``norm`` is the gradient's norm if it is known, for ``parameters`` may be shares. Returns the gradient's
+    norm before clipping, and 1.0 if the step was skipped, else 0.0. Both are scalars on the device, which is not
+    synchronised.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if norm is None:
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
     nonfinite = (~torch.isfinite(norm)).float()
     bad = nonfinite if bad is None else torch.maximum(bad, nonfinite)
     for group in optimizer.param_groups:
@@ -377,49 +394,15 @@ def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 @torch.no_grad()
 def require_same(accelerator: Accelerator, state: State) -> None:
     """Assert that the weights are the same on every rank, to the last bit."""
+    if state.sharding:
+        assert state.sharding.copies_agree(state.nets), f"step {state.step}: the copies of weights have drifted apart"
+        return
     if accelerator.num_processes == 1:
         return
     parts = [p.double().sum() for net in state.nets.values() for p in net.parameters()]
     sums = accelerator.gather(torch.stack(parts)[None])
     assert isinstance(sums, Tensor)
     assert bool((sums == sums[0]).all()), f"step {state.step}: the ranks' weights have drifted apart"
-
-
-def all_agree(accelerator: Accelerator, step: int, stop: Callable[[], bool]) -> bool:
-    """Return whether to stop. Ranks receive a signal at different steps, so they compare every tenth step."""
-    if accelerator.num_processes == 1:
-        return stop()
-    if step % 10:
-        return False
-    flag = torch.tensor(float(stop()), device=accelerator.device)
-    return float(accelerator.reduce(flag, "sum")) > 0  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def find_bad_layer(objective: Objective, state: State, batch: Batch, precision: str) -> str:
-    """Name what is not finite first: the data, a parameter, the output of a module on ``batch``, or a gradient."""
-    if not bool(torch.isfinite(batch.x).all()):
-        return "the data: a batch holds numbers that are not finite"
-    for name, net in state.nets.items():
-        for key, p in net.named_parameters(prefix=name):
-            if not bool(torch.isfinite(p).all()):
-                return f"{key}, a weight"
-    bad_modules: list[str] = []
-    hooks = []
-    for name, net in state.nets.items():
-        for key, module in net.named_modules(prefix=name):
-
-            def check_output(_module: nn.Module, _args: Any, out: Any, key: str = key) -> None:
-                if isinstance(out, Tensor) and not bool(torch.isfinite(out).all()):
-                    bad_modules.append(key)
-
-            hooks.append(module.register_forward_hook(check_output))
-    with use_precision(precision, batch.x.device):
-        for phase in objective.phases:
-            objective.loss(phase.name, state.nets, batch)
-    for hook in hooks:
-        hook.remove()
-    return f"{bad_modules[0]}, its output" if bad_modules else "a gradient; all outputs are finite (try a lower --lr)"
 
 
 def sample_rows(n: int, accelerator: Accelerator) -> Sequence[int]:

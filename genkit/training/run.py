@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genkit import config
@@ -31,6 +32,8 @@ from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
+from genkit.training.post_hoc_ema import reconstruct
+from genkit.training.power_ema import PREFIX, average_names, slowest_key, width_of
 from genkit.training.precision import Precision, use_codec_precision, with_networks
 from genkit.training.ranks import SINGLE, Ranks
 from genkit.training.samples import Samples, count_calls, draw_batches
@@ -114,13 +117,15 @@ class Run:
         inner: Guidance | None = None,
         outer: Guidance | None = None,
         callback: Callable[..., None] | None = None,
+        differentiable: bool = False,
         **options: Any,
     ) -> Generator:
         """``(z, cond, noise) -> x`` in the model's own units; ``run.codec.decode`` decodes them to samples.
 
         ``options`` go to the sampler (``eta`` of ddim), and so does ``callback(step, x, prediction)``. ``weak`` and
         ``classifier`` are opened models that replace those named in ``sampling``. ``inner`` is a guidance that wraps
-        the network itself (it may count evaluations), ``outer`` one applied after all others. Raises ``ValueError`` for
+        the network itself (it may count evaluations), ``outer`` one applied after all others. Gradients pass through a
+        one-pass model, and through a sampler's steps if it is to be ``differentiable``. Raises ``ValueError`` for
         settings that do not fit the model; a one-pass model (a VAE, a GAN) refuses all but the defaults.
         """
         sampling = sampling or Sampling()
@@ -141,7 +146,8 @@ class Run:
         sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
         if sampler and steps:
             grid, from_noise = sampling.times(self, steps), sampling.grid_for(self) == PIPELINE_GRID
-            bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise, **options)
+            bound = bind(sampler, grid, guidance, callback=callback, from_noise=from_noise,
+                         differentiable=differentiable, **options)  # fmt: skip
         others = {f"{role}.{k}": v for role, m in (("weak", weak), ("by", classifier)) if m for k, v in m.nets.items()}
         generate = self.objective.generator(self.nets, bound)
         return with_networks(generate, {**self.nets, **others}, sampling.precision, self.device, sampling.compile)
@@ -257,7 +263,8 @@ def load_run(
     """The model of a run directory, at its latest checkpoint or the one of ``step``, a number or "best" (of
     ``keep_best``).
 
-    ``ema`` is a decay that the run kept ("0.999"), or "none" for the raw weights; None is the largest decay. A LoRA run
+    ``ema`` is a decay that the run kept ("0.999"), "power-0.1" for a power-function average, which is reconstructed if
+    the run did not keep that width, or "none" for the raw weights; None is the largest decay. A LoRA run
     is merged into its base's weights, and so is a further LoRA run, the ``adapter``; ``adapter_scale`` scales the
     adapter, or the run's own one if no other is given. Reads safetensors, JSON and YAML only;
     a run that names classes of other packages is refused unless you ``trust`` it, for their code runs. Raises
@@ -267,8 +274,12 @@ def load_run(
     cfg = stored_settings(run, trust)
     if trust:
         TRUSTED.add(str(run))
-    file = weights_file(cfg, None if ema is None else str(ema))
+    name = None if ema is None else str(ema)
+    width = reconstructed_width(cfg, name)
+    file = weights_file(cfg, name if width is None else f"{PREFIX}{cfg.power_ema[0]}")
     checkpoint = find_intact_checkpoint(run, step, file)
+    weights = checkpoint / file if width is None else reconstruct(run, checkpoint, cfg, width)
+    tensors = read_tensors(checkpoint, file) if width is None else load_file(weights)
     record = read_state(checkpoint)
     spec = spec_from_dict(record["spec"])
     nets = cfg.objective.networks(cfg.backbone, spec)
@@ -278,15 +289,15 @@ def load_run(
     if cfg.lora.active:
         load_lora_base(nets, run)
         own = strength if adapter is None else 1.0
-        lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, own)
+        lora.merge(nets, cfg.lora, tensors, weights, own)
     else:
-        load_tensors(nets, read_tensors(checkpoint, file), checkpoint / file)
+        load_tensors(nets, tensors, weights)
     if adapter is not None:
         merge_adapter(nets, adapter, strength)
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
     codec = codec_from_dict(record["codec"], run / "codec", target)
-    return Run(run, cfg, nets, spec, codec, record["step"], str((checkpoint / file).relative_to(run)), target)
+    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target)
 
 
 load = load_run  # its name in the public API, genkit.load
@@ -309,12 +320,20 @@ def sample(
 
 def weights_file(cfg: TrainSettings, ema: str | None) -> str:
     """The file of a checkpoint that holds this average. ``ValueError`` names those that exist."""
-    kept = sorted(cfg.ema)
+    kept = [*map(str, sorted(cfg.ema)), *average_names(cfg.power_ema)]
     if ema is None:
-        ema = str(kept[-1]) if kept else "none"
-    if ema != "none" and ema not in map(str, kept):
-        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*map(str, kept), 'none'])}")
+        slowest = slowest_key([*cfg.ema, *average_names(cfg.power_ema)])
+        ema = "none" if slowest is None else str(slowest)
+    if ema != "none" and ema not in kept:
+        further = f", {PREFIX}WIDTH of any width" if cfg.power_ema else ""
+        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*kept, 'none'])}{further}")
     return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+
+
+def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
+    """The width of a power-function average that the run did not keep, but can reconstruct; None for any other."""
+    width = None if ema is None or not cfg.power_ema else width_of(ema)
+    return None if width in cfg.power_ema else width
 
 
 def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:

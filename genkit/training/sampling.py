@@ -156,7 +156,8 @@ class LoadOptions:
 
     # -- weights and device
     ema: str | None = None
-    """Averaged weights, by decay. None: the slowest average; "none": the raw weights."""
+    """Averaged weights, by decay, or power-WIDTH of a run with --power-ema. None: the slowest average; "none": the raw
+    weights."""
     step: CheckpointStep | None = None
     """Checkpoint, by its step or "best" (of train --keep-best). None: the newest."""
     device: DeviceName = "auto"

@@ -32,14 +32,16 @@ from genkit.core.progress import Progress
 from genkit.data.codecs import decoded_shape
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.training.best import BestCheckpoint
-from genkit.training.checkpoint import save_checkpoint
+from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, checkpoint_record, write_checkpoint
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
-from genkit.training.loop import State, sample_rows
+from genkit.training.loop import sample_rows
 from genkit.training.pace import Pace
+from genkit.training.post_hoc_ema import save_snapshot
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
+from genkit.training.state import State
 from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
@@ -185,6 +187,7 @@ class Session:
     warning: str | None = None
     plotted_step: int | None = None
     """the step at which ``loss.png`` was last drawn"""
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @property
     def run(self) -> Path:
@@ -335,14 +338,26 @@ class Session:
             self.evaluate(state)
 
     def save(self, state: State) -> None:
-        """Write a checkpoint and the plot of the loss."""
-        if self.recorder.main:
+        """Begin to write a checkpoint, of a copy of the state, and the plot of the loss."""
+        if self.recorder.main or state.sharding:
             settings = self.settings
-            save_checkpoint(self.run, state, settings.objective, self.spec, self.codec, seed=settings.seed,
-                            keep=settings.keep_checkpoints, data=self.fingerprint,
-                            best=self.best.step if self.best else None)  # fmt: skip
+            files = checkpoint_files(state, settings.objective)
+            record = checkpoint_record(self.run, state, self.spec, self.codec, settings.seed, self.fingerprint)
+            best = self.best.step if self.best else None
+            exchange = state.sharding.exchange if state.sharding else None
+            self.writer.start(
+                lambda: write_checkpoint(
+                    self.run, files, record, keep=settings.keep_checkpoints, best=best, exchange=exchange
+                )
+            )
+        if self.recorder.main:
             self.plot_loss()
             self.plotted_step = state.step
+
+    def snapshot(self, state: State) -> None:
+        """Store the power-function averages, from which others can be reconstructed."""
+        if self.recorder.main:
+            save_snapshot(self.run, state.emas, state.step, self.settings)
         self.accelerator.wait_for_everyone()
 
     def plot_loss(self) -> None:

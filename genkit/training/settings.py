@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
@@ -16,14 +16,19 @@ from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
 from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
+from genkit.training.power_ema import WIDEST
 from genkit.training.recorded import require_recorded_settings
 
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
 
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+PowerWidth = Annotated[float, Gt(0), Le(WIDEST)]
 
 
 def by_objective(default: Any) -> Any:
@@ -77,6 +82,13 @@ class TrainSettings:
     """Largest gradient norm. 0: no clipping."""
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
+    power_ema: tuple[PowerWidth, ...] = ()
+    """Widths (sigma_rel, a share of the training) of power-function averages; 0.05 and 0.1 are usual. From snapshots of
+    them any other width can be had after training, by --ema power-WIDTH."""
+    power_ema_every: Count = 100
+    """Steps between snapshots of the power-function averages."""
+    power_ema_keep: Annotated[int, Ge(2)] = 128
+    """Most snapshots to keep: of more, every second one is removed, again and again."""
     # -- computation
     precision: TrainingPrecision = "auto"
     """Forward-pass precision: fp32, bf16, or fp16 with a loss scale, for cards without bf16. auto: bf16 if the device
@@ -87,6 +99,12 @@ class TrainSettings:
     """Seed. Every random number is a function of (seed, step, row) only."""
     device: DeviceName = changeable("auto")
     """Device. auto: the machine's accelerator, or the CPU if it has none."""
+    parallel: Parallel = changeable("ddp")
+    """What ranks share. ddp: each has all weights, and its own samples. fsdp: each keeps a share of every weight,
+    gradient, average and optimizer state, for networks that one device cannot train. hsdp: shares within a group of
+    ranks, copies across groups, for several nodes."""
+    shard_size: Count | None = changeable(None)
+    """With --parallel hsdp: ranks that share one copy. None: those of a node."""
     threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     # -- saving and logging

@@ -36,13 +36,14 @@ from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
-from genkit.training.distributed import join_ranks
+from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, init_notes, require_start
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
-from genkit.training.loop import Diverged, State, fit, initial_state, local_batch_size
+from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
 from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
+from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
 from genkit.training.resume import (
     compare_fingerprints,
@@ -58,6 +59,7 @@ from genkit.training.run import Run, init_from, load_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.state import State
 from genkit.training.validation import Validation, validation_metrics
 
 STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
@@ -132,12 +134,13 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
         stop_signals() as signals,
         reporting(progress, accelerator.is_main_process, stages=False) as report,
         session.recorder.tracking(settings, job.state.step),
+        session.writer,
     ):
         limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf
         session.stopped = lambda: bool(signals) or time.monotonic() > limit
         try:
             if 0 < job.state.step < settings.steps:
-                session.catch_up(job.state)
+                session.catch_up(job.state.gather())
             fit(
                 settings.objective,
                 job.state,
@@ -150,12 +153,14 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 validate=session.validate,
                 evaluate=session.evaluate,
                 save=session.save,
+                snapshot=session.snapshot,
                 progress=session.progress(report, job.state.step),
                 stop=session.stopped,
                 is_best=session.is_best,
                 is_stale=session.is_stale,
             )
         except Diverged as e:
+            session.writer.wait()
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
         stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
@@ -181,10 +186,11 @@ class Job:
 
     def trained_run(self, ending: Ending) -> TrainedRun:
         """The model as it is used: its slowest average, in evaluation mode."""
-        state, nets = self.state, self.state.slowest_average
+        state = self.state.gather()
+        nets = state.slowest_average
         for net in nets.values():
             net.eval().requires_grad_(False)
-        file = f"ema-{max(state.emas)}.safetensors" if state.emas else "nets.safetensors"
+        file = "nets.safetensors" if state.slowest is None else f"ema-{state.slowest}.safetensors"
         weights = f"checkpoints/step-{state.step:07d}/{file}"
         return TrainedRun(self.session.run, self.settings, nets, self.data.spec, self.data.codec, state.step, weights,
                           self.accelerator.device, ending, self.session.best)  # fmt: skip
@@ -204,8 +210,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
         settings = continued_settings(resumed, settings, notes.append)
-        with accelerator.main_process_first():
-            checkpoint = resume_point(resumed, step, notes.append)
+        checkpoint = once(accelerator, lambda: resume_point(resumed, step, notes.append))
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     else:
@@ -281,7 +286,7 @@ def build_model(
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
     nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
-    state = initial_state(settings.objective, nets, settings)
+    state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))
@@ -387,8 +392,9 @@ def record_origin(
 
 def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> None:
     """Bring the files of a run back to ``step``: its log, its leftovers, a copy of settings that change."""
-    for folder in (run, run / "checkpoints", run / "samples"):
+    for folder in (run, run / "checkpoints", run / "samples", run / FOLDER):
         sweep(folder)
+    forget_snapshots(run, step)
     rewind_log(run, step, note=notes.append)
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genkit.core import Batch, Codec, Data, Direction, Draw, Objective
-from genkit.training.loop import State
 from genkit.training.precision import use_precision
 from genkit.training.resume import data_fingerprint
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 
 DRAWS = -1  # second number of the key of the random draws, which is the step in training
 MAX_BLOCK = 256  # samples in a forward pass
@@ -30,7 +30,7 @@ def validation_metrics(settings: TrainSettings) -> dict[str, Direction]:
             f"val_every: given {settings.val_every}, but {type(settings.objective).__name__} has no loss that means "
             "anything on held-out samples: its networks are each other's measure; try --eval-every 500"
         )
-    prefixes = ("val", "val/raw") if settings.ema else ("val",)
+    prefixes = ("val", "val/raw") if settings.ema or settings.power_ema else ("val",)
     return {f"{prefix}/{name}": direction for prefix in prefixes for name, direction in metrics.items()}
 
 

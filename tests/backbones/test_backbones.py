@@ -77,7 +77,7 @@ def test_dropout_is_for_training(family):
 def test_blocks_are_modulated(family, cut):
     """The contract looks at the gradients of these."""
     net, _, _ = build(TINY[family], cut, Spec((1, 8, 8)))
-    assert any(name.endswith("emb.bias") for name, _ in net.named_parameters())
+    assert any(name.endswith(("emb.bias", "emb_gain.value")) for name, _ in net.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------------- single families

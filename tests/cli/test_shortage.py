@@ -1,7 +1,9 @@
 """A machine without space or memory is one line with advice and exit code 1; a bug keeps its traceback."""
 
 import errno
+import importlib
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 import safetensors
 import torch
 
-from genkit.cli.main import is_user_error
+from genkit.cli.main import COMMANDS, command_options, is_user_error, main
 from genkit.cli.shortage import OS_ERRORS, explain_shortage
 
 TRAIN = ["train", "--data=moons", "--backbone=mlp", "--steps=4", "--workers=0", "--no-tensorboard", "--sample-every=0"]
@@ -56,6 +58,24 @@ def test_what_the_system_says_is_recognized_within_other_errors():
 def test_other_errors_are_not(e):
     assert explain_shortage(e) is None
     assert is_user_error(e) == isinstance(e, OSError)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_device_without_memory_is_one_line_whose_options_the_command_has(name, monkeypatch, capsys):
+    """``torch.OutOfMemoryError`` is what CUDA raises."""
+
+    def run(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS[name].module), "main", run)
+    assert main([name]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory" in line
+    named = re.findall(r"--([a-z-]+)", line)
+    options = command_options(name)
+    assert all(option.replace("-", "_") in options for option in named), line
+    if "batch" in options:
+        assert {"batch", *({"micro-batch", "backbone"} if name == "train" else set())} <= set(named)
 
 
 def genkit(*argv, limit=None):

@@ -30,8 +30,8 @@ from genkit.rl.finetune.loop import CHECKPOINT_SEED
 from genkit.rl.finetune.noise import FixedNoise
 from genkit.training.best import BestCheckpoint
 from genkit.training.directory import find_run, read_log
-from genkit.training.loop import State
 from genkit.training.run import load_run
+from genkit.training.state import State
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from genkit.rl.finetune.noise import NOISES, FixedNoise, LearnedNoise, SDENoise
 from genkit.rl.finetune.rwr import RWR, reward_weights
 from genkit.rl.finetune.tasks import FunctionTask
 from tests.support.exact import F64, Constant, ExactDenoiser, Mixture
-from tests.support.learning import AIM, COUNT, PLAIN, STD, THETA, bandit, constant_demos, make_learner
+from tests.support.learning import AIM, COUNT, PLAIN, STD, THETA, bandit, constant_demos, make_learner, steps_of
 
 
 @pytest.mark.parametrize("name", ["dppo", "mixed"])
@@ -206,17 +206,16 @@ def test_every_method_raises_a_reward(name):
         "mixed": {"weight": 3.0},
         "rwr": {"demo_fraction": 0.1},
     }.get(name, {})
-    learner = make_learner(
-        nets, Chain.on_grid(Linear(), 2, FixedNoise(0.3)), spec, demos=demos, optimizer=torch.optim.Adam
-    )
-    task = FunctionTask(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
     method = METHODS[name](lr=1e-2, batch=256, warmup=0, bc_batch=16, **settings)
+    steps = steps_of(method, Chain.on_grid(Linear(), 2, FixedNoise(0.3)))
+    learner = make_learner(nets, steps, spec, demos=demos, optimizer=torch.optim.Adam)
+    task = FunctionTask(lambda x, cond: -((x - aim) ** 2).sum(1), "near", Identity(), 256, 1)
     rewards = []
     for i in range(15):
-        experience = task.collect(learner, i)
-        method.update(learner, task, experience, i)
-        rewards.append(experience.logs["reward"])
-    assert rewards[0] < -0.9
+        experience, logs = method.collect(learner, task, i)
+        logs |= method.update(learner, task, experience, i)
+        rewards.append(logs["reward"])
+    assert rewards[0] < -0.85  # 0.89, and what noise adds
     assert rewards[-1] > -0.6  # noise alone costs 0.18, or more where two steps add up
 
 

@@ -14,21 +14,26 @@ from genkit.cli.commands.finetune import main as finetune
 from genkit.core import Batch, Draw, Spec, Vector
 from genkit.data.codecs import Identity
 from genkit.diffusion.paths import Linear
+from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.direct import Direct
 from genkit.rl.finetune.dppo import DPPO
+from genkit.rl.finetune.frechet_reward import FrechetReward
 from genkit.rl.finetune.learner import Critic
 from genkit.rl.finetune.methods import METHODS
 from genkit.rl.finetune.mixed import Mixed
 from genkit.rl.finetune.noise import FixedNoise
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.training.directory import find_run, read_log
-from tests.support.learning import PLAIN, make_learner
+from tests.support.learning import PLAIN, make_learner, steps_of
 
 SHARED = {"lr": 1e-2, "batch": 30, "bc_batch": 7, "warmup": 0}
 CASES = {name: method(**SHARED) for name, method in METHODS.items()} | {
     "dppo with kl": DPPO(**SHARED, epochs=2, kl=0.1, bc_coef=0.5),
     "mixed through": Mixed(**SHARED, gradient="through"),
+    "direct frechet": Direct(**SHARED, population=60),
 }
+REWARDS = {"direct frechet": FrechetReward(torch.nn.Flatten(), Moments.of(torch.randn(90, 2).double() + 1))}
 
 
 def demos(number, start, stop):
@@ -52,11 +57,14 @@ def test_micro_batches_change_nothing(name):
         torch.nn.init.normal_(p, std=0.3)
     results = []
     for micro_batch in (None, 1, 7):
-        learner = make_learner(copy.deepcopy(net), Chain.on_grid(Linear(), 3, FixedNoise(0.3)), Spec((2,)), demos=demos)
+        method, chain = CASES[name], Chain.on_grid(Linear(), 3, FixedNoise(0.3))
+        learner = make_learner(copy.deepcopy(net), steps_of(method, chain), Spec((2,)), demos=demos)
         learner.micro_batch = micro_batch
-        task = FunctionTask(lambda x, cond: -x.square().sum(1), "near", Identity(), 45, 1)
+        reward = REWARDS.get(name, lambda x, cond: -x.square().sum(1))
+        task = FunctionTask(reward, "near", Identity(), 45, 1)
         torch.manual_seed(5)
-        logs = CASES[name].update(learner, task, task.collect(learner, 0), 0)
+        experience, logs = method.collect(learner, task, 0)
+        logs = method.update(learner, task, experience, 0)
         results.append((learner.state.nets["net"].state_dict(), logs, learner.draws, torch.randn(())))
     for weights, logs, draws, state in results[1:]:
         assert logs == pytest.approx(results[0][1], rel=1e-7)

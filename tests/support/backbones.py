@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch.func import functional_call, jvp
 
-from genkit.backbones import BACKBONES, MLP, DiT, UNet
+from genkit.backbones import BACKBONES, EDM2, MLP, DiT, UNet
 from genkit.backbones.embed import EMBEDDERS
 from genkit.core import Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
@@ -23,6 +23,7 @@ TINY = {
     "mlp": MLP(width=8, depth=1),
     "unet": UNet(width=8, mults=(1, 2), attention=(6, 8), head_size=8),
     "dit": DiT(width=8, depth=1, head_size=4),
+    "edm2": EDM2(width=8, mults=(1, 2), attention=(6, 8), head_size=8),
 }
 """Small settings, to be fast; families that are not named here are tested with their defaults."""
 KINDS = {

@@ -6,11 +6,12 @@ import torch
 
 from benchmarks.mixture import F64
 from genkit.core import Batch, Spec
+from genkit.diffusion.samplers import bind
 from genkit.objectives import Flow
 from genkit.rl.finetune.chain import DenoisingTrajectory
 from genkit.rl.finetune.experience import Experience
 from genkit.rl.finetune.learner import Learner
-from genkit.training.loop import State
+from genkit.training.state import State
 
 PLAIN = Flow(prediction="x0", cond_dropout=0.0)
 THETA, AIM, STD, COUNT = 0.3, 1.0, 2.0, 20_001  # the bandit's mean action, best action, noise and number of rows
@@ -26,6 +27,15 @@ def make_learner(
     critic_optimizer = None if critic is None else torch.optim.Adam(critic.parameters(), lr=1e-3)
     state = State(nets, {}, optimizers)
     return Learner(objective, state, chain, spec or Spec((1,)), demos, 0, critic, critic_optimizer, noise)
+
+
+def steps_of(method, chain):
+    """How a learner of this method draws samples: along the chain, or in as many steps that are differentiated."""
+    return (
+        chain
+        if method.uses_chain
+        else lambda nets: PLAIN.generator(nets, bind("ddim", chain.steps, differentiable=True))
+    )
 
 
 def constant_demos(value, dim=1, dtype=torch.float32):

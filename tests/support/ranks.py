@@ -1,4 +1,4 @@
-"""Two processes that train together over gloo."""
+"""Processes that train together over gloo."""
 
 import os
 import socket
@@ -14,19 +14,24 @@ T = TypeVar("T")
 
 def on_two_ranks(job: Callable[[Accelerator], T]) -> list[T]:
     """What ``job(accelerator)`` returns on each of two ranks, which are forked from this process."""
+    return on_ranks(2, job)
+
+
+def on_ranks(num: int, job: Callable[[Accelerator], T]) -> list[T]:
+    """What ``job(accelerator)`` returns on each of ``num`` ranks, which are forked from this process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         answers = manager.dict()
-        mp.start_processes(_rank, (port, job, answers), nprocs=2, start_method="fork")
-        return [answers[i] for i in range(2)]
+        mp.start_processes(_rank, (num, port, job, answers), nprocs=num, start_method="fork")
+        return [answers[i] for i in range(num)]
 
 
-def _rank(number: int, port: int, job: Callable, answers: dict) -> None:
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+def _rank(number: int, num: int, port: int, job: Callable, answers: dict) -> None:
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(num), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
+    assert accelerator.num_processes == num
     answers[number] = job(accelerator)

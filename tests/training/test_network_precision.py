@@ -10,7 +10,7 @@ from PIL import Image
 from genkit.backbones import UNet
 from genkit.core import Batch, Spec, pictures
 from genkit.data.codecs import Pixels
-from genkit.evaluation import likelihood
+from genkit.evaluation import evaluate, likelihood
 from genkit.evaluation.sources import ModelSamples, sampling_settings
 from genkit.objectives import VAE
 from genkit.training import first_stage
@@ -132,6 +132,21 @@ def test_a_failing_compiled_network_is_left_as_it_was(moons):
     with pytest.raises(RuntimeError):
         with_networks(fail, moons.nets, "bf16", CPU)(torch.zeros(1, 2), {})
     assert all("forward" not in vars(net) for net in moons.nets.values())
+
+
+def test_a_card_in_bf16_tells_the_shift_of_its_samples(moons):
+    """The numbers on the card are those of samples drawn in both precisions with the same seeds."""
+    settings = {"n": 20, "steps": 3, "metrics": "mmd", "reference_n": 20}
+    card, plain = (evaluate(moons, precision=p, **settings) for p in ("bf16", "fp32"))
+    exact, rounded = (moons.sample(16, steps=3, precision=p).x for p in ("fp32", "bf16"))
+    difference = (exact - rounded).abs()
+    shift = card.settings["precision_shift"]
+    assert shift["n"] == 16
+    assert shift["mean"] == pytest.approx(float(difference.mean()), abs=1e-6)
+    assert shift["max"] == pytest.approx(float(difference.max()), abs=1e-6)
+    assert shift["max"] > 0
+    assert "bf16 (mean difference to fp32" in card.summary()
+    assert "precision_shift" not in plain.settings
 
 
 def test_cards_do_not_depend_on_compilation(moons):

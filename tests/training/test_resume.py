@@ -74,6 +74,7 @@ OTHER = {  # another value for every setting
     "objective": "ddpm", "backbone": "--backbone.width=16", "data": "8gaussians", "steps": 12, "batch": 8,
     "micro_batch": 8, "lr": 0.01, "warmup": 7, "schedule": "constant", "weight_decay": 0.1, "betas": (0.8, 0.9),
     "clip": 2.0, "ema": (0.9,), "precision": "bf16", "compile": True, "seed": 3, "device": "auto", "threads": 2,
+    "parallel": "fsdp", "shard_size": 2,
     "out": "elsewhere", "name": "other", "save_every": 7, "sample_every": 9, "eval_every": 5, "eval_n": 10,
     "eval_metrics": "mmd", "eval_steps": 3, "eval_features": "raw", "eval_weights": "w", "log_every": 3,
     "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,

@@ -29,18 +29,10 @@ from genkit.objectives import DDPM, OBJECTIVES, Flow
 from genkit.training.best import read_best
 from genkit.training.checkpoint import read_tensors
 from genkit.training.directory import read_log, rewind_log
-from genkit.training.loop import (
-    Diverged,
-    State,
-    fit,
-    initial_state,
-    learning_rate,
-    phase_parameters,
-    require_same,
-    update_ema,
-)
+from genkit.training.loop import Diverged, fit, initial_state, learning_rate, phase_parameters, require_same, update_ema
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
+from genkit.training.state import State
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip

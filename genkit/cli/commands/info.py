@@ -21,7 +21,9 @@ from genkit.training.annotations import read_annotations
 from genkit.training.base_weights import read_base
 from genkit.training.best import read_best
 from genkit.training.directory import find_run, list_checkpoints, list_incomplete, list_saved, read_log, read_state
+from genkit.training.power_ema import average_names
 from genkit.training.run import load_run
+from genkit.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
         "step": f"{run.step} of {run.config.steps}, batch {run.config.batch}",
         "samples": f"{'x'.join(map(str, run.spec.shape))}, conditions: {cond}",
         "networks": ", ".join(f"{k} {n / 1e6:.2f}M" for k, n in count.items()),
-        "weights": f"{run.weights}; averages kept: {', '.join(map(str, run.config.ema)) or 'none'}",
+        "weights": f"{run.weights}; averages kept: {describe_averages(run.config)}",
         "checkpoints": ", ".join(saved),
     }
 
@@ -96,3 +98,9 @@ def show_stored(run: Path, reason: UntrustedCodeError) -> int:
         console.print(f"{key:<14} {value}", markup=False)
     console.print("\n" + (run / "config.yaml").read_text(encoding="utf-8", errors="replace"), markup=False)
     return 0
+
+
+def describe_averages(settings: TrainSettings) -> str:
+    """The averages of a run that can be sampled from."""
+    kept = [*map(str, settings.ema), *average_names(settings.power_ema)]
+    return ", ".join([*kept, *(["power-WIDTH of any width"] if settings.power_ema else [])]) or "none"

@@ -8,6 +8,7 @@ add noise. ``flow_map`` and ``consistency`` jump by a flow map, in few steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -42,13 +43,15 @@ def bind(
     *,
     callback: Callback | None = None,
     from_noise: bool = False,
+    differentiable: bool = False,
     **options: object,
 ) -> Callable[[Denoiser], Generator]:
     """A function from denoisers to generators: ``bind("heun", uniform(20), classifier_free(2.0))(denoise)(z, cond)``.
 
     ``grid`` is a grid, explicit times, or a number of uniform steps; ``options`` go to the sampler (``eta`` of ddim).
     The generator takes standard normals ``z`` ``[B, *S]`` and starts from ``sigma(times[0]) z``, or ``from_noise`` from
-    z itself, as the pipelines of diffusers do. For a flow that is not
+    z itself, as the pipelines of diffusers do. It is computed without gradients unless it is to be ``differentiable``,
+    which takes the memory of all steps. For a flow that is not
     a diffusion (:class:`~genkit.diffusion.paths.ODEOnlyPath`), a sampler that adds noise raises ``ValueError``.
     """
     if isinstance(sampler, str):
@@ -75,7 +78,7 @@ def bind(
             if isinstance(path, ODEOnlyPath):
                 noise = refuse_noise(f"{path.model} is only an ODE")
             guided = guidance(denoise) if guidance else denoise  # for each call: guidance may hold state
-            with torch.no_grad():
+            with nullcontext() if differentiable else torch.no_grad():
                 first = z if from_noise else start.sigma * z
                 return function(guided, first, times, cond, noise=noise, callback=callback, **options)
 

@@ -111,24 +111,28 @@ def distance_and_influence(x: Tensor, reference: Moments) -> tuple[float, Tensor
     return float(value), influence
 
 
-def frechet_contributions(x: Tensor, reference: Moments) -> Tensor:
-    """The first-order contributions ``[N]`` of the rows ``x`` ``[N, D]`` to their distance from the reference, float64.
+def frechet_contributions(x: Tensor, reference: Moments, own: Moments | None = None) -> Tensor:
+    """The first-order contributions ``[N]`` of the rows ``x`` ``[N, D]`` to a distance from the reference, float64.
 
-    The gradient of their mean by x is that of :func:`frechet_distance`, in closed form: ``2 (m - m2) / N +
-    2 / (N - 1) (1 - W) (x - m)``, with W the map that transports one Gaussian to the other. No eigenvalue problem is
-    differentiated. ``ValueError`` unless there are more rows than features.
+    It is that of the rows, or of a larger population with the moments ``own``. The mean of the contributions is the
+    distance. Its gradient by x is that of :func:`frechet_distance`, in closed form: ``2 (m - m2) / N + 2 / (N - 1) (1 -
+    W) (x - m)``, with W the map that transports one Gaussian to the other, and for rows of a larger population that
+    times its size over theirs. No eigenvalue problem is differentiated. ``ValueError`` unless there are more rows than
+    features.
     """
-    n, dim = check_rows(x, "features", 2).shape
-    if n <= dim:
-        raise ValueError(f"features: given {n} rows of {dim}; needs more rows than features")
-    own = Moments.of(x.detach())
+    own = Moments.of(check_rows(x, "features", 2).detach()) if own is None else own
+    n = own.n or 0
+    if n <= own.dim:
+        raise ValueError(f"features: given {n} rows of {own.dim}; needs more rows than features")
     mean, cov = reference.mean.to(own.mean), reference.cov.to(own.mean)
     factor, whiten = factorise(own.cov, own.rank)
     values, vectors = torch.linalg.eigh(factor.T @ cov @ factor)
     roots = values.clamp(min=0).sqrt()
     c = x.to(own.mean) - own.mean
     transported = (vectors.T @ whiten(c.T)).square().T @ roots
-    return 2 * c @ (own.mean - mean) + n / (n - 1) * (c.square().sum(1) - transported)
+    changes = 2 * c @ (own.mean - mean) + n / (n - 1) * (c.square().sum(1) - transported)
+    distance = (own.mean - mean).square().sum() + own.cov.trace() + cov.trace() - 2 * roots.sum()
+    return changes + (distance - changes.mean().detach())
 
 
 def factorise(cov: Tensor, rank: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -88,6 +88,12 @@ class Moments:
         between = torch.outer(step, step) * (self.n * other.n / n)
         return Moments(n, self.mean + step * (other.n / n), self.scatter + other.scatter.to(self.scatter) + between)
 
+    def scaled(self, n: int) -> Moments:
+        """The same mean and, up to the factor ``n / (n - 1)``, covariance, with the weight of ``n`` rows."""
+        if self.n is None:
+            raise ValueError("moments: cannot be weighted, because the file does not store its number of samples")
+        return Moments(n, self.mean, self.scatter * (n / max(1, self.n)))
+
     def save(self, path: str | Path) -> None:
         """Write an npz with ``mu``, ``sigma`` (the names of pytorch-fid and EDM) and, if known, ``n``."""
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}

@@ -56,6 +56,7 @@ class GAN(Objective):
     sampler: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "warmup": 0}
     validation_metrics: ClassVar[Mapping[str, Direction]] = {}  # its losses are relative to a moving opponent
+    needs_whole_networks: ClassVar[bool] = True  # gradient penalties
 
     gan_loss: GANLoss = field(
         default_factory=Relativistic, metadata={"table": "genkit.objectives.adversarial.losses:GAN_LOSSES"}
@@ -85,6 +86,10 @@ class GAN(Objective):
             Phase("discriminator", trains=("discriminator",), repeats=self.gan_loss.discriminator_steps),
             Phase("generator", trains=("generator",)),
         )
+
+    @property
+    def generator_phase(self) -> str:
+        return "generator"
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.augment and len(spec.shape) < 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,4 +242,6 @@ def iterate_spectral_norm(net: nn.Module, times: int) -> None:
     for layer in net.modules():
         if parametrize.is_parametrized(layer, "weight"):
             parametrization: nn.Module = layer.parametrizations["weight"]  # type: ignore[index]
-            parametrization[0].iterate(parametrization.original, times)  # type: ignore[index]
+            weight: Any = parametrization.original
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a sharded network
+            parametrization[0].iterate(whole, times)  # type: ignore[index]

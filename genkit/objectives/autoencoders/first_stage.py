@@ -245,6 +245,11 @@ class FirstStage(EncoderDecoder):
         return ("encoder", "decoder", *self.bottleneck.codec_networks)
 
     @property
+    def needs_whole_networks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """With an adversary: its adaptive weight reads the decoder's last layer."""
+        return self.adversarial_weight > 0
+
+    @property
     def phases(self) -> Sequence[Phase]:
         reconstruct = Phase("reconstruct", trains=("encoder", "decoder"))
         if not self.adversarial_weight:

@@ -82,6 +82,10 @@ class DMD(Student):
         generator = Phase("generator", trains=("net",))
         return (fake, discriminator, generator) if self.gan_weight else (fake, generator)
 
+    @property
+    def generator_phase(self) -> str:
+        return "generator"
+
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.teacher_guidance != 1 and not spec.cond:
             raise ValueError("teacher_guidance: these data have no conditions to guide by; use 1")

@@ -248,7 +248,8 @@ def find_denoiser(objective: Objective, nets: Mapping[str, nn.Module]) -> Denois
     bind_generator(objective, nets, sampling)
     if is_flow_map(captured[0]):
         raise ValueError(
-            "run: is a flow map, whose jumps are not the steps of a chain; allowed: runs of flow, ddpm, edm or anchored"
+            "run: is a flow map, whose jumps are not the steps of a chain; allowed: runs of flow, ddpm, edm or "
+            "anchored; for a differentiable reward try --method direct"
         )
     return captured[0]
 
@@ -260,6 +261,6 @@ def bind_generator(
     if objective.sampler is None:
         raise ValueError(
             f"run: {type(objective).__name__} draws in one pass and has no chain of steps to train; allowed: runs of "
-            "flow, ddpm, edm or anchored"
+            "flow, ddpm, edm or anchored; for a differentiable reward try --method direct"
         )
     return objective.generator(nets, sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.learner import Learner
 from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import read_tensors, restore, save_checkpoint
@@ -28,6 +29,13 @@ def save_finetuning(directory: Path, learner: Learner, base: Run, best: BestChec
         "reward_std": torch.tensor(learner.reward_std, dtype=torch.float64),
         "best": torch.tensor([best.step or 0, value, best.worse], dtype=torch.float64),
     }
+    if learner.population is not None:
+        seen = learner.population.to("cpu")
+        extra |= {
+            "population.n": torch.tensor(seen.n),
+            "population.mean": seen.mean,
+            "population.scatter": seen.scatter,
+        }
     for name, (net, optimizer) in learner.auxiliary.items():
         extra |= auxiliary_tensors(name, net, optimizer)
     save_checkpoint(
@@ -60,6 +68,9 @@ def restore_finetuning(checkpoint: Path, learner: Learner, best: BestCheckpoint)
     step, value, worse = stored["best"].tolist()
     best.step, best.value = (None, None) if value == -math.inf else (int(step), value)
     best.worse = int(worse)
+    if "population.n" in stored:
+        mean, scatter = stored["population.mean"], stored["population.scatter"]
+        learner.population = Moments(int(stored["population.n"]), mean, scatter).to(learner.device)
     for name, (net, optimizer) in learner.auxiliary.items():
         net.load_state_dict({k.partition(".")[2]: v for k, v in stored.items() if k.startswith(f"{name}.")})
         for i, p in enumerate(net.parameters()):

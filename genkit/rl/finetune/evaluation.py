@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from genkit.core import pictures
+from genkit.core import Cond, pictures
 from genkit.diffusion.samplers import Seeds
 from genkit.evaluation.metrics import Estimate
+from genkit.rl.finetune.frechet_reward import FrechetReward
 from genkit.rl.finetune.image_rewards import SampleQuality
 from genkit.rl.finetune.learner import Demos
 from genkit.rl.finetune.tasks import FunctionTask
@@ -30,8 +32,7 @@ class SampleEvaluation:
     task: FunctionTask
     n: int
     seed: int
-    steps: int
-    grid: str
+    sampling: Sampling
     demos: Demos
     quality: SampleQuality | None = None
     """further metrics of images, if the data have a classifier"""
@@ -41,18 +42,17 @@ class SampleEvaluation:
         cond = replace(self.task, group=1).conditions(
             run.spec, self.n, lambda n: self.demos(0, 0, n).cond, run.objective.chosen_condition
         )
-        # not clipped, as the chain draws in training
-        generate = run.generator(Sampling(sampler="ddim", steps=self.steps, grid=self.grid, clip=False))
-        rewards, decoded = [], []
+        generate, shape = run.generator(self.sampling), run.objective.noise_shape(run.spec)
+        drawn, decoded = [], []
         for rows in torch.arange(self.n).split(BATCH):
             noise = Seeds([self.seed + int(i) for i in rows], run.device)
             batch_cond = {k: v[rows].to(run.device) for k, v in cond.items()}
             with torch.no_grad():
-                x = generate(noise(run.spec.shape), batch_cond, noise)
+                x = generate(noise(shape), batch_cond, noise)
                 run.require_finite(x, int(rows[0]))
-                rewards.append(self.task.reward(x, batch_cond).cpu().double())
+                drawn.append(x)
                 decoded.append(run.codec.decode(x).cpu())
-        reward, x = torch.cat(rewards), torch.cat(decoded)
+        reward, x = self.score(torch.cat(drawn), cond), torch.cat(decoded)
         shown = min(self.n, PICTURE_SAMPLES)
         shown_cond = {k: v[:shown].cpu() for k, v in cond.items()}
         pictures.save_image(pictures.draw_samples(x[:shown], shown_cond, picture_names(run.spec)), picture)
@@ -65,6 +65,14 @@ class SampleEvaluation:
             requested = None if self.task.unconditional else cond.get("label")
             results |= {k: v._asdict() for k, v in self.quality(x, requested).items()}
         return results
+
+    @torch.no_grad()
+    def score(self, x: Tensor, cond: Cond) -> Tensor:
+        """The rewards ``[N]`` of samples ``[N, *S]``, float64 on the CPU; a distance is that of all together."""
+        together = isinstance(self.task.function, FrechetReward)
+        rows = torch.arange(self.n).split(self.n if together else BATCH)
+        parts = [self.task.reward(x[part], {k: v[part].to(x.device) for k, v in cond.items()}) for part in rows]
+        return torch.cat(parts).cpu().double()
 
 
 def plot_reward_kl(records: Sequence[Mapping[str, Any]], path: Path) -> Path | None:

@@ -1,13 +1,13 @@
 """The reward ``frechet``: each sample's share of minus the Fréchet distance between samples and data in some features.
 
-The gradient of the mean reward is that of minus the distance (FD-loss, arXiv 2604.28190). A model that has been trained
-by a distance is better by that distance: cards say so and refuse to rank by the same features.
+The mean reward is minus the distance, with its gradient (FD-loss; Yang et al. 2026, arXiv 2604.28190). A model that has
+been trained by a distance is better by that distance: cards say so and refuse to rank by the same features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,22 +28,34 @@ DIFFERENTIABLE = ("classifier", "raw")
 class FrechetReward:
     """Minus the contributions ``[B]`` of samples to the Fréchet distance of their features from the data's.
 
-    Samples are weighed within the rows of a call, of which there must be more than features.
+    It is the distance of the rows of a call, of which there must be more than features, or of a population.
     """
 
     extract: Callable[[Tensor], Tensor]
     """differentiable features ``[B, D]`` of decoded samples (pictures in [0, 1])"""
     reference: Moments
     """of the data"""
+    population: Moments | None = None
+    """of all samples that the distance is of; None: the rows of a call"""
+
+    def within(self, population: Moments) -> FrechetReward:
+        """The reward of samples as a part of a ``population`` with these moments."""
+        if (population.n or 0) <= self.reference.dim:
+            raise ValueError(
+                f"reward: {FRECHET} of {population.n} samples in {self.reference.dim} features; needs more samples "
+                "than features: a larger --method.population"
+            )
+        return replace(self, population=population)
 
     def __call__(self, x: Tensor, cond: Cond) -> Tensor:
         features = self.extract(x)
-        if len(features) <= self.reference.dim:
+        if self.population is None and len(features) <= self.reference.dim:
             raise ValueError(
                 f"reward: {FRECHET} of {len(features)} samples at a time in {self.reference.dim} features; needs more "
-                "samples than features: a larger --samples and --method.batch, and no --micro-batch"
+                "samples than features: a larger --samples, --method.batch and --eval-samples and no --micro-batch, or "
+                "--method direct"
             )
-        return -frechet_contributions(features, self.reference).to(x.dtype)
+        return -frechet_contributions(features, self.reference, self.population).to(x.dtype)
 
 
 def is_frechet(reward: str) -> bool:

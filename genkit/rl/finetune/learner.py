@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,12 +13,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Cond, Denoiser, Draw, Noise, Objective, Spec, seed_of
+from genkit.core import Batch, Cond, Denoiser, Draw, Generator, Noise, Objective, Spec, seed_of
 from genkit.core.device import send
+from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
 from genkit.training.distributed import sum_gradients
-from genkit.training.loop import Diverged, State, copy_for_ema, optimizer_step, split_batch, update_ema
+from genkit.training.loop import Diverged, copy_for_ema, optimizer_step, split_batch, update_ema
 from genkit.training.meter import SkippedSteps
+from genkit.training.state import State
 
 T = TypeVar("T")
 # (number of the batch, start, stop) -> its rows start..stop, demonstrations in the model's units
@@ -147,11 +149,12 @@ ShareLoss = Callable[[Share], tuple[Tensor, Tensor]]  # the mean loss of a share
 
 @dataclass
 class Learner:
-    """The networks that improve, with everything they need: a frozen copy, demonstrations, a chain to sample along."""
+    """The networks that improve, with everything they need: a frozen copy, demonstrations, a way to draw samples."""
 
     objective: Objective
     state: State
-    chain: Chain
+    steps: Chain | Callable[[Mapping[str, nn.Module]], Generator]
+    """the chain to sample along or, for a method that needs none, a function from networks to their generator"""
     spec: Spec
     demos: Demos
     seed: int
@@ -165,6 +168,8 @@ class Learner:
     """number of batches of demonstrations drawn so far"""
     reward_std: float = 0.0
     """standard deviation of the first samples' rewards by a function, the unit of such rewards; 0: not known yet"""
+    population: Moments | None = None
+    """moments of the features of recent samples, if a distance of distributions is the reward"""
     accelerator: Accelerator | None = None
     """the ranks that share the work; None: this process alone"""
     micro_batch: int | None = None
@@ -182,7 +187,19 @@ class Learner:
     @property
     def phase(self) -> str:
         """Name of the objective's phase that is trained."""
-        return self.objective.phases[0].name
+        return self.objective.generator_phase
+
+    @property
+    def chain(self) -> Chain:
+        """The chain to sample along."""
+        assert isinstance(self.steps, Chain)
+        return self.steps
+
+    @property
+    def generate(self) -> Generator:
+        """The generator with the current weights, through which gradients pass."""
+        assert not isinstance(self.steps, Chain)
+        return self.steps(self.state.nets)
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +222,7 @@ class Learner:
         networks = {}
         if self.critic is not None and self.critic_optimizer is not None:
             networks["critic"] = (self.critic, self.critic_optimizer)
-        if isinstance(self.chain.sigma, nn.Module) and self.noise_optimizer is not None:
+        if self.noise_optimizer is not None and isinstance(self.chain.sigma, nn.Module):
             networks["noise"] = (self.chain.sigma, self.noise_optimizer)
         return networks
 

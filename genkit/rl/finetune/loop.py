@@ -26,27 +26,28 @@ from genkit.core.files import sweep, write_text
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.checkpoint import restore_finetuning, save_finetuning
-from genkit.rl.finetune.divergence import compare_with_reference
-from genkit.rl.finetune.env_rewards import REWARDS
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
 from genkit.rl.finetune.frechet_reward import is_frechet, resolve_frechet
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import (
     acting_policy,
-    build_chain,
     build_env,
     build_learner,
+    build_steps,
     build_task,
     check_adapter,
+    check_method,
     choose_save_interval,
+    choose_steps,
     choose_threads,
     default_name,
+    sampling_of,
     train_settings,
 )
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.policy import ACTING_FILE, default_steps
+from genkit.rl.policies.policy import ACTING_FILE
 from genkit.training.annotations import annotate
 from genkit.training.base_weights import read_base, write_base
 from genkit.training.best import BestCheckpoint
@@ -78,6 +79,8 @@ class FinetunedRun(Run):
     """results of this run"""
     stopped: bool = False
     """whether ``max_time`` ended it early; it can be resumed"""
+    steps: int | None = None
+    """the sampler's steps that it was improved at; None: it draws in one pass"""
 
 
 def finetune(
@@ -97,6 +100,8 @@ def finetune(
     """
     directory = find_run(resume) if resume is not None else None
     if settings is None:
+        if not directory:
+            changes = name_method(changes)
         settings = config.from_dict(FinetuneSettings, stored_finetuning(directory) if directory else {})
     settings = config.override(settings, **changes)
     if run is not None:
@@ -110,16 +115,21 @@ def finetune(
         base = load_base(directory, settings.run, accelerator.device.type)
     else:
         base = run if isinstance(run, Run) else load_run(settings.run, device=accelerator.device.type)
-    if settings.steps is None:
-        settings = replace(
-            settings, steps=default_steps(base) if settings.reward in REWARDS else settings.sampler_steps
-        )
+    settings = replace(settings, steps=choose_steps(settings, base))
     if is_frechet(settings.reward):
         settings = replace(settings, reward=resolve_frechet(settings.reward, base))
     with contextlib.ExitStack() as locks:
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
         return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+
+
+def name_method(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the name of the method of their reward, if it is not the usual one and none is named."""
+    method = changes.get("method", {})
+    unnamed = isinstance(method, Mapping) and "name" not in method
+    named = {"method": {"name": "direct", **method}} if is_frechet(str(changes.get("reward", ""))) and unnamed else {}
+    return {**changes, **named}
 
 
 def load_base(directory: Path, run: str, device: str) -> Run:
@@ -136,7 +146,9 @@ def stored_finetuning(directory: Path) -> dict[str, Any]:
     stored = config.load_yaml(file)
     require_trust(FinetuneSettings, stored, file)
     for name in ("reward", "env"):
-        require_trusted_code(str(stored.get(name) or ""), f"{file}: {name}", directory)
+        value = str(stored.get(name) or "")
+        if not is_frechet(value):  # whose features are named after a colon, as no code is
+            require_trusted_code(value, f"{file}: {name}", directory)
     return stored
 
 
@@ -183,12 +195,13 @@ class FineTuning:
         torch.set_num_threads(choose_threads(settings, base, world))
         torch.manual_seed(settings.seed)
         check_adapter(settings, base)
-        chain = build_chain(settings, base)
-        self.task, self.policy = build_task(settings, base, world)
+        steps = build_steps(settings, base)
+        with accelerator.main_process_first():  # a reward may train its classifier, once
+            self.task, self.policy = build_task(settings, base, world)
         save_every = choose_save_interval(settings, self.task, self.notes.append)
         self.settings = settings = replace(settings, save_every=save_every)
-        settings.method.check(chain, self.task)
-        self.learner = build_learner(settings, base, chain, self.policy is not None, accelerator)
+        self.learner = build_learner(settings, base, steps, self.policy is not None, accelerator)
+        check_method(settings, self.learner, self.task)
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
         # None: a new run, or one that was killed before its first checkpoint and begins again
         self.checkpoint = resume_point(resumed, None, self.notes.append) if resumed else None
@@ -274,13 +287,14 @@ class FineTuning:
                 task.begin(learner, i)
                 begun = True
             torch.manual_seed(seed_of(settings.seed, i))  # for the objective's own draws
-            experience, divergence = compare_with_reference(learner, task.collect(learner, i))
-            if settings.max_kl is not None and divergence.get("kl_reference", 0) > settings.max_kl:
+            experience, logs = settings.method.collect(learner, task, i)
+            kl = logs.get("kl_reference", 0)
+            if settings.max_kl is not None and kl > settings.max_kl:
                 self.save()
-                self.recorder.say(f"stopped  at iteration {i}: kl_reference {divergence['kl_reference']:.3g}")
+                self.recorder.say(f"stopped  at iteration {i}: kl_reference {kl:.3g}")
                 break
-            self.warn_of_divergence(divergence.get("kl_reference", 0))
-            logs = {**experience.logs, **divergence, **settings.method.update(learner, task, experience, i)}
+            self.warn_of_divergence(kl)
+            logs |= settings.method.update(learner, task, experience, i)
             learner.refuse_divergence(self.base.config.max_nonfinite_steps)
             learner.state.step += 1
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -351,8 +365,7 @@ class FineTuning:
                 self.task,
                 settings.eval_samples,
                 settings.eval_seed,
-                settings.sampler_steps,
-                settings.grid,
+                sampling_of(settings, self.base),
                 self.learner.demos,
                 self.quality,
             )
@@ -388,7 +401,8 @@ class FineTuning:
         file = self.directory / "before.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
         values: dict[str, Any] = {f.name: getattr(run, f.name) for f in fields(Run)}
-        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after, stopped=stopped)
+        return FinetunedRun(**{**values, "directory": self.directory}, before=before, after=after, stopped=stopped,
+                             steps=self.settings.steps)  # fmt: skip
 
 
 def evaluate_policy(settings: FinetuneSettings, base: Run, nets: dict[str, nn.Module], seeds: range) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Le
 
 from genkit.config.numbers import Count, Natural, Positive
 from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner
 
@@ -42,11 +43,18 @@ class RewardMethod(ABC):
     bc_batch: Count = 256
     """Demonstrations of a gradient step, if the method has a behaviour-cloning loss."""
 
+    uses_chain: ClassVar[bool] = True
+    """whether it learns from the chain of denoising steps, and so from models that have one"""
     needs_log_prob: ClassVar[bool] = True
     """whether it learns through the log-probability of the steps, which learned noise needs as well"""
 
     def check(self, chain: Chain, task: Task) -> None:  # noqa: B027  (most have nothing to refuse)
         """``ValueError`` if it cannot learn from such a chain or task."""
+
+    def collect(self, learner: Learner, task: Task, iteration: int) -> tuple[Any, dict[str, float]]:
+        """What the iteration learns from, an :class:`Experience` unless the method needs none, and what to log."""
+        experience, divergence = compare_with_reference(learner, task.collect(learner, iteration))
+        return experience, {**experience.logs, **divergence}
 
     def update(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
         """Learn from the experience of one iteration: the critic first, then, after the warmup, the networks.

@@ -33,8 +33,8 @@ class FinetuneSettings:
     reward: str = "env"
     """env: the environment's own reward; success: 1 for the first success of an episode; progress: the increase of the
     environment's reward from step to step, and 1 for success; frechet, minus the Fréchet distance to the data in the
-    features that suit them (frechet:classifier, frechet:raw); or package.module:function, (samples [B, ...], cond) to
-    [B]."""
+    features that suit them (frechet:classifier, frechet:raw), by the method direct unless another is named; or
+    package.module:function, (samples [B, ...], cond) to [B]."""
     method: RewardMethod = table(
         "genkit.rl.finetune.methods:METHODS", "dppo", kind="genkit.rl.finetune.reward_method:RewardMethod"
     )
@@ -50,7 +50,8 @@ class FinetuneSettings:
     """Smallest standard deviation of a step, in the model's units; the only noise of the last step of ddim and sde."""
     steps: Count | None = None
     """Sampler steps; the fine-tuned model needs the same number, which its policies use by default. None: those of the
-    policy that is improved (1 of an anchored flow), else 4."""
+    policy that is improved (1 of an anchored flow), 1 of a flow map, else 4; a model that draws in one pass has
+    none."""
     grid: GridName = "uniform"
     """Time grid of the steps."""
     # -- experience

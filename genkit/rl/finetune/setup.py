@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,24 +15,26 @@ from torch import nn
 
 from genkit.backbones import lora
 from genkit.config.blocks import find_name
-from genkit.core import Batch
+from genkit.core import Batch, Generator
 from genkit.core.tensors import to_tensors
 from genkit.data import Stream
 from genkit.data.codecs import Actions
+from genkit.diffusion.samplers import FLOW_MAP_SAMPLERS, find_sampler
 from genkit.envs import Env
-from genkit.rl.finetune.chain import Chain, find_denoiser
+from genkit.rl.finetune.chain import Chain, find_denoiser, seeded_noise
 from genkit.rl.finetune.env_rewards import REWARDS, SingleModeReward
 from genkit.rl.finetune.experience import Task
-from genkit.rl.finetune.frechet_reward import is_frechet, load_frechet
+from genkit.rl.finetune.frechet_reward import FrechetReward, is_frechet, load_frechet
 from genkit.rl.finetune.learner import Critic, Learner
-from genkit.rl.finetune.noise import unlearned_noises
+from genkit.rl.finetune.noise import FixedNoise, unlearned_noises
 from genkit.rl.finetune.settings import SAVE_EVERY, FinetuneSettings
 from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_conditional, load_reward
 from genkit.rl.policies.episodes import require_compatible
-from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.policy import Policy, default_steps
 from genkit.rl.policies.rollout import parse_conditions
 from genkit.training.loop import initial_state, local_batch_size
 from genkit.training.run import Run, average_name, load_run
+from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
 from genkit.training.train import pick_threads
 
@@ -55,6 +57,64 @@ def choose_threads(settings: FinetuneSettings, base: Run, world: int) -> int:
     if settings.threads or settings.reward in REWARDS:
         return settings.threads or 1
     return pick_threads(settings.method.batch // world * math.prod(base.spec.shape))
+
+
+def choose_steps(settings: FinetuneSettings, base: Run) -> int | None:
+    """The sampler's steps: those that are given, the policy's own, 1 of a flow map, else 4; None: it draws in one
+    pass."""
+    if settings.steps or base.objective.sampler is None:
+        return settings.steps
+    if settings.reward in REWARDS:
+        return default_steps(base)
+    return find_sampler(base.objective.sampler).default_steps if jumps(base) else settings.sampler_steps
+
+
+def jumps(base: Run) -> bool:
+    """Whether a model's own sampler jumps by a flow map."""
+    return base.objective.sampler in FLOW_MAP_SAMPLERS
+
+
+def sampling_of(settings: FinetuneSettings, base: Run) -> Sampling:
+    """How samples are drawn without exploration noise: as they are trained, so that no prediction is clipped."""
+    grid = None if settings.grid == "uniform" else settings.grid
+    if base.objective.sampler is None:
+        return Sampling(steps=settings.steps, grid=grid)
+    return Sampling(sampler=None if jumps(base) else "ddim", steps=settings.steps, grid=grid, clip=False)
+
+
+def build_steps(settings: FinetuneSettings, base: Run) -> Chain | Callable[[Mapping[str, nn.Module]], Generator]:
+    """The denoising chain or, for a method that needs none, a function from networks to their generator."""
+    if settings.method.uses_chain:
+        return build_chain(settings, base)
+    for f in fields(FinetuneSettings):
+        if f.name in ("exploration_noise", "min_std", "max_kl"):
+            usual = FixedNoise() if f.name == "exploration_noise" else f.default
+            if getattr(settings, f.name) != usual:
+                raise ValueError(f"{f.name}: has no effect on the method {method_name(settings)}, which has no chain "
+                                 "of noisy steps; leave it out")  # fmt: skip
+    sampling = sampling_of(settings, base)
+    base.generator(sampling, differentiable=True)  # refuses what does not fit
+    return lambda nets: replace(base, nets=dict(nets)).generator(sampling, differentiable=True)
+
+
+def check_method(settings: FinetuneSettings, learner: Learner, task: Task) -> None:
+    """``ValueError`` if the method cannot learn from such a chain or task, or there is no gradient for it."""
+    if isinstance(learner.steps, Chain):
+        settings.method.check(learner.steps, task)
+        return
+    if not isinstance(task, FunctionTask):
+        raise ValueError(f"method: given {method_name(settings)}, but an environment has no gradient; allowed: dppo")
+    z, cond = task.draw(learner, 0, 2)
+    if learner.objective.chosen_condition not in (None, *cond):
+        raise ValueError(
+            f"run: {type(learner.objective).__name__} chooses its {learner.objective.chosen_condition} before the "
+            "first step, which has no gradient; allowed: another --method"
+        )
+    x = learner.generate(z, cond, seeded_noise(2, learner.generator(0), z.device))
+    if not x.requires_grad:
+        raise ValueError(f"run: samples of {type(learner.objective).__name__} have no gradient to follow")
+    if not isinstance(task.function, FrechetReward) and not task.reward(x, cond).requires_grad:
+        raise ValueError(f"reward: {task.name} has no gradient to follow; try --method ddpo, for a model with a chain")
 
 
 def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
@@ -145,6 +205,7 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         base.config,
         init=str(base.directory),
         ema=(settings.ema,),
+        power_ema=(),
         lr=settings.method.lr,
         out=settings.out,
         seed=settings.seed,
@@ -192,7 +253,11 @@ def check_adapter(settings: FinetuneSettings, base: Run) -> None:
 
 
 def build_learner(
-    settings: FinetuneSettings, base: Run, chain: Chain, needs_critic: bool, accelerator: Accelerator | None = None
+    settings: FinetuneSettings,
+    base: Run,
+    steps: Chain | Callable[[Mapping[str, nn.Module]], Generator],
+    needs_critic: bool,
+    accelerator: Accelerator | None = None,
 ) -> Learner:
     """A learner whose networks start from the weights of ``base``, on its device."""
     config, device = train_settings(settings, base), base.device
@@ -211,11 +276,11 @@ def build_learner(
         return data.codec.encode(stream(number, 0, start, stop))
 
     critic = Critic(base.spec).to(device) if needs_critic else None
-    sigma, lr = chain.sigma, settings.method.critic_lr
+    sigma, lr = steps.sigma if isinstance(steps, Chain) else None, settings.method.critic_lr
     return Learner(
         config.objective,
         state,
-        chain,
+        steps,
         base.spec,
         demos,
         settings.seed,

@@ -277,7 +277,8 @@ class FunctionTask:
 
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
         """Normals ``[n, *S]``, a function of ``iteration``, and conditions for them."""
-        z = torch.randn(n, *learner.spec.shape, generator=learner.generator(iteration, 0)).to(learner.device)
+        shape = learner.objective.noise_shape(learner.spec)
+        z = torch.randn(n, *shape, generator=learner.generator(iteration, 0)).to(learner.device)
         chosen = learner.objective.chosen_condition
         cond = self.conditions(learner.spec, n, lambda rows: learner.draw_demos(rows).cond, chosen)
         return z, {k: v.to(z.device) for k, v in cond.items()}

@@ -1,0 +1,114 @@
+"""The files of a data set that is cut into shards: patterns, folders, and which files are the test split."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from genkit.data.classes import sort_naturally
+from genkit.data.source import Split, check_split
+
+TEST_STEMS = ("test", "validation", "val")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """The names that ``shard-{000..099}.tar`` stands for, in order; several ranges are combined."""
+    match = RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match[1], match[2]
+    if int(last) < int(first) or int(last) - int(first) > 10**7:
+        raise ValueError(f"root: given {pattern}; a range {{A..B}} goes from a number A up to B")
+    names = (pattern[: match.start()] + str(i).zfill(len(first)) + pattern[match.end() :]
+             for i in range(int(first), int(last) + 1))  # fmt: skip
+    return [name for part in names for name in expand_ranges(part)]
+
+
+def is_pattern(root: str) -> bool:
+    """Whether ``root`` stands for several files."""
+    return bool(RANGE.search(root)) or glob.has_magic(root)
+
+
+def match_files(pattern: str) -> list[Path]:
+    """The files of a pattern, or the one file that it names; [] if a glob matches none, or a single file is missing.
+
+    ``ValueError`` if a file of a range is missing.
+    """
+    expanded = str(Path(pattern).expanduser())
+    if RANGE.search(expanded):
+        paths = [Path(name) for name in expand_ranges(expanded)]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ValueError(f"{missing[0]}: there is no such file; {pattern} needs {len(paths)}")
+        return paths
+    if Path(expanded).is_file():
+        return [Path(expanded)]
+    return [Path(name) for name in sort_naturally(glob.glob(expanded)) if Path(name).is_file()]
+
+
+def list_shards(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of these suffixes in a folder, or else in its folder ``data``, in natural order."""
+    for place in (folder, folder / "data"):
+        names = [p.name for p in place.iterdir() if p.suffix in suffixes and p.name[0] != "."] if place.is_dir() else []
+        if names:
+            return [place / name for name in sort_naturally(names)]
+    return []
+
+
+def find_shards(root: str, split: Split, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The files of ``split`` and those of the training split, which determines the classes.
+
+    ``root`` is a file, a pattern, or a folder: of files, whose names begin with train, test or val if they are of that
+    split; or of the folders train and test. ``ValueError`` if there are none.
+    """
+    check_split(split)
+    refuse_remote(root)
+    top = Path(root).expanduser()
+    if top.is_dir():
+        train, test = split_folder(top, suffixes)
+    else:
+        train = match_files(root)
+        name = Path(root).name
+        others = (Path(root).with_name(name.replace("train", stem)) for stem in TEST_STEMS) if "train" in name else ()
+        test = next((found for other in others if (found := match_test(str(other)))), [])
+    if not train:
+        raise ValueError(f"{root}: matches no {' or '.join(suffixes)} files; name yours with --data.root")
+    if wrong := next((path for path in train if path.suffix not in suffixes), None):
+        raise ValueError(f"{wrong}: is no {' or '.join(suffixes)} file")
+    if split == "test" and not test:
+        raise ValueError(f"{root}: has no test split; name files train-*{suffixes[0]} and test-*{suffixes[0]}, or hold "
+                         "out a share: --data.held-out 0.1")  # fmt: skip
+    return (test if split == "test" else train), train
+
+
+def match_test(pattern: str) -> list[Path]:
+    """:func:`match_files` without complaint: the test split may have fewer files."""
+    try:
+        return match_files(pattern)
+    except ValueError:
+        return []
+
+
+def split_folder(top: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The training and the test files in a folder."""
+    if (top / "train").is_dir():
+        tests = (list_shards(top / stem, suffixes) for stem in TEST_STEMS)
+        return list_shards(top / "train", suffixes), next((found for found in tests if found), [])
+    every = list_shards(top, suffixes)
+    test = next((found for stem in TEST_STEMS if (found := [p for p in every if p.name.startswith(stem)])), [])
+    train = [path for path in every if path.name.startswith("train")]
+    return train or [path for path in every if not path.name.startswith(TEST_STEMS)], test
+
+
+def refuse_remote(root: str) -> None:
+    """``ValueError`` for what would be read from the network, or by a program."""
+    if root.startswith("hf://"):
+        name = "/".join(root.removeprefix("hf://").removeprefix("datasets/").split("/")[:2])
+        raise ValueError(
+            f"{root}: data are read from local files; download them: hf download {name} --repo-type dataset "
+            "--local-dir DIR, then --data.root DIR"
+        )
+    if "://" in root or root.startswith("pipe:"):
+        raise ValueError(f"{root}: data are read from local files; download them, and name the folder with --data.root")
