@@ -291,7 +291,7 @@ class Part:
     resampled: Callable[[int | None], Mapping[str, list[float]]] | None = None
     """values of a number of training rows drawn with replacement, where few samples make the distance larger"""
 
-    def settings(self, root: Path, seeds: int, way: str, samples: int | None) -> Sequence[Setting]:
+    def settings(self, root: Path, seeds: int, way: str, samples: int | None = None) -> Sequence[Setting]:
         """The settings of a row. The two networks of a GAN are trained for one seed after the other."""
         if self.at_once and way == "gan":
             return [replace(self.make(root, 1, i, samples), seeds=[i]) for i in range(seeds)]

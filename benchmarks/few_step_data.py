@@ -152,7 +152,7 @@ def images(
     offset: int,
     samples: int | None,
 ) -> Setting:
-    """Images by class in the model's own numbers, one seed after the other; a seed has NUM_TEST samples or as many as given."""
+    """Images by class in the model's own numbers, one seed after the other, NUM_TEST or so many ``samples`` of each."""
     num_test = samples or NUM_TEST
 
     def draw(count: int) -> Batch:

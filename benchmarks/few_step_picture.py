@@ -17,7 +17,8 @@ REAL = {"real": "-", "resampled": ":"}  # grey lines
 def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Mean and standard deviation over the seeds of each row, ``parts`` by title and row, as ``genkit bench`` has them.
 
-    The grey line is real data's distance, the dotted one that of as many real rows as samples. Rows have the same colour in all panels.
+    The grey line is real data's distance, the dotted one that of as many real rows as samples. Rows have the same
+    colour in all panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure

@@ -210,6 +210,9 @@ WAYS = {
     "distilled": "reflow and distillation",
     "reflow": "reflow, Euler's method",
     "flow": "flow, Euler's method",
+    "progressive": "progressive distillation",
+    "dmd": "distribution matching (DMD2)",
+    "dmd-gan": "DMD2 with a discriminator",
     "one-pass": "guidance as an input, one pass",
     "two-passes": "classifier-free guidance, two passes",
 }
@@ -234,12 +237,28 @@ def few_step_plane() -> str:
     return table(["W2", "1 step", "2", "4", "8", "training, CPU s a seed"], rows)
 
 
+def few_step_guided() -> str:
+    """Guidance as an input of the network, and by two passes a step."""
+    cells, rows = load("few-step")["cells"], []
+    for part, label in {"guided": "digits", "guided-fashion": "Fashion-MNIST"}.items():
+        for way in ("one-pass", "two-passes"):
+            if (cell := cells.get(f"{part}/{way}")) is None:
+                continue
+            values = [spread(cell["values"]["Fréchet"][k], 2) for k in FEW]
+            values += [spread(cell["values"]["accuracy"][k], 3) for k in ("1", "8")]
+            rows.append([f"{label}, {WAYS[way]}", *values])
+    return table(["Fréchet distance", "1 step", *FEW[1:], "accuracy, 1 step", "8 steps"], rows)
+
+
 def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     rows = few_step_rows(part, "Fréchet", digits, counts)
     accuracy = {row[0]: row[1] for row in few_step_rows(part, "accuracy", 3, counts)}
     rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
     real = load("few-step")["cells"][f"{part}/real"]["values"]["Fréchet"]["1"]
     rows.append(["real data", number(mean(real), digits), *[""] * (len(counts) + 1)])
+    if resampled := load("few-step")["cells"].get(f"{part}/resampled"):
+        drawn = spread(resampled["values"]["Fréchet"]["1"], digits)
+        rows.append(["1,000 of them, drawn with replacement", drawn, *[""] * (len(counts) + 1)])
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
@@ -510,6 +529,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-plane": few_step_plane,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
+    "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
+    "few-step-guided": few_step_guided,
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
