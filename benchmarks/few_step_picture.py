@@ -20,11 +20,12 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     The grey line is real data's distance, the dotted one that of as many real rows as samples. Rows have the same
     colour in all panels.
     """
+    from matplotlib import colormaps  # lazy: slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure
 
     ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way not in REAL))
-    colours = {way: f"C{i}" if i < 10 else "k" for i, way in enumerate(ways)}
+    colours = {way: colormaps["tab20"](2 * i % 20 + i // 10) for i, way in enumerate(ways)}  # ten dark, ten pale
     fig = Figure(figsize=(4.2 * len(parts) + 1.6, 3.8), dpi=80, layout="constrained")
     panels = fig.subplots(1, len(parts), squeeze=False)[0]
     shown: dict[str, Any] = {}
@@ -48,7 +49,7 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         fig.savefig(part, format="png")
 
 
-def draw_row(panel: Any, values: Mapping[str, Sequence[float]], colour: str, style: str) -> Any:
+def draw_row(panel: Any, values: Mapping[str, Sequence[float]], colour: Any, style: str) -> Any:
     """A line with error bars, or a mark at one evaluation."""
     x = np.array(sorted(int(k) for k in values))
     y = np.array([np.mean(values[str(k)]) for k in x])

@@ -237,19 +237,6 @@ def few_step_plane() -> str:
     return table(["W2", "1 step", "2", "4", "8", "training, CPU s a seed"], rows)
 
 
-def few_step_guided() -> str:
-    """Guidance as an input of the network, and by two passes a step."""
-    cells, rows = load("few-step")["cells"], []
-    for part, label in {"guided": "digits", "guided-fashion": "Fashion-MNIST"}.items():
-        for way in ("one-pass", "two-passes"):
-            if (cell := cells.get(f"{part}/{way}")) is None:
-                continue
-            values = [spread(cell["values"]["Fréchet"][k], 2) for k in FEW]
-            values += [spread(cell["values"]["accuracy"][k], 3) for k in ("1", "8")]
-            rows.append([f"{label}, {WAYS[way]}", *values])
-    return table(["Fréchet distance", "1 step", *FEW[1:], "accuracy, 1 step", "8 steps"], rows)
-
-
 def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     rows = few_step_rows(part, "Fréchet", digits, counts)
     accuracy = {row[0]: row[1] for row in few_step_rows(part, "accuracy", 3, counts)}
@@ -530,7 +517,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
-    "few-step-guided": few_step_guided,
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
