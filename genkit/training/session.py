@@ -37,7 +37,7 @@ from genkit.training.directory import append_log, list_checkpoints, read_log, st
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
 from genkit.training.pace import Pace
-from genkit.training.post_hoc_ema import save_snapshot
+from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
@@ -46,6 +46,7 @@ from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
 REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
+STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
 
@@ -356,8 +357,12 @@ class Session:
 
     def snapshot(self, state: State) -> None:
         """Store the power-function averages, from which others can be reconstructed."""
+        if is_snapshot_due(state.step, self.settings):
+            whole = state.gather(all_averages=True)
+            if self.recorder.main:
+                save_snapshot(self.run, whole, self.settings)
         if self.recorder.main:
-            save_snapshot(self.run, state.emas, state.step, self.settings)
+            thin_snapshots(self.run, state.step, self.settings)
         self.accelerator.wait_for_everyone()
 
     def plot_loss(self) -> None:
@@ -380,7 +385,8 @@ class Session:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list. The first lets the step end and saves; a second Ctrl-C ends at once.
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
+    once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
 
     Signals can be caught in the main thread only; elsewhere the list stays empty.
     """
@@ -392,7 +398,7 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
     except ValueError:  # not the main thread
         previous = {}
     try:
