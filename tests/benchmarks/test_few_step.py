@@ -176,7 +176,7 @@ def test_guidance_at_two_passes_and_at_one_start_from_the_same_noise(monkeypatch
 
 
 def test_as_many_pictures_are_measured_as_are_asked_for(monkeypatch):
-    """Of each model, and of the real digits that are drawn with replacement; more of these are nearer to all of them."""
+    """Of each model, and of the real digits drawn with replacement; more of these are nearer to all of them."""
     (setting,) = few_step.PARTS["digits"].settings(None, 1, "shortcut", 70)
     z, cond = setting.test(0, None)
     assert z.shape == (70, 1, 8, 8) == setting.noise(0)((1, 8, 8)).shape
