@@ -1,6 +1,7 @@
 """Sharded training (FSDP) on 2 and 4 ranks: the numbers of one process, a share of its memory, and its files."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -121,9 +122,8 @@ def require_equal(mine, whole):
 
 def compare(cases, num, parallel, shares, shard_size=None, **changes):
     """Ranks against one process, which has the batch in one piece."""
-    import genkit.training.sharding
-    import torch._dynamo  # which FSDP imports: here once, and not on each rank
-
+    for module in ("genkit.training.sharding", "torch._dynamo"):  # what each rank would import for itself
+        importlib.import_module(module)
     ranks = on_ranks(num, lambda a: {c: trained(c, parallel, a, shard_size, **changes) for c in cases})
     for case in cases:
         whole, told, _ = trained(case)
