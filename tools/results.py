@@ -210,6 +210,9 @@ WAYS = {
     "distilled": "reflow and distillation",
     "reflow": "reflow, Euler's method",
     "flow": "flow, Euler's method",
+    "progressive": "progressive distillation",
+    "dmd": "distribution matching (DMD2)",
+    "dmd-gan": "DMD2 with a discriminator",
     "one-pass": "guidance as an input, one pass",
     "two-passes": "classifier-free guidance, two passes",
 }
@@ -240,6 +243,9 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
     real = load("few-step")["cells"][f"{part}/real"]["values"]["Fréchet"]["1"]
     rows.append(["real data", number(mean(real), digits), *[""] * (len(counts) + 1)])
+    if resampled := load("few-step")["cells"].get(f"{part}/resampled"):
+        drawn = spread(resampled["values"]["Fréchet"]["1"], digits)
+        rows.append(["1,000 of them, drawn with replacement", drawn, *[""] * (len(counts) + 1)])
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
@@ -510,6 +516,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-plane": few_step_plane,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
+    "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,

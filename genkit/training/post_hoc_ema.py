@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from genkit.core.files import atomic_directory, atomic_write, remove_directory
 from genkit.core.messages import warn_once
@@ -29,6 +28,7 @@ from genkit.training.power_ema import PREFIX, average_names, combine_profiles
 
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings
+    from genkit.training.state import State
 
 FOLDER, RECONSTRUCTED, SUMS = "averages", "reconstructed", "sha256.json"
 LARGEST_RESIDUAL = 0.02  # distance between a profile and its reconstruction that is worth a warning
@@ -48,17 +48,23 @@ def list_snapshots(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def save_snapshot(
-    run: Path, emas: Mapping[float | str, Mapping[str, nn.Module]], step: int, settings: TrainSettings
-) -> None:
-    """Store the power-function averages at ``step``, if it is one to keep, and remove those that are too many now."""
+def is_snapshot_due(step: int, settings: TrainSettings) -> bool:
+    """Whether the averages at ``step`` are among those to keep."""
+    return step % snapshot_spacing(step, settings.power_ema_every, settings.power_ema_keep) == 0
+
+
+def save_snapshot(run: Path, state: State, settings: TrainSettings) -> None:
+    """Store the power-function averages of a whole (gathered) state."""
+    (run / FOLDER).mkdir(exist_ok=True)
+    with atomic_directory(run / FOLDER / f"step-{state.step:07d}") as part:
+        for name in average_names(settings.power_ema):
+            save_file(to_tensors(state.emas[name]), part / f"ema-{name}.safetensors")
+        (part / SUMS).write_text(json.dumps({p.name: sha256(p) for p in part.glob("*.safetensors")}))
+
+
+def thin_snapshots(run: Path, step: int, settings: TrainSettings) -> None:
+    """Remove the snapshots that are too many at ``step``."""
     spacing = snapshot_spacing(step, settings.power_ema_every, settings.power_ema_keep)
-    if step % spacing == 0:
-        (run / FOLDER).mkdir(exist_ok=True)
-        with atomic_directory(run / FOLDER / f"step-{step:07d}") as part:
-            for name in average_names(settings.power_ema):
-                save_file(to_tensors(emas[name]), part / f"ema-{name}.safetensors")
-            (part / SUMS).write_text(json.dumps({p.name: sha256(p) for p in part.glob("*.safetensors")}))
     for old in list_snapshots(run):
         if step_of(old) % spacing:
             remove_directory(old)

@@ -37,7 +37,7 @@ from genkit.training.directory import append_log, list_checkpoints, read_log, st
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
 from genkit.training.pace import Pace
-from genkit.training.post_hoc_ema import save_snapshot
+from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
 from genkit.training.settings import TrackerName, TrainSettings
@@ -357,8 +357,12 @@ class Session:
 
     def snapshot(self, state: State) -> None:
         """Store the power-function averages, from which others can be reconstructed."""
+        if is_snapshot_due(state.step, self.settings):
+            whole = state.gather(all_averages=True)
+            if self.recorder.main:
+                save_snapshot(self.run, whole, self.settings)
         if self.recorder.main:
-            save_snapshot(self.run, state.emas, state.step, self.settings)
+            thin_snapshots(self.run, state.step, self.settings)
         self.accelerator.wait_for_everyone()
 
     def plot_loss(self) -> None:

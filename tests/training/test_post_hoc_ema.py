@@ -5,14 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from genkit import config
 from genkit.cli.main import main
+from genkit.core import Batch, Draw, Spec
+from genkit.data.codecs import Identity
 from genkit.evaluation.sweeps import SweepSettings, list_combinations
 from genkit.training.checkpoint import list_checkpoints
 from genkit.training.directory import step_of
-from genkit.training.loop import ema_decay, update_ema
-from genkit.training.post_hoc_ema import list_snapshots, reconstruct, snapshot_spacing
+from genkit.training.distributed import create_sharding
+from genkit.training.loop import ema_decay, fit, initial_state, update_ema
+from genkit.training.post_hoc_ema import list_snapshots, read_average, reconstruct, save_snapshot, snapshot_spacing
 from genkit.training.power_ema import (
     combine_profiles,
     exponent_of,
@@ -25,6 +30,7 @@ from genkit.training.power_ema import (
 from genkit.training.run import load_run, open_reference
 from genkit.training.settings import TrainSettings
 from genkit.training.train import train
+from tests.support.ranks import on_two_ranks
 
 WIDTHS = [0.05, 0.075, 0.1, 0.15]
 
@@ -245,3 +251,42 @@ def test_the_update_is_the_average():
     edges = (torch.arange(7) / 6) ** (exponent_of(0.1) + 1)
     expected = sum(w * s for w, s in zip(edges.diff(), seen, strict=True))
     torch.testing.assert_close(average.weight, expected)
+
+
+def test_sharded_runs_store_whole_averages(tmp_path):
+    """Two ranks that share the weights write the snapshots of one process, up to rounding."""
+    given = settings(tmp_path, parallel="fsdp")
+    given = config.from_dict(TrainSettings, {**given, "steps": 3, "precision": "fp32"})
+
+    def job(accelerator):
+        objective, spec = given.objective, Spec((2,))
+        torch.manual_seed(0)
+        nets = objective.networks(given.backbone, spec)
+        sharding = create_sharding(given, accelerator) if accelerator.num_processes > 1 else None
+        state = initial_state(objective, nets, given, sharding)
+        run = tmp_path / f"on-{accelerator.num_processes}"
+        main = accelerator.is_main_process
+        if main:
+            (run / "checkpoints").mkdir(parents=True)
+
+        def stream(step, draw, first, last):
+            x = Draw((3, step, draw), first, last).normal(2)
+            return Batch(x, {}, draw=Draw((4, step, draw), first, last), step=step)
+
+        def snapshot(state):
+            whole = state.gather(all_averages=True)
+            if main:
+                save_snapshot(run, whole, given)
+
+        fit(objective, state, stream, Identity(), given, accelerator, snapshot=snapshot)
+
+    job(Accelerator(cpu=True))
+    on_two_ranks(job)
+    one, two = (list_snapshots(tmp_path / name) for name in ("on-1", "on-2"))
+    assert [p.name for p in one] == [p.name for p in two] == ["step-0000002", "step-0000003"]
+    for ours, theirs in zip(one, two, strict=True):
+        for width in (0.05, 0.1):
+            a, b = read_average(ours, f"power-{width}"), read_average(theirs, f"power-{width}")
+            assert a.keys() == b.keys()
+            for key, value in a.items():
+                torch.testing.assert_close(b[key], value, rtol=1e-4, atol=1e-6, msg=key)
