@@ -233,17 +233,19 @@ class Trunk(nn.Module):
 
 
 class DiTDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised. Its features are the mean token."""
 
     def __init__(self, cfg: DiT, spec: Spec):
         super().__init__()
+        self.feature_dim = cfg.width
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
         self.last = zero_init(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
 
     def forward(
-        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
     ) -> Float[Tensor, "b ..."]:
-        return crop_to(self.last(self.trunk(x, None, self.trunk.conditions(x, label, cond))), self.trunk.size)
+        h = self.trunk(x, None, self.trunk.conditions(x, label, cond))
+        return h.flatten(2).mean(2) if features else crop_to(self.last(h), self.trunk.size)
 
 
 class DiTEncoder(nn.Module):

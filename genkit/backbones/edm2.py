@@ -239,7 +239,8 @@ class MPBlock(nn.Module):
 
 
 class EDM2Denoiser(nn.Module):
-    """``(x [B, C, H, W], label [B], cond) -> [B, C, H, W]``. Zero when initialised."""
+    """``(x [B, C, H, W], label [B], cond) -> [B, C, H, W]``. Zero when initialised. Its features are the mean of the
+    middle."""
 
     def __init__(self, cfg: EDM2, spec: Spec):
         super().__init__()
@@ -252,7 +253,7 @@ class EDM2Denoiser(nn.Module):
         self.padded = tuple(-(-n // 2 ** (levels - 1)) * 2 ** (levels - 1) for n in self.size)
         attends = [min(self.padded) // 2**i in cfg.attention for i in range(levels)]
         widths = [cfg.width * m for m in cfg.mults[:levels]]
-        emb = max(widths)
+        emb, self.feature_dim = max(widths), widths[-1]
         self.cond = ConditionEmbed(spec, widths[0], emb)
 
         have = widths[0]
@@ -276,7 +277,7 @@ class EDM2Denoiser(nn.Module):
         self.gain = Gain()
 
     def forward(
-        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
     ) -> Float[Tensor, "b ..."]:
         emb = self.cond(label, cond)
         h = pad_to(torch.cat([x, torch.ones_like(x[:, :1])], 1), self.padded)  # the ones stand for biases
@@ -287,6 +288,8 @@ class EDM2Denoiser(nn.Module):
             skips.append(h)
         for block in self.middle:
             h = block(h, emb)
+        if features:
+            return h.flatten(2).mean(2)
         for block in self.up:
             h = block(h if cast(MPBlock, block).resample else mp_cat(h, skips.pop()), emb)
         return crop_to(self.last(h, self.gain()), self.size)

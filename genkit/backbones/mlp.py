@@ -82,23 +82,25 @@ class MLPNet(nn.Module):
         """The modules that sharded training gathers one by one."""
         return list(self.blocks)
 
-    def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND, label: Tensor | None = None, features: bool = False
+    ) -> Tensor:
         emb = F.silu(self.cond(x, (), label, cond).emb)
         h = self.first(x.flatten(1))[:, None]
         for block in self.blocks:
             h = remat(block, self.checkpoint, h, emb)
-        return self.last(h[:, 0]).unflatten(1, self.out_shape)
+        return h[:, 0] if features else self.last(h[:, 0]).unflatten(1, self.out_shape)
 
 
 class MLPDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised. Its features are the last hidden layer."""
 
     def __init__(self, net: MLPNet):
         super().__init__()
-        self.net = net
+        self.net, self.feature_dim = net, net.last.in_features
         zero_init(net.last)
 
     def forward(
-        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
     ) -> Float[Tensor, "b ..."]:
-        return self.net(x, cond, label)
+        return self.net(x, cond, label, features)

@@ -272,11 +272,12 @@ class UpPath(nn.Module):
 
 
 class UNetDenoiser(nn.Module):
-    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised."""
+    """``(x [B, *S], label [B], cond) -> [B, *S]``. Zero when initialised. Its features are the mean of the middle."""
 
     def __init__(self, cfg: UNet, spec: Spec):
         super().__init__()
         self.layout = Layout(cfg, spec)
+        self.feature_dim = self.layout.channels[-1]
         self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves)
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
@@ -284,11 +285,12 @@ class UNetDenoiser(nn.Module):
         zero_init(self.up.last)
 
     def forward(
-        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND
+        self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
     ) -> Float[Tensor, "b ..."]:
         c = embed_conditions(self.cond, self.layout, x, label, cond)
         h, skips = self.down(with_channels(x, c, self.layout), c)
-        return crop_to(self.up(self.middle(h, c), skips, c), self.layout.size)
+        h = self.middle(h, c)
+        return h.flatten(2).mean(2) if features else crop_to(self.up(h, skips, c), self.layout.size)
 
 
 class UNetEncoder(nn.Module):

@@ -18,6 +18,7 @@ from typing import NoReturn
 from genkit.cli.escape import printable
 from genkit.cli.ranks import end_process, find_rank, has_said, is_launched, leave_message
 from genkit.cli.shortage import explain_shortage
+from genkit.core.slurm import adopt_slurm_ranks
 
 PACKAGE = Path(__file__).parents[1]
 OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake
@@ -246,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = [token for token in argv if token != "--trust"]
     show_messages()
     try:
+        adopt_slurm_ranks()
         with terminate_as_interrupt():
             return run_command(name, argv[1:])
     except KeyboardInterrupt:

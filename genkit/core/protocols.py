@@ -135,7 +135,11 @@ class Backbone:
             cls.cuts = tuple(name for name in names if getattr(cls, name) is not getattr(Backbone, name))
 
     def denoiser(self, spec: Spec) -> nn.Module:
-        """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``."""
+        """A network ``(x [B, *S], time label [B], cond) -> [B, *S]``.
+
+        One that has a ``feature_dim`` hands out the features in which it sees a sample, ``[B, feature_dim]``, in place
+        of its output if it is called with ``features=True``.
+        """
         raise self._missing("denoiser")
 
     def encoder(self, spec: Spec, out: tuple[int, ...]) -> nn.Module:

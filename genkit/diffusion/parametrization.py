@@ -222,3 +222,8 @@ class NetDenoiser:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         x_in, label = self.parametrization.inputs(self.path, x, t)
         return self.parametrization.predict(self.path, x, t, self.net(x_in, label, cond))
+
+    def features(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The features ``[B, D]`` in which the network sees ``x`` at ``t``, if it hands them out."""
+        x_in, label = self.parametrization.inputs(self.path, x, t)
+        return self.net(x_in, label, cond, features=True)

@@ -12,13 +12,22 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
+
+from genkit.core.durations import parse_duration
+from genkit.core.slurm import adopt_slurm_ranks
 
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings
@@ -46,9 +55,20 @@ def missing_ranks() -> int:
     )
 
 
-def join_ranks(device: torch.device) -> Accelerator:
-    """Join the process group. It is left before the interpreter exits, where threads of gloo could abort it."""
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+def join_ranks(device: torch.device, timeout: str | None = None) -> Accelerator:
+    """Join the process group. It is left before the interpreter exits, where threads of gloo could abort it.
+
+    ``timeout`` is the longest time that a rank waits for the others in a collective call, as ``30m``; None: 10 minutes
+    on NCCL, 30 on gloo. Gradients of DDP share the memory of its buckets.
+    """
+    adopt_slurm_ranks()
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() if device.type == "cuda" else 0
+    if count and local >= count:  # srun may show each task its own device only
+        os.environ["LOCAL_RANK"] = str(local % count)
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=parse_duration(timeout))))
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
     if accelerator.num_processes > 1:
         atexit.register(leave_ranks)
     return accelerator

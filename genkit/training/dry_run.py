@@ -94,7 +94,7 @@ def estimate_training(settings: TrainSettings | None = None, **changes: Any) -> 
             raise ValueError(f"{name}: given {getattr(settings, name)} with dry_run, which estimates a new run; give "
                              "--config RUN/config.yaml instead")  # fmt: skip
     settings = replace(settings, data=settings.data.with_decisions())
-    accelerator = join_ranks(pick_device(settings.device))
+    accelerator = join_ranks(pick_device(settings.device), settings.rank_timeout)
     model = build_model(settings, accelerator, [])
     settings, state = model.settings, model.state
     validation = None

@@ -46,6 +46,7 @@ from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
 REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
+STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
 
@@ -384,7 +385,8 @@ class Session:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list. The first lets the step end and saves; a second Ctrl-C ends at once.
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
+    once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
 
     Signals can be caught in the main thread only; elsewhere the list stays empty.
     """
@@ -396,7 +398,7 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
     except ValueError:  # not the main thread
         previous = {}
     try:

@@ -105,6 +105,9 @@ class TrainSettings:
     ranks, copies across groups, for several nodes."""
     shard_size: Count | None = changeable(None)
     """With --parallel hsdp: ranks that share one copy. None: those of a node."""
+    rank_timeout: DurationText = changeable("30m")
+    """Longest time that ranks wait for each other, also for what the first one does alone, before an error ends
+    them."""
     threads: Threads | None = changeable(None)
     """CPU threads per rank. None: one for small batches, where more only wait for each other, else all."""
     # -- saving and logging

@@ -201,7 +201,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
 
     ``locks`` gets the run directory's lock, in the main process.
     """
-    accelerator = join_ranks(pick_device(settings.device))
+    accelerator = join_ranks(pick_device(settings.device), settings.rank_timeout)
     main, notes = accelerator.is_main_process, []
     tracker_names(settings)
     if resumed and main:

@@ -222,7 +222,11 @@ def test_a_short_training_closes_the_gap(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gan_weight": 0.01, "steps": 2}], ids=["one-step", "two-steps-gan"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gan_weight": 0.01, "steps": 2}, {"gan_weight": 0.01, "discriminator": "head"}],
+    ids=["one-step", "two-steps-gan", "head"],
+)
 def test_eight_gaussians(ring, tmp_path, options):
     """All modes, and as near to the data as the teacher's 50 evaluations; a wrong sign, or a fake score that is never
     updated, ends far away."""

@@ -3,15 +3,23 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+import genkit
 from genkit import config
-from genkit.backbones import MLP, DiT, UNet
+from genkit.backbones import MLP, DiT, UNet, lora
 from genkit.backbones.edm2 import EDM2
+from genkit.backbones.lora import LoRA
+from genkit.config import load_yaml
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.tensors import local_rows
 from genkit.data.codecs import Identity
@@ -41,6 +49,7 @@ CASES = {
     "vae": (VAE, MLP(width=16, depth=2), PLANE),  # its scale is one number, which is not sharded
     "first stage": (STAGE, SMALL_UNET, PICTURES),
     "edm": ("edm", EDM2(width=8, mults=(1,), num_blocks=1), PICTURES),  # projects its weights; gains are scalars
+    "lora": ("flow", SMALL_DIT, PICTURES),
     "flow map": ("flow-map", MLP(width=16, depth=2), PLANE),  # forward mode
     "progressive": ({"name": "progressive-distillation", "teacher_steps": 8, "round_steps": 2}, SMALL_DIT, PICTURES),
 }
@@ -67,6 +76,11 @@ def start(case, parallel="ddp", accelerator=None, shard_size=None, **changes):
             x[rows == 7] = math.nan  # on the last rank
         return Batch(x, {"label": rows % 3}, draw=draws, step=step)
 
+    if case == "lora":
+        lora.adapt(nets, LoRA(rank=2, layers="blocks"))
+        with torch.no_grad():
+            for key, p in nets["net"].named_parameters():
+                p += len(key) / 100  # the change is 0 at first
     sharding = create_sharding(settings, accelerator) if accelerator else None
     return settings, initial_state(settings.objective, nets, settings, sharding), stream
 
@@ -119,7 +133,13 @@ def test_two_ranks_with_half_of_everything_are_one_process():
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process_for_every_kind_of_loss():
-    compare(list(CASES), 2, "fsdp", 2)
+    compare([case for case in CASES if case != "lora"], 2, "fsdp", 2)
+
+
+@pytest.mark.slow
+def test_adapters_of_two_ranks_are_those_of_one_process():
+    pytest.importorskip("peft")
+    compare(["lora"], 2, "fsdp", 2)
 
 
 @pytest.mark.slow
@@ -277,3 +297,45 @@ def test_a_kill_in_the_background_leaves_the_older_checkpoint(tmp_path, monkeypa
         writer.wait()
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["step"] == 0
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000000"]
+
+
+# ------------------------------------------------------------------------------------------- on the command line
+SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
+         "--log-every=5", "--sample-every=10", "--val-every=20", "--val-n=50", "--steps=40"]  # fmt: skip
+
+
+def launch(folder, num, *args):
+    """``genkit train`` on ``num`` ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*launcher, "genkit", "train", *args], cwd=folder, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path):
+    process = launch(tmp_path, 2, *SMALL, "--parallel=fsdp", "--save-every=1")  # so that the kill falls into a save
+    while not (list((tmp_path / "runs").glob("0*/checkpoints/step-000000[5-9]"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    agent = psutil.Process(process.pid)
+    for each in (agent, *agent.children(recursive=True)):
+        each.kill()
+    process.communicate()
+    (run,) = (tmp_path / "runs").glob("0*")
+    assert json.loads((run / "latest/state.json").read_text())["step"] < 40
+    process = launch(tmp_path, 4, "--resume=auto", *SMALL, "--parallel=hsdp", "--shard-size=2", "--save-every=10")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    whole = genkit.train(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")), out=str(tmp_path / "one"))
+    mine = genkit.load(run, device="cpu")  # one process reads what four ranks wrote
+    assert mine.step == whole.step == 40
+    for name, net in whole.nets.items():
+        for key, value in net.state_dict().items():
+            assert torch.allclose(
+                mine.nets[name].state_dict()[key], value, atol=2e-5 if objective == "flow" else 2e-3
+            ), key
+    assert mine.sample(4).x.shape == (4, 2)
+    for path in (p for p in run.rglob("*") if p.is_file()):
+        assert path.suffix in (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".txt"), path
+        assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"), path  # pickles, torch.save

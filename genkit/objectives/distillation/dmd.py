@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from genkit.config import table
-from genkit.config.numbers import Count, NonNegative
+from genkit.config.numbers import Count, NonNegative, Positive
 from genkit.core import (
     Backbone,
     Batch,
@@ -33,6 +33,7 @@ from genkit.core import (
     mean_flat,
 )
 from genkit.diffusion.guidance import classifier_free
+from genkit.diffusion.parametrization import NetDenoiser
 from genkit.diffusion.paths import chart, end_time, mix, times_at
 from genkit.objectives.distillation.student import Student, rows_of, same_times, starting_point, step_times
 from genkit.objectives.matching.matching import Matching
@@ -62,6 +63,11 @@ class DMD(Student):
     """scale of classifier-free guidance of the teacher, which becomes part of the generator"""
     gan_weight: NonNegative = 0.0
     """weight of a non-saturating GAN loss on noisy samples, beside the score difference; 0: no discriminator"""
+    discriminator: Literal["network", "head"] = "network"
+    """what scores the samples: a network of its own, or a head on the features of the fake score, which then learns
+    both (Yin et al. 2024b, section 4.2)"""
+    head_weight: Positive = 0.01
+    """weight of the head's loss beside that of the fake score"""
 
     validation_metrics: ClassVar[Mapping[str, Direction]] = {}  # its losses are relative to a moving opponent
     starts_from: ClassVar[Mapping[str, str | None]] = {"teacher": "net", "fake": "net", "discriminator": None}
@@ -74,13 +80,25 @@ class DMD(Student):
                 "source normal and coupling independent"
             )
         self.require_null(self.teacher_guidance)
+        if self.has_head and not self.gan_weight:
+            raise ValueError(
+                "discriminator: given head, which has no effect at gan_weight 0; try --objective.gan-weight 0.003"
+            )
+        if not self.has_head and self.head_weight != type(self).head_weight:
+            raise ValueError("head_weight: has no effect without --objective.discriminator head; leave it out")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the discriminator is a head on the fake score's features."""
+        return self.discriminator == "head"
 
     @property
     def phases(self) -> Sequence[Phase]:
-        fake = Phase("fake", trains=("fake",), repeats=self.fake_updates)
+        trains = ("fake", "discriminator") if self.has_head else ("fake",)
+        fake = Phase("fake", trains=trains, repeats=self.fake_updates)
         discriminator = Phase("discriminator", trains=("discriminator",), repeats=self.fake_updates)
         generator = Phase("generator", trains=("net",))
-        return (fake, discriminator, generator) if self.gan_weight else (fake, generator)
+        return (fake, discriminator, generator) if self.gan_weight and not self.has_head else (fake, generator)
 
     @property
     def generator_phase(self) -> str:
@@ -92,7 +110,10 @@ class DMD(Student):
         nets = {name: self.new_network(backbone, spec) for name in ("net", "fake", "teacher")}
         for name in ("fake", "teacher"):
             nets[name].load_state_dict(nets["net"].state_dict())
-        return {**nets, "discriminator": backbone.encoder(spec, (1,))} if self.gan_weight else nets
+        if not self.gan_weight:
+            return nets
+        head = make_head(nets["fake"], type(backbone).__name__) if self.has_head else backbone.encoder(spec, (1,))
+        return {**nets, "discriminator": head}
 
     # -------------------------------------------------------------------------------------------------- the losses
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
@@ -100,11 +121,15 @@ class DMD(Student):
         return losses[phase](nets, batch, self.dropped(batch))
 
     def fake_loss(self, nets: Mapping[str, nn.Module], batch: Batch, cond: Cond) -> Loss:
-        """The teacher's own loss, on samples of the generator."""
+        """The teacher's own loss, on samples of the generator, and that of a head on the features."""
         with torch.no_grad():
             x = self.draw(nets["net"], batch, cond)
         objective = self.fake_objective
-        return objective.loss(objective.phases[0].name, {"net": nets["fake"]}, replace(batch, x=x, cond=cond))
+        loss = objective.loss(objective.phases[0].name, {"net": nets["fake"]}, replace(batch, x=x, cond=cond))
+        if not self.has_head:
+            return loss
+        head = self.tell_apart(nets, batch, x, cond)
+        return Loss(loss.per_sample + self.head_weight * head.per_sample, {**loss.logs, **head.logs})
 
     @property
     def fake_objective(self) -> Matching:
@@ -132,9 +157,13 @@ class DMD(Student):
         return guide(self.of.denoiser(nets["teacher"])), self.of.denoiser(nets["fake"])
 
     def discriminator_loss(self, nets: Mapping[str, nn.Module], batch: Batch, cond: Cond) -> Loss:
-        """The cross-entropy of real and generated samples, with noise of the same level (Yin et al. 2024b, eq. 4)."""
+        """The cross-entropy of real samples and new ones of the generator."""
         with torch.no_grad():
             x = self.draw(nets["net"], batch, cond)
+        return self.tell_apart(nets, batch, x, cond)
+
+    def tell_apart(self, nets: Mapping[str, nn.Module], batch: Batch, x: Tensor, cond: Cond) -> Loss:
+        """The cross-entropy of real and generated samples ``x``, with noise (Yin et al. 2024b, eq. 4)."""
         (fake, t), (real, s) = self.add_noise(batch, x), self.add_noise(batch, batch.x)
         both = {k: torch.cat([v, v]) for k, v in cond.items()}
         real_score, fake_score = self.score(nets, torch.cat([real, fake]), torch.cat([s, t]), both).chunk(2)
@@ -142,7 +171,10 @@ class DMD(Student):
         return Loss(F.softplus(-real_score) + F.softplus(fake_score), {"accuracy": accuracy})
 
     def score(self, nets: Mapping[str, nn.Module], z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The discriminator's score ``[B]`` of noisy samples, which it sees in the chart."""
+        """The discriminator's score ``[B]`` of noisy samples; a network of its own sees them in the chart."""
+        if self.has_head:
+            denoise = cast(NetDenoiser, self.of.denoiser(nets["fake"]))
+            return nets["discriminator"](denoise.features(z, t, cond)).float().flatten()
         scaled = z / expand(chart(self.path, t)[1], z)
         return nets["discriminator"](scaled, cond).float().flatten()
 
@@ -186,6 +218,14 @@ class DMD(Student):
             return denoise(x, t, cond).x0
 
         return generate
+
+
+def make_head(net: nn.Module, family: str) -> nn.Module:
+    """A head ``[B, D] -> [B, 1]`` on the features of ``net``. ``ValueError`` if it hands out none."""
+    dim = getattr(net, "feature_dim", None)
+    if dim is None:
+        raise ValueError(f"discriminator: given head, but networks of {family} hand out no features; allowed: network")
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
 
 def score_difference(
