@@ -10,8 +10,10 @@ themselves; all seeds share the budget, because they are trained at once. "digit
 the Fréchet distance to held-out digits in the class scores of an SVM, as in `genkit bench reflow`, and the share of
 samples that the SVM takes for their class; an ``MLP`` backbone, 192 wide; the budget is that of each seed. "fashion":
 Fashion-MNIST in ``--root``, 28x28, class-conditional; the Fréchet distance to held-out pictures in the features of
-genkit's own classifier, and its accuracy; an ``MLP`` backbone, 256 wide. "guided": digits at guidance 2, whose scale is
-an input (one pass) or by classifier-free guidance (two). The row "real" is the distance of real data.
+genkit's own classifier, and its accuracy; an ``MLP`` backbone, 256 wide, which predicts the picture (the noise of 784
+pixels does not pass through it). "guided" and "guided-fashion": both at guidance 2, whose scale is an input (one pass)
+or by classifier-free guidance (two). The row "real" is the distance of real data; "resampled" of as many training
+digits as samples, drawn with replacement.
 
 "reflow" is half a budget of a flow and half of its reflow, "distilled" a third each and one of distillation; drawing
 10,000 pairs of each is part of it. "progressive" is half a budget of a flow and half of its progressive distillation,
@@ -28,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,6 +52,7 @@ from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule
 from genkit.objectives.matching.couplings import GivenPairs
 
 STEPS = (1, 2, 4, 8)
+MAX_SAMPLES = 10**6
 TIMED = 40
 GAN_WEIGHT = 0.01  # of a discriminator beside distribution matching
 SCALE, LARGEST = 2.0, 4.0
@@ -74,18 +78,37 @@ class Way:
     guidance: Guidance | None = None
 
 
+def plain_flow(setting: Setting, **options: Any) -> Flow:
+    """Rectified flow, without guidance."""
+    return Flow(prediction=setting.prediction, cond_dropout=0.0, **options)
+
+
+def guided_flow_map(setting: Setting, guidance: float) -> FlowMap:
+    """A flow map by shortcuts; its classes can be guided by a scale up to ``guidance`` as an input, or (1) in two
+    passes.
+    """
+    return FlowMap(prediction=setting.prediction, guidance=guidance)
+
+
 def flow_map(rule: str) -> Way:
     """The row of a rule."""
-    return Way(lambda setting, steps, rate: FlowMap(rule=scheduled_rule(rule, steps), time_rate=rate, cond_dropout=0.0))
+    return Way(
+        lambda setting, steps, rate: FlowMap(
+            rule=scheduled_rule(rule, steps), prediction=setting.prediction, time_rate=rate, cond_dropout=0.0
+        )
+    )
 
 
 TRAININGS: Mapping[str, Way] = {
-    "flow": Way(lambda setting, steps, rate: Flow(cond_dropout=0.0), sampler="ddim"),
+    "flow": Way(lambda setting, steps, rate: plain_flow(setting), sampler="ddim"),
     **{rule: flow_map(rule) for rule in RULES},
     "drift": Way(lambda setting, steps, rate: Drift()),
     "gan": Way(lambda setting, steps, rate: setting.gan),
-    "one-pass": Way(lambda setting, steps, rate: FlowMap(guidance=LARGEST), guidance=scale_input(SCALE, 1.0, LARGEST)),
-    "two-passes": Way(lambda setting, steps, rate: FlowMap(), guidance=classifier_free(SCALE)),
+    "one-pass": Way(
+        lambda setting, steps, rate: guided_flow_map(setting, LARGEST),
+        guidance=scale_input(SCALE, 1.0, LARGEST),
+    ),
+    "two-passes": Way(lambda setting, steps, rate: guided_flow_map(setting, 1.0), guidance=classifier_free(SCALE)),
 }
 GUIDED = ("one-pass", "two-passes")
 
@@ -142,7 +165,7 @@ def generators(trainer: Trainer, way: str, counts: Sequence[int]) -> dict[int, G
 def train_flow(trainer: Trainer, trainings: int) -> tuple[Flow, Mapping[str, nn.Module]]:
     """A flow, the first of ``trainings`` of equal shares, and its network."""
     torch.manual_seed(trainer.seed)
-    flow = Flow(cond_dropout=0.0)
+    flow = plain_flow(trainer.setting)
     nets = trainer.setting.make_nets(trainer.seed, flow)
     trainer.fit(lambda steps: flow, nets, trainer.setting.draw, trainings)
     return flow, nets
@@ -151,7 +174,7 @@ def train_flow(trainer: Trainer, trainings: int) -> tuple[Flow, Mapping[str, nn.
 def train_reflow(trainer: Trainer, trainings: int) -> tuple[Flow, Mapping[str, nn.Module]]:
     """A flow and its reflow (Liu et al. 2023), the first two of ``trainings``. The budget is for drawing pairs too."""
     flow, nets = train_flow(trainer, trainings)
-    reflow = Flow(coupling=GivenPairs(), cond_dropout=0.0)
+    reflow = plain_flow(trainer.setting, coupling=GivenPairs())
     trainer.fit(lambda steps: reflow, nets, draw_pairs(trainer, flow, nets), trainings - 1)
     return reflow, nets
 
@@ -165,8 +188,9 @@ def reflow_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Gene
 def distilled_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Generator]:
     """A third of the budget each for a flow, its reflow, and the distillation of that (Liu et al. 2023)."""
     reflow, nets = train_reflow(trainer, 3)
-    trainer.fit(lambda steps: Distillation(), nets, draw_pairs(trainer, reflow, nets))
-    return {1: Distillation().generator(nets)}
+    distillation = Distillation(prediction=trainer.setting.prediction)
+    trainer.fit(lambda steps: distillation, nets, draw_pairs(trainer, reflow, nets))
+    return {1: distillation.generator(nets)}
 
 
 def progressive_generators(trainer: Trainer, counts: Sequence[int]) -> dict[int, Generator]:
@@ -254,8 +278,8 @@ def measure(settings: Sequence[Setting], way: str, seconds: float, part: Part) -
 class Part:
     """One of the experiments."""
 
-    make: Callable[[Path, int, int], Setting]
-    """the setting for a root of data sets, a number of seeds and the first test seed"""
+    make: Callable[[Path, int, int, int | None], Setting]
+    """the setting for a root of data sets, a number of seeds, the first test seed and a number of samples"""
     real: Callable[[int, Path], Mapping[str, list[float]]]
     title: str
     rate: float | None = None
@@ -264,30 +288,38 @@ class Part:
     counts: tuple[int, ...] = STEPS
     at_once: bool = False
     """whether all seeds are trained at once"""
+    resampled: Callable[[int | None], Mapping[str, list[float]]] | None = None
+    """values of a number of training rows drawn with replacement, where few samples make the distance larger"""
 
-    def settings(self, root: Path, seeds: int, way: str) -> Sequence[Setting]:
+    def settings(self, root: Path, seeds: int, way: str, samples: int | None = None) -> Sequence[Setting]:
         """The settings of a row. The two networks of a GAN are trained for one seed after the other."""
         if self.at_once and way == "gan":
-            return [replace(self.make(root, 1, i), seeds=[i]) for i in range(seeds)]
-        return [self.make(root, seeds, 0)]
+            return [replace(self.make(root, 1, i, samples), seeds=[i]) for i in range(seeds)]
+        return [self.make(root, seeds, 0, samples)]
 
 
 PARTS = {
     "plane": Part(
-        lambda root, seeds, first: experiments.plane(seeds, first),
+        lambda root, seeds, first, samples: experiments.plane(seeds, first),
         experiments.real_plane,
         "eight Gaussians",
         rate=1.0,
         at_once=True,
     ),
-    "digits": Part(lambda root, seeds, first: experiments.digits(seeds, first), experiments.real_digits, "digits"),
+    "digits": Part(
+        lambda root, seeds, first, samples: experiments.digits(seeds, first, samples),
+        experiments.real_digits,
+        "digits",
+        resampled=experiments.resampled_digits,
+    ),
     "fashion": Part(experiments.fashion, experiments.real_fashion, "Fashion-MNIST", counts=(*STEPS, 20)),
     "guided": Part(
-        lambda root, seeds, first: experiments.digits(seeds, first),
+        lambda root, seeds, first, samples: experiments.digits(seeds, first, samples),
         experiments.real_digits,
         "digits at guidance 2",
         ways=GUIDED,
     ),
+    "guided-fashion": Part(experiments.fashion, experiments.real_fashion, "Fashion-MNIST at guidance 2", ways=GUIDED),
 }
 
 
@@ -321,15 +353,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--only", choices=PARTS, help="one of the experiments")
     parser.add_argument("--ways", nargs="+", choices=(*UNGUIDED, *GUIDED), help="rows; all if left out")
+    parser.add_argument("--samples", type=int, help="pictures of each model that are measured; 1000 if left out")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of FashionMNIST/raw")
     parser.add_argument("--out", type=Path, help="JSON; a row that it has is not measured again")
     parser.add_argument("--picture", type=Path, help="PNG of the distances against evaluations")
     args = parser.parse_args(argv)
-    check_ranges(args, seeds=MAX_SEEDS)
+    given = {} if args.samples is None else {"samples": args.samples}
+    check_ranges(args, seeds=MAX_SEEDS, **dict.fromkeys(given, MAX_SAMPLES))
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
     torch.set_num_threads(1)
-    results = ResultsFile(args.out, {"seeds": args.seeds}, ["few-step", *argv])
+    results = ResultsFile(args.out, {"seeds": args.seeds, **given}, ["few-step", *argv])
     console = Console()
     for name, part in PARTS.items():
         if args.only not in (None, name):
@@ -337,9 +371,12 @@ def main(argv: list[str]) -> int:
         require_budget(results, name, args.seconds)
         if f"{name}/real" not in results:
             results.add(f"{name}/real", {"values": {k: {"1": v} for k, v in part.real(args.seeds, args.root).items()}})
+        if part.resampled and f"{name}/resampled" not in results:
+            values = {k: {"1": v} for k, v in part.resampled(args.samples).items()}
+            results.add(f"{name}/resampled", {"values": values})
         for way in part.ways:
             if f"{name}/{way}" not in results and way in (args.ways or part.ways):
-                settings = part.settings(args.root, args.seeds, way)
+                settings = part.settings(args.root, args.seeds, way, args.samples)
                 results.add(f"{name}/{way}", {"budget": args.seconds, **measure(settings, way, args.seconds, part)})
     shown: dict[str, dict] = {}
     for name, part in PARTS.items():

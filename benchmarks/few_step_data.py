@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import GAN, FlowMap
 from genkit.objectives.adversarial.losses import Relativistic
 from genkit.objectives.distillation.student import Student
+from genkit.objectives.matching.matching import PredictionName
 
 NUM_PAIRS, NUM_TEST, NUM_TRAIN = 10_000, 1000, 50_000
+NUM_DRAWS = 20  # of real data with replacement
 RADIUS, STD = 2.0, 0.1
 PLANE_GAN = GAN(latent=(2,), gan_loss=Relativistic(r1=0.01, r2=0.01))  # penalties as for the ring of docs/results
 
@@ -56,6 +58,8 @@ class Setting:
     interacting: int
     """rows of a batch whose rows interact: 32 or more of each class"""
     gan: GAN
+    prediction: PredictionName = "velocity"
+    """what the networks of flows and flow maps predict"""
 
 
 def normals_of(shape: Sequence[int], seed: int) -> Tensor:
@@ -139,9 +143,17 @@ def plane(seeds: int, offset: int = 0) -> Setting:
 
 # ------------------------------------------------------------------------------------------------------- the images
 def images(
-    rows: Batch, size: int, width: int, score: Callable[[Tensor], dict[str, float]], data: Data, seeds: int, offset: int
+    rows: Batch,
+    size: int,
+    width: int,
+    score: Callable[[Tensor], dict[str, float]],
+    data: Data,
+    seeds: int,
+    offset: int,
+    samples: int | None,
 ) -> Setting:
-    """Images by class in the model's own numbers, one seed after the other; a seed's samples are NUM_TEST."""
+    """Images by class in the model's own numbers, one seed after the other, NUM_TEST or so many ``samples`` of each."""
+    num_test = samples or NUM_TEST
 
     def draw(count: int) -> Batch:
         i = torch.randint(len(rows), (count,))
@@ -152,7 +164,7 @@ def images(
         return objective.networks(MLP(width=width, depth=4), data.spec)
 
     def test(seed: int, shape: Sequence[int] | None) -> tuple[Tensor, Mapping[str, Tensor]]:
-        n = NUM_PAIRS if seed < 0 else NUM_TEST
+        n = NUM_PAIRS if seed < 0 else num_test
         return normals_of((n, *(shape or (1, size, size))), 2000 + offset + seed), cycle_labels(n)
 
     return Setting(
@@ -161,7 +173,7 @@ def images(
         draw_members=draw,
         test=test,
         score=lambda x: {name: [value] for name, value in score(x).items()},
-        noise=lambda seed: lambda shape: normals_of((NUM_TEST, *shape), 3000 + offset + seed),
+        noise=lambda seed: lambda shape: normals_of((num_test, *shape), 3000 + offset + seed),
         seeds=range(seeds),
         batch=64,
         lr=1e-3,
@@ -170,7 +182,7 @@ def images(
     )
 
 
-def digits(seeds: int, offset: int = 0) -> Setting:
+def digits(seeds: int, offset: int = 0, samples: int | None = None) -> Setting:
     """Scikit-learn's digits, by the ruler of :mod:`benchmarks.reflow`."""
     real = load_digits("train")
     scores = DigitScores(real, load_digits("test"))
@@ -179,7 +191,7 @@ def digits(seeds: int, offset: int = 0) -> Setting:
         right = scores.svm.predict(scores.pixels(x)) == cycle_labels(len(x))["label"].numpy()
         return {"Fréchet": scores.distance(x), "accuracy": float(right.mean())}
 
-    return images(real, 8, 192, score, Digits().load("train"), seeds, offset)
+    return images(real, 8, 192, score, Digits().load("train"), seeds, offset, samples)
 
 
 @dataclass
@@ -211,11 +223,12 @@ def first_rows(data: Data, count: int) -> Batch:
     return data.batch(torch.arange(count), Draw((0,), 0, count))
 
 
-def fashion(root: Path, seeds: int, offset: int = 0) -> Setting:
+def fashion(root: Path, seeds: int, offset: int = 0, samples: int | None = None) -> Setting:
     """Fashion-MNIST, 28x28."""
     scores = FashionScores(root)
     rows = scores.data.codec.encode(first_rows(scores.data, len(scores.data)))
-    return images(rows, 28, 256, scores.score, scores.data, seeds, offset)
+    setting = images(rows, 28, 256, scores.score, scores.data, seeds, offset, samples)
+    return replace(setting, prediction="x0")
 
 
 # --------------------------------------------------------------------------------------------------------- real data
@@ -229,6 +242,19 @@ def real_digits(seeds: int, root: Path) -> dict[str, list[float]]:
     """The distance of all training digits."""
     real = load_digits("train")
     return {"Fréchet": [DigitScores(real, load_digits("test")).distance(real.x)]}
+
+
+def resampled_digits(samples: int | None) -> dict[str, list[float]]:
+    """The distances of training digits drawn with replacement, as many as samples are measured: a perfect model's."""
+    real = load_digits("train")
+    scores, labels = DigitScores(real, load_digits("test")), real.cond["label"]
+    members = [(labels == label).nonzero()[:, 0] for label in range(10)]
+    distances = []
+    for seed in range(NUM_DRAWS):
+        g = torch.Generator().manual_seed(seed)
+        rows = [m[torch.randint(len(m), ((samples or NUM_TEST) // 10,), generator=g)] for m in members]
+        distances.append(scores.distance(real.x[torch.cat(rows)]))
+    return {"Fréchet": distances}
 
 
 def real_fashion(seeds: int, root: Path) -> dict[str, list[float]]:

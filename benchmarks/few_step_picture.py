@@ -11,18 +11,21 @@ import numpy as np
 from genkit.core.files import atomic_write
 
 STYLES = {"flow": ":", "reflow": ":"}  # rows that solve an ODE; marks alone are one-step generators
+REAL = {"real": "-", "resampled": ":"}  # grey lines
 
 
 def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Mean and standard deviation over the seeds of each row, ``parts`` by title and row, as ``genkit bench`` has them.
 
-    The grey line is real data's distance. Rows have the same colour in all panels.
+    The grey line is real data's distance, the dotted one that of as many real rows as samples. Rows have the same
+    colour in all panels.
     """
+    from matplotlib import colormaps  # lazy: slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: slow to import
     from matplotlib.figure import Figure
 
-    ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way != "real"))
-    colours = {way: f"C{i}" if i < 10 else "k" for i, way in enumerate(ways)}
+    ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way not in REAL))
+    colours = {way: colormaps["tab20"](2 * i % 20 + i // 10) for i, way in enumerate(ways)}  # ten dark, ten pale
     fig = Figure(figsize=(4.2 * len(parts) + 1.6, 3.8), dpi=80, layout="constrained")
     panels = fig.subplots(1, len(parts), squeeze=False)[0]
     shown: dict[str, Any] = {}
@@ -31,8 +34,8 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for way, cell in rows.items():
             name, values = next(iter(cell["values"].items()))
             panel.set_ylabel(name, fontsize=9)
-            if way == "real":
-                panel.axhline(np.mean(values["1"]), color="0.6", lw=1)
+            if way in REAL:
+                panel.axhline(np.mean(values["1"]), color="0.6", lw=1, ls=REAL[way])
                 continue
             counts |= {int(k) for k in values}
             shown[way] = draw_row(panel, values, colours[way], STYLES.get(way, "-"))
@@ -46,7 +49,7 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         fig.savefig(part, format="png")
 
 
-def draw_row(panel: Any, values: Mapping[str, Sequence[float]], colour: str, style: str) -> Any:
+def draw_row(panel: Any, values: Mapping[str, Sequence[float]], colour: Any, style: str) -> Any:
     """A line with error bars, or a mark at one evaluation."""
     x = np.array(sorted(int(k) for k in values))
     y = np.array([np.mean(values[str(k)]) for k in x])

@@ -221,6 +221,9 @@ WAYS = {
     "distilled": "reflow and distillation",
     "reflow": "reflow, Euler's method",
     "flow": "flow, Euler's method",
+    "progressive": "progressive distillation",
+    "dmd": "distribution matching (DMD2)",
+    "dmd-gan": "DMD2 with a discriminator",
     "one-pass": "guidance as an input, one pass",
     "two-passes": "classifier-free guidance, two passes",
 }
@@ -251,6 +254,9 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     rows = [[*row[:-1], accuracy[row[0]], row[-1]] for row in rows]
     real = load("few-step")["cells"][f"{part}/real"]["values"]["Fréchet"]["1"]
     rows.append(["real data", number(mean(real), digits), *[""] * (len(counts) + 1)])
+    if resampled := load("few-step")["cells"].get(f"{part}/resampled"):
+        drawn = spread(resampled["values"]["Fréchet"]["1"], digits)
+        rows.append(["1,000 of them, drawn with replacement", drawn, *[""] * (len(counts) + 1)])
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
@@ -429,6 +435,33 @@ def overhead() -> str:
     return table(["sampler", "genkit, µs per step", "diffusers, µs per step", "ratio"], rows)
 
 
+def plan_networks() -> str:
+    rows = [
+        [name, f"{c['params'] / 1e6:.0f}M", f"{c['flops'] / 1e9:,.0f}", f"{c['activation_bytes'] / 1e6:,.0f}"]
+        for name, c in load("plan")["networks"].items()
+    ]
+    return table(["network", "parameters", "GFLOP of a sample", "MB of activations in fp32"], rows)
+
+
+def plan_steps() -> str:
+    def fits(row: dict) -> str:
+        return f"{row['total_memory'] / 1e9:.0f}" + ("" if row["total_memory"] < 80e9 else " (too much)")
+
+    head = ["network", "GPUs", "batch", "`--parallel`", "GB a GPU", "of it activations", "GB sent in the node",
+            "GB across nodes", "ms a step", "hours for 400,000 steps"]  # fmt: skip
+    rows = []
+    for r in load("plan")["rows"]:
+        low, high = r["seconds"]
+        hours = [s * 400_000 / 3600 for s in (low, high)]
+        rows.append([
+            r["network"], str(r["gpus"]), f"{r['batch']:,}", r["parallel"], fits(r),
+            f"{r['memory']['activations'] / 1e9:.0f}", f"{r['in_node_bytes'] / 1e9:.1f}",
+            f"{r['across_bytes'] / 1e9:.2f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}",
+            f"{hours[0]:.0f} to {hours[1]:.0f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
 def structure() -> str:
     """``tools/measure.py``: rooms, contracts, hops, lengths."""
     return table(["measure", "value"], [[name, str(value)] for name, value in load("structure")["measures"].items()])
@@ -522,6 +555,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-plane": few_step_plane,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
+    "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
@@ -535,6 +569,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "time-to-quality": time_to_quality,
     "overhead": overhead,
+    "plan-networks": plan_networks,
+    "plan-steps": plan_steps,
     "structure": structure,
     "summary": summary,
 }

@@ -176,16 +176,13 @@ def measure_saving(setup: Setup) -> Iterator[Row]:
     objective, data = Flow(), setup.latents()
     state: State = train_steps(setup, objective, setup.large, data, steps=1, batch=4)
     began = time.perf_counter()
-    files = {
-        name: {key: piece.rows for key, piece in pieces.items()}
-        for name, pieces in checkpoint_files(state, objective).items()
-    }
-    size = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    files = checkpoint_files(state, objective)
+    size = sum(piece.num_bytes for pieces in files.values() for piece in pieces.values())
     yield {"what": "copy to the host", "s": time.perf_counter() - began, "GB": size / 1e9}
     began = time.perf_counter()
     paths = [setup.folder / name for name in files]
-    for path, tensors in zip(paths, files.values(), strict=True):
-        save_file(tensors, path)
+    for path, pieces in zip(paths, files.values(), strict=True):
+        save_file({key: piece.rows for key, piece in pieces.items()}, path)
     yield {"what": "write", "s": time.perf_counter() - began, "GB": size / 1e9}
     began = time.perf_counter()
     for path in paths:

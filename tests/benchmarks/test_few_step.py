@@ -175,6 +175,31 @@ def test_guidance_at_two_passes_and_at_one_start_from_the_same_noise(monkeypatch
         assert list(cell["values"]["Fréchet"]) == ["1", "2", "4", "8"]
 
 
+def test_as_many_pictures_are_measured_as_are_asked_for(monkeypatch):
+    """Of each model, and of the real digits drawn with replacement; more of these are nearer to all of them."""
+    (setting,) = few_step.PARTS["digits"].settings(None, 1, "shortcut", 70)
+    z, cond = setting.test(0, None)
+    assert z.shape == (70, 1, 8, 8) == setting.noise(0)((1, 8, 8)).shape
+    assert cond["label"].tolist() == [i % 10 for i in range(70)]
+    monkeypatch.setattr(few_step_data, "NUM_DRAWS", 2)
+    few, many = (few_step_data.resampled_digits(n)["Fréchet"] for n in (100, 10_000))
+    assert len(few) == 2
+    assert min(few) > max(many) == pytest.approx(few_step_data.real_digits(1, None)["Fréchet"][0], abs=0.1)
+
+
+def test_images_of_fashion_mnist_are_predicted_by_every_flow(monkeypatch):
+    """The noise of 784 pixels does not pass through 256 features: all rows that may predict either predict the data."""
+    setting = few_step_data.replace(few_step_data.plane(1), prediction="x0")
+    for way in ("flow", *few_step.RULES, *few_step.GUIDED):
+        assert few_step.TRAININGS[way].make(setting, 10, None).prediction == "x0"
+    seen = []
+    monkeypatch.setattr(few_step, "train", lambda objective, nets, draw, **options: seen.append(objective.prediction))
+    monkeypatch.setattr(few_step_data, "NUM_PAIRS", 8)
+    few_step.generators(few_step.Trainer(setting, 1.0, 0, 1.0), "distilled", (1,))
+    assert set(seen) == {"x0"}
+    assert len(seen) == 9  # three of each training: the first steps, the timed ones, the budget
+
+
 @pytest.mark.parametrize("way", ["alpha", "consistency"])
 def test_curricula_see_how_far_training_is(monkeypatch, way):
     """A batch without its step would stand for the end of training."""

@@ -87,6 +87,15 @@ def test_distillation_is_one_euler_step_and_takes_no_sampler():
     assert torch.allclose(loss, (x0**2).mean(1), atol=1e-6)  # (x1 - (x1 - x0))^2 at x = x1, t = 1
 
 
+def test_distillation_of_a_network_that_predicts_the_data():
+    """Its output at t = 1 is the sample itself, and the error is that of the sample."""
+    objective, net = Distillation(prediction="x0"), lambda x, t, c: x * 0.25 + t[:, None]
+    z, (x0, x1) = torch.randn(5, 2), torch.randn(2, 6, 2)
+    torch.testing.assert_close(objective.generator({"net": net})(z, {}), 0.25 * z + 1)
+    loss = objective.loss("denoise", {"net": net}, Batch(x0, x1=x1)).per_sample
+    torch.testing.assert_close(loss, (0.25 * x1 + 1 - x0).square().mean(1))
+
+
 SMALL = ["--backbone=mlp", "--backbone.width=16", "--batch=16", "--steps=4", "--sample-every=0", "--no-tensorboard"]
 
 

@@ -19,7 +19,7 @@ from genkit.config.numbers import Fraction
 from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Spec
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import paired_source
-from genkit.objectives.matching.matching import Matching
+from genkit.objectives.matching.matching import Matching, PredictionName
 from genkit.objectives.matching.sources import Normal, Source
 
 
@@ -32,6 +32,8 @@ class Distillation(Matching):
 
     source: Source = field(default_factory=Normal, metadata={"table": "genkit.objectives.matching.sources:SOURCES"})
     """where the pairs start, as in the model that made them"""
+    prediction: PredictionName = "velocity"
+    """what the network predicts, as in the model that it begins from"""
     cond_dropout: Fraction = 0.0
     """probability of training a sample without its conditions; there is no guidance here that would need it"""
     sampler: ClassVar[str | None] = None
