@@ -424,6 +424,33 @@ def overhead() -> str:
     return table(["sampler", "genkit, µs per step", "diffusers, µs per step", "ratio"], rows)
 
 
+def plan_networks() -> str:
+    rows = [
+        [name, f"{c['params'] / 1e6:.0f}M", f"{c['flops'] / 1e9:,.0f}", f"{c['activation_bytes'] / 1e6:,.0f}"]
+        for name, c in load("plan")["networks"].items()
+    ]
+    return table(["network", "parameters", "GFLOP of a sample", "MB of activations in fp32"], rows)
+
+
+def plan_steps() -> str:
+    def fits(row: dict) -> str:
+        return f"{row['total_memory'] / 1e9:.0f}" + ("" if row["total_memory"] < 80e9 else " (too much)")
+
+    head = ["network", "GPUs", "batch", "`--parallel`", "GB a GPU", "of it activations", "GB sent in the node",
+            "GB across nodes", "ms a step", "hours for 400,000 steps"]  # fmt: skip
+    rows = []
+    for r in load("plan")["rows"]:
+        low, high = r["seconds"]
+        hours = [s * 400_000 / 3600 for s in (low, high)]
+        rows.append([
+            r["network"], str(r["gpus"]), f"{r['batch']:,}", r["parallel"], fits(r),
+            f"{r['memory']['activations'] / 1e9:.0f}", f"{r['in_node_bytes'] / 1e9:.1f}",
+            f"{r['across_bytes'] / 1e9:.2f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}",
+            f"{hours[0]:.0f} to {hours[1]:.0f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
 def structure() -> str:
     """``tools/measure.py``: rooms, contracts, hops, lengths."""
     return table(["measure", "value"], [[name, str(value)] for name, value in load("structure")["measures"].items()])
@@ -530,6 +557,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "time-to-quality": time_to_quality,
     "overhead": overhead,
+    "plan-networks": plan_networks,
+    "plan-steps": plan_steps,
     "structure": structure,
     "summary": summary,
 }

@@ -18,11 +18,11 @@ from benchmarks.speed.measuring import draw_batch, load_images
 from genkit.backbones import UNet
 from genkit.backbones.blocks import group_norm, num_groups
 from genkit.core.memory import peak_memory, reset_peak_memory
-from genkit.core.tensors import sha256, to_tensors
+from genkit.core.tensors import sha256
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.samplers import bind
 from genkit.objectives import Flow
-from genkit.training.checkpoint import optimizer_tensors, save_checkpoint
+from genkit.training.checkpoint import checkpoint_files, save_checkpoint
 from genkit.training.loop import State
 from genkit.training.precision import has_fast_bf16
 
@@ -176,14 +176,13 @@ def measure_saving(setup: Setup) -> Iterator[Row]:
     objective, data = Flow(), setup.latents()
     state: State = train_steps(setup, objective, setup.large, data, steps=1, batch=4)
     began = time.perf_counter()
-    files = {"nets": to_tensors(state.nets), "optim": optimizer_tensors(objective, state)}
-    files |= {f"ema-{decay}": to_tensors(nets) for decay, nets in state.emas.items()}
-    size = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    files = checkpoint_files(state, objective)
+    size = sum(piece.num_bytes for pieces in files.values() for piece in pieces.values())
     yield {"what": "copy to the host", "s": time.perf_counter() - began, "GB": size / 1e9}
     began = time.perf_counter()
-    paths = [setup.folder / f"{name}.safetensors" for name in files]
-    for path, tensors in zip(paths, files.values(), strict=True):
-        save_file(tensors, path)
+    paths = [setup.folder / name for name in files]
+    for path, pieces in zip(paths, files.values(), strict=True):
+        save_file({key: piece.rows for key, piece in pieces.items()}, path)
     yield {"what": "write", "s": time.perf_counter() - began, "GB": size / 1e9}
     began = time.perf_counter()
     for path in paths:
