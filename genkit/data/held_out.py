@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from genkit.config.numbers import Fraction
 from genkit.data.captions import Caption, CaptionReader
+from genkit.data.image_files import ListedFile
 from genkit.data.images import ImageFiles
 from genkit.data.source import Split
 
@@ -78,6 +80,13 @@ class SelectedFiles:
     def location(self, i: int) -> str:
         """Path of image ``i``, for messages."""
         return self.files.location(self.rows[i])
+
+    def listing(self) -> list[ListedFile]:
+        """The listing of these images; of shards, all of them and which rows are selected."""
+        every = self.files.listing()
+        if len(every) == len(self.files.names):
+            return [every[i] for i in self.rows]
+        return [*every, ListedFile("rows", len(self.rows), zlib.crc32(torch.tensor(self.rows).numpy().tobytes()))]
 
     def select_captions(self, read: CaptionReader) -> list[Caption]:
         """The captions of these images, of those that ``read`` returns for all."""

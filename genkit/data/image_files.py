@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,23 @@ def warn_of_others(root: Path, others: Iterable[str], with_captions: bool) -> No
         warn_once(f"{root}: {len(skipped)} files are no images and were left out: {kinds}, such as {skipped[0]}")
 
 
+class ListedFile(NamedTuple):
+    """What is known of a file without reading it."""
+
+    name: str
+    size: int
+    checksum: int = 0
+    """CRC-32 of its content where an archive states it, else 0"""
+    changed: int = 0
+    """time of change in nanoseconds"""
+
+
+def list_status(path: Path, name: str) -> ListedFile:
+    """Size and time of change of the file ``path``, under the name ``name``."""
+    status = os.stat(path)
+    return ListedFile(name, status.st_size, changed=status.st_mtime_ns)
+
+
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
     """The images of a folder, an ``ImageFiles``."""
@@ -121,6 +139,9 @@ class FolderFiles:
 
     def location(self, i: int) -> str:
         return str(self.root / self.names[i])
+
+    def listing(self) -> list[ListedFile]:
+        return [list_status(self.root / name, name) for name in self.names]
 
     def captions(self) -> list[Caption]:
         """The captions that lie beside the images."""
@@ -168,6 +189,10 @@ class ZipFiles:
 
     def location(self, i: int) -> str:
         return f"{self.path}/{self.names[i]}"
+
+    def listing(self) -> list[ListedFile]:
+        members = (self.archive.getinfo(name) for name in self.names)
+        return [ListedFile(m.filename, m.file_size, m.CRC) for m in members]
 
     def captions(self) -> list[Caption]:
         """The captions that lie beside the images."""

@@ -28,6 +28,7 @@ from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
 from genkit.data.captions import FILES, CaptionReader, Captions, load_captions
 from genkit.data.codecs import Pixels
+from genkit.data.image_files import ListedFile
 from genkit.data.in_memory import InMemory, random_flip
 from genkit.data.source import DataSource
 
@@ -143,6 +144,10 @@ class ImageFiles(Protocol):
 
     def location(self, i: int) -> str:
         """Path of file ``i``, for messages."""
+        ...
+
+    def listing(self) -> list[ListedFile]:
+        """The files, or the shards that hold them, which together stand for the content."""
         ...
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.core.files import format_error
 from genkit.data.captions import Caption, collapse_space
+from genkit.data.image_files import ListedFile, list_status
 from genkit.data.tar_files import number_classes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
@@ -211,9 +212,8 @@ class TableRows:
             captions.append(Caption(collapse_space(value), self.location(i)))
         return captions
 
-    def listing(self) -> list[tuple[str, int]]:
-        """Name and size of each file, which stand for its content."""
-        return [(table.path.name, table.path.stat().st_size) for table in self.tables]
+    def listing(self) -> list[ListedFile]:
+        return [list_status(table.path, table.path.name) for table in self.tables]
 
 
 def class_names(schema: Any, column: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from genkit.core.messages import warn_once
 from genkit.core.tensors import cache_folder
 from genkit.data.captions import Caption, collapse_space, decode_utf8
 from genkit.data.classes import sort_naturally
-from genkit.data.image_files import IMAGE_SUFFIXES, MAX_MEMBER, is_hidden
+from genkit.data.image_files import IMAGE_SUFFIXES, MAX_MEMBER, ListedFile, is_hidden, list_status
 
 LAYOUT = 1  # of the stored index
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
@@ -249,9 +249,8 @@ class TarShards:
         """:func:`number_classes` of the texts in cls or json; None if there are none."""
         return number_classes(self.label_texts, self.location)
 
-    def listing(self) -> list[tuple[str, int]]:
-        """Name and size of each file, which stand for its content."""
-        return [(path.name, path.stat().st_size) for path in self.paths]
+    def listing(self) -> list[ListedFile]:
+        return [list_status(path, path.name) for path in self.paths]
 
 
 def number_classes(texts: Sequence[str], location: Callable[[int], str]) -> tuple[Tensor, tuple[str, ...]] | None:

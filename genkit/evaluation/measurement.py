@@ -208,7 +208,10 @@ def measure_reference(
 ) -> SampleStatistics:
     """:func:`measure` of a reference, remembered in genkit's cache by the hash of its content and the features."""
     content = reference.content_hash if isinstance(reference, DatasetSamples) else hash_json(reference.identity())
-    key = hash_json({"samples": content, "features": dict(extractor.settings), "n": n})
+    identity = {"samples": content, "features": dict(extractor.settings), "n": n}
+    if isinstance(reference, DatasetSamples) and reference.is_listed:
+        identity["changed"] = reference.last_change
+    key = hash_json(identity)
     path = cache_folder() / "reference" / f"{key[:24]}.npz"
     stored = ranks.once(Shard.load, path)
     if stored.moments is not None and all(stored.tensors[name] for name in keep):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from genkit.config.paths import PathText
 from genkit.core import Batch, Data, Denoiser, Draw, Label, Spec, spec_to_dict
 from genkit.core.arrays import open_npz
 from genkit.core.tensors import sha256
-from genkit.data import DATA, DataSource, codecs, find_source
+from genkit.data import DATA, DataSource, OnDisk, codecs, find_source
 from genkit.data.images import Channels, Size
 from genkit.data.source import Split
 from genkit.diffusion.samplers import CountingDenoiser, Seeds
@@ -99,6 +100,9 @@ class DataOptions:
     """Resize the largest centred crop of this shape (H, or H W) to it; None: keep the size."""
     channels: Channels = None
     """Convert to this number of channels; None: keep them."""
+    full_hash: bool = False
+    """Identify images that do not fit into memory by the content of all of them, rather than by the names and sizes of
+    their files."""
 
 
 @dataclass(eq=False)
@@ -113,6 +117,10 @@ class DatasetSamples:
     content_hash: str | None = None
     class_counts: Tensor | None = None
     """``[K]``, the number of samples of each class; known once the content has been hashed"""
+    full_hash: bool = False
+    """read all images on disk for their hash, instead of listing their files"""
+    last_change: int = 0
+    """time of the last change of a file that was listed, in nanoseconds"""
 
     @property
     def spec(self) -> Spec:
@@ -130,19 +138,30 @@ class DatasetSamples:
         return class_condition(self.data.spec)
 
     def identity(self) -> dict[str, Any]:
-        """Name, split and content hash."""
-        return {"data": self.name, "split": self.split, "sha256": self.content_hash or self.hash()}
+        """Name, split and hash: of the content, or of the listing."""
+        key = "listing_sha256" if self.is_listed else "sha256"
+        return {"data": self.name, "split": self.split, key: self.content_hash or self.hash()}
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the samples are identified by the names and sizes of their files, which are too many to read."""
+        return isinstance(self.data, OnDisk) and not self.full_hash
 
     def training_split(self) -> Data:
         """The training split of the same source, from which a classifier may learn."""
         return self.data if self.split == "train" else self.config.load("train")
 
     def hash(self) -> str:
-        """The sha256 of all samples and classes. It reads every file, so damaged ones are found before the work."""
+        """The sha256 of all samples and classes. It reads every file, so damaged ones are found before the work.
+
+        Images that are decoded when they are needed are not read: names and sizes of their files stand for them.
+        """
         return self.scan()[0]
 
     def scan(self) -> tuple[str, Tensor | None]:
         """:meth:`hash`, and the number of samples of each class ``[K]`` if there are classes."""
+        if isinstance(self.data, OnDisk) and not self.full_hash:
+            return self.scan_listing(self.data)
         digest = hashlib.sha256(str((tuple(self.spec.shape), len(self.data))).encode())
         kind = self.spec.cond[self.label] if self.label else None
         counts = torch.zeros(kind.num, dtype=torch.int64) if isinstance(kind, Label) else None
@@ -153,6 +172,21 @@ class DatasetSamples:
                 digest.update(batch.cond[self.label].contiguous().numpy().tobytes())
                 counts += torch.bincount(batch.cond[self.label].flatten().long(), minlength=len(counts))
         self.content_hash, self.class_counts = digest.hexdigest(), counts
+        return self.content_hash, counts
+
+    def scan_listing(self, data: OnDisk) -> tuple[str, Tensor | None]:
+        """:meth:`scan` without reading an image."""
+        listed = data.files.listing()
+        settings = (tuple(self.spec.shape), len(data), data.size, data.channels)
+        digest = hashlib.sha256(json.dumps([settings, [(f.name, f.size, f.checksum) for f in listed]]).encode())
+        kind = self.spec.cond[self.label] if self.label else None
+        counts = None
+        if self.label and isinstance(kind, Label):
+            label = data.cond[self.label]
+            digest.update(label.contiguous().numpy().tobytes())
+            counts = torch.bincount(label.flatten().long(), minlength=kind.num)
+        self.content_hash, self.class_counts = digest.hexdigest(), counts
+        self.last_change = max((f.changed for f in listed), default=0)
         return self.content_hash, counts
 
     def _batch(self, indices: Tensor) -> Batch:
@@ -177,7 +211,7 @@ def open_data(name: str, options: DataOptions = DataOptions()) -> DatasetSamples
     if kind == "npz" and is_statistics_file(path := Path(base).expanduser()):
         raise ValueError(f"{path}: has statistics (mu, sigma) and no samples; it can only be a --reference")
     source = DATA[kind](**{**given, **settings}).unaugmented()
-    return DatasetSamples(source.load(cast(Split, split)), base, source, split)
+    return DatasetSamples(source.load(cast(Split, split)), base, source, split, full_hash=options.full_hash)
 
 
 def open_run_data(run: Run, split: str = "train", options: DataOptions = DataOptions()) -> DatasetSamples:
@@ -189,7 +223,7 @@ def open_run_data(run: Run, split: str = "train", options: DataOptions = DataOpt
     if options.root is not None:
         source = source.with_fields(root=options.root)
     name = next((name for name, kind in DATA.items() if kind is type(source)), type(source).__name__)
-    return DatasetSamples(source.load(cast(Split, split)), name, source, split)
+    return DatasetSamples(source.load(cast(Split, split)), name, source, split, full_hash=options.full_hash)
 
 
 def is_statistics_file(path: Path) -> bool:
