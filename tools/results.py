@@ -182,6 +182,17 @@ def prediction() -> str:
     return table(["the network predicts", *[f"D = {size}" for size in sizes]], rows)
 
 
+def dit_blocks() -> str:
+    """Held-out losses of variants of a DiT, and their mean difference from the default, seed by seed."""
+    cells = load("dit-blocks")["cells"]
+    base, rows = cells["default"]["loss"], []
+    for name, cell in cells.items():
+        changes = [a - b for a, b in zip(cell["loss"], base, strict=True)]
+        change = "" if name == "default" else spread(changes, 3)
+        rows.append([name, spread(cell["loss"], 3), change, str(cell["steps"]), number(mean(cell["cpu_seconds"]), 1)])
+    return table(["variant", "held-out loss", "against the default", "steps", "CPU seconds"], rows)
+
+
 def reflow() -> str:
     plane, pictures = load("reflow")["cells"]["plane"]["rows"], load("reflow-digits")["cells"]["digits"]["rows"]
     labels = {"1-RF": "first flow", "2-RF": "after one reflow", "3-RF": "after two", "3-RF distilled": "distilled"}
@@ -539,6 +550,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "toy": toy,
     "toy-energy": toy_energy,
     "prediction": prediction,
+    "dit-blocks": dit_blocks,
     "reflow": reflow,
     "few-step-plane": few_step_plane,
     "guidance": guidance,

@@ -1,6 +1,7 @@
 """Sharded training (FSDP) on 2 and 4 ranks: the numbers of one process, a share of its memory, and its files."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -98,16 +99,20 @@ def weights(state):
 
 
 def trained(case, parallel="ddp", accelerator=None, shard_size=None, **changes):
-    """The whole state after training, its skipped steps, and the share of all numbers that this rank kept."""
-    settings, state, stream = start(case, parallel, accelerator, shard_size, **changes)
-    fit(settings.objective, state, stream, Identity(), settings, accelerator or Accelerator(cpu=True))
+    """The whole state after training, its log, and the share of all numbers that this rank kept."""
+    settings, state, stream = start(case, parallel, accelerator, shard_size, log_every=1, **changes)
+    logged = []
+    fit(settings.objective, state, stream, Identity(), settings, accelerator or Accelerator(cpu=True),
+        log=logged.append)  # fmt: skip
     kept = [p for net in state.nets.values() for p in net.parameters()]
     share = sum(local_rows(p).numel() for p in kept) / sum(p.numel() for p in kept)
     slots = [v for optimizer in state.optimizers.values() for s in optimizer.state.values() for v in s.values()]
     trains = {k for phase in settings.objective.phases for k in phase.trains}
     numbers = sum(p.numel() for k in trains for p in state.nets[k].parameters())
     optimizer_share = sum(v.numel() for v in slots if v.ndim) / (2 * numbers)
-    return weights(state.gather()), state.skipped, (share, optimizer_share)
+    names = [k for k in logged[0] if k == "skipped" or k.endswith(("loss", "grad_norm"))]
+    told = [{k: -1.0 if r[k] is None else r[k] for k in names} for r in logged]  # None: not finite
+    return weights(state.gather()), told, (share, optimizer_share)
 
 
 def require_equal(mine, whole):
@@ -117,13 +122,17 @@ def require_equal(mine, whole):
 
 def compare(cases, num, parallel, shares, shard_size=None, **changes):
     """Ranks against one process, which has the batch in one piece."""
+    for module in ("genkit.training.sharding", "torch._dynamo"):  # what each rank would import for itself
+        importlib.import_module(module)
     ranks = on_ranks(num, lambda a: {c: trained(c, parallel, a, shard_size, **changes) for c in cases})
     for case in cases:
-        whole, skipped, _ = trained(case)
+        whole, told, _ = trained(case)
+        assert told[-1]["skipped"] == (1 if case == "flow" else 0)
         for answer in ranks:
-            mine, its_skipped, share = answer[case]
+            mine, its_log, share = answer[case]
             require_equal(mine, whole)
-            assert its_skipped == skipped == (1 if case == "flow" else 0)
+            for record, expected in zip(its_log, told, strict=True):
+                assert record == pytest.approx(expected, rel=1e-5)  # of gradients, which are then clipped
             assert share == pytest.approx((1 / shares, 1 / shares), rel=0.3)
 
 
