@@ -46,7 +46,7 @@ UNET_PRESETS: Presets = {
     # Ho et al. 2020, appendix B
     "ddpm-cifar10": {"width": 128, "mults": (1, 2, 2, 2), "num_blocks": 2, "attention": (16,), "head_size": 256,
                      "scale_shift": False, "dropout": 0.1, "waves": 64},
-    # Song et al. 2021, appendix H, as retuned by Karras et al. 2022, table 7
+    # Song et al. 2021, appendix H, as tuned anew by Karras et al. 2022, table 7
     "ddpm++": {**NCSNPP, "resample": "block", "waves": 64},
     "ncsn++": {**NCSNPP, "resample": "fir", "residual_input": True, "waves": 128},
     # Dhariwal & Nichol 2021, appendix I
