@@ -44,6 +44,7 @@ def count_parameters(name):
     return sum(p.numel() for net in nets.values() for p in net.parameters()) / 1e6
 
 
+@pytest.mark.slow
 def test_the_loss_runs_at_full_size():
     """In a process of its own: such tensors start threads of autograd, after which other tests could not fork."""
     code = f"import json; from {__name__} import *; print(json.dumps({{n: count_parameters(n) for n in PUBLISHED}}))"
