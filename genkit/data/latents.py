@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from genkit import __version__
 from genkit.config import load_object
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.core.files import atomic_write, format_error, write_text
+from genkit.core.files import atomic_write, format_error, refuse_foreign, write_text
 from genkit.core.tensors import sha256
 from genkit.data.codecs import Identity
 from genkit.data.mapped_shards import MappedShards
@@ -199,18 +200,20 @@ def find_digests(root: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def note_digests(root: Path, digests: Mapping[str, str]) -> None:
-    """Note the sha256 of shards in checked.json, which is left out where the folder cannot be written to."""
+    """Note the sha256 of shards in checked.json, which is left out where the folder cannot be written to, or has such a
+    file of somebody else's."""
     marks = {**read_marks(root), **{name: [file_stamp(root / name), digest] for name, digest in digests.items()}}
-    with contextlib.suppress(OSError):
-        write_text(root / MARKS, json.dumps(marks, indent=1))
+    with contextlib.suppress(OSError, ValueError):
+        refuse_foreign(root / MARKS)
+        write_text(root / MARKS, json.dumps({"genkit": __version__, "shards": marks}, indent=1))
 
 
 def read_marks(root: Path) -> dict[str, Any]:
     """The content of checked.json: ``[stamp, sha256]`` of shards; empty if it is missing or damaged."""
     try:
         marks = json.loads((root / MARKS).read_text(encoding="utf-8"))
-        return {name: [stamp, str(digest)] for name, (stamp, digest) in marks.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: [stamp, str(digest)] for name, (stamp, digest) in marks["shards"].items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
 

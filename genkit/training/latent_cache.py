@@ -26,6 +26,7 @@ from genkit.data.in_memory import random_flip
 from genkit.data.latents import (
     CONDITION,
     INDEX,
+    MARKS,
     find_digests,
     is_shard,
     note_digests,
@@ -199,6 +200,7 @@ def write_rows(
     origin = {"rows": f"{rows.start}-{rows.stop}", "views": str(views), "sha256": stage.sha256}
     origin |= {k: v for k, v in (("precision", settings.precision), ("storage", settings.storage)) if v != "fp32"}
     missing = not is_shard(path, origin)
+    refuse_foreign(folder / MARKS)
     if missing:
         refuse_foreign(path)
         content = encode_rows(stage, data, rows, views, settings)

@@ -105,7 +105,7 @@ OTHER_VALUES = {
     "prompt": (("x",), ("y",)),
     "lora": ("x/l", "y/l"), "lora_scale": (0.5,),
 }  # fmt: skip
-NOT_IN_THE_NAME = {"run", "step", "device", "batch", "format", "out", "trajectory"}
+NOT_IN_THE_NAME = {"compile", "run", "step", "device", "batch", "format", "out", "trajectory"}
 
 
 def test_a_default_name_holds_every_setting_that_matters(digits):
