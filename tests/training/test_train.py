@@ -118,7 +118,10 @@ def test_a_resumed_run_can_go_further(tmp_path):
     assert len(list((tmp_path / "runs").glob("0*"))) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *SLOW])
 def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "genkit", "train", *SMALL, "--steps=100000"],
