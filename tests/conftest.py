@@ -20,3 +20,9 @@ torch.set_num_threads(1)
 def _seeded():
     torch.manual_seed(0)
     os.environ.pop("GENKIT_TRUST", None)  # `genkit ... --trust` sets it for its process
+
+
+def pytest_collection_modifyitems(items):
+    """A test's name is the same in every process, or pytest-xdist refuses to run them: no address of an object."""
+    if unnamed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"{unnamed[0]}: names the address of an object; give the parameters ids")

@@ -53,7 +53,7 @@ def x():
         ({"angle": math.pi}, lambda x: torch.rot90(x, 2, (-2, -1))),
         ({"flip_x": 1.0, "angle": math.pi / 2}, lambda x: torch.rot90(x.flip(-1), -1, (-2, -1))),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_transforms_without_interpolation_are_exact(x, given, expected):
     torch.testing.assert_close(moved(x, **given), expected(x), rtol=0, atol=2e-5)
