@@ -18,7 +18,7 @@ from typing import NoReturn
 from genkit.cli.escape import printable
 from genkit.cli.ranks import end_process, find_rank, has_said, is_launched, leave_message
 from genkit.cli.shortage import explain_shortage
-from genkit.core.slurm import adopt_slurm_ranks
+from genkit.training.slurm import adopt_slurm_ranks
 
 PACKAGE = Path(__file__).parents[1]
 OWN_CODE = (PACKAGE, PACKAGE.parent / "benchmarks")  # a ValueError raised by it is a user's mistake

@@ -27,7 +27,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from genkit.core.durations import parse_duration
-from genkit.core.slurm import adopt_slurm_ranks
+from genkit.training.slurm import adopt_slurm_ranks
 
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings

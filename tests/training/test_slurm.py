@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from genkit.cli.main import main
-from genkit.core.slurm import expand_counts, first_host, slurm_ranks
+from genkit.training.slurm import expand_counts, first_host, slurm_ranks
 
 STEP = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "7",
         "SLURM_JOB_ID": "31", "SLURM_STEP_NODELIST": "gpu[03-05,09],login1",
