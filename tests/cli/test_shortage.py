@@ -87,6 +87,7 @@ def genkit(*argv, limit=None):
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=restrict)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     done = genkit(*TRAIN, f"--out={tmp_path}", limit=(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 1

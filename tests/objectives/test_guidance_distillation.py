@@ -130,6 +130,7 @@ def base(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow  # 15 s of training
 def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path, capsys):
     run = distill(base, guidance=(1, 4), rank=8, steps=200, batch=64, out=str(tmp_path))
     again = load(run.directory, device="cpu")

@@ -100,7 +100,10 @@ def refusal(script, *args):
     return message
 
 
-@pytest.mark.parametrize("script", ["inpaint", "super_resolve", "deblur"])
+LONGER = [pytest.param(script, marks=pytest.mark.slow) for script in ("super_resolve", "deblur")]
+
+
+@pytest.mark.parametrize("script", ["inpaint", *LONGER])
 def test_restorations(run, tmp_path, script):
     out = tmp_path / "restored.png"
     options = ("--steps", 3, "--n", 4, "--noise", 0.05, "--sampler", "ancestral", "--out", out)
@@ -126,6 +129,7 @@ def test_restores_pictures_from_a_folder(run, tmp_path):
     assert picture.getpixel((right, tile + tile // 2)) in (127, 128)
 
 
+@pytest.mark.slow
 def test_sdedit(run, tmp_path):
     out = tmp_path / "variations.png"
     options = ("--strengths", 0.2, 0.9, "--label", 3, "--guidance", 2, "--steps", 4, "--n", 5, "--out", out)
@@ -136,6 +140,7 @@ def test_sdedit(run, tmp_path):
     assert width > 5 * (MIN_SIDE + GAP) + GAP + 40  # the strengths
 
 
+@pytest.mark.slow
 def test_image_to_image(tmp_path):
     out = tmp_path / "translated.png"
     options = ("--task", "complete", "--steps", 2, "--n", 4, "--answers", 2, "--out", out)

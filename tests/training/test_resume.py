@@ -454,6 +454,7 @@ def test_a_directory_that_is_not_finished_never_has_its_name(tmp_path):
     sweep(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_while_pictures_are_drawn(tmp_path):
     """Drawing 80 samples by 20 steps of a wide network takes long; the signal ends it, and the work is saved before."""
     argv = [sys.executable, "-m", "genkit", "train", "--data=digits", "--backbone.width=96", "--batch=2", "--steps=4",
