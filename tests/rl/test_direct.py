@@ -209,7 +209,10 @@ def digits_map(tmp_path_factory):
                  batch=128, out=str(tmp_path_factory.mktemp("digits")), **QUIET)  # fmt: skip
 
 
-@pytest.mark.parametrize(("features", "distance", "accuracy"), [pytest.param("raw", 0.6, 0.1, marks=pytest.mark.slow), ("classifier", 0.9, 0.25)])
+@pytest.mark.parametrize(
+    ("features", "distance", "accuracy"),
+    [pytest.param("raw", 0.6, 0.1, marks=pytest.mark.slow), ("classifier", 0.9, 0.25)],
+)
 def test_digits_are_nearer_to_held_out_ones_by_another_ruler(digits_map, features, distance, accuracy, tmp_path):
     """Fréchet distance in the class scores of an SVM of pixels, and its accuracy: neither was trained on."""
     base, scores = digits_map, DigitScores(load_digits("train"), load_digits("test"))

@@ -341,9 +341,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert mine.step == whole.step == 40
     for name, net in whole.nets.items():
         for key, value in net.state_dict().items():
-            assert torch.allclose(
-                mine.nets[name].state_dict()[key], value, atol=2e-5 if objective == "flow" else 2e-3
-            ), key
+            assert torch.allclose(mine.nets[name].state_dict()[key], value, atol=2e-5), key
     assert mine.sample(4).x.shape == (4, 2)
     for path in (p for p in run.rglob("*") if p.is_file()):
         assert path.suffix in (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".txt"), path
