@@ -72,7 +72,10 @@ def draw(denoise, sampler, grid=None, guidance=None):
     return bind(sampler, uniform(20) if grid is None else grid, guidance, **options)(denoise)(noise(SHAPE), {}, noise)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+MARKED = [pytest.param(name, marks=pytest.mark.slow) if name == "dopri5" else name for name in SAMPLERS]
+
+
+@pytest.mark.parametrize("sampler", MARKED)
 def test_a_small_error_of_the_network_is_a_small_error_of_the_samples(sampler):
     """On every path, for every prediction: cosine betas end at alpha = 5e-5, where eps would give samples of 1000."""
     for p, k in CASES:
