@@ -103,6 +103,12 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size and time of change, by which a file is known again."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def is_own(path: Path) -> bool:
     """Whether genkit wrote this file: its content says so, near one of its ends."""
     with open(path, "rb") as f:

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+DTYPE_NAMES = {  # of types in a safetensors file, in the order in which its tensors lie there, last first
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
 
 
 def to_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from genkit import __version__
 from genkit.config import load_object
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
-from genkit.core.files import atomic_write, format_error, refuse_foreign, write_text
+from genkit.core.files import atomic_write, file_stamp, format_error, refuse_foreign, write_text
 from genkit.core.tensors import sha256
 from genkit.data.codecs import Identity
 from genkit.data.mapped_shards import MappedShards
@@ -215,9 +215,3 @@ def read_marks(root: Path) -> dict[str, Any]:
         return {name: [stamp, str(digest)] for name, (stamp, digest) in marks["shards"].items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
-
-
-def file_stamp(path: Path) -> list[int]:
-    """Size and time of change, by which a file is known again."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]

@@ -19,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genkit.core.files import format_error
+from genkit.core.tensors import DTYPE_NAMES
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 KEPT_BYTES = 4 << 30  # of mapped pages, above which this process gives them back
 MEMORY = Path("/proc/self/statm")
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from genkit.core.arrays import open_npz, save_npz
-from genkit.core.files import format_error
+from genkit.core.files import file_stamp, format_error
 from genkit.core.messages import warn_once
 from genkit.core.tensors import cache_folder
 from genkit.data.captions import Caption, collapse_space, decode_utf8
@@ -183,8 +183,7 @@ def parse_json(content: str, location: str) -> tuple[str, str]:
 
 def find_index(path: Path) -> dict[str, np.ndarray]:
     """:func:`build_index`, remembered in genkit's cache."""
-    status = path.stat()
-    stamp = np.array([LAYOUT, status.st_size, status.st_mtime_ns], dtype=np.int64)
+    stamp = np.array([LAYOUT, *file_stamp(path)], dtype=np.int64)
     key = hashlib.sha256(str(path.absolute()).encode("utf-8", "surrogateescape")).hexdigest()
     stored = cache_folder() / "tar-index" / f"{key[:32]}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError), open_npz(stored) as index:

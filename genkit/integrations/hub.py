@@ -6,7 +6,6 @@ The token is that of the hub's own library: ``hf auth login``, or ``HF_TOKEN``. 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, TypeVar
 
 from genkit.core.files import atomic_directory, format_error
 from genkit.core.tensors import cache_folder
+from genkit.integrations.diffusers_folder import HUB_NAME
 
 PREFIX = "hf://"
-NAME = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")  # OWNER/NAME
 PATTERNS = (  # what a run consists of; nothing else is downloaded
     "config.yaml", "finetune.yaml", "base.json", "pipeline.json", "README.md", "samples.png", "eval/*.json",
     "checkpoints/*/*.safetensors", "checkpoints/*/state.json", "codec/*.safetensors", "codec/*.json",
@@ -28,7 +27,7 @@ logger = logging.getLogger("genkit")
 def parse_name(text: str) -> tuple[str, str | None]:
     """OWNER/NAME and revision of ``[hf://]OWNER/NAME[@REVISION]``. ``ValueError`` if it is no such name."""
     name, at, revision = text.removeprefix(PREFIX).partition("@")
-    if not NAME.fullmatch(name) or (at and not revision):
+    if not HUB_NAME.fullmatch(name) or "/." in name or (at and not revision):
         raise ValueError(f"name: given {text}; allowed OWNER/NAME, or OWNER/NAME@REVISION, of the hub")
     return name, revision or None
 

@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genkit.core.tensors import DTYPE_NAMES
+
 T = TypeVar("T")
-NAMES = {  # of types in a safetensors file, in the order in which its tensors lie there, last first
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
-}  # fmt: skip
-ORDER = list(NAMES)
+ORDER = list(DTYPE_NAMES)
 Regions = list[tuple[int, int]]  # (offset in a file, bytes)
 
 
@@ -106,7 +104,11 @@ def lay_out(pieces: Pieces) -> tuple[bytes, dict[str, int], int]:
     for name in order:
         piece = pieces[name]
         end = offset + piece.num_bytes
-        entries[name] = {"dtype": NAMES[piece.rows.dtype], "shape": list(piece.shape), "data_offsets": [offset, end]}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[piece.rows.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, end],
+        }
         offsets[name], offset = offset, end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
