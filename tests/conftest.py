@@ -14,8 +14,8 @@ install_import_hook("genkit.backbones", "beartype.beartype")
 settings.register_profile("genkit", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("genkit")
 torch.set_num_threads(1)
-# Tests fork ranks. A process whose first backward pass is one of a compiled network can never fork a process that
-# trains ("Unable to handle autograd's threading"); one whose first is plain can, whatever it compiles later.
+# Tests fork ranks. A process whose first backward pass comes after torch.compile was used can never fork a process that
+# trains ("Unable to handle autograd's threading"); one whose first came before can, whatever it compiles later.
 torch.ones((), requires_grad=True).backward()
 
 
