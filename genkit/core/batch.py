@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from genkit.core.conditions import RESERVED, Cond, keep_target
 from genkit.core.device import send
+
+FNV_OFFSET, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
+POWERS = [pow(FNV_PRIME, n, 2**64) for n in range(9)]
 
 
 def seed_of(*key: int) -> int:
@@ -18,11 +22,17 @@ def seed_of(*key: int) -> int:
     torch's generator on the CPU reads the lower 32 bits. So of 100,000 blocks of random numbers one or two pairs are
     equal by chance, which does no harm to training.
     """
-    h = 0xCBF29CE484222325
+    return hash_integers(FNV_OFFSET, *key) >> 1
+
+
+def hash_integers(h: int, *key: int) -> int:
+    """FNV-1a of 64 bits, continued from ``h`` with the 8 bytes of each of several integers, the lowest first."""
     for k in key:
-        for byte in (k & (2**64 - 1)).to_bytes(8, "little"):
-            h = ((h ^ byte) * 0x100000001B3) & (2**64 - 1)
-    return h >> 1
+        k, zeros = k & (2**64 - 1), 8
+        while k:
+            h, k, zeros = ((h ^ (k & 255)) * FNV_PRIME) & (2**64 - 1), k >> 8, zeros - 1
+        h = (h * POWERS[zeros]) & (2**64 - 1)  # what remains are bytes of 0
+    return h
 
 
 class Draw:
@@ -38,7 +48,13 @@ class Draw:
     def __init__(self, key: Sequence[int], start: int, stop: int, device: torch.device | str = "cpu"):
         self.start, self.stop, self.device = start, stop, torch.device(device)
         self.blocks = range(start // self.BLOCK, -(-stop // self.BLOCK))
-        self.generators = [torch.Generator(self.device).manual_seed(seed_of(*key, b)) for b in self.blocks]
+        self.key = key
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One for each block, made when a number is drawn: not every batch is augmented."""
+        begun = hash_integers(FNV_OFFSET, *self.key)
+        return [torch.Generator(self.device).manual_seed(hash_integers(begun, b) >> 1) for b in self.blocks]
 
     def _rows(self, function: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         blocks = [function(self.BLOCK, *shape, generator=g, device=self.device) for g in self.generators]

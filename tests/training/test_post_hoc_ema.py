@@ -13,10 +13,11 @@ from genkit.cli.main import main
 from genkit.core import Batch, Draw, Spec
 from genkit.data.codecs import Identity
 from genkit.evaluation.sweeps import SweepSettings, list_combinations
+from genkit.training.averages import Average, ema_decay
 from genkit.training.checkpoint import list_checkpoints
 from genkit.training.directory import step_of
 from genkit.training.distributed import create_sharding
-from genkit.training.loop import ema_decay, fit, initial_state, update_ema
+from genkit.training.loop import fit, initial_state
 from genkit.training.post_hoc_ema import list_snapshots, read_average, reconstruct, save_snapshot, snapshot_spacing
 from genkit.training.power_ema import (
     combine_profiles,
@@ -241,13 +242,13 @@ def test_without_decays_the_widest_is_used(tmp_path):
 
 
 def test_the_update_is_the_average():
-    """``update_ema`` with a power function's name, against the weighted sum."""
+    """An average with a power function's name, against the weighted sum."""
     net, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     seen = []
     for step in range(6):
         torch.nn.init.normal_(net.weight)
         seen.append(net.weight.detach().clone())
-        update_ema({"net": average}, {"net": net}, "power-0.1", step)
+        Average("power-0.1", {"net": average}, {"net": net}).update(step)
     edges = (torch.arange(7) / 6) ** (exponent_of(0.1) + 1)
     expected = sum(w * s for w, s in zip(edges.diff(), seen, strict=True))
     torch.testing.assert_close(average.weight, expected)

@@ -9,7 +9,7 @@ import genkit
 from genkit.cli.main import main
 from genkit.diffusion.samplers import bind, find_sampler
 from genkit.evaluation.sweeps import SweepSettings, list_combinations
-from genkit.training.loop import ema_decay
+from genkit.training.averages import ema_decay
 from genkit.training.run import load_run, open_reference
 
 SMALL = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=3", "--workers=0", "--no-tensorboard",

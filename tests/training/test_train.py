@@ -26,10 +26,11 @@ from genkit.data import Stream
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import DDPM, OBJECTIVES, Flow
+from genkit.training.averages import Average
 from genkit.training.best import read_best
 from genkit.training.checkpoint import read_tensors
 from genkit.training.directory import read_log, rewind_log
-from genkit.training.loop import Diverged, fit, initial_state, learning_rate, phase_parameters, require_same, update_ema
+from genkit.training.loop import Diverged, fit, initial_state, learning_rate, phase_parameters, require_same
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from genkit.training.state import State
@@ -392,9 +393,9 @@ def test_learning_rate_schedule():
 def test_average_is_an_exponential_mean_with_a_young_phase():
     net, ema = {"n": nn.Linear(2, 2)}, {"n": nn.Linear(2, 2)}
     old, new = ema["n"].weight.clone(), net["n"].weight.clone()
-    update_ema(ema, net, 0.9, 10_000)
+    Average(0.9, ema, net).update(10_000)
     assert torch.allclose(ema["n"].weight, 0.9 * old + 0.1 * new)
-    update_ema(ema, net, 0.999, 0)  # young: (1 + 0) / (10 + 0)
+    Average(0.999, ema, net).update(0)  # young: (1 + 0) / (10 + 0)
     assert torch.allclose(ema["n"].weight, 0.1 * (0.9 * old + 0.1 * new) + 0.9 * new)
 
 

@@ -18,6 +18,10 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
         "the cost of samplers without the network, compared with diffusers",
     ),
     "gpu": ("benchmarks.gpu", "everything that has to be seen on a GPU, in ten minutes: one JSON and one page"),
+    "scale": (
+        "benchmarks.scale",
+        "steps outside networks, ranks, folders and latents of any size, on CPUs",
+    ),
     "plan": ("benchmarks.plan", "memory, traffic and time of a training step on 8 and 256 GPUs, by arithmetic"),
     "quality": ("benchmarks.quality", "objectives with the same network, data and budget, evaluated in the same way"),
     "order": ("benchmarks.order", "the convergence order of every solver, on a mixture in closed form"),

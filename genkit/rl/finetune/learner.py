@@ -17,8 +17,9 @@ from genkit.core import Batch, Cond, Denoiser, Draw, Generator, Noise, Objective
 from genkit.core.device import send
 from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory, find_denoiser, start_trajectories
+from genkit.training.averages import Average
 from genkit.training.distributed import sum_gradients
-from genkit.training.loop import Diverged, copy_for_ema, optimizer_step, split_batch, update_ema
+from genkit.training.loop import Diverged, copy_for_ema, optimizer_step, split_batch
 from genkit.training.meter import SkippedSteps
 from genkit.training.state import State
 
@@ -182,6 +183,7 @@ class Learner:
             self.frozen = {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in self.state.nets.items()}
         for net in self.state.nets.values():
             net.eval()  # with dropout the ratio of an unchanged network would not be 1
+        self.averages = [Average(decay, ema, self.state.nets) for decay, ema in self.state.emas.items()]
         self.skipped = SkippedSteps(self.device)
 
     @property
@@ -343,8 +345,8 @@ class Learner:
         if noise and not bool(bad):
             noise.step()
         self.skipped.add(bad)
-        for decay, ema in self.state.emas.items():
-            update_ema(ema, self.state.nets, decay, 1_000_000)  # from trained weights on there is nothing to forget
+        for average in self.averages:
+            average.update(1_000_000)  # from trained weights on there is nothing to forget
         return means
 
     def backward(self, shares: Sequence[Share], loss: ShareLoss) -> Tensor:
