@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input
 
 BaseType = Literal["fp32", "bf16"]
 Quantization = Literal["int8", "nf4"]
@@ -142,11 +143,14 @@ class CompressedLayer(nn.Module):
         if self.kind == "nf4":
             from bitsandbytes.functional import QuantState, dequantize_4bit  # lazy: optional, slow to import
 
-            state = QuantState(self.absmax, self.size, self.code, NF4_BLOCK, "nf4", torch.float32)
+            state = QuantState(
+                self.get_buffer("absmax"), self.size, self.get_buffer("code"), NF4_BLOCK, "nf4", torch.float32
+            )
             return dequantize_4bit(self.weight, state).to(dtype)
         return (self.weight.dequantize() if self.kind == "int8" else self.weight).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        x = input
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias
@@ -176,6 +180,7 @@ class FrozenMap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """What the derivatives need: the layer, and the shape of the input."""
         ctx.layer, ctx.shape = inputs[1], inputs[0].shape
 
     @staticmethod
@@ -185,6 +190,7 @@ class FrozenMap(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """The map of the input's tangent."""
         tangent = tangents[0]
         assert tangent is not None
         return ctx.layer.apply_weight(tangent, ctx.layer.dense(tangent.dtype))
@@ -215,7 +221,7 @@ class CompressedConv(CompressedLayer):
             x = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
             with torch.enable_grad():
                 return torch.autograd.grad(self.apply_weight(x, weight), x, gradient)[0]
-        rule = torch.nn.grad.conv2d_input if len(shape) == 4 else torch.nn.grad.conv1d_input
+        rule = conv2d_input if len(shape) == 4 else conv1d_input
         return rule(shape, weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 

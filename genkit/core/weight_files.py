@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,8 @@ class StoredTensor:
         content = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            if file.readinto(memoryview(content.numpy())) != len(content):
+            buffer: Any = content.numpy()
+            if file.readinto(buffer) != len(content):
                 raise ValueError(f"{self.path}: is cut off; restore it")
         return content.view(self.dtype).view(self.shape)
 
