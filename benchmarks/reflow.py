@@ -237,7 +237,9 @@ def main(argv: list[str]) -> int:
     results = ResultsFile(args.out, settings, ["reflow", *argv])
     parts = {
         "plane": Part(measure_plane, args.plane_steps, 1, "eight Gaussians, W2"),
-        "digits": Part(partial(measure_digits, samples=args.samples), args.digits_steps, args.seeds, "digits, Fréchet distance"),
+        "digits": Part(
+            partial(measure_digits, samples=args.samples), args.digits_steps, args.seeds, "digits, Fréchet distance"
+        ),
     }
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         for name, part in parts.items():
