@@ -260,25 +260,6 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
 
 
-def few_step_guided() -> str:
-    """A flow map's guidance as an input and by classifier-free guidance, by number of steps; intervals as below."""
-    from benchmarks.results import student_interval
-
-    cells, rows = load("few-step")["cells"], []
-    for part, label in {"guided": "digits", "guided-fashion": "Fashion-MNIST"}.items():
-        two, one = (cells[f"{part}/{way}"]["values"] for way in ("two-passes", "one-pass"))
-        for k in FEW:
-            row = [label, k]
-            for metric, digits in (("accuracy", 3), ("Fréchet", 2)):
-                a, b = two[metric][k], one[metric][k]
-                middle, half = student_interval([y - x for x, y in zip(a, b, strict=True)])
-                row += [spread(a, digits), spread(b, digits), f"{number(middle, digits)} ± {number(half, digits)}"]
-            rows.append(row)
-    header = ["", "steps", "accuracy, two passes", "one pass", "difference", "Fréchet, two passes", "one pass",
-              "difference"]  # fmt: skip
-    return table(header, rows)
-
-
 def guidance() -> str:
     """Guidance in one pass and in two; the difference is that of the same seed, with Student's interval."""
     from benchmarks.guidance import ARMS, cells_of, difference
@@ -572,7 +553,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "dit-blocks": dit_blocks,
     "reflow": reflow,
     "few-step-plane": few_step_plane,
-    "few-step-guided": few_step_guided,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
