@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from genkit.core import Data, Image
+from genkit.core import Codec, Data, Image
 from genkit.data import InLatents
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run, read_state
