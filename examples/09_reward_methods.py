@@ -24,6 +24,13 @@ from genkit.training.directory import read_log
 RWR = {"name": "rwr", "lr": 1e-3, "batch": 256}
 METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # experiment -> name -> the method's settings
     "rwr": {"naive": {**RWR, "demo_fraction": 0.0, "max_weight": 1e9}, "stabilised": RWR},
+    "all": {
+        "dppo": {"name": "dppo", "lr": 3e-4},
+        "ddpo": {"name": "ddpo", "lr": 3e-4},
+        "mixed": {"name": "mixed", "lr": 3e-4},
+        "rwr": RWR,
+        "nft": {"name": "nft", "lr": 1e-3, "bc_coef": 0.5},
+    },
     "mixed": {f"lambda {v:g}": {"name": "mixed", "lr": 3e-4, "weight": v} for v in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)},
 }
 
