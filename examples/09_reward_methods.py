@@ -7,7 +7,8 @@
 rwr: regression onto the policy's own episodes, weighted by exp(advantage), naive and with its stabilisers
 (demonstrations in every batch, weights of at most 10). mixed: the objective's own loss minus lambda times the expected
 reward, for several lambda: success against the loss on held-out demonstrations. all: every method that learns from
-episodes, with the number of iterations as the only thing in common: success, variety, KL divergence, CPU seconds. Each run takes some CPU minutes.
+episodes, with the number of iterations as the only thing in common: success, variety, KL divergence, CPU seconds.
+Each run takes some CPU minutes.
 """
 
 import json

@@ -27,7 +27,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
 def test_the_optimum_is_the_old_prediction_and_a_step_towards_the_good_samples(beta):
-    """Zheng et al. 2025, theorem 3.2: old + (1 / beta) E[(2 r - 1) (x0 - old)], for a regression onto x0 by a constant."""
+    """``old + (1 / beta) E[(2 r - 1) (x0 - old)]`` (Zheng et al. 2025, theorem 3.2), here a constant."""
     torch.manual_seed(0)
     x, method = torch.randn(500, 1, dtype=F64) + 0.4, NFT(beta=beta)
     r = method.goodness(x[:, 0].sin())

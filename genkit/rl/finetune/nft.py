@@ -1,4 +1,4 @@
-"""DiffusionNFT (Zheng et al. 2025): the objective's own loss on samples, towards the good ones and away from the bad."""
+"""DiffusionNFT (Zheng et al. 2025): the objective's own loss, towards good samples and away from bad ones."""
 
 from __future__ import annotations
 
