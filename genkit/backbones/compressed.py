@@ -149,7 +149,7 @@ class CompressedLayer(nn.Module):
             return dequantize_4bit(self.weight, state).to(dtype)
         return (self.weight.dequantize() if self.kind == "int8" else self.weight).to(dtype)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+    def forward(self, input: Tensor) -> Tensor:
         x = input
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
