@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from genkit.backbones.compressed import BaseType, Quantization, WeightFormat
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
 from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
@@ -83,7 +84,7 @@ class TrainSettings:
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
     power_ema: tuple[PowerWidth, ...] = ()
-    """Widths (sigma_rel, a share of the training) of power-function averages; 0.05 and 0.1 are usual. From snapshots of
+    """Widths (sigma_rel, a share of the training) of power-function averages, such as 0.05 0.1 0.2. From snapshots of
     them any other width can be had after training, by --ema power-WIDTH."""
     power_ema_every: Count = 100
     """Steps between snapshots of the power-function averages."""
@@ -170,9 +171,16 @@ class TrainSettings:
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
     init: PathText | None = None
     """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
-    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
+    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub; +FILE after it
+    takes the weights of its network, or adds a LoRA, from a safetensors file."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    base_dtype: BaseType = "fp32"
+    """Type of the frozen weights under --lora.rank in memory: fp32, or bf16, which halves it. After training the
+    adapter is merged into the full weights."""
+    quantize: Quantization | None = None
+    """Keep the frozen weights of linear layers under --lora.rank in 8 bits (int8, by torchao) or in 4 (nf4, by
+    bitsandbytes). None: as --base-dtype says."""
     dry_run: bool = False
     """Write nothing: print these settings as YAML, with the size of the model, its memory, the time of training and the
     disk that it needs, from a few real steps."""
@@ -182,6 +190,15 @@ class TrainSettings:
     step: CheckpointStep | None = None
     """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
     intact one."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the frozen weights under an adapter are kept in memory. ``ValueError`` without an adapter."""
+        weights = WeightFormat(self.base_dtype, self.quantize)
+        if weights.active and not self.lora.active:
+            name, value = ("quantize", self.quantize) if self.quantize else ("base_dtype", self.base_dtype)
+            raise ValueError(f"{name}: given {value}, which is for frozen weights under an adapter; give --lora.rank 8")
+        return weights
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -98,7 +98,7 @@ def test_reconstruction_of_a_drifting_walk():
     """Error <= 2e-5 of the distance between average and weights, for sigma_rel from 0.05 to 0.15: 64 snapshots of two
     averages, or 32 of three."""
     rng, size, steps = np.random.default_rng(0), 200, 2048
-    w, averages, stored = np.zeros(size), {s: np.zeros(size) for s in WIDTHS}, []
+    w, averages, stored = np.zeros(size), {s: np.zeros(size) for s in (*WIDTHS, 0.2)}, []
     for step in range(steps):
         w = 0.999 * w + 0.05 * rng.normal(size=size) + 0.01 * np.sin(np.arange(size))
         for s, average in averages.items():
