@@ -87,9 +87,6 @@ def create_sharding(settings: TrainSettings, accelerator: Accelerator) -> Shardi
         raise ValueError(f"shard_size: given {size} with --parallel {parallel}, which has no groups; give hsdp")
     if parallel == "ddp" or accelerator.num_processes == 1:
         return None
-    if settings.compile:
-        raise ValueError(f"compile: given with --parallel {parallel}, whose hooks cut a network into pieces; leave it "
-                         "out, or take --parallel ddp")  # fmt: skip
     from genkit.training.sharding import Sharding  # lazy: it takes most of a second
 
     return Sharding.create(parallel, size, accelerator)

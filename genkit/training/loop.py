@@ -216,7 +216,7 @@ class _Loop:
         self.projections: list[Any] = [m.project_weights for m in modules if hasattr(m, "project_weights")]
         if settings.compile:
             for net in state.nets.values():
-                net.compile()
+                state.compile_network(net)
         # DDP refuses networks without parameters, such as a memory of past losses
         trainable = [k for k, net in state.nets.items() if any(True for _ in net.parameters())]
         wrap = accelerator.prepare_model if state.sharding is None else lambda net: net

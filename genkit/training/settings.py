@@ -84,7 +84,7 @@ class TrainSettings:
     ema: tuple[Fraction, ...] = (0.999,)
     """EMA decay rates per step; the networks are averaged once for each."""
     power_ema: tuple[PowerWidth, ...] = ()
-    """Widths (sigma_rel, a share of the training) of power-function averages; 0.05 and 0.1 are usual. From snapshots of
+    """Widths (sigma_rel, a share of the training) of power-function averages, such as 0.05 0.1 0.2. From snapshots of
     them any other width can be had after training, by --ema power-WIDTH."""
     power_ema_every: Count = 100
     """Steps between snapshots of the power-function averages."""

@@ -43,6 +43,8 @@ class Sharding:
     """the networks as they were before, without weights"""
     shares: dict[int, nn.Parameter] = field(default_factory=dict)
     """this rank's share of a parameter, by the id of the parameter: what an optimizer steps"""
+    stay_whole: bool = False
+    """whether weights that a pass has gathered stay until :meth:`take_gradients`, for every objective"""
 
     @classmethod
     def create(cls, parallel: Parallel, shard_size: int | None, accelerator: Accelerator) -> Sharding:
@@ -72,8 +74,10 @@ class Sharding:
     def split(self, nets: Networks, averages: Iterable[Networks], stay_whole: bool) -> None:
         """Shard networks and their averages, in place. A network without parameters stays as it is.
 
-        With ``stay_whole`` the weights that a pass has gathered stay until :meth:`take_gradients`, and so do gradients.
+        With ``stay_whole``, or ``self.stay_whole``, the weights that a pass has gathered stay until
+        :meth:`take_gradients`, and so do gradients.
         """
+        stay_whole = stay_whole or self.stay_whole
         for name, net in nets.items():
             if any(True for _ in net.parameters()):
                 self.skeletons[name] = without_weights(net)
@@ -98,6 +102,12 @@ class Sharding:
             if isinstance(p, DTensor):
                 with torch.no_grad():
                     self.shares[id(p)] = nn.Parameter(p.to_local(), requires_grad=p.requires_grad)
+
+    def compile_network(self, net: nn.Module) -> None:
+        """Let torch compile each block when it is first called, or a network without blocks. Only ``forward`` is
+        compiled, as PyTorch advises for ``fully_shard``: the hooks that gather weights stay outside of it."""
+        for module in shard_blocks(net) or [net]:
+            module.forward = torch.compile(module.forward)
 
     def share_of(self, p: nn.Parameter) -> nn.Parameter:
         """What the optimizer steps of a parameter: this rank's share of it, or a scalar itself."""
@@ -143,8 +153,7 @@ class Sharding:
         here = [p.grad for name in trained for p in nets[name].parameters()]
         for p in (p for name in trained for p in nets[name].parameters()):
             p.grad = None
-        for module in sharded_modules(nets):
-            module.reshard()
+        self.drop_gathered(nets)
         parameters = [p for name in trained for p in nets[name].parameters()]
         own, common, shares = [], [], [self.share_of(p) for p in parameters]
         for p, share, gradient in zip(parameters, shares, here, strict=True):
@@ -153,6 +162,11 @@ class Sharding:
             share.grad = self.reduce_gradient(p, gradient)
             (own if isinstance(p, DTensor) else common).append(share.grad)
         return shares, self.norm(own, common, shares[0].device)
+
+    def drop_gathered(self, nets: Networks) -> None:
+        """Drop the weights that passes have gathered, so that parameters are shares again."""
+        for module in sharded_modules(nets):
+            module.reshard()
 
     def reduce_gradient(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         """This rank's share of the mean gradient of a parameter."""

@@ -50,6 +50,13 @@ class State:
         emas = {key: gather(nets) for key, nets in self.emas.items() if all_averages or key == self.slowest}
         return State(gather(self.nets), emas, {}, self.step, self.skipped)
 
+    def compile_network(self, net: nn.Module) -> None:
+        """Let torch compile a network when it is first called; of a sharded one its blocks, each for itself."""
+        if self.sharding:
+            self.sharding.compile_network(net)
+        else:
+            net.compile()
+
     def share_of(self, p: nn.Parameter) -> nn.Parameter:
         """What an optimizer steps of a parameter: this rank's share, if it is sharded."""
         return self.sharding.share_of(p) if self.sharding else p

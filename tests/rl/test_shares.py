@@ -1,9 +1,11 @@
 """A gradient step shared by micro-batches and ranks is the step of one batch."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +21,17 @@ from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.direct import Direct
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.frechet_reward import FrechetReward
-from genkit.rl.finetune.learner import Critic
+from genkit.rl.finetune.learner import Critic, Learner
 from genkit.rl.finetune.methods import METHODS
 from genkit.rl.finetune.mixed import Mixed
 from genkit.rl.finetune.noise import FixedNoise
 from genkit.rl.finetune.tasks import FunctionTask
 from genkit.training.directory import find_run, read_log
+from genkit.training.loop import copy_for_ema, initial_state
+from genkit.training.settings import TrainSettings
+from genkit.training.sharding import Sharding
 from tests.support.learning import PLAIN, make_learner, steps_of
+from tests.support.ranks import on_two_ranks
 
 SHARED = {"lr": 1e-2, "batch": 30, "bc_batch": 7, "warmup": 0}
 CASES = {name: method(**SHARED) for name, method in METHODS.items()} | {
@@ -121,9 +127,52 @@ def ranks(num, *argv):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def learned(name, sharding=None, accelerator=None):
+    """All weights after an iteration of a method, by name, in float64."""
+    torch.set_default_dtype(torch.float64)
+    method, chain = CASES[name], Chain.on_grid(Linear(), 3, FixedNoise(0.3))
+    torch.manual_seed(0)
+    nets = {"net": MLP(width=16, depth=1).denoiser(Spec((2,)))}
+    for p in nets["net"].parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    settings = replace(TrainSettings(), ema=(0.5,), weight_decay=0.0)
+    frozen = {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()}
+    if sharding:
+        sharding.stay_whole = True
+        sharding.split_network(frozen["net"])
+    state = initial_state(PLAIN, nets, settings, sharding)
+    learner = Learner(PLAIN, state, steps_of(method, chain), Spec((2,)), demos, 0, frozen=frozen,
+                      accelerator=accelerator, micro_batch=4)  # fmt: skip
+    reward = REWARDS.get(name, lambda x, cond: -x.square().sum(1))
+    task = FunctionTask(reward, "near", Identity(), 46, 1)
+    for iteration in range(2):
+        torch.manual_seed(5)
+        experience, _ = method.collect(learner, task, iteration)
+        method.update(learner, task, experience, iteration)
+    whole = learner.gather_state()
+    return {f"{kind}.{k}": v.detach() for kind, nets in (("net", whole.nets), *whole.emas.items())
+            for k, v in nets["net"].state_dict().items()}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["policy", "digits"])
-def test_two_ranks_are_one_rank_to_rounding(kind, request, tmp_path):
+@pytest.mark.usefixtures("_doubles")
+def test_two_ranks_that_share_the_weights_are_one_for_every_method():
+    for module in ("genkit.training.sharding", "torch._dynamo"):  # what each rank would import for itself
+        importlib.import_module(module)
+
+    def job(accelerator):
+        return {name: learned(name, Sharding.create("fsdp", None, accelerator), accelerator) for name in CASES}
+
+    for answer in on_two_ranks(job):
+        for name in CASES:
+            for key, value in learned(name).items():
+                # rewards are fp32
+                torch.testing.assert_close(answer[name][key], value, atol=1e-6, rtol=0, msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "how"), [("policy", "ddp"), ("digits", "ddp"), ("policy", "fsdp")])
+def test_two_ranks_are_one_rank_to_rounding(kind, how, request, tmp_path):
     """Not to the last bit: each rank's networks see half of the rows, and matrix products round by their shape."""
     run = request.getfixturevalue(kind)
     argv = [str(run), "--iterations=2", "--save-every=1", "--device=cpu", "--no-tensorboard", "--method.lr=1e-3"]
@@ -134,7 +183,7 @@ def test_two_ranks_are_one_rank_to_rounding(kind, request, tmp_path):
         argv += ["--reward=genkit.rl.finetune.image_rewards:brightness", "--samples=24", "--method=rwr"]
         argv += ["--eval-samples=20", "--method.batch=10", "--steps=3"]
     finetune([*argv, f"--out={tmp_path / 'one'}"])
-    ranks(2, *argv, f"--out={tmp_path / 'two'}")
+    ranks(2, *argv, f"--parallel={how}", f"--out={tmp_path / 'two'}")
     one, two = (find_run(tmp_path / name / "latest") for name in ("one", "two"))
     for file in ("nets.safetensors", "ema-0.99.safetensors", "finetune.safetensors"):
         a, b = (load_file(run / "checkpoints" / "step-0000002" / file) for run in (one, two))
@@ -144,3 +193,20 @@ def test_two_ranks_are_one_rank_to_rounding(kind, request, tmp_path):
     for a, b in zip(read_log(one), read_log(two), strict=True):
         same = {k: v for k, v in a.items() if "seconds" not in k and "ms_per" not in k}
         assert {k: b[k] for k in same} == pytest.approx(same, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two_ranks_that_share_the_weights(digits, tmp_path):
+    argv = [str(digits), "--save-every=1", "--device=cpu", "--no-tensorboard", "--method.lr=1e-3", "--samples=24"]
+    argv += ["--reward=genkit.rl.finetune.image_rewards:brightness", "--method=rwr", "--eval-samples=0"]
+    argv += ["--method.batch=10", "--steps=3"]
+    finetune([*argv, "--iterations=2", f"--out={tmp_path / 'one'}"])
+    ranks(2, *argv, "--iterations=1", "--parallel=fsdp", f"--out={tmp_path / 'two'}")
+    begun = find_run(tmp_path / "two" / "latest")
+    finetune([f"--resume={begun}", "--iterations=2", "--parallel=ddp"])
+    for file in ("nets.safetensors", "ema-0.99.safetensors", "finetune.safetensors"):
+        a, b = (load_file(run / "checkpoints" / "step-0000002" / file)
+                for run in (find_run(tmp_path / "one" / "latest"), begun))  # fmt: skip
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")

@@ -1,6 +1,7 @@
 """Sharded training (FSDP) on 2 and 4 ranks: the numbers of one process, a share of its memory, and its files."""
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -152,6 +153,25 @@ def test_adapters_of_two_ranks_are_those_of_one_process():
 
 
 @pytest.mark.slow
+def test_compiled_blocks_of_two_ranks_are_one_process(monkeypatch):
+    """Graphs are captured and differentiated by AOTAutograd, but not turned into C++, which takes minutes."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    importlib.import_module("genkit.training.sharding")
+
+    def job(accelerator):
+        counters.clear()
+        found = trained("flow", "fsdp", accelerator, compile=True)[0]
+        return found, counters["stats"]["unique_graphs"]
+
+    whole = trained("flow")[0]
+    for mine, graphs in on_two_ranks(job):
+        assert graphs > 0
+        require_equal(mine, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "shares", "shard_size"), [("fsdp", 4, None), ("hsdp", 2, 2)])
 def test_four_ranks_are_one_process(parallel, shares, shard_size):
     compare(["flow", "gan", "first stage"], 4, parallel, shares, shard_size)
@@ -163,6 +183,31 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="shard_size: given 2 with --parallel ddp, which has no groups; give hsdp"):
         create_sharding(given, accelerator)
     assert create_sharding(config.override(given, parallel="hsdp"), accelerator) is None  # one rank shares nothing
+
+
+@pytest.mark.slow
+def test_buffers_of_the_first_rank_are_sent_to_the_others():
+    """With DDP running statistics differ by the last step's rows only: they are sent before each forward pass."""
+
+    def job(accelerator):
+        settings, state, stream = start("gan", "ddp", accelerator)
+        net, seen = state.nets["discriminator"], []
+        net.register_buffer("total", torch.zeros((), dtype=torch.double))
+        for ema in state.emas.values():
+            ema["discriminator"].register_buffer("total", torch.zeros((), dtype=torch.double))
+
+        def count(module, args):
+            seen.append((float(module.total), float(args[0].sum())))
+            module.total.add_(args[0].detach().sum())
+
+        net.register_forward_pre_hook(count)
+        fit(settings.objective, state, stream, Identity(), settings, accelerator)
+        return seen
+
+    first, second = on_two_ranks(job)
+    assert first[-1][0] != 0
+    assert first[-1][1] != second[-1][1]
+    assert second[-1][0] == first[-1][0]
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints

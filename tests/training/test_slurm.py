@@ -2,12 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
+import genkit
+from genkit import config
 from genkit.cli.main import main
+from genkit.config import load_yaml
+from genkit.training.directory import read_log
+from genkit.training.settings import TrainSettings
 from genkit.training.slurm import expand_counts, first_host, slurm_ranks
 
 STEP = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "7",
@@ -50,26 +58,52 @@ def test_lists_of_nodes_and_tasks():
     assert [expand_counts(s) for s in ("4", "4(x2),3", "2,1(x3)")] == [[4], [4, 4, 3], [2, 1, 1, 1]]
 
 
-@pytest.mark.slow
-def test_two_tasks_of_srun_train_one_run(tmp_path):
-    args = [
-        "--data=moons",
-        "--backbone.width=16",
-        "--steps=4",
-        "--sample-every=0",
-        "--tensorboard=false",
-        "--device=cpu",
-    ]
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    tasks = [
+SMALL = ["--data=moons", "--backbone.width=16", "--sample-every=0", "--tensorboard=false", "--device=cpu"]
+
+
+def srun(folder, *args, job=None):
+    """Two tasks of ``genkit train``, started as srun starts them."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(job or os.getpid())}
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "genkit", "train", *args, "--device=cpu"], cwd=tmp_path, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "genkit", "train", *SMALL, *args], cwd=folder, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, **step, "SLURM_PROCID": i, "SLURM_LOCALID": i},
+            env={**os.environ, **step, "SLURM_PROCID": i, "SLURM_LOCALID": i, "OMP_NUM_THREADS": "1"},
         )
         for i in ("0", "1")
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun_train_one_run(tmp_path):
+    tasks = srun(tmp_path, "--steps=4")
     outputs = [task.communicate(timeout=120)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     (run,) = (tmp_path / "runs").glob("0*")
     assert json.loads((run / "env.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+    """What ``examples/train.sbatch`` relies on: SIGUSR1 reaches all tasks, which end with 130; the job is requeued."""
+    command = ["--steps=300", "--save-every=1000", "--log-every=1", "--batch=32", "--resume=auto"]
+    tasks = srun(tmp_path, *command)
+    while not (logs := list((tmp_path / "runs").glob("0*/log.jsonl"))) or not logs[0].stat().st_size:
+        assert [task.poll() for task in tasks] == [None, None], [task.communicate()[0] for task in tasks]
+        time.sleep(0.02)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [130, 130], outputs
+    (run,) = (tmp_path / "runs").glob("0*")
+    stopped = json.loads((run / "latest/state.json").read_text())["step"]
+    assert 0 < stopped < 300
+    tasks = srun(tmp_path, *command, job=os.getpid() + 1)
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert [p.name for p in (tmp_path / "runs").glob("0*")] == [run.name]
+    assert [record["step"] for record in read_log(run)] == list(range(1, 301))
+    whole = genkit.train(config.from_dict(TrainSettings, load_yaml(run / "config.yaml")), out=str(tmp_path / "one"))
+    mine = genkit.load(run, device="cpu")
+    for key, value in whole.nets["net"].state_dict().items():
+        assert torch.allclose(mine.nets["net"].state_dict()[key], value, atol=1e-4), key

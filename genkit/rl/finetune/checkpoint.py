@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from genkit.evaluation.metrics import Moments
 from genkit.rl.finetune.learner import Learner
 from genkit.training.best import BestCheckpoint
-from genkit.training.checkpoint import read_tensors, restore, save_checkpoint
+from genkit.training.checkpoint import (
+    checkpoint_files,
+    checkpoint_record,
+    read_tensors,
+    restore,
+    write_checkpoint,
+)
 from genkit.training.run import Run
 
 EXTRA = "finetune.safetensors"
@@ -19,7 +25,8 @@ KEEP = 3  # newest checkpoints
 
 
 def save_finetuning(directory: Path, learner: Learner, base: Run, best: BestCheckpoint) -> None:
-    """Write a checkpoint, plus the state that only fine-tuning has: the critic, learned noise, their optimizers.
+    """Write a checkpoint (all ranks do, if they share the networks), plus the state that only fine-tuning has: the
+    critic, learned noise, their optimizers.
 
     ``latest`` points at the best checkpoint, if they are evaluated; a resumed run continues from the newest one anyway.
     """
@@ -38,18 +45,11 @@ def save_finetuning(directory: Path, learner: Learner, base: Run, best: BestChec
         }
     for name, (net, optimizer) in learner.auxiliary.items():
         extra |= auxiliary_tensors(name, net, optimizer)
-    save_checkpoint(
-        directory,
-        learner.state,
-        learner.objective,
-        base.spec,
-        base.codec,
-        seed=learner.seed,
-        keep=KEEP,
-        extra={EXTRA: extra},
-        best=best.step,
-        use_best=True,
-    )
+    state = learner.state
+    files = checkpoint_files(state, learner.objective, {EXTRA: extra})
+    record = checkpoint_record(directory, state, base.spec, base.codec, learner.seed)
+    exchange = state.sharding.exchange if state.sharding else None
+    write_checkpoint(directory, files, record, keep=KEEP, best=best.step, use_best=True, exchange=exchange)
 
 
 def auxiliary_tensors(name: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -337,11 +337,20 @@ class Learner:
 
         # both networks step, or neither does
         bad = None
-        if self.accelerator is not None:
-            sum_gradients([*parameters, *noise_parameters], self.accelerator)
+        norm = None
+        if self.state.sharding:
+            trains = next(phase.trains for phase in self.objective.phases if phase.name == self.phase)
+            parameters, norm = self.state.sharding.take_gradients(self.state.nets, trains)
+            norm = norm * self.world  # the shares' losses are parts of a sum, not terms of a mean
+            for p in parameters:
+                p.grad = None if p.grad is None else p.grad * self.world
+        elif self.accelerator is not None:
+            sum_gradients(parameters, self.accelerator)
+        if noise and self.accelerator is not None:
+            sum_gradients(noise_parameters, self.accelerator)
         if noise:
             bad = (~torch.isfinite(nn.utils.clip_grad_norm_(noise_parameters, clip))).float()
-        _, bad = optimizer_step(optimizer, parameters, lr, clip, bad)
+        _, bad = optimizer_step(optimizer, parameters, lr, clip, bad, norm)
         if noise and not bool(bad):
             noise.step()
         self.skipped.add(bad)
@@ -359,6 +368,16 @@ class Learner:
             (value * share.weight).backward()
             total = total + means.detach().cpu().double() * share.weight
         return total if self.world == 1 else self.sum(total.to(self.device)).cpu()
+
+    def gather_state(self) -> State:
+        """The state with whole networks, also if ranks share them; all ranks call it."""
+        self.drop_gathered()
+        return self.state.gather(all_averages=True)
+
+    def drop_gathered(self) -> None:
+        """Drop the weights that passes have gathered, if ranks share them."""
+        if self.state.sharding:
+            self.state.sharding.drop_gathered(self.state.nets)
 
     def refuse_divergence(self, limit: int) -> None:
         """Count the skipped steps; raise :class:`Diverged` after ``limit`` of them in a row."""

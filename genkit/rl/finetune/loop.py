@@ -122,7 +122,11 @@ def finetune(
     with contextlib.ExitStack() as locks:
         if directory and accelerator.is_main_process:
             locks.enter_context(RunLock(directory))
-        return FineTuning(settings, base, accelerator, locks, directory).run(progress)
+        tuning = FineTuning(settings, base, accelerator, locks, directory)
+        if tuning.learner.state.sharding and base is not run:
+            for net in base.nets.values():  # they are whole, and only what they are called with is needed now
+                net.to("cpu")
+        return tuning.run(progress)
 
 
 def name_method(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,6 +207,7 @@ class FineTuning:
         self.settings = settings = replace(settings, save_every=save_every)
         self.learner = build_learner(settings, base, steps, self.policy is not None, accelerator)
         check_method(settings, self.learner, self.task)
+        self.learner.drop_gathered()
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
         # None: a new run, or one that was killed before its first checkpoint and begins again
         self.checkpoint = resume_point(resumed, None, self.notes.append) if resumed else None
@@ -219,8 +224,8 @@ class FineTuning:
 
     @property
     def averaged(self) -> dict[str, nn.Module]:
-        """The averaged networks, which every use of the run draws from."""
-        return self.learner.state.emas[self.settings.ema]
+        """The averaged networks, which every use of the run draws from, whole; all ranks call it."""
+        return self.learner.gather_state().emas[self.settings.ema]
 
     def run(self, progress: Progress | None) -> FinetunedRun:
         """Evaluate, fine-tune, evaluate again and return the model."""
@@ -340,14 +345,16 @@ class FineTuning:
         episodes = self.settings.checkpoint_eval_episodes
         if self.chooses_checkpoint:
             seeds = range(CHECKPOINT_SEED, CHECKPOINT_SEED + episodes)
-            results = self.on_main_process(lambda: evaluate_policy(self.settings, self.base, self.averaged, seeds))
+            nets = self.averaged
+            results = self.on_main_process(lambda: evaluate_policy(self.settings, self.base, nets, seeds))
             self.best.update(self.learner.state.step, self.record_results("checkpoint", results))
         self.save()
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.learner.drop_gathered()
         require_same(self.accelerator, self.learner.state)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.learner.state.sharding:
             save_finetuning(self.directory, self.learner, self.base, self.best)
         self.accelerator.wait_for_everyone()
 

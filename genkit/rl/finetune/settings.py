@@ -14,7 +14,7 @@ from genkit.core.device import DeviceName
 from genkit.core.durations import DurationText
 from genkit.training.annotations import NoteText, TagText
 from genkit.training.sampling import GridName
-from genkit.training.settings import TrackerName, changeable
+from genkit.training.settings import Parallel, TrackerName, changeable
 
 SAVE_EVERY = 10  # iterations between checkpoints
 
@@ -111,6 +111,12 @@ class FinetuneSettings:
     """CPU threads per rank. None: one for policies and small batches, where more only wait for each other, else all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Forward-pass precision. Probability ratios near 1 need more digits than bf16 has: try it for images only."""
+    parallel: Parallel = changeable("ddp")
+    """What ranks share. ddp: each has all weights, and its own samples or environments. fsdp: each keeps a share of
+    every weight, average and optimizer state, and of the model before any reward; all weights are on each rank from an
+    iteration's first pass to the gradient step. hsdp: shares within a group of ranks, copies across groups."""
+    shard_size: Count | None = changeable(None)
+    """With --parallel hsdp: ranks that share one copy. None: those of a node."""
     micro_batch: Count | None = changeable(None)
     """Rows per forward pass of a gradient step on one rank, to save memory; None: all at once."""
     tensorboard: bool = changeable(True)

@@ -32,8 +32,9 @@ from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_con
 from genkit.rl.policies.episodes import require_compatible
 from genkit.rl.policies.policy import Policy, default_steps
 from genkit.rl.policies.rollout import parse_conditions
+from genkit.training.distributed import create_sharding
 from genkit.training.latents import encoder_of
-from genkit.training.loop import initial_state, local_batch_size
+from genkit.training.loop import copy_for_ema, initial_state, local_batch_size
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
@@ -212,6 +213,8 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         seed=settings.seed,
         resume=None,
         precision=settings.precision,
+        parallel=settings.parallel,
+        shard_size=settings.shard_size,
         lora=settings.lora,
         base_dtype="fp32",
         quantize=None,
@@ -270,7 +273,13 @@ def build_learner(
         net.to(device).requires_grad_(True).load_state_dict(base.nets[name].state_dict())
     if settings.lora.active:
         lora.adapt(nets, settings.lora)
-    state = initial_state(config.objective, nets, config)
+    frozen = {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()}
+    sharding = create_sharding(config, accelerator) if accelerator else None
+    if sharding:
+        sharding.stay_whole = True  # ranks may make different numbers of passes for a gradient step
+        for net in frozen.values():
+            sharding.split_network(net)
+    state = initial_state(config.objective, nets, config, sharding)
 
     data = base.config.data.load("train")
     stream = Stream(data, DEMO_ROWS, settings.seed, device, workers=0)
@@ -291,6 +300,7 @@ def build_learner(
         critic,
         torch.optim.Adam(critic.parameters(), lr=lr) if critic else None,
         torch.optim.Adam(sigma.parameters(), lr=lr) if isinstance(sigma, nn.Module) else None,
+        frozen=frozen,
         accelerator=accelerator,
         micro_batch=settings.micro_batch,
         bf16=settings.precision == "bf16",
