@@ -181,11 +181,6 @@ def clips_by_default(objective: Objective, codec: Codec) -> bool:
     )
 
 
-def default_guidance(objective: Objective, codec: Codec) -> Guidance | None:
-    """The guidance of default :class:`Sampling`, for samples drawn in training."""
-    return clamp() if clips_by_default(objective, codec) else None
-
-
 def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: Run | None) -> Guidance | None:
     """The guidance that ``sampling`` asks for, with the opened ``weak`` model and ``classifier``.
 
@@ -333,10 +328,14 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
 
 
 def sample_conditions(
-    spec: Spec, n: int, label: Classes | None = None, prompt: str | Sequence[str] | None = None
+    spec: Spec,
+    n: int,
+    label: Classes | None = None,
+    prompt: str | Sequence[str] | None = None,
+    known: text.TextTable | None = None,
 ) -> dict[str, Tensor]:
     """Conditions of ``n`` samples: the class ``label`` (number or name, or several in turn), the ``prompt`` (or several
-    in turn), or both.
+    in turn), or both. The states of some texts may be ``known``.
 
     If neither is given, all classes that have samples, or the captions that the model kept, in turn; ``{}`` for a model
     without conditions. Any of several conditions that is left out is null.
@@ -356,7 +355,7 @@ def sample_conditions(
     captions = prompts or (list(text.caption_examples(spec)) if unspecified else [])
     cond: dict[str, Tensor] = {}
     if captions:
-        cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
+        cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions, known).items()}
     if label is not None:
         return {**cond, **numbers}
     return cond if prompts else {**cond, **{k: class_numbers(kind, kind.trained, n, k) for k, kind in classes.items()}}

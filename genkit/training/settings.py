@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
-from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
+from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Scale, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
@@ -123,6 +123,10 @@ class TrainSettings:
     """Steps between checkpoints."""
     sample_every: Natural = changeable(500)
     """Steps between grids of samples. 0: never."""
+    sample_prompts: PathText | None = changeable(None)
+    """Text file of prompts, one a line, that these grids show. None: classes or captions of the data."""
+    sample_guidance: Scale = changeable(1.0)
+    """Scale of guidance of these grids. 1: none."""
     # -- evaluation during training
     eval_every: Natural = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
