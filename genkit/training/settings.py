@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
@@ -145,6 +145,9 @@ class TrainSettings:
     time, for the slowest average and the raw weights. 0: never."""
     val_n: Count = changeable(1000)
     """Held-out samples per validation, over all ranks together."""
+    val_levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = changeable(())
+    """Noise levels sigma / (alpha + sigma), say 0.1 0.3 0.5 0.7 0.9, at which validations also measure the error of the
+    velocity: val/velocity, which runs of other objectives, paths and seeds can be compared by."""
     keep_best: str | None = changeable(None)
     """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
     patience: Count | None = changeable(None)
