@@ -25,13 +25,13 @@ def validation_metrics(settings: TrainSettings) -> dict[str, Direction]:
 
     Raises ``ValueError`` if the objective has no loss that means anything on held-out samples.
     """
-    metrics = settings.objective.validation_metrics
+    metrics = dict(settings.objective.validation_metrics)
     if settings.val_every and not metrics:
         raise ValueError(
             f"val_every: given {settings.val_every}, but {type(settings.objective).__name__} has no loss that means "
             "anything on held-out samples: its networks are each other's measure; try --eval-every 500"
         )
-    metrics = {**metrics, **dict.fromkeys(level_names(settings.val_levels), "lower")}
+    metrics |= {name: "lower" for name in level_names(settings.val_levels)}
     prefixes = ("val", "val/raw") if settings.ema or settings.power_ema else ("val",)
     return {f"{prefix}/{name}": direction for prefix in prefixes for name, direction in metrics.items()}
 
