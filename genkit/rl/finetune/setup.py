@@ -213,6 +213,8 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         resume=None,
         precision=settings.precision,
         lora=settings.lora,
+        base_dtype="fp32",
+        quantize=None,
     )
 
 
