@@ -2,7 +2,8 @@
 
     genkit bench scale [--only steps ...] [--out FILE.json]
 
-steps: a training step outside its networks.
+steps: a training step outside the passes through its networks. folder: the first batch of 200,000 files. decode: JPEGs
+a second. memory: two processes that draw latents of 0.1 and 1 GB. ranks: encoding and sampling on one and two ranks.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.scale.files import measure_decoding, measure_folder, measure_memory
+from benchmarks.scale.ranks import measure_ranks
 from benchmarks.scale.steps import measure_steps
 from genkit import __version__
 from genkit.cli.scripts import ScriptParser
 from genkit.core.files import write_text
 
-PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {"steps": measure_steps}
+PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+    "steps": measure_steps, "folder": measure_folder, "decode": measure_decoding, "memory": measure_memory,
+    "ranks": measure_ranks,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

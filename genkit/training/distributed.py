@@ -11,9 +11,9 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,7 +22,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     KwargsHandler,
-    broadcast_object_list,
 )
 from torch import Tensor, nn
 
@@ -32,8 +31,6 @@ from genkit.training.slurm import adopt_slurm_ranks
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings
     from genkit.training.sharding import Sharding
-
-T = TypeVar("T")
 
 
 def missing_ranks() -> int:
@@ -90,20 +87,6 @@ def create_sharding(settings: TrainSettings, accelerator: Accelerator) -> Shardi
     from genkit.training.sharding import Sharding  # lazy: it takes most of a second
 
     return Sharding.create(parallel, size, accelerator)
-
-
-def once(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What ``work()`` returns on the main process, on every rank; its ``ValueError`` is raised on all."""
-    result, error = None, None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except ValueError as e:
-            error = e
-    result, error = broadcast_object_list([result, error])
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
 
 
 def leave_ranks() -> None:

@@ -34,16 +34,21 @@ class Ranks:
         return gather_object([value]) if self.world > 1 else [value]
 
     def once(self, work: Callable[..., Any], *args: Any) -> Any:
-        """``work(*args)``, done by the main rank, on every rank. Its ``ValueError`` or ``OSError`` is raised on all."""
+        """``work(*args)``, done by the main rank, on every rank. Its ``ValueError`` or ``OSError`` is raised on all, so
+        that none waits for one that has stopped."""
+        if self.world == 1:
+            return work(*args)
         result, error = None, None
         if self.is_main:
             try:
                 result = work(*args)
-            except (ValueError, OSError) as e:
-                error = str(e)
+            except OSError as e:
+                error = e
+            except ValueError as e:  # its subclasses may not be sent
+                error = ValueError(str(e))
         result, error = self.gather((result, error))[0]
         if error is not None:
-            raise ValueError(error)
+            raise error
         return result
 
     def raise_together(self, error: Exception | None) -> None:

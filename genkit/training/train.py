@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from genkit import config
@@ -36,7 +35,7 @@ from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
-from genkit.training.distributed import create_sharding, join_ranks, once
+from genkit.training.distributed import create_sharding, join_ranks
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, require_start
 from genkit.training.initial_networks import initial_networks
@@ -46,6 +45,7 @@ from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
+from genkit.training.ranks import Ranks
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -211,7 +211,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if resumed:
         step, stored = settings.step, stored_settings(resumed)
         settings = continued_settings(resumed, settings, notes.append)
-        checkpoint = once(accelerator, lambda: resume_point(resumed, step, notes.append))
+        checkpoint = Ranks.of(accelerator).once(resume_point, resumed, step, notes.append)
     elif settings.step is not None:
         raise ValueError(f"step: given {settings.step}, which has no effect without --resume; leave it out")
     else:
@@ -350,8 +350,9 @@ def open_directory(
     notes: list[str],
 ) -> Path:
     """The run directory, which the main process makes or reopens; every rank learns its name."""
-    run = resumed
-    if accelerator.is_main_process:
+
+    def open_here() -> Path:
+        run = resumed
         if run is None:
             blocks = config.dump(settings)
             run = create_run(settings.out, settings.name or "-".join(slug(blocks[k]["name"]) for k in NAME_PARTS))
@@ -359,9 +360,9 @@ def open_directory(
         elif state.step < settings.steps:
             reopen(run, settings, state.step, notes)
         write_text(run / "config.yaml", config.to_yaml(settings))
-    shared = broadcast_object_list([run])[0]
-    assert shared is not None
-    return shared
+        return run
+
+    return Ranks.of(accelerator).once(open_here)
 
 
 def record_origin(

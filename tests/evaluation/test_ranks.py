@@ -11,6 +11,7 @@ from genkit.evaluation import Card, ModelSamples, Ranks
 from genkit.evaluation.cards import setting_differences
 from genkit.evaluation.sources import split_into_blocks
 from tests.support.evaluation import evaluate_to_card, subprocess_environment, values
+from tests.support.ranks import on_two_ranks
 
 
 @pytest.mark.parametrize(("n", "batch"), [(1, 64), (3, 64), (64, 64), (1000, 64), (10_000, 64), (100, 7)])
@@ -28,6 +29,23 @@ def test_ranks_share_the_errors_of_the_main_one():
     with pytest.raises(ValueError, match="too few"):
         Ranks().once(fail, "too few")
     assert Ranks().once(max, 2, 3) == 3
+
+    def job(accelerator):
+        ranks, answers = Ranks.of(accelerator), []
+        for error in (OSError(28, "No space left", "/data"), UnicodeDecodeError("utf-8", b"x", 0, 1, "wrong")):
+            try:
+                ranks.once(raise_error, error)
+            except (OSError, ValueError) as e:
+                answers.append((type(e).__name__, str(e)))
+        return [*answers, ranks.once(len, "abc")]
+
+    expected = [("OSError", "[Errno 28] No space left: '/data'"),
+                ("ValueError", "'utf-8' codec can't decode byte 0x78 in position 0: wrong"), 3]  # fmt: skip
+    assert on_two_ranks(job) == [expected, expected]
+
+
+def raise_error(error):
+    raise error
 
 
 TWO_RANKS = """

@@ -190,11 +190,11 @@ def test_buffers_of_the_first_rank_are_sent_to_the_others():
     """With DDP running statistics differ by the last step's rows only: they are sent before each forward pass."""
 
     def job(accelerator):
-        settings, state, stream = start("gan", "ddp", accelerator)
-        net, seen = state.nets["discriminator"], []
+        settings, state, stream = start("vae", "ddp", accelerator)
+        net, seen = state.nets["encoder"], []
         net.register_buffer("total", torch.zeros((), dtype=torch.double))
         for ema in state.emas.values():
-            ema["discriminator"].register_buffer("total", torch.zeros((), dtype=torch.double))
+            ema["encoder"].register_buffer("total", torch.zeros((), dtype=torch.double))
 
         def count(module, args):
             seen.append((float(module.total), float(args[0].sum())))

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ from genkit.training.first_stage import LatentCodec
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
+from genkit.training.ranks import Ranks
 from genkit.training.resume import refuse_other_meaning, resume_point
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.session import Recorder, environment, tracker_names
@@ -196,7 +197,7 @@ class FineTuning:
         tracker_names(settings)
         self.locks = locks
         self.notes: list[str] = []
-        world = accelerator.num_processes
+        world, self.ranks = accelerator.num_processes, Ranks.of(accelerator)
         torch.set_num_threads(choose_threads(settings, base, world))
         torch.manual_seed(settings.seed)
         check_adapter(settings, base)
@@ -216,7 +217,7 @@ class FineTuning:
             if accelerator.is_main_process and resumed:
                 saved = {step_of(path): path for path in list_checkpoints(resumed)}
                 point_latest(resumed, saved.get(self.best.step or -1, self.checkpoint))
-        self.directory = self.open_directory()
+        self.directory: Path = self.ranks.once(self.open_directory)
         self.recorder = Recorder(self.directory, accelerator)
         for note in self.notes:
             self.recorder.say(note)
@@ -245,31 +246,28 @@ class FineTuning:
             return self.conclude(stopped)
 
     def open_directory(self) -> Path:
-        """The new run's directory, which the main process makes or reopens; every rank learns its name."""
+        """The new run's directory, made or reopened."""
         settings, directory = self.settings, self.resumed
-        if self.accelerator.is_main_process:
-            if directory is None:
-                directory = create_run(settings.out, settings.name or default_name(settings, self.base.directory))
-                self.locks.enter_context(RunLock(directory))
-                write_text(directory / "env.json", json.dumps(environment(self.accelerator), indent=1))
-            else:
-                sweep(directory)
-                rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after", self.notes.append)
-            stored = replace(settings, run=str(self.base.directory), resume=None, note=None, tags=())
-            write_text(directory / "finetune.yaml", config.to_yaml(stored))
-            if self.policy is not None:
-                acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
-                write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
-            if isinstance(self.base.codec, LatentCodec):
-                self.base.codec.stage.write(directory / "codec")
-            write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
-            if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
-                write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
-            if settings.note or settings.tags:
-                annotate(directory, settings.note, tags=settings.tags)
-        shared = broadcast_object_list([directory])[0]
-        assert shared is not None
-        return shared
+        if directory is None:
+            directory = create_run(settings.out, settings.name or default_name(settings, self.base.directory))
+            self.locks.enter_context(RunLock(directory))
+            write_text(directory / "env.json", json.dumps(environment(self.accelerator), indent=1))
+        else:
+            sweep(directory)
+            rewind_log(directory, self.learner.state.step if self.checkpoint else -1, "after", self.notes.append)
+        stored = replace(settings, run=str(self.base.directory), resume=None, note=None, tags=())
+        write_text(directory / "finetune.yaml", config.to_yaml(stored))
+        if self.policy is not None:
+            acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
+            write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
+        if isinstance(self.base.codec, LatentCodec):
+            self.base.codec.stage.write(directory / "codec")
+        write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
+        if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
+            write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
+        if settings.note or settings.tags:
+            annotate(directory, settings.note, tags=settings.tags)
+        return directory
 
     def image_quality(self) -> SampleQuality | None:
         """Metrics of image quality, on the main process, if samples are evaluated and their data has a classifier."""
@@ -346,7 +344,7 @@ class FineTuning:
         if self.chooses_checkpoint:
             seeds = range(CHECKPOINT_SEED, CHECKPOINT_SEED + episodes)
             nets = self.averaged
-            results = self.on_main_process(lambda: evaluate_policy(self.settings, self.base, nets, seeds))
+            results = self.ranks.once(lambda: evaluate_policy(self.settings, self.base, nets, seeds))
             self.best.update(self.learner.state.step, self.record_results("checkpoint", results))
         self.save()
 
@@ -354,17 +352,13 @@ class FineTuning:
         """Write a checkpoint."""
         self.learner.drop_gathered()
         require_same(self.accelerator, self.learner.state)
-        if self.accelerator.is_main_process or self.learner.state.sharding:
+        if self.learner.state.sharding:
             save_finetuning(self.directory, self.learner, self.base, self.best)
+        else:
+            self.ranks.once(save_finetuning, self.directory, self.learner, self.base, self.best)
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------------- evaluation
-    def on_main_process(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Call ``function`` on the main process; its result, on every rank."""
-        result = broadcast_object_list([function() if self.accelerator.is_main_process else None])[0]
-        assert result is not None
-        return result
-
     def evaluate(self, name: str, nets: dict[str, nn.Module]) -> dict[str, Any]:
         """Evaluate ``nets`` without exploration noise. Results ready for JSON; empty if no evaluation is asked for."""
         settings = self.settings
@@ -380,11 +374,11 @@ class FineTuning:
                 self.quality,
             )
             picture = self.directory / "samples" / f"{name}.png"
-            return self.on_main_process(lambda: evaluation(replace(self.base, nets=nets), picture))
+            return self.ranks.once(lambda: evaluation(replace(self.base, nets=nets), picture))
         if not settings.eval_episodes:
             return {}
         seeds = range(settings.eval_seed, settings.eval_seed + settings.eval_episodes)
-        return self.on_main_process(lambda: evaluate_policy(settings, self.base, nets, seeds))
+        return self.ranks.once(lambda: evaluate_policy(settings, self.base, nets, seeds))
 
     def record_results(self, name: str, results: Mapping[str, Any]) -> float | None:
         """Log the results, write them to NAME.json and report them; the mean return, if there is one."""
