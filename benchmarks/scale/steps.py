@@ -79,7 +79,7 @@ def lowest_tenth(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) // 10]
 
 
-def measure_step(name: str, kind: tuple[str, Backbone], steps: int = 300) -> dict[str, float]:
+def measure_step(name: str, kind: tuple[str, Backbone], steps: int = 200) -> dict[str, float]:
     """Milliseconds of a training step, of its passes, and of the rest: a tenth of the steps stay below each."""
     data: Data = DATA[kind[0]]().load("train")
     shape = LATENT.get(name)
@@ -106,7 +106,7 @@ def measure_step(name: str, kind: tuple[str, Backbone], steps: int = 300) -> dic
     return {"step_ms": step, "passes_ms": network, "overhead_ms": rest}
 
 
-def measure_steps(rounds: int = 3) -> list[dict[str, Any]]:
+def measure_steps(rounds: int = 2) -> list[dict[str, Any]]:
     """A row for each objective, on points and on pictures: the best of a few rounds."""
     rows: list[dict[str, Any]] = []
     for where, kind in (("plane", PLANE), ("pictures", PICTURES)):
