@@ -109,8 +109,8 @@ OTHER = {  # another value for every setting
     "act_steps": 2, "terminate_out_of_range": 2.0, "samples": 9, "group": 2, "ema": 0.5, "label": 1,
     "unconditional": True, "max_kl": 2.0, "eval_episodes": 9, "eval_samples": 9, "eval_seed": 9,
     "checkpoint_eval_episodes": 9, "patience": 9, "save_every": 9, "seed": 9, "device": "auto", "threads": 2,
-    "precision": "bf16", "parallel": "fsdp", "shard_size": 2, "micro_batch": 9, "tensorboard": True, "trackers": ["wandb"], "tracker_project": "x",
-    "max_time": "1h", "out": "x", "name": "x", "note": "x", "tags": ["x"],
+    "precision": "bf16", "micro_batch": 9, "tensorboard": True, "trackers": ["wandb"], "tracker_project": "x",
+    "parallel": "fsdp", "shard_size": 2, "max_time": "1h", "out": "x", "name": "x", "note": "x", "tags": ["x"],
 }  # fmt: skip
 
 
