@@ -462,6 +462,35 @@ def plan_steps() -> str:
     return table(head, rows)
 
 
+def scale_data() -> str:
+    """``genkit bench scale``: the parts folder, decode, memory and ranks."""
+    parts = load("scale")
+    (folder,), (small, large) = parts["folder"], parts["memory"]
+    growth = f"latents of {small['latents_MB'] / 1e3:.1f} and {large['latents_MB'] / 1e3:.1f} GB"
+    rows = [
+        ["first batch of a folder of 200,000 files, CPU s", f"{folder['first_batch_s']:.2f}", "at most 3"],
+        *([f"JPEGs of 500x375 a second and core, to {r['size']}x{r['size']}", f"{r['images_per_s']:.0f}", ""]
+          for r in parts["decode"]),
+        [f"memory of each of two ranks, without what they share: {growth}, MB",
+         f"{small['own_MB']:.0f} and {large['own_MB']:.0f}", "the same"],
+        *([f"`genkit {r['what']}` on two ranks, {'identical' if r['identical'] else 'NOT identical'}",
+           f"{r['ratio']:.2f} times as fast", "1.7 times"] for r in parts["ranks"]),
+    ]  # fmt: skip
+    return table(["what", "measured", "aim"], rows)
+
+
+def scale_steps() -> str:
+    """``genkit bench scale --only steps``."""
+    found = {(r["data"], r["objective"]): r for r in load("scale")["steps"]}
+    names = [objective for data, objective in found if data == "plane"]
+    rows = [
+        [f"`{name}`", *(f"{found[where, name][key]:.2f}" for where in ("plane", "pictures")
+                        for key in ("passes_ms", "overhead_ms"))]
+        for name in names
+    ]  # fmt: skip
+    return table(["objective", "plane: passes, ms", "the rest", "pictures: passes, ms", "the rest"], rows)
+
+
 def structure() -> str:
     """``tools/measure.py``: rooms, contracts, hops, lengths."""
     return table(["measure", "value"], [[name, str(value)] for name, value in load("structure")["measures"].items()])
@@ -571,6 +600,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overhead": overhead,
     "plan-networks": plan_networks,
     "plan-steps": plan_steps,
+    "scale-data": scale_data,
+    "scale-steps": scale_steps,
     "structure": structure,
     "summary": summary,
 }
