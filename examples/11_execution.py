@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import genkit
+from genkit import config
 from genkit.cli.scripts import ScriptParser, run_script
 from genkit.envs import make
 from genkit.rl.policies.episodes import run_episodes
@@ -73,7 +74,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print("| seed | act steps | execution | success | bits | jump at borders | within |\n|---|---|---|---|---|---|---|")
     for seed in args.seeds:
-        run = genkit.train(str(CONFIG), steps=args.steps, seed=seed, tensorboard=False, out=args.runs, device="cpu")
+        settings = config.load_yaml(CONFIG) | {"steps": args.steps, "seed": seed, "out": args.runs}
+        run = genkit.train(**settings, tensorboard=False, device="cpu")
         for act_steps in args.act_steps:
             for execution in EXECUTIONS:
                 row = {"seed": seed, **measure(run, execution, args, act_steps)}

@@ -159,6 +159,12 @@ COMMANDS = {
         "genkit.cli.commands.rollout:Rollout",
         ("genkit rollout runs/latest --episodes 100 --film 4",),
     ),
+    "serve": Command(
+        "genkit.cli.commands.serve",
+        "let a trained policy answer control loops, over a socket",
+        "genkit.cli.commands.serve:Serve",
+        ("genkit serve runs/latest --steps 4 --execution real-time",),
+    ),
     "demo": Command(
         "genkit.cli.commands.demo",
         "record an expert's episodes as demonstrations",

@@ -48,12 +48,7 @@ class DelayedPolicy:
                 f"{self.policy.act_steps} are executed, allow 0 … {longest}; take fewer --act-steps"
             )
         if self.execution == "real-time":
-            if not isinstance(self.policy.run.codec, Actions) or self.policy.generate_with is None:
-                kind = type(self.policy.run.objective).__name__
-                raise ValueError(f"execution: given real-time, which continues chunks of actions that are drawn in "
-                                 f"steps; {self.policy.run.directory.name} is a {kind} of "
-                                 f"{type(self.policy.run.codec).__name__}; take naive or ensemble")  # fmt: skip
-            self.policy = self.policy.guided(continue_chunk(self.limit))
+            self.policy = continue_underway(self.policy, self.limit)
 
     @property
     def obs_shape(self) -> tuple[int, int]:
@@ -97,18 +92,43 @@ class DelayedPolicy:
         return np.einsum("k,kna->na", weights / weights.sum(), np.stack(actions)).astype(actions[0].dtype)
 
     def underway(self, obs: np.ndarray) -> dict[str, Tensor]:
-        """The conditions of a chunk that is drawn now: the actions ``[N, A, Tp]`` (in the model's units) that are
-        carried out until it arrives and, of the newest chunk, those after; and their weights ``[1, 1, Tp]``."""
-        policy, codec = self.policy, self.policy.run.codec
-        assert isinstance(codec, Actions)
+        """The conditions of a chunk that is drawn now (:func:`underway_conditions`)."""
         start, newest = self.chunks[-1]
-        passed, length = self.time - start, newest.shape[1]
-        held = [self.action(t) for t in range(self.time, self.time + self.delay)]
-        after = list(np.moveaxis(newest[:, passed + self.delay :], 1, 0))
-        actions = torch.from_numpy(np.stack(held + after, 2))
-        past = policy.run.spec.shape[1] - length
-        actions = torch.nn.functional.pad(actions, (past, length - actions.shape[2]))
-        weights = torch.nn.functional.pad(soft_mask(length, self.delay, passed), (past, 0))
-        device = policy.run.device
-        samples = codec.from_absolute(actions.to(device), torch.from_numpy(np.asarray(obs, np.float32)).to(device))
-        return {UNDERWAY: samples.float(), UNDERWAY_WEIGHT: weights[None, None].to(device)}
+        fixed = [self.action(t) for t in range(self.time, self.time + self.delay)]
+        return underway_conditions(self.policy, obs, fixed, newest, self.time - start)
+
+
+def underway_conditions(
+    policy: Policy, obs: np.ndarray, fixed: Sequence[np.ndarray], newest: np.ndarray, passed: int
+) -> dict[str, Tensor]:
+    """The conditions of a chunk for ``obs`` ``[N, To, Do]`` that continues what is under way.
+
+    They are the actions ``[N, A, Tp]`` in the model's units, and their weights ``[1, 1, Tp]``: first the actions
+    ``fixed`` ``[N, A]`` that are carried out until it arrives, then those of the ``newest`` chunk ``[N, H, A]`` for the
+    steps after, which began ``passed`` steps ago.
+    """
+    codec, delay, length = policy.run.codec, len(fixed), newest.shape[1]
+    assert isinstance(codec, Actions)
+    after = list(np.moveaxis(newest[:, passed + delay :], 1, 0))
+    actions = torch.from_numpy(np.stack([*fixed, *after], 2))
+    past = policy.run.spec.shape[1] - length
+    actions = torch.nn.functional.pad(actions, (past, length - actions.shape[2]))
+    weights = torch.nn.functional.pad(soft_mask(length, delay, passed), (past, 0))
+    device = policy.run.device
+    samples = codec.from_absolute(actions.to(device), torch.from_numpy(np.asarray(obs, np.float32)).to(device))
+    return {UNDERWAY: samples.float(), UNDERWAY_WEIGHT: weights[None, None].to(device)}
+
+
+def continue_underway(policy: Policy, limit: float) -> Policy:
+    """The policy, which continues what its conditions say is under way.
+
+    ``ValueError`` unless it draws chunks of actions by the steps of a diffusion.
+    """
+    run = policy.run
+    if not isinstance(run.codec, Actions) or policy.generate_with is None:
+        raise ValueError(
+            f"execution: given real-time, which continues chunks of actions that are drawn in steps; "
+            f"{run.directory.name} is a {type(run.objective).__name__} of {type(run.codec).__name__}; take naive or "
+            "ensemble"
+        )
+    return policy.guided(continue_chunk(limit))
