@@ -21,7 +21,7 @@ from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.server import open_server
 from tests.support.refusals import refuses
 
-CLIENT = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "policy_client.py"))["PolicyClient"]
+CLIENT = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "12_policy_client.py"))["PolicyClient"]
 
 
 @contextmanager

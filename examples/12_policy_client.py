@@ -1,6 +1,6 @@
 """A client of `genkit serve RUN`: it needs numpy only. Copy it to the robot; docs/guide/policies.md has the protocol.
 
-python examples/policy_client.py [--host 127.0.0.1] [--port 5750]     # acts on zeros, and prints the actions
+python examples/12_policy_client.py [--host 127.0.0.1] [--port 5750]     # acts on zeros, and prints the actions
 """
 
 import argparse
