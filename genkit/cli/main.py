@@ -131,7 +131,7 @@ COMMANDS = {
     ),
     "export": Command(
         "genkit.cli.commands.export",
-        "write a run as a diffusers pipeline, or as a standalone run",
+        "write a run as a diffusers pipeline, a standalone run, or a policy's graph",
         "genkit.cli.commands.export:Export",
         ("genkit export runs/latest --to diffusers pipeline",),
     ),
