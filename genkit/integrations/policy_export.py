@@ -80,7 +80,8 @@ class ToGraph(ExportFormat):
         """The written graph as a function."""
 
     def write(self, run: Run, folder: Path) -> list[str]:
-        if not isinstance(run.codec, Actions):
+        codec = run.codec
+        if not isinstance(codec, Actions):
             raise ValueError(f"to: {run.directory.name} is no policy of action chunks; allowed: --to run, diffusers")
         run = replace(run, nets={k: net.cpu() for k, net in run.nets.items()}, device=torch.device("cpu"))
         policy = load_object(POLICY).load(run, steps=self.steps, act_steps=self.act_steps)
@@ -95,7 +96,7 @@ class ToGraph(ExportFormat):
             expected = [graph(*inputs) for inputs in examples]
             self.write_graph(graph, examples[0], file)
             loaded = self.load_graph(file, graph.names)
-            scale = max(1.0, *(abs(v) for v in run.codec.scale))
+            scale = max(1.0, *(abs(v) for v in codec.scale))
             error = max(float((loaded(*i) - e).abs().max()) / scale for i, e in zip(examples, expected, strict=True))
         if not error <= TOLERANCE:
             raise ValueError(f"to: the graph differs from the policy by {error:.1e}; allowed {TOLERANCE:g}")
