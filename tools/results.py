@@ -264,13 +264,17 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
 
 
 def few_step_many() -> str:
-    """The digits by 10,000 samples."""
-    cells = load("few-step-10000")["cells"]
+    """The digits by 10,000 samples: one step without a teacher, and what :func:`reflow` has by the same ruler."""
+    cells, ladder = load("few-step-10000")["cells"], load("reflow-digits-10000")["cells"]["digits"]
     rows = []
     for way, label in WAYS.items():
         if cell := cells.get(f"digits/{way}"):
             values = [spread(cell["values"][name]["1"], digits) for name, digits in (("Fréchet", 2), ("accuracy", 3))]
             rows.append([label + ", one step", *values, number(mean(cell["cpu_seconds"]), 0)])
+    measured = ladder["rows"]
+    cost = number(ladder["seconds"] / len(measured["1-RF"]["one"]), 0)
+    rows.append(["two reflows and distillation, one step", spread(measured["3-RF distilled"]["one"], 2), "", cost])
+    rows.append(["flow, 25 Heun steps", spread(measured["1-RF"]["many"], 2), "", ""])
     rows.append(["real data", number(mean(cells["digits/real"]["values"]["Fréchet"]["1"]), 2), "", ""])
     drawn = spread(cells["digits/resampled"]["values"]["Fréchet"]["1"], 2)
     rows.append(["10,000 of them, drawn with replacement", drawn, "", ""])
