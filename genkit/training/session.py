@@ -40,6 +40,7 @@ from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
 from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
+from genkit.training.schedules import PlateauTracker
 from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.state import State
 from genkit.training.validation import Validation
@@ -183,6 +184,7 @@ class Session:
     """of the data, stored with each checkpoint"""
     validation: Validation | None = None
     best: BestCheckpoint | None = None
+    plateau: PlateauTracker | None = None
     stopped: Callable[[], bool] = lambda: False
     """whether a signal or the clock has asked to stop: pictures are not finished then"""
     warning: str | None = None
@@ -273,6 +275,8 @@ class Session:
         self.recorder.log(record)
         best = "  (the best so far)" if self.track_best(record) else ""
         self.recorder.note(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+        if self.plateau and self.plateau.update(record):
+            self.recorder.say(f"step {state.step}: no better loss; the rate is {self.plateau.share:.3g} of the peak")
         if state.step == self.plotted_step and self.recorder.main:  # before this validation
             self.plot_loss()
 
@@ -296,6 +300,16 @@ class Session:
             values = {card.title(k): e.value for k, e in card.metrics.items()}
             self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
             self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+
+    def recall_plateau(self) -> None:
+        """Find the reductions of the learning rate of a run that is resumed, from its log."""
+        if self.plateau is not None:
+            for record in read_log(self.run):
+                self.plateau.update(record)
+
+    def rate_share(self) -> float:
+        """The learning rate, as a share of the schedule's."""
+        return self.plateau.share if self.plateau else 1.0
 
     def recall_best(self, note: Callable[[str], None]) -> None:
         """Find the best checkpoint of a run that is resumed, from its log."""

@@ -57,6 +57,7 @@ from genkit.training.resume import (
 )
 from genkit.training.run import Run, init_from, load_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
+from genkit.training.schedules import PlateauTracker
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.state import State
@@ -158,6 +159,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 stop=session.stopped,
                 is_best=session.is_best,
                 is_stale=session.is_stale,
+                rate_share=session.rate_share,
             )
         except Diverged as e:
             session.writer.wait()
@@ -240,9 +242,10 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
-                      evaluator, fingerprint, validation, best)  # fmt: skip
+                      evaluator, fingerprint, validation, best, PlateauTracker.create(settings))  # fmt: skip
     if resumed:
         session.recall_best(notes.append)
+        session.recall_plateau()
     for note in notes:
         recorder.say(note)
     if not finished:
