@@ -110,7 +110,7 @@ class Restarts(Schedule):
 
 @dataclass(frozen=True)
 class Plateau(Schedule):
-    """The peak, multiplied by a factor whenever the loss of held-out samples (``--val-every``) has stopped improving."""
+    """The peak, multiplied by a factor whenever the loss of held-out samples (``--val-every``) stops improving."""
 
     validates: ClassVar[bool] = True
     factor: Annotated[float, Gt(0), Lt(1)] = 0.5
@@ -149,14 +149,13 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     if step < settings.warmup:
         return settings.lr * warm
-    return settings.lr * settings.schedule.share(
-        step - settings.warmup, settings.steps - settings.warmup, settings.warmup
-    )
+    done, steps = step - settings.warmup, settings.steps - settings.warmup
+    return settings.lr * settings.schedule.share(done, steps, settings.warmup)
 
 
 @dataclass
 class PlateauTracker:
-    """The reductions of :class:`Plateau` so far: a function of the run's log, so a resumed run needs no other record."""
+    """The reductions of :class:`Plateau` so far: a function of the log, so a resumed run needs no other record."""
 
     schedule: Plateau
     metric: str

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from genkit.config.numbers import Count, Positive
-from genkit.training.optimizers.family import Group, OptimizerFamily, PhaseRates
+from genkit.training.optimizers.family import Group, Networks, OptimizerFamily, PhaseRates
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,7 @@ class AdamW8bit(OptimizerFamily):
     min_8bit_size: Count = 4096
     """weights with fewer numbers have moments of 32 bits"""
 
-    def create(
-        self, groups: Sequence[Group], rates: PhaseRates, nets: Mapping[str, nn.Module]
-    ) -> torch.optim.Optimizer:
+    def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         if any(p.device.type == "cpu" for group in groups for p in group["params"]):
             raise ValueError("optimizer: adamw-8bit works on a GPU only, and these weights are on the CPU; try adamw")
         return super().create(groups, rates, nets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import typing
 from typing import Any, cast
 
 import torch
@@ -30,13 +31,15 @@ def adapt_class(cls: type[torch.optim.Optimizer]) -> type[OptimizerFamily]:
     if closure is not None and closure.default is closure.empty:
         raise ValueError(f"{cls.__qualname__}: evaluates the loss itself (a closure), which training does not; try sam")
     settings: list[Any] = []
+    hints = typing.get_type_hints(cls.__init__)
     for name, parameter in [*inspect.signature(cls).parameters.items()][1:]:
         if name in COMMON or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.default is parameter.empty:
             raise ValueError(f"{cls.__qualname__}: no option can give its argument {name}; give it a default")
         if type(parameter.default) in SIMPLE:
-            settings.append((name, type(parameter.default), parameter.default))
+            hint = hints.get(name) if hints.get(name) in SIMPLE else type(parameter.default)
+            settings.append((name, hint, parameter.default))
     members = {
         "load_class": classmethod(lambda family: cls),
         "__module__": cls.__module__,

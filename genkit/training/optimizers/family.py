@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 Group = dict[str, Any]
+Networks = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class OptimizerFamily:
     default_settings: ClassVar[Mapping[str, Any]] = {}
     """training settings that replace the usual defaults, such as a learning rate that suits it"""
 
-    def create(
-        self, groups: Sequence[Group], rates: PhaseRates, nets: Mapping[str, nn.Module]
-    ) -> torch.optim.Optimizer:
+    def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         """The optimizer of ``groups``, in the form of torch; ``nets`` are the networks that the phase trains.
 
         Raises ``ValueError`` if its package is not installed.

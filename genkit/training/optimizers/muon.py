@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genkit.config.numbers import Fraction
 from genkit.core.weights import Fused, hidden_matrices
-from genkit.training.optimizers.family import Group, OptimizerFamily, PhaseRates
+from genkit.training.optimizers.family import Group, Networks, OptimizerFamily, PhaseRates
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, those of the original Muon
 EPS = 1e-7  # smallest norm by which a matrix is divided
@@ -34,9 +34,7 @@ class MuonFamily(OptimizerFamily):
     ns_steps: Annotated[int, Ge(1), Le(20)] = 5
     """Newton-Schulz steps of the orthogonalisation"""
 
-    def create(
-        self, groups: Sequence[Group], rates: PhaseRates, nets: Mapping[str, nn.Module]
-    ) -> torch.optim.Optimizer:
+    def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         fused = {id(m.parameter): m.fused for m in hidden_matrices(nets)}
         return Muon(groups, fused, rates, self.momentum, self.nesterov, self.ns_steps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.config.numbers import Positive
-from genkit.training.optimizers.family import Group, OptimizerFamily, PhaseRates
+from genkit.training.optimizers.family import Group, Networks, OptimizerFamily, PhaseRates
 
 EPS = 1e-12  # added to the norm of the gradient
 
@@ -25,9 +25,7 @@ class SAMFamily(OptimizerFamily):
     adaptive: bool = False
     """measure the distance relative to each weight (ASAM, Kwon et al. 2021)"""
 
-    def create(
-        self, groups: Sequence[Group], rates: PhaseRates, nets: Mapping[str, nn.Module]
-    ) -> torch.optim.Optimizer:
+    def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         return SAM([*groups], rates, self.rho, self.adaptive)
 
 
