@@ -16,7 +16,7 @@ from torch import nn
 class Fused(NamedTuple):
     """Several matrices in one weight ``[rows, ...]``: as blocks of rows, or row by row in turn."""
 
-    count: int
+    parts: int
     interleaved: bool = False
 
 

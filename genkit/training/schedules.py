@@ -29,7 +29,7 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
+class ConstantRate(Schedule):
     """The peak throughout."""
 
     def share(self, done: int, steps: int, warmup: int) -> float:
@@ -37,7 +37,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class CosineDecay(Schedule):
     """Half a cosine down to the floor (Loshchilov & Hutter 2017)."""
 
     floor: Fraction = 0.0
@@ -48,7 +48,7 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class LinearDecay(Schedule):
     """A line down to the floor."""
 
     floor: Fraction = 0.0
@@ -129,9 +129,9 @@ class Plateau(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    "constant": Constant,
-    "cosine": Cosine,
-    "linear": Linear,
+    "constant": ConstantRate,
+    "cosine": CosineDecay,
+    "linear": LinearDecay,
     "wsd": WSD,
     "inverse-sqrt": InverseSqrt,
     "restarts": Restarts,

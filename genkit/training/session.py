@@ -184,13 +184,15 @@ class Session:
     """of the data, stored with each checkpoint"""
     validation: Validation | None = None
     best: BestCheckpoint | None = None
-    plateau: PlateauTracker | None = None
     stopped: Callable[[], bool] = lambda: False
     """whether a signal or the clock has asked to stop: pictures are not finished then"""
     warning: str | None = None
     plotted_step: int | None = None
     """the step at which ``loss.png`` was last drawn"""
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+
+    def __post_init__(self) -> None:
+        self.plateau = PlateauTracker.create(self.settings)
 
     @property
     def run(self) -> Path:
@@ -301,18 +303,14 @@ class Session:
             self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
             self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
 
-    def recall_plateau(self) -> None:
-        """Find the reductions of the learning rate of a run that is resumed, from its log."""
-        if self.plateau is not None:
-            for record in read_log(self.run):
-                self.plateau.update(record)
-
     def rate_share(self) -> float:
         """The learning rate, as a share of the schedule's."""
         return self.plateau.share if self.plateau else 1.0
 
-    def recall_best(self, note: Callable[[str], None]) -> None:
-        """Find the best checkpoint of a run that is resumed, from its log."""
+    def recall(self, note: Callable[[str], None]) -> None:
+        """Find the best checkpoint, and reductions of the learning rate, of a run that is resumed, from its log."""
+        for record in read_log(self.run) if self.plateau else ():
+            self.plateau.update(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))

@@ -72,7 +72,7 @@ class TrainSettings:
     once."""
     optimizer: OptimizerFamily = table(
         "genkit.training.optimizers:OPTIMIZERS", "adamw", kind="genkit.training.optimizers:OptimizerFamily",
-        adapt="genkit.training.optimizers.external:adapt",
+        adapt="genkit.training.optimizers.external:adapt_optimizer",
     )  # fmt: skip
     """Optimizer. Its dotted options are what only it has; rate, decay and betas are settings of the training."""
     lr: Positive = field(default=1e-3, metadata={"changeable": True, "follows": "optimizer.default_settings"})

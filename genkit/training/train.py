@@ -57,7 +57,6 @@ from genkit.training.resume import (
 )
 from genkit.training.run import Run, init_from, load_lora_base
 from genkit.training.sampling import grid_size, sample_conditions
-from genkit.training.schedules import PlateauTracker
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.state import State
@@ -117,8 +116,7 @@ def train(
 
 
 def change_settings(settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
-    """``settings`` with changes by name; without settings, those that ``changes`` describe, with the defaults that suit
-    their ``init`` and ``codec``."""
+    """``settings`` with changes by name; or those that ``changes`` describe, with the defaults that suit them."""
     if settings:
         return config.override(settings, **changes)
     init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
@@ -242,10 +240,9 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
-                      evaluator, fingerprint, validation, best, PlateauTracker.create(settings))  # fmt: skip
+                      evaluator, fingerprint, validation, best)  # fmt: skip
     if resumed:
-        session.recall_best(notes.append)
-        session.recall_plateau()
+        session.recall(notes.append)
     for note in notes:
         recorder.say(note)
     if not finished:

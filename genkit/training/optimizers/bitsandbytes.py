@@ -23,6 +23,10 @@ class AdamW8bit(OptimizerFamily):
     min_8bit_size: Count = 4096
     """weights with fewer numbers have moments of 32 bits"""
 
+    @classmethod
+    def takes_betas(cls) -> bool:
+        return True
+
     def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         if any(p.device.type == "cpu" for group in groups for p in group["params"]):
             raise ValueError("optimizer: adamw-8bit works on a GPU only, and these weights are on the CPU; try adamw")

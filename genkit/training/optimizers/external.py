@@ -16,7 +16,7 @@ SIMPLE = (int, float, str, bool)
 COMMON = {f.name for f in dataclasses.fields(PhaseRates)}
 
 
-def adapt(given: Any) -> Any:
+def adapt_optimizer(given: Any) -> Any:
     """The family of a class of torch's kind; anything else as it is."""
     return adapt_class(given) if isinstance(given, type) and issubclass(given, torch.optim.Optimizer) else given
 

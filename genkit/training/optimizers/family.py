@@ -71,9 +71,9 @@ class OptimizerFamily:
         return "betas" in inspect.signature(cls.load_class()).parameters
 
     @staticmethod
-    def common_options(cls: Any, rates: PhaseRates) -> dict[str, Any]:
+    def common_options(target: Any, rates: PhaseRates) -> dict[str, Any]:
         """Those of the common settings that the class takes."""
-        known = inspect.signature(cls).parameters
+        known = inspect.signature(target).parameters
         return {name: value for name, value in vars(rates).items() if name in known}
 
 

@@ -112,9 +112,9 @@ class Muon(torch.optim.Optimizer):
 
     def _matrices(self, p: nn.Parameter, value: Tensor) -> list[Tensor]:
         """The matrices ``[rows, columns]`` that a value of the parameter's shape holds, as views."""
-        count, interleaved = self.fused[p]
+        parts, interleaved = self.fused[p]
         rows = value.detach().view(len(value), -1)
-        return [rows[i::count] for i in range(count)] if interleaved else [*rows.chunk(count)]
+        return [rows[i::parts] for i in range(parts)] if interleaved else [*rows.chunk(parts)]
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:

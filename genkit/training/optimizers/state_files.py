@@ -8,7 +8,7 @@ list as ``PHASE/PARAMETER/SLOT.0``. The file has an entry ``json``, bytes of UTF
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from genkit.training.state import State
 COMMON = {"params", "lr", "weight_decay", "betas"}  # of a group: what the run's settings say
 TENSOR = "tensor:"  # begins the text that stands for a tensor
 JSON = "json"
+STRIDES = "/strides"  # in the JSON, the layouts of tensors that are not in the usual order, by name
 
 
 def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
@@ -34,6 +35,8 @@ def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
         tensors: dict[str, Tensor] = {}
         values = {key: flatten(value, f"{phase}/{name}/{key}", tensors) for key, value in slots.items()}
         pieces |= {key: state.piece(value, p) for key, value in tensors.items()}
+        if strides := {key: value.stride() for key, value in tensors.items() if not value.is_contiguous()}:
+            record.setdefault(STRIDES, {}).update(strides)
         if others := {key: value for key, value in values.items() if not isinstance(slots[key], Tensor)}:
             record.setdefault(phase, {}).setdefault("slots", {})[name] = others
     for phase, optimizer in state.optimizers.items():
@@ -50,12 +53,17 @@ def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
 def restore_optimizers(stored: Mapping[str, Tensor], objective: Objective, state: State) -> None:
     """Load what :func:`optimizer_pieces` gave, as whole tensors, into the optimizers of ``state``."""
     record = json.loads(bytes(stored[JSON].tolist())) if JSON in stored else {}
+    if state.sharding is None:  # products of matrices depend on their layout, in the last bit
+        strides = record.get(STRIDES, {})
+        stored = {k: with_strides(v, strides[k]) if k in strides else v for k, v in stored.items()}
     for phase in objective.phases:
         if phase.name not in state.optimizers:
             continue
         optimizer, others = state.optimizers[phase.name], record.get(phase.name, {})
         for group, values in zip(optimizer.param_groups, others.get("groups", ()), strict=False):
             group.update(unflatten(values, stored))
+        if hasattr(optimizer, "train"):  # the checkpoint was written in the mode of evaluation
+            optimizer.train()  # type: ignore[attr-defined]
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in phase_parameters(phase, state.nets):
             prefix, share = f"{phase.name}/{name}/", state.share_of(p)
@@ -124,6 +132,11 @@ def differs(value: Any, default: Any) -> bool:
     if isinstance(value, Tensor) or isinstance(default, Tensor):
         return value is not default
     return type(value) is not type(default) or value != default
+
+
+def with_strides(value: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy of a tensor in the layout that ``strides`` describe."""
+    return torch.empty_strided(value.shape, tuple(strides), dtype=value.dtype).copy_(value)
 
 
 def place(slot: Any, group: Mapping[str, Any], device: torch.device) -> Any:
