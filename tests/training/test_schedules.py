@@ -76,6 +76,7 @@ def test_a_plateau_needs_validations():
         PlateauTracker.create(replace(TrainSettings(), schedule=Plateau()))
 
 
+@pytest.mark.slow
 def test_reductions_survive_a_stop(tmp_path):
     """A threshold that no loss reaches, so that every validation but the first reduces the rate."""
     tiny = {"data": "moons", "backbone": {"name": "mlp", "width": 8, "depth": 1}, "batch": 8, "save_every": 2,

@@ -144,7 +144,7 @@ def place(slot: Any, group: Mapping[str, Any], device: torch.device) -> Any:
     the CPU unless the kernels read it on the device."""
     if isinstance(slot, Tensor):
         on_device = slot.ndim > 0 or group.get("fused") or group.get("capturable")
-        return slot.to(device) if on_device else slot
+        return slot.to(device, copy=True) if on_device else slot  # a file's memory is not aligned
     if isinstance(slot, dict):
         return {k: place(v, group, device) for k, v in slot.items()}
     return [place(v, group, device) for v in slot] if isinstance(slot, list) else slot
