@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import genkit
-from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd, student_interval
 from genkit.cli.scripts import ScriptParser
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
@@ -35,7 +34,6 @@ SCALES, RANGE = (2.0, 4.0), (1.0, 6.0)
 SAMPLER, STEPS, SAMPLES, COMPARED = "ddim", 10, 2000, 500
 METRICS = {"accuracy": "accuracy", "fid": "Fréchet distance"}
 ARMS = ("two passes", "one pass")
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,8 @@ def evaluate(run: Run, scale: float, seed: int) -> dict[str, float]:
 
 def difference(cells: Sequence[Mapping[str, Any]], scale: str, metric: str) -> tuple[float, float]:
     """One pass minus two passes: mean over the seeds, and half the width of its interval (NaN for one seed)."""
-    from scipy.stats import t  # lazy: a third of a second
-
     pairs = [[cell["values"][scale][arm][metric] for arm in ARMS] for cell in cells]
-    d = np.array([one - two for two, one in pairs])
-    if len(d) == 1:
-        return float(d[0]), float("nan")
-    half = t.ppf((1 + CONFIDENCE) / 2, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
-    return float(d.mean()), float(half)
+    return student_interval([one - two for two, one in pairs])
 
 
 def cells_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """Straighter with each reflow: one Euler step of 1-, 2- and 3-rectified flow, and of the last one distilled.
 
-    genkit bench reflow [--seeds 3] [--only plane] [--plane-steps N] [--digits-steps N] [--out FILE.json]
+    genkit bench reflow [--seeds 3] [--only plane] [--plane-steps N] [--digits-steps N] [--samples N] [--out FILE.json]
 
 Liu et al. 2023, "Flow Straight and Fast" (section 2.2 and table 1a): k-rectified flow is trained on the pairs
 (noise, sample) of the (k-1)th, from whose weights it starts here; distillation learns the one step from the last pairs.
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from genkit.objectives.matching.distillation import Distillation
 from genkit.objectives.matching.flow import Flow
 
 HEUN_STEPS, ROUNDS = 25, 3
+MAX_SAMPLES = 10**6
 NUM_TEST = {"plane": 1024, "digits": 1000}
 NUM_PAIRS = {"plane": 20_000, "digits": 20_000}
 LR = {"plane": 2e-3, "digits": 1e-3}
@@ -153,11 +155,16 @@ class DigitScores:
         return frechet_distance(self.moments(x), self.reference)
 
 
-def measure_digits(seeds: int, steps: int, progress: Callable[[int], None] = lambda step: None) -> Rows:
-    """One seed after the other, class-conditional."""
+def measure_digits(
+    seeds: int,
+    steps: int,
+    progress: Callable[[int], None] = lambda step: None,
+    samples: int = NUM_TEST["digits"],
+) -> Rows:
+    """One seed after the other, class-conditional; the distance is that of so many ``samples``."""
     real = load_digits("train")
     scores = DigitScores(real, load_digits("test"))
-    n, pairs = NUM_TEST["digits"], NUM_PAIRS["digits"]
+    n, pairs = samples, NUM_PAIRS["digits"]
 
     def evaluate(generate: Generator) -> list[float]:
         z = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -218,18 +225,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
     parser.add_argument("--plane-steps", type=int, default=1000, help="training steps of each stage, in the plane")
     parser.add_argument("--digits-steps", type=int, default=1000, help="the same, on the digits")
+    parser.add_argument("--samples", type=int, default=NUM_TEST["digits"], help="samples of each model of the digits")
     parser.add_argument("--only", choices=("plane", "digits"), help="one of the two")
     parser.add_argument("--out", type=Path, help="JSON; a part that it has is not measured again")
     args = parser.parse_args(argv)
-    check_ranges(args, seeds=MAX_SEEDS, plane_steps=MAX_STEPS, digits_steps=MAX_STEPS)
+    check_ranges(args, seeds=MAX_SEEDS, plane_steps=MAX_STEPS, digits_steps=MAX_STEPS, samples=MAX_SAMPLES)
     torch.set_num_threads(1)
     console = Console()
     settings = {"seeds": args.seeds, "plane_steps": args.plane_steps, "digits_steps": args.digits_steps}
-    settings |= {"pairs": NUM_PAIRS, "lr": LR, "heun": HEUN_STEPS, "test": NUM_TEST}
+    settings |= {"pairs": NUM_PAIRS, "lr": LR, "heun": HEUN_STEPS, "test": NUM_TEST | {"digits": args.samples}}
     results = ResultsFile(args.out, settings, ["reflow", *argv])
     parts = {
         "plane": Part(measure_plane, args.plane_steps, 1, "eight Gaussians, W2"),
-        "digits": Part(measure_digits, args.digits_steps, args.seeds, "digits, Fréchet distance"),
+        "digits": Part(
+            partial(measure_digits, samples=args.samples), args.digits_steps, args.seeds, "digits, Fréchet distance"
+        ),
     }
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         for name, part in parts.items():

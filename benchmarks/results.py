@@ -16,6 +16,7 @@ from genkit import __version__
 from genkit.core.files import atomic_write, write_text
 
 MAX_SEEDS, MAX_STEPS = 100, 10**7
+CONFIDENCE = 0.95  # of an interval
 
 
 class ResultsFile:
@@ -76,6 +77,17 @@ def format_mean_sd(values: Sequence[float]) -> str:
     """``mean±sd``, with the standard deviation of a sample (n - 1); the mean alone of one value."""
     v = np.asarray(values, dtype=float)
     return f"{v.mean():.3f}±{v.std(ddof=1):.3f}" if len(v) > 1 else f"{v.mean():.3f}"
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of ``values``, and half the width of Student's interval for it (NaN for one value)."""
+    from scipy.stats import t  # lazy: a third of a second
+
+    v = np.asarray(values, dtype=float)
+    if len(v) == 1:
+        return float(v[0]), float("nan")
+    half = t.ppf((1 + CONFIDENCE) / 2, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5
+    return float(v.mean()), float(half)
 
 
 def check_ranges(args: argparse.Namespace, **largest: int) -> None:

@@ -1,11 +1,14 @@
-"""Two ways to learn from rewards on four ways: what keeps a regression stable, and a reward against a likelihood.
+"""Ways to learn from rewards on four ways: what keeps a regression stable, a reward against a likelihood, all methods.
 
     python examples/09_reward_methods.py rwr [--seeds 0] [--out rwr.json]
     python examples/09_reward_methods.py mixed [--seeds 0] [--out mixed.json]
+    python examples/09_reward_methods.py all [--seeds 0 1 2] [--out all.json]
 
 rwr: regression onto the policy's own episodes, weighted by exp(advantage), naive and with its stabilisers
 (demonstrations in every batch, weights of at most 10). mixed: the objective's own loss minus lambda times the expected
-reward, for several lambda: success against the loss on held-out demonstrations. Each run takes some CPU minutes.
+reward, for several lambda: success against the loss on held-out demonstrations. all: every method that learns from
+episodes, with the number of iterations as the only thing in common: success, variety, KL divergence, CPU seconds.
+Each run takes some CPU minutes.
 """
 
 import json
@@ -24,6 +27,13 @@ from genkit.training.directory import read_log
 RWR = {"name": "rwr", "lr": 1e-3, "batch": 256}
 METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # experiment -> name -> the method's settings
     "rwr": {"naive": {**RWR, "demo_fraction": 0.0, "max_weight": 1e9}, "stabilised": RWR},
+    "all": {
+        "dppo": {"name": "dppo", "lr": 3e-4},
+        "ddpo": {"name": "ddpo", "lr": 3e-4},
+        "mixed": {"name": "mixed", "lr": 3e-4},
+        "rwr": RWR,
+        "nft": {"name": "nft", "lr": 1e-3, "bc_coef": 0.5},
+    },
     "mixed": {f"lambda {v:g}": {"name": "mixed", "lr": 3e-4, "weight": v} for v in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)},
 }
 
@@ -92,6 +102,7 @@ def main() -> None:
                     "success": [results["success"]["value"] for results in (run.before, run.after)],
                     "bits": [results["mode_entropy_bits"]["value"] for results in (run.before, run.after)],
                     "held_out_loss": [loss_before, held_out_loss(run)],
+                    "kl": next((r["kl_reference"] for r in reversed(log) if "kl_reference" in r), None),
                     "success_by_iteration": [round(record["success"], 3) for record in log if "success" in record],
                     "cpu_seconds": seconds,
                 }

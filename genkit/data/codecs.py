@@ -183,8 +183,22 @@ class LearnedCodec(ABC):
     def decode(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
+    def decode_smoothly(self, x: Tensor) -> Tensor:
+        """As :func:`decode_smoothly`."""
+
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., "sha256": of the weights, ...}``, ready for JSON."""
+
+
+def decode_smoothly(codec: Codec, x: Tensor) -> Tensor:
+    """Decoded samples ``[B, *S]`` with a gradient: pictures in [0, 1] without rounding, all else as ``decode`` has it.
+
+    A codec of latents decodes by its first stage, through which the gradient goes.
+    """
+    if isinstance(codec, LearnedCodec):
+        return codec.decode_smoothly(x)
+    return ((x + 1) / 2).clamp(0, 1) if isinstance(codec, Pixels) else codec.decode(x)
 
 
 def decoded_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:

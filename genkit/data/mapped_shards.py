@@ -6,7 +6,7 @@ this process now and then, so that its resident memory does not grow with the da
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,29 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genkit.core.files import format_error
-from genkit.core.tensors import DTYPE_NAMES
+from genkit.core.weight_files import list_tensors
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 KEPT_BYTES = 4 << 30  # of mapped pages, above which this process gives them back
 MEMORY = Path("/proc/self/statm")
 
 
 def map_tensors(path: Path) -> tuple[mmap.mmap, dict[str, Tensor]]:
     """The tensors of a safetensors file, mapped read-only. ``ValueError`` if it is missing or damaged."""
-    try:
-        with safe_open(path, "pt"):  # compares the header with the size of the file
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: cannot be read as safetensors: {format_error(e)}") from e
-    header.pop("__metadata__", None)
+    stored = list_tensors(path)
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}; allowed: {', '.join(DTYPES)}")
-        first, last = entry["data_offsets"]
-        dtype, start = DTYPES[entry["dtype"]], 8 + length + first
-        if first == last:
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+    for name, entry in stored.items():
+        count = math.prod(entry.shape)
+        if not count:
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the memory cannot be written to
-            values = torch.frombuffer(content, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start)
-        tensors[name] = values.reshape(entry["shape"])
+            values = torch.frombuffer(content, dtype=entry.dtype, count=count, offset=entry.start)
+        tensors[name] = values.reshape(entry.shape)
     return content, tensors
 
 

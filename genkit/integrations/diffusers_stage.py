@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genkit.backbones.diffusers import diffusers_class
 from genkit.core import Batch
 from genkit.core.files import format_error
-from genkit.data.codecs import Pixels
+from genkit.data.codecs import Pixels, decode_smoothly
 from genkit.integrations.diffusers_folder import HUB_NAME, locate
 from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
 from genkit.training.first_stage import ForeignStage, encode_in_chunks
@@ -78,6 +78,9 @@ class DiffusersStage(ForeignStage):
 
     def decode(self, z: Tensor) -> Tensor:
         return Pixels().decode(self.nets["net"].decode(z).sample)  # type: ignore[operator]
+
+    def decode_smoothly(self, z: Tensor) -> Tensor:
+        return decode_smoothly(Pixels(), self.nets["net"].decode(z).sample)  # type: ignore[operator]
 
     def to_dict(self) -> dict[str, Any]:
         about = {"class": self.kind, "config": self.settings, "shape": list(self.shape)}

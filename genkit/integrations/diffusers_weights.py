@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit import config
+from genkit.backbones.compressed import adopt_tensor
 from genkit.backbones.diffusers import (
     MODELS,
     SDXL,
@@ -32,6 +33,7 @@ from genkit.backbones.diffusers import (
 )
 from genkit.core import Objective
 from genkit.core.files import format_error
+from genkit.core.weight_files import StoredTensor, list_weights
 from genkit.diffusion.paths import VP
 from genkit.integrations.diffusers_folder import DENOISERS, canonical_name, locate, read_json
 from genkit.integrations.diffusers_scheduler import scheduler_times, solver_of
@@ -46,6 +48,7 @@ CLASSES = {
 }  # the second: DiT's releases
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
 BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 CLASS_TABLE = re.compile(r"(class_embedding|class_embedder\.embedding_table)\.weight$")
 
 
@@ -70,13 +73,14 @@ class SavedModel:
     @property
     def weights(self) -> Path:
         """The safetensors file, or the index of several. ``ValueError`` if there is none."""
-        files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.safetensors.index.json"))
+        plain = self.folder / "diffusion_pytorch_model.safetensors"
+        index = self.folder / f"{plain.name}.index.json"
+        files = [p for p in (plain, index) if p.is_file()] or sorted(self.folder.glob("*.safetensors"))
         if not files:
             pickles = sorted(p.name for p in self.folder.glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle, which genkit never loads: save it as safetensors" if pickles else ""
             raise ValueError(f"init: {self.folder} holds no safetensors{hint}")
-        plain = self.folder / "diffusion_pytorch_model.safetensors"
-        return plain if plain in files else files[0]
+        return files[0]
 
 
 def open_model(location: str) -> SavedModel:
@@ -227,22 +231,17 @@ def init_from(
     """
     model = open_model(location)
     target = single_network(nets, model)
-    weights = model.weights
     if isinstance(target.sequences, ContextTokens) and text_encoder(location):
         note(f"{location} was trained with the words of its own encoders, and here they are others, or none: give "
              "--data.captions, without --data.encoder")  # fmt: skip
-    try:
-        net = diffusers_class(model.network.class_name).from_pretrained(
-            model.folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
-    stored = {k: v.float() for k, v in net.state_dict().items()}
-    if is_flow_matching(model.scheduler) and target.cfg.clock == "index":
-        stored |= remap_time_embedding(net, -1.0)  # from 1000 t to our timesteps * label - 1
     wanted = target.model.state_dict()
+    stored: dict[str, StoredTensor | Tensor] = {**with_new_names(read_header(model), wanted)}
     for key in [k for k in wanted if CLASS_TABLE.search(k)]:
-        stored[key], remark = fit_class_table(stored.get(key), wanted[key], key)
+        given = stored.get(key)
+        table, remark = fit_class_table(
+            given.read().float() if isinstance(given, StoredTensor) else None, wanted[key], key
+        )
+        stored[key] = table
         if remark:
             note(remark)
     for key in sorted(wanted.keys() | stored.keys()):
@@ -250,8 +249,30 @@ def init_from(
         if theirs != ours:
             hint = "; it was trained with classes, keep the data's labels" if CLASS_TABLE.search(key) else ""
             raise ValueError(f"init: {location} does not fit, first at {key}: {theirs} there, {ours} here{hint}")
-    target.model.load_state_dict(stored)
-    return {"run": f"diffusers:{canonical_name(location)}", "weights": str(weights)}
+    for key, tensor in stored.items():
+        adopt_tensor(target.model, key, tensor.read() if isinstance(tensor, StoredTensor) else tensor)
+    if is_flow_matching(model.scheduler) and target.cfg.clock == "index":
+        changed = remap_time_embedding(target.model, -1.0)  # from 1000 t to our timesteps * label - 1
+        target.model.load_state_dict(changed, strict=False)
+    return {"run": f"diffusers:{canonical_name(location)}", "weights": str(model.weights)}
+
+
+def read_header(model: SavedModel) -> dict[str, StoredTensor]:
+    """Where the tensors of a model lie. ``ValueError`` if a file is damaged or missing."""
+    try:
+        return list_weights(model.weights)
+    except ValueError as e:
+        raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
+
+
+def with_new_names(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors by the names of today: attention of diffusers before 0.17 was named otherwise."""
+    return {
+        next((new for old, by in OLD_NAMES.items() if (new := key.replace(old, by)) != key and new in wanted), key)
+        if key not in wanted
+        else key: entry
+        for key, entry in stored.items()
+    }
 
 
 def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> DiffusersDenoiser:
@@ -279,7 +300,7 @@ def single_network(nets: Mapping[str, nn.Module], model: SavedModel) -> Diffuser
 def fit_class_table(stored: Tensor | None, wanted: Tensor, key: str) -> tuple[Tensor, str | None]:
     """The table of classes ``[N + 1, D]`` for ``wanted``, the null class last, and a remark on what is new in it."""
     if stored is None:
-        return torch.zeros_like(wanted), "the classes are new, and start without effect"
+        return torch.zeros(wanted.shape), "the classes are new, and start without effect"
     if stored.shape == wanted.shape or stored.shape[1:] != wanted.shape[1:]:
         return stored, None
     mean = stored.mean(0, keepdim=True)

@@ -31,6 +31,7 @@ from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
+from genkit.objectives.autoencoders.vq import straight_through
 from genkit.training.directory import find_run
 
 WEIGHTS = "first-stage.safetensors"
@@ -60,6 +61,10 @@ class FirstStage(ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Return the samples that latents ``[B, *latent]`` stand for."""
+
+    @abstractmethod
+    def decode_smoothly(self, z: Tensor) -> Tensor:
+        """Return the same with a gradient, pictures in [0, 1] without rounding."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +151,10 @@ class RunStage(FirstStage):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.base.decode(self.objective.decode(self.nets, self.objective.quantize(self.nets, z)))
+
+    def decode_smoothly(self, z: Tensor) -> Tensor:
+        nearest = straight_through(z, self.objective.quantize(self.nets, z))
+        return codecs.decode_smoothly(self.base, self.objective.decode(self.nets, nearest))
 
     def to_dict(self) -> dict[str, Any]:
         networks = config.dump(Networks(self.objective, self.backbone))
@@ -256,8 +265,15 @@ class LatentCodec(LearnedCodec):
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to samples, ``CHUNK_NUMBERS`` of their numbers at a time."""
+        return self.decode_in_chunks(x, self.stage.decode)
+
+    def decode_smoothly(self, x: Tensor) -> Tensor:
+        return self.decode_in_chunks(x, self.stage.decode_smoothly)
+
+    def decode_in_chunks(self, x: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a decoder of unscaled latents, ``CHUNK_NUMBERS`` of the samples' numbers at a time."""
         parts = self.scaling.decode(x.float()).split(chunk_size(self.shape))
-        samples = torch.cat([self.stage.decode(z) for z in parts])
+        samples = torch.cat([decode(z) for z in parts])
         return samples.float() if samples.dtype in (torch.bfloat16, torch.float16) else samples
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from genkit.core import Data, Image
+from genkit.core import Codec, Data, Image
 from genkit.data import InLatents
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import find_run, read_state
@@ -75,9 +75,19 @@ def encode_data(settings: TrainSettings, data: Data, accelerator: Accelerator, r
         statistics = LatentStatistics.from_dict(broadcast_object_list(measured)[0])
         mean, std = statistics.mean, statistics.std(settings.codec_posterior)
         codec = LatentCodec(stage, tuple(mean.tolist()), tuple(std.tolist()), settings.codec_posterior)
-    if cached:
-        codec = CachedLatentCodec(stage, codec.scaling.mean, codec.scaling.std, codec.posterior, codec.measured)
-    return LatentData(data, spec, codec)
+    return LatentData(data, spec, encoder_of(data, codec))
+
+
+def encoder_of(data: Data, codec: Codec) -> Codec:
+    """Return what encodes rows of ``data`` for a model with ``codec``: that codec, or its form for cached moments.
+
+    Samples without a first stage are encoded by the codec of the data.
+    """
+    if not isinstance(codec, LatentCodec):
+        return data.codec
+    if not isinstance(data, InLatents):
+        return codec
+    return CachedLatentCodec(codec.stage, codec.scaling.mean, codec.scaling.std, codec.posterior, codec.measured)
 
 
 def expected_scaling(init: str | None, stage: FirstStage) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from genkit.backbones.compressed import BaseType, Quantization, WeightFormat
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
 from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
@@ -189,6 +190,12 @@ class TrainSettings:
     given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    base_dtype: BaseType = "fp32"
+    """Type of the frozen weights under --lora.rank in memory: fp32, or bf16, which halves it. After training the
+    adapter is merged into the full weights."""
+    quantize: Quantization | None = None
+    """Keep the frozen weights of linear layers under --lora.rank in 8 bits (int8, by torchao) or in 4 (nf4, by
+    bitsandbytes). None: as --base-dtype says."""
     dry_run: bool = False
     """Write nothing: print these settings as YAML, with the size of the model, its memory, the time of training and the
     disk that it needs, from a few real steps."""
@@ -198,6 +205,15 @@ class TrainSettings:
     step: CheckpointStep | None = None
     """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
     intact one."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the frozen weights under an adapter are kept in memory. ``ValueError`` without an adapter."""
+        weights = WeightFormat(self.base_dtype, self.quantize)
+        if weights.active and not self.lora.active:
+            name, value = ("quantize", self.quantize) if self.quantize else ("base_dtype", self.base_dtype)
+            raise ValueError(f"{name}: given {value}, which is for frozen weights under an adapter; give --lora.rank 8")
+        return weights
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from genkit import config
-from genkit.backbones import lora
+from genkit.backbones.compressed import require_package
 from genkit.config import load_object
 from genkit.config.command import merge_trees
 from genkit.core import Codec, Data, Draw
@@ -38,11 +38,12 @@ from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
-from genkit.training.init_sources import canonical_init, init_notes, require_start
+from genkit.training.init_sources import canonical_init, require_start
+from genkit.training.initial_networks import initial_networks
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
-from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
+from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
 from genkit.training.resume import (
@@ -55,7 +56,7 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run, init_from, load_lora_base
+from genkit.training.run import Run
 from genkit.training.sampling import grid_size, sample_conditions
 from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
@@ -285,7 +286,7 @@ def build_model(
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
-    nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
+    nets, origin = initial_networks(settings, accelerator.device, data, resumed if checkpoint else None, notes)
     state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
@@ -314,6 +315,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     if settings.lora.active and not settings.init:
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     require_start(settings)
+    require_package(settings.weight_format.quantize)
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
@@ -330,28 +332,6 @@ def encoded_std(data: Data) -> float:
     rows = torch.linspace(0, len(data) - 1, min(STD_ROWS, len(data))).round().long()
     x = data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x
     return float(f"{float(x.double().std(correction=0)):.4g}")
-
-
-def initial_networks(
-    settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None, notes: list[str]
-) -> tuple[dict[str, nn.Module], dict[str, str] | None]:
-    """The networks on their device, with the weights of ``--init``, whose origin is returned too."""
-    origin = None
-    torch.manual_seed(settings.seed)
-    nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
-    if not resumed:
-        set_text_nulls(nets)
-    if settings.init and not resumed:
-        origin = init_from(
-            nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective
-        )
-        notes += [f"note     {text}" for text in init_notes(settings.init, settings.objective)]
-    elif settings.lora.active and resumed:
-        load_lora_base(nets, resumed)
-    if settings.lora.active:
-        lora.adapt(nets, settings.lora)
-    settings.objective.check(nets)
-    return nets, origin
 
 
 def open_directory(
@@ -421,18 +401,6 @@ def describe_held_out(data: Data) -> str | None:
         f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
         "(--data.held-out 0: all)"
     )
-
-
-def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
-    """New networks. ``ValueError`` if they cannot serve the data, which may be latents."""
-    try:
-        settings.objective.setup(data.spec)
-        return settings.objective.networks(settings.backbone, data.spec)
-    except ValueError as e:
-        if not isinstance(data.codec, LatentCodec):
-            raise
-        stage = data.codec.stage.name
-        raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e
 
 
 def pick_threads(numbers: int) -> int:

@@ -8,6 +8,7 @@ from genkit.rl.finetune.ddpo import DDPO
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.learner import Learner
 from genkit.rl.finetune.mixed import Mixed
+from genkit.rl.finetune.nft import NFT
 from genkit.rl.finetune.rwr import RWR
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import build_chain, build_learner, build_task
@@ -28,6 +29,7 @@ CASES = {  # method, what rewards, waits of a gradient step
     "dppo": (DPPO(warmup=0, epochs=1, critic_epochs=1, **SMALL), "policy", READ),
     "rwr": (RWR(warmup=0, critic_epochs=1, **SMALL), "policy", READ),
     "mixed": (Mixed(warmup=0, critic_epochs=1, **SMALL), "policy", READ),
+    "nft": (NFT(**SMALL, bc_coef=0.1), "moons", READ),
     "ddpo": (DDPO(**SMALL), "moons", READ),
     "mixed, through": (Mixed(gradient="through", **SMALL), "moons", READ + FINITE),
 }

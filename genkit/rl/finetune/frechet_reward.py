@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from genkit.core import Cond, Draw
-from genkit.data.codecs import LearnedCodec
 from genkit.evaluation.evaluator import default_features
 from genkit.evaluation.metrics import Moments
 from genkit.evaluation.metrics.features import Classifier
@@ -71,15 +70,16 @@ def resolve_frechet(reward: str, base: Run) -> str:
             f"reward: given {reward}, whose features ({name}) have no gradient; allowed: "
             f"{', '.join(f'{FRECHET}:{features}' for features in DIFFERENTIABLE)}"
         )
-    if isinstance(base.codec, LearnedCodec):
-        raise ValueError(f"reward: given {reward} for a model of latents; allowed: a model of the samples themselves")
     return f"{FRECHET}:{name}"
 
 
 def load_frechet(reward: str, base: Run) -> FrechetReward:
-    """The reward of a resolved name, against the training data of ``base``."""
+    """The reward of a resolved name, against the training data of ``base``: for cached latents those that were encoded.
+
+    Samples of a model of latents are compared as decoded; the gradient goes through the decoder.
+    """
     name = reward.partition(":")[2]
-    data = base.config.data.load("train")
+    data = base.config.data.decoded_source().load("train")
     x = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data))).x
     real = x.float() / 255 if x.dtype == torch.uint8 else x
     extract: Callable[[Tensor], Tensor] = torch.nn.Flatten()

@@ -54,6 +54,7 @@ from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import point_latest
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_log, rewind_log, step_of
 from genkit.training.distributed import join_ranks
+from genkit.training.first_stage import LatentCodec
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
@@ -254,6 +255,8 @@ class FineTuning:
             if self.policy is not None:
                 acting = {"steps": settings.sampler_steps, "grid": settings.grid, "act_steps": self.policy.act_steps}
                 write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
+            if isinstance(self.base.codec, LatentCodec):
+                self.base.codec.stage.write(directory / "codec")
             write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
             if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
                 write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
@@ -266,9 +269,9 @@ class FineTuning:
     def image_quality(self) -> SampleQuality | None:
         """Metrics of image quality, on the main process, if samples are evaluated and their data has a classifier."""
         wanted = isinstance(self.task, FunctionTask) and self.settings.eval_samples and self.recorder.main
-        if not wanted or default_features(self.base.spec) != "classifier":
+        if not wanted or default_features(self.base.data_spec) != "classifier":
             return None
-        return sample_quality(self.base.config.data.load("train"))
+        return sample_quality(self.base.config.data.decoded_source().load("train"))
 
     # --------------------------------------------------------------------------------------------------- learning
     def iterate(self, report: Progress) -> bool:

@@ -32,6 +32,7 @@ from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_con
 from genkit.rl.policies.episodes import require_compatible
 from genkit.rl.policies.policy import Policy, default_steps
 from genkit.rl.policies.rollout import parse_conditions
+from genkit.training.latents import encoder_of
 from genkit.training.loop import initial_state, local_batch_size
 from genkit.training.optimizers import AdamW
 from genkit.training.run import Run, average_name, load_run
@@ -215,6 +216,8 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         resume=None,
         precision=settings.precision,
         lora=settings.lora,
+        base_dtype="fp32",
+        quantize=None,
     )
 
 
@@ -274,9 +277,10 @@ def build_learner(
 
     data = base.config.data.load("train")
     stream = Stream(data, DEMO_ROWS, settings.seed, device, workers=0)
+    encoder = encoder_of(data, base.codec)
 
     def demos(number: int, start: int, stop: int) -> Batch:
-        return data.codec.encode(stream(number, 0, start, stop))
+        return encoder.encode(stream(number, 0, start, stop))
 
     critic = Critic(base.spec).to(device) if needs_critic else None
     sigma, lr = steps.sigma if isinstance(steps, Chain) else None, settings.method.critic_lr

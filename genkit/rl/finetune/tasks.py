@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
-from genkit.data.codecs import Actions, Pixels
+from genkit.data.codecs import Actions, decode_smoothly
 from genkit.envs import Env
 from genkit.rl.finetune.advantages import gae, group_advantages
 from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise
@@ -298,7 +298,7 @@ class FunctionTask:
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples as the reward function takes them, differentiably: pictures in [0, 1], all else decoded."""
-        return ((x + 1) / 2).clamp(0, 1) if isinstance(self.codec, Pixels) else self.codec.decode(x)
+        return decode_smoothly(self.codec, x)
 
     def reward(self, x: Tensor, cond: Cond) -> Tensor:
         """The rewards ``[B]`` of samples ``[B, *S]`` in the model's units. ``ValueError`` unless they are finite."""
