@@ -309,8 +309,9 @@ class Session:
 
     def recall(self, note: Callable[[str], None]) -> None:
         """Find the best checkpoint, and reductions of the learning rate, of a run that is resumed, from its log."""
-        for record in read_log(self.run) if self.plateau else ():
-            self.plateau.update(record)
+        if self.plateau is not None:
+            for record in read_log(self.run):
+                self.plateau.update(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))
