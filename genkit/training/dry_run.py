@@ -27,8 +27,9 @@ from genkit.training.optimizers.state_files import flatten
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
-from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
+from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best
 from genkit.training.validation import Validation
 
 LEAST_STEPS, MOST_STEPS = 5, 200  # that are timed
@@ -156,13 +157,13 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
     times = {"pictures": 0.0, "validations": 0.0, "evaluations": 0.0}
     if settings.objective.is_generative and (settings.sample_every or settings.eval_every):
         recorder = SilentRecorder(Path(os.devnull), accelerator)
-        cond = grid_conditions(model.data, model.stream)
-        session = Session(settings, accelerator, model.data.spec, model.data.codec, cond, recorder)
+        shown = choose_shown(settings, model.data, model.stream)
+        session = Session(settings, accelerator, model.data.spec, model.data.codec, shown, recorder)
         drawing = time_call(lambda: session.sample(state))
         times["pictures"] = drawing * count(settings.sample_every)
         drawn_steps = default_steps(settings.objective)
         more_steps = settings.eval_steps / drawn_steps if settings.eval_steps and drawn_steps else 1
-        share = settings.eval_n / session.num_drawn * more_steps
+        share = settings.eval_n / session.shown.n * more_steps
         times["evaluations"] = drawing * share * count(settings.eval_every)
     if validation is not None:
         times["validations"] = time_call(lambda: validation(state)) * count(settings.val_every)

@@ -12,6 +12,7 @@ from genkit.backbones import lora
 from genkit.backbones.compressed import compress
 from genkit.backbones.diffusers import without_weights
 from genkit.core import Data
+from genkit.data.text_states import known_texts
 from genkit.training.base_weights import read_base
 from genkit.training.first_stage import LatentCodec
 from genkit.training.init_sources import find_source, init_notes
@@ -33,12 +34,12 @@ def initial_networks(
     torch.manual_seed(settings.seed)
     with without_weights() if adopts else contextlib.nullcontext():
         nets = make_networks(settings, data)
-    if adopts and weights.active:
+    if adopts and weights.active and not str(settings.init).endswith(".safetensors"):  # a LoRA is added to full weights
         compress(nets, weights)
     elif not adopts:
         nets = {name: net.to(device) for name, net in nets.items()}
     if not resumed:
-        set_text_nulls(nets)
+        set_text_nulls(nets, known_texts(data))
     if settings.init and not resumed:
         origin = init_from(
             nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective

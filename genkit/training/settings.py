@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from genkit.backbones.compressed import BaseType, Quantization, WeightFormat
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
-from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
+from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Scale, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
@@ -140,6 +140,10 @@ class TrainSettings:
     """Steps between checkpoints."""
     sample_every: Natural = changeable(500)
     """Steps between grids of samples. 0: never."""
+    sample_prompts: PathText | None = changeable(None)
+    """Text file of prompts, one a line, that these grids show. None: classes or captions of the data."""
+    sample_guidance: Scale = changeable(1.0)
+    """Scale of guidance of these grids. 1: none."""
     # -- evaluation during training
     eval_every: Natural = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
@@ -158,6 +162,9 @@ class TrainSettings:
     time, for the slowest average and the raw weights. 0: never."""
     val_n: Count = changeable(1000)
     """Held-out samples per validation, over all ranks together."""
+    val_levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = changeable(())
+    """Noise levels sigma / (alpha + sigma), say 0.1 0.3 0.5 0.7 0.9, at which validations also measure the error of the
+    velocity: val/velocity, which runs of other objectives, paths and seeds can be compared by."""
     keep_best: str | None = changeable(None)
     """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
     patience: Count | None = changeable(None)
@@ -187,7 +194,8 @@ class TrainSettings:
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
     init: PathText | None = None
     """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
-    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
+    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub; +FILE after it
+    takes the weights of its network, or adds a LoRA, from a safetensors file."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
     base_dtype: BaseType = "fp32"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
 from genkit import config
 from genkit.backbones.compressed import require_package
@@ -28,7 +28,7 @@ from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
 from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
-from genkit.data.codecs import decoded_shape
+from genkit.data.text import release_encoders
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.base_weights import write_base
@@ -57,9 +57,9 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
-from genkit.training.sampling import grid_size, sample_conditions
-from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
 from genkit.training.validation import Validation, validation_metrics
 
@@ -240,8 +240,11 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if main and (given.note or given.tags):
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
-    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
+    shown = choose_shown(settings, data, stream)
+    session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
                       evaluator, fingerprint, validation, best)  # fmt: skip
+    if settings.sample_guidance != 1:
+        session.generator(state.nets)
     if resumed:
         session.recall(notes.append)
     for note in notes:
@@ -253,9 +256,12 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
+        if settings.sample_every and (pictures := shown.describe(settings)):
+            recorder.say(pictures)
         if validation:
             recorder.say(f"val      {validation.n} held-out samples, every {settings.val_every} steps")
         recorder.say(summary(settings, directory, state.nets, data, accelerator))
+    release_encoders()
     return Job(settings, accelerator, data, stream, state, session)
 
 
@@ -406,13 +412,3 @@ def describe_held_out(data: Data) -> str | None:
 def pick_threads(numbers: int) -> int:
     """CPU threads for a batch of this many numbers; sums depend on it in the last bits."""
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
-
-
-def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
-    """Conditions of the pictures: classes or captions in turn; other kinds come from the first batch of data."""
-    n = grid_size(replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape)), GRID_SIZE)
-    try:
-        return sample_conditions(data.spec, n)
-    except ValueError:
-        cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
-        return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}
