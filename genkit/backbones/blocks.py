@@ -92,10 +92,14 @@ def rms_norm(x: Float[Tensor, "*b d"]) -> Tensor:
 
 
 def modulate(
-    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"], rms: bool = False
+    x: Float[Tensor, "b n d"],
+    shift: Float[Tensor, "b d"],
+    scale: Float[Tensor, "b d"],
+    rms: bool = False,
+    eps: float = 1e-5,
 ) -> Tensor:
     """adaLN: ``(1 + scale) norm(x) + shift`` (Peebles & Xie 2023, section 3.2), by layer norm or :func:`rms_norm`."""
-    normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:])
+    normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
 
 

@@ -28,7 +28,7 @@ from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, Routed, grid_angles, grid_positions
 from genkit.backbones.presets import DIT_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
-from genkit.config.numbers import Fraction, Layers, Natural, Width
+from genkit.config.numbers import Fraction, Layers, Natural, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 from genkit.core.weights import Fused
 
@@ -74,6 +74,10 @@ class DiT(Backbone):
     """learned tokens that attend with the others and are dropped at the end (Darcet et al. 2024)"""
     waves: Width = 32
     """sinusoids of the time embedding"""
+    time_scale: Positive = 1000.0
+    """factor of the time in its sinusoids; 1 in flows of other programs (genkit import)"""
+    norm_eps: Positive = 1e-5
+    """what layer norm adds to the variance; 1e-6 in the paper's code"""
     dropout: Fraction = 0.0
     """dropout inside the blocks; 0 as in the paper"""
     checkpoint: bool = False
@@ -126,6 +130,7 @@ class DiTBlock(nn.Module):
     def __init__(self, cfg: DiT, context: int):
         super().__init__()
         d, self.rms, self.gated = cfg.width, cfg.norm == "rms", cfg.mlp == "swiglu"
+        self.eps = cfg.norm_eps
         hidden = cfg.ratio * d * 2 // 3 if self.gated else cfg.ratio * d
         self.emb = nn.Linear(d, 6 * d)
         self.attention = Attention(d, cfg.head_size, qk_norm=cfg.qk_norm)
@@ -152,11 +157,11 @@ class DiTBlock(nn.Module):
         angles: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.emb(emb).chunk(6, 1)
-        y = self.attention(modulate(h, shift1, scale1, self.rms), angles=angles)
+        y = self.attention(modulate(h, shift1, scale1, self.rms, self.eps), angles=angles)
         h = torch.addcmul(h, gate1[:, None], y)
         if self.cross and self.cross_norm:
             h = h + self.cross(self.cross_norm(h), tokens, mask)
-        y = self.layer1(modulate(h, shift2, scale2, self.rms))
+        y = self.layer1(modulate(h, shift2, scale2, self.rms, self.eps))
         if self.gated:
             gate, y = y.chunk(2, -1)
             y = F.silu(gate) * y
@@ -177,7 +182,7 @@ class Trunk(nn.Module):
         d, self.size, self.cfg = cfg.width, spec.shape[1:], cfg
         self.grid = tuple(-(-n // cfg.patch) for n in self.size)
         self.padded = tuple(n * cfg.patch for n in self.grid)
-        self.cond = Conditioner(spec, d, time, cfg.waves)
+        self.cond = Conditioner(spec, d, time, cfg.waves, cfg.time_scale)
         channels += self.cond.num_channels
         self.patches = self._patch_embedding(channels) if channels else None
         self.positions: Tensor
@@ -241,7 +246,8 @@ class Trunk(nn.Module):
                 if angles is not None:
                     angles = F.pad(angles, (0, 0, 0, further.shape[1]))  # they have no position: they do not turn
             h = remat(block, self.cfg.checkpoint, h, c.emb, c.tokens, c.mask, angles)
-        h = modulate(h[:, :count], *self.emb_last(c.emb).chunk(2, 1), rms=self.cfg.norm == "rms")
+        shift, scale = self.emb_last(c.emb).chunk(2, 1)
+        h = modulate(h[:, :count], shift, scale, self.cfg.norm == "rms", self.cfg.norm_eps)
         return h.transpose(1, 2).unflatten(2, self.grid)
 
 

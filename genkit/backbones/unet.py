@@ -33,7 +33,7 @@ from genkit.backbones.blocks import (
 from genkit.backbones.embed import Conditioner, Routed
 from genkit.backbones.presets import UNET_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
-from genkit.config.numbers import Fraction, Layers, Width
+from genkit.config.numbers import Fraction, Layers, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
@@ -74,6 +74,8 @@ class UNet(Backbone):
     """channels of the first convolution. None: those of the first level"""
     waves: Width = 32
     """sinusoids of the time embedding"""
+    time_scale: Positive = 1000.0
+    """factor of the time in its sinusoids; 1 in flows of other programs (genkit import)"""
     dropout: Fraction = 0.0
     """dropout inside residual blocks; it costs as much as a convolution on a CPU"""
     checkpoint: bool = False
@@ -286,7 +288,7 @@ class UNetDenoiser(nn.Module):
         super().__init__()
         self.layout = Layout(cfg, spec)
         self.feature_dim = self.layout.channels[-1]
-        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves)
+        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves, scale=cfg.time_scale)
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
         self.up = UpPath(self.layout, spec.shape[0], self.down.skip_channels, self.cond.has_tokens)
