@@ -10,10 +10,14 @@ Importing diffusers takes seconds, so it is imported when a network is made.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,6 +48,19 @@ MODELS: dict[str, type[NetworkConfig]] = {
     "pixart": PixArt,
     "sana": Sana,
 }
+
+
+EMPTY: ContextVar[bool] = ContextVar("EMPTY", default=False)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Make networks of diffusers without memory for their weights, which a file will give (``adopt_tensor``)."""
+    token = EMPTY.set(True)
+    try:
+        yield
+    finally:
+        EMPTY.reset(token)
 
 
 # -------------------------------------------------------------------------------------------------------- the family
@@ -175,8 +192,10 @@ class DiffusersDenoiser(nn.Module):
         self.cfg, self.spec, self.classes = cfg, spec, class_condition(spec)
         channels = spec.shape[0] * (2 if cfg.learned_sigma else 1)
         settings = {**cfg.model.settings(), "out_channels": channels, **cfg.model.data_settings(spec)}
+        empty = init_empty_weights(include_buffers=False) if EMPTY.get() else contextlib.nullcontext()
         try:
-            self.model: nn.Module = diffusers_class(cfg.model.class_name)(**settings)
+            with empty:
+                self.model: nn.Module = diffusers_class(cfg.model.class_name)(**settings)
         except (ValueError, TypeError, NotImplementedError, ZeroDivisionError) as e:
             raise ValueError(
                 f"diffusers: {cfg.model.class_name} cannot be made: {' '.join(str(e).split())[:300]}"

@@ -119,6 +119,9 @@ def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> F
     for name, net in nets.items():
         if targets[name]:
             lora.insert(net, targets[name], strength)
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.data = p.data.float()  # peft gives it the type of the weight, which may be compressed
         else:
             net.requires_grad_(False)
     return [entry for net in nets.values() for entry in freeze(net)]

@@ -9,7 +9,7 @@ from genkit.config.trust import names_foreign_code
 from genkit.core import Label
 from genkit.data.text import caption_examples
 from genkit.training.run import Run
-from genkit.training.sampling import sample_conditions
+from genkit.training.sampling import require_one_kind, require_promptable
 from genkit.training.settings import TrainSettings
 
 EVALUATE = "genkit eval {run} --n 100"  # for models whose conditions no option of the command line gives
@@ -38,7 +38,8 @@ def suggest_use(run: Run) -> list[str]:
 def can_sample(run: Run) -> bool:
     """Whether ``genkit sample`` can give the model's conditions."""
     try:
-        sample_conditions(run.spec, 1)
+        require_promptable(run.spec)
+        require_one_kind(run.spec)
     except ValueError:
         return False
     return True

@@ -255,6 +255,15 @@ class Objective(ABC):
         """
         return {"loss": self.loss(self.phases[0].name, nets, batch).per_sample}
 
+    def level_errors(self, nets: Mapping[str, nn.Module], batch: Batch, levels: Sequence[float]) -> Tensor:
+        """The mean squared error ``[K, B]`` of the predicted velocity ``x1 - x0`` at K noise ``levels``
+        sigma / (alpha + sigma), with all conditions.
+
+        On the chart this is one quantity for all paths and predictions, whatever the times, weights and spaces of their
+        losses, so models can be compared by it. ``ValueError`` for an objective without a path.
+        """
+        raise ValueError(f"val_levels: {type(self).__name__} has no noise levels; leave --val-levels out")
+
     @abstractmethod
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Condition, Draw, Label, Text
 from genkit.data import text
+from genkit.data.text_states import TextsInMemory, TextTable
 
 FILES = "files"  # value of --data.captions that means captions beside the images
 NUM_EXAMPLES = 10  # captions that a model keeps as examples
@@ -37,10 +38,13 @@ CaptionReader = Callable[[], Sequence[Caption]]
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, which has one row per caption."""
+    """W captions for each of N samples: ``rows`` Int ``[N, W]`` of ``table``, which has one row per caption.
+
+    With a frozen encoder its last row is the empty text, which is null for some models.
+    """
 
     rows: Tensor
-    table: Mapping[str, Tensor]
+    table: TextTable
 
     def add(self, batch: Batch, indices: Tensor, draw: Draw) -> Batch:
         """``batch`` with one caption for each sample, chosen among its W by ``draw``."""
@@ -48,7 +52,7 @@ class Captions:
         num = rows.shape[1]
         column = (draw.uniform(1) * num).long().clamp(max=num - 1) if num > 1 else torch.zeros(len(rows), 1).long()
         chosen = rows.gather(1, column)[:, 0]
-        return replace(batch, cond={**batch.cond, **{k: v.index_select(0, chosen) for k, v in self.table.items()}})
+        return replace(batch, cond={**batch.cond, **self.table.select(chosen)})
 
 
 def load_captions(
@@ -85,9 +89,10 @@ def load_captions(
         for caption in unique:
             if (size := len(caption.text.encode())) > length:
                 raise ValueError(f"{caption.location}: this caption has {size} bytes; --data.text-length is {length}")
-        return Captions(rows, {"text": text.to_bytes(texts, length)}), {"text": Text(length, tuple(examples))}
+        table = TextsInMemory({"text": text.to_bytes(texts, length)})
+        return Captions(rows, table), {"text": Text(length, tuple(examples))}
     frozen = text.open_encoder(encoder)
-    return Captions(rows, text.encode_cached(frozen, texts)), frozen.kinds(tuple(examples))
+    return Captions(rows, text.open_states(frozen, [*texts, ""])), frozen.kinds(tuple(examples))
 
 
 def captions_from_templates(

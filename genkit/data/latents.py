@@ -2,10 +2,13 @@
 
     DIR/latents.json                       the first stage, the data, and each split that is complete
     DIR/train-00000-of-00007.safetensors   mean, log_var (unless all are deterministic) [rows, views, C, ...], cond.NAME
+                                           and captions [rows, W], which of the texts are those of a sample
+    DIR/texts/train-00000.safetensors      the texts, each once, as the model sees them
     DIR/checked.json                       which shards were compared with their sha256, so that it is done once
     DIR/codec/first-stage.safetensors      the weights, so that the folder is self-contained
 
-A sample has two views if the data are mirrored at random: training then draws either, as it would with the images.
+A sample has two views if the data are mirrored at random: training then draws either, as it would with the images; and
+one of its captions if it has several.
 """
 
 from __future__ import annotations
@@ -32,13 +35,17 @@ from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Draw, Spec, spec_from_dict
 from genkit.core.files import atomic_write, file_stamp, format_error, refuse_foreign, write_text
 from genkit.core.tensors import sha256
+from genkit.data.captions import Captions
 from genkit.data.codecs import Identity
 from genkit.data.mapped_shards import MappedShards
 from genkit.data.source import DataSource, Split, check_split
+from genkit.data.text_states import PADDED, MappedTexts
 
 INDEX = "latents.json"
 MARKS = "checked.json"
 CONDITION = "cond."  # begins the name of a condition's tensor
+CAPTIONS = "captions"  # the tensor of each sample's rows of the texts
+TEXTS = "texts"  # the folder of the texts
 
 
 @dataclass(eq=False)
@@ -57,6 +64,7 @@ class InLatents:
     root: Path
     index: Mapping[str, Any]
     statistics: Mapping[str, Any]
+    captions: Captions | None = None
     codec: Codec = Identity()  # noqa: RUF009  (frozen)
 
     def __len__(self) -> int:
@@ -86,9 +94,10 @@ class InLatents:
             log_var = torch.full_like(mean, -torch.inf)
         cond = {k: v.index_select(0, indices) for k, v in self.cond.items()}
         for name in self.spec.cond:
-            if name not in cond:
+            if name not in cond and CONDITION + name in self.shards:
                 cond[name] = self.shards.gather(CONDITION + name, indices)
-        return Batch(torch.cat([mean, log_var], 1), cond)
+        batch = Batch(torch.cat([mean, log_var], 1), cond)
+        return batch if self.captions is None else self.captions.add(batch, indices, draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +117,15 @@ class Latents(DataSource):
             run = shlex.quote(str(root.parent)) if (root.parent / "config.yaml").is_file() else "RUN"
             raise ValueError(f"{root}: holds no complete {split} split; make it: genkit encode {run} --split {split}")
         record = index["splits"][split]
-        require_intact(root, record["shards"])
+        texts = record.get("texts", {})
+        require_intact(root, {**record["shards"], **texts})
         shards = MappedShards([root / name for name in record["shards"]])
-        return InLatents(shards, spec_from_dict(record["spec"]), root, index, record["statistics"])
+        captions = None
+        if texts:
+            table = MappedShards([root / name for name in texts], padded=PADDED)
+            rows = shards.gather(CAPTIONS, torch.arange(len(shards)))
+            captions = Captions(rows, MappedTexts(table, torch.arange(len(table))))
+        return InLatents(shards, spec_from_dict(record["spec"]), root, index, record["statistics"], captions)
 
     def decoded_source(self) -> DataSource:
         """The data that were encoded. ``ValueError`` if they are of a class that is not in ``DATA``."""
@@ -152,6 +167,17 @@ def write_shard(path: Path, content: Mapping[str, Tensor], origin: Mapping[str, 
 def shard_metadata(origin: Mapping[str, str]) -> dict[str, str]:
     """``origin`` as one entry: safetensors writes several in any order, and equal shards must be equal files."""
     return {"made": json.dumps(origin, sort_keys=True)}
+
+
+def write_captions(root: Path, split: str, captions: Captions) -> dict[str, str]:
+    """Write the texts of a split, and return the files with their sha256."""
+    digests = {}
+    for k, rows in enumerate(captions.table.chunks()):
+        name = f"{TEXTS}/{split}-{k:05d}.safetensors"
+        refuse_foreign(root / name)
+        write_shard(root / name, captions.table.stored(torch.tensor(rows)), {"texts": f"{rows.start}-{rows.stop}"})
+        digests[name] = sha256(root / name)
+    return digests
 
 
 def is_shard(path: Path, origin: Mapping[str, str]) -> bool:

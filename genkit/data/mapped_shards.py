@@ -6,7 +6,7 @@ this process now and then, so that its resident memory does not grow with the da
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,58 +15,47 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genkit.core.files import format_error
-from genkit.core.tensors import DTYPE_NAMES
+from genkit.core.weight_files import list_tensors
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 KEPT_BYTES = 4 << 30  # of mapped pages, above which this process gives them back
 MEMORY = Path("/proc/self/statm")
 
 
 def map_tensors(path: Path) -> tuple[mmap.mmap, dict[str, Tensor]]:
     """The tensors of a safetensors file, mapped read-only. ``ValueError`` if it is missing or damaged."""
-    try:
-        with safe_open(path, "pt"):  # compares the header with the size of the file
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: cannot be read as safetensors: {format_error(e)}") from e
-    header.pop("__metadata__", None)
+    stored = list_tensors(path)
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}; allowed: {', '.join(DTYPES)}")
-        first, last = entry["data_offsets"]
-        dtype, start = DTYPES[entry["dtype"]], 8 + length + first
-        if first == last:
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+    for name, entry in stored.items():
+        count = math.prod(entry.shape)
+        if not count:
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the memory cannot be written to
-            values = torch.frombuffer(content, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start)
-        tensors[name] = values.reshape(entry["shape"])
+            values = torch.frombuffer(content, dtype=entry.dtype, count=count, offset=entry.start)
+        tensors[name] = values.reshape(entry.shape)
     return content, tensors
 
 
 class MappedShards:
     """The rows of several safetensors files, one file after the other: tensors by name, ``[rows, ...]`` in each file.
 
-    ``ValueError`` if a file is missing or damaged, or holds other tensors than the first.
+    Tensors that are named in ``padded`` are ``[rows, L, ...]`` with an L of each file's own, up to which the rows of
+    shorter files are padded with zeros. ``ValueError`` if a file is missing or damaged, or holds other tensors than the
+    first.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], padded: Sequence[str] = ()):
+        self.paths, self.padded = list(paths), padded
         mapped = [map_tensors(path) for path in self.paths]
         self.maps = [content for content, _ in mapped]
         self.tensors = [tensors for _, tensors in mapped]
         for path, tensors in zip(self.paths, self.tensors, strict=True):
-            if describe_rows(tensors) != describe_rows(self.tensors[0]):
+            if describe_rows(tensors, padded) != describe_rows(self.tensors[0], padded):
                 raise ValueError(f"{path}: holds other tensors than {self.paths[0].name}; encode again")
         counts = [len(next(iter(tensors.values()))) for tensors in self.tensors]
         self.starts = torch.tensor([0, *accumulate(counts)])
@@ -84,8 +73,9 @@ class MappedShards:
         return tuple(sorted(self.tensors[0]))
 
     def row_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a row of a tensor."""
-        return tuple(self.tensors[0][name].shape[1:])
+        """The shape of a row of a tensor, of the longest if it is padded."""
+        shapes = (tuple(tensors[name].shape[1:]) for tensors in self.tensors)
+        return max(shapes) if name in self.padded else next(shapes)
 
     def gather(self, name: str, indices: Tensor, column: Tensor | None = None) -> Tensor:
         """The rows at ``indices`` ``[B]``; of a tensor ``[rows, columns, ...]`` only one ``column`` ``[B]`` of each.
@@ -98,7 +88,8 @@ class MappedShards:
         shape = self.row_shape(name)
         num = shape[0] if column is not None else 1
         shape = shape if column is None else shape[1:]
-        out = torch.empty(len(rows), *shape, dtype=self.tensors[0][name].dtype)
+        new = torch.zeros if name in self.padded else torch.empty
+        out = new(len(rows), *shape, dtype=self.tensors[0][name].dtype)
         cuts = torch.searchsorted(rows, self.starts).tolist()
         for shard, (first, last) in enumerate(pairwise(cuts)):
             if first == last:
@@ -108,7 +99,10 @@ class MappedShards:
                 local = local + columns[first:last]
             stored = self.tensors[shard][name]
             flat = stored if column is None else stored.flatten(0, 1)
-            torch.index_select(flat, 0, local, out=out[first:last])
+            if name in self.padded:
+                out[first:last, : flat.shape[1]] = flat.index_select(0, local)
+            else:
+                torch.index_select(flat, 0, local, out=out[first:last])
         self.release_pages()
         gathered = torch.empty_like(out)
         gathered[order] = out
@@ -132,8 +126,13 @@ def mapped_bytes() -> int:
         return 0
 
 
-def describe_rows(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of a row of each tensor. ``ValueError`` if the tensors differ in their number of rows."""
+def describe_rows(
+    tensors: Mapping[str, Tensor], padded: Sequence[str] = ()
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of a row of each tensor, without the length of those that are ``padded``.
+
+    ``ValueError`` if the tensors differ in their number of rows.
+    """
     if len({len(t) if t.ndim else -1 for t in tensors.values()}) != 1:
         raise ValueError("shards: need tensors with equal numbers of rows")
-    return {name: (t.dtype, tuple(t.shape[1:])) for name, t in tensors.items()}
+    return {name: (t.dtype, tuple(t.shape[2 if name in padded else 1 :])) for name, t in tensors.items()}

@@ -8,6 +8,7 @@ read, and no code that comes with a model is run.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -18,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genkit.config import load_object
 from genkit.core import Condition, Spec, Text, Tokens, Vector
-from genkit.core.files import atomic_write, format_error
+from genkit.core.files import format_error
 from genkit.core.tensors import cache_folder
+from genkit.data.text_states import MappedTexts, TextTable, find_texts, open_texts
 
 MAX_TOKENS = 512  # of encoders without a limit of their own
 FLOAT16_MAX = 65504.0
@@ -178,44 +179,60 @@ def canonical_name(name: str) -> str:
     return f"{prefix}{folder.resolve()}" if folder.is_dir() else name
 
 
-def encode_cached(encoder: Encoder, texts: Sequence[str]) -> dict[str, Tensor]:
-    """``encoder.encode(texts)``, read from the cache or computed and stored there."""
-    key = hashlib.sha256(json.dumps([encoder.sha256, *texts]).encode()).hexdigest()
-    path = cache_folder() / "text" / f"{key[:32]}.safetensors"
+def states_folder(sha256: str) -> Path:
+    """The folder of genkit's cache with the states of an encoder."""
+    return cache_folder() / "text" / sha256[:32]
+
+
+def open_states(encoder: Encoder, texts: Sequence[str]) -> MappedTexts:
+    """The states of ``texts`` on disk, where those that are not there yet are written."""
+    return open_texts(states_folder(encoder.sha256), texts, encoder.encode)
+
+
+def read_states(name: str, sha256: str, texts: Sequence[str], known: TextTable | None = None) -> dict[str, Tensor]:
+    """The states of ``texts`` by the encoder ``name``: of ``known`` ones or in the cache, else computed.
+
+    The encoder is opened in the last case only. ``ValueError`` if it is missing or differs from that of ``sha256``.
+    """
+    if isinstance(known, MappedTexts) and (rows := known.find(texts)) is not None:
+        return known.select(rows)
+    if (cached := find_texts(states_folder(sha256), texts)[0]) is not None:
+        return cached.select(torch.arange(len(texts)))
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):  # missing or truncated
-        pass
-    encoded = {name: value.contiguous() for name, value in encoder.encode(texts).items()}
-    try:
-        with atomic_write(path) as part:
-            save_file(encoded, part)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path.parent}: cannot be written ({e}); set GENKIT_CACHE to another folder") from e
-    return encoded
+        encoder = open_encoder(name)
+    except ValueError as e:
+        raise ValueError(f"encoder: this model reads text by {name}, sha256 {sha256[:12]}: {e}") from e
+    if encoder.sha256 != sha256:
+        raise ValueError(
+            f"encoder: this model reads text by {name}, sha256 {sha256[:12]}, but the one found has "
+            f"{encoder.sha256[:12]}; restore the former"
+        )
+    return encoder.encode(texts)
+
+
+def release_encoders() -> None:
+    """Give back the memory of all encoders that were opened; one that is needed again is opened again."""
+    open_encoder.cache_clear()
+    gc.collect()
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
-def prompts_to_bytes(name: str, kind: Text, prompts: Sequence[str]) -> dict[str, Tensor]:
+def prompts_to_bytes(
+    name: str, kind: Text, prompts: Sequence[str], known: TextTable | None = None
+) -> dict[str, Tensor]:
     """The condition of prompts that the model reads as bytes."""
     return {name: to_bytes(prompts, kind.length)}
 
 
-def prompts_to_states(name: str, kind: Tokens, prompts: Sequence[str]) -> dict[str, Tensor]:
+def prompts_to_states(
+    name: str, kind: Tokens, prompts: Sequence[str], known: TextTable | None = None
+) -> dict[str, Tensor]:
     """The condition and mask of prompts that a frozen encoder reads. ``ValueError`` if it differs from training's."""
-    try:
-        encoder = open_encoder(kind.encoder)
-    except ValueError as e:
-        raise ValueError(f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}: {e}") from e
-    if encoder.sha256 != kind.sha256:
-        raise ValueError(
-            f"prompt: this model reads text by {kind.encoder}, sha256 {kind.sha256[:12]}, but the one found has "
-            f"{encoder.sha256[:12]}; restore the former"
-        )
-    return {name if k == "text" else k: v for k, v in encoder.encode(prompts).items()}
+    states = read_states(kind.encoder, kind.sha256, prompts, known)
+    return {name if k == "text" else k: v for k, v in states.items()}
 
 
-PROMPT_READERS: Mapping[type, Callable[[str, Any, Sequence[str]], dict[str, Tensor]]] = {
+PROMPT_READERS: Mapping[type, Callable[[str, Any, Sequence[str], TextTable | None], dict[str, Tensor]]] = {
     Text: prompts_to_bytes,
     Tokens: prompts_to_states,
 }
@@ -238,11 +255,15 @@ def caption_examples(spec: Spec) -> tuple[str, ...]:
     return next((kind.examples for kind in text_conditions(spec).values()), ())
 
 
-def encode_prompts(spec: Spec, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """``prompts`` as the conditions of N samples. ``ValueError`` if the model reads no text."""
+def encode_prompts(spec: Spec, prompts: Sequence[str], known: TextTable | None = None) -> dict[str, Tensor]:
+    """``prompts`` as the conditions of N samples; the states of some texts may be ``known``.
+
+    ``ValueError`` if the model reads no text.
+    """
     kinds = text_conditions(spec)
     if not kinds:
         names = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in spec.cond.items()) or "none"
         raise ValueError(f"prompt: given {shorten(prompts[0])}, but this model reads no text; its conditions: {names}; "
                          "train one with --data.captions")  # fmt: skip
-    return {k: v for name, kind in kinds.items() for k, v in PROMPT_READERS[type(kind)](name, kind, prompts).items()}
+    read = (PROMPT_READERS[type(kind)](name, kind, prompts, known) for name, kind in kinds.items())
+    return {k: v for values in read for k, v in values.items()}

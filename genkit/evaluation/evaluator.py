@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from genkit import config
+from genkit.backbones.compressed import compressed_formats
 from genkit.config.blocks import suggest
 from genkit.core import Data, Label, Spec
 from genkit.core.progress import Progress, silent
@@ -262,6 +263,7 @@ class Evaluator:
             "features": dict(self.extractor.settings),
             "reference": dict(self.reference_settings),
             **trained_on(samples),
+            **compressed_base(samples),
         }
 
     def card_path(self, samples: SampleSource, n: int) -> Path | None:
@@ -309,6 +311,12 @@ class Evaluator:
                 observed["precision_shift"] = measure_shift(samples, min(n, SHIFT_SAMPLES))
         settings = {**self.card_settings(samples, n), **observed}
         return cards.Card(estimates, settings, self.card_path(samples, n))
+
+
+def compressed_base(samples: SampleSource) -> dict[str, list[str]]:
+    """``{"frozen_weights": formats}`` of networks that draw with compressed weights, as training with them does."""
+    formats = compressed_formats(samples.run.nets) if isinstance(samples, ModelSamples) else []
+    return {"frozen_weights": formats} if formats else {}
 
 
 def trained_on(samples: SampleSource) -> dict[str, list[str]]:

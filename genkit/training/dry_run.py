@@ -23,11 +23,13 @@ from genkit.core.tensors import local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import fit
+from genkit.training.optimizers.state_files import flatten
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
-from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best, grid_conditions
+from genkit.training.train import UntrainedModel, build_model, change_settings, choose_best
 from genkit.training.validation import Validation
 
 LEAST_STEPS, MOST_STEPS = 5, 200  # that are timed
@@ -155,13 +157,13 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
     times = {"pictures": 0.0, "validations": 0.0, "evaluations": 0.0}
     if settings.objective.is_generative and (settings.sample_every or settings.eval_every):
         recorder = SilentRecorder(Path(os.devnull), accelerator)
-        cond = grid_conditions(model.data, model.stream)
-        session = Session(settings, accelerator, model.data.spec, model.data.codec, cond, recorder)
+        shown = choose_shown(settings, model.data, model.stream)
+        session = Session(settings, accelerator, model.data.spec, model.data.codec, shown, recorder)
         drawing = time_call(lambda: session.sample(state))
         times["pictures"] = drawing * count(settings.sample_every)
         drawn_steps = default_steps(settings.objective)
         more_steps = settings.eval_steps / drawn_steps if settings.eval_steps and drawn_steps else 1
-        share = settings.eval_n / session.num_drawn * more_steps
+        share = settings.eval_n / session.shown.n * more_steps
         times["evaluations"] = drawing * share * count(settings.eval_every)
     if validation is not None:
         times["validations"] = time_call(lambda: validation(state)) * count(settings.val_every)
@@ -195,12 +197,14 @@ def memory_parts(model: UntrainedModel) -> dict[str, int]:
     def tensors(nets: Mapping[str, nn.Module], names: Iterable[str]) -> list[Tensor]:
         return [local_rows(t) for name in names for t in (*nets[name].parameters(), *nets[name].buffers())]
 
-    slots = [v for o in state.optimizers.values() for slot in o.state.values() for v in slot.values()]
+    slots: dict[str, Tensor] = {}
+    for i, slot in enumerate(slot for optimizer in state.optimizers.values() for slot in optimizer.state.values()):
+        flatten(slot, str(i), slots)
     averages = [t for ema in state.emas.values() for t in tensors(ema, ema)]
     return {
         "weights": count_bytes(tensors(state.nets, state.nets)),
         "gradients": count_bytes(local_rows(p) for name in trained for p in state.nets[name].parameters()),
-        "optimizer": count_bytes(slots),
+        "optimizer": count_bytes(slots.values()),
         "averages": count_bytes(averages),
     }
 

@@ -29,6 +29,7 @@ from genkit.core import Backbone, Batch, Codec, Data, Draw, Objective, Spec, spe
 from genkit.core.files import atomic_write, refuse_foreign
 from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
+from genkit.data.captions import Captions
 from genkit.data.codecs import LearnedCodec, Standardize
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder, Posterior
 from genkit.objectives.autoencoders.vq import straight_through
@@ -309,6 +310,11 @@ class LatentData:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def captions(self) -> Captions | None:
+        """The captions of the samples, if they have any."""
+        return getattr(self.data, "captions", None)
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
         return self.data.batch(indices, draw)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +24,10 @@ from genkit.core.device import DeviceName, pick_device
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.data import DATA, DataSource, InLatents, InMemory, OnDisk
+from genkit.data.captions import Captions
 from genkit.data.in_memory import random_flip
 from genkit.data.latents import (
+    CAPTIONS,
     CONDITION,
     INDEX,
     MARKS,
@@ -32,6 +36,7 @@ from genkit.data.latents import (
     note_digests,
     read_index,
     read_shard,
+    write_captions,
     write_index,
     write_shard,
 )
@@ -177,15 +182,18 @@ def write_split(
         progress("encoding", min((turn + 1) * ranks.world * settings.shard, len(data)), len(data))
     shards = sorted((shard for part in ranks.gather(own) for shard in part), key=lambda shard: shard.name)
     digests = {shard.name: shard.sha256 for shard in shards}
+    captions = getattr(data, "captions", None)
+    texts = ranks.once(write_captions, folder, settings.split, captions) if captions else {}
     index["splits"][settings.split] = {
         "n": len(data),
         "views": views,
         "spec": spec_to_dict(replace(data.spec, shape=tuple(stage.latent))),
         "shards": digests,
         "statistics": merge_all(shard.statistics for shard in shards).to_dict(),
+        **({"texts": texts} if texts else {}),
     }
     if ranks.is_main:
-        note_digests(folder, digests)
+        note_digests(folder, {**digests, **texts})
         write_index(folder, index)
     ranks.gather(None)  # nobody returns before the index is there
     return LatentCache(folder, settings.split, len(data), sum(s.is_new for s in shards), tuple(stage.latent))
@@ -199,16 +207,35 @@ def write_rows(
     path = folder / f"{settings.split}-{k:05d}-of-{count:05d}.safetensors"
     origin = {"rows": f"{rows.start}-{rows.stop}", "views": str(views), "sha256": stage.sha256}
     origin |= {k: v for k, v in (("precision", settings.precision), ("storage", settings.storage)) if v != "fp32"}
+    captions: Captions | None = getattr(data, "captions", None)
+    if captions:
+        origin["captions"] = sample_rows_sha256(captions.rows[rows.start : rows.stop])
     missing = not is_shard(path, origin)
     refuse_foreign(folder / MARKS)
     if missing:
         refuse_foreign(path)
-        content = encode_rows(stage, data, rows, views, settings)
+        content = encode_rows(stage, without_captions(data), rows, views, settings)
+        if captions:
+            content[CAPTIONS] = captions.rows[rows.start : rows.stop]
         if settings.storage == "bf16":
             content = round_moments(content, stage.name)
         write_shard(path, content, origin)
     statistics = compute_statistics([shard_posterior(read_shard(path))])
     return EncodedShard(path.name, find_digests(folder, [path.name])[path.name], statistics, missing)
+
+
+def without_captions(data: Data) -> Data:
+    """``data`` without captions in its batches."""
+    if getattr(data, "captions", None) is None:
+        return data
+    plain = copy.copy(data)
+    plain.captions = None  # type: ignore[attr-defined]  # it has some
+    return plain
+
+
+def sample_rows_sha256(rows: Tensor) -> str:
+    """SHA-256 of the captions' rows of some samples."""
+    return hashlib.sha256(rows.long().contiguous().numpy().tobytes()).hexdigest()
 
 
 def open_index(folder: Path, stage: FirstStage, source: DataSource) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from genkit.backbones.encoded_text import EncodedText
 from genkit.core import Objective
 from genkit.core.files import write_text
-from genkit.data.text import open_encoder
+from genkit.data.text import read_states
+from genkit.data.text_states import TextTable
 from genkit.objectives import DDPM, Flow
 from genkit.training.directory import find_run
 from genkit.training.init_sources import find_source, source_module
@@ -87,15 +88,13 @@ def pipeline_of_init(init: str | None, objective: Objective) -> Pipeline | None:
 
 
 @torch.no_grad()
-def set_text_nulls(nets: Mapping[str, nn.Module]) -> None:
-    """Give networks that read words by a pipeline's encoders what these return for no words."""
+def set_text_nulls(nets: Mapping[str, nn.Module], known: TextTable | None = None) -> None:
+    """Give networks that read words by a pipeline's encoders what these return for no words.
+
+    The encoders are opened unless their states are ``known`` or in the cache. ``ValueError`` if they differ from those
+    that read the data.
+    """
     for net in nets.values():
         for module in net.modules():
             if isinstance(module, EncodedText):
-                encoder = open_encoder(module.encoder)
-                if encoder.sha256 != module.sha256:
-                    raise ValueError(
-                        f"encoder: the data were read by {module.encoder}, sha256 {module.sha256[:12]}, but the one "
-                        f"found has {encoder.sha256[:12]}; restore the former"
-                    )
-                module.set_null(encoder.encode([""]))
+                module.set_null(read_states(module.encoder, module.sha256, [""], known))

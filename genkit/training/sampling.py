@@ -181,11 +181,6 @@ def clips_by_default(objective: Objective, codec: Codec) -> bool:
     )
 
 
-def default_guidance(objective: Objective, codec: Codec) -> Guidance | None:
-    """The guidance of default :class:`Sampling`, for samples drawn in training."""
-    return clamp() if clips_by_default(objective, codec) else None
-
-
 def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: Run | None) -> Guidance | None:
     """The guidance that ``sampling`` asks for, with the opened ``weak`` model and ``classifier``.
 
@@ -333,33 +328,49 @@ def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") ->
 
 
 def sample_conditions(
-    spec: Spec, n: int, label: Classes | None = None, prompt: str | Sequence[str] | None = None
+    spec: Spec,
+    n: int,
+    label: Classes | None = None,
+    prompt: str | Sequence[str] | None = None,
+    known: text.TextTable | None = None,
 ) -> dict[str, Tensor]:
     """Conditions of ``n`` samples: the class ``label`` (number or name, or several in turn), the ``prompt`` (or several
-    in turn), or both.
+    in turn), or both. The states of some texts may be ``known``.
 
     If neither is given, all classes that have samples, or the captions that the model kept, in turn; ``{}`` for a model
     without conditions. Any of several conditions that is left out is null.
     """
     classes = {k: kind for k, kind in spec.cond.items() if isinstance(kind, Label)}
-    texts = text.text_conditions(spec)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if label is not None and not classes:
         raise ValueError(f"label: given {label}, but this model has no classes; leave --label out")
-    if missing := ", ".join(k for k in spec.cond if k not in {*classes, *text.conditions_of_prompts(spec)}):
-        raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
+    require_promptable(spec)
     numbers = {} if label is None else {name: class_numbers(kind, label, n, name) for name, kind in classes.items()}
     unspecified = label is None and not prompts
-    if classes and texts and unspecified:
-        raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
+    if unspecified:
+        require_one_kind(spec)
     index = torch.arange(n)
     captions = prompts or (list(text.caption_examples(spec)) if unspecified else [])
     cond: dict[str, Tensor] = {}
     if captions:
-        cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions).items()}
+        cond = {k: v[index % len(captions)] for k, v in text.encode_prompts(spec, captions, known).items()}
     if label is not None:
         return {**cond, **numbers}
     return cond if prompts else {**cond, **{k: class_numbers(kind, kind.trained, n, k) for k, kind in classes.items()}}
+
+
+def require_promptable(spec: Spec) -> None:
+    """``ValueError`` if a condition is neither a class nor text."""
+    given = {k for k, kind in spec.cond.items() if isinstance(kind, Label)} | text.conditions_of_prompts(spec)
+    if missing := ", ".join(k for k in spec.cond if k not in given):
+        raise ValueError(f"this model needs more than a class: {missing}; give run.sample(cond={{...}}) in Python")
+
+
+def require_one_kind(spec: Spec) -> None:
+    """``ValueError`` if there are classes and texts, which could be combined in many ways."""
+    texts = text.text_conditions(spec)
+    if texts and any(isinstance(kind, Label) for kind in spec.cond.values()):
+        raise ValueError(f"this model needs more than a class: {', '.join(texts)}; give --prompt, --label or both")
 
 
 def picture_names(spec: Spec, prompt: str | Sequence[str] | None = None) -> tuple[str, ...]:

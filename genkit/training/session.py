@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,14 +23,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit import __version__, config
 from genkit.config import load_object
-from genkit.core import Batch, Codec, Direction, Spec, pictures
+from genkit.core import Batch, Codec, Direction, Generator, Spec, pictures
 from genkit.core.progress import Progress
-from genkit.data.codecs import decoded_shape
-from genkit.diffusion.samplers import Seeds, bind
+from genkit.diffusion.samplers import Seeds
 from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, checkpoint_record, write_checkpoint
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
@@ -38,16 +37,18 @@ from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
 from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
-from genkit.training.precision import Precision, network_precision, use_codec_precision, with_networks
-from genkit.training.sampling import default_guidance, default_steps, grid_size, picture_names
+from genkit.training.precision import Precision, network_precision, use_codec_precision
+from genkit.training.run import Run
+from genkit.training.sampling import Sampling
+from genkit.training.schedules import PlateauTracker
 from genkit.training.settings import TrackerName, TrainSettings
+from genkit.training.shown import Shown
 from genkit.training.state import State
 from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
 REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
 STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
-GRID_SIZE = 80  # about so many samples are in the pictures made while training
 logger = logging.getLogger("genkit")
 
 
@@ -175,8 +176,8 @@ class Session:
     accelerator: Accelerator
     spec: Spec
     codec: Codec
-    cond: Mapping[str, Tensor]
-    """conditions of the ``num_drawn`` samples that are drawn while training"""
+    shown: Shown
+    """the samples that are drawn while training"""
     recorder: Recorder
     evaluator: Evaluate | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -190,20 +191,13 @@ class Session:
     """the step at which ``loss.png`` was last drawn"""
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
+    def __post_init__(self) -> None:
+        self.plateau = PlateauTracker.create(self.settings)
+
     @property
     def run(self) -> Path:
         """The run directory."""
         return self.recorder.run
-
-    @property
-    def num_drawn(self) -> int:
-        """The number of samples of a picture, eight of each of ten classes."""
-        return next((len(value) for value in self.cond.values()), grid_size(self.data_spec, GRID_SIZE))
-
-    @property
-    def data_spec(self) -> Spec:
-        """Layout of a decoded sample."""
-        return replace(self.spec, shape=decoded_shape(self.codec, self.spec.shape))
 
     @property
     def network_precision(self) -> Precision:
@@ -217,23 +211,26 @@ class Session:
         if self.warning and not previous:
             self.recorder.say(f"step {record['step']}: {self.warning}")
 
+    def generator(self, nets: dict[str, nn.Module], step: int = 0) -> Generator:
+        """The generator of pictures, as ``genkit sample`` has it. ``ValueError`` for guidance that does not fit."""
+        current = Run(self.run, self.settings, nets, self.spec, self.codec, step, "", self.accelerator.device)
+        sampling = Sampling(guidance=self.settings.sample_guidance, precision=self.network_precision)
+        # ranks wait for each other, and a model that draws in one pass has no steps to stop between
+        stoppable = self.accelerator.num_processes == 1 and self.settings.objective.sampler is not None
+        return current.generator(sampling, callback=self.stop_drawing if stoppable else None)
+
     def sample(self, state: State) -> None:
         """Draw the same seeds and conditions each time, from the slowest average; each rank draws its share."""
-        rows = list(sample_rows(self.num_drawn, self.accelerator))
-        nets = state.slowest_average
-        objective, device = self.settings.objective, self.accelerator.device
-        callback = self.stop_drawing if self.accelerator.num_processes == 1 else None  # ranks wait for each other
-        guidance = default_guidance(objective, self.codec)
-        sampler, steps = objective.sampler, default_steps(objective)
-        sampling = bind(sampler, steps, guidance, callback=callback) if sampler and steps else None
-        generate = with_networks(objective.generator(nets, sampling), nets, self.network_precision, device)
+        rows = list(sample_rows(self.shown.n, self.accelerator))
+        nets, device = state.slowest_average, self.accelerator.device
+        generate = self.generator(nets, state.step)
         for net in nets.values():
             net.eval()
         noise = Seeds(rows, device)
-        cond = {k: v[rows].to(device) for k, v in self.cond.items()}
+        cond = {k: v[rows].to(device) for k, v in self.shown.cond.items()}
         try:
             with torch.no_grad():
-                z = generate(noise(objective.noise_shape(self.spec)), cond, noise)
+                z = generate(noise(self.settings.objective.noise_shape(self.spec)), cond, noise)
                 with use_codec_precision(self.network_precision, device):
                     share = self.codec.decode(z)
         except DrawingStopped:
@@ -241,8 +238,8 @@ class Session:
         finally:
             for net in state.nets.values():
                 net.train()
-        samples = self.accelerator.gather(share)[: self.num_drawn].cpu()  # type: ignore[index]
-        self.recorder.picture(samples, self.cond, state.step, picture_names(self.spec))
+        samples = self.accelerator.gather(share)[: self.shown.n].cpu()  # type: ignore[index]
+        self.recorder.picture(samples, self.shown.cond, state.step, self.shown.names)
 
     def stop_drawing(self, *_: Any) -> None:
         """A sampler's callback that ends it if a signal has come."""
@@ -273,6 +270,8 @@ class Session:
         self.recorder.log(record)
         best = "  (the best so far)" if self.track_best(record) else ""
         self.recorder.note(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+        if self.plateau and self.plateau.update(record):
+            self.recorder.say(f"step {state.step}: no better loss; the rate is {self.plateau.share:.3g} of the peak")
         if state.step == self.plotted_step and self.recorder.main:  # before this validation
             self.plot_loss()
 
@@ -297,8 +296,15 @@ class Session:
             self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
             self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
 
-    def recall_best(self, note: Callable[[str], None]) -> None:
-        """Find the best checkpoint of a run that is resumed, from its log."""
+    def rate_share(self) -> float:
+        """The learning rate, as a share of the schedule's."""
+        return self.plateau.share if self.plateau else 1.0
+
+    def recall(self, note: Callable[[str], None]) -> None:
+        """Find the best checkpoint, and reductions of the learning rate, of a run that is resumed, from its log."""
+        if self.plateau is not None:
+            for record in read_log(self.run):
+                self.plateau.update(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))

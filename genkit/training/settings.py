@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
+from genkit.backbones.compressed import BaseType, Quantization, WeightFormat
 from genkit.config import ConfigError, from_dict, load_yaml, table
 from genkit.config.names import NameIn
-from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Seed, Threads
+from genkit.config.numbers import CheckpointStep, Count, Fraction, Natural, NonNegative, Positive, Scale, Seed, Threads
 from genkit.config.paths import NameText, PathText
 from genkit.config.trust import require_trust
 from genkit.core.device import DeviceName
@@ -22,6 +23,8 @@ from genkit.training.recorded import require_recorded_settings
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
+    from genkit.training.optimizers import OptimizerFamily
+    from genkit.training.schedules import Schedule
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,8 +35,8 @@ PowerWidth = Annotated[float, Gt(0), Le(WIDEST)]
 
 
 def by_objective(default: Any) -> Any:
-    """A field whose default the objective may change (``Objective.default_settings``)."""
-    return field(default=default, metadata={"follows": "objective.default_settings"})
+    """A field whose default the optimizer may change, and the objective (their ``default_settings``)."""
+    return field(default=default, metadata={"follows": "optimizer.default_settings objective.default_settings"})
 
 
 def changeable(default: Any) -> Any:
@@ -68,19 +71,33 @@ class TrainSettings:
     micro_batch: Count | None = changeable(None)
     """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at
     once."""
-    lr: Positive = changeable(1e-3)
-    """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
+    optimizer: OptimizerFamily = table(
+        "genkit.training.optimizers:OPTIMIZERS", "adamw", kind="genkit.training.optimizers:OptimizerFamily",
+        adapt="genkit.training.optimizers.external:adapt_optimizer",
+    )  # fmt: skip
+    """Optimizer. Its dotted options are what only it has; rate, decay and betas are settings of the training."""
+    lr: Positive = field(default=1e-3, metadata={"changeable": True, "follows": "optimizer.default_settings"})
+    """Peak learning rate. AdamW's 1e-3 suits networks of about a million parameters, 1e-4 large ones; optimizers of
+    another scale have a default of their own."""
     warmup: Natural = by_objective(100)
     """Steps of linear learning-rate warmup."""
-    schedule: Literal["constant", "cosine"] = by_objective("cosine")
-    """Learning rate after the warmup: constant, or half a cosine down to 0."""
+    schedule: Schedule = table(
+        "genkit.training.schedules:SCHEDULES", "cosine", kind="genkit.training.schedules:Schedule",
+        follows="optimizer.default_settings objective.default_settings",
+    )  # fmt: skip
+    """Learning rate after the warmup."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Weight decay: decoupled, but for Adam, SGD and others in which it is a part of the gradient."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: matrices and convolutions, but no norms, biases and embeddings; or all."""
+    phase_settings: tuple[str, ...] = ()
+    """Settings of single phases, as PHASE.SETTING=VALUE with lr, betas or weight-decay: discriminator.lr=4e-4 is a rate
+    of its own (TTUR)."""
     betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
     """Adam's decay rates. 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
     clip: NonNegative = 1.0
     """Largest gradient norm. 0: no clipping."""
-    ema: tuple[Fraction, ...] = (0.999,)
+    ema: tuple[Fraction, ...] = field(default=(0.999,), metadata={"follows": "optimizer.default_settings"})
     """EMA decay rates per step; the networks are averaged once for each."""
     power_ema: tuple[PowerWidth, ...] = ()
     """Widths (sigma_rel, a share of the training) of power-function averages; 0.05 and 0.1 are usual. From snapshots of
@@ -123,6 +140,10 @@ class TrainSettings:
     """Steps between checkpoints."""
     sample_every: Natural = changeable(500)
     """Steps between grids of samples. 0: never."""
+    sample_prompts: PathText | None = changeable(None)
+    """Text file of prompts, one a line, that these grids show. None: classes or captions of the data."""
+    sample_guidance: Scale = changeable(1.0)
+    """Scale of guidance of these grids. 1: none."""
     # -- evaluation during training
     eval_every: Natural = changeable(0)
     """Steps between evaluations of the slowest average. 0: never."""
@@ -141,6 +162,9 @@ class TrainSettings:
     time, for the slowest average and the raw weights. 0: never."""
     val_n: Count = changeable(1000)
     """Held-out samples per validation, over all ranks together."""
+    val_levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = changeable(())
+    """Noise levels sigma / (alpha + sigma), say 0.1 0.3 0.5 0.7 0.9, at which validations also measure the error of the
+    velocity: val/velocity, which runs of other objectives, paths and seeds can be compared by."""
     keep_best: str | None = changeable(None)
     """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
     patience: Count | None = changeable(None)
@@ -170,9 +194,16 @@ class TrainSettings:
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
     init: PathText | None = None
     """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
-    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
+    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub; +FILE after it
+    takes the weights of its network, or adds a LoRA, from a safetensors file."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    base_dtype: BaseType = "fp32"
+    """Type of the frozen weights under --lora.rank in memory: fp32, or bf16, which halves it. After training the
+    adapter is merged into the full weights."""
+    quantize: Quantization | None = None
+    """Keep the frozen weights of linear layers under --lora.rank in 8 bits (int8, by torchao) or in 4 (nf4, by
+    bitsandbytes). None: as --base-dtype says."""
     dry_run: bool = False
     """Write nothing: print these settings as YAML, with the size of the model, its memory, the time of training and the
     disk that it needs, from a few real steps."""
@@ -182,6 +213,15 @@ class TrainSettings:
     step: CheckpointStep | None = None
     """With --resume: the checkpoint to continue from, by its step or "best"; later ones are set aside. None: the newest
     intact one."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the frozen weights under an adapter are kept in memory. ``ValueError`` without an adapter."""
+        weights = WeightFormat(self.base_dtype, self.quantize)
+        if weights.active and not self.lora.active:
+            name, value = ("quantize", self.quantize) if self.quantize else ("base_dtype", self.base_dtype)
+            raise ValueError(f"{name}: given {value}, which is for frozen weights under an adapter; give --lora.rank 8")
+        return weights
 
 
 def stored_settings(run: Path, trust: bool = False) -> TrainSettings:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
 from genkit import config
-from genkit.backbones import lora
+from genkit.backbones.compressed import require_package
 from genkit.config import load_object
 from genkit.config.command import merge_trees
 from genkit.core import Codec, Data, Draw
@@ -28,7 +28,7 @@ from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
 from genkit.data import InMemory, OnDisk, Stream
 from genkit.data.classes import describe_classes
-from genkit.data.codecs import decoded_shape
+from genkit.data.text import release_encoders
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
 from genkit.training.base_weights import write_base
@@ -38,11 +38,12 @@ from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
-from genkit.training.init_sources import canonical_init, init_notes, require_start
+from genkit.training.init_sources import canonical_init, require_start
+from genkit.training.initial_networks import initial_networks
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
-from genkit.training.pipelines import pipeline_of_init, set_text_nulls, write_pipeline
+from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
 from genkit.training.resume import (
@@ -55,10 +56,10 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run, init_from, load_lora_base
-from genkit.training.sampling import grid_size, sample_conditions
-from genkit.training.session import GRID_SIZE, Evaluate, Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.run import Run
+from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
 from genkit.training.validation import Validation, validation_metrics
 
@@ -116,8 +117,7 @@ def train(
 
 
 def change_settings(settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
-    """``settings`` with changes by name; without settings, those that ``changes`` describe, with the defaults that suit
-    their ``init`` and ``codec``."""
+    """``settings`` with changes by name; or those that ``changes`` describe, with the defaults that suit them."""
     if settings:
         return config.override(settings, **changes)
     init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
@@ -158,6 +158,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 stop=session.stopped,
                 is_best=session.is_best,
                 is_stale=session.is_stale,
+                rate_share=session.rate_share,
             )
         except Diverged as e:
             session.writer.wait()
@@ -239,10 +240,13 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if main and (given.note or given.tags):
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
-    session = Session(settings, accelerator, data.spec, data.codec, grid_conditions(data, stream), recorder,
+    shown = choose_shown(settings, data, stream)
+    session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
                       evaluator, fingerprint, validation, best)  # fmt: skip
+    if settings.sample_guidance != 1:
+        session.generator(state.nets)
     if resumed:
-        session.recall_best(notes.append)
+        session.recall(notes.append)
     for note in notes:
         recorder.say(note)
     if not finished:
@@ -252,9 +256,12 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             recorder.say(held_out)
         if classes := describe_classes(dataset):
             recorder.say(f"classes  {classes}")
+        if settings.sample_every and (pictures := shown.describe(settings)):
+            recorder.say(pictures)
         if validation:
             recorder.say(f"val      {validation.n} held-out samples, every {settings.val_every} steps")
         recorder.say(summary(settings, directory, state.nets, data, accelerator))
+    release_encoders()
     return Job(settings, accelerator, data, stream, state, session)
 
 
@@ -285,7 +292,7 @@ def build_model(
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
-    nets, origin = initial_networks(settings, accelerator, data, resumed if checkpoint else None, notes)
+    nets, origin = initial_networks(settings, accelerator.device, data, resumed if checkpoint else None, notes)
     state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
     stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
     if settings.objective.needs_pairs:
@@ -314,6 +321,7 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     if settings.lora.active and not settings.init:
         raise ValueError("lora: adapts the weights of a trained run; name it with --init RUN")
     require_start(settings)
+    require_package(settings.weight_format.quantize)
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
@@ -330,28 +338,6 @@ def encoded_std(data: Data) -> float:
     rows = torch.linspace(0, len(data) - 1, min(STD_ROWS, len(data))).round().long()
     x = data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x
     return float(f"{float(x.double().std(correction=0)):.4g}")
-
-
-def initial_networks(
-    settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None, notes: list[str]
-) -> tuple[dict[str, nn.Module], dict[str, str] | None]:
-    """The networks on their device, with the weights of ``--init``, whose origin is returned too."""
-    origin = None
-    torch.manual_seed(settings.seed)
-    nets = {k: v.to(accelerator.device) for k, v in make_networks(settings, data).items()}
-    if not resumed:
-        set_text_nulls(nets)
-    if settings.init and not resumed:
-        origin = init_from(
-            nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective
-        )
-        notes += [f"note     {text}" for text in init_notes(settings.init, settings.objective)]
-    elif settings.lora.active and resumed:
-        load_lora_base(nets, resumed)
-    if settings.lora.active:
-        lora.adapt(nets, settings.lora)
-    settings.objective.check(nets)
-    return nets, origin
 
 
 def open_directory(
@@ -423,28 +409,6 @@ def describe_held_out(data: Data) -> str | None:
     )
 
 
-def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
-    """New networks. ``ValueError`` if they cannot serve the data, which may be latents."""
-    try:
-        settings.objective.setup(data.spec)
-        return settings.objective.networks(settings.backbone, data.spec)
-    except ValueError as e:
-        if not isinstance(data.codec, LatentCodec):
-            raise
-        stage = data.codec.stage.name
-        raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e
-
-
 def pick_threads(numbers: int) -> int:
     """CPU threads for a batch of this many numbers; sums depend on it in the last bits."""
     return 1 if numbers < SMALL_BATCH else torch.get_num_threads()
-
-
-def grid_conditions(data: Data, stream: Stream) -> dict[str, Tensor]:
-    """Conditions of the pictures: classes or captions in turn; other kinds come from the first batch of data."""
-    n = grid_size(replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape)), GRID_SIZE)
-    try:
-        return sample_conditions(data.spec, n)
-    except ValueError:
-        cond = stream(0, 0, 0, min(n, stream.batch_size)).cond
-        return {k: torch.cat([v.cpu()] * -(-n // len(v)))[:n] for k, v in cond.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from genkit.training.state import State
 
 DRAWS = -1  # second number of the key of the random draws, which is the step in training
 MAX_BLOCK = 256  # samples in a forward pass
+LEVELS_SEED = 0  # of the noise at fixed levels, whatever the seed of the run
 
 
 def validation_metrics(settings: TrainSettings) -> dict[str, Direction]:
@@ -24,14 +25,20 @@ def validation_metrics(settings: TrainSettings) -> dict[str, Direction]:
 
     Raises ``ValueError`` if the objective has no loss that means anything on held-out samples.
     """
-    metrics = settings.objective.validation_metrics
+    metrics = dict(settings.objective.validation_metrics)
     if settings.val_every and not metrics:
         raise ValueError(
             f"val_every: given {settings.val_every}, but {type(settings.objective).__name__} has no loss that means "
             "anything on held-out samples: its networks are each other's measure; try --eval-every 500"
         )
+    metrics |= {name: "lower" for name in level_names(settings.val_levels)}
     prefixes = ("val", "val/raw") if settings.ema or settings.power_ema else ("val",)
     return {f"{prefix}/{name}": direction for prefix in prefixes for name, direction in metrics.items()}
+
+
+def level_names(levels: Sequence[float]) -> list[str]:
+    """What the errors at these noise levels are called: their mean, and each."""
+    return ["velocity", *(f"velocity_{level:g}" for level in levels)] if levels else []
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Validation:
     seed: int
     precision: str
     accelerator: Accelerator
+    levels: tuple[float, ...] = ()
+    """noise levels at which the error of the velocity is measured, of the same samples and noise in all runs"""
 
     @classmethod
     def create(cls, settings: TrainSettings, training: Data, codec: Codec, accelerator: Accelerator) -> Validation:
@@ -57,6 +66,8 @@ class Validation:
         Raises ``ValueError`` if there is no test split, or it is the training split, or has another layout.
         """
         validation_metrics(settings)
+        if settings.val_levels and type(settings.objective).level_errors is Objective.level_errors:
+            settings.objective.level_errors({}, Batch(torch.empty(0)), settings.val_levels)
         source = settings.data.unaugmented()
         with accelerator.main_process_first():
             try:
@@ -74,7 +85,7 @@ class Validation:
             )
         block = min(settings.micro_batch or settings.batch, MAX_BLOCK)
         return cls(settings.objective, data, codec, min(settings.val_n, len(data)), block, settings.seed,
-                   settings.precision, accelerator)  # fmt: skip
+                   settings.precision, accelerator, settings.val_levels)  # fmt: skip
 
     def __call__(self, state: State) -> dict[str, float]:
         """Means over the samples by name: ``val/loss`` of the slowest average, ``val/raw/loss`` of the raw weights."""
@@ -90,24 +101,32 @@ class Validation:
         """``{"PREFIX/loss": mean}`` of these networks, the same number on every rank, however many there are."""
         for net in nets.values():
             net.eval()
-        names = list(self.objective.validation_metrics)
+        names = [*self.objective.validation_metrics, *level_names(self.levels)]
         device, world = self.accelerator.device, self.accelerator.num_processes
         rows = torch.zeros(len(names), self.n, device=device, dtype=torch.float64)
         for first in range(self.accelerator.process_index * self.block, self.n, world * self.block):
             stop = min(first + self.block, self.n)
             with use_precision(self.precision, device):
-                losses = self.objective.validate(nets, self.rows(first, stop))
+                losses = self.losses(nets, first, stop)
             rows[:, first:stop] = torch.stack([losses[name].double() for name in names])
         if world > 1:  # every row is 0 on all ranks but one
             rows = self.accelerator.reduce(rows, "sum")
         assert isinstance(rows, Tensor)
         return {f"{prefix}/{name}": value for name, value in zip(names, rows.mean(1).tolist(), strict=True)}
 
-    def rows(self, first: int, stop: int) -> Batch:
+    def losses(self, nets: Mapping[str, nn.Module], first: int, stop: int) -> dict[str, Tensor]:
+        """The numbers of samples ``first..stop``, ``[B]`` each."""
+        losses = self.objective.validate(nets, self.rows(first, stop, self.seed))
+        if self.levels:
+            errors = self.objective.level_errors(nets, self.rows(first, stop, LEVELS_SEED), self.levels)
+            losses |= zip(level_names(self.levels), [errors.mean(0), *errors], strict=True)
+        return losses
+
+    def rows(self, first: int, stop: int, seed: int) -> Batch:
         """Samples ``first..stop`` of the ``n``, encoded, with random numbers that depend on seed and row only."""
         spaced = torch.linspace(0, len(self.data) - 1, self.n, dtype=torch.float64).round().long()
         device = self.accelerator.device
-        batch = self.data.batch(spaced[first:stop], Draw((self.seed, DRAWS, 1), first, stop))
-        draw = Draw((self.seed, DRAWS), first, stop, device)
+        batch = self.data.batch(spaced[first:stop], Draw((seed, DRAWS, 1), first, stop))
+        draw = Draw((seed, DRAWS), first, stop, device)
         batch = batch.to(device)
         return self.codec.encode(Batch(batch.x, batch.cond, batch.weight, draw, batch.x1))

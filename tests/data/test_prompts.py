@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,16 +163,23 @@ def test_evaluation_draws_the_captions_of_the_data_and_knows_their_class(worded,
     assert list(reference.spec.cond) == ["label"]
 
 
-def test_latents_are_cached_with_one_caption_each(tmp_path):
+def test_cached_latents_have_all_captions_of_a_sample(tmp_path):
+    """Each text is stored once, and a batch draws the captions that it would draw with the pictures."""
     first = trained(tmp_path / "vae", "--objective=vae", "--objective.latent", "4", "4", "4", "--data.labels=false",
                     "--backbone=dit", "--backbone.depth=1", "--sample-every=0")  # fmt: skip
     out = tmp_path / "latents"
     argv = ["encode", str(first), f"--out={out}", "--data=digits", "--data.captions", *TEMPLATES]
     assert cli.main(argv) == 0
+    pictures = DATA["digits"](captions=TEMPLATES).load()
     data = DATA["latents"](root=str(out)).load()
-    texts = text.to_texts(batch_of(data, len(data)).cond["text"])
-    shares = [sum(s in {w.replace("{label}", d) for d in DIGITS} for s in texts) / len(texts) for w in TEMPLATES]
-    assert all(abs(s - 1 / 3) < 0.06 for s in shares)
+    assert len(data.captions.table) == 30
+    for key in range(2):
+        assert torch.equal(batch_of(data, len(data), key=key).cond["text"],
+                           batch_of(pictures, len(data), key=key).cond["text"])  # fmt: skip
+    (file,) = (out / "texts").glob("*")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="is damaged"):
+        DATA["latents"](root=str(out)).load()
 
 
 # ----------------------------------------------------------------------------------------------- frozen encoders
@@ -244,17 +252,19 @@ def test_captions_are_encoded_once(encoders, own_cache, monkeypatch):
     monkeypatch.setattr(type(frozen), "__call__", lambda self, texts: encoded.extend(texts) or inner(self, texts))
     source = DATA["digits"](captions=TEMPLATES, encoder=str(root / "clip"))
     data = source.load()
-    assert sorted(encoded) == sorted(w.replace("{label}", d) for w in TEMPLATES for d in DIGITS)
+    assert sorted(encoded) == sorted(["", *(w.replace("{label}", d) for w in TEMPLATES for d in DIGITS)])
     batch = batch_of(data, 32)
     assert batch.cond["text"].shape == (32, 5, 16)
     again = source.load()
-    assert len(encoded) == 30
+    assert len(encoded) == 31
     assert torch.equal(batch_of(again, 32).cond["text"], batch.cond["text"])
-    (file,) = own_cache.glob("*")
-    assert file.suffix == ".safetensors"
-    file.write_bytes(b"cut off")
+    replace(source, captions=("one more {label}",)).load()  # other captions are added, those that are there stay
+    assert encoded[31:] == [f"one more {d}" for d in DIGITS]
+    files = sorted(own_cache.glob("*/*"), key=lambda file: file.stat().st_size)
+    assert [file.suffix for file in files] == [".safetensors"] * 2
+    files[1].write_bytes(b"cut off")
     source.load()
-    assert len(encoded) == 60
+    assert len(encoded) == 41 + 31
     kind = data.spec.cond["text"]
     assert (kind.dim, kind.encoder, kind.sha256, kind.length) == (16, str(root / "clip"), frozen.sha256, 8)
 
@@ -273,7 +283,8 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
     loaded = load_run(run)
     _, cond = loaded.sample(4, prompt=["the digit two", "nine"], steps=1)
     data = loaded.config.data.load()
-    table = {tuple(texts): i for i, texts in enumerate(data.captions.table["text"].flatten(1).tolist())}
+    every = data.captions.table.select(torch.arange(len(data.captions.table)))
+    table = {tuple(texts): i for i, texts in enumerate(every["text"].flatten(1).tolist())}
     assert tuple(cond["text"][0].flatten().tolist()) in table  # a prompt is encoded like the caption
     assert set(cond) == {"text", "mask"}
     assert cli.main(["info", str(run)]) == 0
@@ -281,12 +292,14 @@ def test_a_run_with_a_frozen_encoder_names_it(encoders, own_cache, tmp_path, cap
 
     shutil.rmtree(folder)
     text.open_encoder.cache_clear()
-    error = failing(capsys, "sample", str(run), "--prompt", "seven")
+    error = failing(capsys, "sample", str(run), "--prompt", "seven digit")
     assert f"reads text by {folder}, sha256 {record['sha256'][:12]}" in error
     assert "cannot be opened" in error
     assert len(error.strip().splitlines()) == 1
     shutil.copytree(root / "whole", folder)
-    assert "restore the former" in failing(capsys, "sample", str(run), "--prompt", "seven")
+    assert "restore the former" in failing(capsys, "sample", str(run), "--prompt", "seven digit")
+    shutil.rmtree(folder)  # captions are in the cache, by the SHA-256 of their encoder
+    assert cli.main(["sample", str(run), "--prompt", "seven", "--steps=1", "--n=1"]) == 0
     text.open_encoder.cache_clear()
 
 

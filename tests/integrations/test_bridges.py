@@ -15,6 +15,7 @@ from genkit.backbones.diffusers import DiT2D, UNet2D, UNet2DCondition, timestep_
 from genkit.cli import main as cli
 from genkit.core import Image, Label, Spec, Text, Tokens, Vector
 from genkit.core.tensors import sha256
+from genkit.diffusion.guidance import clamp
 from genkit.diffusion.paths import VP
 from genkit.diffusion.samplers import Seeds, bind, ddim, linspace, trailing, uniform
 from genkit.integrations.diffusers_weights import init_defaults, init_note, remap_time_embedding
@@ -22,7 +23,7 @@ from genkit.integrations.export import export
 from genkit.objectives import DDPM, Flow
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.run import init_from, load_run
-from genkit.training.sampling import default_guidance
+from genkit.training.sampling import clips_by_default
 
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
 UNET, DIT = UNet2D(**SMALL), DiT2D(num_layers=2, num_attention_heads=2, attention_head_dim=8)
@@ -348,7 +349,7 @@ def from_theirs(run, grid, label=None):
     """The same from noise z itself, as diffusers' pipelines start; genkit starts with sigma(1) z, which on linear betas
     is 2e-5 of it apart, and an untrained network multiplies that."""
     run, cond = load_run(run), {} if label is None else {"label": torch.full((N,), label)}
-    guidance = default_guidance(run.objective, run.codec)
+    guidance = clamp() if clips_by_default(run.objective, run.codec) else None
     denoise = guidance(run.denoiser) if guidance else run.denoiser
     with torch.no_grad():
         x = ddim(denoise, Seeds(range(N))((1, 8, 8)), grid(denoise.path), cond)

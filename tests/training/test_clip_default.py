@@ -17,7 +17,7 @@ from genkit.diffusion.samplers import Seeds
 from genkit.evaluation import Card
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling, grid_size
-from genkit.training.session import GRID_SIZE
+from genkit.training.shown import GRID_SIZE
 
 TINY = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=1", "--workers=0", "--no-tensorboard",
         "--device=cpu"]  # fmt: skip

@@ -19,7 +19,7 @@ from genkit.training.precision import use_codec_precision, with_networks
 from genkit.training.reflow import reflow
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling, grid_size, picture_names
-from genkit.training.session import GRID_SIZE
+from genkit.training.shown import GRID_SIZE
 from genkit.training.train import train
 
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from genkit import config
 from genkit.cli.main import main
 from genkit.core import Spec
+from genkit.data import InMemory
 from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import OBJECTIVES
@@ -64,6 +65,61 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_second_moment_of_the_ve
     state, validation = make_validation()
     second = validation.data.x.square().mean().item()
     assert validation(state)["val/loss"] == pytest.approx(1 + second, abs=0.1)
+
+
+class ExactNet(torch.nn.Module):
+    """What a network of the path and prediction outputs for data that are one Gaussian of variance s^2."""
+
+    def __init__(self, objective, variance):
+        super().__init__()
+        self.objective, self.variance = objective, variance
+
+    def forward(self, x, label, cond):
+        path, parametrization = self.objective.path, self.objective.parametrization
+        labels = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        known = parametrization.inputs(path, torch.zeros(1001, 2), labels)[1]
+        t = labels[(known[None] - label[:, None].double()).abs().argmin(1)].float()
+        alpha, sigma = (v[:, None] for v in (path.alpha(t), path.sigma(t)))
+        total = alpha**2 * self.variance + sigma**2
+        return parametrization.target(path, alpha * self.variance * x / total, sigma * x / total, t)
+
+
+LEVELS = (0.2, 0.5, 0.8)
+
+
+def level_values(objective, seed=0, variance=0.49, n=4000):
+    settings = config.from_dict(TrainSettings, {"objective": objective, "data": {"name": "moons", "n": 10}})
+    x = variance**0.5 * torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+    data = InMemory(x, {}, Spec((2,)), Identity())
+    validation = Validation(settings.objective, data, data.codec, n, n, seed, "fp32", Accelerator(cpu=True), LEVELS)
+    return validation.measure({"net": ExactNet(settings.objective, variance)}, "val")
+
+
+def test_errors_at_noise_levels_are_those_of_the_exact_velocity_for_every_path_prediction_and_seed():
+    """``E |v - E[v | u]|^2 = s^2 / ((1 - tau)^2 s^2 + tau^2)`` on the chart, for a Gaussian of variance s^2."""
+    exact = {level: 0.49 / ((1 - level) ** 2 * 0.49 + level**2) for level in LEVELS}
+    flow = level_values("flow")
+    for level in LEVELS:
+        assert flow[f"val/velocity_{level:g}"] == pytest.approx(exact[level], rel=0.05)
+    assert flow["val/velocity"] == pytest.approx(sum(flow[f"val/velocity_{level:g}"] for level in LEVELS) / 3)
+    for other in (
+        {"name": "flow", "path": "cosine", "prediction": "x0", "time_distribution": "logit-normal"},
+        {"name": "ddpm", "loss_weight": "min-snr"},
+        {"name": "ddpm", "prediction": "v", "cond_dropout": 0.5},
+    ):
+        values = level_values(other, seed=7)
+        for level in LEVELS:  # discrete times miss a level by up to half of a thousandth
+            assert values[f"val/velocity_{level:g}"] == pytest.approx(flow[f"val/velocity_{level:g}"], rel=3e-3), other
+        assert values["val/loss"] != pytest.approx(flow["val/loss"], rel=0.05)
+    with pytest.raises(ValueError, match="val_levels: VAE has no noise levels"):
+        Validation.create(
+            config.from_dict(
+                TrainSettings, {"objective": "vae", "data": {"name": "moons", "n": 10}, "val_levels": [0.5]}
+            ),
+            None,
+            None,
+            Accelerator(cpu=True),
+        )
 
 
 def test_it_is_a_function_of_seed_and_row_however_it_is_cut_and_shared():

@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     if run.config.lora.active:
         base = read_base(run.directory)
         lines["lora"] = f"rank {run.config.lora.rank}, merged into {base['run']} ({base['weights']})"
+        if run.config.weight_format.active:
+            lines["lora"] += f"; trained on frozen weights in {run.config.weight_format}"
     if isinstance(run.codec, LearnedCodec):
         lines["decoded"] = f"{'x'.join(map(str, run.data_spec.shape))}, by the first stage in {run.directory / 'codec'}"
     if records:

@@ -25,7 +25,7 @@ from genkit.core import (
     mean_flat,
 )
 from genkit.diffusion.parametrization import PARAMETRIZATIONS, Karras, NetDenoiser
-from genkit.diffusion.paths import mix
+from genkit.diffusion.paths import mix, times_at
 from genkit.objectives.matching.sources import Normal, Source
 from genkit.objectives.matching.times import LossHistory, TimeDistribution, Uniform
 from genkit.objectives.matching.weights import SIGMA_DATA, Constant, EDMWeight, LossSpace, LossWeight
@@ -175,6 +175,16 @@ class Matching(Objective):
         # an empty history draws uniform times: the same ones at every step
         history = {"history": LossHistory().to(batch.x.device)} if self.time_distribution.loss_aware else {}
         return super().validate({**nets, **history}, batch)
+
+    def level_errors(self, nets: Mapping[str, nn.Module], batch: Batch, levels: Sequence[float]) -> Tensor:
+        # one draw of the noise for all levels of a sample, so that their differences are those of the levels
+        x0, x1 = self.endpoints(batch, batch.uniform())
+        denoise, errors = self.denoiser(nets["net"]), []
+        for t in times_at(self.path, torch.tensor(levels)).to(x0):
+            times = self.quantize_times(t.expand(len(x0)))
+            predicted = denoise(mix(self.path, x0, x1, times), times, batch.cond).velocity
+            errors.append(mean_flat((predicted.float() - (x1 - x0)) ** 2))
+        return torch.stack(errors)
 
     def network_output(self, net: nn.Module, sample: PathSample, batch: Batch) -> Tensor:
         """What the network predicts at the sampled points, with some conditions dropped."""
