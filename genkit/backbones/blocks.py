@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from genkit.backbones.dropout import Dropout
+from genkit.core.weights import Fused
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -69,7 +70,7 @@ def group_norm(x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias
     with torch.autocast(x.device.type, enabled=False):
         weight, bias = weight.to(x.dtype).flatten(), bias.to(x.dtype).flatten()
         joined = x.reshape(1, -1, *x.shape[2:])
-        return F.group_norm(joined, num_groups(x.shape[1]) * len(x), weight, bias).view(x.shape)
+        return F.group_norm(joined, num_groups(int(x.shape[1])) * len(x), weight, bias).view(x.shape)
 
 
 class GroupNorm(nn.Module):
@@ -143,6 +144,10 @@ class Attention(nn.Module):
         self.kv = nn.Linear(context or dim, 2 * dim if context else 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.scales = nn.Parameter(torch.ones(2, dim // self.heads)) if qk_norm else None
+
+    def fused_weights(self) -> dict[str, Fused]:
+        """Keys and values, and queries without a context."""
+        return {"kv.weight": Fused(3 if self.q is None else 2)}
 
     def forward(
         self,
@@ -234,6 +239,10 @@ class ResBlock(nn.Module):
         projects = inp != out or (rescale and resample is not None)
         self.skip = CONV[dims](inp, out, 1) if projects else None
         self.dropout = Dropout(dropout)
+
+    def fused_weights(self) -> dict[str, Fused]:
+        """Scale and shift."""
+        return {"emb.weight": Fused(2)} if self.norm2 is None else {}
 
     def forward(self, x: Float[Tensor, "b c *size"], emb: Float[Tensor, "b e"]) -> Tensor:
         h = F.silu(self.norm1(x))

@@ -30,6 +30,7 @@ from genkit.backbones.presets import DIT_PRESETS, describe_preset, require_fille
 from genkit.config.names import NameIn
 from genkit.config.numbers import Fraction, Layers, Natural, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
+from genkit.core.weights import Fused
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
@@ -143,6 +144,10 @@ class DiTBlock(nn.Module):
         if self.cross:
             zero_init(self.cross.out)
 
+    def fused_weights(self) -> dict[str, Fused]:
+        """Shift, scale and gate of both halves, and the gate of SwiGLU."""
+        return {"emb.weight": Fused(6), **({"layer1.weight": Fused(2)} if self.gated else {})}
+
     def forward(
         self,
         h: Float[Tensor, "b n d"],
@@ -196,6 +201,14 @@ class Trunk(nn.Module):
         """The modules that sharded training gathers one by one."""
         return list(self.blocks)
 
+    def fused_weights(self) -> dict[str, Fused]:
+        """Shift and scale."""
+        return {"emb_last.weight": Fused(2)}
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The patch embedding."""
+        return [] if self.patches is None else [self.patches]
+
     def _patch_embedding(self, channels: int) -> nn.Module:
         """One convolution, or two layers with a bottleneck between them (Li & He 2025, section 4.3)."""
         cfg, conv = self.cfg, CONV[len(self.size)]
@@ -247,6 +260,10 @@ class DiTDenoiser(nn.Module):
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
         self.last = zero_init(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The last layer."""
+        return [self.last]
+
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
     ) -> Float[Tensor, "b ..."]:
@@ -264,6 +281,10 @@ class DiTEncoder(nn.Module):
         self.is_map = len(out) > 1
         self.last = CONV[1](cfg.width, out[0], 1)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The last layer."""
+        return [self.last]
+
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         h = self.trunk(x, None, self.trunk.conditions(x, None, cond)).flatten(2)
         h = self.last(h if self.is_map else h.mean(2, keepdim=True))
@@ -279,6 +300,10 @@ class DiTDecoder(nn.Module):
         require_grid(self.trunk, cfg, inp)
         self.first = nn.Linear(inp[0], cfg.width)
         self.last = TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The first and the last layer."""
+        return [self.first, self.last]
 
     def forward(self, z: Float[Tensor, "b c *grid"], cond: Cond = NO_COND) -> Tensor:
         tokens = z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]

@@ -226,6 +226,10 @@ class DownPath(nn.Module):
                 self.steps.append(layout.stage(have, out, attend, tokens))
                 self.skip_channels.append(have := out)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The convolutions of the input."""
+        return [self.first, *self.inputs]
+
     def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
         h, inputs = self.first(x), iter(self.inputs)
         skips = [h]
@@ -266,6 +270,10 @@ class UpPath(nn.Module):
                 self.stages.append(layout.stage(inp, have, attend, tokens, up=last and i > 0))
         self.norm = GroupNorm(have)
         self.last = CONV[layout.dims](have, out, 3, padding=1)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The last convolution."""
+        return [self.last]
 
     def forward(self, h: Tensor, skips: list[Tensor] | list[Tensor | None], c: Routed) -> Tensor:
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
@@ -312,6 +320,10 @@ class UNetEncoder(nn.Module):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.layout.sizes[-1]), out[0]))
         self.last = flat if len(out) == 1 else CONV[self.layout.dims](channels, out[0], 3, padding=1)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The head."""
+        return [self.last]
+
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         c = embed_conditions(self.cond, self.layout, x, None, cond)
         h, _ = self.down(with_channels(x, c, self.layout), c)
@@ -336,6 +348,10 @@ class UNetDecoder(nn.Module):
         self.blank = len(layout.channels) * per_level - per_level
         skip_channels = [0] * cfg.num_blocks + [self.cond.num_channels] + [0] * self.blank
         self.up = UpPath(layout, spec.shape[0], skip_channels, self.cond.has_tokens)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The projection."""
+        return [self.first]
 
     def forward(self, z: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         c = embed_conditions(self.cond, self.layout, z, None, cond)
