@@ -407,8 +407,9 @@ def test_two_ranks_are_one_process(names):
     ranks = on_two_ranks(lambda accelerator: {name: trained_on(accelerator, name) for name in names})
     for name in names:
         whole = trained_on(Accelerator(cpu=True), name)
-        # Muon's products are in bf16, and Lion's steps are signs
-        close = {"muon": 2e-3, "lion": 2e-2, "soap": 1e-3}.get(name, 2e-5)
+        # Muon's products are in bf16, Lion's steps are signs; SOAP's first gradients do not fill the space, and rounding
+        # chooses the eigenvectors of the rest of it
+        close = {"muon": 2e-3, "lion": 2e-2, "soap": 5e-2}.get(name, 2e-5)
         assert all(torch.equal(v, ranks[1][name][k]) for k, v in ranks[0][name].items()), name
         for k, v in whole.items():
             assert torch.allclose(v, ranks[0][name][k], atol=close), (name, k)
