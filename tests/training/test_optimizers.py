@@ -377,6 +377,41 @@ def test_a_stored_run_does_not_import_an_optimizer_untrusted():
         require_trust(TrainSettings, tree, "config.yaml")
 
 
+class Keeper(torch.optim.Optimizer):
+    """Counts its steps in the group, and keeps a list and a transposed matrix for each parameter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "count": 0, "sum": None})
+
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            group["sum"] = torch.full((2,), float(group["count"]))
+            for p in group["params"]:
+                kept = self.state[p]
+                kept["past"] = [*kept.get("past", []), p.grad.clone(), group["count"]]
+                kept["turned"] = p.grad.clone().flatten(1).T if p.ndim > 1 else None
+
+
+def test_whatever_an_optimizer_keeps_comes_back(tmp_path):
+    settings = parse("tests.training.test_optimizers:Keeper")
+    whole, resumed = start(settings), start(settings)
+    step(whole, 0)
+    step(whole, 1)
+    restore_optimizers(through_file(whole, tmp_path), Flow(), resumed)
+    ours, theirs = (state.optimizers["denoise"] for state in (whole, resumed))
+    assert theirs.param_groups[0]["count"] == 2
+    assert torch.equal(theirs.param_groups[0]["sum"], torch.full((2,), 2.0))
+    for p, q in zip(whole.nets["net"].parameters(), resumed.nets["net"].parameters(), strict=True):
+        a, b = ours.state[p], theirs.state[q]
+        assert [len(a["past"]), a["past"][1], a["past"][3]] == [len(b["past"]), b["past"][1], b["past"][3]] == [4, 1, 2]
+        assert torch.equal(a["past"][2], b["past"][2])
+        assert (a["turned"] is None) == (b["turned"] is None)
+        if a["turned"] is not None:
+            assert torch.equal(a["turned"], b["turned"])
+            assert a["turned"].stride() == b["turned"].stride()
+
+
 def test_a_state_that_no_file_can_hold_is_refused():
     with pytest.raises(ValueError, match="its state a is a set"):
         flatten({1}, "a", {})
