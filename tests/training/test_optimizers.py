@@ -327,6 +327,29 @@ def test_evaluation_sees_the_average_of_a_schedule_free_optimizer():
     step(state, 3)
 
 
+class Doubled(torch.optim.SGD):
+    """Evaluates at twice the weights."""
+
+    def eval(self):
+        torch._foreach_mul_([p for group in self.param_groups for p in group["params"]], 2.0)
+
+    def train(self):
+        pass
+
+
+def test_hooks_have_the_weights_of_evaluation_and_training_goes_on_at_its_own(tmp_path):
+    settings = parse("tests.training.test_optimizers:Doubled", "--optimizer.momentum=0.5")
+    whole, resumed = start(settings), start(settings)
+    step(whole, 0)
+    trained = weights(whole)
+    with torch.no_grad(), evaluation_weights(whole.optimizers.values()):
+        assert all(torch.equal(p, 2 * trained[k]) for k, p in whole.nets["net"].named_parameters())
+        resumed.nets["net"].load_state_dict(whole.nets["net"].state_dict())
+        stored = through_file(whole, tmp_path)
+    restore_optimizers(stored, Flow(), resumed)
+    assert all(torch.equal(v, weights(state)[k]) for state in (whole, resumed) for k, v in trained.items())
+
+
 # ------------------------------------------------------------------------------------------- phases, other classes
 def test_a_phase_has_a_rate_of_its_own():
     settings = config.parse(TrainSettings, ["--objective=gan", "--phase-settings", "discriminator.lr=4e-4",
@@ -442,8 +465,8 @@ def test_two_ranks_are_one_process(names):
     ranks = on_two_ranks(lambda accelerator: {name: trained_on(accelerator, name) for name in names})
     for name in names:
         whole = trained_on(Accelerator(cpu=True), name)
-        # Muon's products are in bf16, Lion's steps are signs; SOAP's first gradients do not fill the space, and rounding
-        # chooses the eigenvectors of the rest of it
+        # Muon's products are in bf16, Lion's steps are signs; SOAP's first gradients do not fill the space, and
+        # rounding chooses the eigenvectors of the rest of it
         close = {"muon": 2e-3, "lion": 2e-2, "soap": 5e-2}.get(name, 2e-5)
         assert all(torch.equal(v, ranks[1][name][k]) for k, v in ranks[0][name].items()), name
         for k, v in whole.items():
