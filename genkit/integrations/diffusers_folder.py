@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from genkit.core.files import format_error
+from genkit.core.hub import HUB_NAME, call_hub
 
 DENOISERS = ("unet", "transformer")  # the folders of a pipeline that may hold its network
-HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")  # OWNER/NAME
 WANTED = (  # of a repository on the hub: settings, vocabularies and safetensors, nothing that runs
     "*.json", "*.txt", "*.model", "diffusion_pytorch_model*.safetensors",
     *(f"{part}*/*.safetensors" for part in (*DENOISERS, "vae", "text_encoder")),
@@ -32,16 +30,12 @@ def download(name: str, option: str = "init") -> Path:
         raise ValueError(
             f"{option}: there is no folder {name}; needs a folder of save_pretrained, or OWNER/NAME of the hub"
         )
-    try:
-        from huggingface_hub import snapshot_download  # lazy: optional
-
-        return Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
-    except Exception as e:  # of many kinds: no library, no network, no such repository
-        reason = format_error(e)[:150]
-        raise ValueError(
-            f"{option}: there is no folder {name}, and the hub did not give it ({reason}); is there a network? Else "
-            "download it elsewhere and name its folder"
-        ) from e
+    return call_hub(
+        f"{option}: there is no folder {name}",
+        name,
+        lambda hub: Path(hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))),
+        "; else download it elsewhere and name its folder",
+    )
 
 
 def read_json(path: Path, option: str = "init") -> dict[str, Any]:
@@ -55,6 +49,16 @@ def read_json(path: Path, option: str = "init") -> dict[str, Any]:
     return content
 
 
+def split_location(location: str) -> tuple[str, Path | None]:
+    """Model and file of ``P+FILE``, the weights or the LoRA to take with a model; the file is None for ``P`` alone."""
+    base, plus, file = location.rpartition("+")
+    if not plus or not file.endswith(".safetensors") or Path(location).expanduser().is_dir():
+        return location, None
+    return base, Path(file).expanduser().resolve()
+
+
 def canonical_name(location: str) -> str:
-    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub."""
-    return str(Path(location).expanduser().resolve()) if Path(location).expanduser().is_dir() else location
+    """``location`` as config.yaml stores it: the absolute path of a folder, or a name of the hub; with its file."""
+    base, file = split_location(location)
+    name = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
+    return name if file is None else f"{name}+{file}"

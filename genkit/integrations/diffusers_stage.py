@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from genkit.backbones.diffusers import diffusers_class
 from genkit.core import Batch
 from genkit.core.files import format_error
+from genkit.core.hub import HUB_NAME
 from genkit.data.codecs import Pixels, decode_smoothly
-from genkit.integrations.diffusers_folder import HUB_NAME, locate
+from genkit.integrations.diffusers_folder import locate
 from genkit.objectives.autoencoders.autoencoder import Posterior, point_posterior
 from genkit.training.first_stage import ForeignStage, encode_in_chunks
 

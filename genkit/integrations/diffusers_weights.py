@@ -1,7 +1,8 @@
 """``--init diffusers:DIR``: settings and weights of a network that diffusers saved.
 
 DIR is the folder of a model (config.json, diffusion_pytorch_model.safetensors) or of a pipeline, with unet/ or
-transformer/ and scheduler/; or OWNER/NAME, which is downloaded from the hub. Weights are read from safetensors only.
+transformer/ and scheduler/; or OWNER/NAME, which is downloaded from the hub. DIR+FILE takes the weights of its network
+from a file in diffusers' layout, or adds the change in a LoRA file. Weights are read from safetensors only.
 
 The module is an ``InitSource`` (``genkit.training.init_sources``).
 """
@@ -12,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ from genkit.backbones.diffusers import (
     diffusers_class,
     shift_time_embedding,
 )
+from genkit.config import load_object
 from genkit.core import Objective
 from genkit.core.files import format_error
-from genkit.core.weight_files import StoredTensor, list_weights
+from genkit.core.weight_files import StoredTensor, list_tensors, list_weights
 from genkit.diffusion.paths import VP
-from genkit.integrations.diffusers_folder import DENOISERS, canonical_name, locate, read_json
+from genkit.integrations.diffusers_folder import DENOISERS, canonical_name, locate, read_json, split_location
 from genkit.integrations.diffusers_scheduler import scheduler_times, solver_of
 from genkit.objectives import DDPM
 from genkit.objectives.matching.matching import Matching
@@ -49,6 +52,8 @@ CLASSES = {
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
 BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OTHER_LAYOUTS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")  # as single files are often found
+MERGE_LORA_FILE = "genkit.integrations.lora_files:merge_lora_file"  # which imports this module
 CLASS_TABLE = re.compile(r"(class_embedding|class_embedder\.embedding_table)\.weight$")
 
 
@@ -63,6 +68,8 @@ class SavedModel:
     """of the network: ``root``, or in it"""
     settings: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
+    file: Path | None = None
+    """weights of the network, or a LoRA, from elsewhere"""
 
     @property
     def network(self) -> type[NetworkConfig]:
@@ -70,9 +77,16 @@ class SavedModel:
         kind = CLASSES[self.settings["_class_name"]]
         return SDXL if kind is UNet2DCondition and self.settings.get("addition_embed_type") == "text_time" else kind
 
+    @cached_property
+    def has_lora(self) -> bool:
+        """Whether ``file`` is a LoRA. ``ValueError`` if it cannot be read."""
+        return self.file is not None and any("lora" in name.lower() for name in list_tensors(self.file))
+
     @property
     def weights(self) -> Path:
         """The safetensors file, or the index of several. ``ValueError`` if there is none."""
+        if self.file is not None and not self.has_lora:
+            return self.file
         plain = self.folder / "diffusion_pytorch_model.safetensors"
         index = self.folder / f"{plain.name}.index.json"
         files = [p for p in (plain, index) if p.is_file()] or sorted(self.folder.glob("*.safetensors"))
@@ -85,7 +99,10 @@ class SavedModel:
 
 def open_model(location: str) -> SavedModel:
     """The model in a folder, or on the hub. ``ValueError`` if there is none that genkit supports."""
+    location, file = split_location(location)
     root = locate(location)
+    if file is not None and not file.is_file():
+        raise ValueError(f"init: there is no file {file}; needs safetensors with the weights of a network, or a LoRA")
     folder = next((root / p for p in DENOISERS if (root / p / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
         names = " or ".join(DENOISERS)
@@ -95,7 +112,8 @@ def open_model(location: str) -> SavedModel:
         kind = settings.get("_class_name", "model without a class")
         raise ValueError(f"init: {folder} holds a {kind}, which genkit cannot call; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
-    return SavedModel(location, root, folder.resolve(), settings, read_json(scheduler) if scheduler.is_file() else None)
+    scheduling = read_json(scheduler) if scheduler.is_file() else None
+    return SavedModel(location, root, folder.resolve(), settings, scheduling, file)
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -121,15 +139,16 @@ def init_defaults(location: str) -> dict[str, Any]:
     family = Diffusers(network, timesteps, clock, learned_sigma)
     backbone = config.dump(Blocks(backbone=family))["backbone"]
     objective = objective_of(model)
-    codec = {"codec": f"diffusers:{canonical_name(location)}"} if (model.root / "vae").is_dir() else {}
+    codec = {"codec": f"diffusers:{canonical_name(model.name)}"} if (model.root / "vae").is_dir() else {}
     return {"backbone": backbone, **({"objective": objective} if objective else {}), **codec}
 
 
 def text_encoder(location: str) -> str | None:
     """The encoders of the pipeline at ``location``, as ``--data.encoder`` names them; None if it reads no text."""
-    root = open_model(location).root
+    model = open_model(location)
+    root = model.root
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-    return f"diffusers:{canonical_name(location)}" if "text_encoder" in index else None
+    return f"diffusers:{canonical_name(model.name)}" if "text_encoder" in index else None
 
 
 def pipeline(location: str, objective: Objective) -> Pipeline | None:
@@ -141,7 +160,7 @@ def pipeline(location: str, objective: Objective) -> Pipeline | None:
     theirs = config.from_dict(Blocks, {"objective": block}).objective
     if theirs.path != objective.path:
         return None
-    name, explicit = canonical_name(location), model.network.explicit_grid
+    name, explicit = canonical_name(model.name), model.network.explicit_grid
     return Pipeline("diffusers", name, solver.sampler, dict(model.scheduler), explicit, solver.note)
 
 
@@ -248,13 +267,19 @@ def init_from(
         theirs, ours = (list(v[key].shape) if key in v else "absent" for v in (stored, wanted))
         if theirs != ours:
             hint = "; it was trained with classes, keep the data's labels" if CLASS_TABLE.search(key) else ""
+            if model.file is not None and any(k.startswith(OTHER_LAYOUTS) for k in stored):
+                hint = "; it has the layout of other programs: convert it by from_single_file of diffusers"
             raise ValueError(f"init: {location} does not fit, first at {key}: {theirs} there, {ours} here{hint}")
     for key, tensor in stored.items():
         adopt_tensor(target.model, key, tensor.read() if isinstance(tensor, StoredTensor) else tensor)
     if is_flow_matching(model.scheduler) and target.cfg.clock == "index":
         changed = remap_time_embedding(target.model, -1.0)  # from 1000 t to our timesteps * label - 1
         target.model.load_state_dict(changed, strict=False)
-    return {"run": f"diffusers:{canonical_name(location)}", "weights": str(model.weights)}
+    origin = {"run": f"diffusers:{canonical_name(location)}", "weights": str(model.weights)}
+    if not model.has_lora:
+        return origin
+    load_object(MERGE_LORA_FILE)(nets, model.file)
+    return {**origin, "adapter": str(model.file)}
 
 
 def read_header(model: SavedModel) -> dict[str, StoredTensor]:
@@ -262,7 +287,7 @@ def read_header(model: SavedModel) -> dict[str, StoredTensor]:
     try:
         return list_weights(model.weights)
     except ValueError as e:
-        raise ValueError(f"init: {model.folder} cannot be read: {format_error(e)[:200]}") from e
+        raise ValueError(f"init: {model.file or model.folder} cannot be read: {format_error(e)[:200]}") from e
 
 
 def with_new_names(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from genkit.core.files import atomic_directory, format_error
+from genkit.core.files import atomic_directory
+from genkit.core.hub import HUB_NAME, call_hub
 from genkit.core.tensors import cache_folder
-from genkit.integrations.diffusers_folder import HUB_NAME
 
 PREFIX = "hf://"
 PATTERNS = (  # what a run consists of; nothing else is downloaded
     "config.yaml", "finetune.yaml", "base.json", "pipeline.json", "README.md", "samples.png", "eval/*.json",
     "checkpoints/*/*.safetensors", "checkpoints/*/state.json", "codec/*.safetensors", "codec/*.json",
 )  # fmt: skip
-Result = TypeVar("Result")
 logger = logging.getLogger("genkit")
 
 
@@ -91,26 +89,3 @@ def find_hub_run(name: str) -> Path:
         return newest
     copy = folder / commit
     return copy if (copy / "config.yaml").is_file() else download_run(f"{repo}@{commit}", copy)
-
-
-def call_hub(option: str, repo: str, call: Callable[[Any], Result]) -> Result:
-    """``call(huggingface_hub)``. Whatever the hub answers that is no success becomes a ``ValueError`` of one line."""
-    try:
-        import huggingface_hub  # lazy: optional, slow to import
-        import huggingface_hub.constants
-    except ImportError as e:
-        raise ValueError(f"{option}: needs the package huggingface_hub: pip install 'genkit-torch[hub]'") from e
-    try:
-        return call(huggingface_hub)
-    except Exception as e:  # of many kinds: no network, no such model, no permission
-        raise ValueError(f"{option}: {explain(e, repo, huggingface_hub.constants.ENDPOINT)}") from e
-
-
-def explain(error: Exception, repo: str, endpoint: str) -> str:
-    """One line on what the hub answered, and what to try."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"{endpoint} does not let you at {repo} ({status}); log in with hf auth login, or set HF_TOKEN"
-    if status == 404:
-        return f"{endpoint} has no {repo}, or it is private; look at the name, or log in with hf auth login"
-    return f"{endpoint} cannot be reached for {repo} ({format_error(error)[:150]}); is there a network?"

@@ -17,7 +17,10 @@ BASE_FILE = "base.json"
 
 def write_base(run: Path, origin: Mapping[str, str]) -> None:
     """Record which weights a LoRA adapts or a fine-tuning run began from, with their checksum."""
-    write_text(run / BASE_FILE, json.dumps({**origin, "sha256": weights_sha256(base_weights(origin))}, indent=1) + "\n")
+    record = {**origin, "sha256": weights_sha256(base_weights(origin))}
+    if "adapter" in origin:
+        record["adapter_sha256"] = sha256(Path(origin["adapter"]))
+    write_text(run / BASE_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def base_weights(origin: Mapping[str, str]) -> Path:
@@ -47,6 +50,9 @@ def read_base(run: Path, given: str | Path | None = None) -> dict[str, str]:
     if not present:
         raise ValueError(f"{run}: began from {base_weights(origin)}, which is not there any more; put it back, or its "
                          "run beside this one")  # fmt: skip
+    adapter = Path(origin.get("adapter", ""))
+    if "adapter" in origin and (not adapter.is_file() or sha256(adapter) != origin["adapter_sha256"]):
+        raise ValueError(f"{run}: began with the LoRA {adapter}, which is gone or has changed; put it back")
     for candidate in present:
         if weights_sha256(base_weights(candidate)) == origin["sha256"]:
             return candidate

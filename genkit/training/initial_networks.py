@@ -34,7 +34,7 @@ def initial_networks(
     torch.manual_seed(settings.seed)
     with without_weights() if adopts else contextlib.nullcontext():
         nets = make_networks(settings, data)
-    if adopts and weights.active:
+    if adopts and weights.active and not str(settings.init).endswith(".safetensors"):  # a LoRA is added to full weights
         compress(nets, weights)
     elif not adopts:
         nets = {name: net.to(device) for name, net in nets.items()}

@@ -178,7 +178,8 @@ class TrainSettings:
     """Latents of a VAE: a new draw of the posterior each time, or its mean."""
     init: PathText | None = None
     """Start from the weights (slowest average) of this run, whose objective and backbone are used unless others are
-    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub."""
+    given; or from diffusers:DIR, a diffusers model or pipeline, or diffusers:OWNER/NAME on the hub; +FILE after it
+    takes the weights of its network, or adds a LoRA, from a safetensors file."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
     prior: Any = table("genkit.training.prior:PRIOR", "prior")

@@ -166,7 +166,7 @@ def test_folders_that_are_no_lerobot_dataset_are_refused(tmp_path, monkeypatch):
     (tmp_path / "bare").mkdir()
     refuses(lambda: LeRobot(root=str(tmp_path / "bare")).load(), "info.json", "missing or damaged")
     refuses(lambda: LeRobot(root=str(tmp_path / "absent")).load(), "no such folder", "--data.root")
-    refuses(lambda: LeRobot(root="somebody/nothing").load(), "cannot be downloaded from the hub", "--data.root")
+    refuses(lambda: LeRobot(root="somebody/nothing").load(), "is not a folder", "cannot be reached for", "--data.root")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refuses(wants("action"), "needs pyarrow", "pip install 'genkit[data]'")
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 TRAINED = ("--lora.rank=4", "--lr=1e-3", "--steps=4", "--warmup=0", "--schedule=constant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux-dev", "pixart", "sana", "sdxl"])
 def test_bf16_and_int8_networks_are_near_the_full_one(run_of, name):
     """Relative error of the network's output."""
@@ -50,6 +51,7 @@ def has_package(kind):
     return importlib.util.find_spec(PACKAGES[kind]) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
 def test_an_adapter_is_trained_on_a_compressed_base_and_merged_into_the_full_one(run_of, tmp_path, kind, capsys):
     option = "--base-dtype=bf16" if kind == "bf16" else f"--quantize={kind}"
@@ -68,6 +70,7 @@ def test_an_adapter_is_trained_on_a_compressed_base_and_merged_into_the_full_one
     assert f"trained on frozen weights in {'bf16' if kind == 'bf16' else f'{kind} and fp32'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_on_a_compressed_base_is_resumed_exactly(run_of, tmp_path):
     whole = run_of("sd3", *TRAINED, "--base-dtype=bf16", "--save-every=2")
     shutil.copytree(whole, tmp_path / "run", symlinks=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
+from genkit.core.hub import call_hub
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.source import DataSource
 from genkit.envs import parse_arguments
@@ -229,15 +230,12 @@ def lerobot_folder(root: str) -> Path:
     hint = "give --data.root a folder that contains meta/info.json, or the hub id of a LeRobot dataset"
     if root.count("/") != 1 or root[0] in "./~":
         raise ValueError(f"{root}: there is no such folder; {hint}")
-    try:
-        from huggingface_hub import snapshot_download  # lazy: optional
-    except ImportError:
-        raise ValueError(f"{root}: is not a folder, and downloading it needs huggingface-hub: {INSTALL}") from None
-    try:
-        return Path(snapshot_download(root, repo_type="dataset", allow_patterns=["meta/*", "data/*"]))
-    except Exception as e:  # its errors are requests', httpx's, OSError and its own
-        reason = format_error(e)[:160]
-        raise ValueError(f"{root}: is not a folder, and cannot be downloaded from the hub ({reason}); {hint}") from e
+    return call_hub(
+        f"{root}: is not a folder",
+        root,
+        lambda hub: Path(hub.snapshot_download(root, repo_type="dataset", allow_patterns=["meta/*", "data/*"])),
+        f"; {hint}",
+    )
 
 
 def lerobot_info(folder: Path) -> dict[str, Any]:
