@@ -117,6 +117,9 @@ class LocalImages(LocalSource):
 
     memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
+    alpha: Literal["white", "weight"] = "white"
+    """what an alpha channel means: white, the image lies on white; weight, it is the weight of each pixel in the loss
+    of a path objective, and colours are as stored"""
 
     @abstractmethod
     def open_files(self, path: Path) -> ImageContainer:
@@ -139,7 +142,8 @@ class LocalImages(LocalSource):
             num_held_out = len(rows) if split == "test" else len(files.names) - len(rows)
             label = None if label is None else label[rows]
         cond, kinds = ({}, {}) if label is None or kind is None else ({"label": label}, {"label": kind})
-        return replace(self.from_files(chosen, cond, kinds, self.memory, captions), num_held_out=num_held_out)
+        data = self.from_files(chosen, cond, kinds, self.memory, captions, self.alpha == "weight")
+        return replace(data, num_held_out=num_held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from genkit.core import Batch, Data, Draw, seed_of
 from genkit.data.images import OnDisk
 from genkit.data.latents import InLatents
+from genkit.data.text_states import pad_tokens
 
 Rows = tuple[int, int, int]  # draw, start, stop
 
@@ -121,5 +122,7 @@ class ReadAhead:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """The samples and conditions of several batches as one."""
-    return Batch(torch.cat([b.x for b in parts]), {k: torch.cat([b.cond[k] for b in parts]) for k in parts[0].cond})
+    """The samples, conditions and weights of places of several batches as one; shorter texts are padded."""
+    cond = {k: torch.cat(pad_tokens(k, [b.cond[k] for b in parts])) for k in parts[0].cond}
+    weights = [b.place_weight for b in parts if b.place_weight is not None]
+    return Batch(torch.cat([b.x for b in parts]), cond, place_weight=torch.cat(weights) if weights else None)
