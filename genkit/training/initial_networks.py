@@ -87,9 +87,9 @@ def require_shapes(
 ) -> None:
     """``ValueError`` for the first shape among the buckets of ``dataset`` that the first stage or the networks cannot
     take: one image of each is tried."""
-    buckets = dataset.buckets if isinstance(dataset, OnDisk) else None
-    if buckets is None:
+    if not isinstance(dataset, OnDisk) or dataset.buckets is None:
         return
+    buckets = dataset.buckets
     for k, shape in enumerate(buckets.shapes):
         row = (buckets.of == k).nonzero()[0]
         draw = Draw((0,), 0, 1, device)

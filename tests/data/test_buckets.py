@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from genkit.backbones.diffusers_text_to_image import SDXL
 from genkit.cli.main import main
 from genkit.data import DATA, Stream
 from genkit.data.buckets import MAX_RATIO, BucketOrder, Buckets, bucket_shape
@@ -109,6 +112,22 @@ def test_sizes_are_those_of_the_stored_picture_the_crop_and_the_bucket():
     assert buckets.sizes(torch.tensor([1]))[0].tolist() == [1024, 1024, 0, 0, 512, 512]
 
 
+def test_sdxl_is_told_the_sizes_of_the_data_and_its_own_without_them():
+    told = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, time, tokens, class_labels=None, added_cond_kwargs=None):
+            told.append(added_cond_kwargs["time_ids"].tolist())
+            return SimpleNamespace(sample=x)
+
+    context = {"tokens": torch.zeros(1, 3, 4), "pooled": torch.zeros(1, 4)}
+    sizes = torch.tensor([[600.0, 400, 16, 0, 640, 448]])
+    for given_sizes in ({}, {"sizes": sizes}):
+        SDXL().call(Net(), torch.zeros(1, 4, 80, 56), torch.zeros(1), None, {**context, **given_sizes})
+    assert told == [[[640, 448, 0, 0, 640, 448]], sizes.tolist()]
+
+
+@pytest.mark.slow
 def test_runs_on_buckets_train_and_networks_of_one_shape_are_refused(folder, tmp_path, capsys):
     args = ["train", f"--data={folder}", "--data.size=16", "--data.bucket=4", "--data.held-out=0", "--batch=3",
             "--steps=6", "--no-tensorboard", "--device=cpu", "--sample-every=0", "--log-every=1", "--workers=0",
