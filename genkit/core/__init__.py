@@ -15,6 +15,7 @@ from genkit.core.conditions import (
     NO_COND,
     RESERVED,
     SCALE_INPUT,
+    SIZES_INPUT,
     Cond,
     Condition,
     Frames,
@@ -50,7 +51,8 @@ from genkit.core.protocols import (
 )
 
 __all__ = [
-    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data",
+    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "SIZES_INPUT", "Backbone", "Batch",
+    "Codec", "Cond", "Condition", "Data",
     "Denoiser", "Direction", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise",
     "Objective", "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text",
     "Tokens", "Vector", "expand", "keep_target", "mean_flat", "pool_weight", "seed_of", "spec_from_dict",

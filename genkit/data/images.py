@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from genkit.config.numbers import Count, Width
 from genkit.config.paths import PathText
-from genkit.core import Batch, Codec, Condition, Draw, Spec
+from genkit.core import SIZES_INPUT, Batch, Codec, Condition, Draw, Spec
 from genkit.core.files import format_error
 from genkit.core.messages import warn_once
 from genkit.core.progress import terminal_progress
+from genkit.data.buckets import Buckets
 from genkit.data.captions import FILES, CaptionReader, Captions, are_sentences, load_captions
 from genkit.data.codecs import Pixels
 from genkit.data.image_files import ListedFile
@@ -43,6 +44,7 @@ PROGRESS_FROM = 2000  # number of images above which decoding shows a progress b
 CHUNK = 64  # images that one task of the thread pool decodes
 PAGED_FORMATS = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # whose further pages are images of their own (not a JPEG's)
 OPENING = threading.Lock()  # filters of warnings are not made for several threads
+ORIENTATION, SIDEWAYS = 0x0112, 5  # the tag of EXIF, and the first of its values that turn a picture by 90 degrees
 GREY_MODES = ("1", "L", "LA", "La")  # of Pillow; palettes count as colour, 16 bits are handled separately
 
 
@@ -137,6 +139,27 @@ def decode(
         raise ValueError(f"{name}: cannot be decoded: {format_error(e)}") from e
 
 
+def stored_sizes(files: ImageFiles) -> Tensor:
+    """Height and width of each image, upright (EXIF), Int ``[N, 2]``; only the headers of plain files are read.
+
+    ``ValueError`` names what is no image.
+    """
+
+    def measure(i: int) -> tuple[int, int]:
+        from PIL import Image as pil  # lazy: speed
+
+        location = files.location(i)
+        try:
+            with pil.open(location) if os.path.isfile(location) else open_image(files.read(i)) as image:
+                turned = image.getexif().get(ORIENTATION, 1) >= SIDEWAYS
+                return (image.width, image.height) if turned else (image.height, image.width)
+        except (OSError, ValueError, SyntaxError) as e:
+            raise ValueError(f"{location}: is not an image that Pillow can read: {format_error(e)}") from e
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return torch.tensor(list(pool.map(measure, range(len(files.names)))))
+
+
 def with_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:
     """``items``, with a progress bar on standard error if that is a terminal."""
     with terminal_progress() as progress:
@@ -189,6 +212,8 @@ class OnDisk:
     """shards whose rows are mixed at a time; None: all"""
     weighted: bool = False
     """whether the alpha channel is the weight of each pixel in the loss"""
+    buckets: Buckets | None = None
+    """shapes for batches of training; elsewhere all images have the shape of ``spec``"""
     paged: set[str] = field(default_factory=set, init=False)
     """images of which only the first page is taken, as far as they were read"""
     warned: bool = field(default=False, init=False)
@@ -196,17 +221,18 @@ class OnDisk:
     def __len__(self) -> int:
         return len(self.files.names)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Decoded images, uint8 ``[B, C, H, W]``, with their alpha as one more channel if they are ``weighted``.
+    def read(self, indices: Sequence[int], size: Size = None) -> Tensor:
+        """Decoded images, of this ``size`` or that of the data, uint8 ``[B, C, H, W]``, with their alpha as one more
+        channel if they are ``weighted``.
 
         ``ValueError`` names a file that is corrupt or has another shape.
         """
         channels, *axes = self.spec.shape
-        shape = (channels + self.weighted, *axes)
+        shape = (channels + self.weighted, *(axes if size is None else height_width(size)))
         out = np.empty((len(indices), *shape), dtype=np.uint8)
         for row, i in enumerate(indices):
             content, location = self.files.read(i), self.files.location(i)
-            pixels = decode(content, location, self.size, self.channels, self.paged, self.weighted)
+            pixels = decode(content, location, size or self.size, self.channels, self.paged, self.weighted)
             if pixels.shape != shape:
                 raise ValueError(self._describe_mismatch(i, (pixels.shape[0] - self.weighted, *pixels.shape[1:])))
             out[row] = pixels
@@ -223,7 +249,19 @@ class OnDisk:
 
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
         """The images at ``indices`` ``[B]``, augmented by ``draw``."""
-        x = self.read(indices.tolist())
+        return self.finish(self.read(indices.tolist()), indices, draw)
+
+    def training_batch(self, indices: Tensor, draw: Draw) -> Batch:
+        """The same in the shape of their bucket, with their sizes as a condition, if there are buckets."""
+        if self.buckets is None:
+            return self.batch(indices, draw)
+        batch = self.finish(
+            self.read(indices.tolist(), self.buckets.shapes[int(self.buckets.of[indices[0]])]), indices, draw
+        )
+        return replace(batch, cond={**batch.cond, SIZES_INPUT: self.buckets.sizes(indices)})
+
+    def finish(self, x: Tensor, indices: Tensor, draw: Draw) -> Batch:
+        """A batch of decoded images ``x``, augmented by ``draw``, with their conditions."""
         if self.paged and not self.warned:
             self.warned = True
             warn_once(f"{min(self.paged)}: has several pages; only the first of each such image is taken")
@@ -323,16 +361,20 @@ class ImageSource(DataSource):
         memory: float,
         read_captions: CaptionReader | None = None,
         weighted: bool = False,
+        bucket: int | None = None,
     ) -> InMemory | OnDisk:
         """The images of ``files`` by these settings, in memory if they need at most ``memory`` GiB.
 
-        The first image determines the shape of all. If they are ``weighted``, their alpha is a weight.
+        The first image determines the shape of all. If they are ``weighted``, their alpha is a weight. With a
+        ``bucket``, the step of the sides of shapes, they stay on the disk, and training sees them in their own ratio.
         """
         first = decode(files.read(0), files.location(0), self.size, self.channels)
         cond, kinds, captions = self.build_conditions(len(files.names), cond, kinds, read_captions)
         spec = Spec(first.shape, kinds)
         spec.check(cond, len(files.names))
         data = OnDisk(files, cond, spec, self.size, self.channels, self.flip, captions, weighted=weighted)
+        if bucket is not None:
+            return replace(data, buckets=Buckets.build(stored_sizes(files), first.shape[1] * first.shape[2], bucket))
         return data.in_memory() if len(data) * first.size <= memory * 2**30 else data
 
     def from_array(self, pixels: Tensor, cond: Mapping[str, Tensor], kinds: Mapping[str, Condition]) -> InMemory:

@@ -141,6 +141,10 @@ def encode(
         data = source.load(settings.split)
         if isinstance(data, InLatents):
             raise ValueError(f"data: {folder} would be latents of latents; name the samples themselves")
+        if getattr(data, "buckets", None) is not None:
+            raise ValueError(
+                "data.bucket: latents in several shapes cannot be cached; leave it out, or train on images"
+            )
         first_stage = open_first_stage(stage, data.spec.shape, accelerator.device)
     threads = None if foreign else stored_settings(find_run(stage)).threads
     with reporting(progress, ranks.is_main) as report, use_threads(threads):

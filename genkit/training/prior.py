@@ -152,6 +152,8 @@ def require_alike(first: Data, second: Data) -> None:
     stages = {data.index["stage"]["sha256"] for data in (first, second) if isinstance(data, InLatents)}
     if len(stages) > 1:
         raise ValueError("prior.data: its latents are of another first stage than those of the data; encode again")
+    if any(getattr(data, "buckets", None) is not None for data in (first, second)):
+        raise ValueError("prior.data: a batch of two sources has one shape; leave --data.bucket out")
     if is_weighted(first) != is_weighted(second):
         raise ValueError("prior.data: one of the sources has weights of places (alpha weight), the other has not")
 

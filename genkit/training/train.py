@@ -39,7 +39,7 @@ from genkit.training.directory import create_run, find_run, list_checkpoints, re
 from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, require_start
-from genkit.training.initial_networks import initial_networks
+from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
@@ -289,6 +289,7 @@ def build_model(
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
     nets, origin = initial_networks(settings, accelerator.device, data, resumed if checkpoint else None, notes)
+    require_shapes(settings, dataset, data.codec, nets, accelerator.device)
     state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
     with accelerator.main_process_first():
         stream = make_stream(settings, dataset, accelerator.device)
@@ -406,6 +407,8 @@ def describe_start(
         yield held_out
     if classes := describe_classes(model.dataset):
         yield f"classes  {classes}"
+    if isinstance(model.dataset, OnDisk) and model.dataset.buckets:
+        yield f"buckets  {model.dataset.buckets.describe(settings.batch)}"
     if settings.sample_every and (pictures := shown.describe(settings)):
         yield pictures
     if isinstance(model.stream, MixedStream):
