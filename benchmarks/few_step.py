@@ -50,6 +50,7 @@ from genkit.objectives import DMD, Distillation, Drift, Flow, FlowMap, Progressi
 from genkit.objectives.distillation.student import Student
 from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Rule
 from genkit.objectives.matching.couplings import GivenPairs
+from genkit.training.loop import Diverged
 
 STEPS = (1, 2, 4, 8)
 MAX_SAMPLES = 10**6
@@ -255,22 +256,31 @@ def draw_pairs(trainer: Trainer, flow: Flow, nets: Mapping[str, nn.Module]) -> D
 
 
 def measure(settings: Sequence[Setting], way: str, seconds: float, part: Part) -> dict[str, object]:
-    """One row: values by number of steps, CPU seconds and training steps of each training."""
+    """One row: values by number of steps, CPU seconds and training steps of each training that does not diverge.
+
+    ``diverged`` are the seeds of those that do, if any.
+    """
     values: dict[str, dict[str, list[float]]] = {}
-    used, steps = [], []
+    used, steps, diverged = [], [], []
     for setting in settings:
         for seed in setting.seeds:
             trainer = Trainer(setting, seconds / len(settings), seed, part.rate)
             shape = setting.gan.latent if way == "gan" else None
             z, cond = setting.test(seed, shape)
-            for k, generate in generators(trainer, way, part.counts).items():
+            try:
+                drawn = generators(trainer, way, part.counts)
+            except Diverged:
+                diverged.append(seed)
+                continue
+            for k, generate in drawn.items():
                 with torch.no_grad():
                     x = generate(z, cond, setting.noise(seed))
                 for name, numbers in setting.score(x).items():
                     values.setdefault(name, {}).setdefault(str(k), []).extend(numbers)
             used.append(round(trainer.used, 1))
             steps.append(trainer.steps)
-    return {"values": values, "cpu_seconds": used, "steps": steps}
+    row: dict[str, object] = {"values": values, "cpu_seconds": used, "steps": steps}
+    return {**row, "diverged": diverged} if diverged else row
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -340,9 +350,10 @@ def print_tables(console: Console, title: str, rows: Mapping[str, dict]) -> None
         counts = sorted({int(k) for values in found for k in values})
         table = Table("", *(f"{k} step{'s' * (k > 1)}" for k in counts), "CPU s", "training", title=f"{title}, {name}")
         for (row, cell), values in zip(rows.items(), found, strict=True):
-            cost = (f"{sum(cell[k]) / len(cell[k]):.0f}" if k in cell else "" for k in ("cpu_seconds", "steps"))
+            cost = (f"{sum(cell[k]) / len(cell[k]):.0f}" if cell.get(k) else "" for k in ("cpu_seconds", "steps"))
             numbers = (values.get(str(k)) for k in counts)
-            table.add_row(row, *(format_mean_sd(v) if v else "" for v in numbers), *cost)
+            lost = f" ({len(cell['diverged'])} diverged)" if "diverged" in cell else ""
+            table.add_row(row + lost, *(format_mean_sd(v) if v else "" for v in numbers), *cost)
         console.print(table)
 
 

@@ -32,6 +32,8 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for panel, (title, rows) in zip(panels, parts.items(), strict=True):
         counts: set[int] = set()
         for way, cell in rows.items():
+            if not cell["values"]:  # every seed diverged
+                continue
             name, values = next(iter(cell["values"].items()))
             panel.set_ylabel(name, fontsize=9)
             if way in REAL:

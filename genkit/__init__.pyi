@@ -36,6 +36,7 @@ from .evaluation.report.page import write_report
 from .evaluation.run_records import RunRecord
 from .evaluation.sweeps import SweepResult, SweepSettings, sweep
 from .integrations.export import ExportSettings, export
+from .integrations.importing import ImportSettings, import_run
 from .objectives import DDPM, EDM, GAN, VAE, VQ, AnchoredFlow, Autoencoder, Classifier, Flow, Regression
 from .rl.finetune.loop import FinetunedRun, finetune
 from .rl.finetune.settings import FinetuneSettings
@@ -90,6 +91,7 @@ __all__ = [
     "Generator",
     "Guidance",
     "Image",
+    "ImportSettings",
     "InMemory",
     "Label",
     "LikelihoodResult",
@@ -131,6 +133,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "import_run",
     "likelihood",
     "list_runs",
     "load",

@@ -235,9 +235,12 @@ def few_step_rows(part: str, value: str, digits: int, counts: Sequence[str] = FE
     for way, label in WAYS.items():
         if (cell := cells.get(f"{part}/{way}")) is None:
             continue
-        runs = [cell["values"][value].get(k) for k in counts]
-        seconds = mean(cell["cpu_seconds"]) * len(cell["cpu_seconds"]) / len(runs[0])
-        rows.append([label, *(spread(run, digits) if run else "" for run in runs), number(seconds, 0)])
+        if lost := cell.get("diverged"):
+            label += f" ({len(lost)} of {len(lost) + len(cell['steps'])} seeds diverged)"
+        runs = [cell["values"].get(value, {}).get(k, ()) for k in counts]
+        seconds = number(sum(cell["cpu_seconds"]) / len(runs[0]), 0) if runs[0] else ""
+        shown = (spread(run, digits) if len(run) > 1 else number(run[0], digits) if run else "" for run in runs)
+        rows.append([label, *shown, seconds])
     return rows
 
 
@@ -258,6 +261,42 @@ def few_step_images(part: str, digits: int, counts: Sequence[str] = FEW) -> str:
         drawn = spread(resampled["values"]["Fréchet"]["1"], digits)
         rows.append(["1,000 of them, drawn with replacement", drawn, *[""] * (len(counts) + 1)])
     return table(["Fréchet distance", "1 step", *counts[1:], "accuracy, 1 step", "training, CPU s"], rows)
+
+
+def few_step_many() -> str:
+    """The digits by 10,000 samples: one step without a teacher, and what :func:`reflow` has by the same ruler."""
+    cells, ladder = load("few-step-10000")["cells"], load("reflow-digits-10000")["cells"]["digits"]
+    rows = []
+    for way, label in WAYS.items():
+        if cell := cells.get(f"digits/{way}"):
+            values = [spread(cell["values"][name]["1"], digits) for name, digits in (("Fréchet", 2), ("accuracy", 3))]
+            rows.append([label + ", one step", *values, number(mean(cell["cpu_seconds"]), 0)])
+    measured = ladder["rows"]
+    cost = number(ladder["seconds"] / len(measured["1-RF"]["one"]), 0)
+    rows.append(["two reflows and distillation, one step", spread(measured["3-RF distilled"]["one"], 2), "", cost])
+    rows.append(["flow, 25 Heun steps", spread(measured["1-RF"]["many"], 2), "", ""])
+    rows.append(["real data", number(mean(cells["digits/real"]["values"]["Fréchet"]["1"]), 2), "", ""])
+    drawn = spread(cells["digits/resampled"]["values"]["Fréchet"]["1"], 2)
+    rows.append(["10,000 of them, drawn with replacement", drawn, "", ""])
+    return table(["Fréchet distance of 10,000 samples", "", "accuracy", "training, CPU s"], rows)
+
+
+def few_step_guided() -> str:
+    """A flow map's guidance as an input and by classifier-free guidance, by number of steps; intervals as below."""
+    from benchmarks.results import student_interval
+
+    cells, rows = load("few-step")["cells"], []
+    two, one = (cells[f"guided/{way}"]["values"] for way in ("two-passes", "one-pass"))
+    for k in FEW:
+        row = [k]
+        for metric, digits in (("accuracy", 3), ("Fréchet", 2)):
+            a, b = two[metric][k], one[metric][k]
+            middle, half = student_interval([y - x for x, y in zip(a, b, strict=True)])
+            row += [spread(a, digits), spread(b, digits), f"{number(middle, digits)} ± {number(half, digits)}"]
+        rows.append(row)
+    header = ["steps", "accuracy, two passes", "one pass", "difference", "Fréchet, two passes", "one pass",
+              "difference"]  # fmt: skip
+    return table(header, rows)
 
 
 def guidance() -> str:
@@ -553,6 +592,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "dit-blocks": dit_blocks,
     "reflow": reflow,
     "few-step-plane": few_step_plane,
+    "few-step-guided": few_step_guided,
+    "few-step-digits-10000": few_step_many,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from genkit.backbones.dropout import Dropout
+from genkit.core.weights import Fused
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -91,10 +92,14 @@ def rms_norm(x: Float[Tensor, "*b d"]) -> Tensor:
 
 
 def modulate(
-    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"], rms: bool = False
+    x: Float[Tensor, "b n d"],
+    shift: Float[Tensor, "b d"],
+    scale: Float[Tensor, "b d"],
+    rms: bool = False,
+    eps: float = 1e-5,
 ) -> Tensor:
     """adaLN: ``(1 + scale) norm(x) + shift`` (Peebles & Xie 2023, section 3.2), by layer norm or :func:`rms_norm`."""
-    normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:])
+    normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
 
 
@@ -139,6 +144,10 @@ class Attention(nn.Module):
         self.kv = nn.Linear(context or dim, 2 * dim if context else 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.scales = nn.Parameter(torch.ones(2, dim // self.heads)) if qk_norm else None
+
+    def fused_weights(self) -> dict[str, Fused]:
+        """Keys and values, and queries without a context."""
+        return {"kv.weight": Fused(3 if self.q is None else 2)}
 
     def forward(
         self,
@@ -230,6 +239,10 @@ class ResBlock(nn.Module):
         projects = inp != out or (rescale and resample is not None)
         self.skip = CONV[dims](inp, out, 1) if projects else None
         self.dropout = Dropout(dropout)
+
+    def fused_weights(self) -> dict[str, Fused]:
+        """Scale and shift."""
+        return {"emb.weight": Fused(2)} if self.norm2 is None else {}
 
     def forward(self, x: Float[Tensor, "b c *size"], emb: Float[Tensor, "b e"]) -> Tensor:
         h = F.silu(self.norm1(x))

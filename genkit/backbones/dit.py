@@ -28,8 +28,9 @@ from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, Routed, grid_angles, grid_positions
 from genkit.backbones.presets import DIT_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
-from genkit.config.numbers import Fraction, Layers, Natural, Width
+from genkit.config.numbers import Fraction, Layers, Natural, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
+from genkit.core.weights import Fused
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
@@ -73,6 +74,10 @@ class DiT(Backbone):
     """learned tokens that attend with the others and are dropped at the end (Darcet et al. 2024)"""
     waves: Width = 32
     """sinusoids of the time embedding"""
+    time_scale: Positive = 1000.0
+    """factor of the time in its sinusoids; 1 in flows of other programs (genkit import)"""
+    norm_eps: Positive = 1e-5
+    """what layer norm adds to the variance; 1e-6 in the paper's code"""
     dropout: Fraction = 0.0
     """dropout inside the blocks; 0 as in the paper"""
     checkpoint: bool = False
@@ -125,6 +130,7 @@ class DiTBlock(nn.Module):
     def __init__(self, cfg: DiT, context: int):
         super().__init__()
         d, self.rms, self.gated = cfg.width, cfg.norm == "rms", cfg.mlp == "swiglu"
+        self.eps = cfg.norm_eps
         hidden = cfg.ratio * d * 2 // 3 if self.gated else cfg.ratio * d
         self.emb = nn.Linear(d, 6 * d)
         self.attention = Attention(d, cfg.head_size, qk_norm=cfg.qk_norm)
@@ -138,6 +144,10 @@ class DiTBlock(nn.Module):
         if self.cross:
             zero_init(self.cross.out)
 
+    def fused_weights(self) -> dict[str, Fused]:
+        """Shift, scale and gate of both halves, and the gate of SwiGLU."""
+        return {"emb.weight": Fused(6), **({"layer1.weight": Fused(2)} if self.gated else {})}
+
     def forward(
         self,
         h: Float[Tensor, "b n d"],
@@ -147,11 +157,11 @@ class DiTBlock(nn.Module):
         angles: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.emb(emb).chunk(6, 1)
-        y = self.attention(modulate(h, shift1, scale1, self.rms), angles=angles)
+        y = self.attention(modulate(h, shift1, scale1, self.rms, self.eps), angles=angles)
         h = torch.addcmul(h, gate1[:, None], y)
         if self.cross and self.cross_norm:
             h = h + self.cross(self.cross_norm(h), tokens, mask)
-        y = self.layer1(modulate(h, shift2, scale2, self.rms))
+        y = self.layer1(modulate(h, shift2, scale2, self.rms, self.eps))
         if self.gated:
             gate, y = y.chunk(2, -1)
             y = F.silu(gate) * y
@@ -172,7 +182,7 @@ class Trunk(nn.Module):
         d, self.size, self.cfg = cfg.width, spec.shape[1:], cfg
         self.grid = tuple(-(-n // cfg.patch) for n in self.size)
         self.padded = tuple(n * cfg.patch for n in self.grid)
-        self.cond = Conditioner(spec, d, time, cfg.waves)
+        self.cond = Conditioner(spec, d, time, cfg.waves, cfg.time_scale)
         channels += self.cond.num_channels
         self.patches = self._patch_embedding(channels) if channels else None
         self.positions: Tensor
@@ -190,6 +200,14 @@ class Trunk(nn.Module):
     def shard_blocks(self) -> list[nn.Module]:
         """The modules that sharded training gathers one by one."""
         return list(self.blocks)
+
+    def fused_weights(self) -> dict[str, Fused]:
+        """Shift and scale."""
+        return {"emb_last.weight": Fused(2)}
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The patch embedding."""
+        return [] if self.patches is None else [self.patches]
 
     def _patch_embedding(self, channels: int) -> nn.Module:
         """One convolution, or two layers with a bottleneck between them (Li & He 2025, section 4.3)."""
@@ -228,7 +246,8 @@ class Trunk(nn.Module):
                 if angles is not None:
                     angles = F.pad(angles, (0, 0, 0, further.shape[1]))  # they have no position: they do not turn
             h = remat(block, self.cfg.checkpoint, h, c.emb, c.tokens, c.mask, angles)
-        h = modulate(h[:, :count], *self.emb_last(c.emb).chunk(2, 1), rms=self.cfg.norm == "rms")
+        shift, scale = self.emb_last(c.emb).chunk(2, 1)
+        h = modulate(h[:, :count], shift, scale, self.cfg.norm == "rms", self.cfg.norm_eps)
         return h.transpose(1, 2).unflatten(2, self.grid)
 
 
@@ -240,6 +259,10 @@ class DiTDenoiser(nn.Module):
         self.feature_dim = cfg.width
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
         self.last = zero_init(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The last layer."""
+        return [self.last]
 
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False
@@ -258,6 +281,10 @@ class DiTEncoder(nn.Module):
         self.is_map = len(out) > 1
         self.last = CONV[1](cfg.width, out[0], 1)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The last layer."""
+        return [self.last]
+
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         h = self.trunk(x, None, self.trunk.conditions(x, None, cond)).flatten(2)
         h = self.last(h if self.is_map else h.mean(2, keepdim=True))
@@ -273,6 +300,10 @@ class DiTDecoder(nn.Module):
         require_grid(self.trunk, cfg, inp)
         self.first = nn.Linear(inp[0], cfg.width)
         self.last = TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The first and the last layer."""
+        return [self.first, self.last]
 
     def forward(self, z: Float[Tensor, "b c *grid"], cond: Cond = NO_COND) -> Tensor:
         tokens = z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]

@@ -30,6 +30,7 @@ from genkit.backbones.presets import EDM2_PRESETS, describe_preset, require_fill
 from genkit.config.names import NameIn
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
+from genkit.core.weights import Fused
 
 EPSILON = 1e-4  # added to norms (Karras et al. 2024, eq. 47)
 SKIP_BALANCE, LABEL_BALANCE = 0.3, 0.5  # t of mp_sum in blocks, and of time and conditions (table 6)
@@ -213,6 +214,10 @@ class MPBlock(nn.Module):
         """The modules that sharded training gathers one by one: the block itself."""
         return [self]
 
+    def fused_weights(self) -> dict[str, Fused]:
+        """Queries, keys and values."""
+        return {"qkv.weight": Fused(3, interleaved=True)}
+
     def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Tensor:
         return remat(self._forward, self.checkpoint, x, emb)
 
@@ -275,6 +280,10 @@ class EDM2Denoiser(nn.Module):
                 have = width
         self.last = MPLayer(have, spec.shape[0], 3)
         self.gain = Gain()
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The first and the last layer."""
+        return [self.first, self.last]
 
     def forward(
         self, x: Float[Tensor, "b ..."], label: Float[Tensor, " b"], cond: Cond = NO_COND, features: bool = False

@@ -45,20 +45,21 @@ def grid_angles(grid: Sequence[int], dim: int, period: float = 10_000.0) -> Floa
 
 
 class TimeEmbed(nn.Module):
-    """A time label of order one, ``[B] -> [B, dim]``: sinusoids of 1000 x label, then two layers.
+    """A time label of order one, ``[B] -> [B, dim]``: sinusoids of ``scale`` x label, then two layers.
 
-    The factor is that of DDPM, whose integer time runs to 1000 (Ho et al. 2020, appendix B): the fastest sinusoid turns
-    1000 rad over the path, the slowest 0.1 rad. A label log(sigma) / 4 (Karras et al. 2022) has the same order.
+    The usual factor, 1000, is that of DDPM, whose integer time runs to 1000 (Ho et al. 2020, appendix B): the fastest
+    sinusoid turns 1000 rad over the path, the slowest 0.1 rad. A label log(sigma) / 4 (Karras et al. 2022) has the same
+    order.
     """
 
-    def __init__(self, dim: int, num_waves: int = 32):
+    def __init__(self, dim: int, num_waves: int = 32, scale: float = 1000.0):
         super().__init__()
-        self.num_waves = num_waves
+        self.num_waves, self.scale = num_waves, scale
         self.layer1 = nn.Linear(2 * num_waves, dim)
         self.layer2 = nn.Linear(dim, dim)
 
     def forward(self, label: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        waves = sinusoid(1000 * label, 2 * self.num_waves)
+        waves = sinusoid(self.scale * label, 2 * self.num_waves)
         return self.layer2(F.silu(self.layer1(waves.to(self.layer1.weight.dtype))))
 
 
@@ -298,9 +299,9 @@ class Constant(nn.Module):
 class Conditioner(nn.Module):
     """Time and conditions of a batch, embedded and routed."""
 
-    def __init__(self, spec: Spec, dim: int, time: bool = True, waves: int = 32):
+    def __init__(self, spec: Spec, dim: int, time: bool = True, waves: int = 32, scale: float = 1000.0):
         super().__init__()
-        self.start = TimeEmbed(dim, waves) if time else Constant(dim)
+        self.start = TimeEmbed(dim, waves, scale) if time else Constant(dim)
         self.names: dict[str, list[str]] = {"global": [], "channels": [], "tokens": []}
         self.embed = nn.ModuleDict()
         for name, kind in spec.cond.items():

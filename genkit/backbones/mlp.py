@@ -15,6 +15,7 @@ from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, require_routes
 from genkit.config.numbers import Fraction, Layers, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
+from genkit.core.weights import Fused
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class MLPBlock(nn.Module):
         self.layer2 = nn.Linear(width, width)
         self.dropout = Dropout(dropout)
 
+    def fused_weights(self) -> dict[str, Fused]:
+        """Shift, scale and gate."""
+        return {"emb.weight": Fused(3)}
+
     def forward(self, h: Float[Tensor, "b 1 d"], emb: Float[Tensor, "b d"]) -> Tensor:
         shift, scale, gate = self.emb(emb).chunk(3, 1)
         y = F.silu(self.layer1(modulate(h, shift, scale)))
@@ -81,6 +86,10 @@ class MLPNet(nn.Module):
     def shard_blocks(self) -> list[nn.Module]:
         """The modules that sharded training gathers one by one."""
         return list(self.blocks)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The first and the last layer."""
+        return [self.first, self.last]
 
     def forward(
         self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND, label: Tensor | None = None, features: bool = False

@@ -33,7 +33,7 @@ from genkit.backbones.blocks import (
 from genkit.backbones.embed import Conditioner, Routed
 from genkit.backbones.presets import UNET_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
-from genkit.config.numbers import Fraction, Layers, Width
+from genkit.config.numbers import Fraction, Layers, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 
 
@@ -74,6 +74,8 @@ class UNet(Backbone):
     """channels of the first convolution. None: those of the first level"""
     waves: Width = 32
     """sinusoids of the time embedding"""
+    time_scale: Positive = 1000.0
+    """factor of the time in its sinusoids; 1 in flows of other programs (genkit import)"""
     dropout: Fraction = 0.0
     """dropout inside residual blocks; it costs as much as a convolution on a CPU"""
     checkpoint: bool = False
@@ -229,6 +231,10 @@ class DownPath(nn.Module):
                 self.steps.append(layout.stage(have, out, attend, tokens))
                 self.skip_channels.append(have := out)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The convolutions of the input."""
+        return [self.first, *self.inputs]
+
     def forward(self, x: Tensor, c: Routed) -> tuple[Tensor, list[Tensor]]:
         h, inputs = self.first(x), iter(self.inputs)
         skips = [h]
@@ -270,6 +276,10 @@ class UpPath(nn.Module):
         self.norm = GroupNorm(have)
         self.last = CONV[layout.dims](have, out, 3, padding=1)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The last convolution."""
+        return [self.last]
+
     def forward(self, h: Tensor, skips: list[Tensor] | list[Tensor | None], c: Routed) -> Tensor:
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             h = stage(h if skip is None else torch.cat([h, skip], 1), c)
@@ -283,7 +293,7 @@ class UNetDenoiser(nn.Module):
         super().__init__()
         self.layout = Layout(cfg, spec)
         self.feature_dim = self.layout.channels[-1]
-        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves)
+        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves, scale=cfg.time_scale)
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
         self.up = UpPath(self.layout, spec.shape[0], self.down.skip_channels, self.cond.has_tokens)
@@ -315,6 +325,10 @@ class UNetEncoder(nn.Module):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.layout.sizes[-1]), out[0]))
         self.last = flat if len(out) == 1 else CONV[self.layout.dims](channels, out[0], 3, padding=1)
 
+    def edge_layers(self) -> list[nn.Module]:
+        """The head."""
+        return [self.last]
+
     def forward(self, x: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         c = embed_conditions(self.cond, self.layout, x, None, cond)
         h, _ = self.down(with_channels(x, c, self.layout), c)
@@ -339,6 +353,10 @@ class UNetDecoder(nn.Module):
         self.blank = len(layout.channels) * per_level - per_level
         skip_channels = [0] * cfg.num_blocks + [self.cond.num_channels] + [0] * self.blank
         self.up = UpPath(layout, spec.shape[0], skip_channels, self.cond.has_tokens)
+
+    def edge_layers(self) -> list[nn.Module]:
+        """The projection."""
+        return [self.first]
 
     def forward(self, z: Float[Tensor, "b ..."], cond: Cond = NO_COND) -> Tensor:
         c = embed_conditions(self.cond, self.layout, z, None, cond)

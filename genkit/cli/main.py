@@ -147,6 +147,12 @@ COMMANDS = {
         "genkit.cli.commands.pull:Pull",
         ("genkit pull OWNER/NAME", "genkit sample hf://OWNER/NAME"),
     ),
+    "import": Command(
+        "genkit.cli.commands.import_weights",
+        "make a run of weights of another project",
+        "genkit.cli.commands.import_weights:Import",
+        ("genkit import torchcfm otcfm_cifar10.pt runs/otcfm", "genkit import dit DiT-XL-2-256x256.pt runs/dit"),
+    ),
     "info": Command(
         "genkit.cli.commands.info",
         "show what a run is, its progress and its settings",

@@ -13,7 +13,8 @@ A *table* is a field whose value is an instance of one of several dataclasses. I
 ``follows``   "field.attribute": if no name is given, the class is the one that this attribute of a sibling field's
               class names.
 
-A field that is not a table may have ``follows`` too. The attribute is then a mapping that may hold a default for it.
+The attribute may also be a mapping that may hold a default for the field, which need not be a table then. Of several
+``follows``, separated by spaces, the last that has a default counts.
 
 In YAML a table is a name or a block: ``path: vp`` or ``path: {name: vp, beta_max: 10}``. A block without ``name``
 changes settings of the default. A name may also be ``package.module:Class``, an external dataclass. Nothing else in
@@ -191,7 +192,7 @@ def parse_block(cls: type, tree: object, path: str = "", base: Block | None = No
         value = base.values.get(name, ABSENT) if base else get_default(f)
         if "table" in f.metadata:
             if "follows" in f.metadata and not base:
-                value = follow_class(f.metadata, values, inner_path, value)
+                value = follow_class(f.metadata, values, name, inner_path, value)
             value = parse_table(f.metadata, given, inner_path, value)
         elif given is not ABSENT:
             value = check_value(get_hints(cls)[name], given, inner_path)
@@ -244,17 +245,27 @@ def parse_object(meta: Mapping[str, Any], given: Any, path: str) -> Block:
     return as_block(given)
 
 
-def follow_class(meta: Mapping[str, Any], values: Mapping[str, Any], path: str, value: Any) -> Any:
-    """Return the default block of a table that ``follows`` a sibling, or ``value`` if the sibling names no class."""
-    sibling, attribute = meta["follows"].split(".")
-    name = getattr(values[sibling].cls, attribute, ABSENT)  # optional for an external class
-    return value if name is ABSENT else parse_table(meta, name, path, value)
+def follow_class(meta: Mapping[str, Any], values: Mapping[str, Any], name: str, path: str, value: Any) -> Any:
+    """Return the default block of a table that ``follows`` siblings, or ``value`` if none names a class for it."""
+    default = followed_default(meta, values, name)
+    return value if default is ABSENT else parse_table(meta, default, path, value)
 
 
 def follow_default(meta: Mapping[str, Any], values: Mapping[str, Any], name: str, value: Any) -> Any:
-    """Return the default of a field that ``follows`` a sibling, or ``value`` if the sibling's class has none for it."""
-    sibling, attribute = meta["follows"].split(".")
-    return getattr(values[sibling].cls, attribute, {}).get(name, value)
+    """Return the default of a field that ``follows`` siblings, or ``value`` if none of their classes has one for it."""
+    default = followed_default(meta, values, name)
+    return value if default is ABSENT else default
+
+
+def followed_default(meta: Mapping[str, Any], values: Mapping[str, Any], name: str) -> Any:
+    """Return what the last of the followed attributes that has it says of the field ``name``, or ``ABSENT``."""
+    found = ABSENT
+    for followed in meta["follows"].split():
+        sibling, attribute = followed.split(".")
+        given = getattr(values[sibling].cls, attribute, ABSENT)  # optional for an external class
+        given = given.get(name, ABSENT) if isinstance(given, Mapping) else given
+        found = found if given is ABSENT else given
+    return found
 
 
 def get_default(f: dataclasses.Field) -> Any:

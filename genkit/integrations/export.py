@@ -5,23 +5,27 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from genkit import config
 from genkit.backbones.lora import LoRA
 from genkit.config import table, to_yaml
 from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
+from genkit.core import Codec, Spec
 from genkit.core.files import atomic_directory, atomic_write
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
 from genkit.training.loop import initial_state
 from genkit.training.pipelines import write_pipeline
 from genkit.training.run import Run, load_run
+from genkit.training.settings import TrainSettings
 
 
 class ExportFormat(ABC):
@@ -43,15 +47,22 @@ class StandaloneRun(ExportFormat):
     """A run with one checkpoint of the exported weights only; a LoRA is merged into its base."""
 
     def write(self, run: Run, folder: Path) -> list[str]:
-        cfg = replace(run.config, ema=(), lora=LoRA(), init=None)
-        state = initial_state(cfg.objective, run.nets, cfg)
-        state.step = run.step
-        (folder / "config.yaml").write_text(to_yaml(cfg))
-        save_checkpoint(folder, state, cfg.objective, run.spec, run.codec, seed=cfg.seed, keep=1, announce=False)
+        cfg = replace(run.config, ema=(), lora=LoRA(), base_dtype="fp32", quantize=None, init=None)
+        write_run(folder, cfg, run.nets, run.spec, run.codec, run.step)
         write_pipeline(folder, run.pipeline)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
         return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]
+
+
+def write_run(
+    folder: Path, settings: TrainSettings, nets: Mapping[str, nn.Module], spec: Spec, codec: Codec, step: int
+) -> None:
+    """Fill ``folder`` with the settings of a run and one checkpoint, the networks ``nets``."""
+    state = initial_state(settings.objective, dict(nets), settings)
+    state.step = step
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    save_checkpoint(folder, state, settings.objective, spec, codec, seed=settings.seed, keep=1, announce=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from genkit.core.tensors import load_tensors, require_fit, sha256
 from genkit.data import codecs
 from genkit.training.best import read_best
 from genkit.training.directory import is_complete, list_checkpoints, list_incomplete, list_saved, read_state, step_of
-from genkit.training.loop import phase_parameters
+from genkit.training.optimizers.state_files import optimizer_pieces, restore_optimizers
 from genkit.training.shared_files import Exchange, Piece, write_together
 from genkit.training.state import State
 
@@ -114,16 +114,6 @@ def best_step(run: Path) -> int:
         raise ValueError(f"step: given best, but {run.name} chose no best checkpoint; train with --val-every 100 "
                          "--keep-best val/loss, or name a step")  # fmt: skip
     return best.step
-
-
-def optimizer_pieces(objective: Objective, state: State) -> dict[str, Piece]:
-    """The optimizers' state by name, as this rank has it."""
-    return {
-        f"{phase.name}/{name}/{key}": state.piece(value, p)
-        for phase in objective.phases
-        for name, p in phase_parameters(phase, state.nets)
-        for key, value in state.optimizers[phase.name].state.get(state.share_of(p), {}).items()
-    }
 
 
 def network_pieces(nets: Mapping[str, nn.Module], state: State) -> dict[str, Piece]:
@@ -286,14 +276,7 @@ def restore(checkpoint: Path, state: State, objective: Objective) -> None:
     load_networks(state, state.nets, read_tensors(checkpoint, "nets.safetensors"), checkpoint)
     for decay, nets in state.emas.items():
         load_networks(state, nets, read_tensors(checkpoint, f"ema-{decay}.safetensors"), checkpoint)
-    stored = read_tensors(checkpoint, "optim.safetensors")
-    for phase in objective.phases:
-        for name, p in phase_parameters(phase, state.nets):
-            prefix = f"{phase.name}/{name}/"
-            slots = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-            # the fused kernels need the step count on the parameter's device
-            own = {k: state.own_rows(v, p).to(p.device) for k, v in slots.items()}
-            state.optimizers[phase.name].state[state.share_of(p)] = own
+    restore_optimizers(read_tensors(checkpoint, "optim.safetensors"), objective, state)
     state.step, state.skipped, state.meter = record["step"], record["skipped"], record.get("meter", {})
     state.loss_scales = record.get("loss_scales", {})
 

@@ -23,6 +23,7 @@ from genkit.core.tensors import local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import fit
+from genkit.training.optimizers.state_files import flatten
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
 from genkit.training.settings import TrainSettings
@@ -196,12 +197,14 @@ def memory_parts(model: UntrainedModel) -> dict[str, int]:
     def tensors(nets: Mapping[str, nn.Module], names: Iterable[str]) -> list[Tensor]:
         return [local_rows(t) for name in names for t in (*nets[name].parameters(), *nets[name].buffers())]
 
-    slots = [v for o in state.optimizers.values() for slot in o.state.values() for v in slot.values()]
+    slots: dict[str, Tensor] = {}
+    for i, slot in enumerate(slot for optimizer in state.optimizers.values() for slot in optimizer.state.values()):
+        flatten(slot, str(i), slots)
     averages = [t for ema in state.emas.values() for t in tensors(ema, ema)]
     return {
         "weights": count_bytes(tensors(state.nets, state.nets)),
         "gradients": count_bytes(local_rows(p) for name in trained for p in state.nets[name].parameters()),
-        "optimizer": count_bytes(slots),
+        "optimizer": count_bytes(slots.values()),
         "averages": count_bytes(averages),
     }
 

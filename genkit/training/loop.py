@@ -18,8 +18,12 @@ from genkit.core.tensors import local_rows, unsaved_buffers
 from genkit.training.divergence import find_bad_layer
 from genkit.training.loss_scale import LossScale
 from genkit.training.meter import Meter, SkippedSteps
+from genkit.training.optimizers.family import reads_flag
+from genkit.training.optimizers.groups import create_optimizer, phase_parameters, require_phases, settings_of_phase
+from genkit.training.optimizers.modes import evaluation_weights
 from genkit.training.power_ema import average_names, power_decay, width_of
 from genkit.training.precision import use_codec_precision, use_precision
+from genkit.training.schedules import learning_rate
 from genkit.training.settings import TrainSettings
 from genkit.training.state import State
 from genkit.training.stopping import StopAgreement
@@ -35,12 +39,6 @@ class Diverged(RuntimeError):
     """Too many steps in a row without a finite gradient."""
 
 
-def phase_parameters(phase: Phase, nets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield ``("net.conv.weight", parameter)`` of all networks that the phase trains, in a fixed order."""
-    for name in phase.trains:
-        yield from nets[name].named_parameters(prefix=name)
-
-
 def initial_state(
     objective: Objective, nets: dict[str, nn.Module], settings: TrainSettings, sharding: Sharding | None = None
 ) -> State:
@@ -49,54 +47,18 @@ def initial_state(
     emas = {key: {k: copy_for_ema(v).requires_grad_(False).eval() for k, v in nets.items()} for key in keys}
     if sharding:
         sharding.split(nets, emas.values(), objective.needs_whole_networks)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        phase.name: torch.optim.AdamW(
-            parameter_groups(phase, nets, settings.weight_decay, sharding),
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+    require_phases(settings, objective)
+    optimizers = {
+        phase.name: create_optimizer(phase, nets, settings, sharding)
         for phase in objective.phases
         if any(True for _ in phase_parameters(phase, nets))  # an adapter of one network leaves other phases without
     }
     return State(nets, emas, optimizers, sharding=sharding)
 
 
-def parameter_groups(
-    phase: Phase, nets: Mapping[str, nn.Module], weight_decay: float, sharding: Sharding | None = None
-) -> list[dict[str, Any]]:
-    """The groups of a phase's optimizer: matrices and convolutions, which decay, and all else, which does not.
-
-    Decay towards 0 means nothing for a norm, a bias, a table of classes, a learned null or a learned scale. Without
-    decay there is one group.
-    """
-    named = list(phase_parameters(phase, nets))
-    stepped = {key: sharding.share_of(p) if sharding else p for key, p in named}
-    if not weight_decay:
-        return [{"params": list(stepped.values())}]
-    embeddings = [m for net in nets.values() for m in net.modules() if isinstance(m, nn.Embedding)]
-    tables = {id(p) for m in embeddings for p in m.parameters()}
-    decays = {key: p.ndim >= 2 and id(p) not in tables and not key.endswith(".null") for key, p in named}
-    groups = [
-        {"params": [p for key, p in stepped.items() if decays[key]]},
-        {"params": [p for key, p in stepped.items() if not decays[key]], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def copy_for_ema(net: nn.Module) -> nn.Module:
     """Copy a network, but share the buffers that are not saved: tables, and the frozen weights under a LoRA."""
     return copy.deepcopy(net, unsaved_buffers(net))
-
-
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Return the rate of ``step``: a linear warm-up, then constant or half a cosine (Loshchilov & Hutter 2017)."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    if settings.schedule == "constant" or step < settings.warmup:
-        return settings.lr * warm
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def ema_decay(decay: float | str, step: int) -> float:
@@ -166,12 +128,14 @@ def fit(
     is_best: Callable[[int], bool] = lambda step: False,
     is_stale: Callable[[], bool] = lambda: False,
     preserve: Callable[[Mapping[str, nn.Module], Batch], Tensor] | None = None,
+    rate_share: Callable[[], float] = lambda: 1.0,
 ) -> bool:
     """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` or ``is_stale()`` ended
     it.
 
     ``validate`` and ``evaluate`` may find that the step is the best so far (``is_best(step)``, which is saved then), or
-    that training has not improved for too long (``is_stale()``). ``preserve`` is a further loss ``[B]``.
+    that training has not improved for too long (``is_stale()``). Learning rates are multiplied by ``rate_share()``;
+    ``preserve`` is a further loss ``[B]``.
 
     A step is a pure function of (state, seed, step), so a resumed run is bit-identical to one that never stopped. Each
     phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; the averages
@@ -183,26 +147,32 @@ def fit(
     hooks = (settings.val_every, validate), (settings.sample_every, sample), (settings.eval_every, evaluate)
     while state.step < settings.steps and not is_stale():
         step = state.step
-        lr = learning_rate(settings, step)
+        share = rate_share()
         for phase, nets, draw in loop.updates(step):
-            for piece in loop.pieces:
-                # ranks exchange gradients once, with the last micro-batch
-                with loop.accumulating(phase, piece):
-                    batch = loop.rows(step, draw, piece)
-                    with use_precision(settings.precision, accelerator.device):
-                        loss = objective.loss(phase.name, nets, batch)
-                        if preserve is not None:
-                            loss = add_loss(loss, "preservation", preserve(nets, batch))
-                    loop.backward(phase, batch, loss)
-            loop.optimize(phase, lr)
+            for perturbed in range(loop.passes(phase)):
+                if perturbed:
+                    loop.perturb(phase)
+                for piece in loop.pieces:
+                    # ranks exchange gradients once, with the last micro-batch
+                    with loop.accumulating(phase, piece):
+                        batch = loop.rows(step, draw, piece)
+                        with use_precision(settings.precision, accelerator.device):
+                            loss = objective.loss(phase.name, nets, batch)
+                            if preserve is not None:
+                                loss = add_loss(loss, "preservation", preserve(nets, batch))
+                        loop.backward(phase, batch, loss, log=not perturbed)
+            loop.optimize(phase, share * learning_rate(loop.settings_of[phase.name], step))
         loop.finish(step)
         if loop.is_due(settings.log_every):
-            log(loop.record(lr))
+            log(loop.record(share * learning_rate(settings, step)))
         progress(state.step, loop.recent_loss())
         stopping = agreement.is_reached(state.step, stop())
-        with loop.meter.paused():
+        with loop.meter.paused(), ExitStack() as hooked:
             # the checkpoint comes first: if drawing pictures or evaluating fails, no work is lost
             saved = stopping or loop.is_due(settings.save_every)
+            due = [hook for every, hook in hooks if every and loop.is_due(every)]
+            if saved or due:
+                hooked.enter_context(evaluation_weights(state.optimizers.values()))
             if saved:
                 loop.prepare_checkpoint()
                 save(state)
@@ -210,7 +180,6 @@ def fit(
                 return False
             if settings.power_ema and loop.is_due(settings.power_ema_every):
                 snapshot(state.gather(all_averages=True))
-            due = [hook for every, hook in hooks if every and loop.is_due(every)]
             whole = state.gather() if due else state
             for hook in due:
                 hook(whole)
@@ -258,6 +227,7 @@ class _Loop:
         self.wrapped = {k: wrap(v) if k in trainable else v for k, v in state.nets.items()}
         trained = [phase for phase in objective.phases if phase.name in state.optimizers]
         self.parameters = {phase.name: [p for _, p in phase_parameters(phase, state.nets)] for phase in trained}
+        self.settings_of = {phase.name: settings_of_phase(settings, phase.name) for phase in objective.phases}
         self.meter = Meter(self.device, state.step, state.meter)
         for net in state.nets.values():
             net.train()
@@ -299,11 +269,22 @@ class _Loop:
                 stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
         return stack
 
-    def backward(self, phase: Phase, batch: Batch, loss: Loss) -> None:
-        """Accumulate the gradient of a micro-batch's share of the mean loss."""
+    def passes(self, phase: Phase) -> int:
+        """How often the phase's optimizer needs the gradient in a step: 2 if it moves the weights in between."""
+        return getattr(self.state.optimizers[phase.name], "passes", 1)
+
+    def perturb(self, phase: Phase) -> None:
+        """Let the phase's optimizer move the weights for the second gradient of a step."""
+        self.state.optimizers[phase.name].perturb()  # type: ignore[attr-defined]
+
+    def backward(self, phase: Phase, batch: Batch, loss: Loss, log: bool = True) -> None:
+        """Accumulate the gradient of a micro-batch's share of the mean loss, which is logged unless it is a repetition
+        with perturbed weights."""
         weighted = loss.per_sample if batch.weight is None else loss.per_sample * batch.weight
         mean = weighted.sum() / self.local
         self.accelerator.backward(mean * self.scales[phase.name].scale if self.scales else mean)
+        if not log:
+            return
         share = len(batch) / self.local
         self.meter.add(f"{phase.name}/loss", weighted.detach().sum() / self.local, share)
         for key, value in loss.logs.items():
@@ -396,7 +377,12 @@ def optimizer_step(
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Step the optimizer unless ``bad`` is 1. The fused kernels read the flag on the device."""
+    """Step the optimizer unless ``bad`` is 1. The fused kernels read the flag on the device; for other optimizers the
+    device is synchronised."""
+    if not reads_flag(optimizer):
+        if not bool(bad):
+            optimizer.step()
+        return
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # the protocol of torch.amp.GradScaler
     optimizer.step()
     optimizer.found_inf = None  # type: ignore[attr-defined]

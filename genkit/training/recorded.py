@@ -41,6 +41,8 @@ def require_recorded_settings(run: Path, tree: Mapping[str, Any], settings: type
             given, recorded = ({k: v for k, v in block.items() if k != "root"} for block in (given, recorded))
             # a setting that a newer version has added
             given = {k: v for k, v in given.items() if k in recorded}
+        if isinstance(given, dict) and isinstance(recorded, str):  # a name that a newer version has made a block
+            given = given.get("name")
         if name not in changeable_fields(settings) | FREE and json.loads(json.dumps(given)) != recorded:
             raise ValueError(
                 f"run: {where} says {name}: {given}, but the weights were trained with {recorded}; restore the file"

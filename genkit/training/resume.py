@@ -21,8 +21,8 @@ from genkit.training.checkpoint import find_sound_checkpoint
 from genkit.training.directory import find_run, list_saved, step_of
 from genkit.training.first_stage import canonical_first_stage
 from genkit.training.init_sources import canonical_init
-from genkit.training.loop import learning_rate
 from genkit.training.recorded import changeable_fields
+from genkit.training.schedules import learning_rate
 from genkit.training.settings import TrainSettings, stored_settings
 
 FINGERPRINT_ROWS = 64  # samples, evenly spaced, whose content a fingerprint covers

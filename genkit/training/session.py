@@ -40,6 +40,7 @@ from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_sn
 from genkit.training.precision import Precision, network_precision, use_codec_precision
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
+from genkit.training.schedules import PlateauTracker
 from genkit.training.settings import TrackerName, TrainSettings
 from genkit.training.shown import Shown
 from genkit.training.state import State
@@ -190,6 +191,9 @@ class Session:
     """the step at which ``loss.png`` was last drawn"""
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
+    def __post_init__(self) -> None:
+        self.plateau = PlateauTracker.create(self.settings)
+
     @property
     def run(self) -> Path:
         """The run directory."""
@@ -266,6 +270,8 @@ class Session:
         self.recorder.log(record)
         best = "  (the best so far)" if self.track_best(record) else ""
         self.recorder.note(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+        if self.plateau and self.plateau.update(record):
+            self.recorder.say(f"step {state.step}: no better loss; the rate is {self.plateau.share:.3g} of the peak")
         if state.step == self.plotted_step and self.recorder.main:  # before this validation
             self.plot_loss()
 
@@ -290,8 +296,15 @@ class Session:
             self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
             self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
 
-    def recall_best(self, note: Callable[[str], None]) -> None:
-        """Find the best checkpoint of a run that is resumed, from its log."""
+    def rate_share(self) -> float:
+        """The learning rate, as a share of the schedule's."""
+        return self.plateau.share if self.plateau else 1.0
+
+    def recall(self, note: Callable[[str], None]) -> None:
+        """Find the best checkpoint, and reductions of the learning rate, of a run that is resumed, from its log."""
+        if self.plateau is not None:
+            for record in read_log(self.run):
+                self.plateau.update(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))

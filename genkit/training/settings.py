@@ -23,6 +23,8 @@ from genkit.training.recorded import require_recorded_settings
 if TYPE_CHECKING:
     from genkit.core import Backbone, Objective
     from genkit.data import DataSource
+    from genkit.training.optimizers import OptimizerFamily
+    from genkit.training.schedules import Schedule
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -33,8 +35,8 @@ PowerWidth = Annotated[float, Gt(0), Le(WIDEST)]
 
 
 def by_objective(default: Any) -> Any:
-    """A field whose default the objective may change (``Objective.default_settings``)."""
-    return field(default=default, metadata={"follows": "objective.default_settings"})
+    """A field whose default the optimizer may change, and the objective (their ``default_settings``)."""
+    return field(default=default, metadata={"follows": "optimizer.default_settings objective.default_settings"})
 
 
 def changeable(default: Any) -> Any:
@@ -69,19 +71,33 @@ class TrainSettings:
     micro_batch: Count | None = changeable(None)
     """Samples per forward pass on one rank, to save memory; the result does not depend on it. None: all at
     once."""
-    lr: Positive = changeable(1e-3)
-    """Peak learning rate of AdamW: 1e-3 suits networks of about a million parameters, 1e-4 large ones."""
+    optimizer: OptimizerFamily = table(
+        "genkit.training.optimizers:OPTIMIZERS", "adamw", kind="genkit.training.optimizers:OptimizerFamily",
+        adapt="genkit.training.optimizers.external:adapt_optimizer",
+    )  # fmt: skip
+    """Optimizer. Its dotted options are what only it has; rate, decay and betas are settings of the training."""
+    lr: Positive = field(default=1e-3, metadata={"changeable": True, "follows": "optimizer.default_settings"})
+    """Peak learning rate. AdamW's 1e-3 suits networks of about a million parameters, 1e-4 large ones; optimizers of
+    another scale have a default of their own."""
     warmup: Natural = by_objective(100)
     """Steps of linear learning-rate warmup."""
-    schedule: Literal["constant", "cosine"] = by_objective("cosine")
-    """Learning rate after the warmup: constant, or half a cosine down to 0."""
+    schedule: Schedule = table(
+        "genkit.training.schedules:SCHEDULES", "cosine", kind="genkit.training.schedules:Schedule",
+        follows="optimizer.default_settings objective.default_settings",
+    )  # fmt: skip
+    """Learning rate after the warmup."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Weight decay: decoupled, but for Adam, SGD and others in which it is a part of the gradient."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: matrices and convolutions, but no norms, biases and embeddings; or all."""
+    phase_settings: tuple[str, ...] = ()
+    """Settings of single phases, as PHASE.SETTING=VALUE with lr, betas or weight-decay: discriminator.lr=4e-4 is a rate
+    of its own (TTUR)."""
     betas: tuple[Fraction, Fraction] = by_objective((0.9, 0.99))
     """Adam's decay rates. 0.99 forgets an early, large gradient ten times as fast as the usual 0.999."""
     clip: NonNegative = 1.0
     """Largest gradient norm. 0: no clipping."""
-    ema: tuple[Fraction, ...] = (0.999,)
+    ema: tuple[Fraction, ...] = field(default=(0.999,), metadata={"follows": "optimizer.default_settings"})
     """EMA decay rates per step; the networks are averaged once for each."""
     power_ema: tuple[PowerWidth, ...] = ()
     """Widths (sigma_rel, a share of the training) of power-function averages; 0.05 and 0.1 are usual. From snapshots of

@@ -118,8 +118,7 @@ def train(
 
 
 def change_settings(settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
-    """``settings`` with changes by name; without settings, those that ``changes`` describe, with the defaults that suit
-    their ``init`` and ``codec``."""
+    """``settings`` with changes by name; or those that ``changes`` describe, with the defaults that suit them."""
     if settings:
         return config.override(settings, **changes)
     init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
@@ -161,6 +160,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 is_best=session.is_best,
                 is_stale=session.is_stale,
                 preserve=job.preservation,
+                rate_share=session.rate_share,
             )
         except Diverged as e:
             session.writer.wait()
@@ -250,7 +250,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:
-        session.recall_best(notes.append)
+        session.recall(notes.append)
     for note in notes:
         recorder.say(note)
     if not finished:

@@ -17,6 +17,8 @@ from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import wasserstein2
 from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import Flow
+from genkit.training.loop import Diverged
+from tools import results
 
 QUICK = ["bench", "few-step", "--only", "plane", "--seeds", "2", "--seconds", "0.05"]
 
@@ -54,6 +56,31 @@ def test_rows_are_measured_once_and_each_way_draws(tmp_path, monkeypatch, capsys
     assert "eight Gaussians, W2" in capsys.readouterr().out
     assert main([*QUICK[:-1], "3", "--ways", "improved", "--out", str(out)]) == 2
     assert "measured with seconds 0.05, not 3.0" in capsys.readouterr().err
+
+
+def test_a_seed_that_diverges_is_counted_and_the_next_row_is_measured(tmp_path, monkeypatch, capsys):
+    """The drifting models of all seeds together diverge, and one of two GANs."""
+    monkeypatch.setattr(few_step_data, "NUM_TEST", 8)
+
+    def generators(trainer, way, counts):
+        if way == "drift" or trainer.setting.seeds[0] == 1:
+            raise Diverged("step 3: no finite gradient")
+        return {1: lambda z, cond, noise: z}
+
+    monkeypatch.setattr(few_step, "generators", generators)
+    out, picture = tmp_path / "few.json", tmp_path / "few.png"
+    assert main([*QUICK, "--ways", "drift", "gan", "--out", str(out), "--picture", str(picture)]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert cells["plane/drift"] == {"budget": 0.05, "values": {}, "cpu_seconds": [], "steps": [], "diverged": [0]}
+    assert cells["plane/gan"]["diverged"] == [1]
+    assert len(cells["plane/gan"]["values"]["W2"]["1"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("diverged") == 2
+    monkeypatch.setattr(results, "load", lambda name: {"cells": cells})
+    drift, gan = results.few_step_rows("plane", "W2", 3, ["1"])
+    assert drift[:2] == ["drifting (1 of 1 seeds diverged)", ""]
+    assert gan[0] == "GAN (1 of 2 seeds diverged)"
+    assert float(gan[1]) > 0
 
 
 def test_a_budget_is_a_number_of_steps(monkeypatch):

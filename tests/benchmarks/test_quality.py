@@ -240,6 +240,7 @@ def test_every_row_trains_the_same_budget(name):
         assert config.from_dict(TrainSettings, config.dump(cfg)) == cfg
 
 
+@pytest.mark.slow
 def test_a_row_of_two_trainings(cached, tmp_path, monkeypatch):
     """The flow learns the latents of the first stage; the cost is that of both; nothing is done twice."""
     monkeypatch.setattr(training, "launch", in_process)

@@ -164,3 +164,17 @@ def test_one_step_is_better_with_each_reflow():
     assert one["2-RF"] < 0.75 * one["1-RF"]
     assert one["3-RF distilled"] < 0.75 * one["1-RF"]
     assert results["3-RF"]["many"][0] < 0.75 * one["1-RF"]  # reflow keeps the distribution
+
+
+def test_so_many_samples_of_the_digits_are_measured(monkeypatch):
+    seen = []
+
+    def draw(z, cond, noise=None):
+        seen.append((len(z), len(cond["label"])))
+        return z
+
+    ladder = lambda net, rows, pairs, evaluate, **how: {"RF": {"one": evaluate(draw)}}  # noqa: E731
+    monkeypatch.setattr(reflow, "train_ladder", ladder)
+    rows = reflow.measure_digits(1, 1, samples=70)
+    assert seen == [(70, 70)]
+    assert set(rows) == {"RF", "real"}

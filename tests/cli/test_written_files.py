@@ -27,7 +27,13 @@ WRITERS = {  # every command with --out, by what it writes
     "demo": "demo four-ways --episodes=2 --out={out}/a.npz",
     "demo of an expert": "demo Pendulum-v1 --expert=saved --expert.path={expert} --episodes=1 --out={out}/a.npz",
 }
-RUNS = {"train", "finetune", "distill", "pull"}  # these write new directories, and `latest` (tests/core/test_links.py)
+RUNS = {
+    "train",
+    "finetune",
+    "distill",
+    "pull",
+    "import",
+}  # these write new directories, and `latest` (tests/core/test_links.py)
 NEW_ONLY = ("export",)  # refuses what is there, whoever wrote it
 
 

@@ -65,6 +65,7 @@ if ranks.is_main:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path, moons, monkeypatch):
     """Samples bitwise, moments to 1e-12; with fewer samples than ranks; a rank's error is raised on all."""
     (tmp_path / "two.py").write_text(TWO_RANKS)

@@ -418,7 +418,7 @@ def test_a_small_network_learns_two_gaussians():
         torch.manual_seed(0)
         nets = objective.networks(MLP(width=64, depth=3) if "depth" in MLP.__annotations__ else MLP(), Spec((2,)))
         opt = torch.optim.Adam(nets["net"].parameters(), 2e-3)
-        for _ in range(400):
+        for _ in range(250):
             loss = objective.loss("denoise", nets, Batch(data[torch.randint(4000, (256,))])).per_sample.mean()
             opt.zero_grad()
             loss.backward()

@@ -29,7 +29,7 @@ from genkit.objectives.autoencoders.likelihoods import (
     Gaussian,
 )
 from genkit.training.directory import read_log
-from genkit.training.loop import phase_parameters
+from genkit.training.optimizers.groups import phase_parameters
 from genkit.training.run import load_run
 from tests.support.exact_latent import F64, Linear, LinearGaussian, principal
 from tests.support.objectives import batch_of, normal_data, train

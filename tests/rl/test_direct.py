@@ -211,8 +211,9 @@ def digits_map(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("features", "distance", "accuracy"),
-    [pytest.param("raw", 0.6, 0.1, marks=pytest.mark.slow), ("classifier", 0.9, 0.25)],
+    [("raw", 0.6, 0.1), ("classifier", 0.9, 0.25)],
 )
+@pytest.mark.slow
 def test_digits_are_nearer_to_held_out_ones_by_another_ruler(digits_map, features, distance, accuracy, tmp_path):
     """Fréchet distance in the class scores of an SVM of pixels, and its accuracy: neither was trained on."""
     base, scores = digits_map, DigitScores(load_digits("train"), load_digits("test"))

@@ -100,10 +100,10 @@ def refusal(script, *args):
     return message
 
 
-LONGER = [pytest.param(script, marks=pytest.mark.slow) for script in ("super_resolve", "deblur")]
+LONGER = [pytest.param(script, marks=pytest.mark.slow) for script in ("inpaint", "super_resolve", "deblur")]
 
 
-@pytest.mark.parametrize("script", ["inpaint", *LONGER])
+@pytest.mark.parametrize("script", LONGER)
 def test_restorations(run, tmp_path, script):
     out = tmp_path / "restored.png"
     options = ("--steps", 3, "--n", 4, "--noise", 0.05, "--sampler", "ancestral", "--out", out)

@@ -9,7 +9,7 @@ from torch import nn
 
 from genkit.backbones import MLP
 from genkit.core import Batch, Draw, Label, Spec
-from genkit.training.loop import phase_parameters
+from genkit.training.optimizers.groups import phase_parameters
 
 PLANE = Spec((2,))
 

@@ -14,6 +14,7 @@ from genkit.training.checkpoint import read_tensors
 from genkit.training.directory import list_checkpoints, read_log, read_state
 from genkit.training.loop import Diverged, fit, initial_state
 from genkit.training.loss_scale import LossScale
+from genkit.training.schedules import ConstantRate
 from genkit.training.settings import TrainSettings
 from genkit.training.train import train
 from tests.support.ranks import on_two_ranks
@@ -74,7 +75,7 @@ def settings_of(name="fp16", **changes):
         "steps": 1,
         "batch": 4,
         "warmup": 0,
-        "schedule": "constant",
+        "schedule": ConstantRate(),
         "lr": 0.5,
         "clip": 0.0,
         "save_every": 10**9,

@@ -9,7 +9,8 @@ from genkit.cli.main import main
 from genkit.core import Label, Spec, Text, Vector
 from genkit.objectives import GAN, VAE, Flow
 from genkit.objectives.autoencoders.likelihoods import Gaussian
-from genkit.training.loop import initial_state, parameter_groups
+from genkit.training.loop import initial_state
+from genkit.training.optimizers.groups import parameter_groups
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 

@@ -72,7 +72,8 @@ def run(trained, tmp_path):
 # ----------------------------------------------------------------------------------------------- what may change
 OTHER = {  # another value for every setting
     "objective": "ddpm", "backbone": "--backbone.width=16", "data": "8gaussians", "steps": 12, "batch": 8,
-    "micro_batch": 8, "lr": 0.01, "warmup": 7, "schedule": "constant", "weight_decay": 0.1, "betas": (0.8, 0.9),
+    "micro_batch": 8, "lr": 0.01, "warmup": 7, "schedule": "constant", "weight_decay": 0.1,
+    "optimizer": "sgd", "decay": "all", "phase_settings": ("denoise.lr=2e-3",), "betas": (0.8, 0.9),
     "clip": 2.0, "ema": (0.9,), "precision": "bf16", "compile": True, "seed": 3, "device": "auto", "threads": 2,
     "parallel": "fsdp", "shard_size": 2, "rank_timeout": "1h", "power_ema": (0.1,), "power_ema_every": 7,
     "power_ema_keep": 64,
@@ -92,7 +93,7 @@ def test_how_long_how_often_and_how_fast_may_change_and_nothing_else(run, field)
         return
     old = stored_settings(run)
     value = OTHER[field.name]
-    if field.name in ("objective", "backbone", "data", "lora"):
+    if field.name in ("objective", "backbone", "data", "lora", "optimizer", "schedule"):
         from genkit.config import override
 
         block = {"backbone": {"width": 16}, "lora": {"rank": 2}}.get(field.name, value)

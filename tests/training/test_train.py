@@ -29,8 +29,10 @@ from genkit.objectives import DDPM, OBJECTIVES, Flow
 from genkit.training.best import read_best
 from genkit.training.checkpoint import read_tensors
 from genkit.training.directory import read_log, rewind_log
-from genkit.training.loop import Diverged, fit, initial_state, learning_rate, phase_parameters, require_same, update_ema
+from genkit.training.loop import Diverged, fit, initial_state, require_same, update_ema
+from genkit.training.optimizers.groups import phase_parameters
 from genkit.training.run import load_run
+from genkit.training.schedules import ConstantRate, CosineDecay, learning_rate
 from genkit.training.settings import TrainSettings
 from genkit.training.state import State
 
@@ -379,12 +381,12 @@ def test_after_too_many_bad_steps_the_first_bad_layer_is_named():
 
 
 def test_learning_rate_schedule():
-    cfg = replace(TrainSettings(), steps=100, warmup=10, lr=1.0, schedule="cosine")
+    cfg = replace(TrainSettings(), steps=100, warmup=10, lr=1.0, schedule=CosineDecay())
     assert learning_rate(cfg, 0) == pytest.approx(0.1)
     assert learning_rate(cfg, 9) == pytest.approx(1.0)
     assert learning_rate(cfg, 55) == pytest.approx(0.5)
     assert learning_rate(cfg, 99) < 0.01
-    constant = replace(cfg, schedule="constant")
+    constant = replace(cfg, schedule=ConstantRate())
     assert learning_rate(constant, 99) == 1.0
     assert learning_rate(replace(cfg, warmup=0), 0) == 1.0
 

@@ -34,6 +34,7 @@ from genkit.rl.policies.policy import Policy, default_steps
 from genkit.rl.policies.rollout import parse_conditions
 from genkit.training.latents import encoder_of
 from genkit.training.loop import initial_state, local_batch_size
+from genkit.training.optimizers import AdamW
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
@@ -208,6 +209,8 @@ def train_settings(settings: FinetuneSettings, base: Run) -> TrainSettings:
         ema=(settings.ema,),
         power_ema=(),
         lr=settings.method.lr,
+        optimizer=AdamW(),  # whatever the run was trained with: rates of fine-tuning are AdamW's
+        phase_settings=(),
         out=settings.out,
         seed=settings.seed,
         resume=None,
