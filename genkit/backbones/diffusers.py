@@ -29,7 +29,7 @@ from genkit.backbones.diffusers_networks import (
     class_condition,
     diffusers_class,
 )
-from genkit.backbones.diffusers_text_to_image import SD3, SDXL, Flux, PixArt, Sana
+from genkit.backbones.diffusers_text_to_image import SD3, SDXL, AuraFlow, Chroma, Flux, Lumina2, PixArt, Sana
 from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
 from genkit.backbones.encoded_text import EncodedText, has_encoded_text
 from genkit.config.numbers import Width
@@ -47,6 +47,9 @@ MODELS: dict[str, type[NetworkConfig]] = {
     "flux": Flux,
     "pixart": PixArt,
     "sana": Sana,
+    "chroma": Chroma,
+    "auraflow": AuraFlow,
+    "lumina2": Lumina2,
 }
 
 
@@ -74,7 +77,7 @@ class Diffusers(Backbone):
 
     model: NetworkConfig = field(default_factory=UNet2D, metadata={"table": "genkit.backbones.diffusers:MODELS"})
     """unet2d, unet2d-condition or dit, and its settings under diffusers' names; those of text-to-image pipelines (sdxl,
-    sd3, flux, pixart, sana) are read from one by --init"""
+    sd3, flux, pixart, sana, chroma, auraflow, lumina2) are read from one by --init"""
     timesteps: Width = 1000
     """number of time steps of the network"""
     clock: Literal["index", "sigma"] = "index"

@@ -100,6 +100,13 @@ class Flux(TextTransformer):
         return 2
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        further = {"guidance": context.get("guidance"), "pooled_projections": context["pooled"]}
+        return self.call_on_patches(net, x, time, context["tokens"], further)
+
+    def call_on_patches(
+        self, net: nn.Module, x: Tensor, time: Tensor, tokens: Tensor, further: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """The output for samples ``[B, C, H, W]``, of which the network reads patches and their positions."""
         b, c, h, w = x.shape
         rows, columns = h // 2, w // 2
         patches = x.view(b, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, 4 * c)
@@ -109,11 +116,10 @@ class Flux(TextTransformer):
         out = net(
             hidden_states=patches,
             timestep=time / 1000,
-            guidance=context.get("guidance"),
-            encoder_hidden_states=context["tokens"],
-            pooled_projections=context["pooled"],
-            txt_ids=torch.zeros(context["tokens"].shape[1], 3, device=x.device),
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device),
             img_ids=positions.reshape(-1, 3),
+            **further,
         ).sample
         return out.view(b, rows, columns, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
@@ -145,3 +151,50 @@ class Sana(TextTransformer):
         words = {"encoder_hidden_states": context["tokens"], "encoder_attention_mask": context["mask"]}
         config: Any = net.config
         return net(x, timestep=time * config.timestep_scale, **words).sample
+
+
+@dataclass(frozen=True)
+class Chroma(Flux):
+    """ChromaTransformer2DModel, Flux without a pooled state and an input for guidance."""
+
+    class_name: ClassVar[str] = "ChromaTransformer2DModel"
+    pipeline: ClassVar[str | None] = "ChromaPipeline"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "mask")
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        return None
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        count = x.shape[-2] * x.shape[-1] // 4
+        # its pipeline gives numbers, which attention adds to its scores
+        mask = torch.cat([context["mask"].to(x.dtype), x.new_ones(len(x), count)], 1)
+        return self.call_on_patches(net, x, time, context["tokens"], {"attention_mask": mask})
+
+
+@dataclass(frozen=True)
+class AuraFlow(TextTransformer):
+    """AuraFlowTransformer2DModel of AuraFlow (fal 2024)."""
+
+    class_name: ClassVar[str] = "AuraFlowTransformer2DModel"
+    pipeline: ClassVar[str | None] = "AuraFlowPipeline"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens",)
+    context_setting: ClassVar[str] = "joint_attention_dim"
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        return net(hidden_states=x, timestep=time / 1000, encoder_hidden_states=context["tokens"]).sample
+
+
+@dataclass(frozen=True)
+class Lumina2(TextTransformer):
+    """Lumina2Transformer2DModel of Lumina-Image 2.0 (Qin et al. 2025), for which data are at time 1."""
+
+    class_name: ClassVar[str] = "Lumina2Transformer2DModel"
+    pipeline: ClassVar[str | None] = "Lumina2Pipeline"
+    text_states: ClassVar[tuple[str, ...]] = ("tokens", "mask")
+    context_setting: ClassVar[str] = "cap_feat_dim"
+    explicit_grid: ClassVar[bool] = True
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        words = {"encoder_hidden_states": context["tokens"], "encoder_attention_mask": context["mask"]}
+        return -net(hidden_states=x, timestep=1 - time / 1000, **words).sample

@@ -50,6 +50,9 @@ READERS: Mapping[str, Reader] = {  # classes of pipelines
     "FluxPipeline": Reader(("text", "pooled", "")),
     "PixArtSigmaPipeline": Reader(("text", "mask", "null text", "null mask")),
     "SanaPipeline": Reader(("text", "mask", "null text", "null mask")),
+    "ChromaPipeline": Reader(("text", "", "mask", "null text", "", "null mask")),
+    "AuraFlowPipeline": Reader(("text", "", "null text", "")),
+    "Lumina2Pipeline": Reader(("text", "mask", "null text", "null mask")),
 }
 
 

@@ -52,6 +52,12 @@ CLASSES = {
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
 BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+NOT_SERVED = {  # classes that are like others, and why they are refused
+    "CogView4Transformer2DModel": "its pipeline rounds times by a rule of its own",
+    "QwenImageTransformer2DModel": "its autoencoder is one of videos",
+    "PRXTransformer2DModel": "its pipeline has not been compared with genkit's pictures yet",
+    "HunyuanDiT2DModel": "it reads two sequences of words and is given positions",
+}
 OTHER_LAYOUTS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")  # as single files are often found
 MERGE_LORA_FILE = "genkit.integrations.lora_files:merge_lora_file"  # which imports this module
 CLASS_TABLE = re.compile(r"(class_embedding|class_embedder\.embedding_table)\.weight$")
@@ -110,6 +116,8 @@ def open_model(location: str) -> SavedModel:
     settings = read_json(folder / "config.json")
     if settings.get("_class_name") not in CLASSES:
         kind = settings.get("_class_name", "model without a class")
+        if reason := NOT_SERVED.get(kind):
+            raise ValueError(f"init: {folder} holds a {kind}, which genkit does not serve: {reason}")
         raise ValueError(f"init: {folder} holds a {kind}, which genkit cannot call; allowed: {', '.join(CLASSES)}")
     scheduler = root / "scheduler" / "scheduler_config.json"
     scheduling = read_json(scheduler) if scheduler.is_file() else None

@@ -16,6 +16,7 @@ from tests.support.pipelines import largest, our_picture, their_picture
 
 pytest.importorskip("peft")
 GUIDANCE = {"flux-dev": 3.5}
+SIDES = {"lumina2": 64}  # whose pipeline assumes an autoencoder by 8
 FAMILIES = ("sd", "sdxl", "sd3", "flux-dev")
 ADAPTER = ("--lora.rank=4", "--lora.alpha=6", "--lora.layers=to_(q|k|v|out)|proj_in|proj_out|conv1")
 
@@ -50,14 +51,22 @@ def test_a_checkpoint_has_the_adapter_alone(lora_run, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [*((name, "diffusers") for name in FAMILIES), ("sd", "kohya"), ("sdxl", "kohya")]
+    ("name", "layout"),
+    [
+        *((name, "diffusers") for name in FAMILIES),
+        *(pytest.param(name, "diffusers", marks=pytest.mark.slow) for name in ("chroma", "auraflow", "lumina2")),
+        ("sd", "kohya"),
+        ("sdxl", "kohya"),
+    ],
 )
 def test_a_lora_goes_out_and_comes_in(pipeline_folder, run_of, lora_run, tmp_path, name, layout):
     guidance, file = GUIDANCE.get(name, 5.0), tmp_path / "adapter.safetensors"
     base = our_picture(load_run(run_of(name), device="cpu"), guidance=guidance)
     ours = our_picture(load_run(lora_run(name), device="cpu"), guidance=guidance)
     assert cli.main(["export", str(lora_run(name)), "--to", "lora", str(file), "--to.layout", layout]) == 0
-    theirs = their_picture(pipeline_folder(name), guidance, lora=file, height=16, width=16)
+    theirs = their_picture(
+        pipeline_folder(name), guidance, lora=file, **dict.fromkeys(("height", "width"), SIDES.get(name, 16))
+    )
     assert largest(ours, theirs) < 1e-5
     assert largest(ours, base) > 0.1, "the adapter changes nothing"
     back = load_run(run_of(name), device="cpu", adapter=file)

@@ -22,13 +22,13 @@ from tests.support.pipelines import CAPTIONS, QUICK, largest, our_picture, their
 GUIDANCE = {"flux-dev": 3.5, "flux-schnell": 1.0, "ddim": 1.0}
 FAMILIES = {
     "sdxl": "ddim", "sd3": "ddim", "flux-dev": "ddim", "flux-schnell": "ddim", "pixart": "dpmpp_2m", "sana": "ddim",
-    "ddim": "ddim",
+    "ddim": "ddim", "chroma": "ddim", "auraflow": "ddim", "lumina2": "ddim",
 }  # fmt: skip
 
 
 def pictures(pipeline_folder, run_of, name):
     """The run, its picture and the pipeline's."""
-    guidance, side = GUIDANCE.get(name, 5.0), 32 if name == "sana" else 16
+    guidance, side = GUIDANCE.get(name, 5.0), {"sana": 32, "lumina2": 64}.get(name, 16)  # Lumina2 assumes a factor of 8
     run = load_run(run_of(name), device="cpu")
     cond = {} if name == "ddim" else None
     sizes = {"height": side, "width": side}
@@ -63,6 +63,9 @@ TEETH = [
         "flux-dev": ("pooled", "clock", "guidance", "positions"),
         "pixart": ("mask", "null"),
         "sana": ("mask", "clock", "instruction"),
+        "chroma": ("mask", "clock"),
+        "auraflow": ("clock",),
+        "lumina2": ("mask",),
     }.items()
     for what in things
 ]

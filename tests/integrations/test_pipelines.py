@@ -18,13 +18,14 @@ from genkit.core import Batch, Draw
 from genkit.data import text
 from genkit.data.codecs import Standardize
 from genkit.integrations.diffusers_scheduler import SOLVERS
-from genkit.integrations.diffusers_weights import Blocks, time_distribution
+from genkit.integrations.diffusers_weights import NOT_SERVED, Blocks, open_model, time_distribution
 from genkit.integrations.export import export
 from genkit.objectives import DDPM, Flow
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling
 from genkit.training.settings import TrainSettings
 from tests.support.pipelines import CAPTIONS, PROMPTS, QUICK, STEPS, largest, our_picture, their_picture
+from tests.support.refusals import refuses
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
@@ -181,6 +182,13 @@ def test_pipelines_that_are_not_served_are_refused(pipeline_folder, photos, tmp_
     assert "codec: there is no folder nobody/nothing" in refused(
         [*train, f"--data.encoder=diffusers:{pipeline_folder('sd')}", "--codec=diffusers:nobody/nothing"], capsys
     )
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_networks_that_are_like_others_are_refused_with_the_reason(tmp_path, name):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": name}))
+    refuses(lambda: open_model(str(tmp_path)), name, NOT_SERVED[name])
 
 
 def test_texts_that_the_pipeline_would_cut_are_refused(pipeline_folder):

@@ -165,6 +165,19 @@ def pixart(folder: Path) -> diffusers.DiffusionPipeline:
     )  # fmt: skip
 
 
+def gemma() -> tuple[nn.Module, transformers.GemmaTokenizer]:
+    settings = transformers.Gemma2Config(
+        head_dim=16, hidden_size=8, intermediate_size=64, max_position_embeddings=8192, num_attention_heads=2,
+        num_hidden_layers=1, num_key_value_heads=2, vocab_size=400, attn_implementation="eager",
+    )  # fmt: skip
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "▁": 4}
+    for c in "abcdefghijklmnopqrstuvwxyz0123456789,.'-:\"!?()ABCDEFGHIJKLMNOPQRSTUVWXYZ\n":
+        vocab[c] = len(vocab)
+    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=300)
+    tokenizer.padding_side = "right"
+    return shaken(transformers.Gemma2Model(settings)), tokenizer
+
+
 def sana(folder: Path) -> diffusers.DiffusionPipeline:
     net = diffusers.SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
@@ -179,18 +192,50 @@ def sana(folder: Path) -> diffusers.DiffusionPipeline:
         upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
         scaling_factor=0.41407,
     )  # fmt: skip
-    settings = transformers.Gemma2Config(
-        head_dim=16, hidden_size=8, intermediate_size=64, max_position_embeddings=8192, num_attention_heads=2,
-        num_hidden_layers=1, num_key_value_heads=2, vocab_size=400, attn_implementation="eager",
-    )  # fmt: skip
-    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "▁": 4}
-    for c in "abcdefghijklmnopqrstuvwxyz0123456789,.'-:\"!?()ABCDEFGHIJKLMNOPQRSTUVWXYZ\n":
-        vocab[c] = len(vocab)
-    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=300)
-    tokenizer.padding_side = "right"
+    encoder, tokenizer = gemma()
     return diffusers.SanaPipeline(
-        transformer=shaken(net), vae=shaken(vae, 0.02), text_encoder=shaken(transformers.Gemma2Model(settings)),
+        transformer=shaken(net), vae=shaken(vae, 0.02), text_encoder=encoder,
         tokenizer=tokenizer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+def chroma(folder: Path) -> diffusers.DiffusionPipeline:
+    net = diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return diffusers.ChromaPipeline(
+        transformer=shaken(net), vae=kl(4, scaling_factor=0.3611, **SHIFTED_KL), text_encoder=t5(),
+        tokenizer=t5_tokenizer(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )  # fmt: skip
+
+
+def auraflow(folder: Path) -> diffusers.DiffusionPipeline:
+    net = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    config = transformers.UMT5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return diffusers.AuraFlowPipeline(
+        transformer=shaken(net), vae=kl(scaling_factor=0.13025), tokenizer=t5_tokenizer(),
+        text_encoder=shaken(transformers.UMT5EncoderModel(config)),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )  # fmt: skip
+
+
+def lumina2(folder: Path) -> diffusers.DiffusionPipeline:
+    net = diffusers.Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(300, 64, 64),
+        cap_feat_dim=8,
+    )  # fmt: skip
+    encoder, tokenizer = gemma()
+    return diffusers.Lumina2Pipeline(
+        transformer=shaken(net), vae=kl(4, scaling_factor=0.3611, **SHIFTED_KL), text_encoder=encoder,
+        tokenizer=tokenizer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
     )  # fmt: skip
 
 
@@ -219,6 +264,9 @@ PIPELINES: Mapping[str, Callable[[Path], diffusers.DiffusionPipeline]] = {
     "flux-schnell": lambda folder: flux(folder, dev=False),
     "pixart": pixart,
     "sana": sana,
+    "chroma": chroma,
+    "auraflow": auraflow,
+    "lumina2": lumina2,
     "dit": dit,
     "ddim": ddim,
 }
@@ -246,7 +294,8 @@ def their_picture(
     if lora:
         pipe.load_lora_weights(str(lora))
     known = inspect.signature(pipe.__call__).parameters
-    usual = {"prompt": PROMPTS, "guidance_scale": guidance, "use_resolution_binning": False}
+    usual = {"prompt": PROMPTS, "guidance_scale": guidance, "use_resolution_binning": False,
+             "cfg_normalization": False}  # fmt: skip
     given = {k: v for k, v in {**usual, "batch_size": 2, **settings}.items() if k in known}
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
     return torch.as_tensor(pipe(generator=seeds, num_inference_steps=STEPS, output_type="pt", **given).images)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from tyro.conf import Positional
 
 from genkit.cli.output import console
 from genkit.config import narrow, parse
-from genkit.config.names import NameIn
 from genkit.config.paths import PathText
 from genkit.integrations.importing import ImportSettings, import_run
 
@@ -18,7 +16,7 @@ from genkit.integrations.importing import ImportSettings, import_run
 class Import(ImportSettings):
     """Make a run of weights of another project."""
 
-    kind: Positional[Annotated[str, NameIn("genkit.integrations.zoo:KINDS")]]
+    kind: Positional[str]
     """Layout of the weights: dit, sit (their authors' state dicts) or torchcfm (its U-Net)."""
     file: Positional[PathText]
     """The weights: .safetensors, or .pt, of which only tensors are read."""
