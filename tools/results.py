@@ -378,6 +378,19 @@ def mixed() -> str:
     return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
+def execution() -> str:
+    found = load("execution")["rows"]
+    rows = []
+    for act_steps, name in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
+        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, name)]
+        cells = [spread([run[key] for run in runs], places) for key, places in
+                 (("bits", 2), ("jump_border", 4), ("jump_within", 4))]  # fmt: skip
+        rows.append([name, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
+    return table(
+        ["", "actions of each chunk", "success", "mode entropy, bits (at most 2)", "jump at borders", "within"], rows
+    )
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -603,6 +616,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,
     "rwr": rwr,
+    "execution": execution,
     "q-function": q_function,
     "mujoco": mujoco,
     "ddpo": ddpo,

@@ -70,7 +70,7 @@ def group_norm(x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias
     with torch.autocast(x.device.type, enabled=False):
         weight, bias = weight.to(x.dtype).flatten(), bias.to(x.dtype).flatten()
         joined = x.reshape(1, -1, *x.shape[2:])
-        return F.group_norm(joined, num_groups(x.shape[1]) * len(x), weight, bias).view(x.shape)
+        return F.group_norm(joined, num_groups(int(x.shape[1])) * len(x), weight, bias).view(x.shape)
 
 
 class GroupNorm(nn.Module):

@@ -131,7 +131,7 @@ COMMANDS = {
     ),
     "export": Command(
         "genkit.cli.commands.export",
-        "write a run as a diffusers pipeline, or as a standalone run",
+        "write a run as a diffusers pipeline, a standalone run, or a policy's graph",
         "genkit.cli.commands.export:Export",
         ("genkit export runs/latest --to diffusers pipeline",),
     ),
@@ -164,6 +164,12 @@ COMMANDS = {
         "run a trained policy: success, return, modes, time per action chunk",
         "genkit.cli.commands.rollout:Rollout",
         ("genkit rollout runs/latest --episodes 100 --film 4",),
+    ),
+    "serve": Command(
+        "genkit.cli.commands.serve",
+        "let a trained policy answer control loops, over a socket",
+        "genkit.cli.commands.serve:Serve",
+        ("genkit serve runs/latest --steps 4 --execution real-time",),
     ),
     "demo": Command(
         "genkit.cli.commands.demo",

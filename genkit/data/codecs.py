@@ -143,7 +143,16 @@ class Actions(Affine):
     def to_absolute(self, x: Tensor, obs: Tensor) -> Tensor:
         """Decode samples ``[B, A, T]``, given observations ``[B, To, Do]``, to actions that an environment takes."""
         out = self.decode(x)
-        return out + obs[:, -1, [int(i) for i in self.reference], None].to(out) if self.reference else out
+        return out + self.reference_of(obs).to(out) if self.reference else out
+
+    def from_absolute(self, actions: Tensor, obs: Tensor) -> Tensor:
+        """The inverse of :meth:`to_absolute`: samples of the model ``[B, A, T]`` of an environment's actions."""
+        relative = actions - self.reference_of(obs).to(actions) if self.reference else actions
+        return self.encode(Batch(relative)).x
+
+    def reference_of(self, obs: Tensor) -> Tensor:
+        """What actions are relative to, ``[B, A, 1]``, in observations ``[B, To, Do]``."""
+        return obs[:, -1, [int(i) for i in self.reference], None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from __future__ import annotations
 from genkit.integrations.diffusers_export import ToDiffusers
 from genkit.integrations.export import ExportFormat, StandaloneRun
 from genkit.integrations.lora_files import ToLoRA
+from genkit.integrations.policy_export import ToONNX, ToTorchScript
 
 __all__ = ["FORMATS", "ExportFormat"]
 
-FORMATS: dict[str, type[ExportFormat]] = {"diffusers": ToDiffusers, "run": StandaloneRun, "lora": ToLoRA}
+FORMATS: dict[str, type[ExportFormat]] = {
+    "diffusers": ToDiffusers,
+    "run": StandaloneRun,
+    "lora": ToLoRA,
+    "torchscript": ToTorchScript,
+    "onnx": ToONNX,
+}

@@ -104,7 +104,7 @@ def test_completion(capsys, tmp_path, shell):
         done = subprocess.run([shell, tmp_path / "ask", script, *words], capture_output=True, text=True)
         return {line.split("\t")[0] for line in done.stdout.splitlines() if line}
 
-    assert complete("genkit", "s") == {"sample", "sweep"}
+    assert complete("genkit", "s") == {"sample", "serve", "sweep"}
     assert complete("genkit", "sample", "--sampler", "dpm") == {"dpmpp_2m", "dpmpp_3m", "dpmpp_sde"}
     assert complete("genkit", "train", "--objective", "v") == {"vae", "vq"}
     assert "--guidance-rule" in complete("genkit", "sample", "--gui")

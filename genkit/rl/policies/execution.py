@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from genkit.data.codecs import Actions
 from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
 
-ExecutionName = Literal["naive", "ensemble"]
+ExecutionName = Literal["naive", "ensemble", "real-time"]
 
 
 @dataclass
@@ -21,13 +26,16 @@ class DelayedPolicy:
     an episode is waited for. ``naive`` carries out the newest chunk that has arrived, from the action on whose time it
     is. ``ensemble`` averages the actions that all chunks which have arrived have for a step, with weights
     ``exp(-decay i)``, where i = 0 is the oldest of them (temporal ensembling, Zhao et al. 2023, algorithm 2).
-    ``ValueError`` if the chunks are too short for the delay.
+    ``real-time`` carries out the newest that has arrived too, but each is drawn as a continuation of the one before
+    (:mod:`genkit.rl.policies.real_time`); ``limit`` bounds the guidance. ``ValueError`` if the chunks are too short for
+    the delay, or for ``real-time`` of a policy that draws no chunks of actions by the steps of a diffusion.
     """
 
     policy: Policy
     delay: int = 0
     execution: ExecutionName = "naive"
     decay: float = 0.01
+    limit: float = math.inf
     time: int = field(default=0, init=False)
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list, init=False)
     """the step that each chunk begins at, and its actions [N, H, A]"""
@@ -39,6 +47,8 @@ class DelayedPolicy:
                 f"delay: given {self.delay}; chunks of {self.policy.future_steps} actions, of which "
                 f"{self.policy.act_steps} are executed, allow 0 … {longest}; take fewer --act-steps"
             )
+        if self.execution == "real-time":
+            self.policy = continue_underway(self.policy, self.limit)
 
     @property
     def obs_shape(self) -> tuple[int, int]:
@@ -64,6 +74,8 @@ class DelayedPolicy:
         """The actions ``[N, Ta, A]`` of the next steps, for observations ``[N, To, Do]`` and pictures as
         :meth:`Policy.act` takes them."""
         whole = replace(self.policy, act_steps=self.policy.future_steps)
+        if self.execution == "real-time" and self.chunks:
+            whole.conditions = {**self.policy.conditions, **self.underway(obs)}
         self.chunks.append((self.time, whole.act(obs, frames)))
         actions = [self.action(t) for t in range(self.time, self.time + self.policy.act_steps)]
         self.time += self.policy.act_steps
@@ -74,7 +86,49 @@ class DelayedPolicy:
         """The action ``[N, A]`` of step ``t``, from the chunks that have arrived."""
         arrived = [(s, c) for s, c in self.chunks if s == 0 or s + self.delay <= t]
         actions = [chunk[:, t - start] for start, chunk in arrived if t - start < chunk.shape[1]]
-        if self.execution == "naive":
+        if self.execution != "ensemble":
             return actions[-1]
         weights = np.exp(-self.decay * np.arange(len(actions)))
         return np.einsum("k,kna->na", weights / weights.sum(), np.stack(actions)).astype(actions[0].dtype)
+
+    def underway(self, obs: np.ndarray) -> dict[str, Tensor]:
+        """The conditions of a chunk that is drawn now (:func:`underway_conditions`)."""
+        start, newest = self.chunks[-1]
+        fixed = [self.action(t) for t in range(self.time, self.time + self.delay)]
+        return underway_conditions(self.policy, obs, fixed, newest, self.time - start)
+
+
+def underway_conditions(
+    policy: Policy, obs: np.ndarray, fixed: Sequence[np.ndarray], newest: np.ndarray, passed: int
+) -> dict[str, Tensor]:
+    """The conditions of a chunk for ``obs`` ``[N, To, Do]`` that continues what is under way.
+
+    They are the actions ``[N, A, Tp]`` in the model's units, and their weights ``[1, 1, Tp]``: first the actions
+    ``fixed`` ``[N, A]`` that are carried out until it arrives, then those of the ``newest`` chunk ``[N, H, A]`` for the
+    steps after, which began ``passed`` steps ago.
+    """
+    codec, delay, length = policy.run.codec, len(fixed), newest.shape[1]
+    assert isinstance(codec, Actions)
+    after = list(np.moveaxis(newest[:, passed + delay :], 1, 0))
+    actions = torch.from_numpy(np.stack([*fixed, *after], 2))
+    past = policy.run.spec.shape[1] - length
+    actions = torch.nn.functional.pad(actions, (past, length - actions.shape[2]))
+    weights = torch.nn.functional.pad(soft_mask(length, delay, passed), (past, 0))
+    device = policy.run.device
+    samples = codec.from_absolute(actions.to(device), torch.from_numpy(np.asarray(obs, np.float32)).to(device))
+    return {UNDERWAY: samples.float(), UNDERWAY_WEIGHT: weights[None, None].to(device)}
+
+
+def continue_underway(policy: Policy, limit: float) -> Policy:
+    """The policy, which continues what its conditions say is under way.
+
+    ``ValueError`` unless it draws chunks of actions by the steps of a diffusion.
+    """
+    run = policy.run
+    if not isinstance(run.codec, Actions) or policy.generate_with is None:
+        raise ValueError(
+            f"execution: given real-time, which continues chunks of actions that are drawn in steps; "
+            f"{run.directory.name} is a {type(run.objective).__name__} of {type(run.codec).__name__}; take naive or "
+            "ensemble"
+        )
+    return policy.guided(continue_chunk(limit))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -119,6 +119,8 @@ class Policy:
     """conditions besides obs, each as one row"""
     steps: int = 1
     """sampler steps for each chunk; 1 for a one-pass objective"""
+    generate_with: Callable[[Guidance], Generator] | None = None
+    """``generate`` with a further guidance, applied after all others; None: it takes none"""
     history: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list, init=False, repr=False)
     """the newest observations and pictures that :meth:`step` was given"""
     queue: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
@@ -177,16 +179,19 @@ class Policy:
         elif sampler is not None:
             options |= {"sampler": sampler}  # for the generator to refuse
         sampling = Sampling(**options, guidance=guidance)
-        outer = compose(*guides) if guides else None
         if act_steps is None:
             act_steps = acting.get("act_steps")
         if act_steps is None:
             data = run.config.data
             act_steps = data.act_steps if isinstance(data, Demonstrations) else run.spec.shape[1] - obs_steps + 1
         check_horizons(obs_steps, run.spec.shape[1], act_steps)
-        generate = run.generator(sampling, outer=outer)
-        used = steps if run.objective.sampler is not None else 1
-        return kind(run, generate, act_steps, conditions=tensors, steps=used, **kind.extra_fields(run))
+
+        def generate_with(*further: Guidance) -> Generator:
+            return run.generator(sampling, outer=compose(*guides, *further) if guides or further else None)
+
+        sampled = run.objective.sampler is not None
+        return kind(run, generate_with(), act_steps, conditions=tensors, steps=steps if sampled else 1,
+                    generate_with=generate_with if sampled else None, **kind.extra_fields(run))  # fmt: skip
 
     @classmethod
     def require_suitable(cls, run: Run) -> None:
@@ -261,6 +266,12 @@ class Policy:
     def details(self) -> dict[str, Any]:
         """Further entries of a report of its episodes, ready for JSON."""
         return {}
+
+    def guided(self, guide: Guidance) -> Policy:
+        """This policy with a further guidance, applied after all others. ``ValueError`` if it draws in one pass."""
+        if self.generate_with is None:
+            raise ValueError(f"guidance: has no effect on {type(self.run.objective).__name__}, which draws in one pass")
+        return replace(self, generate=self.generate_with(guide))
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Begin episodes: from now on row i draws from its own seed, and :meth:`step` begins anew."""

@@ -20,8 +20,8 @@ from PIL import Image
 
 from genkit import __version__
 from genkit.config import override
-from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Scale, Seed
-from genkit.core import pictures
+from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Positive, Scale, Seed
+from genkit.core import Generator, Guidance, pictures
 from genkit.core.device import DeviceName
 from genkit.core.files import refuse_foreign, write_text
 from genkit.core.progress import Progress, reporting
@@ -77,9 +77,12 @@ class RolloutSettings:
     """Steps of the environment that a decision takes: its chunk arrives as many steps after the observation."""
     execution: ExecutionName = "naive"
     """How chunks follow each other: naive, the newest that has arrived; ensemble, the average of all that have (Zhao et
-    al. 2023; with --act-steps 1 as in the paper)."""
+    al. 2023; with --act-steps 1 as in the paper); real-time, each drawn as a continuation of the one under way (Black
+    et al. 2025)."""
     ensemble_decay: NonNegative = 0.01
     """Decay of the weights of an ensemble: exp(-decay i), i = 0 for the oldest chunk."""
+    guidance_limit: Positive = 1000.0
+    """Largest weight of the guidance of real-time execution: the paper's beta."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
@@ -206,7 +209,9 @@ def rollout(
     policy = with_q(policy, settings)
     actor: Policy | DelayedPolicy = policy
     if settings.delay or settings.execution != "naive":
-        actor = DelayedPolicy(policy, settings.delay, settings.execution, settings.ensemble_decay)
+        actor = DelayedPolicy(
+            policy, settings.delay, settings.execution, settings.ensemble_decay, settings.guidance_limit
+        )
     with reporting(progress) as report:
         episodes = run_episodes(actor, env, seeds, film=settings.film, progress=report)
     chunk_ms = chunk_latency(policy, env, env.reset(list(seeds)[: env.num]))
@@ -295,7 +300,17 @@ def with_q(policy: Policy, settings: RolloutSettings) -> Policy:
     q = load_q(run.directory, run.spec, q_requirements(policy, settings)).to(run.device)
     if settings.q_guidance:
         policy = load_policy(run, settings, guide=value_guidance(q, settings.q_guidance))
-    return replace(policy, generate=best_of(policy.generate, q, settings.best_of))
+    generate_with = policy.generate_with
+
+    def best_with(guide: Guidance) -> Generator:
+        assert generate_with is not None, "Policy.guided checks it"
+        return best_of(generate_with(guide), q, settings.best_of)
+
+    return replace(
+        policy,
+        generate=best_of(policy.generate, q, settings.best_of),
+        generate_with=best_with if generate_with else None,
+    )
 
 
 def chunk_latency(policy: Policy, env: Env, obs: np.ndarray, repeats: int = 20) -> float:

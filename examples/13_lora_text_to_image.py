@@ -1,7 +1,7 @@
 """A LoRA of a text-to-image pipeline of diffusers, with pictures before and after, in a minute on a CPU.
 
     pip install -e ".[hub,lora]"
-    python examples/12_lora_text_to_image.py [--out runs/lora-text-to-image]
+    python examples/13_lora_text_to_image.py [--out runs/lora-text-to-image]
 
 The pipeline is made on the spot: a tiny Stable Diffusion with random weights (its autoencoder, an AutoencoderTiny, is
 trained for a few seconds). The base learns red, green and blue squares by their captions. The adapter learns "a sks
