@@ -112,6 +112,21 @@ def test_a_scale_for_each_sample_is_guidance_by_it():
     assert seen[1].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("options", [{"teacher_guidance": 3.0}, {"guidance": 4.0}])
+def test_only_the_first_teacher_is_guided(options):
+    """Later teachers are students, whose own predictions are guided already."""
+    objective = ProgressiveDistillation(of=Flow(), teacher_steps=4, steps=1, **options)
+    scale = torch.tensor([3.0, 3.0], dtype=F64)
+    net = lambda x, t, cond: (1.0 + cond["label"][:, None] * cond.get("keep", torch.ones(len(x)))[:, None]) * x  # noqa: E731
+    x, t, cond = torch.ones(2, 2, dtype=F64), torch.full((2,), 0.5, dtype=F64), {"label": torch.tensor([1, 2])}
+    given = {**cond, "guidance": scale} if "guidance" in options else cond
+    plain, guided = (d(x, t, cond).x0 for d in (Flow().denoiser(net), classifier_free(3.0)(Flow().denoiser(net))))
+    first, second = (objective.guided_teacher(net, number)(x, t, given).x0 for number in (0, 1))
+    assert float((plain - guided).abs().min()) > 0.5
+    torch.testing.assert_close(first, guided)
+    torch.testing.assert_close(second, plain)
+
+
 # --------------------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -327,6 +327,29 @@ def test_evaluation_sees_the_average_of_a_schedule_free_optimizer():
     step(state, 3)
 
 
+class Doubled(torch.optim.SGD):
+    """Evaluates at twice the weights."""
+
+    def eval(self):
+        torch._foreach_mul_([p for group in self.param_groups for p in group["params"]], 2.0)
+
+    def train(self):
+        pass
+
+
+def test_hooks_have_the_weights_of_evaluation_and_training_goes_on_at_its_own(tmp_path):
+    settings = parse("tests.training.test_optimizers:Doubled", "--optimizer.momentum=0.5")
+    whole, resumed = start(settings), start(settings)
+    step(whole, 0)
+    trained = weights(whole)
+    with torch.no_grad(), evaluation_weights(whole.optimizers.values()):
+        assert all(torch.equal(p, 2 * trained[k]) for k, p in whole.nets["net"].named_parameters())
+        resumed.nets["net"].load_state_dict(whole.nets["net"].state_dict())
+        stored = through_file(whole, tmp_path)
+    restore_optimizers(stored, Flow(), resumed)
+    assert all(torch.equal(v, weights(state)[k]) for state in (whole, resumed) for k, v in trained.items())
+
+
 # ------------------------------------------------------------------------------------------- phases, other classes
 def test_a_phase_has_a_rate_of_its_own():
     settings = config.parse(TrainSettings, ["--objective=gan", "--phase-settings", "discriminator.lr=4e-4",
@@ -377,6 +400,41 @@ def test_a_stored_run_does_not_import_an_optimizer_untrusted():
         require_trust(TrainSettings, tree, "config.yaml")
 
 
+class Keeper(torch.optim.Optimizer):
+    """Counts its steps in the group, and keeps a list and a transposed matrix for each parameter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "count": 0, "sum": None})
+
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            group["sum"] = torch.full((2,), float(group["count"]))
+            for p in group["params"]:
+                kept = self.state[p]
+                kept["past"] = [*kept.get("past", []), p.grad.clone(), group["count"]]
+                kept["turned"] = p.grad.clone().flatten(1).T if p.ndim > 1 else None
+
+
+def test_whatever_an_optimizer_keeps_comes_back(tmp_path):
+    settings = parse("tests.training.test_optimizers:Keeper")
+    whole, resumed = start(settings), start(settings)
+    step(whole, 0)
+    step(whole, 1)
+    restore_optimizers(through_file(whole, tmp_path), Flow(), resumed)
+    ours, theirs = (state.optimizers["denoise"] for state in (whole, resumed))
+    assert theirs.param_groups[0]["count"] == 2
+    assert torch.equal(theirs.param_groups[0]["sum"], torch.full((2,), 2.0))
+    for p, q in zip(whole.nets["net"].parameters(), resumed.nets["net"].parameters(), strict=True):
+        a, b = ours.state[p], theirs.state[q]
+        assert [len(a["past"]), a["past"][1], a["past"][3]] == [len(b["past"]), b["past"][1], b["past"][3]] == [4, 1, 2]
+        assert torch.equal(a["past"][2], b["past"][2])
+        assert (a["turned"] is None) == (b["turned"] is None)
+        if a["turned"] is not None:
+            assert torch.equal(a["turned"], b["turned"])
+            assert a["turned"].stride() == b["turned"].stride()
+
+
 def test_a_state_that_no_file_can_hold_is_refused():
     with pytest.raises(ValueError, match="its state a is a set"):
         flatten({1}, "a", {})
@@ -407,8 +465,9 @@ def test_two_ranks_are_one_process(names):
     ranks = on_two_ranks(lambda accelerator: {name: trained_on(accelerator, name) for name in names})
     for name in names:
         whole = trained_on(Accelerator(cpu=True), name)
-        # Muon's products are in bf16, and Lion's steps are signs
-        close = {"muon": 2e-3, "lion": 2e-2, "soap": 1e-3}.get(name, 2e-5)
+        # Muon's products are in bf16, Lion's steps are signs; SOAP's first gradients do not fill the space, and
+        # rounding chooses the eigenvectors of the rest of it
+        close = {"muon": 2e-3, "lion": 2e-2, "soap": 5e-2}.get(name, 2e-5)
         assert all(torch.equal(v, ranks[1][name][k]) for k, v in ranks[0][name].items()), name
         for k, v in whole.items():
             assert torch.allclose(v, ranks[0][name][k], atol=close), (name, k)
