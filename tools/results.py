@@ -399,6 +399,15 @@ def rwr() -> str:
     return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
+def reward_methods() -> str:
+    found, rows = load("reward-methods")["rows"], []
+    for name in dict.fromkeys(row["name"] for row in found):
+        runs = [row for row in found if row["name"] == name]
+        after = [spread([run[key][1] for run in runs], places) for key, places in (("success", 3), ("bits", 2))]
+        rows.append([f"`{name}`", *after, *(spread([run[key] for run in runs], 0) for key in ("kl", "cpu_seconds"))])
+    return table(["", "success", "mode entropy, bits (at most 2)", "KL, nats a trajectory", "CPU s"], rows)
+
+
 def q_function() -> str:
     labels = {"plain": "the policy", "best8": "best of 8", "q0.2": "Q guidance 0.2", "q0.2best8": "both"}
     found = load("q-four-ways")["seeds"]
@@ -616,6 +625,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,
     "rwr": rwr,
+    "reward-methods": reward_methods,
     "execution": execution,
     "q-function": q_function,
     "mujoco": mujoco,

@@ -33,7 +33,7 @@ from genkit.backbones.diffusers_text_to_image import SD3, SDXL, AuraFlow, Chroma
 from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
 from genkit.backbones.encoded_text import EncodedText, has_encoded_text
 from genkit.config.numbers import Width
-from genkit.core import NO_COND, SCALE_INPUT, Backbone, Cond, Spec, Tokens, Vector
+from genkit.core import NO_COND, SCALE_INPUT, SIZES_INPUT, Backbone, Cond, Spec, Tokens, Vector
 
 INTEGER_TOLERANCE = 1e-3  # float32 holds 1000 t - 1 to 1e-4: an index this near to an integer is rounded to it
 
@@ -219,6 +219,8 @@ class DiffusersDenoiser(nn.Module):
         context = {} if self.sequences is None else dict(self.sequences(x, cond))
         if self.cfg.guidance_range:
             context["guidance"] = cond.get(SCALE_INPUT, torch.ones_like(label))
+        if SIZES_INPUT in cond:
+            context["sizes"] = cond[SIZES_INPUT]
         timesteps, by_index = self.cfg.timesteps, self.cfg.clock == "index"
         time = timestep_index(label, timesteps) if by_index else timesteps * label
         out = self.cfg.model.call(self.model, x, time, self.class_row(x, cond), context)

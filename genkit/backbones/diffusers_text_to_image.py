@@ -27,15 +27,16 @@ class SDXL(UNet2DCondition):
     fixed: ClassVar[Mapping[str, Any]] = {**UNet2DCondition.fixed, "addition_embed_type": "text_time"}
 
     size_factor: Width = 8
-    """pixels of the side of a latent, for the size that the network is told: the picture's own, not cropped"""
+    """pixels of the side of a latent, for the size that the network is told: that of the sample, not cropped, unless
+    the data tell it"""
 
     def settings(self) -> dict[str, Any]:
         return {k: v for k, v in super().settings().items() if k != "size_factor"}
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, label: Tensor | None, context: Mapping[str, Any]) -> Tensor:
         size = [self.size_factor * n for n in x.shape[-2:]]
-        sizes = torch.tensor([*size, 0, 0, *size], dtype=x.dtype, device=x.device).expand(len(x), -1)
-        added = {"text_embeds": context["pooled"], "time_ids": sizes}
+        whole = torch.tensor([*size, 0, 0, *size], device=x.device).expand(len(x), -1)
+        added = {"text_embeds": context["pooled"], "time_ids": context.get("sizes", whole).to(x)}
         return net(x, time, context["tokens"], class_labels=label, added_cond_kwargs=added).sample
 
 

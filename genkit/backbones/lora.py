@@ -6,9 +6,10 @@ change to the weights, and the network has its original modules again."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +126,21 @@ def adapt(nets: Mapping[str, nn.Module], lora: LoRA, strength: float = 1.0) -> F
         else:
             net.requires_grad_(False)
     return [entry for net in nets.values() for entry in freeze(net)]
+
+
+@contextlib.contextmanager
+def adapters_off(nets: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Networks as they are without their adapters, while the context lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # lazy: it takes seconds
+
+    layers: list[Any] = [m for net in nets.values() for m in net.modules() if isinstance(m, BaseTunerLayer)]
+    try:
+        for layer in layers:  # not by enable_adapters, which also turns their gradients off
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def freeze(net: nn.Module) -> Frozen:

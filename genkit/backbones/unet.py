@@ -139,6 +139,11 @@ class Layout:
         self.emb = 4 * cfg.width
         self.attends = [min(s) in cfg.attention for s in self.sizes]
 
+    def padded(self, size: Sequence[int]) -> tuple[int, ...]:
+        """``size``, which need not be that of the spec, made large enough to be halved evenly at each level."""
+        multiple = 2 ** (len(self.sizes) - 1)
+        return tuple(-(-n // multiple) * multiple for n in size)
+
     def stage(self, inp: int, out: int, attend: bool, tokens: bool, up: bool = False) -> Stage:
         """A stage from ``inp`` to ``out`` channels."""
         block, attention = self.block(inp, out), None
@@ -300,7 +305,7 @@ class UNetDenoiser(nn.Module):
         c = embed_conditions(self.cond, self.layout, x, label, cond)
         h, skips = self.down(with_channels(x, c, self.layout), c)
         h = self.middle(h, c)
-        return h.flatten(2).mean(2) if features else crop_to(self.up(h, skips, c), self.layout.size)
+        return h.flatten(2).mean(2) if features else crop_to(self.up(h, skips, c), x.shape[2:])
 
 
 class UNetEncoder(nn.Module):
@@ -368,4 +373,4 @@ def embed_conditions(embed: Conditioner, layout: Layout, like: Tensor, label: Te
 
 def with_channels(x: Tensor, c: Routed, layout: Layout) -> Tensor:
     """The sample and its Image conditions as one padded map."""
-    return pad_to(x if c.channels is None else torch.cat([x, c.channels.to(x.dtype)], 1), layout.sizes[0])
+    return pad_to(x if c.channels is None else torch.cat([x, c.channels.to(x.dtype)], 1), layout.padded(x.shape[2:]))

@@ -10,11 +10,12 @@ Conventions, for the whole package:
 - Shapes: ``B`` samples in a batch, ``S`` the shape of one sample, ``L`` tokens, ``K`` sampler steps.
 """
 
-from genkit.core.batch import Batch, Draw, expand, mean_flat, seed_of
+from genkit.core.batch import Batch, Draw, expand, mean_flat, pool_weight, seed_of
 from genkit.core.conditions import (
     NO_COND,
     RESERVED,
     SCALE_INPUT,
+    SIZES_INPUT,
     Cond,
     Condition,
     Frames,
@@ -50,8 +51,10 @@ from genkit.core.protocols import (
 )
 
 __all__ = [
-    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "Backbone", "Batch", "Codec", "Cond", "Condition", "Data",
+    "ELBO", "NO_COND", "RESERVED", "SCALE_INPUT", "SIZES_INPUT", "Backbone", "Batch",
+    "Codec", "Cond", "Condition", "Data",
     "Denoiser", "Direction", "Draw", "Frames", "Generator", "Guidance", "HasELBO", "Image", "Label", "Loss", "Noise",
     "Objective", "Parametrization", "Phase", "Prediction", "ProbabilityPath", "Sampler", "Scalar", "Spec", "Text",
-    "Tokens", "Vector", "expand", "keep_target", "mean_flat", "seed_of", "spec_from_dict", "spec_to_dict",
+    "Tokens", "Vector", "expand", "keep_target", "mean_flat", "pool_weight", "seed_of", "spec_from_dict",
+    "spec_to_dict",
 ]  # fmt: skip

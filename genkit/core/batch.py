@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genkit.core.conditions import RESERVED, Cond, keep_target
@@ -65,7 +66,8 @@ class Batch:
     If ``draw`` is None, random numbers come from torch's global generator, for interactive use. ``x1`` is the source
     of each sample, in the model's units, if the data are pairs (source, sample). ``step`` counts the training steps
     before this one, for losses that change over training (a KL weight that rises, a discriminator that starts late);
-    None, outside training, stands for the end of training.
+    None, outside training, stands for the end of training. ``place_weight`` ``[B, 1, *axes]`` in [0, 1] is the weight
+    of each place of a sample in the loss, on a grid that may be finer than that of the sample.
     """
 
     x: Tensor
@@ -74,6 +76,7 @@ class Batch:
     draw: Draw | None = None
     x1: Tensor | None = None
     step: int | None = None
+    place_weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -113,6 +116,7 @@ class Batch:
             cond={k: send(v, target) for k, v in self.cond.items()},
             weight=None if self.weight is None else send(self.weight, target),
             x1=None if self.x1 is None else send(self.x1, target),
+            place_weight=None if self.place_weight is None else send(self.place_weight, target),
         )
 
 
@@ -124,3 +128,8 @@ def expand(v: Tensor, like: Tensor) -> Tensor:
 def mean_flat(x: Tensor) -> Tensor:
     """The mean over all but the batch dimension, ``[B, *S] -> [B]``."""
     return x.flatten(1).mean(1)
+
+
+def pool_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight of each place ``[B, 1, H, W]``, averaged over what a place of ``x`` ``[B, C, h, w]`` covers."""
+    return F.adaptive_avg_pool2d(weight.to(x), (x.shape[2], x.shape[3]))

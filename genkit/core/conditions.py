@@ -4,7 +4,8 @@ A condition is a named tensor in ``cond``. An absent condition is null: the netw
 Some names are reserved. ``cond["mask"]``, Bool ``[B, L]``, marks the tokens that exist. ``cond["keep"]``, Bool ``[B]``,
 marks the *samples* that see their conditions at all (False: null), and ``cond["keep.NAME"]``, Bool ``[B]``, those that
 see the condition NAME. ``cond["target_time"]``, Float ``[B]``, is the time that a flow map goes to
-(:mod:`genkit.diffusion.flow_map`).
+(:mod:`genkit.diffusion.flow_map`). ``cond["sizes"]``, Float ``[B, 6]``, is what some networks are told of the size of a
+picture (:mod:`genkit.data.buckets`); the others pass over it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 Cond = Mapping[str, Tensor]
 NO_COND: Cond = {}
 SCALE_INPUT = "guidance"  # the scale of guidance of each sample [B], for a network that takes it as an input
-RESERVED = ("keep", "mask", "target_time", SCALE_INPUT)
+SIZES_INPUT = "sizes"  # of each picture [B, 6]: stored height and width, top and left of the crop, height and width
+RESERVED = ("keep", "mask", "target_time", SCALE_INPUT, SIZES_INPUT)
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ class Spec:
         for name, value in cond.items():
             if name == "keep" or keep_target(name) in self.cond:
                 _require_bool(name, value, (batch,))
+            elif name == SIZES_INPUT:
+                Vector((6,)).check(name, value, batch)
             elif name == "mask":
                 tokens = [k for k, kind in self.cond.items() if isinstance(kind, Tokens) and k in cond]
                 if not tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -264,11 +265,25 @@ class Objective(ABC):
         """
         raise ValueError(f"val_levels: {type(self).__name__} has no noise levels; leave --val-levels out")
 
+    def preservation_loss(
+        self, nets: Mapping[str, nn.Module], batch: Batch, original: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """How far the networks are from what they are in the context ``original()``, ``[B]``.
+
+        ``ValueError`` for an objective that does not say.
+        """
+        raise ValueError(f"prior.preserve: {type(self).__name__} has no prediction to preserve; leave it out")
+
     @abstractmethod
     def generator(
         self, nets: Mapping[str, nn.Module], sampling: Callable[[Denoiser], Generator] | None = None
     ) -> Generator:
         """The generator of these networks. ``ValueError`` if ``sampling`` is missing, or would have no effect."""
+
+    @property
+    def weighs_places(self) -> bool:
+        """Whether its loss weighs the places of a sample by ``Batch.place_weight``."""
+        return False
 
     @property
     def needs_pairs(self) -> bool:

@@ -63,11 +63,13 @@ def load_captions(
     length: int,
     encoder: str | None,
     read_files: CaptionReader | None,
+    num: int,
 ) -> tuple[Captions, Mapping[str, Condition]] | None:
-    """Return the captions of ``--data.captions`` and their kinds of condition, or None without ``captions``.
+    """Return the captions of ``--data.captions`` of ``num`` samples and their kinds of condition, or None without.
 
-    Templates use ``class_words``, or the names of the classes in ``kinds``. Without ``encoder`` captions are bytes, at
-    most ``length`` each; with one they are its states. ``read_files`` reads the captions beside the images.
+    Sentences without {label} are captions of all samples. Templates use ``class_words``, or the names of the classes in
+    ``kinds``. Without ``encoder`` captions are bytes, at most ``length`` each; with one they are its states.
+    ``read_files`` reads the captions beside the images.
     """
     if not captions:
         if encoder is not None:
@@ -79,6 +81,9 @@ def load_captions(
         unique, rows = captions_from_files(read_files)
         examples = [caption.text for caption in unique if caption.text]
         examples = examples[:: max(1, len(examples) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    elif are_sentences(captions):
+        unique = [Caption(caption, f"captions: {caption!r}") for caption in captions]
+        rows, examples = torch.arange(len(captions)).expand(num, -1), list(captions[:NUM_EXAMPLES])
     else:
         unique, rows = captions_from_templates(captions, cond, kinds, class_words)
         # one template for each class, in turn
@@ -95,6 +100,11 @@ def load_captions(
     return Captions(rows, text.open_states(frozen, [*texts, ""])), frozen.kinds(tuple(examples))
 
 
+def are_sentences(captions: Sequence[str]) -> bool:
+    """Whether these are captions of all samples, as DreamBooth has: of several words, without anything to fill in."""
+    return all("{" not in caption and " " in caption.strip() for caption in captions)
+
+
 def captions_from_templates(
     templates: tuple[str, ...],
     cond: Mapping[str, Tensor],
@@ -104,7 +114,7 @@ def captions_from_templates(
     """Every template filled with every class, and the rows Int ``[N, W]`` of each sample's class."""
     for template in templates:
         if "{label}" not in template:
-            allowed = f"templates that contain {{label}}, or {FILES} for captions beside the images"
+            allowed = f"templates that contain {{label}}, {FILES} for captions beside the images, or sentences alone"
             raise ValueError(f"captions: given {template!r}; allowed: {allowed}")
     name, kind = next(((k, v) for k, v in kinds.items() if isinstance(v, Label)), (None, None))
     if name is None or kind is None:

@@ -13,14 +13,16 @@ from genkit.data.captions import Captions
 
 
 def random_flip(batch: Batch, spec: Spec, draw: Draw) -> Batch:
-    """``batch`` with half of the images mirrored left to right, together with the images among their conditions."""
+    """``batch`` with half of the images mirrored left to right, with their weights and the images among their
+    conditions."""
     mirrored = draw.uniform() < 0.5
 
     def flip(v: Tensor) -> Tensor:
         return torch.where(expand(mirrored, v), v.flip(-1), v)
 
     cond = {k: flip(v) if isinstance(spec.cond[k], Image) else v for k, v in batch.cond.items()}
-    return replace(batch, x=flip(batch.x), cond=cond)
+    weight = None if batch.place_weight is None else flip(batch.place_weight)
+    return replace(batch, x=flip(batch.x), cond=cond, place_weight=weight)
 
 
 @dataclass(eq=False)
@@ -39,6 +41,8 @@ class InMemory:
     captions: Captions | None = None
     num_held_out: int = 0
     """samples that are held out of the training split"""
+    place_weight: Tensor | None = None
+    """weight of each pixel in the loss, uint8 ``[N, 1, H, W]``, 255 for 1"""
 
     def __post_init__(self) -> None:
         if tuple(self.x.shape[1:]) != tuple(self.spec.shape):
@@ -50,8 +54,15 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether each pixel has a weight in the loss."""
+        return self.place_weight is not None
+
     def batch(self, indices: Tensor, draw: Draw) -> Batch:
         """The samples at ``indices`` ``[B]``, augmented by ``draw``."""
-        batch = Batch(self.x.index_select(0, indices), {k: v.index_select(0, indices) for k, v in self.cond.items()})
+        cond = {k: v.index_select(0, indices) for k, v in self.cond.items()}
+        weight = None if self.place_weight is None else self.place_weight.index_select(0, indices).float() / 255
+        batch = Batch(self.x.index_select(0, indices), cond, place_weight=weight)
         batch = random_flip(batch, self.spec, draw) if self.flip else batch
         return batch if self.captions is None else self.captions.add(batch, indices, draw)

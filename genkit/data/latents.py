@@ -46,6 +46,7 @@ MARKS = "checked.json"
 CONDITION = "cond."  # begins the name of a condition's tensor
 CAPTIONS = "captions"  # the tensor of each sample's rows of the texts
 TEXTS = "texts"  # the folder of the texts
+PLACE_WEIGHT = "place_weight"  # the tensor of the weights of places [rows, views, 1, ...], if there are any
 
 
 @dataclass(eq=False)
@@ -69,6 +70,11 @@ class InLatents:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether places have weights in the loss."""
+        return PLACE_WEIGHT in self.shards
 
     @cached_property
     def cond(self) -> dict[str, Tensor]:
@@ -96,7 +102,8 @@ class InLatents:
         for name in self.spec.cond:
             if name not in cond and CONDITION + name in self.shards:
                 cond[name] = self.shards.gather(CONDITION + name, indices)
-        batch = Batch(torch.cat([mean, log_var], 1), cond)
+        weight = self.shards.gather(PLACE_WEIGHT, indices, view) if self.weighted else None
+        batch = Batch(torch.cat([mean, log_var], 1), cond, place_weight=weight)
         return batch if self.captions is None else self.captions.add(batch, indices, draw)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.config.numbers import NonNegative
+from genkit.config.numbers import NonNegative, Width
 from genkit.config.paths import PathText
 from genkit.core import Codec, Condition, Data, Label, Spec
 from genkit.core.arrays import open_npz
@@ -117,6 +117,12 @@ class LocalImages(LocalSource):
 
     memory: NonNegative = 2.0
     """GiB of decoded pixels up to which all are kept in memory; above, images are decoded when they are needed"""
+    alpha: Literal["white", "weight"] = "white"
+    """what an alpha channel means: white, the image lies on white; weight, it is the weight of each pixel in the loss
+    of a path objective, and colours are as stored"""
+    bucket: Width | None = None
+    """train on images in their own aspect ratio, a batch of one shape at a time: of about the area of ``size``, with
+    sides that are multiples of this number of pixels (64, say); None: all are cropped to ``size``"""
 
     @abstractmethod
     def open_files(self, path: Path) -> ImageContainer:
@@ -139,7 +145,13 @@ class LocalImages(LocalSource):
             num_held_out = len(rows) if split == "test" else len(files.names) - len(rows)
             label = None if label is None else label[rows]
         cond, kinds = ({}, {}) if label is None or kind is None else ({"label": label}, {"label": kind})
-        return replace(self.from_files(chosen, cond, kinds, self.memory, captions), num_held_out=num_held_out)
+        if self.bucket is not None and self.size is None:
+            raise ValueError(
+                f"bucket: given {self.bucket}, but no size, whose area images are to have; give --data.size"
+            )
+        weighted = self.alpha == "weight"
+        data = self.from_files(chosen, cond, kinds, self.memory, captions, weighted, self.bucket)
+        return replace(data, num_held_out=num_held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from genkit.core import Batch, Data, Draw, seed_of
+from genkit.data.buckets import BucketOrder
 from genkit.data.images import OnDisk
 from genkit.data.latents import InLatents
+from genkit.data.text_states import pad_tokens
 
 Rows = tuple[int, int, int]  # draw, start, stop
 
@@ -27,9 +29,9 @@ class Stream:
     """Batches without end: ``stream(step, draw, start, stop)`` returns rows ``start..stop`` of one global batch.
 
     Each ``draw`` (phases that repeat within a step count them up) is an endless stream of its own: row r of step s is
-    its element ``s * batch_size + r``, and every ``len(data)`` elements are one epoch in its own order. Samples are on
-    ``device``, not yet encoded (uint8 images). ``workers`` threads read ahead from the disk; data in memory do not need
-    them.
+    its element ``s * batch_size + r``, and every ``len(data)`` elements are one epoch in its own order. Images in
+    buckets have batches of one shape (:class:`~genkit.data.buckets.BucketOrder`). Samples are on ``device``, not yet
+    encoded (uint8 images). ``workers`` threads read ahead from the disk; data in memory do not need them.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Stream:
                 f"a stream needs samples and a batch size of 1 or more; given {len(data)} and {batch_size}"
             )
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, torch.device(device)
+        buckets = data.buckets if isinstance(data, OnDisk) else None
+        self.buckets = None if buckets is None else BucketOrder(buckets, batch_size, seed)
         self.order = lru_cache(maxsize=8)(self._order)
         on_disk = isinstance(data, OnDisk | InLatents)
         self.ahead = ReadAhead(self.read, data.rows_per_task, workers) if workers and on_disk else None
@@ -53,15 +57,16 @@ class Stream:
 
     def indices(self, step: int, draw: int, start: int, stop: int) -> Tensor:
         """The samples in these rows, ``[stop - start]``."""
+        if self.buckets is not None:
+            return self.buckets.indices(step, draw)[start:stop]
         n, first, last = len(self.data), step * self.batch_size + start, step * self.batch_size + stop
         epochs = range(first // n, (last - 1) // n + 1)
         return torch.cat([self.order(draw, e)[max(first - e * n, 0) : min(last - e * n, n)] for e in epochs])
 
     def read(self, step: int, draw: int, start: int, stop: int) -> Batch:
         """These rows, augmented, on the CPU."""
-        return self.data.batch(
-            self.indices(step, draw, start, stop), Draw((self.seed, step, draw, AUGMENTATION), start, stop)
-        )
+        read = self.data.training_batch if isinstance(self.data, OnDisk) else self.data.batch
+        return read(self.indices(step, draw, start, stop), Draw((self.seed, step, draw, AUGMENTATION), start, stop))
 
     def __call__(self, step: int, draw: int, start: int, stop: int) -> Batch:
         assert step >= 0 and 0 <= start < stop <= self.batch_size, (step, start, stop, self.batch_size)  # noqa: PT018
@@ -121,5 +126,7 @@ class ReadAhead:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """The samples and conditions of several batches as one."""
-    return Batch(torch.cat([b.x for b in parts]), {k: torch.cat([b.cond[k] for b in parts]) for k in parts[0].cond})
+    """The samples, conditions and weights of places of several batches as one; shorter texts are padded."""
+    cond = {k: torch.cat(pad_tokens(k, [b.cond[k] for b in parts])) for k in parts[0].cond}
+    weights = [b.place_weight for b in parts if b.place_weight is not None]
+    return Batch(torch.cat([b.x for b in parts]), cond, place_weight=torch.cat(weights) if weights else None)

@@ -17,6 +17,7 @@ from genkit.backbones import UNet
 from genkit.config.command import merge_trees
 from genkit.config.trust import require_trust
 from genkit.core.device import pick_device
+from genkit.data import DataSource
 from genkit.training.directory import find_run
 from genkit.training.first_stage import foreign_stage
 from genkit.training.init_sources import find_source, init_defaults
@@ -52,12 +53,17 @@ def read_with_defaults(
 
 def with_text_encoder(settings: TrainSettings) -> TrainSettings:
     """``settings`` with captions read as the weights of ``init`` expect, unless they name an encoder."""
-    data = settings.data
-    if settings.init is None or not getattr(data, "captions", ()) or getattr(data, "encoder", None) is not None:
-        return settings
-    source, where = find_source(settings.init)
+    source, where = find_source(settings.init) if settings.init else (None, "")
     encoder = source.text_encoder(where) if source else None
-    return replace(settings, data=data.with_fields(encoder=encoder)) if encoder else settings
+    if encoder is None:
+        return settings
+
+    def with_encoder(data: DataSource) -> DataSource:
+        reads_own = getattr(data, "captions", ()) and getattr(data, "encoder", None) is None
+        return data.with_fields(encoder=encoder) if reads_own else data
+
+    prior = replace(settings.prior, data=with_encoder(settings.prior.data))
+    return replace(settings, data=with_encoder(settings.data), prior=prior)
 
 
 def teacher_data(init: str) -> dict[str, Any]:

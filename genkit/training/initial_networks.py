@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from torch import nn
 from genkit.backbones import lora
 from genkit.backbones.compressed import compress
 from genkit.backbones.diffusers import without_weights
-from genkit.core import Data
+from genkit.core import Codec, Data, Draw
+from genkit.core.files import format_error
+from genkit.data import OnDisk
 from genkit.data.text_states import known_texts
 from genkit.training.base_weights import read_base
 from genkit.training.first_stage import LatentCodec
@@ -75,3 +79,26 @@ def make_networks(settings: TrainSettings, data: Data) -> dict[str, nn.Module]:
             raise
         stage = data.codec.stage.name
         raise ValueError(f"codec: {stage} gives latents {data.spec.shape}, which do not fit: {e}") from e
+
+
+@torch.no_grad()
+def require_shapes(
+    settings: TrainSettings, dataset: Data, codec: Codec, nets: Mapping[str, nn.Module], device: torch.device
+) -> None:
+    """``ValueError`` for the first shape among the buckets of ``dataset`` that the first stage or the networks cannot
+    take: one image of each is tried."""
+    if not isinstance(dataset, OnDisk) or dataset.buckets is None:
+        return
+    buckets = dataset.buckets
+    for k, shape in enumerate(buckets.shapes):
+        row = (buckets.of == k).nonzero()[0]
+        draw = Draw((0,), 0, 1, device)
+        try:
+            batch = codec.encode(replace(dataset.training_batch(row, Draw((0,), 0, 1)).to(device), draw=draw))
+            settings.objective.validate(nets, batch)
+        except (RuntimeError, ValueError, AssertionError) as e:
+            size = "x".join(map(str, shape))
+            raise ValueError(
+                f"data.bucket: given {dataset.size} in steps of {settings.data.bucket}, but these networks cannot take "  # type: ignore[attr-defined]
+                f"{size}: {format_error(e)[:120]}; take a multiple of 64, and a network for all sizes (unet)"
+            ) from e

@@ -19,7 +19,7 @@ from genkit import config
 from genkit.config import table
 from genkit.config.blocks import find_name
 from genkit.config.numbers import Count, Natural
-from genkit.core import Batch, Data, Draw, spec_to_dict
+from genkit.core import Batch, Data, Draw, pool_weight, spec_to_dict
 from genkit.core.device import DeviceName, pick_device
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
@@ -31,6 +31,7 @@ from genkit.data.latents import (
     CONDITION,
     INDEX,
     MARKS,
+    PLACE_WEIGHT,
     find_digests,
     is_shard,
     note_digests,
@@ -140,6 +141,10 @@ def encode(
         data = source.load(settings.split)
         if isinstance(data, InLatents):
             raise ValueError(f"data: {folder} would be latents of latents; name the samples themselves")
+        if getattr(data, "buckets", None) is not None:
+            raise ValueError(
+                "data.bucket: latents in several shapes cannot be cached; leave it out, or train on images"
+            )
         first_stage = open_first_stage(stage, data.spec.shape, accelerator.device)
     threads = None if foreign else stored_settings(find_run(stage)).threads
     with reporting(progress, ranks.is_main) as report, use_threads(threads):
@@ -313,7 +318,8 @@ def collect(rows: range, tasks: Sequence[Future[list[Batch]]]) -> tuple[range, l
 
 
 def encode_rows(stage: FirstStage, data: Data, rows: range, views: int, settings: EncodeSettings) -> dict[str, Tensor]:
-    """The content of one shard: ``mean`` and ``log_var`` ``[rows, views, C, ...]``, and the conditions.
+    """The content of one shard: ``mean`` and ``log_var`` ``[rows, views, C, ...]``, the conditions and weights
+    of places.
 
     ``log_var`` is left out if all posteriors are deterministic. ``ValueError`` if the stage yields NaN.
     """
@@ -327,6 +333,9 @@ def encode_rows(stage: FirstStage, data: Data, rows: range, views: int, settings
             "mean": torch.stack([q.mean for q in posteriors], 1).float().cpu(),
             "log_var": torch.stack([q.log_var for q in posteriors], 1).float().cpu(),
         }
+        weights = [b.place_weight for b in batches if b.place_weight is not None]
+        if weights:
+            part[PLACE_WEIGHT] = torch.stack([pool_weight(w, part["mean"][:, 0]) for w in weights], 1)
         parts.append({**part, **{CONDITION + k: v for k, v in batches[0].cond.items()}})
     content = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     if bool((content["log_var"] == -torch.inf).all()):

@@ -127,13 +127,15 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     is_best: Callable[[int], bool] = lambda step: False,
     is_stale: Callable[[], bool] = lambda: False,
+    preserve: Callable[[Mapping[str, nn.Module], Batch], Tensor] | None = None,
     rate_share: Callable[[], float] = lambda: 1.0,
 ) -> bool:
     """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` or ``is_stale()`` ended
     it.
 
     ``validate`` and ``evaluate`` may find that the step is the best so far (``is_best(step)``, which is saved then), or
-    that training has not improved for too long (``is_stale()``). Learning rates are multiplied by ``rate_share()``.
+    that training has not improved for too long (``is_stale()``). Learning rates are multiplied by ``rate_share()``;
+    ``preserve`` is a further loss ``[B]``.
 
     A step is a pure function of (state, seed, step), so a resumed run is bit-identical to one that never stopped. Each
     phase draws its batches, runs ``loss`` and backward in micro-batches, clips, and steps its optimizer; the averages
@@ -156,6 +158,8 @@ def fit(
                         batch = loop.rows(step, draw, piece)
                         with use_precision(settings.precision, accelerator.device):
                             loss = objective.loss(phase.name, nets, batch)
+                            if preserve is not None:
+                                loss = add_loss(loss, "preservation", preserve(nets, batch))
                         loop.backward(phase, batch, loss, log=not perturbed)
             loop.optimize(phase, share * learning_rate(loop.settings_of[phase.name], step))
         loop.finish(step)
@@ -184,6 +188,11 @@ def fit(
                 loop.prepare_checkpoint()
                 save(state)
     return state.step >= settings.steps
+
+
+def add_loss(loss: Loss, name: str, further: Tensor) -> Loss:
+    """``loss`` plus a ``further`` one ``[B]``, whose mean is logged as ``name``."""
+    return loss._replace(per_sample=loss.per_sample + further, logs={**loss.logs, name: further.detach().mean()})
 
 
 class _Loop:

@@ -198,6 +198,8 @@ class TrainSettings:
     takes the weights of its network, or adds a LoRA, from a safetensors file."""
     lora: Any = table("genkit.backbones.lora:LORA", "lora")
     """Train a low-rank adapter of --init's weights, by --lora.rank."""
+    prior: Any = table("genkit.training.prior:PRIOR", "prior")
+    """What fine-tuning is to keep: a second data source (--prior.data), or an adapter's base (--prior.preserve)."""
     base_dtype: BaseType = "fp32"
     """Type of the frozen weights under --lora.rank in memory: fp32, or bf16, which halves it. After training the
     adapter is merged into the full weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from genkit.core import Data, Label, Spec
 from genkit.core.files import format_error
 from genkit.core.grids import full_grid_size
-from genkit.data import Stream
 from genkit.data.codecs import decoded_shape
 from genkit.data.text import encode_prompts
 from genkit.data.text_states import known_texts
@@ -40,9 +40,9 @@ class Shown:
         return f"pictures {count} of {settings.sample_prompts}, {self.n} samples, every {settings.sample_every} steps"
 
 
-def choose_shown(settings: TrainSettings, data: Data, stream: Stream) -> Shown:
+def choose_shown(settings: TrainSettings, data: Data, stream: Any) -> Shown:
     """The prompts of ``settings.sample_prompts`` in turn; else classes or captions in turn, or, for other kinds of
-    conditions, those of the first batch. ``ValueError`` for prompts that the model cannot read."""
+    conditions, those of the first batch of ``stream``. ``ValueError`` for prompts that the model cannot read."""
     spec = replace(data.spec, shape=decoded_shape(data.codec, data.spec.shape))
     if settings.sample_prompts is not None:
         prompts = read_prompts(settings.sample_prompts)

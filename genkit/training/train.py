@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +39,14 @@ from genkit.training.directory import create_run, find_run, list_checkpoints, re
 from genkit.training.distributed import create_sharding, join_ranks, once
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
 from genkit.training.init_sources import canonical_init, require_start
-from genkit.training.initial_networks import initial_networks
+from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
+from genkit.training.prior import MixedStream, Preservation, choose_preservation, make_stream
 from genkit.training.resume import (
     compare_fingerprints,
     continued_settings,
@@ -59,7 +60,7 @@ from genkit.training.resume import (
 from genkit.training.run import Run
 from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
-from genkit.training.shown import choose_shown
+from genkit.training.shown import Shown, choose_shown
 from genkit.training.state import State
 from genkit.training.validation import Validation, validation_metrics
 
@@ -158,6 +159,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 stop=session.stopped,
                 is_best=session.is_best,
                 is_stale=session.is_stale,
+                preserve=job.preservation,
                 rate_share=session.rate_share,
             )
         except Diverged as e:
@@ -176,9 +178,10 @@ class Job:
     """with all that depends on the machine or the data resolved"""
     accelerator: Accelerator
     data: Data
-    stream: Stream
+    stream: Stream | MixedStream
     state: State
     session: Session
+    preservation: Preservation | None = None
 
     def draw_reconstructions(self, state: State) -> None:
         """The pictures of an objective that draws no samples."""
@@ -218,6 +221,8 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         settings = replace(settings, data=settings.data.with_decisions())
     model = build_model(settings, accelerator, notes, resumed, checkpoint)
     settings, dataset, data, state, stream = model.settings, model.dataset, model.data, model.state, model.stream
+    preservation = choose_preservation(settings.prior, settings.objective, settings.lora, data)
+    shown = choose_shown(settings, data, stream)
     fingerprint = data_fingerprint(dataset)
     if resumed and checkpoint:
         compare_fingerprints(read_state(checkpoint).get("data", {}), fingerprint, notes.append)
@@ -240,7 +245,6 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     if main and (given.note or given.tags):
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
-    shown = choose_shown(settings, data, stream)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
                       evaluator, fingerprint, validation, best)  # fmt: skip
     if settings.sample_guidance != 1:
@@ -250,19 +254,11 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
-        for note in (*settings.backbone.notes(data.spec), *settings.objective.notes()):
-            recorder.say(note)
-        if held_out := describe_held_out(dataset):
-            recorder.say(held_out)
-        if classes := describe_classes(dataset):
-            recorder.say(f"classes  {classes}")
-        if settings.sample_every and (pictures := shown.describe(settings)):
-            recorder.say(pictures)
-        if validation:
-            recorder.say(f"val      {validation.n} held-out samples, every {settings.val_every} steps")
+        for line in describe_start(settings, model, shown, validation):
+            recorder.say(line)
         recorder.say(summary(settings, directory, state.nets, data, accelerator))
     release_encoders()
-    return Job(settings, accelerator, data, stream, state, session)
+    return Job(settings, accelerator, data, stream, state, session, preservation)
 
 
 @dataclass
@@ -275,7 +271,7 @@ class UntrainedModel:
     data: Data
     """the data set as the model sees it: latents, for a model of latents"""
     state: State
-    stream: Stream
+    stream: Stream | MixedStream
     origin: dict[str, str] | None
     """where the weights of ``--init`` are from"""
 
@@ -293,8 +289,10 @@ def build_model(
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
     nets, origin = initial_networks(settings, accelerator.device, data, resumed if checkpoint else None, notes)
+    require_shapes(settings, dataset, data.codec, nets, accelerator.device)
     state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
-    stream = Stream(dataset, settings.batch, settings.seed, accelerator.device, settings.workers)
+    with accelerator.main_process_first():
+        stream = make_stream(settings, dataset, accelerator.device)
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))
     return UntrainedModel(settings, dataset, data, state, stream, origin)
@@ -324,8 +322,9 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     require_package(settings.weight_format.quantize)
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
+    prior = replace(settings.prior, data=settings.prior.data.with_absolute_root())
     objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
-    settings = replace(settings, precision=precision, threads=threads, data=source, objective=objective)
+    settings = replace(settings, precision=precision, threads=threads, data=source, prior=prior, objective=objective)
     settings = replace(settings, resume=None, dry_run=False, note=None, tags=())  # what to do now, not how it trains
     if resumed:
         return settings
@@ -396,6 +395,26 @@ def summary(
     ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
     size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
     return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
+
+
+def describe_start(
+    settings: TrainSettings, model: UntrainedModel, shown: Shown, validation: Validation | None
+) -> Iterator[str]:
+    """The lines that training begins with, before its :func:`summary`."""
+    yield from settings.backbone.notes(model.data.spec)
+    yield from settings.objective.notes()
+    if held_out := describe_held_out(model.dataset):
+        yield held_out
+    if classes := describe_classes(model.dataset):
+        yield f"classes  {classes}"
+    if isinstance(model.dataset, OnDisk) and model.dataset.buckets:
+        yield f"buckets  {model.dataset.buckets.describe(settings.batch)}"
+    if settings.sample_every and (pictures := shown.describe(settings)):
+        yield pictures
+    if isinstance(model.stream, MixedStream):
+        yield f"prior    {model.stream.describe()}"
+    if validation:
+        yield f"val      {validation.n} held-out samples, every {settings.val_every} steps"
 
 
 def describe_held_out(data: Data) -> str | None:

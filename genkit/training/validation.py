@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -129,4 +129,4 @@ class Validation:
         batch = self.data.batch(spaced[first:stop], Draw((seed, DRAWS, 1), first, stop))
         draw = Draw((seed, DRAWS), first, stop, device)
         batch = batch.to(device)
-        return self.codec.encode(Batch(batch.x, batch.cond, batch.weight, draw, batch.x1))
+        return self.codec.encode(replace(batch, draw=draw))

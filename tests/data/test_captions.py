@@ -52,6 +52,15 @@ def test_captions_replace_classes_unless_both_are_requested():
     assert of(labels=False) == []
 
 
+def test_a_sentence_is_the_caption_of_all_images(tmp_path):
+    for i in range(3):
+        picture_at(tmp_path / f"{i}.png", i)
+    source = DATA["folder"](root=str(tmp_path), captions=("a photo of our dog", "our dog"))
+    words = [text.to_texts(batch_of(source.load(), 3, key=key).cond["text"]) for key in range(20)]
+    assert {w for batch in words for w in batch} == {"a photo of our dog", "our dog"}
+    assert not source.captions_from_labels
+
+
 def picture_at(path: Path, value: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pil.fromarray(np.full((4, 4), value, np.uint8)).save(path)
@@ -161,7 +170,7 @@ def test_bad_captions_are_refused_in_one_line_that_names_the_file(tmp_path, kind
     [
         (
             {"captions": ("a {lab}",)},
-            r"given 'a \{lab\}'; allowed: templates that contain \{label\}, or files",
+            r"given 'a \{lab\}'; allowed: templates that contain \{label\}, files",
         ),
         ({"captions": ("files",)}, "given files, but these data are not files"),
         ({"captions": ("files", "a {label}")}, "given files and templates"),

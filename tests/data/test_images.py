@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit.core import Label, Spec
+from genkit.core import Draw, Label, Spec
 from genkit.data import DATA
 from genkit.data.images import to_pixels
 from tests.support.data import chw, make_zip, picture, refuses
@@ -177,3 +177,27 @@ def test_the_real_mnist():
     assert torch.bincount(train.cond["label"]).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert len(test) == 10_000
     assert abs(train.x.float().mean() / 255 - 0.1307) < 1e-4
+
+
+def test_an_alpha_channel_may_be_the_weight_of_each_pixel(tmp_path):
+    """Colours are as stored, below alpha 0 too; crop, size and mirror are those of the picture."""
+    grey = np.arange(8, dtype=np.uint8)[None].repeat(4, 0) * 30
+    alpha = np.zeros((4, 8), dtype=np.uint8)
+    alpha[:, 2:4], alpha[:, 4] = 255, 51
+    Image.fromarray(np.stack([grey, grey, grey, alpha], 2), "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(np.stack([grey, grey, grey], 2), "RGB").save(tmp_path / "b.png")
+    for memory in (0.0, 1.0):
+        data = DATA["folder"](root=str(tmp_path), alpha="weight", size=(4, 4), memory=memory, flip=True).load()
+        assert data.spec.shape == (3, 4, 4)
+        batches = [data.batch(torch.tensor([0, 1]), Draw((key,), 0, 2)) for key in range(8)]
+        mirrored = {bool(batch.x[0, 0, 0, 0] > batch.x[0, 0, 0, 3]) for batch in batches}
+        assert mirrored == {True, False}
+        for batch in batches:
+            straight = batch if batch.x[0, 0, 0, 0] < batch.x[0, 0, 0, 3] else None
+            weight = batch.place_weight[0, 0, 0] if straight else batch.place_weight[0, 0, 0].flip(0)
+            torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 0.2, 0.0]))
+            assert sorted(batch.x[0, 0, 0].tolist()) == [60, 90, 120, 150]
+            assert bool((batch.place_weight[1] == 1).all())
+    white = DATA["folder"](root=str(tmp_path), size=(4, 4)).load().batch(torch.tensor([0]), Draw((0,), 0, 1))
+    assert white.place_weight is None
+    assert white.x[0, 0, 0].tolist() == [60, 90, 228, 255]

@@ -17,6 +17,7 @@ def losses(run):
     return [record["denoise/loss"] for record in read_log(run)]
 
 
+@pytest.mark.slow
 def test_losses_with_cached_texts_are_those_of_encoding_them(pipeline_folder, photos, tmp_path, monkeypatch):
     pipeline = f"diffusers:{pipeline_folder('sdxl')}"
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))

@@ -85,6 +85,7 @@ def test_options_without_an_adapter_are_refused(pipeline_folder, photos, tmp_pat
     assert "base_dtype: given bf16, which is for frozen weights under an adapter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_in_several_files_are_read_and_their_checksum_is_of_all(pipeline_folder, photos, tmp_path, capsys):
     import diffusers
 

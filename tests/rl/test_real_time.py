@@ -117,6 +117,9 @@ def test_each_chunk_is_given_the_actions_under_way(policy):
     assert y[0, 1:13].tolist() == [103, 104, *range(105, 115)]
     assert y[1, 1:13].tolist() == y[0, 1:13].tolist()
     assert weight.tolist() == [0, *soft_mask(15, 2, 3).tolist()]
+    delayed.reset([0])
+    delayed.act(obs)
+    assert UNDERWAY not in given[3]
 
 
 def test_who_can_act_in_real_time(policy, tmp_path, capsys):

@@ -199,3 +199,27 @@ def test_latents_train_the_same_from_two_readers(runs, tmp_path):
         assert cli.main([*argv, f"--workers={workers}"]) == 0
         weights.append(load_file((tmp_path / str(workers) / "latest").resolve() / "latest" / "nets.safetensors"))
     assert all(weights[0][k].equal(weights[1][k]) for k in weights[0])
+
+
+def test_weights_of_places_are_cached_on_the_grid_of_the_latents_in_both_views(runs, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA").save(tmp_path / "in" / f"{i}.png")
+    source = DATA["folder"](
+        root=str(tmp_path / "in"), channels=1, alpha="weight", flip=True, held_out=0.0, labels=False
+    )
+    encode(str(runs["vae"]), data=source, out=tmp_path / "out", device="cpu")
+    data = Latents(root=str(tmp_path / "out")).load()
+    assert data.weighted
+    alpha = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(p))[..., 3].copy()) for p in sorted((tmp_path / "in").glob("*"))]
+    )
+    pooled = (alpha / 255).unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2))[:, None]
+    seen = set()
+    for key in range(8):
+        weight = data.batch(torch.arange(3), Draw((key,), 0, 3)).place_weight
+        for row in range(3):
+            seen.add(bool(torch.allclose(weight[row], pooled[row])))
+            assert torch.allclose(weight[row], pooled[row]) or torch.allclose(weight[row], pooled[row].flip(-1))
+    assert seen == {True, False}

@@ -11,7 +11,20 @@ from torch import Tensor, nn
 
 from genkit.backbones import MLP
 from genkit.config.numbers import Positive
-from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Label, Loss, Noise, Phase, Spec, keep_target
+from genkit.core import (
+    Backbone,
+    Batch,
+    Cond,
+    Denoiser,
+    Generator,
+    Label,
+    Loss,
+    Noise,
+    Objective,
+    Phase,
+    Spec,
+    keep_target,
+)
 from genkit.objectives.matching.flow import Flow
 from genkit.objectives.matching.matching import Matching, PredictionName
 
@@ -69,6 +82,9 @@ class AnchoredFlow(Flow):
     @property
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net", "bank")),)
+
+    # its points are not those of a path from noise to samples
+    level_errors, preservation_loss = Objective.level_errors, Objective.preservation_loss
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         kind = spec.cond.get(self.anchor)

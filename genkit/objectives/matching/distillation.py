@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.config.numbers import Fraction
-from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Spec
+from genkit.core import Backbone, Batch, Cond, Denoiser, Generator, Noise, Objective, Spec
 from genkit.diffusion.paths import Linear
 from genkit.objectives.matching.couplings import paired_source
 from genkit.objectives.matching.matching import Matching, PredictionName
@@ -54,6 +54,9 @@ class Distillation(Matching):
 
     def endpoints(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         return batch.x, paired_source(batch)
+
+    # its points are not those of a path from noise to samples
+    level_errors, preservation_loss = Objective.level_errors, Objective.preservation_loss
 
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         self.source.check(spec)

@@ -48,6 +48,10 @@ class EDM(Matching):
     def __post_init__(self) -> None:
         refuse_noisy_mean("p_mean", self.p_mean, self.path)
 
+    @property
+    def weighs_places(self) -> bool:
+        return not self.augment  # which moves the places of a sample, not their weights
+
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         inputs = augment_inputs(spec) if self.augment else {}
         return super().networks(backbone, replace(spec, cond={**spec.cond, **inputs}))

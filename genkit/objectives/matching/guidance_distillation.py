@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from genkit.backbones.guidance_adapter import takes_scale
 from genkit.config import table
 from genkit.config.numbers import Count
-from genkit.core import SCALE_INPUT, Backbone, Batch, Cond, Denoiser, Generator, Loss, Phase, Spec, expand
+from genkit.core import SCALE_INPUT, Backbone, Batch, Cond, Denoiser, Generator, Loss, Objective, Phase, Spec, expand
 from genkit.diffusion.guidance import one_pass, shift_data
 from genkit.diffusion.paths import chart, mix, times_at
 from genkit.objectives.matching.matching import Matching, PathSample
@@ -165,6 +165,9 @@ class GuidanceDistillation(Matching):
         return self.of.generator(nets, sampling)
 
     # -------------------------------------------------------------------------------------------------- the loss
+    # its points are not those of a path from noise to samples
+    level_errors, preservation_loss = Objective.level_errors, Objective.preservation_loss
+
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
         net = nets["net"]
         with torch.no_grad():

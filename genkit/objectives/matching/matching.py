@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -23,6 +24,7 @@ from genkit.core import (
     Spec,
     expand,
     mean_flat,
+    pool_weight,
 )
 from genkit.diffusion.parametrization import PARAMETRIZATIONS, Karras, NetDenoiser
 from genkit.diffusion.paths import mix, times_at
@@ -59,6 +61,8 @@ class PathSample(NamedTuple):
     x1: Tensor
     raw_t: Tensor | None = None
     """loss-aware times before :meth:`Matching.quantize_times`"""
+    place_weight: Tensor | None = None
+    """weight of each place of a sample in the loss, ``[B, 1, ...]`` on the sample's own grid"""
 
 
 class Matching(Objective):
@@ -138,6 +142,10 @@ class Matching(Objective):
         return self.source.is_normal
 
     @property
+    def weighs_places(self) -> bool:
+        return True
+
+    @property
     def phases(self) -> Sequence[Phase]:
         return (Phase("denoise", trains=("net",)),)
 
@@ -163,7 +171,8 @@ class Matching(Objective):
         raw_t = history_of(nets).sample(batch) if self.time_distribution.loss_aware else None
         t = self.sample_times(batch) if raw_t is None else self.quantize_times(raw_t)
         x0, x1 = self.endpoints(batch, t)
-        return PathSample(mix(self.path, x0, x1, t), t, x0, x1, raw_t)
+        weight = None if batch.place_weight is None else pool_weight(batch.place_weight, x0)
+        return PathSample(mix(self.path, x0, x1, t), t, x0, x1, raw_t, weight)
 
     # --------------------------------------------------------------------------------------------------- its loss
     def loss(self, phase: str, nets: Mapping[str, nn.Module], batch: Batch) -> Loss:
@@ -192,9 +201,22 @@ class Matching(Objective):
         return net(x_in, label, batch.drop(self.cond_dropout, self.cond_dropout_each)).float()
 
     def squared_error(self, sample: PathSample, out: Tensor) -> Tensor:
-        """The mean squared error in the loss space, weighted by ``loss_weight``, ``[B]``."""
+        """The mean squared error in the loss space ``[B]``, times ``loss_weight`` and the weight of each place."""
         error = out - self.parametrization.target(self.path, sample.x0, sample.x1, sample.t)
-        return mean_flat((self.error_scale(sample.t, sample.x) * error) ** 2)
+        squared = (self.error_scale(sample.t, sample.x) * error) ** 2
+        return mean_flat(squared if sample.place_weight is None else sample.place_weight * squared)
+
+    def preservation_loss(
+        self, nets: Mapping[str, nn.Module], batch: Batch, original: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """The squared distance ``[B]``, in the loss space and with its weights, between what the network predicts and
+        what it predicts in the context ``original()``, at new points of the samples' paths."""
+        sample = self.sample_path(batch, nets)
+        x_in, label = self.parametrization.inputs(self.path, sample.x, sample.t)
+        with torch.no_grad(), original():
+            target = nets["net"](x_in, label, batch.cond).float()
+        error = nets["net"](x_in, label, batch.cond).float() - target
+        return mean_flat((self.error_scale(sample.t, sample.x) * error[:, : sample.x.shape[1]]) ** 2)
 
     def error_scale(self, t: Tensor, like: Tensor) -> Tensor:
         """The factor from an error of the network's output to a weighted error in the loss space, ``[B, 1, ...]``.
