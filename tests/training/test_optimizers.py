@@ -260,7 +260,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES.keys() - {"diffusers"})
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"diffusers"}))
 def test_families_declare_fused_weights_and_edges(name):
     """Whatever maps to several chunks is declared; the layers that touch the sample are none of the hidden matrices."""
     backbone, spec = NETWORKS[name]
