@@ -15,10 +15,11 @@ from genkit.cli.main import main
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.links import set_link
 from genkit.data.codecs import Identity
+from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.samplers import Seeds, bind
-from genkit.objectives import FlowMap
+from genkit.objectives import Flow, FlowMap
 from genkit.objectives.flow_map.flow_map import load_teacher
-from genkit.objectives.flow_map.guidance import draw_guidance
+from genkit.objectives.flow_map.guidance import GuidedTeacher, draw_guidance
 from genkit.objectives.flow_map.rules import RULES, Improved, Lagrangian
 from genkit.rl.policies.policy import Policy
 from genkit.training.directory import read_log
@@ -270,6 +271,18 @@ def test_a_guided_teacher_gives_each_sample_its_scale(teacher):
     inside = (cond["guidance_low"] <= jumps.t) & (jumps.t <= cond["guidance_high"])
     scale = torch.where(inside, cond["guidance"], 1.0)[:, None]
     torch.testing.assert_close(jumps.velocity, bad + scale * (good - bad), rtol=1e-4, atol=1e-4)
+
+
+def test_a_guided_teacher_is_classifier_free_guidance_inside_the_interval():
+    """With a network whose prediction depends strongly on the condition; the second sample is outside its interval."""
+    net = lambda x, t, cond: (1.0 + cond["label"][:, None] * cond.get("keep", torch.ones(len(x)))[:, None]) * x  # noqa: E731
+    denoise, x, t, label = Flow().denoiser(net), torch.ones(2, 2), torch.tensor([0.5, 0.9]), torch.tensor([1, 2])
+    given = {"label": label, "guidance": torch.tensor([3.0, 3.0]), "guidance_low": torch.zeros(2),
+             "guidance_high": torch.full((2,), 0.8)}  # fmt: skip
+    got = GuidedTeacher(denoise)(x, t, given).x0
+    guided, plain = (d(x, t, {"label": label}).x0 for d in (classifier_free(3.0)(denoise), denoise))
+    torch.testing.assert_close(got, torch.stack([guided[0], plain[1]]))
+    assert float((guided - plain).abs().min()) > 0.5
 
 
 def test_guidance_without_a_null_or_conditions_is_refused():
