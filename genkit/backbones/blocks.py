@@ -61,7 +61,9 @@ def num_groups(channels: int) -> int:
     return max(g for g in range(1, min(32, max(channels // 4, 1)) + 1) if channels % g == 0)
 
 
-def group_norm(x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias: Float[Tensor, "b c"]) -> Tensor:
+def group_norm(
+    x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias: Float[Tensor, "b c"], eps: float = 1e-5
+) -> Tensor:
     """``weight norm(x) + bias``, with a weight and a bias for each sample.
 
     The batch is passed as further groups of one sample, so that the kernel applies weight and bias; its backward pass
@@ -70,19 +72,20 @@ def group_norm(x: Float[Tensor, "b c *size"], weight: Float[Tensor, "b c"], bias
     with torch.autocast(x.device.type, enabled=False):
         weight, bias = weight.to(x.dtype).flatten(), bias.to(x.dtype).flatten()
         joined = x.reshape(1, -1, *x.shape[2:])
-        return F.group_norm(joined, num_groups(int(x.shape[1])) * len(x), weight, bias).view(x.shape)
+        return F.group_norm(joined, num_groups(int(x.shape[1])) * len(x), weight, bias, eps).view(x.shape)
 
 
 class GroupNorm(nn.Module):
     """GroupNorm (Wu & He 2018), ``[B, C, *size]``."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
-        return group_norm(x, self.weight.expand(len(x), -1), self.bias.expand(len(x), -1))
+        return group_norm(x, self.weight.expand(len(x), -1), self.bias.expand(len(x), -1), self.eps)
 
 
 def rms_norm(x: Float[Tensor, "*b d"]) -> Tensor:
@@ -182,10 +185,10 @@ def rotate(y: Float[Tensor, "b heads n d"], angles: Float[Tensor, "n half"]) -> 
 class MapAttention(nn.Module):
     """Residual attention of a map ``[B, C, *size]`` to itself (Ho et al. 2020, appendix B), then to any tokens."""
 
-    def __init__(self, channels: int, head_size: int, context: int = 0, rescale: bool = False):
+    def __init__(self, channels: int, head_size: int, context: int = 0, rescale: bool = False, eps: float = 1e-5):
         super().__init__()
         self.rescale = rescale
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, eps)
         self.self_attention = Attention(channels, head_size)
         zero_init(self.self_attention.out)
         self.cross_norm = nn.LayerNorm(channels) if context else None
@@ -228,13 +231,14 @@ class ResBlock(nn.Module):
         scale_shift: bool = True,
         rescale: bool = False,
         resample: Callable[[Tensor], Tensor] | None = None,
+        eps: float = 1e-5,
     ):
         super().__init__()
-        self.resample, self.rescale = resample, rescale
-        self.norm1 = GroupNorm(inp)
+        self.resample, self.rescale, self.eps = resample, rescale, eps
+        self.norm1 = GroupNorm(inp, eps)
         self.conv1 = CONV[dims](inp, out, 3, padding=1)
         self.emb = nn.Linear(emb, 2 * out if scale_shift else out)
-        self.norm2 = None if scale_shift else GroupNorm(out)
+        self.norm2 = None if scale_shift else GroupNorm(out, eps)
         self.conv2 = zero_init(CONV[dims](out, out, 3, padding=1))
         projects = inp != out or (rescale and resample is not None)
         self.skip = CONV[dims](inp, out, 1) if projects else None
@@ -251,7 +255,7 @@ class ResBlock(nn.Module):
         h, condition = self.conv1(h), self.emb(emb)
         if self.norm2 is None:
             scale, shift = condition.chunk(2, 1)
-            h = group_norm(h, 1 + scale, shift)
+            h = group_norm(h, 1 + scale, shift, self.eps)
         else:
             h = self.norm2(h + condition.unflatten(1, (-1, *(1,) * (h.ndim - 2))))
         h = self.conv2(self.dropout(F.silu(h)))
@@ -267,12 +271,13 @@ class Resample(nn.Module):
     """Halve or double each axis of ``[B, C, *size]`` by a filter with these taps on each channel.
 
     Down: filter and keep every second value, of an even number. Up: put zeros between the values and filter, with a
-    gain of 2 for each axis. Zeros lie outside.
+    gain of 2 for each axis. Zeros lie outside; with ``border`` the input has the values that the filter reads there.
     """
 
-    def __init__(self, dims: int, taps: tuple[int, ...], up: bool):
+    def __init__(self, dims: int, taps: tuple[int, ...], up: bool, border: bool = False):
         super().__init__()
         self.dims, self.is_box, self.up = dims, taps == BOX, up
+        self.padding = 0 if border else (len(taps) - 1) // 2
         line = torch.tensor(taps) / sum(taps) * (2 if up else 1)
         kernel = (line if dims == 1 else torch.outer(line, line))[None, None]
         self.kernel: Tensor
@@ -284,7 +289,7 @@ class Resample(nn.Module):
                 return F.interpolate(x, scale_factor=2.0, mode="nearest")
             return F.avg_pool1d(x, 2) if self.dims == 1 else F.avg_pool2d(x, 2)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *(-1,) * self.dims)
-        padding, groups = (kernel.shape[-1] - 1) // 2, x.shape[1]
+        padding, groups = self.padding, x.shape[1]
         if self.up:
             spread = F.conv_transpose1d if self.dims == 1 else F.conv_transpose2d
             return spread(x, kernel, stride=2, padding=padding, groups=groups)

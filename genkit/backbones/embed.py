@@ -49,17 +49,25 @@ class TimeEmbed(nn.Module):
 
     The usual factor, 1000, is that of DDPM, whose integer time runs to 1000 (Ho et al. 2020, appendix B): the fastest
     sinusoid turns 1000 rad over the path, the slowest 0.1 rad. A label log(sigma) / 4 (Karras et al. 2022) has the same
-    order.
+    order. ``rates`` ``[num_waves]`` replace those of :func:`sinusoid` (NCSN++ has random ones: Song et al. 2021,
+    appendix C). ``given`` ``[B, 2 num_waves]`` is added to the sinusoids.
     """
 
-    def __init__(self, dim: int, num_waves: int = 32, scale: float = 1000.0):
+    def __init__(self, dim: int, num_waves: int = 32, scale: float = 1000.0, rates: Sequence[float] = ()):
         super().__init__()
         self.num_waves, self.scale = num_waves, scale
+        self.rates: Tensor | None
+        self.register_buffer("rates", torch.tensor(rates) if rates else None, persistent=False)
         self.layer1 = nn.Linear(2 * num_waves, dim)
         self.layer2 = nn.Linear(dim, dim)
 
-    def forward(self, label: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        waves = sinusoid(self.scale * label, 2 * self.num_waves)
+    def forward(self, label: Float[Tensor, " b"], given: Tensor | None = None) -> Float[Tensor, "b d"]:
+        if self.rates is None:
+            waves = sinusoid(self.scale * label, 2 * self.num_waves)
+        else:
+            angles = (self.scale * label).float()[..., None] * self.rates
+            waves = torch.cat([angles.cos(), angles.sin()], -1)
+        waves = waves if given is None else waves + given
         return self.layer2(F.silu(self.layer1(waves.to(self.layer1.weight.dtype))))
 
 
@@ -276,7 +284,7 @@ EMBEDDERS: dict[type, type[Embedder]] = {
 class Routed(NamedTuple):
     """The conditions of one batch, by route: ``emb`` (global) ``[B, E]``, ``channels`` ``[B, C, *size]``, ``tokens``
     ``[B, L, E]`` with their ``mask`` ``[B, L]``; ``given`` ``[B, E]`` is ``emb`` without the time, None without
-    conditions."""
+    conditions or if these are early."""
 
     emb: Tensor
     channels: Tensor | None
@@ -297,17 +305,26 @@ class Constant(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Time and conditions of a batch, embedded and routed."""
+    """Time and conditions of a batch, embedded and routed.
 
-    def __init__(self, spec: Spec, dim: int, time: bool = True, waves: int = 32, scale: float = 1000.0):
+    With ``early`` the global conditions are added to the sinusoids of the time, before its two layers (Karras et al.
+    2022, in DDPM++ and NCSN++), and not after them.
+    """
+
+    def __init__(
+        self, spec: Spec, dim: int, time: bool = True, waves: int = 32, scale: float = 1000.0,
+        rates: Sequence[float] = (), early: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        self.start = TimeEmbed(dim, waves, scale) if time else Constant(dim)
+        self.start = TimeEmbed(dim, waves, scale, rates) if time else Constant(dim)
+        self.early = early and time
         self.names: dict[str, list[str]] = {"global": [], "channels": [], "tokens": []}
         self.embed = nn.ModuleDict()
         for name, kind in spec.cond.items():
             embedder = EMBEDDERS[type(kind)]
             self.names[embedder.route].append(name)
-            self.embed[module_name(name)] = embedder(kind, dim)
+            is_early = self.early and embedder.route == "global"
+            self.embed[module_name(name)] = embedder(kind, 2 * waves if is_early else dim)
         self.num_channels = sum(e.null.numel() for _, e in self._on("channels"))
         self.has_tokens = bool(self.names["tokens"])
 
@@ -323,9 +340,13 @@ class Conditioner(nn.Module):
         keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
         # global embedding
-        emb, given = self.start(label).expand(batch, -1), None
-        for name, embed in self._on("global"):
-            part = embed(cond[name], keep[name]) if name in cond else embed.null
+        parts = [embed(cond[name], keep[name]) if name in cond else embed.null for name, embed in self._on("global")]
+        if self.early and parts:
+            start, parts = self.start(label, sum(parts[1:], parts[0])), []
+        else:
+            start = self.start(label)
+        emb, given = start.expand(batch, -1), None
+        for part in parts:
             emb, given = emb + part, part.expand(emb.shape) if given is None else given + part
 
         # further channels

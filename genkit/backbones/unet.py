@@ -70,12 +70,22 @@ class UNet(Backbone):
     """divide the sums of residual blocks by sqrt(2), and project the skip connection where the size changes (NCSN++)"""
     residual_input: bool = False
     """add the input, convolved and halved level by level, on the way down (progressive growing, NCSN++)"""
+    residual_border: bool = False
+    """convolve that input also one place outside its border, where the filter reads it; off: zeros (fir only)"""
     stem: Width | None = None
     """channels of the first convolution. None: those of the first level"""
     waves: Width = 32
     """sinusoids of the time embedding"""
+    wave_rates: tuple[float, ...] = ()
+    """rates of these sinusoids, as many as there are, of networks of other programs (genkit import); none given: from
+    1 down to nearly 1e-4, geometrically"""
     time_scale: Positive = 1000.0
-    """factor of the time in its sinusoids; 1 in flows of other programs (genkit import)"""
+    """factor of the time in its sinusoids; 1 in networks of other programs (genkit import)"""
+    early_conditions: bool = False
+    """add labels and vectors to the sinusoids, before the two layers of the time embedding (DDPM++, NCSN++ by Karras et
+    al. 2022); off: after them"""
+    norm_eps: Positive = 1e-5
+    """added to the variance in norms; 1e-6 in DDPM++ and NCSN++"""
     dropout: Fraction = 0.0
     """dropout inside residual blocks; it costs as much as a convolution on a CPU"""
     checkpoint: bool = False
@@ -85,6 +95,9 @@ class UNet(Backbone):
         require_positive("UNet", width=(self.width,), mults=self.mults)
         require_positive("UNet", num_blocks=(self.num_blocks,), head_size=(self.head_size,), waves=(self.waves,))
         require_fraction("UNet", dropout=self.dropout)
+        if len(self.wave_rates) not in (0, self.waves):
+            raise ValueError(f"UNet: wave_rates has {len(self.wave_rates)} numbers; needs {self.waves}, one for each "
+                             "of the waves, or none")  # fmt: skip
         require_filled(self)
 
     def denoiser(self, spec: Spec) -> nn.Module:
@@ -148,14 +161,16 @@ class Layout:
         """A stage from ``inp`` to ``out`` channels."""
         block, attention = self.block(inp, out), None
         if attend:
-            attention = MapAttention(out, self.cfg.head_size, self.emb if tokens else 0, self.cfg.rescale)
+            attention = MapAttention(
+                out, self.cfg.head_size, self.emb if tokens else 0, self.cfg.rescale, self.cfg.norm_eps
+            )
         return Stage(self.cfg, block, attention, self.resample(out, up=True) if up else None)
 
     def block(self, inp: int, out: int, resample: Resample | None = None) -> ResBlock:
         """A residual block."""
         cfg = self.cfg
         return ResBlock(self.dims, inp, out, self.emb, cfg.dropout, scale_shift=cfg.scale_shift, rescale=cfg.rescale,
-                        resample=resample)  # fmt: skip
+                        resample=resample, eps=cfg.norm_eps)  # fmt: skip
 
     def resample(self, channels: int, up: bool) -> nn.Module:
         """The module ``(x, emb)`` that halves or doubles the size."""
@@ -202,8 +217,10 @@ class ResidualInput(nn.Module):
 
     def __init__(self, layout: Layout, inp: int, out: int):
         super().__init__()
-        self.conv = CONV[layout.dims](inp, out, 3, padding=1)
-        self.shrink = Resample(layout.dims, FIR if layout.cfg.resample == "fir" else BOX, up=False)
+        taps = FIR if layout.cfg.resample == "fir" else BOX
+        border = layout.cfg.residual_border and taps == FIR
+        self.conv = CONV[layout.dims](inp, out, 3, padding=2 if border else 1)
+        self.shrink = Resample(layout.dims, taps, up=False, border=border)
 
     def forward(self, x: Float[Tensor, "b c *size"]) -> Tensor:
         return self.shrink(self.conv(x))
@@ -273,7 +290,7 @@ class UpPath(nn.Module):
                 inp, have = have + skip_channels.pop(), layout.channels[i]
                 attend = layout.attends[i] and (last or layout.cfg.up_attention == "every")
                 self.stages.append(layout.stage(inp, have, attend, tokens, up=last and i > 0))
-        self.norm = GroupNorm(have)
+        self.norm = GroupNorm(have, layout.cfg.norm_eps)
         self.last = CONV[layout.dims](have, out, 3, padding=1)
 
     def edge_layers(self) -> list[nn.Module]:
@@ -293,7 +310,8 @@ class UNetDenoiser(nn.Module):
         super().__init__()
         self.layout = Layout(cfg, spec)
         self.feature_dim = self.layout.channels[-1]
-        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves, scale=cfg.time_scale)
+        self.cond = Conditioner(spec, self.layout.emb, waves=cfg.waves, scale=cfg.time_scale, rates=cfg.wave_rates,
+                                early=cfg.early_conditions)  # fmt: skip
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
         self.up = UpPath(self.layout, spec.shape[0], self.down.skip_channels, self.cond.has_tokens)
@@ -321,7 +339,7 @@ class UNetEncoder(nn.Module):
         self.down = DownPath(self.layout, spec.shape[0] + self.cond.num_channels, self.cond.has_tokens)
         self.middle = Middle(self.layout, self.cond.has_tokens)
         channels = self.layout.channels[-1]
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, cfg.norm_eps)
         flat = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(self.layout.sizes[-1]), out[0]))
         self.last = flat if len(out) == 1 else CONV[self.layout.dims](channels, out[0], 3, padding=1)
 

@@ -28,7 +28,7 @@ class ImportSettings:
     """What a file of weights does not say."""
 
     size: Width | None = None
-    """Side of the pictures of a U-Net. None: 32, as published."""
+    """Side of the pictures of a U-Net of torchcfm. None: 32, as published."""
     head_size: Width | None = None
     """Channels of an attention head. None: as published for a network of this size."""
     codec: PathText | None = None

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from genkit.backbones import BACKBONES, DiT, UNet
 from genkit.backbones.blocks import BOX, FIR, Attention, MapAttention, Resample, ResBlock, rms_norm, rotate
 from genkit.backbones.dit import DiTBlock, Trunk
-from genkit.backbones.embed import grid_angles
+from genkit.backbones.embed import Conditioner, TimeEmbed, grid_angles, sinusoid
+from genkit.backbones.unet import Layout, ResidualInput
 from genkit.core import Label, Spec
 from tests.support import backbones as contract
 from tests.support.backbones import TINY, build, eval_pair
@@ -18,7 +19,8 @@ UNETS = {
     "ddpm": UNet(width=8, mults=(1, 2), attention=(6, 8), head_size=8, scale_shift=False, waves=4),
     "adm": UNet(width=8, mults=(1, 2), attention=(6, 8), head_size=8, resample="block"),
     "ncsn": UNet(width=8, stem=4, mults=(1, 2), attention=(6, 8), head_size=8, resample="fir", rescale=True,
-                 residual_input=True, up_attention="last", scale_shift=False),
+                 residual_input=True, residual_border=True, up_attention="last", scale_shift=False,
+                 waves=4, wave_rates=(1.0, 3.0, 0.5, 7.0), early_conditions=True, norm_eps=1e-6),
 }  # fmt: skip
 DITS = {
     "modern": DiT(width=8, depth=2, head_size=4, norm="rms", qk_norm=True, mlp="swiglu", rope=True),
@@ -162,6 +164,41 @@ def test_filters_of_signals_are_those_of_pictures(taps):
     for up in (False, True):
         flat = Resample(2, taps, up)(x[:, :, None].expand(-1, -1, 8, -1))[:, :, 2]
         torch.testing.assert_close(Resample(1, taps, up)(x), flat)
+
+
+def test_the_residual_input_knows_what_lies_outside_its_border():
+    """With the border a picture is filtered as a part of a larger one that is zero elsewhere."""
+    torch.manual_seed(0)
+    cfg = UNet(width=8, resample="fir", residual_input=True)
+    x = torch.randn(2, 3, 8, 8)
+    for border in (True, False):
+        layer = ResidualInput(Layout(replace(cfg, residual_border=border), Spec((3, 8, 8))), 3, 5)
+        large = layer(F.pad(x, (4, 4, 4, 4)))[..., 2:-2, 2:-2]
+        assert torch.allclose(layer(x), large, atol=1e-5) == border
+
+
+def test_given_rates_of_a_time_embedding():
+    """Those that it has itself change nothing."""
+    torch.manual_seed(0)
+    net, label = TimeEmbed(8, 5, 7.0), torch.tensor([0.0, 0.3, -1.0])
+    given = TimeEmbed(8, 5, 7.0, tuple(10_000 ** (-i / 5) for i in range(5)))
+    given.load_state_dict(net.state_dict())
+    torch.testing.assert_close(given(label), net(label))
+    other = TimeEmbed(8, 5, 7.0, (1.0, 2.0, 3.0, 4.0, 5.0))
+    other.load_state_dict(net.state_dict())
+    assert (other(label) - net(label)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="wave_rates has 2 numbers; needs 32"):
+        UNet(wave_rates=(1.0, 2.0))
+
+
+def test_early_conditions_are_added_to_the_sinusoids():
+    spec = Spec((2,), {"label": Label(3)})
+    embed = Conditioner(spec, 8, waves=4, early=True)
+    time, label, y = embed.start, torch.tensor([0.1, 0.7]), torch.tensor([2, 0])
+    waves = sinusoid(1000 * label, 8)
+    for cond, given in (({"label": y}, embed.embed["on_label"].table(y)), ({}, embed.embed["on_label"].null)):
+        expected = time.layer2(F.silu(time.layer1(waves + given)))
+        torch.testing.assert_close(embed(torch.zeros(2, 2), (), label, cond).emb, expected)
 
 
 def test_rescaled_blocks_keep_the_variance():

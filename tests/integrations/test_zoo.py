@@ -134,7 +134,8 @@ def test_pickles_and_files_of_other_kinds_are_refused_in_one_line(tmp_path, caps
         ("sit", "moved.safetensors", ("--head-size=16",), "positions are not the fixed ones"),
         ("dit", "good.safetensors", (), "give --head-size"),
         ("torchcfm", "good.safetensors", (), "is it of another kind?"),
-        ("edm", "good.safetensors", (), "allowed"),
+        ("edm", "good.safetensors", (), "is it of another kind?"),
+        ("vdm", "good.safetensors", (), "allowed: dit, edm, sit, torchcfm"),
     ]
     for kind, name, more, words in cases:
         capsys.readouterr()

@@ -17,7 +17,7 @@ class Import(ImportSettings):
     """Make a run of weights of another project."""
 
     kind: Positional[str]
-    """Layout of the weights: dit, sit (their authors' state dicts) or torchcfm (its U-Net)."""
+    """Layout of the weights: dit, sit, edm (their authors' state dicts) or torchcfm (its U-Net)."""
     file: Positional[PathText]
     """The weights: .safetensors, or .pt, of which only tensors are read."""
     out: Positional[PathText]

@@ -123,13 +123,18 @@ def copy_block(tensors: dict[str, Tensor], theirs: str, ours: str, scale_shift: 
             out[f"{ours}.{new}.{part}"] = get(f"{theirs}.{name}.{part}")
     gain, offset = get(f"{theirs}.out_layers.0.weight"), get(f"{theirs}.out_layers.0.bias")
     if scale_shift:
-        # (1 + s) (g n + o) + b = (1 + s') n + b' with 1 + s' = (1 + s) g and b' = (1 + s) o + b
-        for part, one in (("weight", 0.0), ("bias", 1.0)):
-            scale, shift = out[f"{ours}.emb.{part}"].chunk(2, 0)
-            g, o = (v.view(-1, *(1,) * (scale.ndim - 1)) for v in (gain, offset))
-            out[f"{ours}.emb.{part}"] = torch.cat([(scale + one) * g - one, (scale + one) * o + shift])
+        fold_scale_shift(out, ours, gain, offset)
     else:
         out[f"{ours}.norm2.weight"], out[f"{ours}.norm2.bias"] = gain, offset
     if f"{theirs}.skip_connection.weight" in tensors:
         for part in ("weight", "bias"):
             out[f"{ours}.skip.{part}"] = tensors.pop(f"{theirs}.skip_connection.{part}")
+
+
+def fold_scale_shift(out: dict[str, Tensor], block: str, gain: Tensor, offset: Tensor) -> None:
+    """Let the layer ``block.emb``, whose output scales and shifts a norm, do what the norm's weight and bias did."""
+    # (1 + s) (g n + o) + b = (1 + s') n + b' with 1 + s' = (1 + s) g and b' = (1 + s) o + b
+    for part, one in (("weight", 0.0), ("bias", 1.0)):
+        scale, shift = out[f"{block}.emb.{part}"].chunk(2, 0)
+        g, o = (v.view(-1, *(1,) * (scale.ndim - 1)) for v in (gain, offset))
+        out[f"{block}.emb.{part}"] = torch.cat([(scale + one) * g - one, (scale + one) * o + shift])
