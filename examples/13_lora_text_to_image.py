@@ -11,6 +11,9 @@ defaults (67 CPU seconds, one thread, one seed): red 20.6 before and 21.0 after,
 28.6, sks 93.1 and 63.6. For a real pipeline the commands are in docs/pretrained.md.
 """
 
+# diffusers loads its classes on demand, and types them narrowly
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
 import json
 import logging
 from pathlib import Path
@@ -66,7 +69,7 @@ def train_autoencoder(steps: int = 300) -> tuple[diffusers.AutoencoderTiny, floa
         num_decoder_blocks=(1, 1), latent_channels=4, upsampling_scaling_factor=2,
     )  # fmt: skip
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    latents = torch.empty(0)
+    latents = loss = torch.empty(0)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         colour = 2 * torch.rand(16, 3, 1, 1, generator=generator) - 1

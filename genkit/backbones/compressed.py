@@ -156,6 +156,7 @@ class CompressedLayer(nn.Module):
         bias = self.bias
         out = FrozenMap.apply(x, self)
         assert isinstance(out, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         return out if bias is None else out + self.shaped_bias(bias).to(out.dtype)
 
     def shaped_bias(self, bias: Tensor) -> Tensor:

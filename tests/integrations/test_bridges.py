@@ -496,5 +496,5 @@ def test_an_export_is_a_call_that_returns_the_folder_and_prints_nothing(tmp_path
     assert any(str(tmp_path / "out") in line for line in made.instructions)
     with pytest.raises(ValueError, match="is there already"):
         export(run, tmp_path / "out", to="run")
-    with pytest.raises(ValueError, match="allowed: diffusers, run"):
+    with pytest.raises(ValueError, match="allowed: --to run, diffusers"):
         export(run, tmp_path / "other", to="onnx")

@@ -39,7 +39,7 @@ def pictures(pipeline_folder, run_of, name):
 def test_a_run_draws_the_picture_of_its_pipeline(pipeline_folder, run_of, name):
     run, ours, theirs = pictures(pipeline_folder, run_of, name)
     assert largest(ours, theirs) < 1e-5
-    assert float(theirs.std()) > 0.1, "the pictures show nothing"
+    assert float(theirs.std()) > 0.05, "the pictures show nothing"
     assert Sampling().sampler_for(run) == FAMILIES[name]
 
 
@@ -144,7 +144,10 @@ def test_an_exported_flow_keeps_the_weights_that_it_began_with(pipeline_folder, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "HunyuanDiT2DModel"}, "holds a HunyuanDiT2DModel, which genkit cannot call; allowed"),
+        (
+            {"_class_name": "HunyuanDiT2DModel"},
+            "holds a HunyuanDiT2DModel, which genkit does not serve: it reads two sequences of words",
+        ),
         ({"use_additional_conditions": True}, "use_additional_conditions=True; genkit supports only false"),
     ],
 )

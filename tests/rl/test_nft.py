@@ -57,6 +57,7 @@ def test_at_unchanged_weights_both_terms_have_the_same_times_and_noise():
     share = learner.shares(torch.arange(64))[0]
     torch.manual_seed(5)
     plain = learner.objective.loss("denoise", {"net": net}, Batch(x, draw=share.draw)).per_sample.mean()
+    samples = Batch(x, {}, torch.rand(64, dtype=F64))
     torch.manual_seed(5)
-    mixed = NFT().loss(learner, Constant(0.7), Batch(x, {}, torch.rand(64, dtype=F64)), share)
+    mixed = NFT().loss(learner, Constant(0.7), samples, share)
     assert float(mixed) == pytest.approx(float(plain), rel=1e-6)

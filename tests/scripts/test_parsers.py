@@ -40,5 +40,9 @@ def test_every_mistake_is_one_line(capsys):
 
 @pytest.mark.parametrize("folder", ["samplers", "examples", "benchmarks"])
 def test_scripts_use_this_parser(folder):
-    files = [path for path in (ROOT / folder).rglob("*.py") if "ArgumentParser(" in path.read_text()]
+    files = [
+        path
+        for path in (ROOT / folder).rglob("*.py")
+        if "ArgumentParser(" in path.read_text() and path.name != "12_policy_client.py"  # runs without genkit
+    ]
     assert files == []

@@ -82,7 +82,8 @@ OTHER = {  # another value for every setting
     "val_every": 4, "val_n": 7, "keep_best": "val/loss", "patience": 2, "max_time": "1h", "keep_checkpoints": 9,
     "workers": 1, "max_nonfinite_steps": 3, "tensorboard": True,
     "trackers": ("wandb",), "tracker_project": "mine", "codec": "run",
-    "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2",
+    "codec_posterior": "mean", "init": "run", "lora": "--lora.rank=2", "base_dtype": "bf16", "quantize": "int8",
+    "prior": "--prior.preserve=1", "sample_prompts": "prompts.txt", "sample_guidance": 2.0, "val_levels": (0.5,),
 }  # fmt: skip
 
 
@@ -93,10 +94,10 @@ def test_how_long_how_often_and_how_fast_may_change_and_nothing_else(run, field)
         return
     old = stored_settings(run)
     value = OTHER[field.name]
-    if field.name in ("objective", "backbone", "data", "lora", "optimizer", "schedule"):
+    if field.name in ("objective", "backbone", "data", "lora", "optimizer", "schedule", "prior"):
         from genkit.config import override
 
-        block = {"backbone": {"width": 16}, "lora": {"rank": 2}}.get(field.name, value)
+        block = {"backbone": {"width": 16}, "lora": {"rank": 2}, "prior": {"preserve": 1.0}}.get(field.name, value)
         new = override(old, **{field.name: block})
     else:
         new = dataclasses.replace(old, **{field.name: value})
