@@ -58,10 +58,10 @@ def follow(argv: list[str], capsys, depth: int = 2) -> list[str]:
     return everything
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "gan", "vq", "classifier", "edm")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "gan", "vq", "classifier", "edm", "vae")]
 
 
-@pytest.mark.parametrize("objective", ["flow", "vae", "autoencoder", *SLOW])
+@pytest.mark.parametrize("objective", ["flow", "autoencoder", *SLOW])
 def test_after_training_on_a_folder(folder, objective, capsys):
     argv = ["train", f"--objective={objective}", "--data", str(folder), "--data.size=8", "--backbone.width=8", *TINY]
     printed = follow(argv, capsys)
@@ -103,6 +103,7 @@ def test_after_encoding_and_reflow(folder, capsys):
     assert len(follow(["reflow", "runs/latest", "--n=16", "--steps=2"], capsys)) >= 2
 
 
+@pytest.mark.slow
 def test_after_export(folder, capsys):
     call(["train", "--data", str(folder), "--backbone.width=8", *TINY], capsys)
     capsys.readouterr()

@@ -116,7 +116,10 @@ def test_no_class_loses_its_last_sample_and_some_sample_is_held_out():
     assert not is_held_out(["a", "b", "c"], 0.01).any()
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in MAKERS if kind != "zip"]
+
+
+@pytest.mark.parametrize("kind", ["zip", *SLOWER])
 def test_training_holds_out_a_tenth_and_says_so(tmp_path, kind, capsys):
     root, out = str(MAKERS[kind](tmp_path)), tmp_path / "runs"
     assert cli.main(["train", f"--data={root}", *TINY, f"--out={out}"]) == 0

@@ -336,7 +336,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, monkeypatch):
         parquet(tmp_path / "b.parquet").load()
 
 
-@pytest.mark.parametrize("name", ["webdataset", "parquet"])
+@pytest.mark.parametrize("name", ["webdataset", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_training_resumes_bit_for_bit_on_shards(tmp_path, name):
     """Two steps and two more are four: a batch depends on seed, step and row only."""
     if name == "parquet":

@@ -459,6 +459,7 @@ def told(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_bound_term_by_term(trained, capsys):
     """As `variational_bound` has it for the same samples and seeds; whatever the batch; all steps, or every fourth."""
     found = told(capsys, str(trained["learned"]), "--bound=vlb", "--n=6")

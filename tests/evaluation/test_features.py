@@ -166,6 +166,7 @@ def assert_same(ours: torch.Tensor, theirs: np.ndarray, relative: float) -> None
     assert float(np.abs(ours.numpy() - theirs).max()) < relative * spread
 
 
+@pytest.mark.slow
 def test_all_modes_agree_with_clean_fid_with_random_weights(random_weights, tmp_path, monkeypatch):
     """Grey and oblong images, read from files by clean-fid, with its two networks and all its resizing."""
     patch_clean_fid(monkeypatch, tmp_path, random_weights)

@@ -81,7 +81,10 @@ def test_two_ranks_with_four_pieces_each_are_one_rank(tmp_path):
             assert torch.allclose(both[0][name][key], value, atol=1e-7), (name, key)
 
 
-@pytest.mark.parametrize("rule", RULES)
+SLOWER = [pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule not in ("shortcut", "lagrangian")]
+
+
+@pytest.mark.parametrize("rule", ["shortcut", "lagrangian", *SLOWER])
 def test_resume_is_bit_identical(tmp_path, rule):
     args = [f"--objective.rule={rule}", "--objective=flow-map", "--steps=5", "--backbone.dropout=0.1"]
     whole = run_of(tmp_path / "a", *args)
