@@ -212,8 +212,9 @@ def read_states(name: str, sha256: str, texts: Sequence[str], known: TextTable |
 
 def release_encoders() -> None:
     """Give back the memory of all encoders that were opened; one that is needed again is opened again."""
-    open_encoder.cache_clear()
-    gc.collect()
+    if open_encoder.cache_info().currsize:
+        open_encoder.cache_clear()
+        gc.collect()  # slow in a process that holds many objects
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
