@@ -374,6 +374,13 @@ class Learner:
         self.drop_gathered()
         return self.state.gather(all_averages=True)
 
+    def copy_network(self, name: str) -> nn.Module:
+        """A frozen copy of a network, whole also if ranks share its weights; all ranks call it."""
+        self.drop_gathered()
+        net, sharding = self.state.nets[name], self.state.sharding
+        copied = sharding.gather_network(name, net) if sharding else copy_for_ema(net)
+        return copied.requires_grad_(False).eval()
+
     def drop_gathered(self) -> None:
         """Drop the weights that passes have gathered, if ranks share them."""
         if self.state.sharding:

@@ -15,7 +15,6 @@ from genkit.rl.finetune.advantages import normalize
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share, random_states, restore_random_states
 from genkit.rl.finetune.reward_method import RewardMethod
-from genkit.training.loop import copy_for_ema
 
 
 class Extrapolation(nn.Module):
@@ -62,7 +61,7 @@ class NFT(RewardMethod):
 
     def improve(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
         samples = Batch(experience.trajectory.xs[-1], experience.cond, self.goodness(experience.advantages))
-        old = copy_for_ema(learner.state.nets["net"]).requires_grad_(False).eval()
+        old = learner.copy_network("net")
         total, steps = 0.0, 0
 
         def loss(share: Share) -> tuple[Tensor, Tensor]:
