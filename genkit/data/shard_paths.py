@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from genkit.core.hub import HUB_NAME, call_hub
 from genkit.data.classes import sort_naturally
 from genkit.data.source import Split, check_split
 
 TEST_STEMS = ("test", "validation", "val")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+DATASET = re.compile(rf"hf://datasets/({HUB_NAME.pattern})(?:@([^/]+))?(?:/(.*))?")
 
 
 def expand_ranges(pattern: str) -> list[str]:
@@ -61,17 +63,18 @@ def find_shards(root: str, split: Split, suffixes: Sequence[str]) -> tuple[list[
     """The files of ``split`` and those of the training split, which determines the classes.
 
     ``root`` is a file, a pattern, or a folder: of files, whose names begin with train, test or val if they are of that
-    split; or of the folders train and test. ``ValueError`` if there are none.
+    split; or of the folders train and test; or a data set of the hub (:func:`find_local`). ``ValueError`` if there are
+    none.
     """
     check_split(split)
-    refuse_remote(root)
-    top = Path(root).expanduser()
+    local = find_local(root, suffixes)
+    top = Path(local).expanduser()
     if top.is_dir():
         train, test = split_folder(top, suffixes)
     else:
-        train = match_files(root)
-        name = Path(root).name
-        others = (Path(root).with_name(name.replace("train", stem)) for stem in TEST_STEMS) if "train" in name else ()
+        train = match_files(local)
+        name = top.name
+        others = (Path(local).with_name(name.replace("train", stem)) for stem in TEST_STEMS) if "train" in name else ()
         test = next((found for other in others if (found := match_test(str(other)))), [])
     if not train:
         raise ValueError(f"{root}: matches no {' or '.join(suffixes)} files; name yours with --data.root")
@@ -102,13 +105,31 @@ def split_folder(top: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[P
     return train or [path for path in every if not path.name.startswith(TEST_STEMS)], test
 
 
-def refuse_remote(root: str) -> None:
-    """``ValueError`` for what would be read from the network, or by a program."""
-    if root.startswith("hf://"):
-        name = "/".join(root.removeprefix("hf://").removeprefix("datasets/").split("/")[:2])
+def is_remote(root: str) -> bool:
+    """Whether ``root`` is no path of this machine."""
+    return "://" in root or root.startswith("pipe:")
+
+
+def find_local(root: str, suffixes: Sequence[str]) -> str:
+    """``root``, or the local copy of ``hf://datasets/OWNER/NAME[@REVISION][/FILES]``, which is downloaded if need be.
+
+    FILES is a file, a pattern or a folder of the data set; none: all of its files of these suffixes. They lie in the
+    cache of the hub's own library, by commit; without a network, those that were downloaded last are taken.
+    ``ValueError`` for other addresses, and for programs.
+    """
+    if not is_remote(root):
+        return root
+    match = DATASET.fullmatch(root)
+    if match is None:
         raise ValueError(
-            f"{root}: data are read from local files; download them: hf download {name} --repo-type dataset "
-            "--local-dir DIR, then --data.root DIR"
+            f"{root}: data are read from local files, or from hf://datasets/OWNER/NAME[@REVISION][/FILES]; download "
+            "them, and name the folder with --data.root"
         )
-    if "://" in root or root.startswith("pipe:"):
-        raise ValueError(f"{root}: data are read from local files; download them, and name the folder with --data.root")
+    repo, revision, files = match[1], match[2], (match[3] or "").strip("/")
+    if files.endswith(tuple(suffixes)):
+        patterns = expand_ranges(files)
+    else:
+        patterns = [f"{files}/*{suffix}" if files else f"*{suffix}" for suffix in suffixes]
+    folder = call_hub("root", repo, lambda hub: hub.snapshot_download(
+        repo, repo_type="dataset", revision=revision, allow_patterns=patterns))  # fmt: skip
+    return str(Path(folder, files))

@@ -23,7 +23,7 @@ from genkit.data.held_out import DEFAULT_SHARE, SelectedFiles
 from genkit.data.images import OnDisk, decode
 from genkit.data.local_files import ImageContainer, LocalImages
 from genkit.data.parquet_files import TableRows
-from genkit.data.shard_paths import find_shards, is_pattern
+from genkit.data.shard_paths import find_shards, is_pattern, is_remote
 from genkit.data.source import Split, check_split
 from genkit.data.tar_files import TarShards
 
@@ -76,6 +76,8 @@ class ShardedImages(LocalImages):
         return self.with_fields(held_out=0.0 if own_test else DEFAULT_SHARE)
 
     def with_absolute_root(self) -> ShardedImages:
+        if is_remote(self.root):
+            return self
         if is_pattern(self.root):
             return self.with_fields(root=str(Path(self.root).expanduser().absolute()))
         return super().with_absolute_root()
@@ -128,7 +130,8 @@ class Webdataset(ShardedImages):
     suffixes: ClassVar[tuple[str, ...]] = (".tar",)
 
     root: PathText = "data"
-    """a tar file, a pattern (train-{000..099}.tar, or with * and ?), or a folder of tar files"""
+    """a tar file, a pattern (train-{000..099}.tar, or with * and ?), or a folder of tar files; also of a data set of
+    the hub: hf://datasets/OWNER/NAME[@REVISION][/FILES]"""
 
     def open_shards(self, paths: Sequence[Path]) -> TarShards:
         return TarShards(paths)
@@ -145,7 +148,8 @@ class Parquet(ShardedImages):
     suffixes: ClassVar[tuple[str, ...]] = (".parquet", ".arrow")
 
     root: PathText = "data"
-    """a parquet or arrow file, a pattern, or a folder of such files"""
+    """a parquet or arrow file, a pattern, or a folder of such files; also of a data set of the hub:
+    hf://datasets/OWNER/NAME[@REVISION][/FILES]"""
     image_column: str | None = None
     """the column of pictures; None: image, img, jpg, png, webp or picture"""
     label_column: str | None = None

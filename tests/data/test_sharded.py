@@ -188,7 +188,8 @@ BAD_ROOTS = {
     "{tmp}/x-*.tar": "matches no .tar files",
     "https://a.b/train.tar": "download them",
     "pipe:cat a.tar": "download them",
-    "hf://datasets/user/name/data": "hf download user/name --repo-type dataset",
+    "hf://user/name/data": "hf://datasets/OWNER/NAME[@REVISION][/FILES]",
+    "hf://datasets/user/nobody": "cannot be reached for user/nobody",
     "{tmp}/a.txt": "is no .tar file",
 }
 

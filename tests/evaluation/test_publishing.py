@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 
 import genkit
@@ -184,3 +185,28 @@ def test_a_run_with_somebody_elses_code_is_not_run_and_a_damaged_one_not_loaded(
     broken = genkit.pull("me/broken", tmp_path / "broken")
     assert sha256(broken / nets) != sha256(genkit.pull("me/digits", tmp_path / "whole") / nets)
     assert refused(capsys, "sample", str(broken))
+
+
+def test_training_reads_a_data_set_of_the_hub_from_its_cache(hub, tmp_path, monkeypatch):
+    """Only the files that are asked for are downloaded, once; the run names the address; later no network is needed."""
+    from huggingface_hub import constants
+
+    from tests.data.test_sharded import chw, everything, picture, shards, webdataset
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    shards(tmp_path / "data")
+    tars = {f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").glob("*.tar"))}
+    hub.models["datasets/me/clothes"] = [{**tars, "data/other.bin": b"no", "loader.py": b"raise SystemExit"}]
+    root = "hf://datasets/me/clothes/data/train-{000..001}.tar"
+    batch = everything(webdataset(root).load())
+    assert batch.x.equal(torch.stack([chw(picture(i)) for i in range(12)]))
+    fetched = sorted(path.name for path in (tmp_path / "hub").rglob("*") if path.is_symlink())
+    assert fetched == ["train-000.tar", "train-001.tar"]
+    assert everything(webdataset("hf://datasets/me/clothes").load()).x.shape[0] == 30
+    assert webdataset(root).with_absolute_root().root == root
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    small = [option for option in SMALL if option != "--data=digits"]
+    argv = ["--data=webdataset", f"--data.root={root}", "--data.size=8", *small, "--steps=2", f"--out={tmp_path}/runs"]
+    assert cli.main(["train", *argv]) == 0
+    assert load_run(tmp_path / "runs" / "latest").config.data.root == root

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Hub:
-    """Models by name, each a list of commits ``{path: content}``."""
+    """Models by name, and data sets by ``datasets/NAME``, each a list of commits ``{path: content}``."""
 
     def __init__(self) -> None:
         self.models: dict[str, list[dict[str, bytes]]] = {}
@@ -104,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
             return self.answer(200, {"name": "me", "type": "user", "orgs": []})
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        match = re.fullmatch(
+            r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
+        )
         if match:
             name, kind, revision = match[1], match[2], match[3] or "main"
             files = self.hub.files(name, revision)
@@ -118,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": k} for k in files]
             about = {"id": name, "modelId": name, "sha": self.hub.sha(name, index), "siblings": siblings, "tags": []}
             return self.answer(200, {**about, "private": self.hub.private.get(name, False)})
-        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         files = self.hub.files(match[1], match[2]) if match else None
         if not match or files is None or match[3] not in files:
             return self.answer(404, {"error": "not found"}, X_Error_Code="EntryNotFound")
