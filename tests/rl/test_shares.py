@@ -39,7 +39,7 @@ CASES = {name: method(**SHARED) for name, method in METHODS.items()} | {
     "mixed through": Mixed(**SHARED, gradient="through"),
     "direct frechet": Direct(**SHARED, population=60),
 }
-REWARDS = {"direct frechet": FrechetReward(torch.nn.Flatten(), Moments.of(torch.randn(90, 2).double() + 1))}
+REWARDS = {"direct frechet": FrechetReward(torch.nn.Flatten(), Moments.of(Draw((0,), 0, 90).normal(2).double() + 1))}
 
 
 def demos(number, start, stop):
@@ -73,10 +73,10 @@ def test_micro_batches_change_nothing(name):
         logs = method.update(learner, task, experience, 0)
         results.append((learner.state.nets["net"].state_dict(), logs, learner.draws, torch.randn(())))
     for weights, logs, draws, state in results[1:]:
-        assert logs == pytest.approx(results[0][1], rel=1e-7)
+        assert logs == pytest.approx(results[0][1], rel=1e-6)  # rewards are fp32
         assert (draws, state) == results[0][2:]  # as many demonstrations and random numbers are drawn
         for key, value in results[0][0].items():
-            torch.testing.assert_close(weights[key], value, rtol=1e-7, atol=1e-9)  # rewards are fp32
+            torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.usefixtures("_doubles")
