@@ -367,11 +367,17 @@ def finetune_four_ways() -> str:
     return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
+def runs_by_name(file: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a results file, one for each seed, by their name."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for row in load(file)["rows"]:
+        named.setdefault(row["name"], []).append(row)
+    return named
+
+
 def mixed() -> str:
-    found = load("mixed-four-ways")["rows"]
     rows = []
-    for name in dict.fromkeys(row["name"] for row in found):
-        runs = [row for row in found if row["name"] == name]
+    for name, runs in runs_by_name("mixed-four-ways").items():
         cells = [spread([run[key][1] for run in runs], places) for key, places in
                  (("success", 2), ("bits", 2), ("held_out_loss", 4))]  # fmt: skip
         rows.append([name.replace("lambda", "λ ="), *cells])
@@ -400,9 +406,8 @@ def rwr() -> str:
 
 
 def reward_methods() -> str:
-    found, rows = load("reward-methods")["rows"], []
-    for name in dict.fromkeys(row["name"] for row in found):
-        runs = [row for row in found if row["name"] == name]
+    rows = []
+    for name, runs in runs_by_name("reward-methods").items():
         after = [spread([run[key][1] for run in runs], places) for key, places in (("success", 3), ("bits", 2))]
         rows.append([f"`{name}`", *after, *(spread([run[key] for run in runs], 0) for key in ("kl", "cpu_seconds"))])
     return table(["", "success", "mode entropy, bits (at most 2)", "KL, nats a trajectory", "CPU s"], rows)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from benchmarks.scale.files import MEMORY
 from genkit.core import Draw, Label, Spec, spec_to_dict
 from genkit.data import Stream
 from genkit.data.latents import MARKS, Latents
@@ -130,21 +131,6 @@ def test_a_truncated_or_foreign_file_is_refused_in_one_line(tmp_path):
     save_file({"mean": torch.zeros(4, 1), "log_var": torch.zeros(3, 1)}, tmp_path / "1.safetensors")
     with refuses("equal numbers of rows"):
         MappedShards([tmp_path / "1.safetensors"])
-
-
-MEMORY = """
-import sys, psutil, torch
-from genkit.core import Draw
-from genkit.data.latents import Latents
-data = Latents(root=sys.argv[1]).load()
-order = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(sys.argv[2])))
-peak = 0
-for i in range(0, len(data), 256):
-    data.batch(order[i : i + 256], Draw((0,), 0, len(order[i : i + 256])))
-    memory = psutil.Process().memory_info()
-    peak = max(peak, memory.rss - memory.shared)
-print(peak)
-"""
 
 
 @pytest.mark.slow

@@ -62,19 +62,13 @@ class NFT(RewardMethod):
     def improve(self, learner: Learner, task: Task, experience: Experience, iteration: int) -> dict[str, float]:
         samples = Batch(experience.trajectory.xs[-1], experience.cond, self.goodness(experience.advantages))
         old = learner.copy_network("net")
-        total, steps = 0.0, 0
 
         def loss(share: Share) -> tuple[Tensor, Tensor]:
             value = self.loss(learner, old, samples, share)
             bc_loss = share.bc_loss(self.bc_batch) / math.prod(learner.spec.shape) if self.bc_coef else 0.0
             return value + self.bc_coef * bc_loss, value
 
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(samples.x), generator=learner.generator(iteration, 2, epoch))
-            for rows in order.split(self.batch):
-                total += float(learner.gradient_step(rows, loss, self.lr))
-                steps += 1
-        return {"loss": total / max(1, steps)}
+        return {"loss": self.learn_in_epochs(learner, len(samples.x), loss, iteration, self.epochs)}
 
     def loss(self, learner: Learner, old: nn.Module, samples: Batch, share: Share) -> Tensor:
         """The mean loss of the rows of ``samples``, whose weights are the probabilities r. A choice before the first

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import torch
 from annotated_types import Ge, Le
 
 from genkit.config.numbers import Count, Natural, Positive
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.divergence import compare_with_reference
 from genkit.rl.finetune.experience import Experience, Task
-from genkit.rl.finetune.learner import Learner
+from genkit.rl.finetune.learner import Learner, ShareLoss
 
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 
@@ -72,6 +73,17 @@ class RewardMethod(ABC):
 
         Random numbers come from ``learner.generator(iteration, 2, ...)``, so that a resumed run is the same.
         """
+
+    def learn_in_epochs(self, learner: Learner, n: int, loss: ShareLoss, iteration: int, epochs: int) -> float:
+        """Gradient steps on ``n`` samples, in a new order in each of ``epochs`` passes; the mean of what ``loss``
+        reports over the steps."""
+        total, steps = 0.0, 0
+        for epoch in range(epochs):
+            order = torch.randperm(n, generator=learner.generator(iteration, 2, epoch))
+            for rows in order.split(self.batch):
+                total += float(learner.gradient_step(rows, loss, self.lr))
+                steps += 1
+        return total / max(1, steps)
 
     def update_critic(self, learner: Learner, experience: Experience, iteration: int) -> dict[str, float]:
         """Fit the critic, if there is one, to the returns."""

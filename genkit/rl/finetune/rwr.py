@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from genkit.config.numbers import Count, Fraction, Positive
@@ -47,19 +46,14 @@ class RWR(RewardMethod):
         standardized = advantages / advantages.std(correction=0).clamp(min=1e-8)
         weights = reward_weights(standardized, self.tau, self.max_weight)
         samples = Batch(experience.trajectory.xs[-1], experience.cond, weights)
-        total, steps = 0.0, 0
 
         def loss(share: Share) -> tuple[Tensor, Tensor]:
             value = self.loss(learner, samples, share)
             return value, value
 
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(advantages), generator=learner.generator(iteration, 2, epoch))
-            for rows in order.split(self.batch):
-                total += float(learner.gradient_step(rows, loss, self.lr))
-                steps += 1
+        mean_loss = self.learn_in_epochs(learner, len(advantages), loss, iteration, self.epochs)
         effective = float(weights.sum() ** 2 / (weights**2).sum() / len(weights))  # effective sample size (Kish 1965)
-        return {"loss": total / max(1, steps), "effective_fraction": effective}
+        return {"loss": mean_loss, "effective_fraction": effective}
 
     def loss(self, learner: Learner, samples: Batch, share: Share) -> Tensor:
         """The weighted loss on the rows of ``samples``, and on demonstrations."""

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from genkit.rl.policies.execution import continue_underway, underway_conditions
+from genkit.rl.policies.execution import continue_underway, require_delay, underway_conditions
 from genkit.rl.policies.policy import Policy
 
 REMEMBERED_DELAYS = 10  # the longest of so many decisions is what the next is expected to take (Black et al. 2025)
@@ -51,12 +51,7 @@ class AsynchronousPolicy:
     """the chunk that is being drawn"""
 
     def __post_init__(self) -> None:
-        room = self.policy.future_steps - self.policy.act_steps
-        if not 0 <= self.delay <= room:
-            raise ValueError(
-                f"delay: given {self.delay}; chunks of {self.policy.future_steps} actions, of which "
-                f"{self.policy.act_steps} are executed, allow 0 … {room}; take fewer --act-steps"
-            )
+        require_delay(self.policy, self.delay)
         if self.execution == "real-time":
             self.policy = continue_underway(self.policy, self.limit)
         self.executor = self.executor or ThreadPoolExecutor(1, "genkit-policy")

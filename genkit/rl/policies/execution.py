@@ -41,12 +41,7 @@ class DelayedPolicy:
     """the step that each chunk begins at, and its actions [N, H, A]"""
 
     def __post_init__(self) -> None:
-        longest = self.policy.future_steps - self.policy.act_steps
-        if not 0 <= self.delay <= longest:
-            raise ValueError(
-                f"delay: given {self.delay}; chunks of {self.policy.future_steps} actions, of which "
-                f"{self.policy.act_steps} are executed, allow 0 … {longest}; take fewer --act-steps"
-            )
+        require_delay(self.policy, self.delay)
         if self.execution == "real-time":
             self.policy = continue_underway(self.policy, self.limit)
 
@@ -96,6 +91,16 @@ class DelayedPolicy:
         start, newest = self.chunks[-1]
         fixed = [self.action(t) for t in range(self.time, self.time + self.delay)]
         return underway_conditions(self.policy, obs, fixed, newest, self.time - start)
+
+
+def require_delay(policy: Policy, delay: int) -> None:
+    """``ValueError`` if the chunks of a policy are too short for a delay of so many steps."""
+    longest = policy.future_steps - policy.act_steps
+    if not 0 <= delay <= longest:
+        raise ValueError(
+            f"delay: given {delay}; chunks of {policy.future_steps} actions, of which {policy.act_steps} are executed, "
+            f"allow 0 … {longest}; take fewer --act-steps"
+        )
 
 
 def underway_conditions(
