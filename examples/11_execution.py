@@ -40,7 +40,7 @@ def measure(run: genkit.Run, execution: str, args: Any, act_steps: int) -> dict[
     """The episodes of one way to act."""
     policy = genkit.Policy.load(run, steps=args.sampler_steps, act_steps=act_steps)
     delay = 0 if execution == "no delay" else args.delay
-    actor = DelayedPolicy(policy, delay, "naive" if execution == "no delay" else execution)  # type: ignore[arg-type]
+    actor = DelayedPolicy(policy, delay, "naive" if execution == "no delay" else execution)  # type: ignore[arg-type]  # argparse has text
     start = time.process_time()
     episodes = run_episodes(actor, make("four-ways", 100), range(args.first, args.first + args.episodes))
     seconds = time.process_time() - start

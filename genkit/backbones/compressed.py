@@ -165,11 +165,11 @@ class CompressedLayer(nn.Module):
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output without bias, of a weight in full."""
-        raise NotImplementedError
+        raise NotImplementedError  # of each kind of layer
 
     def pull_back(self, gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
         """The gradient of the input, which has ``shape``."""
-        raise NotImplementedError
+        raise NotImplementedError  # of each kind of layer
 
 
 class FrozenMap(torch.autograd.Function):
