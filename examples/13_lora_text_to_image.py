@@ -8,7 +8,8 @@ trained for a few seconds). The base learns red, green and blue squares by their
 square", which is yellow, from four pictures, and `prior.preserve` holds the other captions where they were. Shown are
 the same prompts and seeds before and after, and how far each colour is from the true one, in 0 to 255. With the
 defaults (67 CPU seconds, one thread, one seed): red 20.6 before and 21.0 after, green 14.5 and 19.2, blue 31.6 and
-28.6, sks 93.1 and 63.6: a third of the way, and still greener than yellow. For a real pipeline the commands are in docs/pretrained.md.
+28.6, sks 93.1 and 63.6: a third of the way, and still greener than yellow. For a real pipeline the
+commands are in docs/pretrained.md.
 """
 
 # diffusers loads its classes on demand, and types them narrowly
