@@ -17,7 +17,6 @@ from torch import nn
 
 from genkit import config
 from genkit.backbones.compressed import require_package
-from genkit.config import load_object
 from genkit.config.command import merge_trees
 from genkit.core import Codec, Data, Draw
 from genkit.core.device import pick_device
@@ -42,6 +41,7 @@ from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
+from genkit.training.measurements import MEASUREMENTS, Measurement, create_measurements, interval, measurement_hooks
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
@@ -58,7 +58,7 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
-from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.session import Recorder, Session, environment, stop_signals, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.shown import Shown, choose_shown
 from genkit.training.state import State
@@ -68,7 +68,6 @@ STD_ROWS = 1024  # samples by which the standard deviation of the data is measur
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
-EVALUATOR = "genkit.evaluation.periodic:PeriodicEvaluation.create"  # in a higher room, imported for --eval-every
 
 
 Ending = Literal["complete", "signal", "max_time", "patience"]
@@ -152,13 +151,13 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 log=session.log,
                 sample=session.sample if settings.objective.is_generative else job.draw_reconstructions,
                 validate=session.validate,
-                evaluate=session.evaluate,
+                measurements=measurement_hooks(settings, session.measure),
                 save=session.save,
                 snapshot=session.snapshot,
                 progress=session.progress(report, job.state.step),
                 stop=session.stopped,
                 is_best=session.is_best,
-                is_stale=session.is_stale,
+                is_over=session.is_over,
                 preserve=job.preservation,
                 rate_share=session.rate_share,
             )
@@ -231,12 +230,11 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             point_latest(resumed, checkpoint)
         note_schedule(stored, settings, state.step, notes.append)
     finished = checkpoint is not None and state.step >= settings.steps
-    evaluator = validation = None
-    if settings.eval_every and not finished:
-        evaluator = load_object(EVALUATOR)(settings, state, data, accelerator)
+    measurements = {} if finished else create_measurements(settings, state, data, accelerator)
+    validation = None
     if settings.val_every and not finished:
         validation = Validation.create(settings, dataset, data.codec, accelerator)
-    best = None if finished else choose_best(settings, evaluator)
+    best = None if finished else choose_best(settings, measurements)
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, model.origin, data.codec, notes)
@@ -246,7 +244,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
-                      evaluator, fingerprint, validation, best)  # fmt: skip
+                      measurements, fingerprint, validation, best)  # fmt: skip
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:
@@ -254,7 +252,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
-        for line in describe_start(settings, model, shown, validation):
+        for line in describe_start(settings, model, shown, validation, measurements):
             recorder.say(line)
         recorder.say(summary(settings, directory, state.nets, data, accelerator))
     release_encoders()
@@ -298,7 +296,7 @@ def build_model(
     return UntrainedModel(settings, dataset, data, state, stream, origin)
 
 
-def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestCheckpoint | None:
+def choose_best(settings: TrainSettings, measurements: Mapping[str, Measurement]) -> BestCheckpoint | None:
     """The record of the best checkpoint that ``keep_best`` asks for. ``ValueError`` if its metric is never measured."""
     if settings.keep_best is None:
         if settings.patience is not None:
@@ -306,9 +304,10 @@ def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestChec
                              "--keep-best val/loss --val-every 100")  # fmt: skip
         return None
     known = validation_metrics(settings)
-    for name, direction in evaluator.directions.items() if evaluator else ():
-        known[f"eval/{name}"] = direction
-    return choose_metric(settings.keep_best, known, {"val": settings.val_every, "eval": settings.eval_every})
+    for prefix, measurement in measurements.items():
+        known |= {f"{prefix}/{name}": direction for name, direction in measurement.directions.items()}
+    intervals = {name: interval(settings, name) for name in MEASUREMENTS}
+    return choose_metric(settings.keep_best, known, {"val": settings.val_every, **intervals})
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
@@ -399,7 +398,11 @@ def summary(
 
 
 def describe_start(
-    settings: TrainSettings, model: UntrainedModel, shown: Shown, validation: Validation | None
+    settings: TrainSettings,
+    model: UntrainedModel,
+    shown: Shown,
+    validation: Validation | None,
+    measurements: Mapping[str, Measurement],
 ) -> Iterator[str]:
     """The lines that training begins with, before its :func:`summary`."""
     yield from settings.backbone.notes(model.data.spec)
@@ -416,6 +419,7 @@ def describe_start(
         yield f"prior    {model.stream.describe()}"
     if validation:
         yield f"val      {validation.n} held-out samples, every {settings.val_every} steps"
+    yield from filter(None, (measurement.describe() for measurement in measurements.values()))
 
 
 def describe_held_out(data: Data) -> str | None:
