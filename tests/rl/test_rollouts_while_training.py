@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,11 +16,14 @@ from genkit.data.codecs import Actions
 from genkit.envs.four_ways import FourWays
 from genkit.evaluation.report.curves import join_bounds
 from genkit.evaluation.report.records import read_log as read_curves
+from genkit.rl.finetune.loop import CHECKPOINT_SEED
 from genkit.rl.policies.periodic import DRAWS, ROLLOUT_SEED, PeriodicRollouts, action_errors
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.rollout import rollout
+from genkit.rl.policies.rollout import Q_SEED, RolloutSettings, rollout
 from genkit.training.best import choose_metric, read_best
 from genkit.training.directory import find_run, list_checkpoints, read_log, step_of
+from genkit.training.loop import initial_state
+from genkit.training.ranks import Ranks
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import train
 
@@ -99,7 +102,8 @@ def test_the_error_of_actions_is_that_of_the_executed_ones(watched):
 def test_ranks_share_the_episodes(watched):
     """The shares of three ranks, put together, are the episodes of one; the fourth has none."""
     settings = stored_settings(watched)
-    shares = [PeriodicRollouts(settings, SimpleNamespace(), SimpleNamespace(rank=i, world=4)).seeds for i in range(4)]
+    data = settings.data.load("train")
+    shares = [PeriodicRollouts(settings, data, Ranks(i, 4)).seeds for i in range(4)]
     assert sorted(seed for share in shares for seed in share) == [ROLLOUT_SEED + i for i in range(3)]
     assert len(shares[3]) == 0
 
@@ -116,13 +120,13 @@ def test_what_cannot_be_rolled_out_is_refused_before_training(tmp_path):
     assert "give --eval-every or --rollout-every, say 500" in refusal(rollout_every=0, keep_best="success")
     assert "give --rollout-every, say 500" in refusal(rollout_every=0, keep_best="rollout/success")
     assert not list(tmp_path.iterdir())
-    known = {"eval/fid": "lower", "rollout/success": "higher"}
-    assert choose_metric("success", known, {"eval": 5, "rollout": 5}).metric == "rollout/success"
+    assert (
+        choose_metric("success", {"eval/fid": "lower", "rollout/success": "higher"}, {"eval": 5, "rollout": 5}).metric
+        == "rollout/success"
+    )
 
 
 def test_demonstrations_without_an_environment_give_the_error_of_actions_alone(watched):
-    from genkit.training.loop import initial_state
-
     settings = replace(stored_settings(watched), **{k: v for k, v in WATCHED.items() if k.startswith("rollout")})
     settings = replace(settings, data=replace(settings.data, env=""))
     assert isinstance(settings, TrainSettings)
@@ -132,6 +136,7 @@ def test_demonstrations_without_an_environment_give_the_error_of_actions_alone(w
     assert rollouts.directions == {"action_error": "lower", "action_error_nearest": "lower"}
     assert rollouts.describe() == "rollout  64 held-out windows, every 3 steps"
     measured = rollouts(state, watched, lambda: False)
+    assert measured
     assert measured.values.keys() == rollouts.directions.keys()
 
 
@@ -157,9 +162,6 @@ def test_two_ranks_roll_out_together(tmp_path):
 
 def test_starts_are_used_by_nothing_else():
     """Rollouts, Q, choice of checkpoints and training each have seeds of their own."""
-    from genkit.rl.finetune.loop import CHECKPOINT_SEED
-    from genkit.rl.policies.rollout import Q_SEED, RolloutSettings
-
     starts = sorted([RolloutSettings().seed, CHECKPOINT_SEED, ROLLOUT_SEED, Q_SEED, 2**30])
-    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 2**27
+    assert min(b - a for a, b in pairwise(starts)) >= 2**27
     assert torch.iinfo(torch.int32).max > ROLLOUT_SEED
