@@ -24,7 +24,7 @@ from genkit.core.tensors import local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import fit
-from genkit.training.measurements import Measurement, create_measurements, interval
+from genkit.training.measurements import PeriodicMeasurement, create_measurements, interval
 from genkit.training.optimizers.state_files import flatten
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
@@ -158,7 +158,7 @@ def time_hooks(
     model: UntrainedModel,
     accelerator: Accelerator,
     validation: Validation | None,
-    measurements: Mapping[str, Measurement],
+    measurements: Mapping[str, PeriodicMeasurement],
 ) -> dict[str, float]:
     """Seconds that pictures, validations, the sampling of evaluations and ``measurements`` take in all of the
     training."""

@@ -41,7 +41,7 @@ class Measured:
     """what the terminal and trackers show, by title"""
 
 
-class Measurement(Protocol):
+class PeriodicMeasurement(Protocol):
     """A measurement of the current model."""
 
     @property
@@ -68,7 +68,7 @@ def interval(settings: TrainSettings, name: str) -> int:
 
 def create_measurements(
     settings: TrainSettings, state: State, data: Data, accelerator: Accelerator
-) -> dict[str, Measurement]:
+) -> dict[str, PeriodicMeasurement]:
     """The measurements that ``settings`` ask for. ``ValueError`` for settings that do not suit the model or data."""
     due = [name for name in MEASUREMENTS if interval(settings, name)]
     return {name: load_object(MEASUREMENTS[name])(settings, state, data, accelerator) for name in due}

@@ -35,7 +35,7 @@ from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, check
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
-from genkit.training.measurements import Measurement, MeasurementStopped, interval
+from genkit.training.measurements import MeasurementStopped, PeriodicMeasurement, interval
 from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision
@@ -167,7 +167,7 @@ class Session:
     shown: Shown
     """the samples that are drawn while training"""
     recorder: Recorder
-    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    measurements: Mapping[str, PeriodicMeasurement] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """of the data, stored with each checkpoint"""
     validation: Validation | None = None

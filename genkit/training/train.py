@@ -41,7 +41,13 @@ from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
-from genkit.training.measurements import MEASUREMENTS, Measurement, create_measurements, interval, measurement_hooks
+from genkit.training.measurements import (
+    MEASUREMENTS,
+    PeriodicMeasurement,
+    create_measurements,
+    interval,
+    measurement_hooks,
+)
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
@@ -296,7 +302,7 @@ def build_model(
     return UntrainedModel(settings, dataset, data, state, stream, origin)
 
 
-def choose_best(settings: TrainSettings, measurements: Mapping[str, Measurement]) -> BestCheckpoint | None:
+def choose_best(settings: TrainSettings, measurements: Mapping[str, PeriodicMeasurement]) -> BestCheckpoint | None:
     """The record of the best checkpoint that ``keep_best`` asks for. ``ValueError`` if its metric is never measured."""
     if settings.keep_best is None:
         if settings.patience is not None:
@@ -402,7 +408,7 @@ def describe_start(
     model: UntrainedModel,
     shown: Shown,
     validation: Validation | None,
-    measurements: Mapping[str, Measurement],
+    measurements: Mapping[str, PeriodicMeasurement],
 ) -> Iterator[str]:
     """The lines that training begins with, before its :func:`summary`."""
     yield from settings.backbone.notes(model.data.spec)
