@@ -246,7 +246,7 @@ class FramesEmbed(Embedder):
 
     def __init__(self, kind: Frames, dim: int):
         super().__init__(kind, dim)
-        self.to, self.crop = kind.shape[0], kind.crop
+        self.num_steps, self.crop = kind.shape[0], kind.crop
         self.channels = list(kind.cameras or kind.shape[1:2])
         h, w = kind.cropped[2:]
         make = CAMERA_ENCODERS[kind.encoder or "cnn"]
@@ -256,7 +256,7 @@ class FramesEmbed(Embedder):
 
     def add_layers(self, dim: int) -> None:
         """The layers after the encoders."""
-        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(self.to * len(self.channels) * dim, dim))
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(self.num_steps * len(self.channels) * dim, dim))
 
     def features(self, value: Tensor) -> Float[Tensor, "b n d"]:
         """The features of each camera at each step, ``[B, To * cameras, dim]``."""
@@ -279,7 +279,7 @@ class FrameTokens(FramesEmbed):
     route = "tokens"
 
     def add_layers(self, dim: int) -> None:
-        self.place = nn.Parameter(torch.randn(self.to * len(self.channels), dim) / dim**0.5)
+        self.place = nn.Parameter(torch.randn(self.num_steps * len(self.channels), dim) / dim**0.5)
 
     def token_mask(self, value: Tensor) -> Bool[Tensor, "b l"]:
         return torch.ones(len(value), len(self.place), dtype=torch.bool, device=value.device)

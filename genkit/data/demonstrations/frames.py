@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from genkit.core import Batch, Draw, expand
@@ -120,8 +119,10 @@ def channels_first(values: np.ndarray, name: str, location: str) -> np.ndarray:
 def resize(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """An image uint8 ``[H, W, C]`` as ``[C, h, w]``, by Pillow's bicubic filter as environments' pictures are."""
     if size is not None and image.shape[:2] != size:
+        from PIL import Image  # lazy: speed
+
         squeezed = image[:, :, 0] if image.shape[2] == 1 else image
-        image = np.asarray(Image.fromarray(squeezed).resize(size[::-1])).reshape(*size, image.shape[2])
+        image = np.asarray(Image.fromarray(squeezed).resize((size[1], size[0]))).reshape(*size, image.shape[2])
     return image.transpose(2, 0, 1)
 
 

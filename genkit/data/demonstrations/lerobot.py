@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
@@ -163,6 +162,8 @@ def read_image_column(
 
 def stored_images(files: Sequence[Path], name: str) -> Iterator[np.ndarray]:
     """The images of a column, RGB ``[H, W, 3]``, of which it holds the bytes of files of images."""
+    from PIL import Image  # lazy: speed
+
     for file in files:
         try:
             for batch in import_parquet().ParquetFile(file).iter_batches(batch_size=64, columns=[name]):

@@ -181,9 +181,9 @@ class Recorded(Demonstrations):
         obs = np.concatenate([np.zeros((len(actions), 0)), *observed], 1)
         episodes = []
         for a, b in pairwise([0, *ends.tolist()]):
-            optional = [None if v is None else v[a:b] for v in (rewards, skill, tasks)]
+            reward, kind, task = (None if v is None else v[a:b] for v in (rewards, skill, tasks))
             frames = tuple(camera[a:b] for camera in cameras) or None
-            episodes.append(Episode(obs[a:b], actions[a:b], *optional[:2], None, frames, optional[2]))
+            episodes.append(Episode(obs[a:b], actions[a:b], reward, kind, None, frames, task))
         check_episodes(episodes, self.root)
         return self.select_split(episodes, split)
 

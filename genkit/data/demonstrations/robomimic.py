@@ -61,14 +61,17 @@ class Robomimic(Recorded):
         return {**{k: np.concatenate(v) for k, v in parts.items()}, "episode_ends": np.array(ends[1:])}
 
     def camera(self, name: str) -> np.ndarray:
+        lengths: list[int] = []
+        example: Any = None
         with open_episodes(self.root, self.mask) as episodes:
-            lengths = []
             for title, episode in episodes:
                 entries = episode_entries(episode)
                 require_arrays(f"{self.root}: {title}", [name], entries)
                 lengths.append(len(entries[name]))
-            example = channels_first(entries[name][:1], name, self.root)
-        size = self.image_size or example.shape[2:]
+                example = channels_first(entries[name][:1], name, self.root)
+        if not lengths:
+            raise ValueError(f"{self.root}: holds no episodes")
+        size = self.image_size or tuple(example.shape[2:])
 
         def write(frames: np.ndarray) -> None:
             row = 0
