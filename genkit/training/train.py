@@ -58,10 +58,11 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
-from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.session import Evaluate, Recorder, Session, Watch, environment, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.shown import Shown, choose_shown
 from genkit.training.state import State
+from genkit.training.stopping import stop_signals
 from genkit.training.validation import Validation, validation_metrics
 
 STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
@@ -71,7 +72,7 @@ NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
 EVALUATOR = "genkit.evaluation.periodic:PeriodicEvaluation.create"  # in a higher room, imported for --eval-every
 
 
-Ending = Literal["complete", "signal", "max_time", "patience"]
+Ending = Literal["complete", "signal", "max_time", "patience", "watch"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class TrainedRun(Run):
     """A trained model, and why its training ended."""
 
     ending: Ending = "complete"
-    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long"""
+    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long; watch:
+    the function ``watch`` has stopped it"""
     best: BestCheckpoint | None = None
     """the best checkpoint by ``keep_best``, if one was chosen"""
 
@@ -89,6 +91,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     **changes: Any,
 ) -> TrainedRun:
     """Train a model and return it, with the reason why training ended (``run.ending``): it may be stopped early.
@@ -96,8 +99,10 @@ def train(
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
     intact checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
-    the newest run that these settings began. Messages go to the logger ``genkit``. Raises ``ValueError`` for settings
-    that do not fit together or cannot change when a run is resumed, and if training diverged.
+    the newest run that these settings began. ``watch`` is called with the numbers of each validation and evaluation by
+    name, also with those of a resumed run again, and stops the training by returning True. Messages go to the logger
+    ``genkit``. Raises ``ValueError`` for settings that do not fit together or cannot change when a run is resumed, and
+    if training diverged.
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
@@ -112,7 +117,7 @@ def train(
             f"train on from its weights with --init {resumed}"
         )
     with contextlib.ExitStack() as locks:
-        job = prepare(settings, resumed, locks)
+        job = prepare(settings, resumed, locks, watch)
         ending = run_job(job, progress, began)
     return job.trained_run(ending)
 
@@ -166,7 +171,9 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
             session.writer.wait()
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
-        stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
+        stopped: Ending = "signal" if signals else "max_time"
+        if session.is_stale():
+            stopped = "watch" if session.given_up else "patience"
     return "complete" if job.state.step >= settings.steps else stopped
 
 
@@ -200,7 +207,9 @@ class Job:
                           self.accelerator.device, ending, self.session.best)  # fmt: skip
 
 
-def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
+def prepare(
+    settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack, watch: Watch | None = None
+) -> Job:
     """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here.
 
     ``locks`` gets the run directory's lock, in the main process.
@@ -246,7 +255,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
-                      evaluator, fingerprint, validation, best)  # fmt: skip
+                      evaluator, fingerprint, validation, best, None if finished else watch)  # fmt: skip
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:
