@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import nn
 from genkit.core import Data
 from genkit.data import InMemory, OnDisk
 from genkit.data.classes import describe_classes
+from genkit.training.measurements import PeriodicMeasurement
 from genkit.training.prior import MixedStream
 from genkit.training.settings import TrainSettings
 from genkit.training.shown import Shown
