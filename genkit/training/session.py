@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,8 +48,12 @@ from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
 REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
-STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 logger = logging.getLogger("genkit")
+
+
+Watch = Callable[[Mapping[str, Any]], bool]
+"""What a caller of the training sees of it: a line of the log with the ``step`` and the numbers of a validation or an
+evaluation, None where they are not finite. Training stops when it returns True."""
 
 
 class TrackedSettings(Protocol):
@@ -172,6 +175,9 @@ class Session:
     """of the data, stored with each checkpoint"""
     validation: Validation | None = None
     best: BestCheckpoint | None = None
+    watch: Watch | None = None
+    given_up: bool = False
+    """whether ``watch`` has stopped the training"""
     stopped: Callable[[], bool] = lambda: False
     """whether a signal or the clock has asked to stop: pictures are not finished then"""
     interrupted: bool = False
@@ -298,6 +304,8 @@ class Session:
         if self.plateau is not None:
             for record in read_log(self.run):
                 self.plateau.update(record)
+        for record in read_log(self.run):
+            self.consult(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))
@@ -308,6 +316,7 @@ class Session:
 
     def track_best(self, record: Mapping[str, Any]) -> bool:
         """Whether an evaluation is the best one so far, which is recorded; every rank has the same record."""
+        self.consult(record)
         if self.best is None or self.best.metric not in record:
             return False
         improved = self.best.update(record["step"], record[self.best.metric])
@@ -315,13 +324,18 @@ class Session:
             self.best.write(self.run)
         return improved
 
+    def consult(self, record: Mapping[str, Any]) -> None:
+        """Show ``watch`` the numbers of a validation or an evaluation; every rank follows the first one's answer."""
+        if self.watch and any(name.startswith(("val/", "eval/")) for name in record) and not self.given_up:
+            self.given_up = broadcast_object_list([self.accelerator.is_main_process and self.watch(record)])[0]
+
     def is_best(self, step: int) -> bool:
         """Whether the best checkpoint so far is that of ``step``."""
         return self.best is not None and self.best.step == step
 
     def is_stale(self) -> bool:
-        """Whether evaluations have not improved for ``patience`` times in a row."""
-        return self.best is not None and self.best.is_stale(self.settings.patience)
+        """Whether evaluations have not improved for ``patience`` times in a row, or ``watch`` says to stop."""
+        return self.given_up or (self.best is not None and self.best.is_stale(self.settings.patience))
 
     def is_over(self) -> bool:
         """Whether training ends here, before its last step: it is stale, or a measurement was interrupted."""
@@ -385,31 +399,6 @@ class Session:
             pace(step, text, settings.batch)
 
         return update
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
-    once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
-
-    Signals can be caught in the main thread only; elsewhere the list stays empty.
-    """
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
-    except ValueError:  # not the main thread
-        previous = {}
-    try:
-        yield received
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -6,14 +6,13 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from genkit import config
 from genkit.backbones.compressed import require_package
@@ -24,8 +23,7 @@ from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
 from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
-from genkit.data import InMemory, OnDisk, Stream
-from genkit.data.classes import describe_classes
+from genkit.data import Stream
 from genkit.data.text import release_encoders
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
@@ -33,6 +31,7 @@ from genkit.training.base_weights import write_base
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
+from genkit.training.descriptions import describe_start, summary
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import create_sharding, join_ranks
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
@@ -64,10 +63,11 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
-from genkit.training.session import Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.session import Recorder, Session, Watch, environment, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
-from genkit.training.shown import Shown, choose_shown
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
+from genkit.training.stopping import stop_signals
 from genkit.training.validation import Validation, validation_metrics
 
 STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
@@ -76,7 +76,7 @@ SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a se
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
 
 
-Ending = Literal["complete", "signal", "max_time", "patience"]
+Ending = Literal["complete", "signal", "max_time", "patience", "watch"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class TrainedRun(Run):
     """A trained model, and why its training ended."""
 
     ending: Ending = "complete"
-    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long"""
+    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long; watch:
+    the function ``watch`` has stopped it"""
     best: BestCheckpoint | None = None
     """the best checkpoint by ``keep_best``, if one was chosen"""
 
@@ -94,6 +95,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     **changes: Any,
 ) -> TrainedRun:
     """Train a model and return it, with the reason why training ended (``run.ending``): it may be stopped early.
@@ -101,8 +103,10 @@ def train(
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
     intact checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
-    the newest run that these settings began. Messages go to the logger ``genkit``. Raises ``ValueError`` for settings
-    that do not fit together or cannot change when a run is resumed, and if training diverged.
+    the newest run that these settings began. ``watch`` is called with the numbers of each validation and evaluation by
+    name, also with those of a resumed run again, and stops the training by returning True. Messages go to the logger
+    ``genkit``. Raises ``ValueError`` for settings that do not fit together or cannot change when a run is resumed, and
+    if training diverged.
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
@@ -117,7 +121,7 @@ def train(
             f"train on from its weights with --init {resumed}"
         )
     with contextlib.ExitStack() as locks:
-        job = prepare(settings, resumed, locks)
+        job = prepare(settings, resumed, locks, watch)
         ending = run_job(job, progress, began)
     return job.trained_run(ending)
 
@@ -171,7 +175,9 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
             session.writer.wait()
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
-        stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
+        stopped: Ending = "signal" if signals else "max_time"
+        if session.is_stale():
+            stopped = "watch" if session.given_up else "patience"
     return "complete" if job.state.step >= settings.steps else stopped
 
 
@@ -205,7 +211,9 @@ class Job:
                           self.accelerator.device, ending, self.session.best)  # fmt: skip
 
 
-def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
+def prepare(
+    settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack, watch: Watch | None = None
+) -> Job:
     """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here.
 
     ``locks`` gets the run directory's lock, in the main process.
@@ -250,7 +258,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
-                      measurements, fingerprint, validation, best)  # fmt: skip
+                      measurements, fingerprint, validation, best, None if finished else watch)  # fmt: skip
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:
@@ -390,53 +398,6 @@ def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> N
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
     set_link(run.parent / "latest", run.name)
-
-
-def summary(
-    settings: TrainSettings, run: Path, nets: dict[str, nn.Module], data: Data, accelerator: Accelerator
-) -> str:
-    """One line: directory, size of the model and data, device."""
-    count = sum(p.numel() for net in nets.values() for p in net.parameters())
-    shape = "x".join(map(str, data.spec.shape))
-    ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
-    size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
-    return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
-
-
-def describe_start(
-    settings: TrainSettings,
-    model: UntrainedModel,
-    shown: Shown,
-    validation: Validation | None,
-    measurements: Mapping[str, PeriodicMeasurement],
-) -> Iterator[str]:
-    """The lines that training begins with, before its :func:`summary`."""
-    yield from settings.backbone.notes(model.data.spec)
-    yield from settings.objective.notes()
-    if held_out := describe_held_out(model.dataset):
-        yield held_out
-    if classes := describe_classes(model.dataset):
-        yield f"classes  {classes}"
-    if isinstance(model.dataset, OnDisk) and model.dataset.buckets:
-        yield f"buckets  {model.dataset.buckets.describe(settings.batch)}"
-    if settings.sample_every and (pictures := shown.describe(settings)):
-        yield pictures
-    if isinstance(model.stream, MixedStream):
-        yield f"prior    {model.stream.describe()}"
-    if validation:
-        yield f"val      {validation.n} held-out samples, every {settings.val_every} steps"
-    yield from filter(None, (measurement.describe() for measurement in measurements.values()))
-
-
-def describe_held_out(data: Data) -> str | None:
-    """One line on the samples that are kept for evaluation; None if there are none."""
-    if not isinstance(data, InMemory | OnDisk) or not data.num_held_out:
-        return None
-    total = len(data) + data.num_held_out
-    return (
-        f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
-        "(--data.held-out 0: all)"
-    )
 
 
 def pick_threads(numbers: int) -> int:
