@@ -581,7 +581,7 @@ def gpu_rest() -> str:
     """``genkit bench gpu``, the other parts."""
     parts = load("gpu")["parts"]
     cells = [cell for row in parts["table"]["rows"] for key, cell in row.items() if key != "objective"]
-    digits = {row["what"]: row["value"] for row in parts["digits"]["rows"]}
+    resume = next(row["value"] for row in parts["digits"]["rows"] if "resume" in row["what"])
     guidance = {row["guidance"]: row["times"] for row in parts["guidance"]["rows"]}
     layouts = {(r["channels_last"], r["cudnn_benchmark"]): r["step_ms"] for r in parts["layouts"]["rows"][:4]}
     busy = next(row["share"] for row in parts["launches"]["rows"] if row["what"] == "device busy")
@@ -589,12 +589,13 @@ def gpu_rest() -> str:
     save = ", ".join(f"{row['what']} {row['s']:.1f} s" for row in parts["save"]["rows"])
     rows = [
         ["every objective with MLP, U-Net and DiT: two steps and samples", f"{cells.count('ok')} of {len(cells)} run"],
-        ["weights after a resume half-way, largest difference", f"{digits['largest difference of weights after a resume']:g}"],
+        ["weights after a resume half-way, largest difference", f"{resume:g}"],
         ["waits of the host, by `torch.cuda.set_sync_debug_mode`", waits],
         ["share of a step in which the device is busy (DiT-B/2, batch 256)", f"{100 * busy:.0f} %"],
         ["classifier-free guidance: cost in one pass of twice the batch, in two passes, on half of the levels",
          f"{guidance['together']:.2f}, {guidance['apart']:.2f}, {guidance['on half of the levels']:.2f} times"],
-        ["a U-Net of 128 channels at 32x32, batch 128: NCHW, channels_last, ms", f"{layouts[False, False]:.0f}, {layouts[True, False]:.0f}"],
+        ["a U-Net of 128 channels at 32x32, batch 128: NCHW, channels_last, ms",
+         f"{layouts[False, False]:.0f}, {layouts[True, False]:.0f}"],
         ["the same with `cudnn.benchmark`", f"{layouts[False, True]:.0f}, {layouts[True, True]:.0f}"],
         [f"a checkpoint of DiT-XL/2 with AdamW and an average, {parts['save']['rows'][0]['GB']:.1f} GB", save],
     ]  # fmt: skip
