@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from genkit.evaluation.measurement import Shard, add_block
-from genkit.evaluation.metrics import METRICS, MetricSettings
-from genkit.evaluation.metrics.features import FEATURES
+from genkit.evaluation.metrics import FEATURES, METRICS, MetricSettings
 from genkit.evaluation.sources import SampleRows
 from tests.support.metrics import make_statistics
 from tests.support.pretended_device import CUDA, PretendedDevice
