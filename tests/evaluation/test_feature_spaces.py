@@ -20,7 +20,7 @@ from genkit.evaluation.measurement import Space, measure_spaces
 from genkit.evaluation.metrics import CLIP, METRICS, DINOv2, Inception, InceptionSpatial, Moments, TorchFidelity
 from genkit.evaluation.metrics.inception import PLACE_CHANNELS, InceptionV3
 from genkit.evaluation.metrics.spatial import SpatialExtractor, share_networks
-from genkit.evaluation.metrics.vision import RESIZERS
+from genkit.evaluation.metrics.vision import RESIZERS, VisionExtractor
 from genkit.evaluation.sources import DatasetSamples
 from tests.evaluation.test_features import images, random_weights  # noqa: F401  # a fixture
 
@@ -185,7 +185,7 @@ def test_spatial_features_are_the_first_channels_of_the_first_branch_of_mixed_6(
 
 
 @pytest.fixture
-def published_sizes(tmp_path, random_weights):
+def published_sizes(tmp_path, random_weights):  # noqa: F811
     """Random weights of the whole Inception-v3, and extractors of pool3 features and of places that use them."""
     file = tmp_path / "inception.safetensors"
     save_file(random_weights, file)
@@ -209,13 +209,14 @@ def test_spatial_features_of_the_full_network(published_sizes):
 
 
 @pytest.mark.slow
-def test_further_spaces_cost_little_beside_the_largest_network(published_sizes, tmp_path, capsys):
+def test_further_spaces_cost_little_beside_the_largest_network(published_sizes, capsys):
     """FID, KID, precision and recall, density and coverage, MIND, sFID beside FD-DINOv2: CPU seconds of one process,
     with networks of the published sizes, the least of three turns each."""
     transformers = pytest.importorskip("transformers")
     large = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
-    transformers.Dinov2Model(large).save_pretrained(tmp_path / "dinov2")
-    dino = DINOv2(str(tmp_path / "dinov2")).load("cpu")
+    network = transformers.Dinov2Model(large)
+    dino = VisionExtractor(DINOv2(), network, "random", lambda net, x: net(pixel_values=x).last_hidden_state[:, 0],
+                           torch.device("cpu"))  # fmt: skip
     share_networks([*published_sizes, dino])
     samples, seconds = stored(3), {}
     keep = frozenset({"features"})
