@@ -40,15 +40,15 @@ class Part:
 
 
 PARTS = {
-    "table": Part(crashes.check_table, 70, "every objective and backbone: two steps and a sample"),
+    "table": Part(crashes.check_table, 45, "every objective and backbone: two steps and a sample"),
     "digits": Part(crashes.check_run, 60, "training, resuming, sampling and evaluation on the digits"),
-    "step": Part(training.measure_steps, 140, "a training step of DiT-B/2 on latents of 4x32x32"),
+    "step": Part(training.measure_steps, 120, "a training step of DiT-B/2 on latents of 4x32x32"),
     "launches": Part(training.profile_steps, 25, "kernels of a training step"),
     "waits": Part(training.count_waits, 25, "waits of the host for the device", needs_cuda=True),
     "layouts": Part(training.measure_layouts, 45, "a U-Net by layout and cudnn.benchmark"),
     "precision": Part(sampling.measure_precisions, 90, "drawing in several precisions"),
     "guidance": Part(sampling.measure_guidance, 20, "the cost of guidance"),
-    "save": Part(training.measure_saving, 50, "a checkpoint of DiT-XL/2"),
+    "save": Part(training.measure_saving, 90, "a checkpoint of DiT-XL/2"),
 }
 
 

@@ -82,5 +82,5 @@ def test_images_are_mirrored_too(tmp_path):
     data = Pusht(root=str(tmp_path / "p.npz"), frames=("img",), observed=("state[0:2]",), mirror=True)
     for e in data.episodes("train"):
         assert e.frames is not None
-        positions = [np.argwhere(f[0])[0] for f in e.frames]
+        positions = [np.argwhere(f[0])[0] for f in e.frames[0]]
         assert np.abs(np.array(positions)[:, ::-1] - e.obs / 8).max() <= 1

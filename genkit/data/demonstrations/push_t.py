@@ -55,9 +55,8 @@ class MirroredPusht(Pusht):
             arrays["keypoint"] = keypoints(state[:, 2:]).astype(arrays["keypoint"].dtype)
         return arrays
 
-    def images(self) -> np.ndarray | None:
-        images = super().images()
-        return None if images is None else images[:, :, ::-1, ::-1].swapaxes(2, 3)
+    def camera(self, name: str) -> np.ndarray:
+        return super().camera(name)[:, :, ::-1, ::-1].swapaxes(2, 3)
 
 
 def mirror_state(state: np.ndarray) -> np.ndarray:
