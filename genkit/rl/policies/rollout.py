@@ -268,8 +268,8 @@ def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any
         raise ValueError(f"fit_q: given {settings.fit_q} with offline_q, which takes no episodes; choose one of them")
     if not policy.supports_q and (settings.fit_q or settings.offline_q or settings.q_guidance or settings.best_of > 1):
         raise ValueError(
-            "fit_q, offline_q, best_of, q_guidance: need chunks of actions given obs, not plans or pictures; leave them "
-            "out"
+            "fit_q, offline_q, best_of, q_guidance: need chunks of actions given obs, not plans or pictures; leave "
+            "them out"
         )
     return policy
 
