@@ -300,7 +300,7 @@ def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
     if settings.offline_q:
         source = policy.run.config.data
         assert isinstance(source, Demonstrations), "a policy's"
-        transitions = recorded_transitions(source, policy.act_steps)
+        transitions = recorded_transitions(source, policy.act_steps, policy.run.codec)
         num, what = len(transitions.rewards), "of its targets on held-out decisions"
         q, explained = learn_implicit_q(
             policy.run.spec, used, transitions, gamma=settings.gamma, expectile=settings.expectile
