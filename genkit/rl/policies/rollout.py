@@ -90,7 +90,7 @@ class RolloutSettings:
     ensemble_decay: NonNegative = 0.01
     """Decay of the weights of an ensemble: exp(-decay i), i = 0 for the oldest chunk."""
     guidance_limit: Positive = 1000.0
-    """Largest weight of the guidance of real-time execution: the paper's beta."""
+    """Largest weight of the guidance of real-time execution: the paper's beta. At most 3 for an anchored flow."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
