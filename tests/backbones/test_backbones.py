@@ -275,8 +275,8 @@ def test_the_derivative_by_a_number_is_moderate():
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_a_step_of_adam_moves_the_embedding_of_a_number_little(width):
-    """Adam's first step has the size of the rate in every weight, and the same sign where the gradients agree: undivided,
-    0.13 at a rate of 0.001 and width 256, by which flow maps diverged."""
+    """Adam's first step has the size of the rate in every weight, and the same sign where the gradients agree. Not
+    divided, it was 0.13 at a rate of 0.001 and width 256, by which flow maps diverged."""
     embed = ScalarEmbed(KINDS["number"], width)
     value, keep = torch.ones(4), torch.ones(4, dtype=torch.bool)
     optimizer = torch.optim.Adam(embed.parameters(), lr=1e-3)

@@ -7,9 +7,9 @@ import torch
 from torch.func import jvp
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Draw, Label, Spec
+from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
 from genkit.diffusion.flow_map import FlowMapDenoiser
-from genkit.diffusion.paths import PATHS, VP, Linear
+from genkit.diffusion.paths import PATHS, VP, Linear, chart
 from genkit.objectives import Flow, FlowMap
 from genkit.objectives.flow_map.learned import LearnedMap
 from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Improved, Lagrangian, Mean, Shortcut
@@ -128,8 +128,6 @@ def test_derivatives_are_those_of_the_map():
     jumps = objective.draw_jumps(batch_of_normals(400), u)
     keep = (jumps.r > 0.1) & (jumps.t < 0.8) & (jumps.t - jumps.r > 0.01)
     z, r, t, v = (w[keep] for w in jumps[:4])
-    from genkit.diffusion.paths import chart
-
     tau = lambda time: chart(VP(), time)[0][:, None]  # noqa: E731
     h = 1e-6
     with torch.no_grad():
@@ -152,6 +150,42 @@ def test_one_row_has_the_derivative_that_it_has_among_others():
     for i in range(5):
         one = slice(i, i + 1)
         torch.testing.assert_close(u.derivative(z[one], r[one], t[one], v[one]), all_rows[one])
+
+
+@on_every_path
+def test_a_jump_starts_on_its_samples_path(path):
+    objective = FlowMap(path=path, time_distribution=Uniform())
+    jumps = objective.draw_jumps(batch_of_normals(50), learned(objective, MapNet(objective)))
+    alpha, sigma = path.alpha(jumps.t)[:, None], path.sigma(jumps.t)[:, None]
+    torch.testing.assert_close(jumps.z * (alpha + sigma), alpha * jumps.x0 + sigma * jumps.x1)
+    torch.testing.assert_close(jumps.velocity, jumps.x1 - jumps.x0)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_targets_point_to_data_within_the_radius(prediction):
+    """A ball that holds all data changes no exact map; the end of a jump beyond it is drawn back to its edge."""
+    objective = FlowMap(path=VP(), prediction=prediction, time_distribution=Uniform())
+    net = MapNet(objective)
+    free = learned(objective, net)
+    z, r, t = objective.draw_jumps(batch_of_normals(400), free)[:3]
+    wide, narrow = (replace(free, radius=radius).frozen(z, r, t) for radius in (10.0, 0.2))
+    assert torch.equal(wide, free.frozen(z, r, t))
+    tau = chart(VP(), t)[0][:, None]
+    size, kept = ((z - tau * u).square().mean(1).sqrt() for u in (wide, narrow))
+    torch.testing.assert_close(kept, size.clamp(max=0.2))
+    assert 0.2 < float((size > 0.2).double().mean()) < 0.99
+
+
+def test_the_radius_is_measured_with_some_slack_and_grows_with_the_scale_of_guidance():
+    objective = FlowMap(guidance=4.0).decide(lambda: 1.0, lambda: 0.8)
+    assert objective.data_radius == pytest.approx(1.2)
+    assert objective.decide(lambda: 1.0, lambda: 7.0) == objective
+    assert FlowMap(data_radius=3.0).decide(lambda: 1.0, lambda: 0.8).data_radius == 3.0
+    assert FlowMap().decide(lambda: 1.0).data_radius is None
+    scales = torch.tensor([1.0, 3.0])
+    net = objective.networks(MLP(width=8, depth=1), Spec((2,), {"label": Label(2)}))["net"]
+    torch.testing.assert_close(objective.learned_map(net, {SCALE_INPUT: scales}).radius, 1.2 * torch.tensor([1.0, 5.0]))
+    assert replace(objective, guidance=1.0).learned_map(net, {}).radius == pytest.approx(1.2)
 
 
 @on_every_rule
