@@ -52,6 +52,7 @@ from .training.samples import Samples
 from .training.sampling import Sampling
 from .training.settings import TrainSettings
 from .training.train import train
+from .training.tuning.tune import TunedStudy, TuneSettings, tune
 
 __version__: str
 __all__ = [
@@ -121,6 +122,8 @@ __all__ = [
     "Tokens",
     "TrainSettings",
     "TrainingEstimate",
+    "TuneSettings",
+    "TunedStudy",
     "UNet",
     "Vector",
     "annotate",
@@ -145,6 +148,7 @@ __all__ = [
     "sample",
     "sweep",
     "train",
+    "tune",
     "uniform",
     "write_report",
 ]  # fmt: skip

@@ -557,6 +557,51 @@ def scale_steps() -> str:
     return table(["objective", "plane: passes, ms", "the rest", "pictures: passes, ms", "the rest"], rows)
 
 
+def gpu_steps() -> str:
+    """``genkit bench gpu``, the part step: DiT-B/2."""
+    rows = [
+        [row["kind"], str(row["batch"]), f"{row['step_ms']:.0f}", f"{row['samples_per_s']:,.0f}",
+         f"{100 * row['mfu']:.0f} %", f"{row['peak_GB']:.1f}"]
+        for row in load("gpu")["parts"]["step"]["rows"][1:]
+    ]  # fmt: skip
+    return table(["a step of training", "batch", "ms", "samples a second", "MFU", "peak memory, GB"], rows)
+
+
+def gpu_precisions() -> str:
+    """``genkit bench gpu``, the part precision: DiT-XL/2."""
+    rows = [
+        [f"`{row['precision']}`{', compiled' if row['compiled'] else ''}", f"{row['step_ms']:.0f}",
+         f"{row['images_per_s_of_250_steps']:.2f}", f"{row['mean_difference']:.4f}", f"{row['largest_difference']:.4f}"]
+        for row in load("gpu")["parts"]["precision"]["rows"]
+    ]  # fmt: skip
+    return table(["", "ms a step of 64 samples", "samples a second, 250 steps", "mean absolute shift", "largest"], rows)
+
+
+def gpu_rest() -> str:
+    """``genkit bench gpu``, the other parts."""
+    parts = load("gpu")["parts"]
+    cells = [cell for row in parts["table"]["rows"] for key, cell in row.items() if key != "objective"]
+    resume = next(row["value"] for row in parts["digits"]["rows"] if "resume" in row["what"])
+    guidance = {row["guidance"]: row["times"] for row in parts["guidance"]["rows"]}
+    layouts = {(r["channels_last"], r["cudnn_benchmark"]): r["step_ms"] for r in parts["layouts"]["rows"][:4]}
+    busy = next(row["share"] for row in parts["launches"]["rows"] if row["what"] == "device busy")
+    waits = ", ".join(f"{row['what']} {row['waits']}" for row in parts["waits"]["rows"])
+    save = ", ".join(f"{row['what']} {row['s']:.1f} s" for row in parts["save"]["rows"])
+    rows = [
+        ["every objective with MLP, U-Net and DiT: two steps and samples", f"{cells.count('ok')} of {len(cells)} run"],
+        ["weights after a resume half-way, largest difference", f"{resume:g}"],
+        ["waits of the host, by `torch.cuda.set_sync_debug_mode`", waits],
+        ["share of a step in which the device is busy (DiT-B/2, batch 256)", f"{100 * busy:.0f} %"],
+        ["classifier-free guidance: cost in one pass of twice the batch, in two passes, on half of the levels",
+         f"{guidance['together']:.2f}, {guidance['apart']:.2f}, {guidance['on half of the levels']:.2f} times"],
+        ["a U-Net of 128 channels at 32x32, batch 128: NCHW, channels_last, ms",
+         f"{layouts[False, False]:.0f}, {layouts[True, False]:.0f}"],
+        ["the same with `cudnn.benchmark`", f"{layouts[False, True]:.0f}, {layouts[True, True]:.0f}"],
+        [f"a checkpoint of DiT-XL/2 with AdamW and an average, {parts['save']['rows'][0]['GB']:.1f} GB", save],
+    ]  # fmt: skip
+    return table(["what", "measured"], rows)
+
+
 def structure() -> str:
     """``tools/measure.py``: rooms, contracts, hops, lengths."""
     return table(["measure", "value"], [[name, str(value)] for name, value in load("structure")["measures"].items()])
@@ -673,6 +718,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "plan-steps": plan_steps,
     "scale-data": scale_data,
     "scale-steps": scale_steps,
+    "gpu-steps": gpu_steps,
+    "gpu-precisions": gpu_precisions,
+    "gpu-rest": gpu_rest,
     "structure": structure,
     "summary": summary,
 }

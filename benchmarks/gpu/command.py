@@ -40,15 +40,15 @@ class Part:
 
 
 PARTS = {
-    "table": Part(crashes.check_table, 70, "every objective and backbone: two steps and a sample"),
+    "table": Part(crashes.check_table, 45, "every objective and backbone: two steps and a sample"),
     "digits": Part(crashes.check_run, 60, "training, resuming, sampling and evaluation on the digits"),
-    "step": Part(training.measure_steps, 140, "a training step of DiT-B/2 on latents of 4x32x32"),
+    "step": Part(training.measure_steps, 120, "a training step of DiT-B/2 on latents of 4x32x32"),
     "launches": Part(training.profile_steps, 25, "kernels of a training step"),
     "waits": Part(training.count_waits, 25, "waits of the host for the device", needs_cuda=True),
     "layouts": Part(training.measure_layouts, 45, "a U-Net by layout and cudnn.benchmark"),
     "precision": Part(sampling.measure_precisions, 90, "drawing in several precisions"),
     "guidance": Part(sampling.measure_guidance, 20, "the cost of guidance"),
-    "save": Part(training.measure_saving, 50, "a checkpoint of DiT-XL/2"),
+    "save": Part(training.measure_saving, 90, "a checkpoint of DiT-XL/2"),
 }
 
 
@@ -111,7 +111,7 @@ def format_page(result: Mapping[str, Any]) -> str:
     lines = ["# genkit on a device", "", f"`{' '.join(result['command'])}`: {machine}.", ""]
     if result["tiny"]:
         lines += ["In miniature: this tests the command, and the numbers mean nothing.", ""]
-    for name, part in result["parts"].items():
+    for name, part in sorted(result["parts"].items(), key=lambda item: list(PARTS).index(item[0])):
         lines += [f"## {PARTS[name].summary[0].upper()}{PARTS[name].summary[1:]}", ""]
         lines += [f"{part['state']}, {part['seconds']} s{': ' + part['error'] if 'error' in part else ''}", ""]
         lines += format_table(part["rows"])
@@ -134,8 +134,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: a test of the command")
     parser.add_argument("--part", choices=PARTS, help="this part only, in this process")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="these parts; others that --out has are kept")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON; the page is beside it, as .md")
     return parser.parse_args(argv)
+
+
+def measured_before(out: Path, machine: Mapping[str, Any], tiny: bool) -> dict[str, Any]:
+    """The parts that are in ``out`` already.
+
+    Raises:
+        ValueError: They are of another machine or size, so they cannot stand beside new ones.
+    """
+    if not out.is_file():
+        return {}
+    before = json.loads(out.read_text())
+    if (before["machine"], before["tiny"]) != (dict(machine), tiny):
+        there, here = ({**m, "tiny": t} for m, t in ((before["machine"], before["tiny"]), (machine, tiny)))
+        raise ValueError(f"--out {out} was measured on {there}; this is {here}: give another file")
+    return before["parts"]
 
 
 def main(argv: list[str]) -> int:
@@ -144,8 +160,10 @@ def main(argv: list[str]) -> int:
     device = pick_device(args.device)
     result: dict[str, Any] = {"command": ["genkit", "bench", "gpu", *argv], "tiny": args.tiny}
     result |= {"machine": describe_machine(device), "parts": {}}
+    if args.only:
+        result["parts"] = measured_before(args.out, result["machine"], args.tiny)
     with tempfile.TemporaryDirectory() as folder:
-        for name in [args.part] if args.part else PARTS:
+        for name in [args.part] if args.part else args.only or PARTS:
             scratch = Path(folder) / name
             scratch.mkdir()
             if args.part or device.type != "cuda":

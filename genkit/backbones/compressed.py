@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input
 
+from genkit.backbones.patches import PatchEmbedding1d, PatchEmbedding2d
+
 BaseType = Literal["fp32", "bf16"]
 Quantization = Literal["int8", "nf4"]
 PACKAGES: Mapping[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -234,9 +236,11 @@ class CompressedConv2d(CompressedConv, nn.Conv2d):
     """:class:`CompressedConv` of pictures."""
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, PatchEmbedding1d, PatchEmbedding2d)
 COMPRESSED: Mapping[type[nn.Module], type[CompressedLayer]] = {
     nn.Linear: CompressedLinear,
     nn.Conv1d: CompressedConv1d,
     nn.Conv2d: CompressedConv2d,
+    PatchEmbedding1d: CompressedConv1d,
+    PatchEmbedding2d: CompressedConv2d,
 }

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import (
-    CONV,
     Attention,
     crop_to,
     modulate,
@@ -26,13 +25,12 @@ from genkit.backbones.blocks import (
 )
 from genkit.backbones.dropout import Dropout
 from genkit.backbones.embed import Conditioner, Routed, grid_angles, grid_positions
+from genkit.backbones.patches import NUM_AXES, embed_patches, unembed_patches
 from genkit.backbones.presets import DIT_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
 from genkit.config.numbers import Fraction, Layers, Natural, Positive, Width
 from genkit.core import NO_COND, Backbone, Cond, Spec
 from genkit.core.weights import Fused
-
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class Trunk(nn.Module):
 
     def __init__(self, cfg: DiT, spec: Spec, channels: int, time: bool):
         super().__init__()
-        if len(spec.shape) - 1 not in CONV:
+        if len(spec.shape) - 1 not in NUM_AXES:
             raise ValueError(
                 f"DiT: given samples of shape {spec.shape}; allowed (C, T) or (C, H, W); try --backbone=mlp"
             )
@@ -211,12 +209,11 @@ class Trunk(nn.Module):
 
     def _patch_embedding(self, channels: int) -> nn.Module:
         """One convolution, or two layers with a bottleneck between them (Li & He 2025, section 4.3)."""
-        cfg, conv = self.cfg, CONV[len(self.size)]
+        cfg, axes = self.cfg, len(self.size)
         if not cfg.bottleneck:
-            return conv(channels, cfg.width, cfg.patch, cfg.patch)
-        return nn.Sequential(
-            conv(channels, cfg.bottleneck, cfg.patch, cfg.patch, bias=False), conv(cfg.bottleneck, cfg.width, 1)
-        )
+            return embed_patches(axes, channels, cfg.width, cfg.patch)
+        first = embed_patches(axes, channels, cfg.bottleneck, cfg.patch, bias=False)
+        return nn.Sequential(first, embed_patches(axes, cfg.bottleneck, cfg.width, 1))
 
     def conditions(self, like: Tensor, label: Tensor | None, cond: Cond) -> Routed:
         """The embedded conditions, with the activation that every block would otherwise apply itself."""
@@ -258,7 +255,7 @@ class DiTDenoiser(nn.Module):
         super().__init__()
         self.feature_dim = cfg.width
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=True)
-        self.last = zero_init(TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch))
+        self.last = zero_init(unembed_patches(len(spec.shape) - 1, cfg.width, spec.shape[0], cfg.patch))
 
     def edge_layers(self) -> list[nn.Module]:
         """The last layer."""
@@ -279,7 +276,7 @@ class DiTEncoder(nn.Module):
         self.trunk = Trunk(cfg, spec, spec.shape[0], time=False)
         require_grid(self.trunk, cfg, out)
         self.is_map = len(out) > 1
-        self.last = CONV[1](cfg.width, out[0], 1)
+        self.last = embed_patches(1, cfg.width, out[0], 1)
 
     def edge_layers(self) -> list[nn.Module]:
         """The last layer."""
@@ -299,7 +296,7 @@ class DiTDecoder(nn.Module):
         self.trunk = Trunk(cfg, spec, 0, time=False)
         require_grid(self.trunk, cfg, inp)
         self.first = nn.Linear(inp[0], cfg.width)
-        self.last = TRANSPOSED[len(spec.shape) - 1](cfg.width, spec.shape[0], cfg.patch, cfg.patch)
+        self.last = unembed_patches(len(spec.shape) - 1, cfg.width, spec.shape[0], cfg.patch)
 
     def edge_layers(self) -> list[nn.Module]:
         """The first and the last layer."""

@@ -79,6 +79,15 @@ COMMANDS = {
         ("genkit sweep runs/latest --sampler heun dpmpp_2m --steps 5 10 20 --guidance 1 2",),
         shares_work=True,
     ),
+    "tune": Command(
+        "genkit.cli.commands.tune",
+        "search for the settings of a training; --resume STUDY goes on with a search",
+        "genkit.training.tuning.tune:TuneSettings",
+        (
+            "genkit tune --data moons --space lr=log:1e-4..1e-1 backbone.width=32..256",
+            "genkit tune --resume runs/0007-tune --trials 40",
+        ),
+    ),
     "likelihood": Command(
         "genkit.cli.commands.likelihood",
         "compute the bits per dimension of held-out samples under a run",

@@ -303,6 +303,15 @@ def find_tables(block: Block, path: str = "") -> Iterator[str]:
                 yield from find_tables(block.values[name], join_path(path, name))
 
 
+def find_settings(block: Block, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted paths of all settings with their types; a table's is None, and its settings follow it."""
+    for name, f in get_fields(block.cls).items():
+        inner_path = join_path(path, name)
+        yield inner_path, None if "table" in f.metadata else get_hints(block.cls)[name]
+        if "table" in f.metadata:
+            yield from find_settings(block.values[name], inner_path)
+
+
 def join_path(path: str, name: str) -> str:
     """Append ``name`` to a dotted path."""
     return f"{path}.{name}" if path else name

@@ -110,7 +110,8 @@ def format_completion(commands: Mapping[str, type | None], shell: str, prog: str
             prog=prog,
             registry=registry,
         )
-    return output.getvalue()
+    # fish passes the completer as an argument, of which Linux allows 128 KiB
+    return output.getvalue().replace('$python_cmd -c "$pycode"', 'printf "%s" "$pycode" | $python_cmd -')
 
 
 def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluations import default_reference_n
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.sources import ModelSamples, open_run_data
+from genkit.training.measurements import Measured
 from genkit.training.ranks import Ranks
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
@@ -64,7 +66,19 @@ class PeriodicEvaluation:
         """The numbers that a card will have, and which values are better."""
         return {value: metric.direction for metric in self.evaluator.metrics.values() for value in metric.values}
 
-    def __call__(self, state: State, run: Path) -> Card | None:
+    def describe(self) -> str | None:
+        return None
+
+    def __call__(self, state: State, run: Path, stop: Callable[[], bool] = lambda: False) -> Measured | None:
+        """The metrics of this state, with their intervals. It is never interrupted."""
+        card = self.evaluate(state, run)
+        if card is None:
+            return None
+        parts = {"": "value", "_low": "low", "_high": "high"}
+        values = {f"{k}{end}": getattr(e, part) for k, e in card.metrics.items() for end, part in parts.items()}
+        return Measured(values, {card.title(k): e.value for k, e in card.metrics.items()})
+
+    def evaluate(self, state: State, run: Path) -> Card | None:
         """The card of this state, saved in the ``eval`` folder of ``run``; None on all ranks but the main one.
 
         All ranks draw samples; only the main one computes metrics. ``ValueError`` on all ranks if a sample is not

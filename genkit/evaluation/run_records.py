@@ -29,7 +29,7 @@ from genkit.training.lock import is_locked
 
 TAIL = 1 << 18  # bytes at the end of a log in which its last numbers are looked up
 REWARDS = ("return", "reward", "success")  # numbers of an iteration of fine-tuning
-RESULTS = ("val/", "eval/", "before/", "after/", "checkpoint/")  # of evaluations, not of training steps
+RESULTS = ("val/", "eval/", "rollout/", "before/", "after/", "checkpoint/")  # of evaluations, not of training steps
 
 
 class Headline(NamedTuple):

@@ -75,15 +75,20 @@ def read_best(run: Path) -> BestCheckpoint | None:
 
 
 def choose_metric(name: str, known: Mapping[str, Direction], intervals: Mapping[str, int]) -> BestCheckpoint:
-    """A record of the best checkpoint by the metric ``name``: ``val/loss``, or ``fid`` for ``eval/fid``.
+    """A record of the best checkpoint by the metric ``name``: ``val/loss``, or ``fid`` for ``eval/fid`` and ``success``
+    for ``rollout/success``.
 
     ``known`` are the metrics of this run, ``intervals`` the steps between the evaluations that give them by prefix:
     ``{"val": 0, "eval": 500}``. Raises ``ValueError`` for a metric that is unknown, or never measured.
     """
-    key = name if name in known or "/" in name else f"eval/{name}"
-    prefix = key.partition("/")[0]
-    if not intervals.get(prefix, 1):
-        raise ValueError(f"keep_best: given {name}, which is never measured; give --{prefix}-every, say 500")
+    short = [prefix for prefix in intervals if prefix != "val"]  # whose metrics need no prefix
+    key = next((k for prefix in short if (k := f"{prefix}/{name}") in known), name)
+    prefixes = [key.partition("/")[0]] if "/" in key else short
+    never = [prefix for prefix in prefixes if not intervals.get(prefix, 1)]
+    if never == prefixes:
+        options = " or ".join(f"--{prefix}-every" for prefix in never)
+        raise ValueError(f"keep_best: given {name}, which is never measured; give {options}, say 500")
     if key not in known:
-        raise ValueError(f"keep_best: given {name!r}; measured: {', '.join(known) or 'nothing'}{suggest(name, known)}")
+        hint = suggest(name, [*known, *(k.partition("/")[2] for k in known)])
+        raise ValueError(f"keep_best: given {name!r}; measured: {', '.join(known) or 'nothing'}{hint}")
     return BestCheckpoint(key, known[key])

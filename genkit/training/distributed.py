@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -57,8 +58,12 @@ def join_ranks(device: torch.device, timeout: str | None = None) -> Accelerator:
 
     ``timeout`` is the longest time that a rank waits for the others in a collective call, as ``30m``; None: 10 minutes
     on NCCL, 30 on gloo. Gradients of DDP share the memory of its buckets.
+
+    Raises:
+        ValueError: The ranks of this process have joined on another kind of device.
     """
     adopt_slurm_ranks()
+    leave_device(device)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() if device.type == "cuda" else 0
     if count and local >= count:  # srun may show each task its own device only
         os.environ["LOCAL_RANK"] = str(local % count)
@@ -66,9 +71,27 @@ def join_ranks(device: torch.device, timeout: str | None = None) -> Accelerator:
     if timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=parse_duration(timeout))))
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
-    if accelerator.num_processes > 1:
+    if torch.distributed.is_initialized():  # also of one rank, by torchrun
         atexit.register(leave_ranks)
     return accelerator
+
+
+def leave_device(device: torch.device) -> None:
+    """Make Accelerate forget the device that it keeps for the whole process, if it is of another kind than ``device``.
+
+    Else a run on a GPU after one on the CPU would train on the CPU without a word, and one on the CPU after one on a
+    GPU would be refused.
+    """
+    if not is_initialized():
+        return
+    state = AcceleratorState()
+    if state.device.type == device.type and getattr(state, "_cpu", None) == (device.type == "cpu"):
+        return
+    if state.num_processes > 1:
+        raise ValueError(
+            f"device: given {device.type}; the ranks of this process are on {state.device.type}; start another process"
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def is_main_process() -> bool:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from genkit.core.tensors import local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import fit
+from genkit.training.measurements import PeriodicMeasurement, create_measurements, interval
 from genkit.training.optimizers.state_files import flatten
 from genkit.training.sampling import default_steps
 from genkit.training.session import Recorder, Session
@@ -52,7 +54,7 @@ class TrainingEstimate:
     step_seconds: float
     """median time of a step"""
     seconds: Mapping[str, float]
-    """of the whole training: its steps, pictures, validations and the sampling of evaluations"""
+    """of the whole training: its steps, pictures, validations, the sampling of evaluations, and rollouts"""
     checkpoint_bytes: int
     disk_bytes: int
     """of all checkpoints that exist at the same time, one being written"""
@@ -102,11 +104,16 @@ def estimate_training(settings: TrainSettings | None = None, **changes: Any) -> 
     validation = None
     if settings.val_every:
         validation = Validation.create(settings, model.dataset, model.data.codec, accelerator)
-    if not settings.eval_every:  # else the metrics are known only once their features are, which are kept on disk
-        choose_best(settings, None)
+    # metrics of samples are known only once their features are, which are kept on disk
+    measurements = create_measurements(replace(settings, eval_every=0), state, model.data, accelerator)
+    if not settings.eval_every:
+        choose_best(settings, measurements)
 
     timed, peak = time_steps(model, accelerator)
-    seconds = {"steps": settings.steps * statistics.median(timed), **time_hooks(model, accelerator, validation)}
+    seconds = {
+        "steps": settings.steps * statistics.median(timed),
+        **time_hooks(model, accelerator, validation, measurements),
+    }
     checkpoint = checkpoint_size(settings, state)
     disk = checkpoint * (settings.keep_checkpoints + 1 + (settings.keep_best is not None))
     return TrainingEstimate(
@@ -147,8 +154,14 @@ def time_steps(model: UntrainedModel, accelerator: Accelerator) -> tuple[list[fl
     return [b - a for a, b in zip(ends[first:], ends[first + 1 :], strict=False)], peak
 
 
-def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Validation | None) -> dict[str, float]:
-    """Seconds that pictures, validations and the sampling of evaluations take in all of the training."""
+def time_hooks(
+    model: UntrainedModel,
+    accelerator: Accelerator,
+    validation: Validation | None,
+    measurements: Mapping[str, PeriodicMeasurement],
+) -> dict[str, float]:
+    """Seconds that pictures, validations, the sampling of evaluations and ``measurements`` take in all of the
+    training."""
     settings, state = model.settings, model.state.gather()
 
     def count(every: int) -> int:
@@ -167,6 +180,9 @@ def time_hooks(model: UntrainedModel, accelerator: Accelerator, validation: Vali
         times["evaluations"] = drawing * share * count(settings.eval_every)
     if validation is not None:
         times["validations"] = time_call(lambda: validation(state)) * count(settings.val_every)
+    for name, measurement in measurements.items():
+        seconds = time_call(partial(measurement, state, Path(os.devnull), lambda: False))
+        times[f"{name}s"] = seconds * count(interval(settings, name))
     return times
 
 

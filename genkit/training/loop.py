@@ -93,21 +93,22 @@ def fit(
     log: Log = lambda record: None,
     sample: Hook = lambda state: None,
     validate: Hook = lambda state: None,
-    evaluate: Hook = lambda state: None,
+    measurements: Sequence[tuple[int, Hook]] = (),
     save: Hook = lambda state: None,
     snapshot: Hook = lambda state: None,
     progress: Callable[[int, float | None], None] = lambda step, loss: None,
     stop: Callable[[], bool] = lambda: False,
     is_best: Callable[[int], bool] = lambda step: False,
-    is_stale: Callable[[], bool] = lambda: False,
+    is_over: Callable[[], bool] = lambda: False,
     preserve: Callable[[Mapping[str, nn.Module], Batch], Tensor] | None = None,
     rate_share: Callable[[], float] = lambda: 1.0,
 ) -> bool:
-    """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` or ``is_stale()`` ended
+    """Train ``state`` from ``state.step`` to ``settings.steps``. Returns False if ``stop()`` or ``is_over()`` ended
     it.
 
-    ``validate`` and ``evaluate`` may find that the step is the best so far (``is_best(step)``, which is saved then), or
-    that training has not improved for too long (``is_stale()``). Learning rates are multiplied by ``rate_share()``;
+    ``validate`` and ``measurements`` (steps between two, and what is called then) may find that the step is the best so
+    far (``is_best(step)``, which is saved then), or that training is over (``is_over()``): it has not improved for too
+    long, or they were interrupted. Learning rates are multiplied by ``rate_share()``;
     ``preserve`` is a further loss ``[B]``.
 
     A step is a pure function of (state, seed, step), so a resumed run is bit-identical to one that never stopped. Each
@@ -117,8 +118,8 @@ def fit(
     bad layer.
     """
     loop, agreement = _Loop(objective, state, stream, codec, settings, accelerator), StopAgreement(accelerator)
-    hooks = (settings.val_every, validate), (settings.sample_every, sample), (settings.eval_every, evaluate)
-    while state.step < settings.steps and not is_stale():
+    hooks = (settings.val_every, validate), (settings.sample_every, sample), *measurements
+    while state.step < settings.steps and not is_over():
         step = state.step
         share = rate_share()
         for phase, nets, draw in loop.updates(step):
@@ -157,7 +158,7 @@ def fit(
             for hook in due:
                 hook(whole)
             del whole
-            if not saved and (is_best(state.step) or is_stale()):
+            if not saved and (is_best(state.step) or is_over()):
                 loop.prepare_checkpoint()
                 save(state)
     return state.step >= settings.steps

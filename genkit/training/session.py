@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from genkit import __version__, config
 from genkit.config import load_object
-from genkit.core import Batch, Codec, Direction, Generator, Spec, pictures
+from genkit.core import Batch, Codec, Generator, Spec, pictures
 from genkit.core.progress import Progress
 from genkit.diffusion.samplers import Seeds
 from genkit.training.best import BestCheckpoint
@@ -35,6 +34,7 @@ from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, check
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
+from genkit.training.measurements import MeasurementStopped, PeriodicMeasurement, interval
 from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision
@@ -48,21 +48,12 @@ from genkit.training.validation import Validation
 
 TRACKERS = "genkit.integrations.trackers:Trackers"  # in a higher room, imported when a run is tracked
 REQUIRE_TRACKERS = "genkit.integrations.trackers:require_trackers"
-STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 logger = logging.getLogger("genkit")
 
 
-class Evaluate(Protocol):
-    """An evaluation of samples of the current model."""
-
-    @property
-    def directions(self) -> Mapping[str, Direction]:
-        """The metrics, and which values are better."""
-        ...
-
-    def __call__(self, state: State, run: Path) -> Any:
-        """A card on the main process, saved in the run directory; None on the others."""
-        ...
+Watch = Callable[[Mapping[str, Any]], bool]
+"""What a caller of the training sees of it: a line of the log with the ``step`` and the numbers of a validation or an
+evaluation, None where they are not finite. Training stops when it returns True."""
 
 
 class TrackedSettings(Protocol):
@@ -179,13 +170,18 @@ class Session:
     shown: Shown
     """the samples that are drawn while training"""
     recorder: Recorder
-    evaluator: Evaluate | None = None
+    measurements: Mapping[str, PeriodicMeasurement] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """of the data, stored with each checkpoint"""
     validation: Validation | None = None
     best: BestCheckpoint | None = None
+    watch: Watch | None = None
+    given_up: bool = False
+    """whether ``watch`` has stopped the training"""
     stopped: Callable[[], bool] = lambda: False
     """whether a signal or the clock has asked to stop: pictures are not finished then"""
+    interrupted: bool = False
+    """whether a measurement was not finished because training is to stop: it is taken when the run is resumed"""
     warning: str | None = None
     plotted_step: int | None = None
     """the step at which ``loss.png`` was last drawn"""
@@ -275,26 +271,29 @@ class Session:
         if state.step == self.plotted_step and self.recorder.main:  # before this validation
             self.plot_loss()
 
-    def evaluate(self, state: State) -> None:
-        """Write a card, a line of the log and scalars. A model that cannot be measured now goes on training."""
-        assert self.evaluator is not None
+    def measure(self, name: str, state: State) -> None:
+        """Write the measurement ``name`` to the log and the trackers. A model that cannot be measured now goes on
+        training; one whose measurement is interrupted is saved, and measured when it is resumed."""
+        # the last step is measured now or never, and ranks wait for each other
+        stoppable = state.step < self.settings.steps and self.accelerator.num_processes == 1
         try:
-            card = self.evaluator(state, self.run)
+            measured = self.measurements[name](state, self.run, self.stopped if stoppable else lambda: False)
+        except MeasurementStopped:
+            self.interrupted = True
+            return
         except ValueError as e:
             self.recorder.say(f"step {state.step}: not evaluated: {e}")
             return
         record: dict[str, Any] = {}
-        if card is not None:
-            parts = {"": "value", "_low": "low", "_high": "high"}
-            metrics = card.metrics.items()
-            numbers = {f"eval/{k}{end}": getattr(e, part) for k, e in metrics for end, part in parts.items()}
-            record = {"step": state.step, **{k: v for k, v in numbers.items() if v is not None}}
+        if measured is not None:
+            values = {f"{name}/{k}": v for k, v in measured.values.items() if v is not None}
+            record = {"step": state.step, **values}
             append_log(self.run, record)
         best = "  (the best so far)" if self.track_best(broadcast_object_list([record])[0] or {}) else ""
-        if card is not None:
-            values = {card.title(k): e.value for k, e in card.metrics.items()}
-            self.recorder.scalars({f"eval/{k}": v for k, v in values.items()}, state.step)
-            self.recorder.say(f"step {state.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + best)
+        if measured is not None:
+            self.recorder.scalars({f"{name}/{k}": v for k, v in measured.shown.items()}, state.step)
+            text = "  ".join(f"{k} {v:.4g}" for k, v in measured.shown.items())
+            self.recorder.say(f"step {state.step}: {text}{best}")
 
     def rate_share(self) -> float:
         """The learning rate, as a share of the schedule's."""
@@ -305,6 +304,8 @@ class Session:
         if self.plateau is not None:
             for record in read_log(self.run):
                 self.plateau.update(record)
+        for record in read_log(self.run):
+            self.consult(record)
         if self.best is None:
             return
         self.best.replay(read_log(self.run))
@@ -315,6 +316,7 @@ class Session:
 
     def track_best(self, record: Mapping[str, Any]) -> bool:
         """Whether an evaluation is the best one so far, which is recorded; every rank has the same record."""
+        self.consult(record)
         if self.best is None or self.best.metric not in record:
             return False
         improved = self.best.update(record["step"], record[self.best.metric])
@@ -322,13 +324,22 @@ class Session:
             self.best.write(self.run)
         return improved
 
+    def consult(self, record: Mapping[str, Any]) -> None:
+        """Show ``watch`` the numbers of a validation or an evaluation; every rank follows the first one's answer."""
+        if self.watch and any(name.startswith(("val/", "eval/")) for name in record) and not self.given_up:
+            self.given_up = broadcast_object_list([self.accelerator.is_main_process and self.watch(record)])[0]
+
     def is_best(self, step: int) -> bool:
         """Whether the best checkpoint so far is that of ``step``."""
         return self.best is not None and self.best.step == step
 
     def is_stale(self) -> bool:
-        """Whether evaluations have not improved for ``patience`` times in a row."""
-        return self.best is not None and self.best.is_stale(self.settings.patience)
+        """Whether evaluations have not improved for ``patience`` times in a row, or ``watch`` says to stop."""
+        return self.given_up or (self.best is not None and self.best.is_stale(self.settings.patience))
+
+    def is_over(self) -> bool:
+        """Whether training ends here, before its last step: it is stale, or a measurement was interrupted."""
+        return self.interrupted or self.is_stale()
 
     def catch_up(self, state: State) -> None:
         """Do what was due at the step of the checkpoint that training resumes from, if a stop came before it."""
@@ -341,8 +352,9 @@ class Session:
 
         if settings.val_every and state.step % settings.val_every == 0 and not is_logged("val"):
             self.validate(state)
-        if settings.eval_every and state.step % settings.eval_every == 0 and not is_logged("eval"):
-            self.evaluate(state)
+        for name in self.measurements:
+            if state.step % interval(settings, name) == 0 and not is_logged(name):
+                self.measure(name, state)
 
     def save(self, state: State) -> None:
         """Begin to write a checkpoint, of a copy of the state, and the plot of the loss."""
@@ -387,31 +399,6 @@ class Session:
             pace(step, text, settings.batch)
 
         return update
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
-    once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
-
-    Signals can be caught in the main thread only; elsewhere the list stays empty.
-    """
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
-    except ValueError:  # not the main thread
-        previous = {}
-    try:
-        yield received
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

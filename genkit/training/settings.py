@@ -157,6 +157,17 @@ class TrainSettings:
     """Feature extractor of evaluations."""
     eval_weights: PathText | None = changeable(None)
     """File of Inception weights. None: where clean-fid or genkit keeps it."""
+    rollout_every: Natural = changeable(0)
+    """Steps between rollouts of a policy (the slowest average): success and return in its environment, on starts that
+    genkit rollout does not report, and the error of its actions on held-out demonstrations. 0: never."""
+    rollout_episodes: Count = changeable(50)
+    """Episodes of each rollout, over all ranks together; the same starts each time."""
+    rollout_steps: Count | None = changeable(None)
+    """Sampler steps for each chunk of actions in rollouts. None: the policy's default."""
+    rollout_max_steps: Count | None = changeable(None)
+    """Time limit of an episode of rollouts. None: the environment's."""
+    rollout_conditions: tuple[str, ...] = changeable(())
+    """Conditions of a policy in rollouts: skill=2, returns=0.9, "text=go left"."""
     val_every: Natural = changeable(0)
     """Steps between validations: the loss of held-out samples (the test split), the same ones with the same noise each
     time, for the slowest average and the raw weights. 0: never."""
@@ -166,7 +177,8 @@ class TrainSettings:
     """Noise levels sigma / (alpha + sigma), say 0.1 0.3 0.5 0.7 0.9, at which validations also measure the error of the
     velocity: val/velocity, which runs of other objectives, paths and seeds can be compared by."""
     keep_best: str | None = changeable(None)
-    """Keep the best checkpoint by this metric, for --step best: val/loss, or one of --eval-every, such as fid."""
+    """Keep the best checkpoint by this metric, for --step best: val/loss, one of --eval-every, such as fid, or one of
+    --rollout-every, such as success."""
     patience: Count | None = changeable(None)
     """Stop after this many evaluations in a row without a better value of --keep-best. None: never."""
     # -- saving and logging

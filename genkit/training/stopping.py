@@ -1,13 +1,18 @@
-"""Ranks that stop together."""
+"""When training stops early: signals, and ranks that stop together."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 PATIENCE = 1.0  # seconds after which a signal is heard, unless a step takes longer
 MOST_STEPS = 10  # between two comparisons, which wait for the device
 
@@ -43,3 +48,28 @@ class StopAgreement:
 def steps_between(seconds: float) -> int:
     """Steps from one comparison to the next, if a step takes so long."""
     return max(1, min(MOST_STEPS, int(PATIENCE / max(seconds, 1e-9))))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
+    once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
+
+    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
+    except ValueError:  # not the main thread
+        previous = {}
+    try:
+        yield received
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)

@@ -6,18 +6,17 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from genkit import config
 from genkit.backbones.compressed import require_package
-from genkit.config import load_object
 from genkit.config.command import merge_trees
 from genkit.core import Codec, Data, Draw, mean_flat
 from genkit.core.device import pick_device
@@ -25,8 +24,7 @@ from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
 from genkit.core.links import set_link
 from genkit.core.progress import Progress, reporting
-from genkit.data import InMemory, OnDisk, Stream
-from genkit.data.classes import describe_classes
+from genkit.data import Stream
 from genkit.data.text import release_encoders
 from genkit.objectives.matching.couplings import paired_source
 from genkit.training.annotations import annotate
@@ -34,6 +32,7 @@ from genkit.training.base_weights import write_base
 from genkit.training.best import BestCheckpoint, choose_metric
 from genkit.training.checkpoint import point_latest, restore
 from genkit.training.defaults import read_with_defaults
+from genkit.training.descriptions import describe_start, summary
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import create_sharding, join_ranks
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
@@ -42,6 +41,13 @@ from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, fit, initial_state, local_batch_size
+from genkit.training.measurements import (
+    MEASUREMENTS,
+    PeriodicMeasurement,
+    create_measurements,
+    interval,
+    measurement_hooks,
+)
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
@@ -58,20 +64,20 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
-from genkit.training.session import Evaluate, Recorder, Session, environment, stop_signals, tracker_names
+from genkit.training.session import Recorder, Session, Watch, environment, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
-from genkit.training.shown import Shown, choose_shown
+from genkit.training.shown import choose_shown
 from genkit.training.state import State
+from genkit.training.stopping import stop_signals
 from genkit.training.validation import Validation, validation_metrics
 
 STD_ROWS = 1024  # samples by which the standard deviation of the data is measured
 RECONSTRUCTIONS = 32  # samples that are shown beside their reconstructions
 SMALL_BATCH = 1 << 16  # numbers in a batch, 64 images of 32x32: with fewer a second thread costs more than it brings
 NAME_PARTS = ("data", "objective", "backbone")  # a run directory's default name
-EVALUATOR = "genkit.evaluation.periodic:PeriodicEvaluation.create"  # in a higher room, imported for --eval-every
 
 
-Ending = Literal["complete", "signal", "max_time", "patience"]
+Ending = Literal["complete", "signal", "max_time", "patience", "watch"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class TrainedRun(Run):
     """A trained model, and why its training ended."""
 
     ending: Ending = "complete"
-    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long"""
+    """complete: all steps are done; signal, max_time: stopped, to be resumed; patience: no better for too long; watch:
+    the function ``watch`` has stopped it"""
     best: BestCheckpoint | None = None
     """the best checkpoint by ``keep_best``, if one was chosen"""
 
@@ -89,6 +96,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     **changes: Any,
 ) -> TrainedRun:
     """Train a model and return it, with the reason why training ended (``run.ending``): it may be stopped early.
@@ -96,8 +104,10 @@ def train(
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
     intact checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
-    the newest run that these settings began. Messages go to the logger ``genkit``. Raises ``ValueError`` for settings
-    that do not fit together or cannot change when a run is resumed, and if training diverged.
+    the newest run that these settings began. ``watch`` is called with the numbers of each validation and evaluation by
+    name, also with those of a resumed run again, and stops the training by returning True. Messages go to the logger
+    ``genkit``. Raises ``ValueError`` for settings that do not fit together or cannot change when a run is resumed, and
+    if training diverged.
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))
@@ -112,7 +122,7 @@ def train(
             f"train on from its weights with --init {resumed}"
         )
     with contextlib.ExitStack() as locks:
-        job = prepare(settings, resumed, locks)
+        job = prepare(settings, resumed, locks, watch)
         ending = run_job(job, progress, began)
     return job.trained_run(ending)
 
@@ -152,13 +162,13 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
                 log=session.log,
                 sample=session.sample if settings.objective.is_generative else job.draw_reconstructions,
                 validate=session.validate,
-                evaluate=session.evaluate,
+                measurements=measurement_hooks(settings, session.measure),
                 save=session.save,
                 snapshot=session.snapshot,
                 progress=session.progress(report, job.state.step),
                 stop=session.stopped,
                 is_best=session.is_best,
-                is_stale=session.is_stale,
+                is_over=session.is_over,
                 preserve=job.preservation,
                 rate_share=session.rate_share,
             )
@@ -166,7 +176,9 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
             session.writer.wait()
             kept = "the last good checkpoint stays" if list_checkpoints(session.run) else "no checkpoint was saved"
             raise ValueError(f"{e}; {kept} in {session.run}") from e
-        stopped: Ending = "patience" if session.is_stale() else "signal" if signals else "max_time"
+        stopped: Ending = "signal" if signals else "max_time"
+        if session.is_stale():
+            stopped = "watch" if session.given_up else "patience"
     return "complete" if job.state.step >= settings.steps else stopped
 
 
@@ -200,7 +212,9 @@ class Job:
                           self.accelerator.device, ending, self.session.best)  # fmt: skip
 
 
-def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack) -> Job:
+def prepare(
+    settings: TrainSettings, resumed: Path | None, locks: contextlib.ExitStack, watch: Watch | None = None
+) -> Job:
     """Set up ranks, data, networks, state and run directory, before the first step. Wrong settings raise here.
 
     ``locks`` gets the run directory's lock, in the main process.
@@ -231,12 +245,11 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
             point_latest(resumed, checkpoint)
         note_schedule(stored, settings, state.step, notes.append)
     finished = checkpoint is not None and state.step >= settings.steps
-    evaluator = validation = None
-    if settings.eval_every and not finished:
-        evaluator = load_object(EVALUATOR)(settings, state, data, accelerator)
+    measurements = {} if finished else create_measurements(settings, state, data, accelerator)
+    validation = None
     if settings.val_every and not finished:
         validation = Validation.create(settings, dataset, data.codec, accelerator)
-    best = None if finished else choose_best(settings, evaluator)
+    best = None if finished else choose_best(settings, measurements)
     if finished:
         notes.append(f"already at step {state.step}; to go further: --resume {resumed} --steps N")
     directory = open_directory(settings, accelerator, state, resumed, model.origin, data.codec, notes)
@@ -246,7 +259,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
-                      evaluator, fingerprint, validation, best)  # fmt: skip
+                      measurements, fingerprint, validation, best, None if finished else watch)  # fmt: skip
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:
@@ -254,7 +267,7 @@ def prepare(settings: TrainSettings, resumed: Path | None, locks: contextlib.Exi
     for note in notes:
         recorder.say(note)
     if not finished:
-        for line in describe_start(settings, model, shown, validation):
+        for line in describe_start(settings, model, shown, validation, measurements):
             recorder.say(line)
         recorder.say(summary(settings, directory, state.nets, data, accelerator))
     release_encoders()
@@ -298,7 +311,7 @@ def build_model(
     return UntrainedModel(settings, dataset, data, state, stream, origin)
 
 
-def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestCheckpoint | None:
+def choose_best(settings: TrainSettings, measurements: Mapping[str, PeriodicMeasurement]) -> BestCheckpoint | None:
     """The record of the best checkpoint that ``keep_best`` asks for. ``ValueError`` if its metric is never measured."""
     if settings.keep_best is None:
         if settings.patience is not None:
@@ -306,9 +319,10 @@ def choose_best(settings: TrainSettings, evaluator: Evaluate | None) -> BestChec
                              "--keep-best val/loss --val-every 100")  # fmt: skip
         return None
     known = validation_metrics(settings)
-    for name, direction in evaluator.directions.items() if evaluator else ():
-        known[f"eval/{name}"] = direction
-    return choose_metric(settings.keep_best, known, {"val": settings.val_every, "eval": settings.eval_every})
+    for prefix, measurement in measurements.items():
+        known |= {f"{prefix}/{name}": direction for name, direction in measurement.directions.items()}
+    intervals = {name: interval(settings, name) for name in MEASUREMENTS}
+    return choose_metric(settings.keep_best, known, {"val": settings.val_every, **intervals})
 
 
 def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resumed: Path | None) -> TrainSettings:
@@ -396,48 +410,6 @@ def reopen(run: Path, settings: TrainSettings, step: int, notes: list[str]) -> N
     if settings_difference(stored_settings(run), settings):
         keep_old_config(run, step)
     set_link(run.parent / "latest", run.name)
-
-
-def summary(
-    settings: TrainSettings, run: Path, nets: dict[str, nn.Module], data: Data, accelerator: Accelerator
-) -> str:
-    """One line: directory, size of the model and data, device."""
-    count = sum(p.numel() for net in nets.values() for p in net.parameters())
-    shape = "x".join(map(str, data.spec.shape))
-    ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
-    size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"
-    return f"{run}  {size}, {accelerator.device}, {settings.precision}{ranks}"
-
-
-def describe_start(
-    settings: TrainSettings, model: UntrainedModel, shown: Shown, validation: Validation | None
-) -> Iterator[str]:
-    """The lines that training begins with, before its :func:`summary`."""
-    yield from settings.backbone.notes(model.data.spec)
-    yield from settings.objective.notes()
-    if held_out := describe_held_out(model.dataset):
-        yield held_out
-    if classes := describe_classes(model.dataset):
-        yield f"classes  {classes}"
-    if isinstance(model.dataset, OnDisk) and model.dataset.buckets:
-        yield f"buckets  {model.dataset.buckets.describe(settings.batch)}"
-    if settings.sample_every and (pictures := shown.describe(settings)):
-        yield pictures
-    if isinstance(model.stream, MixedStream):
-        yield f"prior    {model.stream.describe()}"
-    if validation:
-        yield f"val      {validation.n} held-out samples, every {settings.val_every} steps"
-
-
-def describe_held_out(data: Data) -> str | None:
-    """One line on the samples that are kept for evaluation; None if there are none."""
-    if not isinstance(data, InMemory | OnDisk) or not data.num_held_out:
-        return None
-    total = len(data) + data.num_held_out
-    return (
-        f"held out {data.num_held_out} of {total} samples for evaluation; {len(data)} are trained on "
-        "(--data.held-out 0: all)"
-    )
 
 
 def pick_threads(numbers: int) -> int:

@@ -154,3 +154,19 @@ def test_its_training_runs_on_the_pretended_device(tmp_path, monkeypatch):
         train_steps(setup, Flow(), setup.base, setup.latents(), lambda step: seen.append(sum(device.waits.values())),
                     steps=4, batch=8)  # fmt: skip
         assert seen[2] == seen[1]
+
+
+def test_parts_measured_later_join_those_that_were_measured_before(tmp_path, capsys):
+    """On the same machine only: columns of two machines would say nothing."""
+    out = tmp_path / "gpu.json"
+    command_line = ["bench", "gpu", "--device", "cpu", "--tiny", "--out", str(out), "--only"]
+    assert main([*command_line, "save"]) == main([*command_line, "launches"]) == 0
+    stored = json.loads(out.read_text())
+    assert set(stored["parts"]) == {"save", "launches"}
+    page = out.with_suffix(".md").read_text()
+    assert 0 < page.index(PARTS["launches"].summary[1:]) < page.index(PARTS["save"].summary[1:])
+    stored["machine"]["device"] = "another"
+    out.write_text(json.dumps(stored))
+    assert main([*command_line, "save"]) == 2
+    assert "another" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == stored

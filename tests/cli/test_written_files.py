@@ -29,6 +29,7 @@ WRITERS = {  # every command with --out, by what it writes
 }
 RUNS = {
     "train",
+    "tune",
     "finetune",
     "distill",
     "pull",

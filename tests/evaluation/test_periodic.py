@@ -49,7 +49,7 @@ def test_networks_train_on_after_an_evaluation(tmp_path):
     state = initial_state(cfg.objective, cfg.objective.networks(cfg.backbone, data.spec), cfg)
     modes = []
     state.nets["net"].train().register_forward_hook(lambda net, *_: modes.append(net.training))
-    card = PeriodicEvaluation.create(cfg, state, data, Accelerator(cpu=True))(state, tmp_path)
+    card = PeriodicEvaluation.create(cfg, state, data, Accelerator(cpu=True)).evaluate(state, tmp_path)
     assert set(modes) == {False}
     assert state.nets["net"].training
     assert card.settings["ema"] == "none"

@@ -13,7 +13,6 @@ from genkit.cli.commands.bench import BENCHES
 from genkit.cli.main import COMMANDS
 from genkit.config.blocks import get_fields, load_object, parse_block
 from genkit.config.command import FlagParser
-from genkit.training.settings import TrainSettings
 
 
 class Accepted(Exception):
@@ -25,8 +24,8 @@ def accept(name: str, argv: list[str]) -> None:
     if name == "bench":
         assert argv[0] in BENCHES
         return
-    if name == "train":  # its main looks for the runs of --init and --resume first
-        config.parse(TrainSettings, argv)
+    if name in ("train", "tune"):  # their main looks for the runs of --init and --resume first
+        config.parse(load_object(COMMANDS[name].settings), argv)
         return
     module = import_module(COMMANDS[name].module)
 

@@ -14,12 +14,14 @@ from genkit.evaluation.report.html import render, render_note, render_table, ren
 from genkit.evaluation.report.plots import plot_curves, plot_trajectory
 from genkit.evaluation.report.records import LogSummary, Point
 from genkit.evaluation.run_records import RunRecord, read_json
+from genkit.training.measurements import MEASUREMENTS
 
 Curves = Mapping[str, list[Point]]
 CURVE_TITLES = {"grad_norm": "gradient norm", "lr": "learning rate", "samples_per_s": "samples per second"}
 CLOCKS = ("step", "samples", "seconds", "cpu_seconds", "skipped")  # keys of the log that are no curves
 ENDS = ("before/", "after/")  # results at the two ends of fine-tuning: a table, no curves
 BOUNDS = ("_low", "_high")
+MEASURED = tuple(f"{prefix}/" for prefix in MEASUREMENTS)  # keys whose bounds are a range
 FINETUNING = {  # title -> keys of the log of fine-tuning
     "reward": ("reward", "return", "success", "checkpoint/return", "checkpoint/success", "checkpoint/reward"),
     "KL divergence in nats": ("kl_reference",),
@@ -62,7 +64,7 @@ def plot_groups(curves: Curves, titles: Mapping[str, str], x_label: str = "step"
 
 def join_bounds(curves: Curves) -> dict[str, list[Point]]:
     """The curves, with ``eval/fid_low`` and ``eval/fid_high`` as the range of ``eval/fid`` instead of two more."""
-    bounds = {key + end for key in curves for end in BOUNDS if key.startswith("eval/")}
+    bounds = {key + end for key in curves for end in BOUNDS if key.startswith(MEASURED)}
     joined = {}
     for key, curve in curves.items():
         if key in bounds:

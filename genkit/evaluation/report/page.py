@@ -27,6 +27,7 @@ from genkit.evaluation.report.records import read_log
 from genkit.evaluation.report.rollouts import rollout_parts
 from genkit.evaluation.report.samples import other_sample_parts, training_sample_parts
 from genkit.evaluation.report.summary import annotation_parts, environment_parts, summary_tiles
+from genkit.evaluation.report.tuning import is_study, render_study
 from genkit.evaluation.run_records import RunRecord, read_cards, read_run
 from genkit.objectives.autoencoders.autoencoder import EncoderDecoder
 from genkit.training.checkpoint import find_checkpoint
@@ -57,20 +58,31 @@ class Sources:
 def write_report(*sources: str | Path, out: str | Path | None = None) -> Path:
     """Write the HTML page of a run, of several runs side by side, or of cards, and return its path.
 
-    Each of the ``sources`` is a run's directory, a directory of runs, a card or a folder of cards. ``out`` defaults to
+    Each of the ``sources`` is a run's directory, a directory of runs, a card or a folder of cards; an only one may be
+    the directory of a study of genkit tune. ``out`` defaults to
     ``report.html`` in the only source, or to a file named after the runs in the parent directory of the first. If an
     only run has a latent code, its pictures are drawn and kept in ``space/``. ``ValueError`` if a source does not
     exist, or ``out`` is not an HTML file's name.
     """
+    folder = follow_links(Path(sources[0]).expanduser()) if len(sources) == 1 else Path()
+    if is_study(folder):
+        path = Path(out).expanduser() if out else folder / "report.html"
+        require_page_name(path, out)
+        return write_text(path, render_study(folder))
     opened = open_sources(sources)
     path = Path(out).expanduser() if out else default_page(sources, opened)
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
-    refuse_foreign(path)
+    require_page_name(path, out)
     if len(opened.runs) == 1 and not opened.cards:
         run = opened.runs[0]
         return write_text(path, render_run(run.path, {"Latent space": latent_space_parts(run.path)}))
     return write_text(path, render_sources(opened))
+
+
+def require_page_name(path: Path, out: str | Path | None) -> None:
+    """``ValueError`` if a page cannot be written to ``path``."""
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"out: given {out}; allowed: a file that ends in .html")
+    refuse_foreign(path)
 
 
 def open_sources(sources: Sequence[str | Path]) -> Sources:

@@ -32,7 +32,7 @@ from genkit.rl.policies.episodes import Episodes, frames_argument, run_episodes,
 from genkit.rl.policies.execution import DelayedPolicy, ExecutionName
 from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.plots import plot_actions, plot_plans
-from genkit.rl.policies.policy import Policy, executed_mask
+from genkit.rl.policies.policy import ConditionValue, Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
 from genkit.training.sampling import SamplerName
@@ -60,7 +60,8 @@ class RolloutSettings:
     sampler: SamplerName | None = None
     """Sampler. None: ddim, or flow_map for a flow map; one evaluation a step."""
     conditions: tuple[str, ...] = ()
-    """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
+    """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4, or the text
+    of a task, "text=go left"."""
     guidance: Scale = 1.0
     """Guidance scale toward these conditions; 1: none."""
     best_of: Count = 1
@@ -263,15 +264,17 @@ def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any
     return policy
 
 
-def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
-    """``["skill=2"]`` as ``{"skill": [2.0]}``."""
-    conditions: dict[str, list[float]] = {}
+def parse_conditions(texts: Sequence[str]) -> dict[str, ConditionValue]:
+    """``["skill=2", "text=go left"]`` as ``{"skill": [2.0], "text": "go left"}``."""
+    conditions: dict[str, ConditionValue] = {}
     for text in texts:
-        name, _, numbers = text.partition("=")
+        name, _, value = text.partition("=")
         try:
-            conditions[name] = [float(n) for n in numbers.split(",")]
+            conditions[name] = value if name == "text" else [float(n) for n in value.split(",")]
         except ValueError:
-            raise ValueError(f"conditions: {text!r} is not NAME=NUMBER or NAME=NUMBER,NUMBER; try skill=2") from None
+            raise ValueError(
+                f"conditions: {text!r} is not NAME=NUMBER, NAME=NUMBER,NUMBER or text=WORDS; try skill=2"
+            ) from None
     return conditions
 
 

@@ -1,0 +1,236 @@
+"""Search for settings of a training by trials that are runs: :func:`tune`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from genkit import config
+from genkit.config import load_object
+from genkit.config.command import merge_trees
+from genkit.config.numbers import Count, Natural
+from genkit.config.trust import require_trust
+from genkit.core import Direction
+from genkit.core.files import write_text
+from genkit.core.links import follow_links
+from genkit.core.progress import Progress
+from genkit.training.best import BestCheckpoint, choose_metric, read_best
+from genkit.training.defaults import read_with_defaults
+from genkit.training.directory import create_run
+from genkit.training.loop import Diverged
+from genkit.training.resume import first_difference, settings_difference
+from genkit.training.settings import TrainSettings, changeable
+from genkit.training.train import train
+from genkit.training.tuning.space import parse_space, value_of, with_values
+from genkit.training.tuning.study import ActiveTrial, SearchStudy, StudyResults, import_optuna
+from genkit.training.validation import validation_metrics
+
+STUDY_FILE, BEST_SETTINGS, TRIALS = "tune.yaml", "best.yaml", "trials"
+METRICS = "genkit.evaluation.metrics:METRICS"  # in a higher room, for the directions of its numbers
+VALIDATIONS, EVALUATIONS = 10, 4  # of a trial, unless the settings say how often
+SEARCHED_NEVER = {
+    "dry_run", "eval_every", "eval_features", "eval_metrics", "eval_n", "eval_steps", "eval_weights", "keep_best",
+    "keep_checkpoints", "log_every", "name", "note", "out", "rank_timeout", "resume", "sample_every",
+    "sample_guidance", "sample_prompts", "save_every", "step", "tags", "tensorboard", "tracker_project", "trackers",
+    "val_every", "val_levels", "val_n",
+}  # fmt: skip  # where, and how a trial is measured: the same for all
+FREE_IN_STUDY = {"trials", "device", "threads", "workers", "out", "name", "resume", "tensorboard", "trackers", "note",
+                 "tags", "tracker_project", "keep_checkpoints"}  # fmt: skip  # do not change what a trial gives
+logger = logging.getLogger("genkit")
+
+
+@dataclass(frozen=True)
+class TuneSettings(TrainSettings):
+    """Search for the settings of a training. Every trial is a run, with these settings but for what is searched."""
+
+    # -- search
+    space: tuple[str, ...] = ()
+    """Options to search by their dotted names: NAME=LOW..HIGH, NAME=log:LOW..HIGH for equal ratios, NAME=A,B,C for
+    choices. Say lr=log:1e-4..1e-2 optimizer=adamw,muon objective.cond-dropout=0..0.3. The first trial has the other
+    settings as they are."""
+    trials: Count = changeable(20)
+    """Trials of the study, over all processes that share it and all times that it is resumed."""
+    startup: Natural = 10
+    """Random trials, before the sampler (TPE) models which values were good."""
+    prune_startup: Natural = 5
+    """Complete trials before others are stopped early."""
+    prune_warmup: Natural = 0
+    """Steps of a trial before it may be stopped. It is if the metric, or the better end of its interval, has never been
+    as good as the median of the complete trials at this step."""
+    keep_best: str | None = changeable("val/loss")
+    """The metric that is optimised: val/loss, or one of --eval-every, such as fid. The value of a trial is its best."""
+    resume: str | None = None
+    """Directory of a study to go on with, also while other processes do, with its own settings."""
+
+
+@dataclass(frozen=True)
+class TunedStudy:
+    """A study, and what came of it."""
+
+    directory: Path
+    results: StudyResults
+    stopped: bool = False
+    """whether a signal ended it; it is to be resumed"""
+
+    @property
+    def best_settings(self) -> Path | None:
+        """The settings of the best trial, for ``genkit train --config``; None if no trial is complete."""
+        path = self.directory / BEST_SETTINGS
+        return path if path.is_file() else None
+
+
+class StudyStopped(Exception):  # control flow, not an error
+    """A signal has ended the training of a trial."""
+
+
+def tune(
+    settings: TuneSettings | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> TunedStudy:
+    """Search for the settings of a training, and return the study: its trials, which are runs, and the best settings.
+
+    ``changes`` are settings by name, in the form of YAML: ``tune(data="moons", space=["lr=log:1e-4..1e-1"])``.
+    ``resume`` goes on with the study in a directory, whose settings it keeps but for ``trials`` and what has no effect
+    on results; a trial that a kill interrupted goes on from its checkpoint. ``ValueError`` for a space or settings that
+    do not fit, before the first trial.
+    """
+    import_optuna()
+    if settings is None and resume is not None:
+        settings = stored_study(find_study(resume))
+    settings = config.override(settings, **changes) if settings else read_study_settings(changes)
+    plain = trial_base(settings)
+    target = choose_target(plain)
+    space = parse_space(settings.space, plain, SEARCHED_NEVER)
+    if resume is None:
+        folder = create_run(settings.out, settings.name or "tune")
+        write_text(folder / STUDY_FILE, config.to_yaml(replace(settings, resume=None)))
+    else:
+        folder = find_study(resume)
+        require_same_study(folder, settings)
+    first = {dimension.name: value_of(plain, dimension.name) for dimension in space}
+    study = SearchStudy(
+        folder, space, target.metric, target.direction, settings.seed, first,
+        settings.startup, settings.prune_startup, settings.prune_warmup,
+    )  # fmt: skip
+    logger.info(f"study    {folder}: {target.metric}, {target.direction} is better; {len(space)} options")
+    stopped = False
+    try:
+        study.run(lambda trial: run_trial(trial, plain, progress), settings.trials)
+    except StudyStopped:
+        stopped = True
+    results = study.results()
+    if results.best:
+        best = with_values(plain, dict(read_values(study, results.best.values)))
+        write_text(folder / BEST_SETTINGS, config.to_yaml(best))
+    return TunedStudy(folder, results, stopped)
+
+
+def read_study_settings(changes: Mapping[str, Any]) -> TuneSettings:
+    """The settings that ``changes`` describe, with the defaults that suit them."""
+    init, codec = (changes[k] if isinstance(changes.get(k), str) else None for k in ("init", "codec"))
+    settings = read_with_defaults(
+        lambda defaults: config.from_dict(TuneSettings, merge_trees(defaults, changes)), init, codec
+    )
+    assert isinstance(settings, TuneSettings)
+    return settings
+
+
+def trial_base(settings: TuneSettings) -> TrainSettings:
+    """The settings of a training that all trials share. ``ValueError`` for those that no trial can have."""
+    if settings.dry_run or settings.step is not None:
+        raise ValueError("tune: dry_run and step are for genkit train; leave them out")
+    plain = replace(config.narrow(settings, TrainSettings), resume=None, note=None, tags=())
+    return replace(plain, keep_best=settings.keep_best or "val/loss")
+
+
+def choose_target(plain: TrainSettings) -> BestCheckpoint:
+    """The metric of the study and its direction. ``ValueError`` if no trial measures it."""
+    plain = with_intervals(plain)
+    known: dict[str, Direction] = validation_metrics(plain)
+    for metric in load_object(METRICS).values():
+        known |= {f"eval/{value}": metric.direction for value in metric.values}
+    assert plain.keep_best is not None
+    return choose_metric(plain.keep_best, known, {"val": plain.val_every, "eval": plain.eval_every})
+
+
+def with_intervals(settings: TrainSettings) -> TrainSettings:
+    """``settings`` that measure the metric often enough to stop early, if they do not say how often."""
+    name = settings.keep_best or ""
+    if name.startswith("val/") and not settings.val_every:
+        return replace(settings, val_every=max(1, settings.steps // VALIDATIONS))
+    if not name.startswith("val/") and not settings.eval_every:
+        return replace(settings, eval_every=max(1, settings.steps // EVALUATIONS))
+    return settings
+
+
+def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | None) -> float | None:
+    """Train the run of a trial, from its checkpoint if it has one; the best metric, None if it was stopped early or has
+    diverged."""
+    out, name = trial.study.folder.resolve() / TRIALS, f"trial-{trial.number:04d}"
+    settings = replace(with_intervals(with_values(plain, trial.values)), out=str(out), name=name)
+    begun = sorted(path.parent for path in out.glob(f"*-{name}/config.yaml"))
+    metric = trial.study.metric
+    values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.values.items())
+    logger.info(f"trial {trial.number}  {values}")
+
+    def watch(record: Mapping[str, Any]) -> bool:
+        if metric not in record:
+            return False
+        end = "low" if trial.study.direction == "lower" else "high"
+        return trial.report(record["step"], record[metric], record.get(f"{metric}_{end}"))
+
+    try:
+        if begun:
+            run = train(resume=begun[-1], progress=progress, watch=watch)
+        else:
+            run = train(settings, progress=progress, watch=watch)
+    except ValueError as e:
+        if isinstance(e.__cause__, Diverged):
+            logger.info(f"trial {trial.number}: {e}")
+            return None
+        raise
+    trial.trial.set_user_attr("run", str(run.directory.relative_to(trial.study.folder.resolve())))
+    if run.ending == "signal":
+        raise StudyStopped
+    if run.ending == "watch":
+        logger.info(f"trial {trial.number}: stopped at step {run.step}, worse than the median")
+        return None
+    best = read_best(run.directory)
+    logger.info(f"trial {trial.number}: {best}")
+    return best.value if best else None
+
+
+def read_values(study: SearchStudy, texts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of a recorded trial, whose choices are texts."""
+    return {d.name: d.read(texts[d.name]) for d in study.space}
+
+
+# --------------------------------------------------------------------------------------------------- the directory
+def find_study(path: str | Path) -> Path:
+    """The directory of a study. ``ValueError`` if there is none."""
+    folder = follow_links(Path(path).expanduser())
+    if not (folder / STUDY_FILE).is_file():
+        raise ValueError(f"resume: given {path}, which holds no {STUDY_FILE}; needs a directory of genkit tune")
+    return folder
+
+
+def stored_study(folder: Path) -> TuneSettings:
+    """The settings in a study's ``tune.yaml``. ``ValueError`` if it is damaged or needs code that is not trusted."""
+    tree = config.load_yaml(folder / STUDY_FILE)
+    require_trust(TuneSettings, tree, folder / STUDY_FILE)
+    return config.from_dict(TuneSettings, tree)
+
+
+def require_same_study(folder: Path, settings: TuneSettings) -> None:
+    """``ValueError`` if ``settings`` would give other trials than those of the study."""
+    for name, (before, after) in settings_difference(stored_study(folder), settings).items():
+        if name not in FREE_IN_STUDY:
+            setting, was, given = first_difference(name, before, after)
+            raise ValueError(f"{setting}: given {given}, but the study in {folder} was begun with {was}; leave it out, "
+                             "or begin another without --resume")  # fmt: skip
