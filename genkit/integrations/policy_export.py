@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ class ToTorchExport(ToGraph):
             raise ValueError(f"to: torch {torch.__version__} converts no traced graphs; take torchscript") from None
         traced = torch.jit.trace(graph, inputs, check_trace=False)
         with quiet("torch._export"):
-            torch.export.save(TS2EPConverter(traced, inputs).convert(), file)
+            torch.export.save(TS2EPConverter(cast(Any, traced), inputs).convert(), file)
 
     def load_graph(self, file: Path, names: Sequence[str]) -> Callable[..., Tensor]:
         return torch.export.load(file).module()

@@ -159,6 +159,35 @@ def test_missing_weights_and_networks_are_refused_in_one_line(tmp_path, networks
         TorchFidelity(layer="none").load("cpu")
 
 
+def test_extractors_of_torch_fidelity_are_used_with_their_default_layer():
+    """One that is registered there: grey pictures become RGB, and features are what it returns."""
+    fidelity = pytest.importorskip("torch_fidelity")
+
+    class Means(fidelity.FeatureExtractorBase):
+        def __init__(self, name, features_list, **options):
+            super().__init__(name, features_list)
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8
+            return (x.float().mean((2, 3)),)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("means",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "means"
+
+    from torch_fidelity import registry
+
+    registry.FEATURE_EXTRACTORS_REGISTRY["means"] = Means
+    extract = TorchFidelity(extractor="means").load("cpu")  # type: ignore[arg-type]
+    x = images(3, 1)
+    assert torch.equal(extract(x).features, x.expand(-1, 3, -1, -1).float().mean((2, 3)))
+    assert (extract.dim, extract.settings["layer"]) == (3, "means")
+
+
 # ------------------------------------------------------------------------------------------------- sFID
 def test_spatial_features_are_the_first_channels_of_the_first_branch_of_mixed_6():
     class Base:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 import genkit
 from genkit.cli.main import main as cli
-from genkit.core import Prediction, Vector
+from genkit.core import Label, Prediction, Spec, Vector
 from genkit.data.codecs import Actions
-from genkit.diffusion.paths import PATHS
+from genkit.diffusion.paths import PATHS, ODEOnlyPath
 from genkit.diffusion.samplers import bind
 from genkit.envs import make
+from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.execution import DelayedPolicy
+from genkit.rl.policies.execution import DelayedPolicy, continued_anchor
 from genkit.rl.policies.planner import inpaint
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -69,6 +71,48 @@ def test_independent_normal_actions_move_by_their_weight_exactly(name):
     gain = path.alpha(t) / (path.alpha(t) ** 2 + path.sigma(t) ** 2)
     moved = torch.minimum(factor * path.sigma(t) ** 2 / path.alpha(t), 1 / gain)[:, None] * gain[:, None]
     assert torch.allclose(limited.x0[:, 1:], (before.x0 + moved * weight * (y - before.x0))[:, 1:], atol=1e-10)
+
+
+def test_a_flow_from_a_centre_moves_by_the_weight_exactly_too():
+    """For the source N(centre, spread^2) and data N(mean, I): the same rule, wherever the centre is."""
+    path, spread, mean = PATHS["linear"](), 0.3, torch.tensor([1.0, -2.0], dtype=F64)
+    center = torch.tensor([0.5, 4.0], dtype=F64)
+
+    class Anchored:
+        def __init__(self):
+            self.path = ODEOnlyPath(path)
+
+        def __call__(self, x, t, cond):
+            alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+            gain = alpha / (alpha**2 + (spread * sigma) ** 2)
+            x0 = mean + gain * (x - sigma * center - alpha * mean)
+            return Prediction(x0, (x - alpha * x0) / sigma)
+
+    weight, y = torch.tensor([1.0, 0.4], dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    x, t = torch.randn(5, 2, dtype=F64), torch.linspace(0.05, 0.95, 5, dtype=F64)
+    before, after = Anchored()(x, t, {}), continue_chunk(spread=spread)(Anchored())(x, t, underway(y, weight, 5))
+    assert torch.allclose(after.x0, torch.lerp(before.x0, y, weight), atol=1e-12)
+    refuses(lambda: continue_chunk()(Anchored()), "no diffusion")
+
+
+def test_an_anchored_policy_keeps_the_anchor_of_the_plan_unless_it_is_impossible():
+    """Four anchors on a line, of which the last has no probability: the nearest possible one to what is under way."""
+    centers = (0.0, 1.0, 2.0, 3.0)
+    kind = Label(4, centers=centers)
+    objective = AnchoredFlow(std=0.5)
+    logits = torch.tensor([0.0, 0.0, 0.0, -1e4])
+
+    class Bank(torch.nn.Module):
+        def forward(self, cond, like):
+            return logits.expand(len(like), 4), torch.tensor(centers)[:, None, None]
+
+    run = SimpleNamespace(objective=objective, spec=Spec((1, 1), {"anchor": kind}), nets={"bank": Bank()})
+    plans = torch.tensor([0.1, 1.4, 1.6, 2.9]).view(4, 1, 1)
+    chosen = continued_anchor(run, {}, plans, torch.ones(1, 1, 1))  # type: ignore[arg-type]
+    assert chosen.tolist() == [0, 1, 2, 2]
+    logits[1] = 5.0  # the conditions prefer it by more than the plan weighs: 0.4^2 / (2 0.25) < 5
+    assert continued_anchor(run, {}, plans[2:3], torch.ones(1, 1, 1)).tolist() == [1]  # type: ignore[arg-type]
+    assert continued_anchor(run, {}, plans[2:3], 100 * torch.ones(1, 1, 1)).tolist() == [2]  # type: ignore[arg-type]
 
 
 def test_the_rest_of_a_chunk_follows_the_conditional_law():
