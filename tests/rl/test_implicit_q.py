@@ -65,27 +65,3 @@ def test_decisions_are_those_of_the_recordings(tmp_path):
 
 def test_a_rollout_learns_q_from_the_demonstrations(policy):
     refuses(lambda: rollout(policy, episodes=2, fit_q=3, offline_q=True), "fit_q: given 3 with offline_q")
-
-
-@pytest.mark.slow
-def test_best_of_many_by_an_offline_q_goes_the_rewarded_way(tmp_path):
-    """Demonstrations of four ways, rewarded for one of them alone: the best of 16 chunks takes it more often."""
-    import genkit
-    from genkit.data import DATA
-
-    episodes = DATA["four-ways"](n=200).episodes("train")
-    wanted = np.concatenate([np.r_[np.zeros(len(e.actions) - 1), e.skill[0] == 3] for e in episodes])
-    np.savez(tmp_path / "d.npz", obs=np.concatenate([e.obs for e in episodes]),
-             action=np.concatenate([e.actions for e in episodes]),
-             reward=wanted, episode_ends=np.cumsum([len(e.actions) for e in episodes]))  # fmt: skip
-    run = genkit.train(data={"name": "replay", "root": str(tmp_path / "d.npz"), "reward": "reward", "env": "four-ways",
-                             "obs_steps": 1},
-                       objective={"name": "flow", "prediction": "x0", "cond_dropout": 0.0},
-                       backbone={"width": 128, "depth": 3}, steps=800, batch=256, sample_every=0, device="cpu",
-                       tensorboard=False, out=str(tmp_path / "runs"))  # fmt: skip
-    shares = []
-    for settings in ({}, {"offline_q": True, "best_of": 16, "expectile": 0.8}):
-        modes = rollout(run.directory, episodes=100, steps=4, gamma=0.98, **settings).episodes.info["mode"]
-        shares.append(float((modes == 3).mean()))
-    assert shares[0] < 0.45
-    assert shares[1] > shares[0] + 0.08, shares
