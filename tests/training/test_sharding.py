@@ -354,8 +354,8 @@ def test_a_kill_in_the_background_leaves_the_older_checkpoint(tmp_path, monkeypa
 
 
 # ------------------------------------------------------------------------------------------- on the command line
-SMALL = ["--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5", "--log-every=5", "--sample-every=10", "--lr=1e-4",
-         "--steps=15"]  # fmt: skip
+SMALL = ["--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5", "--log-every=5", "--sample-every=10",
+         "--lr=1e-4", "--steps=15"]  # fmt: skip
 DIGITS = [
     "--data=digits",
     "--backbone=unet",
@@ -367,7 +367,7 @@ DIGITS = [
 ]
 KILLED = {
     "flow": ["--objective=flow", "--data=moons", "--backbone.width=32", "--val-every=10", "--val-n=50"],
-    "gan": ["--objective=gan", "--data=moons", "--backbone.width=32"],
+    "gan": ["--objective=gan", "--objective.gan-loss=non-saturating", "--data=moons", "--backbone.width=32"],
     "first stage": ["--objective=autoencoder", "--objective.latent", "4", "4", "4", *DIGITS],
 }
 
@@ -383,7 +383,7 @@ def launch(folder, num, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KILLED)
 def test_a_killed_run_goes_on_with_another_number_of_ranks(case, tmp_path):
-    """One step moves a weight by 1e-4; on ranks sums are rounded in another order."""
+    """One step moves a weight by 1e-4. Ranks round sums in another order, and Adam makes steps of it."""
     options = [*SMALL, *KILLED[case]]
     process = launch(tmp_path, 2, *options, "--parallel=fsdp", "--save-every=1")  # so that the kill falls into a save
     while not (list((tmp_path / "runs").glob("0*/checkpoints/step-000000[5-9]"))):
@@ -404,7 +404,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(case, tmp_path):
     for name, net in whole.nets.items():
         for key, value in net.state_dict().items():
             other = mine.nets[name].state_dict()[key]
-            torch.testing.assert_close(other, value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(other, value, rtol=0, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
     if mine.objective.is_generative:
         assert mine.sample(4).x.shape == (4, 2)
     for path in (p for p in run.rglob("*") if p.is_file()):
