@@ -304,12 +304,12 @@ def few_step_many() -> str:
     return table(["Fréchet distance of 10,000 samples", "", "accuracy", "training, CPU s"], rows)
 
 
-def few_step_guided() -> str:
+def few_step_guided(part: str) -> str:
     """A flow map's guidance as an input and by classifier-free guidance, by number of steps; intervals as below."""
     from benchmarks.results import student_interval
 
     cells, rows = load("few-step")["cells"], []
-    two, one = (cells[f"guided/{way}"]["values"] for way in ("two-passes", "one-pass"))
+    two, one = (cells[f"{part}/{way}"]["values"] for way in ("two-passes", "one-pass"))
     for k in FEW:
         row = [k]
         for metric, digits in (("accuracy", 3), ("Fréchet", 2)):
@@ -717,7 +717,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "reflow": reflow,
     "race": race,
     "few-step-plane": few_step_plane,
-    "few-step-guided": few_step_guided,
+    "few-step-guided": partial(few_step_guided, "guided"),
+    "few-step-guided-fashion": partial(few_step_guided, "guided-fashion"),
     "few-step-digits-10000": few_step_many,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),

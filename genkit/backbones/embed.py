@@ -131,6 +131,10 @@ class ScalarEmbed(Embedder):
     Networks are differentiated by such numbers, and the derivative has the rate of the fastest wave as a factor: hence
     not the 1000 rad of :class:`TimeEmbed`. The embedding of 0, and of an absent number, is 0; so is any when
     initialised, so that a network that gets a number starts as it was without.
+
+    The second layer is divided by ``sqrt(dim)``: a step of Adam moves all its ``dim`` inputs at once, the same way for
+    every sample with that number. Without this the long jumps of a flow map moved faster than their targets, which are
+    the network's own, and training diverged.
     """
 
     route = "global"
@@ -150,7 +154,7 @@ class ScalarEmbed(Embedder):
     def forward(self, value: Float[Tensor, " b"], keep: Bool[Tensor, " b"]) -> Tensor:
         angles = value.to(self.rates.dtype)[:, None] * self.rates
         waves = torch.cat([1 - angles.cos(), angles.sin()], 1).to(self.layer1.dtype)
-        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2)
+        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2 / len(self.layer2) ** 0.5)
 
 
 def scalar_keys(net: nn.Module) -> set[str]:
