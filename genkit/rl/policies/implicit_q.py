@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core import Batch, Spec
+from genkit.core import Batch, Codec, Spec
 from genkit.data.demonstrations.windows import Demonstrations, window_starts
 from genkit.rl.policies.q_function import QFunction
 
@@ -36,29 +36,29 @@ class Transitions(NamedTuple):
     """[M], 1 if the episode had ended by then, else 0"""
 
 
-def recorded_transitions(source: Demonstrations, act_steps: int) -> Transitions:
-    """The decisions of all training windows, which last ``act_steps`` steps; the end of a recording counts as an end.
+def recorded_transitions(source: Demonstrations, act_steps: int, codec: Codec) -> Transitions:
+    """A decision at every recorded step, of ``act_steps`` steps; the end of a recording counts as an end.
 
-    ``ValueError`` unless samples are chunks of actions given observed numbers, and all episodes have rewards.
+    ``codec`` is the policy's. ``ValueError`` unless samples are chunks of actions given observed numbers, and all
+    episodes have rewards.
     """
-    rewarded = replace(source, conditions=(*source.conditions, "returns"))  # so that they are read
-    episodes, data = rewarded.episodes("train"), source.load("train")
-    rewards = source.require_known("rewards", [e.rewards for e in episodes])
     obs_steps = source.obs_steps
-    sums, following, ended, counts = [], [], [], [0]
+    # rewards are read for a condition; and windows reach to the last step if all their actions are to be executed
+    whole = replace(source, conditions=("returns",), act_steps=source.pred_steps - obs_steps + 1)
+    episodes, windows = whole.episodes("train"), whole.windows("train")
+    rewards = source.require_known("rewards", [e.rewards for e in episodes])
+    sums, following, ended = [], [], []
     for episode, reward in zip(episodes, rewards, strict=True):
         length = len(episode.actions)
-        now = np.arange(len(window_starts(length, obs_steps, source.pred_steps, source.act_steps)))
+        now = np.arange(len(window_starts(length, obs_steps, source.pred_steps, whole.act_steps)))
         after = now + act_steps
         total = np.concatenate([[0.0], np.cumsum(reward)])
         sums.append(total[after.clip(max=length)] - total[now.clip(max=length)])
         ended.append(after >= length)
         following.append(episode.obs[np.clip(after[:, None] + np.arange(1 - obs_steps, 1), 0, length - 1)])
-        counts.append(counts[-1] + len(now))
-    assert counts[-1] == len(data), "windows and decisions are in the same order"
-    x = data.codec.encode(Batch(data.x)).x
+    x = codec.encode(Batch(windows.actions)).x
     sums, following, ended = (torch.from_numpy(np.concatenate(v)).float() for v in (sums, following, ended))
-    return Transitions(data.cond["obs"], x, sums, following, ended)
+    return Transitions(source.observed_states(windows), x, sums, following, ended)
 
 
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:

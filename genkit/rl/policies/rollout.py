@@ -90,7 +90,7 @@ class RolloutSettings:
     ensemble_decay: NonNegative = 0.01
     """Decay of the weights of an ensemble: exp(-decay i), i = 0 for the oldest chunk."""
     guidance_limit: Positive = 1000.0
-    """Largest weight of the guidance of real-time execution: the paper's beta."""
+    """Largest weight of the guidance of real-time execution: the paper's beta. At most 3 for an anchored flow."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
@@ -300,7 +300,7 @@ def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
     if settings.offline_q:
         source = policy.run.config.data
         assert isinstance(source, Demonstrations), "a policy's"
-        transitions = recorded_transitions(source, policy.act_steps)
+        transitions = recorded_transitions(source, policy.act_steps, policy.run.codec)
         num, what = len(transitions.rewards), "of its targets on held-out decisions"
         q, explained = learn_implicit_q(
             policy.run.spec, used, transitions, gamma=settings.gamma, expectile=settings.expectile
