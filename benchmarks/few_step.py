@@ -88,14 +88,18 @@ def guided_flow_map(setting: Setting, guidance: float) -> FlowMap:
     """A flow map by shortcuts; its classes can be guided by a scale up to ``guidance`` as an input, or (1) in two
     passes.
     """
-    return FlowMap(prediction=setting.prediction, guidance=guidance)
+    return FlowMap(prediction=setting.prediction, guidance=guidance, data_radius=setting.radius)
 
 
 def flow_map(rule: str) -> Way:
     """The row of a rule."""
     return Way(
         lambda setting, steps, rate: FlowMap(
-            rule=scheduled_rule(rule, steps), prediction=setting.prediction, time_rate=rate, cond_dropout=0.0
+            rule=scheduled_rule(rule, steps),
+            prediction=setting.prediction,
+            time_rate=rate,
+            cond_dropout=0.0,
+            data_radius=setting.radius,
         )
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.ensemble import EnsembleMLP, draw_rows
 from benchmarks.reflow import DigitScores, cycle_labels, load_digits
 from genkit.backbones import MLP
-from genkit.core import NO_COND, Backbone, Batch, Cond, Data, Draw, Noise, Objective, Spec
+from genkit.core import NO_COND, Backbone, Batch, Cond, Data, Draw, Noise, Objective, Spec, mean_flat
 from genkit.data.standard_images import Digits, FashionMnist
 from genkit.diffusion.flow_map import SPAN
 from genkit.evaluation.metrics import Moments, frechet_distance, wasserstein2
@@ -23,6 +23,7 @@ from genkit.evaluation.metrics.features import Classifier
 from genkit.objectives import GAN, FlowMap
 from genkit.objectives.adversarial.losses import Relativistic
 from genkit.objectives.distillation.student import Student
+from genkit.objectives.flow_map.flow_map import SLACK
 from genkit.objectives.matching.matching import PredictionName
 
 NUM_PAIRS, NUM_TEST, NUM_TRAIN = 10_000, 1000, 50_000
@@ -60,6 +61,8 @@ class Setting:
     gan: GAN
     prediction: PredictionName = "velocity"
     """what the networks of flows and flow maps predict"""
+    radius: float | None = None
+    """within which the targets of flow maps point, as ``genkit train`` measures it; None: anywhere"""
 
 
 def normals_of(shape: Sequence[int], seed: int) -> Tensor:
@@ -179,6 +182,7 @@ def images(
         lr=1e-3,
         interacting=320,
         gan=GAN(),
+        radius=SLACK * float(mean_flat(rows.x.square()).max().sqrt()),
     )
 
 

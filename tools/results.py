@@ -244,6 +244,29 @@ def few_step_rows(part: str, value: str, digits: int, counts: Sequence[str] = FE
     return rows
 
 
+RACERS = {
+    "genkit-recipe": "genkit, Muon at a constant rate",
+    "genkit": "genkit, defaults",
+    "diffusers": "diffusers",
+    "lucidrains": "denoising-diffusion-pytorch",
+    "torchcfm": "torchcfm",
+}
+
+
+def race() -> str:
+    cells, rows = load("race-fashion")["cells"], []
+    for name, label in RACERS.items():
+        found = [cell["marks"] for key, cell in cells.items() if key.split("/")[1] == name]
+        if not found:
+            continue
+        marks = list(zip(*found, strict=True))
+        values = [[entry["value"] for entry in mark] for mark in marks]
+        steps = number(mean([entry["steps"] for entry in marks[-1]]), 0)
+        rows.append([label, *(spread(v, 1) if len(v) > 1 else number(v[0], 1) for v in values), steps, str(len(found))])
+    first = next(iter(cells.values()))["marks"]
+    return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
+
+
 def few_step_plane() -> str:
     real = load("few-step")["cells"]["plane/real"]["values"]["W2"]["1"]
     rows = few_step_rows("plane", "W2", 3)
@@ -281,12 +304,12 @@ def few_step_many() -> str:
     return table(["Fréchet distance of 10,000 samples", "", "accuracy", "training, CPU s"], rows)
 
 
-def few_step_guided() -> str:
+def few_step_guided(part: str) -> str:
     """A flow map's guidance as an input and by classifier-free guidance, by number of steps; intervals as below."""
     from benchmarks.results import student_interval
 
     cells, rows = load("few-step")["cells"], []
-    two, one = (cells[f"guided/{way}"]["values"] for way in ("two-passes", "one-pass"))
+    two, one = (cells[f"{part}/{way}"]["values"] for way in ("two-passes", "one-pass"))
     for k in FEW:
         row = [k]
         for metric, digits in (("accuracy", 3), ("Fréchet", 2)):
@@ -692,8 +715,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "prediction": prediction,
     "dit-blocks": dit_blocks,
     "reflow": reflow,
+    "race": race,
     "few-step-plane": few_step_plane,
-    "few-step-guided": few_step_guided,
+    "few-step-guided": partial(few_step_guided, "guided"),
+    "few-step-guided-fashion": partial(few_step_guided, "guided-fashion"),
     "few-step-digits-10000": few_step_many,
     "guidance": guidance,
     "few-step-digits": partial(few_step_images, "digits", 2),

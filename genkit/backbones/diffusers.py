@@ -30,7 +30,7 @@ from genkit.backbones.diffusers_networks import (
     diffusers_class,
 )
 from genkit.backbones.diffusers_text_to_image import SD3, SDXL, AuraFlow, Chroma, Flux, Lumina2, PixArt, Sana
-from genkit.backbones.embed import EMBEDDERS, Conditioner, TokensEmbed, module_name
+from genkit.backbones.embed import Conditioner, TokensEmbed, embedder_of, module_name
 from genkit.backbones.encoded_text import EncodedText, has_encoded_text
 from genkit.config.numbers import Width
 from genkit.core import NO_COND, SCALE_INPUT, SIZES_INPUT, Backbone, Cond, Spec, Tokens, Vector
@@ -98,7 +98,7 @@ class Diffusers(Backbone):
 
 def token_spec(spec: Spec) -> Spec:
     """The spec with only the conditions that cross-attention sees."""
-    return Spec(spec.shape, {k: v for k, v in spec.cond.items() if EMBEDDERS[type(v)].route == "tokens"})
+    return Spec(spec.shape, {k: v for k, v in spec.cond.items() if embedder_of(v).route == "tokens"})
 
 
 def require_served(model: NetworkConfig, spec: Spec) -> None:

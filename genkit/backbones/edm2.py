@@ -25,7 +25,7 @@ from genkit.backbones.blocks import (
     require_positive,
 )
 from genkit.backbones.dropout import Dropout
-from genkit.backbones.embed import EMBEDDERS, ScalarEmbed, module_name, require_routes
+from genkit.backbones.embed import ScalarEmbed, embedder_of, module_name, require_routes
 from genkit.backbones.presets import EDM2_PRESETS, describe_preset, require_filled
 from genkit.config.names import NameIn
 from genkit.config.numbers import Fraction, Layers, Width
@@ -174,7 +174,7 @@ class ConditionEmbed(nn.Module):
         self.waves = MPFourier(waves)
         self.time = MPLayer(waves, dim)
         self.names = tuple(spec.cond)
-        self.embed = nn.ModuleDict({module_name(n): EMBEDDERS[type(kind)](kind, dim) for n, kind in spec.cond.items()})
+        self.embed = nn.ModuleDict({module_name(n): embedder_of(kind)(kind, dim) for n, kind in spec.cond.items()})
 
     def forward(self, label: Tensor, cond: Cond) -> Float[Tensor, "b d"]:
         emb = self.time(self.waves(label).to(self.time.weight.dtype))

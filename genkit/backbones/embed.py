@@ -1,16 +1,17 @@
 """Embeddings of time, positions and conditions.
 
-A condition takes one of three routes, which follows from its kind (``EMBEDDERS``): summed into the global embedding
+A condition takes one of three routes, which follows from its kind (``embedder_of``): summed into the global embedding
 that scales and shifts every block (Label, Vector, Frames), concatenated to the sample's channels (Image), or a sequence
-for cross-attention (Tokens, Text). Each condition owns a learned null (classifier-free guidance, Ho & Salimans 2022),
-which replaces it if its key is absent, and for each sample with ``cond["keep"]`` or ``cond["keep.NAME"]`` False. The
-choice is made by ``torch.where``, never by a branch on values, so that all its parameters take part in the graph
-whenever the key is there, as ``DistributedDataParallel`` needs."""
+for cross-attention (Tokens, Text; Vector and Frames whose steps are ``tokens``). Each condition owns a learned null
+(classifier-free guidance, Ho & Salimans 2022), which replaces it if its key is absent, and for each sample with
+``cond["keep"]`` or ``cond["keep.NAME"]`` False. The choice is made by ``torch.where``, never by a branch on values, so
+that all its parameters take part in the graph whenever the key is there, as ``DistributedDataParallel`` needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import CONV, Attention, GroupNorm
-from genkit.core import Backbone, Cond, Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
+from genkit.backbones.blocks import Attention
+from genkit.backbones.cameras import CAMERA_ENCODERS
+from genkit.core import Backbone, Cond, Condition, Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
 
 def sinusoid(position: Float[Tensor, "*n"], dim: int, period: float = 10_000.0) -> Float[Tensor, "*n {dim}"]:
@@ -129,6 +131,10 @@ class ScalarEmbed(Embedder):
     Networks are differentiated by such numbers, and the derivative has the rate of the fastest wave as a factor: hence
     not the 1000 rad of :class:`TimeEmbed`. The embedding of 0, and of an absent number, is 0; so is any when
     initialised, so that a network that gets a number starts as it was without.
+
+    The second layer is divided by ``sqrt(dim)``: a step of Adam moves all its ``dim`` inputs at once, the same way for
+    every sample with that number. Without this the long jumps of a flow map moved faster than their targets, which are
+    the network's own, and training diverged.
     """
 
     route = "global"
@@ -148,7 +154,7 @@ class ScalarEmbed(Embedder):
     def forward(self, value: Float[Tensor, " b"], keep: Bool[Tensor, " b"]) -> Tensor:
         angles = value.to(self.rates.dtype)[:, None] * self.rates
         waves = torch.cat([1 - angles.cos(), angles.sin()], 1).to(self.layer1.dtype)
-        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2)
+        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2 / len(self.layer2) ** 0.5)
 
 
 def scalar_keys(net: nn.Module) -> set[str]:
@@ -237,36 +243,72 @@ class TextEmbed(Embedder):
 
 
 class FramesEmbed(Embedder):
-    """Pictures ``[B, To, C, H, W] -> [B, dim]``: a small convolutional network, trained with the network.
-
-    Each frame is halved by convolutions (with GroupNorm, which averaged weights need: Chi et al. 2023, section 3.2) to
-    a map of shorter side 8. A linear layer reads the whole map, so positions are kept; then the frames are combined.
-    With maps of side 4, or without GroupNorm, it took longer to start learning."""
+    """Pictures ``[B, To, C, H, W] -> [B, dim]``: one encoder a camera, the same at all steps, trained with the network
+    (:mod:`genkit.backbones.cameras`); then the steps and cameras are combined."""
 
     route = "global"
-    WIDTHS, SMALLEST = (16, 32, 64, 64), 8
 
     def __init__(self, kind: Frames, dim: int):
         super().__init__(kind, dim)
-        to, inp, *size = kind.shape
-        layers: list[nn.Module] = []
-        for width in self.WIDTHS:
-            if layers and min(size) <= self.SMALLEST:
-                break
-            layers += [CONV[2](inp, width, 3, stride=2, padding=1), GroupNorm(width), nn.SiLU()]
-            inp, size = width, [-(-n // 2) for n in size]
-        if max(size) > 4 * self.SMALLEST:
-            h, w = kind.shape[2:]
-            largest = self.SMALLEST * 2 ** len(self.WIDTHS)
-            raise ValueError(f"frames: given pictures of {h}x{w}, too large or too long for this encoder; make them "
-                             f"{largest}x{largest} or less")  # fmt: skip
-        self.see = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inp * math.prod(size), dim))
-        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(to * dim, dim))
+        self.num_steps, self.crop = kind.shape[0], kind.crop
+        self.channels = list(kind.cameras or kind.shape[1:2])
+        h, w = kind.cropped[2:]
+        make = CAMERA_ENCODERS[kind.encoder or "cnn"]
+        cameras = [make(channels, (h, w), dim) for channels in self.channels]
+        self.see = cameras[0] if len(cameras) == 1 else nn.ModuleList(cameras)
+        self.add_layers(dim)
+
+    def add_layers(self, dim: int) -> None:
+        """The layers after the encoders."""
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(self.num_steps * len(self.channels) * dim, dim))
+
+    def features(self, value: Tensor) -> Float[Tensor, "b n d"]:
+        """The features of each camera at each step, ``[B, To * cameras, dim]``."""
+        if self.crop and value.shape[-2:] != self.crop:
+            top, left = ((n - k) // 2 for n, k in zip(value.shape[-2:], self.crop, strict=True))
+            value = value[..., top : top + self.crop[0], left : left + self.crop[1]]
+        x = value.to(self.null.dtype) / 127.5 - 1
+        cameras = self.see if isinstance(self.see, nn.ModuleList) else [self.see]
+        parts = zip(cameras, x.flatten(0, 1).split(self.channels, 1), strict=True)
+        return torch.stack([see(part) for see, part in parts], 1).unflatten(0, value.shape[:2]).flatten(1, 2)
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
-        x = value.to(self.null.dtype) / 127.5 - 1
-        features = self.see(x.flatten(0, 1)).unflatten(0, value.shape[:2])
-        return torch.where(keep[:, None], self.layers(features.flatten(1)), self.null)
+        return torch.where(keep[:, None], self.layers(self.features(value).flatten(1)), self.null)
+
+
+class FrameTokens(FramesEmbed):
+    """Pictures ``[B, To, C, H, W] -> [B, 1 + To * cameras, dim]``, the learned null first: a token for each camera at
+    each step, with a learned position."""
+
+    route = "tokens"
+
+    def add_layers(self, dim: int) -> None:
+        self.place = nn.Parameter(torch.randn(self.num_steps * len(self.channels), dim) / dim**0.5)
+
+    def token_mask(self, value: Tensor) -> Bool[Tensor, "b l"]:
+        return torch.ones(len(value), len(self.place), dtype=torch.bool, device=value.device)
+
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        tokens = self.features(value) + self.place
+        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+
+
+class VectorTokens(VectorEmbed):
+    """Numbers ``[B, L, D] -> [B, 1 + L, dim]``, the learned null first: a token for each row, scaled and embedded as in
+    :class:`VectorEmbed`, with a learned position."""
+
+    route = "tokens"
+
+    def __init__(self, kind: Vector, dim: int):
+        if len(kind.shape) != 2:
+            raise ValueError(f"vector: given shape {kind.shape}; tokens need (steps, numbers)")
+        super().__init__(replace(kind, shape=kind.shape[1:]), dim)
+        self.place = nn.Parameter(torch.randn(kind.shape[0], dim) / dim**0.5)
+
+    def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        value = ((value - self.shift) / self.scale).clamp(-self.limit, self.limit)
+        tokens = self.layers(value.to(self.null.dtype)) + self.place
+        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
 
 EMBEDDERS: dict[type, type[Embedder]] = {
@@ -278,6 +320,12 @@ EMBEDDERS: dict[type, type[Embedder]] = {
     Frames: FramesEmbed,
     Scalar: ScalarEmbed,
 }
+TOKEN_EMBEDDERS: dict[type, type[Embedder]] = {Vector: VectorTokens, Frames: FrameTokens}  # of those with ``tokens``
+
+
+def embedder_of(kind: Condition) -> type[Embedder]:
+    """The embedder of a condition, by its kind, and by whether its steps are tokens."""
+    return (TOKEN_EMBEDDERS if getattr(kind, "tokens", False) else EMBEDDERS)[type(kind)]
 
 
 # ------------------------------------------------------------------------------------------------ all conditions
@@ -321,7 +369,7 @@ class Conditioner(nn.Module):
         self.names: dict[str, list[str]] = {"global": [], "channels": [], "tokens": []}
         self.embed = nn.ModuleDict()
         for name, kind in spec.cond.items():
-            embedder = EMBEDDERS[type(kind)]
+            embedder = embedder_of(kind)
             self.names[embedder.route].append(name)
             is_early = self.early and embedder.route == "global"
             self.embed[module_name(name)] = embedder(kind, 2 * waves if is_early else dim)
@@ -384,7 +432,7 @@ def module_name(name: str) -> str:
 def require_routes(backbone: Backbone, spec: Spec, hint: str) -> None:
     """``ValueError`` if ``spec`` has a condition that ``backbone`` has no route for; ``hint`` says what to try."""
     for name, kind in spec.cond.items():
-        if EMBEDDERS[type(kind)].route not in backbone.routes:
+        if embedder_of(kind).route not in backbone.routes:
             of_data = {k: e for k, e in EMBEDDERS.items() if k is not Scalar}
             allowed = ", ".join(k.__name__ for k, e in of_data.items() if e.route in backbone.routes)
             raise ValueError(

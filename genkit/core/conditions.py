@@ -79,7 +79,8 @@ class Vector:
     (None: not clamped); ``shift`` and ``scale`` have one number per entry of the last axis, () meaning unchanged. They
     are stored here so that they travel with the model. ``entries`` names what the last axis is composed of, in this
     order, () if it is one thing: the entries of an observation that is a dictionary. A frozen text ``encoder`` computes
-    a pooled state together with the tokens of a text.
+    a pooled state together with the tokens of a text. With ``tokens`` each row of the first axis (an observed step) is
+    a token for cross-attention.
     """
 
     shape: tuple[int, ...]
@@ -88,6 +89,7 @@ class Vector:
     limit: float | None = None
     entries: tuple[str, ...] = ()
     encoder: str = ""
+    tokens: bool = False
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
@@ -158,14 +160,28 @@ class Text:
 class Frames:
     """Recent camera images, the newest last: ``cond[name]`` is uint8 ``[B, *shape]``, shape = (To, C, H, W).
 
-    Their size is independent of the sample's; an encoder that is trained with the model embeds them.
+    Their size is independent of the sample's; an encoder that is trained with the model embeds them. ``cameras`` are
+    the numbers of channels of several cameras, each with an encoder of its own; () is one camera. ``crop`` (h, w) is
+    the part that networks see: the centre, unless the images are cropped already, at a random place in training. With
+    ``tokens`` each image is a token for cross-attention.
     """
 
     shape: tuple[int, ...]
+    cameras: tuple[int, ...] = ()
+    crop: tuple[int, ...] = ()
+    encoder: str = ""
+    """of each camera, by its name in ``CAMERA_ENCODERS``; "" is cnn"""
+    tokens: bool = False
+
+    @property
+    def cropped(self) -> tuple[int, ...]:
+        """The shape of what networks see."""
+        return (*self.shape[:2], *(self.crop or self.shape[2:]))
 
     def check(self, name: str, value: Tensor, batch: int) -> None:
         """``ValueError`` unless ``value`` is valid for ``batch`` samples."""
-        if value.shape != (batch, *self.shape) or value.dtype != torch.uint8:
+        shapes = [(batch, *shape) for shape in (self.shape, self.cropped)]
+        if value.shape not in shapes or value.dtype != torch.uint8:
             given = f"{tuple(value.shape)} of {value.dtype}"
             raise ValueError(f"cond[{name!r}]: given {given}; needs {(batch, *self.shape)} of torch.uint8")
 
@@ -186,7 +202,8 @@ class Scalar:
 
 
 NEWER_FIELDS: Mapping[type, tuple[str, ...]] = {  # omitted if empty, as in specs written before they existed
-    Vector: ("entries", "encoder"),
+    Vector: ("entries", "encoder", "tokens"),
+    Frames: ("cameras", "crop", "encoder", "tokens"),
     Tokens: ("padding",),
     Label: ("empty",),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -219,10 +220,11 @@ class Objective(ABC):
     def setup(self, spec: Spec) -> None:  # noqa: B027  # most need nothing
         """Called before training. ``ValueError`` if something that only training needs, such as a file, is missing."""
 
-    def decide(self, data_std: Callable[[], float]) -> Objective:
+    def decide(self, data_std: Callable[[], float], data_radius: Callable[[], float] = lambda: math.inf) -> Objective:
         """This objective with its ``open_settings`` decided, when a run begins.
 
-        ``data_std()`` measures the standard deviation of the training data in the model's units.
+        ``data_std()`` measures the standard deviation of the training data in the model's units, ``data_radius()`` the
+        largest root mean square of one sample (infinite: not known).
         """
         return self
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
 from genkit.data.demonstrations.four_ways import FourWays
+from genkit.data.demonstrations.lerobot import LeRobot
+from genkit.data.demonstrations.minari import Minari
 from genkit.data.demonstrations.push_t import Pusht
 from genkit.data.demonstrations.replay import Replay
+from genkit.data.demonstrations.robomimic import Robomimic
 from genkit.data.images import OnDisk
 from genkit.data.in_memory import InMemory
 from genkit.data.latents import InLatents, Latents
@@ -45,6 +47,7 @@ DATA: dict[str, type[DataSource]] = {
     "pusht": Pusht,
     "minari": Minari,
     "lerobot": LeRobot,
+    "robomimic": Robomimic,
 }
 
 

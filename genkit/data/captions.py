@@ -89,15 +89,25 @@ def load_captions(
         # one template for each class, in turn
         num, classes = len(captions), min(len(unique) // len(captions), NUM_EXAMPLES)
         examples = [unique[c * num + c % num].text for c in range(classes)]
-    texts = [caption.text for caption in unique]
+    table, kinds = caption_table(unique, length, encoder, examples)
+    return Captions(rows, table), kinds
+
+
+def caption_table(
+    captions: Sequence[Caption], length: int, encoder: str | None, examples: Sequence[str]
+) -> tuple[TextTable, Mapping[str, Condition]]:
+    """Captions as a model sees them, one a row, and their kinds of condition, which store some ``examples``.
+
+    Without ``encoder`` they are bytes, at most ``length`` each; with one they are its states, the empty text's last.
+    """
+    texts = [caption.text for caption in captions]
     if encoder is None:
-        for caption in unique:
+        for caption in captions:
             if (size := len(caption.text.encode())) > length:
                 raise ValueError(f"{caption.location}: this caption has {size} bytes; --data.text-length is {length}")
-        table = TextsInMemory({"text": text.to_bytes(texts, length)})
-        return Captions(rows, table), {"text": Text(length, tuple(examples))}
+        return TextsInMemory({"text": text.to_bytes(texts, length)}), {"text": Text(length, tuple(examples))}
     frozen = text.open_encoder(encoder)
-    return Captions(rows, text.open_states(frozen, [*texts, ""])), frozen.kinds(tuple(examples))
+    return text.open_states(frozen, [*texts, ""]), frozen.kinds(tuple(examples))
 
 
 def are_sentences(captions: Sequence[str]) -> bool:

@@ -129,8 +129,8 @@ class Actions(Affine):
     """Action chunks ``[B, A, T]``, scaled by a range, or by mean and standard deviation.
 
     ``reference`` are the columns of the newest observation that the A dimensions are relative to (a target position,
-    relative to the hand); () if actions are absolute. ``decode`` gives relative actions, :meth:`to_absolute` adds the
-    reference.
+    relative to the hand), -1 for one that is absolute (a gripper); () if all are. ``decode`` gives relative actions,
+    :meth:`to_absolute` adds the reference.
     """
 
     shift: tuple[float, ...]
@@ -152,7 +152,8 @@ class Actions(Affine):
 
     def reference_of(self, obs: Tensor) -> Tensor:
         """What actions are relative to, ``[B, A, 1]``, in observations ``[B, To, Do]``."""
-        return obs[:, -1, [int(i) for i in self.reference], None]
+        columns = torch.tensor([int(i) for i in self.reference], device=obs.device)
+        return (obs[:, -1, columns.clamp(min=0)] * (columns >= 0))[:, :, None]
 
 
 @dataclass(frozen=True)

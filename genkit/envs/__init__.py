@@ -98,7 +98,9 @@ def make(name: str, num: int, *, max_steps: int | None = None, entries: Sequence
     if name in ENVS:
         if arguments:
             raise ValueError(f"env_args: {name} takes none, given {', '.join(arguments)}; leave them out")
-        return load_object(ENVS[name])(num, **limit)
+        kind = load_object(ENVS[name])
+        chosen = {"entries": entries} if entries and hasattr(kind, "ENTRIES") else {}
+        return kind(num, **limit, **chosen)
     if not name:
         raise ValueError(f"env: not given, and the run's data name none; allowed: {', '.join(ENVS)}, a gymnasium id")
     close = difflib.get_close_matches(name, ENVS, 1)

@@ -10,7 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -265,16 +265,40 @@ def keypoints(pose: np.ndarray) -> np.ndarray:
 
 class PushT(Gym):
     """``gym_pusht/PushT-v0`` with the observations of the demonstrations: nine corners of the T, then the hand, in
-    pixels of 512."""
+    pixels of 512. With ``entries``, names of arrays of the demonstrations, only these."""
 
-    def __init__(self, num: int, max_steps: int = 300):
+    ENTRIES: ClassVar[Mapping[str, slice]] = {"keypoint": slice(0, 18), "state[0:2]": slice(18, 20)}
+
+    def __init__(self, num: int, max_steps: int = 300, entries: Sequence[str] = ()):
+        known = bool(entries) and set(entries) <= self.ENTRIES.keys()
+        self.columns = np.concatenate([np.arange(20)[self.ENTRIES[e]] for e in (entries if known else self.ENTRIES)])
         size: dict[str, Any] = {"visualization_width": 256, "visualization_height": 256}
         super().__init__(num, "gym_pusht/PushT-v0", max_steps=max_steps, obs_type="state", **size)
-        self.obs_dim = 20
+        self.obs_dim = len(self.columns)
         self.obs = np.zeros((num, self.obs_dim))
 
     def observe(self, raw: Any) -> np.ndarray:
-        return np.concatenate([keypoints(np.asarray(raw)[2:]).reshape(-1), np.asarray(raw)[:2]])
+        return np.concatenate([keypoints(np.asarray(raw)[2:]).reshape(-1), np.asarray(raw)[:2]])[self.columns]
+
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """Images of all rows now, uint8 ``[N, 3, *size]``, as gym-pusht's observations: without the target of the
+        hand, which its films show."""
+        h, w = size
+        envs = [env.unwrapped for env in self.envs]
+        images = [env._get_img(env._draw(), width=w, height=h, render_action=False) for env in envs]
+        return np.stack(images).transpose(0, 3, 1, 2)
+
+    def draw_states(self, states: np.ndarray, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """The image uint8 ``[3, *size]`` of each of ``states`` ``[N, 5]`` (hand x, y; T x, y, angle), by the first
+        row, which must have been reset."""
+        env = self.envs[0].unwrapped
+        for state in states:
+            env.agent.position = [float(v) for v in state[:2]]
+            env.block.angle = float(state[4])  # before the position, as in set_state
+            env.block.position = [float(v) for v in state[2:4]]
+            for body in (env.agent, env.block):
+                env.space.reindex_shapes_for_body(body)
+            yield self.pixels(size)[0]
 
     def set_state(self, row: int, state: np.ndarray) -> np.ndarray:
         """Set a row to (hand x, y; T x, y, angle), to replay a demonstration; the observations of all rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genkit.evaluation.cards import Card, compare, find_card
-from genkit.evaluation.evaluations import EvaluationSettings, evaluate
+from genkit.evaluation.evaluations import EvaluationSettings, evaluate, evaluate_all
 from genkit.evaluation.evaluator import FEATURES, Evaluator, find_metrics
 from genkit.evaluation.likelihoods import LikelihoodResult, LikelihoodSettings, likelihood
 from genkit.evaluation.measurement import Measurement, measure
@@ -47,6 +47,7 @@ __all__ = [
     "SweepSettings",
     "compare",
     "evaluate",
+    "evaluate_all",
     "find_card",
     "find_metrics",
     "likelihood",

@@ -7,6 +7,7 @@ card.save()
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from annotated_types import Ge
 
 from genkit import config
-from genkit.config import narrow, table
+from genkit.config import ConfigError, narrow, table
+from genkit.config.blocks import suggest
 from genkit.config.names import NameIn
 from genkit.config.paths import PathText
 from genkit.core import Spec
@@ -26,7 +28,9 @@ from genkit.core.links import follow_links
 from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
-from genkit.evaluation.evaluator import Evaluator, Reference, find_metrics, is_image
+from genkit.evaluation.evaluator import FEATURES, Evaluator, Reference, find_metrics, is_image, measure_together
+from genkit.evaluation.metrics.features import Features
+from genkit.evaluation.named_statistics import find_statistics, save_statistics, statistics_path
 from genkit.evaluation.sources import (
     REFERENCE_SEED,
     SPLITS,
@@ -63,12 +67,16 @@ class EvaluationSettings(Sampling, LoadOptions):
     """Number of samples; None: all stored ones; of a run 10000 images (500 on a CPU if they are larger than 32x32) or
     2000 vectors."""
     reference: PathText | None = None
-    """train or test of the run's own data, any data source, another run, or an .npz of mu and sigma; None: train."""
+    """train or test of the run's own data, any data source, another run, an .npz of mu and sigma, or such statistics by
+    name: stats:NAME, clean-fid:cifar10-train-32; None: train."""
     reference_n: Annotated[int, Ge(2)] | None = None
     """Number of reference samples; None: all images; as many vectors as are measured, but at least 2000; of another
     run as many as are measured."""
     features: Any = table("genkit.evaluation:FEATURES", "auto", kind="genkit.evaluation.metrics.features:Features")
     """Feature space of distances. auto: classifier for small grey images, inception for others, raw for vectors."""
+    further_features: tuple[str, ...] = ()
+    """Further feature spaces, measured in the same pass over the samples, each with the metrics that suit it and a card
+    of its own: NAME, or NAME=WEIGHTS with the folder or file of its weights, say dinov2 clip=DIR inception-spatial."""
     resize: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] | None = None
     """Short for --features.resize: how images are resized for Inception."""
     weights: PathText | None = None
@@ -78,7 +86,7 @@ class EvaluationSettings(Sampling, LoadOptions):
     data: Any = table("genkit.evaluation:DATA_OPTIONS", "default")
     """Where named data sets are stored, and how images are read."""
     save_stats: PathText | None = None
-    """Write mu and sigma of the samples' features to this .npz, to be used as a reference later."""
+    """Write mu and sigma of the samples' features to this .npz, or keep them as stats:NAME, to be a reference later."""
 
 
 def evaluate(
@@ -89,6 +97,20 @@ def evaluate(
     **changes: Any,
 ) -> Card:
     """Measure samples against a reference and return the card; nothing is printed, and the card is not saved.
+
+    See :func:`evaluate_all`, of which it returns the first card.
+    """
+    return evaluate_all(source, settings, progress=progress, **changes)[0]
+
+
+def evaluate_all(
+    source: str | Path | Run | SampleSource,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> list[Card]:
+    """Measure samples against a reference in one feature space, and in each of ``further_features``: a card for each.
 
     ``source`` is a run or its directory, the path or name of stored samples (``cifar10:test``), or a
     :class:`~genkit.evaluation.sources.SampleSource`. Settings are a dataclass, keywords that change it, or both:
@@ -101,29 +123,31 @@ def evaluate(
         settings = config.override(settings, **changes)
     accelerator = join_ranks(pick_device(settings.device))
     ranks = Ranks.of(accelerator)
-    if settings.save_stats and not settings.save_stats.endswith(".npz"):
-        raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz")
-    if settings.save_stats:
-        refuse_foreign(settings.save_stats)
+    stored = statistics_path(settings.save_stats) if settings.save_stats else None
+    if stored and stored.suffix != ".npz":
+        raise ValueError(f"save_stats: given {settings.save_stats}; needs a name that ends in .npz, or stats:NAME")
+    if stored:
+        refuse_foreign(stored)
     metrics = None if settings.metrics is None else find_metrics(settings.metrics)
     with accelerator.main_process_first():
         samples = open_samples(source, settings, accelerator.device)
         reference = open_reference(
-            settings.reference, samples, settings.data, narrow(settings, Sampling), accelerator.device
-        )
+            settings.reference, samples, settings.data, narrow(settings, Sampling), accelerator.device,
+            settings.resize or getattr(settings.features, "resize", "clean"),
+        )  # fmt: skip
     if metrics is None and reference is None and settings.save_stats:
         metrics = {}
     n = settings.n or samples.limit or default_n(samples.spec, accelerator.device)
     if samples.limit is not None and n > samples.limit:
         raise ValueError(f"n: given {n}, but {samples.name} has {samples.limit} samples; take --n {samples.limit}")
+    further = [parse_features(text) for text in settings.further_features]
+    if further and isinstance(reference, Path):
+        raise ValueError(f"further_features: {reference} has statistics of one kind of features only; take samples")
     with reporting(progress, ranks.is_main) as report, use_threads(run_threads(samples)):
-        evaluator = Evaluator.create(
+        create = functools.partial(
+            Evaluator.create,
             samples,
             reference,
-            metrics,
-            settings.features,
-            resize=settings.resize,
-            weights=settings.weights,
             settings=settings.metric_settings,
             n=n,
             reference_n=settings.reference_n or default_reference_n(samples.spec, n, reference),
@@ -132,13 +156,30 @@ def evaluate(
             ranks=ranks,
             progress=report,
         )
-        measurement = evaluator.measure(samples, n, report)
-        card = ranks.once(evaluator.make_card, samples, n, measurement)
-    if settings.save_stats and ranks.is_main:
-        path = Path(settings.save_stats).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        measurement.statistics.moments.save(path)
-    return card
+        chosen = settings.features
+        evaluators = [create(metrics, chosen, resize=settings.resize, weights=settings.weights)]
+        evaluators += [create(None, features) for features in further]
+        if n < 2:
+            raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
+        measurements = measure_together(evaluators, samples, n, report)
+        pairs = zip(evaluators, measurements, strict=True)
+        made = [ranks.once(evaluator.make_card, samples, n, measurement) for evaluator, measurement in pairs]
+    if stored and ranks.is_main:
+        save_statistics(measurements[0].statistics.moments, evaluators[0].extractor.settings, stored)
+    return made
+
+
+def parse_features(text: str) -> Features:
+    """The features that ``NAME`` or ``NAME=WEIGHTS`` describes. ``ValueError`` for an unknown name, or weights that the
+    features do not have."""
+    name, equals, weights = text.partition("=")
+    if name not in FEATURES:
+        raise ValueError(f"further_features: given {text}; allowed: {', '.join(FEATURES)}{suggest(name, FEATURES)}")
+    kind = FEATURES[name]
+    try:
+        return config.from_dict(kind, {"weights": weights} if equals else {})
+    except ConfigError as e:
+        raise ValueError(f"further_features: given {text}: {e}") from None
 
 
 def default_n(spec: Spec, device: torch.device) -> int:
@@ -209,7 +250,12 @@ def require_defaults(settings: EvaluationSettings, base: type, samples: str) -> 
 
 
 def open_reference(
-    name: str | None, samples: SampleSource, options: DataOptions, sampling: Sampling, device: torch.device
+    name: str | None,
+    samples: SampleSource,
+    options: DataOptions,
+    sampling: Sampling,
+    device: torch.device,
+    resize: str = "clean",
 ) -> Reference | None:
     """The reference that ``name`` names; without a name the training split of a run's own data, else None.
 
@@ -223,6 +269,8 @@ def open_reference(
         return None
     if name in SPLITS:
         raise ValueError(f"reference: given {name}, a split of a run's data, but {samples.name} is not a run")
+    if named := find_statistics(name, resize):
+        return named
     path = Path(name).expanduser()
     if is_run(path):
         return open_reference_run(path, sampling, device)

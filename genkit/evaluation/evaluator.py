@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from genkit.core.progress import Progress, silent
 from genkit.core.tensors import cache_folder, sha256
 from genkit.evaluation import cards
 from genkit.evaluation.classes import TOLERANCE, describe_classes, need_proportions, shares_distance
-from genkit.evaluation.measurement import Measurement, measure, measure_reference, require_logits
+from genkit.evaluation.measurement import Measurement, Space, measure_reference, measure_spaces, require_logits
+from genkit.evaluation.metrics import FEATURES as EXTRACTORS
 from genkit.evaluation.metrics import METRICS, Estimate, Metric, MetricSettings, Moments, SampleStatistics
-from genkit.evaluation.metrics.features import FEATURES as EXTRACTORS
 from genkit.evaluation.metrics.features import Extractor, Features
+from genkit.evaluation.metrics.spatial import share_networks
+from genkit.evaluation.named_statistics import require_same_features
 from genkit.evaluation.shift import SHIFT_SAMPLES, measure_shift
 from genkit.evaluation.sources import (
     DatasetSamples,
@@ -39,6 +41,7 @@ from genkit.evaluation.sources import (
 from genkit.evaluation.trained_features import trained_features
 from genkit.training.ranks import SINGLE, Ranks
 
+OWN_METRICS = {"clip": "cmmd", "inception-spatial": "fid"}  # of features that are known for one metric: CMMD, sFID
 SMALL = range(8, 33)  # sides of images for which a classifier trained on them tells more than Inception
 Reference = SampleSource | Path
 """Stored samples, samples of another run, or an npz of statistics (mu, sigma)."""
@@ -81,6 +84,8 @@ def default_metrics(spec: Spec, features: str, labelled: bool) -> str:
     """The names of the metrics that suit samples of this shape, separated by commas."""
     if not is_image(spec):
         return "w2,sliced_w2,mmd"
+    if features in OWN_METRICS:
+        return OWN_METRICS[features]
     return "fid,kid,prdc,accuracy" if features == "classifier" and labelled else "fid,kid,prdc"
 
 
@@ -212,17 +217,13 @@ class Evaluator:
         """Measure ``n`` samples, on all ranks together. A killed process loses about half a minute of work."""
         if n < 2:
             raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
-        self.match_classes(samples)
-        return measure(
-            samples,
-            self.extractor,
-            n,
-            keep=self.keep.union(*(metric.required_tensors for metric in self.metrics.values())),
-            batch=self.batch,
-            ranks=self.ranks,
-            partial=cache_folder() / "partial",
-            progress=progress,
-        )
+        return measure_together([self], samples, n, progress)[0]
+
+    @property
+    def space(self) -> Space:
+        """The features that are measured, with the tensors that are kept of them."""
+        keep = self.keep.union(*(metric.required_tensors for metric in self.metrics.values()))
+        return Space(self.extractor, keep)
 
     def match_classes(self, samples: SampleSource) -> str | None:
         """Give samples of a model the classes of the reference, if it has the same ones in unequal proportions.
@@ -311,6 +312,25 @@ class Evaluator:
                 observed["precision_shift"] = measure_shift(samples, min(n, SHIFT_SAMPLES))
         settings = {**self.card_settings(samples, n), **observed}
         return cards.Card(estimates, settings, self.card_path(samples, n))
+
+
+def measure_together(
+    evaluators: Sequence[Evaluator], samples: SampleSource, n: int, progress: Progress = silent
+) -> list[Measurement]:
+    """Measure ``n`` samples in the features of several evaluators, from one pass over the samples, on all ranks
+    together. Features that need the same network share it."""
+    for evaluator in evaluators:
+        evaluator.match_classes(samples)
+    share_networks([evaluator.extractor for evaluator in evaluators])
+    return measure_spaces(
+        samples,
+        [evaluator.space for evaluator in evaluators],
+        n,
+        batch=evaluators[0].batch,
+        ranks=evaluators[0].ranks,
+        partial=cache_folder() / "partial",
+        progress=progress,
+    )
 
 
 def compressed_base(samples: SampleSource) -> dict[str, list[str]]:
@@ -408,6 +428,7 @@ def load_statistics(path: Path, extractor: Extractor) -> tuple[SampleStatistics,
         name = extractor.settings.get("name", "these")
         raise ValueError(f"reference: {path} has statistics of {moments.dim} features; {name} features have "
                          f"{extractor.dim}")  # fmt: skip
+    require_same_features(path, extractor.settings)
     return SampleStatistics(moments), {"stats": str(path), "sha256": sha256(path), "n": moments.n}
 
 

@@ -7,7 +7,7 @@ the features are kept, unless a metric needs the features themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from genkit.core.tensors import cache_folder
 from genkit.evaluation.cards import hash_json
 from genkit.evaluation.metrics import Moments, SampleStatistics
 from genkit.evaluation.metrics.features import Extraction, Extractor
-from genkit.evaluation.sources import DatasetSamples, SampleSource, split_into_blocks
+from genkit.evaluation.sources import DatasetSamples, SampleRows, SampleSource, split_into_blocks
 from genkit.training.ranks import SINGLE, Ranks
 
 TENSORS = ("features", "logits", "labels")
@@ -42,27 +42,60 @@ class Shard:
     seconds: float = 0.0
     draw_cpu_seconds: float = 0.0
 
-    def save(self, path: Path) -> None:
-        """Write an npz, atomically."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, for an npz."""
         assert self.moments is not None
         arrays = {"mean": self.moments.mean, "scatter": self.moments.scatter}
         arrays |= {name: torch.cat(parts) for name, parts in self.tensors.items() if parts}
         counts = [self.moments.n, self.blocks, self.evaluations, self.passes, self.seconds]
         counts.append(self.draw_cpu_seconds)
-        save_npz(path, {"counts": np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()}})
+        return {"counts": np.array(counts, np.float64), **{k: v.cpu().numpy() for k, v in arrays.items()}}
+
+    def save(self, path: Path) -> None:
+        """Write an npz, atomically."""
+        save_shards(path, [self])
 
     @classmethod
     def load(cls, path: Path) -> Shard:
         """What :meth:`save` wrote; an empty shard if the file is missing or damaged."""
-        try:
-            with open_npz(path) as file:
-                arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-            n, blocks, evaluations, passes, seconds, draw = arrays["counts"].tolist()
-            moments = Moments(int(n), arrays["mean"], arrays["scatter"])
-        except Exception:  # missing, or cut off: the work is done again
-            return cls()
+        return load_shards(path, 1)[0]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor]) -> Shard:
+        """What :meth:`arrays` gave. ``KeyError`` or ``ValueError`` if something is missing."""
+        n, blocks, evaluations, passes, seconds, draw = arrays["counts"].tolist()
+        moments = Moments(int(n), arrays["mean"], arrays["scatter"])
         tensors = {name: [arrays[name]] if name in arrays else [] for name in TENSORS}
         return cls(moments, tensors, int(blocks), evaluations, passes, seconds, draw)
+
+
+def save_shards(path: Path, shards: Sequence[Shard]) -> None:
+    """Write shards of the same samples in several features to one npz, atomically; the first has plain names."""
+    save_npz(path, {f"{i}." * (i > 0) + k: v for i, shard in enumerate(shards) for k, v in shard.arrays().items()})
+
+
+def load_shards(path: Path, count: int) -> list[Shard]:
+    """What :func:`save_shards` wrote; empty shards if the file is missing or damaged: the work is done again."""
+    try:
+        with open_npz(path) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+        shards = []
+        for i in range(count):
+            prefix = f"{i}." * (i > 0)
+            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            shards.append(Shard.of(own))
+        return shards
+    except Exception:
+        return [Shard() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A feature space that samples are measured in."""
+
+    extractor: Extractor
+    keep: frozenset[str] = frozenset()
+    """of features, logits and labels, the tensors whose rows are kept"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +129,26 @@ def measure(
 ) -> Measurement:
     """The moments of the features of ``n`` samples and, of ``keep`` (features, logits, labels), the rows themselves.
 
+    See :func:`measure_spaces`.
+    """
+    spaces = [Space(extractor, keep)]
+    options: dict[str, Any] = {"batch": batch, "ranks": ranks, "partial": partial, "progress": progress, "task": task}
+    return measure_spaces(samples, spaces, n, **options)[0]
+
+
+def measure_spaces(
+    samples: SampleSource,
+    spaces: Sequence[Space],
+    n: int,
+    *,
+    batch: int = 64,
+    ranks: Ranks = SINGLE,
+    partial: Path | None = None,
+    progress: Progress = silent,
+    task: str = "samples",
+) -> list[Measurement]:
+    """The statistics of ``n`` samples in each of several feature spaces, from one pass over the samples.
+
     The ranks share the work, and each gets the statistics of all samples. ``partial`` is a folder for intermediate
     results: a killed measurement continues from there if it is repeated with the same settings. ``ValueError`` on all
     ranks if one of them fails, or if there are fewer than ``n`` samples.
@@ -105,10 +158,14 @@ def measure(
     blocks = split_into_blocks(n, batch)
     path = None
     if partial is not None:
-        settings = {"samples": samples.identity(), "features": dict(extractor.settings), "n": n,
-                    "block": len(blocks[0]), "keep": sorted(keep), "world": ranks.world}  # fmt: skip
+        first, *further = spaces
+        settings = {"samples": samples.identity(), "features": dict(first.extractor.settings), "n": n,
+                    "block": len(blocks[0]), "keep": sorted(first.keep), "world": ranks.world}  # fmt: skip
+        if further:
+            settings["further"] = [(dict(space.extractor.settings), sorted(space.keep)) for space in further]
         path = partial / f"{hash_json(settings)[:24]}-{ranks.rank}.npz"
-    shard = Shard.load(path) if path else Shard()
+    shards = load_shards(path, len(spaces)) if path else [Shard() for _ in spaces]
+    shard = shards[0]
     start, saved, error = time.perf_counter() - shard.seconds, time.perf_counter(), None
     own_blocks = blocks[ranks.rank :: ranks.world]
     turns = -(-len(blocks) // ranks.world)
@@ -117,12 +174,13 @@ def measure(
     for turn in range(shard.blocks if ranks.world == 1 else 0, turns):
         try:
             if error is None and shard.blocks <= turn < len(own_blocks):
-                add_block(shard, samples, extractor, own_blocks[turn], n, keep)
+                add_block(shards, samples, spaces, own_blocks[turn], n)
                 progress(task, min(n, (turn + 1) * ranks.world * len(blocks[0])), n)
                 now = time.perf_counter()
-                shard.seconds = now - start
+                for part in shards:
+                    part.seconds = now - start
                 if path and now - saved >= SAVE_SECONDS:
-                    shard.save(path)
+                    save_shards(path, shards)
                     saved = time.perf_counter() + 20 * (time.perf_counter() - now)  # at most a twentieth of the time
         except (ValueError, OSError) as e:
             error = e
@@ -130,22 +188,29 @@ def measure(
             ranks.raise_together(error)
     # a rank may be killed while others still gather, so its share is kept until all have it
     if path and ranks.world > 1 and shard.moments is not None:
-        shard.save(path)
-    if shard.moments is not None:
-        shard.moments = shard.moments.to("cpu")
-    measurement = merge_shards(ranks.gather(shard), blocks, n, extractor)
+        save_shards(path, shards)
+    measurements = []
+    for part, space in zip(shards, spaces, strict=True):
+        if part.moments is not None:
+            part.moments = part.moments.to("cpu")
+        measurements.append(merge_shards(ranks.gather(part), blocks, n, space.extractor))
     if path:
         path.unlink(missing_ok=True)
-    return measurement
+    return measurements
 
 
-def add_block(
-    shard: Shard, samples: SampleSource, extractor: Extractor, rows: range, n: int, keep: frozenset[str]
-) -> None:
-    """Draw the samples ``rows`` of ``n``, extract their features and add them to ``shard``."""
+def add_block(shards: Sequence[Shard], samples: SampleSource, spaces: Sequence[Space], rows: range, n: int) -> None:
+    """Draw the samples ``rows`` of ``n``, extract their features in each space and add them to its shard."""
     begun = time.process_time()
     block = samples.rows(rows.start, rows.stop, n)
-    shard.draw_cpu_seconds += time.process_time() - begun
+    seconds = time.process_time() - begun
+    for shard, space in zip(shards, spaces, strict=True):
+        add_features(shard, block, space.extractor, space.keep)
+        shard.draw_cpu_seconds += seconds
+
+
+def add_features(shard: Shard, block: SampleRows, extractor: Extractor, keep: frozenset[str]) -> None:
+    """Extract the features of a block of samples and add them to ``shard``."""
     with torch.no_grad():
         extraction = extractor(block.x)
     moments = shard.moments or Moments.zeros(extraction.features.shape[1])

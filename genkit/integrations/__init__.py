@@ -8,7 +8,7 @@ from __future__ import annotations
 from genkit.integrations.diffusers_export import ToDiffusers
 from genkit.integrations.export import ExportFormat, StandaloneRun
 from genkit.integrations.lora_files import ToLoRA
-from genkit.integrations.policy_export import ToONNX, ToTorchScript
+from genkit.integrations.policy_export import ToONNX, ToTorchExport, ToTorchScript
 
 __all__ = ["FORMATS", "ExportFormat"]
 
@@ -17,5 +17,6 @@ FORMATS: dict[str, type[ExportFormat]] = {
     "run": StandaloneRun,
     "lora": ToLoRA,
     "torchscript": ToTorchScript,
+    "torch.export": ToTorchExport,
     "onnx": ToONNX,
 }

@@ -71,7 +71,7 @@ class ExportSettings:
 
     to: ExportFormat = table("genkit.integrations:FORMATS", "diffusers", kind="genkit.integrations.export:ExportFormat")
     """Format: diffusers, a pipeline; run, a run of the exported weights only; lora, the adapter of a LoRA run;
-    torchscript or onnx, a policy as one graph."""
+    torchscript, torch.export or onnx, a policy as one graph."""
     ema: str | None = None
     """Averaged weights, by decay, or power-WIDTH of a run with --power-ema. None: the slowest average; "none": the raw
     weights."""

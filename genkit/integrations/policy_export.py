@@ -1,4 +1,4 @@
-"""A policy as one graph that needs no genkit: TorchScript or ONNX, with the sampler's steps inside.
+"""A policy as one graph that needs no genkit: TorchScript, torch.export or ONNX, with the sampler's steps inside.
 
 The graph maps standard normals and observations to the actions that are carried out, for one environment. The command
 itself compares it with the policy and refuses to write one that differs.
@@ -7,13 +7,15 @@ itself compares it with the policy and refuses to write one that differs.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +165,40 @@ class ToTorchScript(ToGraph):
 
     def load_graph(self, file: Path, names: Sequence[str]) -> Callable[..., Tensor]:
         return torch.jit.load(file)
+
+
+@dataclass(frozen=True)
+class ToTorchExport(ToGraph):
+    """A policy as an exported program of torch, for ``torch.export.load`` and what compiles such programs.
+
+    ``torch.export`` itself refuses a sampler, which reads its times as numbers; torch converts the traced graph.
+    """
+
+    single_file: ClassVar[str | None] = "policy.pt2"
+
+    def write_graph(self, graph: PolicyGraph, inputs: tuple[Tensor, ...], file: Path) -> None:
+        try:
+            from torch._export.converter import TS2EPConverter  # lazy: slow to import, and not part of torch's API
+        except ImportError:
+            raise ValueError(f"to: torch {torch.__version__} converts no traced graphs; take torchscript") from None
+        traced = torch.jit.trace(graph, inputs, check_trace=False)
+        with quiet("torch._export"):
+            torch.export.save(TS2EPConverter(cast(Any, traced), inputs).convert(), file)
+
+    def load_graph(self, file: Path, names: Sequence[str]) -> Callable[..., Tensor]:
+        return torch.export.load(file).module()
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Nothing but errors from the logger ``name`` in a block: that sizes are fixed is meant."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)

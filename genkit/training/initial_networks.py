@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from genkit.backbones import lora
+from genkit.backbones.cameras import load_camera_weights
 from genkit.backbones.compressed import compress
 from genkit.backbones.diffusers import without_weights
 from genkit.core import Codec, Data, Draw
@@ -44,6 +45,9 @@ def initial_networks(
         nets = {name: net.to(device) for name, net in nets.items()}
     if not resumed:
         set_text_nulls(nets, known_texts(data))
+    weights_file = getattr(settings.data, "camera_weights", None)
+    if weights_file and not settings.init and not resumed:
+        load_camera_weights(nets, weights_file)
     if settings.init and not resumed:
         origin = init_from(
             nets, settings.init, lambda text: notes.append(f"note     {text}"), objective=settings.objective

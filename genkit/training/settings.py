@@ -167,7 +167,7 @@ class TrainSettings:
     rollout_max_steps: Count | None = changeable(None)
     """Time limit of an episode of rollouts. None: the environment's."""
     rollout_conditions: tuple[str, ...] = changeable(())
-    """Conditions of a policy in rollouts: skill=2, returns=0.9."""
+    """Conditions of a policy in rollouts: skill=2, returns=0.9, "text=go left"."""
     val_every: Natural = changeable(0)
     """Steps between validations: the loss of held-out samples (the test split), the same ones with the same noise each
     time, for the slowest average and the raw weights. 0: never."""

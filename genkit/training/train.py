@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from genkit import config
 from genkit.backbones.compressed import require_package
 from genkit.config.command import merge_trees
-from genkit.core import Codec, Data, Draw
+from genkit.core import Codec, Data, Draw, mean_flat
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
 from genkit.core.files import sweep, write_text
@@ -336,7 +337,9 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     torch.set_num_threads(threads)
     source = settings.data.with_absolute_root()
     prior = replace(settings.prior, data=settings.prior.data.with_absolute_root())
-    objective = settings.objective if resumed else settings.objective.decide(lambda: encoded_std(data))
+    objective = settings.objective
+    if not resumed:
+        objective = objective.decide(lambda: encoded_std(data), lambda: encoded_radius(data))
     settings = replace(settings, precision=precision, threads=threads, data=source, prior=prior, objective=objective)
     settings = replace(settings, resume=None, dry_run=False, note=None, tags=())  # what to do now, not how it trains
     if resumed:
@@ -347,9 +350,18 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
 
 def encoded_std(data: Data) -> float:
     """The standard deviation of the samples in the model's units, of evenly spaced ones, to four digits."""
+    return float(f"{float(spaced_samples(data).std(correction=0)):.4g}")
+
+
+def encoded_radius(data: Data) -> float:
+    """The largest root mean square of a sample in the model's units, of evenly spaced ones, to four digits."""
+    return float(f"{float(mean_flat(spaced_samples(data).square()).max().sqrt()):.4g}")
+
+
+def spaced_samples(data: Data) -> Tensor:
+    """Evenly spaced samples in the model's units, float64 ``[N, *S]``."""
     rows = torch.linspace(0, len(data) - 1, min(STD_ROWS, len(data))).round().long()
-    x = data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x
-    return float(f"{float(x.double().std(correction=0)):.4g}")
+    return data.codec.encode(data.batch(rows, Draw((0,), 0, len(rows)))).x.double()
 
 
 def open_directory(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from genkit.backbones import BACKBONES, MLP, DiT, UNet
 from genkit.backbones.blocks import GroupNorm, MapAttention, ResBlock, attend, crop_to, group_norm, num_groups, pad_to
 from genkit.backbones.dit import DiTBlock
-from genkit.backbones.embed import EMBEDDERS, TimeEmbed, grid_positions, scalar_keys, sinusoid
+from genkit.backbones.embed import EMBEDDERS, ScalarEmbed, TimeEmbed, grid_positions, scalar_keys, sinusoid
 from genkit.backbones.mlp import MLPBlock
 from genkit.core import Image, Spec, Tokens
 from tests.support import backbones as contract
@@ -267,10 +267,23 @@ def test_the_derivative_by_a_number_is_moderate():
     net = MLP(width=64, depth=1).denoiser(Spec((2,), {"number": KINDS["number"]}))
     embed = net.net.cond.embed["on_number"]
     with torch.no_grad():
-        embed.layer2.normal_(std=64**-0.5)
+        embed.layer2.normal_()
     value, keep = torch.rand(50), torch.ones(50, dtype=torch.bool)
     slope = torch.func.jvp(lambda v: embed(v, keep), (value,), (torch.ones(50),))[1]
     assert 0.3 < float(slope.square().mean().sqrt()) < 8
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_step_of_adam_moves_the_embedding_of_a_number_little(width):
+    """Adam's first step has the size of the rate in every weight, and the same sign where the gradients agree. Not
+    divided, it was 0.13 at a rate of 0.001 and width 256, by which flow maps diverged."""
+    embed = ScalarEmbed(KINDS["number"], width)
+    value, keep = torch.ones(4), torch.ones(4, dtype=torch.bool)
+    optimizer = torch.optim.Adam(embed.parameters(), lr=1e-3)
+    embed(value, keep).sum().backward()
+    optimizer.step()
+    moved = float(embed(value, keep).detach().abs().max())
+    assert 0.001 < moved < 0.015
 
 
 @pytest.mark.parametrize("mask", [False, True])

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from genkit.core.hub import call_hub
-from genkit.data.demonstrations.datasets_hub import lerobot_folder
+from genkit.data.demonstrations.lerobot import lerobot_folder
 from genkit.integrations.diffusers_folder import download
 from genkit.integrations.hub import find_hub_run
 from tests.support.refusals import refuses

@@ -15,7 +15,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from genkit.cli.main import main as genkit
 from genkit.config import load_yaml
-from genkit.data.demonstrations.datasets_hub import Minari
+from genkit.data.demonstrations.minari import Minari
 from genkit.training.directory import find_run
 
 REACH = "tests.support.worlds:Reach-v0"

@@ -13,8 +13,8 @@ from genkit.backbones.embed import FramesEmbed
 from genkit.cli.main import main as cli
 from genkit.core import Draw, Frames, Spec, Vector, spec_from_dict, spec_to_dict
 from genkit.data import DATA
+from genkit.data.demonstrations.frames import WithFrames
 from genkit.data.demonstrations.replay import Replay
-from genkit.data.demonstrations.windows import WithFrames
 from genkit.envs.four_ways import OBSTACLES, FourWays, draw_views
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy, VisualPolicy
@@ -93,7 +93,7 @@ def test_replay_buffers_may_hold_images_of_several_cameras(buffer, tmp_path, kin
     data = Replay(root=root, frames=("img", "wrist"), held_out=0.5)
     for split in ("train", "test"):
         loaded = data.load(split)
-        assert loaded.spec.cond["frames"] == Frames((2, 4, 12, 10))
+        assert loaded.spec.cond["frames"] == Frames((2, 4, 12, 10), (3, 1))
         assert isinstance(loaded.spec.cond["obs"], Vector)
         cond = loaded.batch(torch.tensor([3]), Draw((0,), 0, 1)).cond
         at = int(np.flatnonzero(np.isclose(arrays["obs"][:, 0], float(cond["obs"][0, 1, 0])))[0])
@@ -164,8 +164,8 @@ def test_images_are_checked_before_they_are_encoded():
     kind = Frames((2, 3, 8, 8))
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 9, dtype=torch.uint8), 4), "(4, 2, 3, 8, 8)", "uint8")
     refuses(lambda: kind.check("frames", torch.zeros(4, 2, 3, 8, 8), 4), "float32")
-    huge = Spec((2, 16), {"frames": Frames((1, 3, 480, 640))})
-    refuses(lambda: MLP().denoiser(huge), "pictures of 480x640", "128x128 or less")
+    wide = Spec((2, 16), {"frames": Frames((1, 3, 96, 960))})
+    refuses(lambda: MLP().denoiser(wide), "pictures of 96x960, too long", "say 96x96")
 
 
 # ---------------------------------------------------------------------------------------------------------- policies

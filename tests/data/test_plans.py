@@ -44,7 +44,7 @@ def test_plans_reach_over_the_end_and_stand_still_there(buffer):
 
 
 def test_the_last_state_is_the_one_that_the_last_action_led_to():
-    for obs, actions, rewards, skill, last, _ in DATA["four-ways"](n=8).episodes("train"):
+    for obs, actions, rewards, skill, last, *_ in DATA["four-ways"](n=8).episodes("train"):
         assert np.allclose(last, obs[-1] + actions[-1])
         assert rewards.tolist() == [0.0] * (len(actions) - 1) + [1.0]
         assert set(skill) == {skill[0]}

@@ -3,10 +3,12 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from genkit.data.codecs import Actions
 from genkit.data.demonstrations.push_t import Pusht, mirror_state
+from genkit.envs import make
 from genkit.envs.gym import keypoints
 from tests.support.refusals import refuses
 
@@ -82,5 +84,31 @@ def test_images_are_mirrored_too(tmp_path):
     data = Pusht(root=str(tmp_path / "p.npz"), frames=("img",), observed=("state[0:2]",), mirror=True)
     for e in data.episodes("train"):
         assert e.frames is not None
-        positions = [np.argwhere(f[0])[0] for f in e.frames]
+        positions = [np.argwhere(f[0])[0] for f in e.frames[0]]
         assert np.abs(np.array(positions)[:, ::-1] - e.obs / 8).max() <= 1
+
+
+def test_images_are_drawn_from_the_states_as_the_environment_shows_them(tmp_path, monkeypatch):
+    """What a policy sees in an episode is what it would have seen in a recording of it; mirrored, its mirror image."""
+    pytest.importorskip("gym_pusht")
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path))
+    env = make("pusht", 1, entries=("state[0:2]",))
+    obs, shown, states = env.reset([7]), [], []
+    for _ in range(4):
+        assert np.allclose(obs[0], env.envs[0].unwrapped.get_obs()[:2])
+        shown.append(env.pixels((32, 32))[0])
+        states.append(env.envs[0].unwrapped.get_obs())
+        obs = env.step(np.array([[100.0, 400.0]]))[0]
+    np.savez(tmp_path / "p.npz", state=np.float32(states), action=np.float32(states)[:, :2], episode_ends=[4],
+             keypoint=keypoints(np.float32(states)[:, 2:]))  # fmt: skip
+    source = Pusht(root=str(tmp_path / "p.npz"), pixels=32, mirror=True)
+    plain, mirrored = source.episodes("train")
+    assert plain.frames is not None
+    assert mirrored.frames is not None
+    assert np.abs(plain.frames[0].astype(int) - np.stack(shown)).mean() < 0.5
+    assert np.abs(np.diff(plain.frames[0].astype(int), axis=0)).mean() > 0.5
+    across = plain.frames[0][:, :, ::-1, ::-1].swapaxes(2, 3)
+    error, other = (np.abs(mirrored.frames[0].astype(int) - v).mean() for v in (across, plain.frames[0]))
+    assert error < 0.4 * other  # half a pixel apart
+    assert source.load().spec.cond["obs"].entries == ("state[0:2]",)  # type: ignore[union-attr]
+    assert plain.obs.shape == (4, 2)

@@ -11,7 +11,8 @@ import torch
 
 from genkit.cli.main import main as cli
 from genkit.core import Batch, Draw
-from genkit.data.demonstrations.datasets_hub import LeRobot, Minari
+from genkit.data.demonstrations.lerobot import LeRobot
+from genkit.data.demonstrations.minari import Minari
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.windows import Episode, window_steps
 from tests.support.refusals import refuses

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genkit.evaluation.measurement import Shard, add_block
-from genkit.evaluation.metrics import METRICS, MetricSettings
-from genkit.evaluation.metrics.features import FEATURES
+from genkit.evaluation.measurement import Shard, Space, add_block
+from genkit.evaluation.metrics import FEATURES, METRICS, MetricSettings
 from genkit.evaluation.sources import SampleRows
 from tests.support.metrics import make_statistics
 from tests.support.pretended_device import CUDA, PretendedDevice
@@ -31,9 +30,9 @@ def waits_of_a_block(extract, x, keep):
     with PretendedDevice() as device:
         on_device, extractor, shard = x.to(CUDA), extract(), Shard()
         samples = SimpleNamespace(rows=lambda a, b, n: SampleRows(on_device[a:b], torch.arange(b - a) % 3))
-        add_block(shard, samples, extractor, range(8), 16, keep)
+        add_block([shard], samples, [Space(extractor, keep)], range(8), 16)
         before = device.waits.copy()
-        add_block(shard, samples, extractor, range(8, 16), 16, keep)
+        add_block([shard], samples, [Space(extractor, keep)], range(8, 16), 16)
         assert shard.moments.mean.device == CUDA
         return device.waits - before
 

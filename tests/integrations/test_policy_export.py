@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import sys
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_the_file_gives_the_actions_of_the_policy(name, tmp_path):
     other = dict(zip(about["inputs"], example_inputs(policy, list(about["inputs"]), 78), strict=True))
     if name != "regression":
         assert np.abs(loaded(*{**inputs, "noise": other["noise"]}.values()).numpy() - expected).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["anchored", "flow"])
+def test_an_exported_program_gives_the_actions_of_the_policy(name, flow, tmp_path, caplog):
+    run, out = flow if name == "flow" else trained(name, tmp_path / "runs"), tmp_path / "p.pt2"
+    assert cli(["export", str(run.directory), str(out), "--to", "torch.export", "--to.steps", "2"]) == 0
+    policy = Policy.load(run.directory, steps=2)
+    names = ["noise", *(["choice"] if name == "anchored" else []), "obs"]
+    inputs = dict(zip(names, example_inputs(policy, names, 9), strict=True))
+    policy.noise = Draws(*(inputs[n] for n in names[:-1]))
+    actions = torch.export.load(out).module()(*inputs.values())
+    assert np.abs(actions.numpy() - policy.act(inputs["obs"].numpy())).max() < 1e-5
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 def test_onnx(flow, tmp_path):

@@ -7,11 +7,12 @@ import torch
 from torch.func import jvp
 
 from genkit.backbones import MLP
-from genkit.core import Batch, Draw, Label, Spec
+from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
 from genkit.diffusion.flow_map import FlowMapDenoiser
-from genkit.diffusion.paths import PATHS, VP, Linear
+from genkit.diffusion.paths import PATHS, VP, Linear, chart
 from genkit.objectives import Flow, FlowMap
-from genkit.objectives.flow_map.learned import LearnedMap
+from genkit.objectives.flow_map.guidance import GuidedTeacher, draw_guidance, scale_at, without
+from genkit.objectives.flow_map.learned import LearnedMap, tangent
 from genkit.objectives.flow_map.rules import RULES, Alpha, Consistency, Improved, Lagrangian, Mean, Shortcut
 from genkit.objectives.matching.times import LossAware, Uniform
 from tests.support import objectives as contract
@@ -24,6 +25,7 @@ from tests.support.flow_maps import (
     learned,
     mixture_average,
     normal_average,
+    time_of,
 )
 
 EXACT = (Improved(), Mean(), Lagrangian(), Shortcut())
@@ -128,8 +130,6 @@ def test_derivatives_are_those_of_the_map():
     jumps = objective.draw_jumps(batch_of_normals(400), u)
     keep = (jumps.r > 0.1) & (jumps.t < 0.8) & (jumps.t - jumps.r > 0.01)
     z, r, t, v = (w[keep] for w in jumps[:4])
-    from genkit.diffusion.paths import chart
-
     tau = lambda time: chart(VP(), time)[0][:, None]  # noqa: E731
     h = 1e-6
     with torch.no_grad():
@@ -152,6 +152,42 @@ def test_one_row_has_the_derivative_that_it_has_among_others():
     for i in range(5):
         one = slice(i, i + 1)
         torch.testing.assert_close(u.derivative(z[one], r[one], t[one], v[one]), all_rows[one])
+
+
+@on_every_path
+def test_a_jump_starts_on_its_samples_path(path):
+    objective = FlowMap(path=path, time_distribution=Uniform())
+    jumps = objective.draw_jumps(batch_of_normals(50), learned(objective, MapNet(objective)))
+    alpha, sigma = path.alpha(jumps.t)[:, None], path.sigma(jumps.t)[:, None]
+    torch.testing.assert_close(jumps.z * (alpha + sigma), alpha * jumps.x0 + sigma * jumps.x1)
+    torch.testing.assert_close(jumps.velocity, jumps.x1 - jumps.x0)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_targets_point_to_data_within_the_radius(prediction):
+    """A ball that holds all data changes no exact map; the end of a jump beyond it is drawn back to its edge."""
+    objective = FlowMap(path=VP(), prediction=prediction, time_distribution=Uniform())
+    net = MapNet(objective)
+    free = learned(objective, net)
+    z, r, t = objective.draw_jumps(batch_of_normals(400), free)[:3]
+    wide, narrow = (replace(free, radius=radius).frozen(z, r, t) for radius in (10.0, 0.2))
+    assert torch.equal(wide, free.frozen(z, r, t))
+    tau = chart(VP(), t)[0][:, None]
+    size, kept = ((z - tau * u).square().mean(1).sqrt() for u in (wide, narrow))
+    torch.testing.assert_close(kept, size.clamp(max=0.2))
+    assert 0.2 < float((size > 0.2).double().mean()) < 0.99
+
+
+def test_the_radius_is_measured_with_some_slack_and_grows_with_the_scale_of_guidance():
+    objective = FlowMap(guidance=4.0).decide(lambda: 1.0, lambda: 0.8)
+    assert objective.data_radius == pytest.approx(1.2)
+    assert objective.decide(lambda: 1.0, lambda: 7.0) == objective
+    assert FlowMap(data_radius=3.0).decide(lambda: 1.0, lambda: 0.8).data_radius == 3.0
+    assert FlowMap().decide(lambda: 1.0).data_radius is None
+    scales = torch.tensor([1.0, 3.0])
+    net = objective.networks(MLP(width=8, depth=1), Spec((2,), {"label": Label(2)}))["net"]
+    torch.testing.assert_close(objective.learned_map(net, {SCALE_INPUT: scales}).radius, 1.2 * torch.tensor([1.0, 5.0]))
+    assert replace(objective, guidance=1.0).learned_map(net, {}).radius == pytest.approx(1.2)
 
 
 @on_every_rule
@@ -295,7 +331,82 @@ def test_passes_without_a_gradient_drop_the_same_activations():
     assert not torch.allclose(u(z, t / 2, t), frozen)
 
 
+class SeesConditions(torch.nn.Module):
+    """A network that says 0 and keeps the conditions of its last call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, label, cond):
+        self.seen = cond
+        return self.weight * x
+
+
+def test_conditions_are_dropped_in_training():
+    net, n = SeesConditions(), 4000
+    batch = Batch(torch.randn(n, 2), {"label": torch.arange(n) % 3}, draw=Draw((1,), 0, n))
+    FlowMap(cond_dropout=0.3).loss("denoise", {"net": net}, batch)
+    assert float(net.seen["keep"].float().mean()) == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_network_sees_the_span_and_not_the_target():
+    net = SeesConditions()
+    FlowMap().denoiser(net)(torch.zeros(2, 2), torch.full((2,), 0.7), {"target_time": torch.full((2,), 0.2)})
+    assert net.seen.keys() == {"span"}
+    torch.testing.assert_close(net.seen["span"], torch.full((2,), 0.5))
+
+
+def test_what_nothing_depends_on_has_the_derivative_zero():
+    assert torch.equal(tangent(torch.ones(3)), torch.zeros(3))
+
+
+# ------------------------------------------------------------------------------------------------- its guidance
+def test_intervals_of_guidance_hold_the_middle_of_the_path():
+    n = 20_000
+    batch = Batch(torch.zeros(n, 1), {"label": torch.zeros(n, dtype=torch.long)}, draw=Draw((1,), 0, n))
+    drawn = draw_guidance(batch, batch.cond, 4.0)
+    low, high = drawn["guidance_low"], drawn["guidance_high"]
+    assert float(low.max()) == pytest.approx(0.5, abs=0.01)
+    assert float(high.min()) == pytest.approx(0.5, abs=0.01)
+    assert float(((low == 0) & (high == 1)).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_interval_of_guidance_is_of_chart_times():
+    tau = torch.tensor([0.3, 0.45, 0.55, 0.7], dtype=F64)
+    limits = {"guidance": torch.full((4,), 3.0, dtype=F64), "guidance_low": torch.full((4,), 0.4, dtype=F64),
+              "guidance_high": torch.full((4,), 0.6, dtype=F64)}  # fmt: skip
+    assert scale_at(VP(), time_of(VP(), tau), limits).tolist() == [1, 3, 3, 1]
+
+
+def test_what_is_guided_away_from_sees_no_condition_and_no_scale():
+    cond = {"label": torch.zeros(2), "guidance": torch.ones(2), "guidance_low": torch.ones(2), "keep": torch.ones(2)}
+    rest = without(cond, torch.zeros(2, 1))
+    assert rest.keys() == {"label", "keep"}
+    assert not bool(rest["keep"].any())
+    net = SeesConditions()
+    GuidedTeacher(Flow().denoiser(net))(torch.zeros(2, 2), torch.full((2,), 0.5), {**limits_of(2), **cond})
+    assert net.seen.keys() == {"label", "keep"}
+
+
+def limits_of(n):
+    return {"guidance": torch.full((n,), 2.0), "guidance_low": torch.zeros(n), "guidance_high": torch.ones(n)}
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
+def test_weights_of_another_rate_of_the_time_label_are_refused():
+    FlowMap(rule=Improved()).refuse_init(FlowMap(rule=Mean()))
+    with pytest.raises(ValueError, match="which rule shortcut takes at 1"):
+        FlowMap().refuse_init(FlowMap(rule=Mean()))
+
+
+def test_a_teacher_is_named_by_where_it_really_is(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    assert FlowMap(teacher="latest").teacher == str((tmp_path / "run").resolve())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

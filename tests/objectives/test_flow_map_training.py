@@ -15,6 +15,7 @@ from genkit.cli.main import main
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.links import set_link
 from genkit.data.codecs import Identity
+from genkit.data.toy import Moons
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Flow, FlowMap
@@ -249,6 +250,9 @@ def test_the_guided_velocity_is_the_fixed_point_of_its_target():
 
 def test_guidance_as_an_input_takes_one_pass(tmp_path):
     run = load_run(run_of(tmp_path, "--objective=flow-map", "--objective.guidance=4", "--steps=3"))
+    points = Moons(n=400, labels=True).load("train")
+    largest = points.codec.encode(points.batch(torch.arange(400), Draw((0,), 0, 400))).x.square().mean(1).max().sqrt()
+    assert run.objective.data_radius == pytest.approx(1.5 * float(largest), rel=1e-3)
     samples = run.sample(4, steps=1, guidance=3.0)
     assert samples.network_rows == 1 == run.sample(4, steps=1).network_rows
     weights = run.nets["net"].state_dict()
@@ -304,6 +308,8 @@ def test_a_policy_jumps_by_its_map(tmp_path, capsys):
             "--device=cpu", "--sample-every=0", "--no-tensorboard", "--lr=0.01", f"--out={tmp_path}"]  # fmt: skip
     assert main(["train", "--objective=flow-map", *args]) == 0
     run = load_run(tmp_path / "latest")
+    weights = run.nets["net"].state_dict()
+    run.nets["net"].load_state_dict({k: torch.randn_like(v) if "on_span" in k else v for k, v in weights.items()})
     policy = Policy.load(run)
     assert (policy.steps, run.objective.policy_sampler) == (1, "flow_map")
     obs, noise = torch.zeros(2, *run.spec.cond["obs"].shape), Seeds([3, 4])

@@ -7,14 +7,15 @@ import torch
 
 from genkit import distill, load, train
 from genkit.backbones import MLP, DiT, UNet
-from genkit.backbones.guidance_adapter import takes_scale
+from genkit.backbones.guidance_adapter import add_guidance_adapter, takes_scale
 from genkit.backbones.lora import GuidanceLoRA, adapt
 from genkit.cli.main import main
 from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
 from genkit.diffusion.guidance import classifier_free, scale_input
-from genkit.diffusion.paths import Cosine
+from genkit.diffusion.paths import Cosine, chart
 from genkit.diffusion.samplers import bind
 from genkit.objectives import DDPM, EDM, Flow, GuidanceDistillation
+from genkit.objectives.matching.guidance_distillation import MIN_TAU
 from genkit.training.sampling import Sampling
 from tests.support.exact import F64, ExactDenoiser, three
 
@@ -53,6 +54,109 @@ def test_targets_are_what_guidance_predicts_on_its_own_trajectory(model):
         for target, following, (x, x0, x1) in zip(targets, targets[1:], visited, strict=False):
             pairs = ((target.sample.x0, x0), (target.sample.x1, x1), (following.sample.x, x))
             assert all(torch.allclose(ours[i].double(), theirs[0].double(), atol=1e-4) for ours, theirs in pairs)
+
+
+def test_trajectories_start_at_the_paths_own_noise_and_end_before_the_data():
+    """Their steps are placed at random, so that all times are trained on."""
+    objective, n = GuidanceDistillation(of=EDM(), points=3), 5000
+    targets = list(objective.guided_trajectory(ExactDenoiser(MIXTURE, objective.path), batch_of(n)))
+    sigma = float(objective.path.sigma(torch.ones(1, dtype=F64)))
+    assert float(targets[0].sample.x.std()) == pytest.approx(sigma, rel=0.05)
+    taus = [chart(objective.path, t.sample.t.double())[0] for t in targets]
+    assert float(taus[-1].min()) == pytest.approx(MIN_TAU, rel=0.05)
+    for k in (1, 2):
+        assert float(taus[k].min()) == pytest.approx(1 - k / 3, abs=0.02)
+        assert float(taus[k].max()) == pytest.approx(1 - (k - 1) / 3, abs=0.02)
+
+
+class Shrinks(torch.nn.Module):
+    """A network that guesses a share of what it sees, with the scale as an input, and a learned variance by choice."""
+
+    def __init__(self, variance=False):
+        super().__init__()
+        self.share, self.variance = torch.nn.Parameter(torch.tensor(0.3, dtype=F64)), variance
+
+    def forward(self, x, label, cond):
+        keep = cond.get("keep", torch.ones(len(x), dtype=torch.bool))
+        y = (
+            self.share
+            * x
+            * (1 + 0.2 * cond["label"] * keep)[:, None]
+            * cond.get(SCALE_INPUT, torch.ones(len(x)))[:, None]
+        )
+        return torch.cat([y, 9 * y], 1) if self.variance else y
+
+
+@pytest.mark.parametrize("model", [Flow(), DDPM(), DDPM(learn_variance=True)], ids=["flow", "ddpm", "variance"])
+def test_a_samples_loss_is_the_mean_over_its_own_trajectory(model):
+    objective = GuidanceDistillation(of=model, low=1.5, high=5.0, points=4)
+    net = Shrinks(getattr(model, "learn_variance", False))
+    found = objective.loss("distill", {"net": net}, batch_of(6)).per_sample
+    with torch.no_grad():
+        targets = list(objective.guided_trajectory(objective.denoiser(net), batch_of(6)))
+    parts = []
+    for target in targets:
+        x_in, label = objective.parametrization.inputs(objective.path, target.sample.x, target.sample.t)
+        out = net(x_in, label, {**target.cond, SCALE_INPUT: target.scale})[:, :2].float()
+        parts.append(model.squared_error(target.sample, out))
+    expected = torch.stack(parts).mean(0)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(loss.sum(), net.share)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes)  # the targets are constants
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_adapter_is_its_formula(kind):
+    """``y + strength (w - 1) U (1 + g log w) D x`` (Jensen et al. 2025), also of a strided, padded, dilated kernel."""
+    torch.manual_seed(0)
+    linear = kind == "linear"
+    layer = torch.nn.Linear(5, 3) if linear else torch.nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2)
+    net = Wraps(layer)
+    x, scale = torch.randn(4, 5) if linear else torch.randn(4, 2, 9, 9), torch.tensor([1.0, 1.5, 3.0, 6.0])
+    plain = layer(x)
+    add_guidance_adapter(net, ["layer"], rank=2, strength=0.7)
+    adapter = layer.guidance_adapter
+    with torch.no_grad():
+        for p in adapter.parameters():
+            torch.nn.init.normal_(p)
+        if linear:
+            down = torch.nn.functional.linear(x, adapter.down.weight)
+        else:
+            down = torch.nn.functional.conv2d(x, adapter.down.weight, stride=2, padding=1, dilation=2)
+        wide = lambda v: v.view(-1, *[1] * (x.ndim - 1))  # noqa: E731
+        bent = down * (1 + wide(scale.log()) * adapter.gain.view(1, 2, *[1] * (x.ndim - 2)))
+        up = torch.einsum("or,br...->bo...", adapter.up.weight.view(3, 2), bent)
+        torch.testing.assert_close(net(x, None, {SCALE_INPUT: scale}), plain + 0.7 * wide(scale - 1) * up)
+    assert SCALE_INPUT not in net.seen
+
+
+class Wraps(torch.nn.Module):
+    """A network of one layer, which keeps the conditions that it saw."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, label, cond):
+        self.seen = cond
+        return self.layer(x)
+
+
+def test_the_range_of_scales_is_that_of_the_adapter():
+    objective = GuidanceDistillation(low=1.5, high=2.5)
+    assert objective.guidance_range == (1.5, 2.5)
+    assert "--guidance 2.5" in objective.usage
+    decided = GuidanceDistillation(of=EDM()).decide(lambda: 0.7)
+    assert decided.sigma_data == 0.7
+
+
+def test_what_cannot_be_distilled_is_refused():
+    with pytest.raises(ValueError, match="GuidanceDistillation, which is not sampled in steps"):
+        GuidanceDistillation(of=GuidanceDistillation())
+    with pytest.raises(ValueError, match="no conditions to guide by"):
+        GuidanceDistillation().networks(MLP(), Spec((2,)))
+    with pytest.raises(ValueError, match="recomputed activations"):
+        GuidanceDistillation().networks(MLP(checkpoint=True), PLANE)
 
 
 def adapted(backbone, spec, seed=0):

@@ -241,6 +241,7 @@ def test_every_method_moves_the_choice_to_where_the_reward_is(name):
     settings = {
         "dppo": {"bc_coef": 0.0},
         "ddpo": {"epochs": 5, "kl": 0.0},
+        "dpo": {"epochs": 5},
         "mixed": {"weight": 10.0, "clip": 1.0},
         "rwr": {"demo_fraction": 0.02, "tau": 0.3},
     }.get(name, {})

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 import genkit
 from genkit.cli.main import main as cli
-from genkit.core import Prediction, Vector
+from genkit.core import Label, Prediction, Spec, Vector
 from genkit.data.codecs import Actions
-from genkit.diffusion.paths import PATHS
-from genkit.diffusion.samplers import bind
+from genkit.diffusion.paths import PATHS, ODEOnlyPath
+from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import make
+from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.execution import DelayedPolicy
+from genkit.rl.policies.execution import DelayedPolicy, anchor_posterior, draw_choice
 from genkit.rl.policies.planner import inpaint
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -69,6 +71,47 @@ def test_independent_normal_actions_move_by_their_weight_exactly(name):
     gain = path.alpha(t) / (path.alpha(t) ** 2 + path.sigma(t) ** 2)
     moved = torch.minimum(factor * path.sigma(t) ** 2 / path.alpha(t), 1 / gain)[:, None] * gain[:, None]
     assert torch.allclose(limited.x0[:, 1:], (before.x0 + moved * weight * (y - before.x0))[:, 1:], atol=1e-10)
+
+
+def test_a_flow_from_a_centre_moves_by_the_weight_exactly_too():
+    """For the source N(centre, spread^2) and data N(mean, I): the same rule, wherever the centre is."""
+    path, spread, mean = PATHS["linear"](), 0.3, torch.tensor([1.0, -2.0], dtype=F64)
+    center = torch.tensor([0.5, 4.0], dtype=F64)
+
+    class Anchored:
+        def __init__(self):
+            self.path = ODEOnlyPath(path)
+
+        def __call__(self, x, t, cond):
+            alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+            gain = alpha / (alpha**2 + (spread * sigma) ** 2)
+            x0 = mean + gain * (x - sigma * center - alpha * mean)
+            return Prediction(x0, (x - alpha * x0) / sigma)
+
+    weight, y = torch.tensor([1.0, 0.4], dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    x, t = torch.randn(5, 2, dtype=F64), torch.linspace(0.05, 0.95, 5, dtype=F64)
+    before, after = Anchored()(x, t, {}), continue_chunk(spread=spread)(Anchored())(x, t, underway(y, weight, 5))
+    assert torch.allclose(after.x0, torch.lerp(before.x0, y, weight), atol=1e-12)
+    refuses(lambda: continue_chunk()(Anchored()), "no diffusion")
+
+
+def test_the_anchor_of_the_next_chunk_follows_from_the_plan_and_the_conditions():
+    """Bayes' rule: what the head says, times a normal about each anchor."""
+    centers = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    prior = torch.tensor([0.4, 0.1, 0.5, 1e-30]).double()
+
+    class Bank(torch.nn.Module):
+        def forward(self, cond, like):
+            return prior.log().expand(len(like), 4), centers[:, None, None]
+
+    spec = Spec((1, 1), {"anchor": Label(4, centers=tuple(centers.tolist()))})
+    run = SimpleNamespace(objective=AnchoredFlow(std=0.5), spec=spec, nets={"bank": Bank()})
+    plans, weight = torch.tensor([0.1, 1.4, 2.9]).view(3, 1, 1), torch.full((1, 1, 1), 0.7)
+    probs = anchor_posterior(run, {}, plans, weight)  # type: ignore[arg-type]
+    expected = prior * torch.exp(-0.7 * (plans[:, 0] - centers).double() ** 2 / 0.5)
+    assert torch.allclose(probs, expected / expected.sum(1, keepdim=True), atol=1e-6)
+    drawn = draw_choice(probs[1].expand(4000, 4), Seeds(range(4000)))
+    assert torch.allclose(torch.bincount(drawn, minlength=4) / 4000, probs[1].float(), atol=0.03)
 
 
 def test_the_rest_of_a_chunk_follows_the_conditional_law():

@@ -12,7 +12,7 @@ from genkit.cli.output import console
 from genkit.config import parse
 from genkit.config.paths import PathText
 from genkit.core.files import refuse_foreign
-from genkit.evaluation import Card, EvaluationSettings, compare, evaluate, find_card
+from genkit.evaluation import Card, EvaluationSettings, compare, evaluate_all, find_card
 from genkit.evaluation.cards import version_differences
 from genkit.training.distributed import is_main_process
 
@@ -45,9 +45,13 @@ def main(argv: list[str]) -> int:
         command = replace(command, reference=reference[0])
     if command.out:
         refuse_foreign(command.out)
-    card = evaluate(source, command)
+    if command.out and command.further_features:
+        raise ValueError("out: is one file, and further_features give a card each; leave --out out, they are saved "
+                         "in the run's eval folder")  # fmt: skip
+    made = evaluate_all(source, command)
     if is_main_process():
-        save_and_print(card, command)
+        for i, card in enumerate(made):
+            save_and_print(card, command if i == 0 else replace(command, save_stats=None))
     return 0
 
 

@@ -11,6 +11,11 @@ from genkit.data.demonstrations.windows import Demonstrations, Episode
 from genkit.data.source import Split
 from genkit.envs.four_ways import MODE_NAMES, draw_views, expert_episodes
 
+SIDES = (("below", "under", "south of"), ("above", "over", "north of"))  # of an obstacle, in words
+SENTENCES = (
+    "pass {} the first obstacle and {} the second", "go {} the first one, then {} the next one",
+    "first {} it, after that {} the other", "take the way {} the left obstacle and {} the right one",
+)  # fmt: skip
 MIN_PIXELS = 8  # side of the smallest image that shows anything
 
 
@@ -31,9 +36,17 @@ class FourWays(Demonstrations):
 
     skills: ClassVar[tuple[str, ...]] = MODE_NAMES
 
+    def task_texts(self) -> Sequence[Sequence[str]]:
+        """Every sentence with every pair of words for the two sides."""
+        return [
+            [s.format(a, b) for s in SENTENCES for a in SIDES[mode // 2] for b in SIDES[mode % 2]]
+            for mode in range(len(MODE_NAMES))
+        ]
+
     def episodes(self, split: Split) -> Sequence[Episode]:
         seed = 2 * self.seed + ("train", "test").index(split)
         episodes = [Episode(*e) for e in expert_episodes(self.n, seed)]
+        episodes = [e._replace(task=e.skill) for e in episodes]
         if not self.pixels:
             return episodes
         if self.pixels < MIN_PIXELS:
@@ -41,4 +54,4 @@ class FourWays(Demonstrations):
                 f"pixels: given {self.pixels}; needs {MIN_PIXELS} or more to see anything, or 0 for the position"
             )
         size = (self.pixels, self.pixels)
-        return [e._replace(frames=draw_views(e.obs, size), obs=e.obs[:, :0], last_obs=None) for e in episodes]
+        return [e._replace(frames=(draw_views(e.obs, size),), obs=e.obs[:, :0], last_obs=None) for e in episodes]

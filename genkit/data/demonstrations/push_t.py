@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
+from genkit.config.numbers import Natural
+from genkit.data.demonstrations.frames import cached_frames, stamps
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.windows import Episode
 from genkit.data.source import Split
-from genkit.envs.gym import keypoints
+from genkit.envs.gym import PushT, keypoints
 
 SIDE = 512  # of PushT's world
+MIN_PIXELS = 16  # side of the smallest image that shows anything
 MIRRORED = ("state", "action", "keypoint", "n_contacts")  # arrays whose mirror image is known
 
 
@@ -30,8 +34,35 @@ class Pusht(Replay):
     mirror: bool = False
     """train on each episode's mirror image too: the world is symmetric about the diagonal that is the axis of the T in
     its target pose"""
+    pixels: Natural = 0
+    """side of square images, drawn from the recorded states once, that are observed in place of the corners of the T;
+    0: none"""
     env: str = "pusht"
     """the environment in which a policy is evaluated"""
+
+    def observed_columns(self) -> tuple[str, ...]:
+        return tuple(name for name in self.observed if not (self.pixels and name == "keypoint"))
+
+    def observed_entries(self) -> tuple[str, ...]:
+        return self.observed_columns() if self.pixels else super().observed_entries()
+
+    def images(self) -> list[np.ndarray]:
+        return [*super().images(), *([self.drawn_images()] if self.pixels else [])]
+
+    def drawn_images(self) -> np.ndarray:
+        """The images of all recorded states, uint8 ``[N, 3, pixels, pixels]``."""
+        if self.pixels < MIN_PIXELS:
+            raise ValueError(f"pixels: given {self.pixels}; needs {MIN_PIXELS} or more to see anything, or 0 for none")
+        states, size = self.arrays(["state"])["state"], (self.pixels, self.pixels)
+
+        def write(frames: np.ndarray) -> None:
+            env = PushT(1)
+            env.reset([0])
+            for i, image in enumerate(env.draw_states(states, size)):
+                frames[i] = image
+
+        key = {"files": stamps([Path(self.root).expanduser()]), "drawn": type(self).__name__}
+        return cached_frames(key, (len(states), 3, *size), write, "pusht")
 
     def episodes(self, split: Split) -> Sequence[Episode]:
         episodes = super().episodes(split)
@@ -47,7 +78,7 @@ class MirroredPusht(Pusht):
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         if unknown := set(names) - {*MIRRORED, *self.frames, self.reward, self.skill}:
             raise ValueError(f"mirror: {min(unknown)!r} has no known mirror image; allowed: {', '.join(MIRRORED)}")
-        arrays = dict(super().arrays([*names, "state"]))
+        arrays = dict(super().arrays([*names, *({"state"} - {*names})]))
         arrays["state"] = state = mirror_state(arrays["state"])
         if "action" in arrays:
             arrays["action"] = SIDE - arrays["action"][:, ::-1]
@@ -55,9 +86,8 @@ class MirroredPusht(Pusht):
             arrays["keypoint"] = keypoints(state[:, 2:]).astype(arrays["keypoint"].dtype)
         return arrays
 
-    def images(self) -> np.ndarray | None:
-        images = super().images()
-        return None if images is None else images[:, :, ::-1, ::-1].swapaxes(2, 3)
+    def camera(self, name: str) -> np.ndarray:
+        return super().camera(name)[:, :, ::-1, ::-1].swapaxes(2, 3)
 
 
 def mirror_state(state: np.ndarray) -> np.ndarray:

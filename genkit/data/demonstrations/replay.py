@@ -1,7 +1,7 @@
 """Recorded demonstrations in files: named arrays of all steps, one episode after the other.
 
 :class:`Recorded` turns such arrays into episodes. :class:`Replay` reads them from a replay buffer, an .npz or zarr;
-``datasets_hub`` from the formats of Minari and LeRobot.
+``minari``, ``lerobot`` and ``robomimic`` from the formats of these projects.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from genkit.config.numbers import Fraction, Seed
+from genkit.config.numbers import Count, Fraction, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core.arrays import open_npz, require_memory
 from genkit.core.files import format_error
+from genkit.data.demonstrations.frames import channels_first, resize_all
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
 from genkit.envs import EXPERTS, plain_id
@@ -61,15 +62,6 @@ def require_arrays(location: object, names: Iterable[str], available: Iterable[s
             raise ValueError(f"{location}: has no array {name!r}; it holds {', '.join(allowed)}")
 
 
-def channels_first(values: np.ndarray, name: str, location: str) -> np.ndarray:
-    """Images ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter."""
-    channels_last = values.ndim == 4 and values.shape[3] in (1, 3)
-    if values.dtype != np.uint8 or values.ndim != 4 or not (channels_last or values.shape[1] in (1, 3)):
-        given = f"{values.shape} of {values.dtype}"
-        raise ValueError(f"{location}: {name} is {given}; images are uint8 [N, H, W, 3], or with one channel")
-    return values.transpose(0, 3, 1, 2) if channels_last else values
-
-
 def single_column(values: np.ndarray, name: str, location: str) -> np.ndarray:
     """``values`` ``[N, 1]`` as ``[N]``."""
     if values.shape[1] != 1:
@@ -86,7 +78,9 @@ class Recorded(Demonstrations):
     observed: tuple[str, ...] = ("obs",)
     """observed arrays, or some of their columns: state[0:2]; none if images are enough"""
     frames: tuple[str, ...] = ()
-    """arrays of images that are observed too, uint8 [N, H, W, C] or [N, C, H, W]; several cameras need one size"""
+    """arrays of images that are observed too, uint8 [N, H, W, C] or [N, C, H, W]; each camera has its own encoder"""
+    image_size: tuple[Count, Count] | None = None
+    """height and width to which observed images are resized; None: as recorded, which several cameras need to share"""
     action: str = "action"
     """the array of actions"""
     reward: str = ""
@@ -95,6 +89,8 @@ class Recorded(Demonstrations):
     """an array of whole numbers, the kind of each step's episode, for the condition skill"""
     relative_to: str | None = None
     """one of ``observed``, whose newest value actions are relative to; None: they are absolute"""
+    absolute: tuple[Natural, ...] = ()
+    """dimensions of the actions, counted from 0, that stay absolute although the others are relative: a gripper"""
     held_out: Fraction = 0.0
     """fraction of the episodes, drawn by ``seed``, that is the test split; 0: all are for training"""
     seed: Seed = 0
@@ -126,19 +122,25 @@ class Recorded(Demonstrations):
         arrays = self.arrays(list(dict.fromkeys(r.name for r in ranges)))
         return [r.select(arrays, self.root) for r in ranges], arrays["episode_ends"]
 
-    def images(self) -> np.ndarray | None:
-        """Observed images of all steps, uint8 ``[N, C, H, W]``, with the channels of several cameras concatenated."""
-        if not self.frames:
-            return None
-        arrays = self.arrays(list(self.frames))
-        cameras = [channels_first(arrays[name], name, self.root) for name in self.frames]
+    def images(self) -> list[np.ndarray]:
+        """Observed images of all steps of each camera, uint8 ``[N, C, H, W]``, of one size."""
+        cameras = [self.camera(name) for name in self.frames]
         for name, values in zip(self.frames, cameras, strict=True):
             if values.shape[2:] != cameras[0].shape[2:]:
                 size, first = ("x".join(map(str, v.shape[2:])) for v in (values, cameras[0]))
                 raise ValueError(
-                    f"{self.root}: {name} holds images of {size}, {self.frames[0]} of {first}; needs one size"
+                    f"{self.root}: {name} holds images of {size}, {self.frames[0]} of {first}; needs one size: give "
+                    f"--data.image-size, say {values.shape[2]} {values.shape[3]}"
                 )
-        return np.concatenate(cameras, 1)
+        return cameras
+
+    def camera(self, name: str) -> np.ndarray:
+        """The images of a camera at all steps, uint8 ``[N, C, H, W]``, in the size that is asked for."""
+        return resize_all(channels_first(self.arrays([name])[name], name, self.root), self.image_size)
+
+    def step_tasks(self) -> np.ndarray | None:
+        """The task of each step ``[N]``, a row of :meth:`task_texts`; None if the recording names none."""
+        return None
 
     def reference_columns(self) -> tuple[int, ...]:
         if self.relative_to is None:
@@ -146,9 +148,20 @@ class Recorded(Demonstrations):
         observed = self.observed_columns()
         if self.relative_to not in observed:
             raise ValueError(f"relative_to: given {self.relative_to!r}; allowed: {', '.join(observed)}")
-        widths = [values.shape[1] for values in self.read_columns(observed)[0]]
-        position = observed.index(self.relative_to)
-        return tuple(range(sum(widths[:position]), sum(widths[: position + 1])))
+        columns, _ = self.read_columns([*observed, self.action])
+        widths = [values.shape[1] for values in columns]
+        position, dims = observed.index(self.relative_to), widths[-1]
+        if wrong := [i for i in self.absolute if i >= dims]:
+            raise ValueError(f"absolute: given dimension {wrong[0]} of actions of {dims}, which are 0..{dims - 1}")
+        first, last = sum(widths[:position]), sum(widths[: position + 1])
+        relative = [i for i in range(dims) if i not in self.absolute]
+        if len(relative) != last - first:
+            raise ValueError(
+                f"relative_to: given {last - first} numbers for actions of {dims}, of which {len(self.absolute)} are "
+                "absolute; name the others by --data.absolute, counted from 0 (a gripper)"
+            )
+        reference = dict(zip(relative, range(first, last), strict=True))
+        return tuple(reference.get(i, -1) for i in range(dims))
 
     def episodes(self, split: Split) -> Sequence[Episode]:
         # conditions besides obs that need an array
@@ -160,15 +173,17 @@ class Recorded(Demonstrations):
         known = {k: single_column(v, extra[k], self.root) for k, v in zip(extra, columns[num:], strict=True)}
         if not observed and not self.frames:
             raise ValueError("observed, frames: given neither; a policy needs observations")
-        rewards, skill, images = known.get("returns"), known.get("skill"), self.images()
+        rewards, skill, cameras = known.get("returns"), known.get("skill"), self.images()
+        tasks = self.step_tasks() if "text" in self.conditions else None
         if skill is not None and ((skill != skill.astype(int)) | (skill < 0)).any():
             raise ValueError(f"{self.root}: {self.skill} holds {skill.min():g} … {skill.max():g}; needs 0, 1, 2 ...")
 
         obs = np.concatenate([np.zeros((len(actions), 0)), *observed], 1)
         episodes = []
         for a, b in pairwise([0, *ends.tolist()]):
-            optional = [None if v is None else v[a:b] for v in (rewards, skill, images)]
-            episodes.append(Episode(obs[a:b], actions[a:b], optional[0], optional[1], None, optional[2]))
+            reward, kind, task = (None if v is None else v[a:b] for v in (rewards, skill, tasks))
+            frames = tuple(camera[a:b] for camera in cameras) or None
+            episodes.append(Episode(obs[a:b], actions[a:b], reward, kind, None, frames, task))
         check_episodes(episodes, self.root)
         return self.select_split(episodes, split)
 

@@ -15,16 +15,20 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from genkit.config.names import NameIn
 from genkit.config.numbers import Count, Natural
-from genkit.core import Batch, Condition, Draw, Frames, Label, Spec, Vector
+from genkit.config.paths import PathText
+from genkit.core import Batch, Condition, Frames, Label, Spec, Vector
+from genkit.data.captions import Caption, Captions, caption_table
 from genkit.data.codecs import Actions, MinMax, Plans, Standardize, loses_digits
+from genkit.data.demonstrations.frames import FrameStore, WithFrames
 from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
-ExtraCondition = Literal["returns", "skill", "goal"]
+ExtraCondition = Literal["returns", "skill", "goal", "text"]
 OBS_LIMIT = 5.0  # largest scaled observation that networks see: a fallen cheetah was a hundred deviations away
 SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "standardize": Standardize}
 
@@ -32,8 +36,9 @@ SCALINGS: Mapping[str, type[MinMax] | type[Standardize]] = {"min-max": MinMax, "
 class Episode(NamedTuple):
     """One recording: observations ``[T, Do]`` and actions ``[T, A]`` in the environment's units.
 
-    If known: rewards ``[T]``, the skill of each step ``[T]``, the observation after the last action ``[Do]``, and the
-    images ``frames`` ``[T, C, H, W]``. If only images are observed, Do is 0.
+    If known: rewards ``[T]``, the skill of each step ``[T]``, the observation after the last action ``[Do]``, the
+    images ``frames`` of each camera, uint8 ``[T, C, H, W]``, and the ``task`` of each step ``[T]``, a row of
+    :meth:`Demonstrations.task_texts`. If only images are observed, Do is 0.
     """
 
     obs: np.ndarray
@@ -41,7 +46,8 @@ class Episode(NamedTuple):
     rewards: np.ndarray | None = None
     skill: np.ndarray | None = None
     last_obs: np.ndarray | None = None
-    frames: np.ndarray | None = None
+    frames: tuple[np.ndarray, ...] | None = None
+    task: np.ndarray | None = None
 
 
 # --------------------------------------------------------------------------------------------------- the windows
@@ -131,24 +137,12 @@ class Windows(NamedTuple):
     """``[N, 1]``: the discounted return of the whole episode, the same at each of its steps"""
     skill: Tensor | None
     """``[N]``, now"""
-    frames: Tensor | None
-    """uint8 ``[steps, C, H, W]`` of all steps of the episodes"""
+    task: Tensor | None
+    """``[N]``, now"""
+    frames: FrameStore | None
+    """of all steps of the episodes"""
     frame_rows: Tensor
     """``[N, To]``: the rows of ``frames`` that each window observes"""
-
-
-@dataclass(eq=False)
-class WithFrames(InMemory):
-    """Samples that are conditioned on images. Each image is stored once, although it is in several windows."""
-
-    frames: Tensor | None = None
-    frame_rows: Tensor | None = None
-
-    def batch(self, indices: Tensor, draw: Draw) -> Batch:
-        batch = super().batch(indices, draw)
-        assert self.frames is not None
-        assert self.frame_rows is not None
-        return replace(batch, cond={**batch.cond, "frames": self.frames[self.frame_rows[indices]]})
 
 
 def action_rows(windows: Windows) -> Tensor:
@@ -210,7 +204,23 @@ class Demonstrations(DataSource):
     """content of a sample: actions; the coming states, from which inverse dynamics infer the actions; or both"""
     conditions: tuple[ExtraCondition, ...] = ()
     """conditions besides obs: returns (discounted, of the whole episode), skill (kind of episode), goal (state at the
-    window's end). With --objective.cond-dropout-each 0.2 each may be omitted later, and guided by"""
+    window's end), text (of the task). With --objective.cond-dropout-each 0.2 each may be omitted later, and guided
+    by"""
+    encoder: PathText | None = None
+    """the frozen text encoder that reads the tasks: a folder or hub id of transformers; None: bytes, learned"""
+    text_length: Count = 128
+    """largest number of bytes of a task's text, without an encoder"""
+    observation_tokens: bool = False
+    """each observed step, and each image, is a token for cross-attention (--backbone=dit), not all one vector"""
+    crop: tuple[Count, Count] | None = None
+    """height and width of the part of observed images that is seen: at a random place in training (the same for all
+    images of a sample), the centre otherwise"""
+    color_jitter: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """largest change of brightness, contrast and saturation of observed images in training, as a factor: 0.2"""
+    camera_encoder: Annotated[str, NameIn("genkit.backbones.cameras:CAMERA_ENCODERS")] = "cnn"
+    """network that each camera has: a small cnn, or torchvision's resnet18 or resnet34 with GroupNorm"""
+    camera_weights: PathText | None = None
+    """file of torchvision's weights that these ResNets begin with, safetensors or .pth"""
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     """discount of the returns for each step"""
     scaling: Literal["min-max", "standardize"] = "min-max"
@@ -248,12 +258,20 @@ class Demonstrations(DataSource):
         """The recordings. Raise ``ValueError`` if something is missing or damaged."""
 
     def reference_columns(self) -> tuple[int, ...]:
-        """The columns of an observation that the actions are relative to; () if they are absolute."""
+        """The column of an observation that each dimension of the actions is relative to, -1 for one that is absolute;
+        () if all are."""
         return ()
 
     def observed_entries(self) -> tuple[str, ...]:
         """The names of the entries of an observation, in their order; () if it has one, or they have no names."""
         return ()
+
+    def task_texts(self) -> Sequence[Sequence[str]]:
+        """The wordings of each task, of which every sample of it gets one at random. All have equally many."""
+        return ()
+
+    def unaugmented(self) -> Demonstrations:
+        return replace(self, color_jitter=0.0)
 
     def load(self, split: Split = "train") -> InMemory:
         check_split(split)
@@ -265,18 +283,41 @@ class Demonstrations(DataSource):
             centers = fit_anchors(codec.encode(Batch(PLANS[self.plan](train))).x, self.anchors)
             kinds["anchor"] = Label(self.anchors, centers=tuple(centers.flatten().tolist()))
             cond["anchor"] = torch.cdist(codec.encode(Batch(x)).x.flatten(1), centers.flatten(1)).argmin(1)
+        captions = None
+        if windows.task is not None:
+            captions, text_kinds = self.task_captions(windows.task)
+            kinds |= text_kinds
         if windows.frames is None:
-            return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec)
-        kinds["frames"] = Frames((self.obs_steps, *windows.frames.shape[1:]))
-        spec = Spec(tuple(x.shape[1:]), kinds)
-        return WithFrames(x, cond, spec, codec, frames=windows.frames, frame_rows=windows.frame_rows)
+            return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec, captions=captions)
+        kinds["frames"] = self.frames_kind(windows.frames)
+        spec, training = Spec(tuple(x.shape[1:]), kinds), split == "train"
+        crop, jitter = (self.crop, self.color_jitter) if training else (None, 0.0)
+        return WithFrames(x, cond, spec, codec, captions=captions, frames=windows.frames,
+                          frame_rows=windows.frame_rows, crop=crop, jitter=jitter)  # fmt: skip
+
+    def frames_kind(self, frames: FrameStore) -> Frames:
+        """The kind of observed images. ``ValueError`` if they are smaller than the crop."""
+        _, h, w = frames.shape
+        if self.crop is not None and (self.crop[0] > h or self.crop[1] > w):
+            raise ValueError(f"crop: given {self.crop[0]}x{self.crop[1]} of images of {h}x{w}; take a smaller part")
+        encoder = "" if self.camera_encoder == "cnn" else self.camera_encoder
+        cameras = frames.cameras if len(frames.cameras) > 1 else ()
+        return Frames((self.obs_steps, *frames.shape), cameras, self.crop or (), encoder, self.observation_tokens)
+
+    def task_captions(self, task: Tensor) -> tuple[Captions, Mapping[str, Condition]]:
+        """The texts of the tasks ``[N]`` of all windows, and their kinds of condition."""
+        texts = self.task_texts()
+        num = len(texts[0])
+        every = [Caption(wording, f"task {i}") for i, wordings in enumerate(texts) for wording in wordings]
+        table, kinds = caption_table(every, self.text_length, self.encoder, [wordings[0] for wordings in texts])
+        return Captions(task[:, None] * num + torch.arange(num), table), kinds
 
     def build_conditions(self, windows: Windows, train: Windows) -> tuple[dict[str, Tensor], dict[str, Condition]]:
         """The conditions of ``windows`` and their kinds, scaled by the training split."""
         cond: dict[str, Tensor] = {}
         kinds: dict[str, Condition] = {}
         if train.states.shape[1]:
-            kind = self.fit_vector(self.observed_states(train))
+            kind = replace(self.fit_vector(self.observed_states(train)), tokens=self.observation_tokens)
             cond["obs"], kinds["obs"] = self.observed_states(windows), replace(kind, entries=self.observed_entries())
         if "goal" in self.conditions:
             cond["goal"], kinds["goal"] = windows.states[:, :, -1], self.fit_vector(train.states[:, :, -1])
@@ -311,7 +352,7 @@ class Demonstrations(DataSource):
         if len(present) < len(values):
             raise ValueError(
                 f"conditions: given {', '.join(self.conditions)}, but these episodes have no {name}; name the array "
-                "that holds it by --data.reward or --data.skill, or leave it out"
+                "that holds it by --data.reward, --data.skill or --data.task, or leave it out"
             )
         return present
 
@@ -327,7 +368,7 @@ class Demonstrations(DataSource):
         actions = np.concatenate([e.actions for e in episodes])[steps]
         if columns := self.reference_columns():
             actions = self.relative_actions(actions, states, columns)
-        now, returns, skill, frames = steps[:, self.obs_steps - 1], None, None, None
+        now, returns, skill, task, frames = steps[:, self.obs_steps - 1], None, None, None, None
         if "returns" in self.conditions:
             rewards = self.require_known("rewards", [e.rewards for e in episodes])
             each = [np.full(len(r), discounted_return(r, self.discount)) for r in rewards]
@@ -335,10 +376,13 @@ class Demonstrations(DataSource):
         if "skill" in self.conditions:
             skills = self.require_known("skill", [e.skill for e in episodes])
             skill = torch.from_numpy(np.concatenate(skills)[now]).long()
+        if "text" in self.conditions:
+            tasks = self.require_known("text", [e.task for e in episodes])
+            task = torch.from_numpy(np.concatenate(tasks)[now]).long()
         if episodes[0].frames is not None:
-            frames = torch.from_numpy(np.concatenate([e.frames for e in episodes if e.frames is not None]))
+            frames = FrameStore([e.frames for e in episodes if e.frames is not None])
         frame_rows = torch.from_numpy(steps[:, : self.obs_steps])
-        return Windows(to_rows(actions), to_rows(states), returns, skill, frames, frame_rows)
+        return Windows(to_rows(actions), to_rows(states), returns, skill, task, frames, frame_rows)
 
     def relative_actions(self, actions: np.ndarray, states: np.ndarray, columns: Sequence[int]) -> np.ndarray:
         """Actions ``[N, Tp, A]`` relative to these columns of the newest observation in ``states`` ``[N, T, Do]``."""
@@ -346,4 +390,5 @@ class Demonstrations(DataSource):
             raise ValueError(f"relative_to: has no meaning in a plan of {self.plan}; leave it out, or plan actions")
         if len(columns) != actions.shape[2]:
             raise ValueError(f"relative_to: given {len(columns)} numbers for actions of {actions.shape[2]}")
-        return actions - states[:, self.obs_steps - 1 : self.obs_steps, list(columns)]
+        reference = states[:, self.obs_steps - 1 : self.obs_steps, np.maximum(columns, 0)]
+        return actions - np.where(np.array(columns) < 0, 0, reference)

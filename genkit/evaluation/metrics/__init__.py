@@ -7,7 +7,7 @@ contract. Every interval is for the noise of drawing the samples, at this number
 from __future__ import annotations
 
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
-from genkit.evaluation.metrics.features import FEATURES
+from genkit.evaluation.metrics.features import Classifier, Features, Inception, Raw
 from genkit.evaluation.metrics.frechet import (
     FID,
     FID_INF,
@@ -16,12 +16,14 @@ from genkit.evaluation.metrics.frechet import (
     frechet_from_features,
     frechet_infinity,
 )
-from genkit.evaluation.metrics.kernel import KID, MMD, kid, mmd
+from genkit.evaluation.metrics.kernel import CMMD, KID, MMD, cmmd, kid, mmd
 from genkit.evaluation.metrics.manifold import PRDC, prdc
 from genkit.evaluation.metrics.metric import Direction, Metric, MetricSettings, SampleStatistics
 from genkit.evaluation.metrics.moments import Moments
 from genkit.evaluation.metrics.score import ACCURACY, INCEPTION_SCORE, accuracy, inception_score
-from genkit.evaluation.metrics.transport import SLICED_W2, W2, sliced_wasserstein2, wasserstein2
+from genkit.evaluation.metrics.spatial import InceptionSpatial, TorchFidelity
+from genkit.evaluation.metrics.transport import MIND, SLICED_W2, W2, mind, sliced_wasserstein2, wasserstein2
+from genkit.evaluation.metrics.vision import CLIP, DINOv2
 
 METRICS: dict[str, Metric] = {
     "fid": FID,
@@ -33,9 +35,21 @@ METRICS: dict[str, Metric] = {
     "w2": W2,
     "sliced_w2": SLICED_W2,
     "mmd": MMD,
+    "cmmd": CMMD,
+    "mind": MIND,
 }
 
+FEATURES: dict[str, type[Features]] = {
+    "inception": Inception,
+    "classifier": Classifier,
+    "raw": Raw,
+    "dinov2": DINOv2,
+    "clip": CLIP,
+    "inception-spatial": InceptionSpatial,
+    "torch-fidelity": TorchFidelity,
+}
 
+TITLES = {("inception-spatial", "fid"): "sfid", ("clip", "cmmd"): "cmmd"}  # numbers with a name of their own
 FRECHET_TITLES = {"fid": "fd", "fid_inf": "fd_inf"}  # a Fréchet distance is an FID only in Inception's features
 
 
@@ -58,6 +72,8 @@ def metric_title(value: str, features: str | None) -> str:
     name = find_metric(value)
     if name is None or METRICS[name].needs in ("samples", "labels") or features in (None, "inception"):
         return value
+    if (features, value) in TITLES:
+        return TITLES[features, value]
     return f"{FRECHET_TITLES.get(value, value)} ({features})"
 
 
@@ -73,6 +89,7 @@ __all__ = [
     "accuracy",
     "bias_warning",
     "bootstrap",
+    "cmmd",
     "find_metric",
     "frechet_distance",
     "frechet_from_features",
@@ -81,6 +98,7 @@ __all__ = [
     "kid",
     "metric_direction",
     "metric_title",
+    "mind",
     "mmd",
     "prdc",
     "proportion",

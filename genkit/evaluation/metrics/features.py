@@ -1,4 +1,4 @@
-"""Feature extractors. ``FEATURES`` maps a name to a configuration whose ``load`` gives an extractor.
+"""Feature extractors: configurations whose ``load`` gives one (``genkit.evaluation.metrics.FEATURES`` names them).
 
     extract = Inception(resize="clean").load("cpu")
     features, logits = extract(images)                  # uint8 [B, C, H, W] -> [B, 2048], [B, 1008] or None
@@ -168,6 +168,9 @@ class InceptionExtractor:
             raise ValueError(f"weights: {file} gives {self.dim} features; needs the {DIM} of {NAME}")
         mode = RESIZE_MODES[config.resize]
         self.resize, self.scale = mode.resizer(), mode.scale
+        self.last_input: Tensor | None = None
+        self.last_places: Tensor | None = None
+        """``[B, 2023]``, the features of places (sFID) of the last input"""
         self.settings: Mapping[str, Any] = {
             "name": "inception",
             "resize": config.resize,
@@ -187,7 +190,12 @@ class InceptionExtractor:
                 f"inception: given {x.dtype} {tuple(x.shape)}; needs images, uint8 [B, 1 or 3, H, W] without "
                 "transparency; for vectors take --features raw"
             )
-        parts = [self._extract(part) for part in x.split(CHUNK)]
+        parts, places = [], []
+        for part in x.split(CHUNK):
+            parts.append(self._extract(part))
+            assert self.network.places is not None
+            places.append(self.network.places.flatten(1))
+        self.last_input, self.last_places = x, torch.cat(places)
         logits = [part.logits for part in parts if part.logits is not None]
         return Extraction(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
 
@@ -390,6 +398,3 @@ class RawExtractor:
             raise ValueError(f"raw: given samples of {features.shape[1]} numbers; needs {self.dim}")
         self.dim = features.shape[1]
         return Extraction(features, None)
-
-
-FEATURES: dict[str, type[Features]] = {"inception": Inception, "classifier": Classifier, "raw": Raw}

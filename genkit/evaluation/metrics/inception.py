@@ -22,6 +22,7 @@ from genkit.core.files import format_error
 NAME = "inception-2015-12-05.pt"
 DIM = 2048
 SIZE = 299  # input pixels per side
+PLACE_CHANNELS, PLACES = 7, 7 * 17 * 17  # of mixed_6/conv: the features of sFID (Nash et al. 2021, appendix)
 EPS = 1e-3  # of the batch norms
 Weights = Mapping[str, Tensor]
 
@@ -189,6 +190,11 @@ class InceptionV3(nn.Module):
             mixed_8(p, "mixed_9", AveragePool()),
             mixed_8(p, "mixed_10", nn.MaxPool2d(3, 1, 1)),
         )
+        self.places: Tensor | None = None
+        """of the last input, ``[B, 7, H, W]``"""
+        mixed_6 = self.layers[13]
+        assert isinstance(mixed_6, Branches)
+        mixed_6.branches[0].register_forward_hook(self.keep_places)
         self.layers.to(dtype=dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         output = weights.get("output.weight")
         self.output = None if output is None else nn.Parameter(output.float(), requires_grad=False)
@@ -199,6 +205,10 @@ class InceptionV3(nn.Module):
             raise ValueError(f"weights: their shapes do not fit together ({e}); needs those of {NAME}") from e
         self.dim = features.shape[1]
         self.eval()
+
+    def keep_places(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        """A hook that keeps the first channels of ``mixed_6/conv``."""
+        self.places = output[:, :PLACE_CHANNELS].float()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -96,10 +96,14 @@ class Moments:
 
     def save(self, path: str | Path) -> None:
         """Write an npz with ``mu``, ``sigma`` (the names of pytorch-fid and EDM) and, if known, ``n``."""
+        save_npz(path, self.to_arrays())
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """``mu``, ``sigma`` and, if known, ``n``."""
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
         if self.n is not None:
             arrays["n"] = np.asarray(self.n)
-        save_npz(path, arrays)
+        return arrays
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:

@@ -68,7 +68,8 @@ def best_parts(folder: Path, best: TrialRecord | None) -> list[Markup]:
     """The best trial and how to train with its settings."""
     if best is None:
         return [render_note("No trial is complete yet.")]
-    items = {"trial": best.number, "run": best.run or "–", **best.values}
+    options = {name: show_option(best.values, name) for name in best.values}
+    items = {"trial": best.number, "run": best.run or "–", **options}
     note = (
         "The best of many trials is chosen by the number that it is listed with, which flatters it: train with its "
         f"settings and another seed (genkit train --config {BEST_SETTINGS} --seed 1) and measure that."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -47,8 +48,8 @@ class Student(Objective):
                 "nothing to guide away from; use 1"
             )
 
-    def decide(self, data_std: Callable[[], float]) -> Student:
-        return replace(self, of=self.of.decide(data_std))  # type: ignore[type-var]  # a dataclass
+    def decide(self, data_std: Callable[[], float], data_radius: Callable[[], float] = lambda: math.inf) -> Student:
+        return replace(self, of=self.of.decide(data_std, data_radius))  # type: ignore[type-var]  # a dataclass
 
     def refuse_init(self, other: Objective) -> None:
         if other != self.of:

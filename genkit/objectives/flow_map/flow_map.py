@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from genkit.config import load_object
 from genkit.config.paths import PathText
 from genkit.core import (
+    SCALE_INPUT,
     Backbone,
     Batch,
     Cond,
@@ -38,6 +40,7 @@ from genkit.objectives.matching.flow import name_of
 from genkit.objectives.matching.matching import Matching, PredictionName, bound_velocity_error
 from genkit.objectives.matching.times import LogitNormal, TimeDistribution
 
+SLACK = 1.5  # of the radius of the data, which is that of some samples only
 SLOW = 0.01  # of the 1000 rad of a network's time label
 
 
@@ -75,7 +78,11 @@ class FlowMap(Matching):
     """probability of training a sample without its conditions, for classifier-free guidance"""
     cond_dropout_each: Annotated[float, Ge(0), Lt(1)] = 0.0
     """probability of dropping each condition independently, so that any subset can be omitted when sampling"""
+    data_radius: Annotated[float, Gt(0)] | None = None
+    """largest root mean square of a sample in the model's numbers, within which the jumps point of which targets are
+    made; None: one and a half times what is measured when a run begins"""
 
+    open_settings = (*Matching.open_settings, "data_radius")
     loss_space = "velocity"
     policy_steps: ClassVar[int] = 1
 
@@ -139,6 +146,12 @@ class FlowMap(Matching):
                 f"consistency), or --objective.time-rate {rate:g}"
             )
 
+    def decide(self, data_std: Callable[[], float], data_radius: Callable[[], float] = lambda: math.inf) -> FlowMap:
+        decided = cast(FlowMap, super().decide(data_std, data_radius))
+        if self.data_radius is None and (measured := SLACK * data_radius()) < math.inf:
+            decided = replace(decided, data_radius=float(f"{measured:.4g}"))
+        return decided
+
     def networks(self, backbone: Backbone, spec: Spec) -> dict[str, nn.Module]:
         if self.guidance > 1 and not spec.cond:
             raise ValueError(f"guidance: given {self.guidance}, but these data have no conditions to guide by; use 1")
@@ -172,7 +185,10 @@ class FlowMap(Matching):
 
     def learned_map(self, net: nn.Module, cond: Cond, teacher: Denoiser | None = None) -> LearnedMap:
         """The network's average velocity with the conditions of a batch, for training."""
-        return LearnedMap(replace(self.denoiser(net), only_to_data=False), cond, teacher)
+        radius = self.data_radius or math.inf
+        if self.guidance > 1 and SCALE_INPUT in cond:  # x + (scale - 1) (x - y) with x and y in the ball
+            radius = (2 * cond[SCALE_INPUT] - 1) * radius
+        return LearnedMap(replace(self.denoiser(net), only_to_data=False), cond, teacher, radius)
 
     def draw_jumps(self, batch: Batch, u: LearnedMap) -> Jumps:
         """A random jump on each sample's path, with the velocity to learn from."""

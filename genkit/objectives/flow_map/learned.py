@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,9 +14,10 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from genkit.core import Cond, Denoiser, ProbabilityPath, expand
+from genkit.core import Cond, Denoiser, ProbabilityPath, expand, mean_flat
 from genkit.diffusion.flow_map import TARGET, FlowMapDenoiser
 from genkit.diffusion.paths import chart
+from genkit.objectives.matching.times import SMALLEST
 
 
 class Jumps(NamedTuple):
@@ -46,6 +48,8 @@ class LearnedMap:
     denoise: FlowMapDenoiser
     cond: Cond
     teacher: Denoiser | None = None
+    radius: Tensor | float = math.inf
+    """bound of the root mean square of the data that a jump without a gradient points to, one number or ``[B]``"""
 
     @property
     def path(self) -> ProbabilityPath:
@@ -66,9 +70,19 @@ class LearnedMap:
         return replace(self, denoise=replace(self.denoise, net=inner))
 
     def frozen(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """``u`` without a gradient."""
+        """``u`` without a gradient, of which targets are made: the data that it points to are kept in the radius.
+
+        The data ``z - tau u`` of the exact map are a weighted mean of predicted data along the jump, and so in any ball
+        that holds all data. Those of a network need not be. Where targets are its own jumps, an error outside of the
+        data could grow from step to step, because there it was never told anything else.
+        """
         with torch.no_grad(), same_dropout(z):
-            return self.bare()(z, r, t)
+            u = self.bare()(z, r, t)
+            tau = expand(chart(self.path, t)[0], z)
+            data = z - tau * u
+            size = mean_flat(data.square()).sqrt()
+            excess = 1 - (self.radius / size).clamp(max=1)
+            return u + expand(excess, z) * data / tau.clamp(min=SMALLEST)
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """The velocity at z without a gradient: the teacher's, or else the map's own, ``u(z, t, t)``."""

@@ -10,6 +10,7 @@ it was.
 # pyright: reportIncompatibleVariableOverride=false
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
@@ -143,8 +144,10 @@ class GuidanceDistillation(Matching):
             raise ValueError("checkpoint: recomputed activations would see another scale of guidance; turn it off")
         return {"net": self.of.networks(backbone, spec)["net"]}
 
-    def decide(self, data_std: Callable[[], float]) -> GuidanceDistillation:
-        return replace(self, of=self.of.decide(data_std))
+    def decide(
+        self, data_std: Callable[[], float], data_radius: Callable[[], float] = lambda: math.inf
+    ) -> GuidanceDistillation:
+        return replace(self, of=self.of.decide(data_std, data_radius))
 
     def notes(self) -> Sequence[str]:
         return ()

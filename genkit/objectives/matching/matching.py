@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -253,7 +254,7 @@ class Matching(Objective):
         if self.time_distribution.loss_aware:
             history_of(nets).update()
 
-    def decide(self, data_std: Callable[[], float]) -> Matching:
+    def decide(self, data_std: Callable[[], float], data_radius: Callable[[], float] = lambda: math.inf) -> Matching:
         decided: dict[str, Any] = {} if self.loss_space else {"loss_space": self.space}
         is_field = any(f.name == "sigma_data" for f in dataclasses.fields(cast(Any, self)))
         if is_field and self.uses_sigma_data and self.sigma_data is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from genkit.rl.finetune.ddpo import DDPO
 from genkit.rl.finetune.direct import Direct
+from genkit.rl.finetune.dpo import DPO
 from genkit.rl.finetune.dppo import DPPO
 from genkit.rl.finetune.mixed import Mixed
 from genkit.rl.finetune.nft import NFT
@@ -18,5 +19,6 @@ METHODS: Mapping[str, type[RewardMethod]] = {
     "mixed": Mixed,
     "rwr": RWR,
     "nft": NFT,
+    "dpo": DPO,
     "direct": Direct,
 }

@@ -109,15 +109,15 @@ class AsynchronousPolicy:
         frames = np.stack(images)[None] if images else None
         whole = replace(self.policy, act_steps=self.policy.future_steps)
         if self.execution == "real-time" and self.chunk is not None:
-            whole.conditions = {**self.policy.conditions, **self.underway(window)}
+            whole.conditions = {**self.policy.conditions, **self.underway(window, frames)}
         assert self.executor is not None
         self.drawing_start = self.time
         self.drawing = self.executor.submit(lambda: whole.act(window, frames)[0])
 
-    def underway(self, window: np.ndarray) -> dict[str, Tensor]:
+    def underway(self, window: np.ndarray, frames: np.ndarray | None) -> dict[str, Tensor]:
         """The conditions of a chunk that continues this one, if it takes as long as it is expected to."""
         assert self.chunk is not None
         passed = self.time - self.start
         delay = min(max(self.delays, default=self.delay), len(self.chunk) - passed)
         fixed: Sequence[np.ndarray] = [action[None] for action in self.chunk[passed : passed + delay]]
-        return underway_conditions(self.policy, window, fixed, self.chunk[None], passed)
+        return underway_conditions(self.policy, window, fixed, self.chunk[None], passed, frames)

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.core import Cond, Label, Noise
 from genkit.data.codecs import Actions
+from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
+from genkit.training.run import Run
 
 ExecutionName = Literal["naive", "ensemble", "real-time"]
+ANCHORED_LIMIT = 3.0  # of the guidance of an anchored flow; from 30 on its first step is thrown far from the chunks
 
 
 @dataclass
@@ -70,7 +74,7 @@ class DelayedPolicy:
         :meth:`Policy.act` takes them."""
         whole = replace(self.policy, act_steps=self.policy.future_steps)
         if self.execution == "real-time" and self.chunks:
-            whole.conditions = {**self.policy.conditions, **self.underway(obs)}
+            whole.conditions = {**self.policy.conditions, **self.underway(obs, frames)}
         self.chunks.append((self.time, whole.act(obs, frames)))
         actions = [self.action(t) for t in range(self.time, self.time + self.policy.act_steps)]
         self.time += self.policy.act_steps
@@ -86,11 +90,11 @@ class DelayedPolicy:
         weights = np.exp(-self.decay * np.arange(len(actions)))
         return np.einsum("k,kna->na", weights / weights.sum(), np.stack(actions)).astype(actions[0].dtype)
 
-    def underway(self, obs: np.ndarray) -> dict[str, Tensor]:
+    def underway(self, obs: np.ndarray, frames: np.ndarray | None = None) -> dict[str, Tensor]:
         """The conditions of a chunk that is drawn now (:func:`underway_conditions`)."""
         start, newest = self.chunks[-1]
         fixed = [self.action(t) for t in range(self.time, self.time + self.delay)]
-        return underway_conditions(self.policy, obs, fixed, newest, self.time - start)
+        return underway_conditions(self.policy, obs, fixed, newest, self.time - start, frames)
 
 
 def require_delay(policy: Policy, delay: int) -> None:
@@ -104,13 +108,18 @@ def require_delay(policy: Policy, delay: int) -> None:
 
 
 def underway_conditions(
-    policy: Policy, obs: np.ndarray, fixed: Sequence[np.ndarray], newest: np.ndarray, passed: int
+    policy: Policy,
+    obs: np.ndarray,
+    fixed: Sequence[np.ndarray],
+    newest: np.ndarray,
+    passed: int,
+    frames: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """The conditions of a chunk for ``obs`` ``[N, To, Do]`` that continues what is under way.
+    """The conditions of a chunk for ``obs`` ``[N, To, Do]`` (and pictures) that continues what is under way.
 
     They are the actions ``[N, A, Tp]`` in the model's units, and their weights ``[1, 1, Tp]``: first the actions
     ``fixed`` ``[N, A]`` that are carried out until it arrives, then those of the ``newest`` chunk ``[N, H, A]`` for the
-    steps after, which began ``passed`` steps ago.
+    steps after, which began ``passed`` steps ago. An anchored policy is also given the anchor that continues them.
     """
     codec, delay, length = policy.run.codec, len(fixed), newest.shape[1]
     assert isinstance(codec, Actions)
@@ -120,8 +129,35 @@ def underway_conditions(
     actions = torch.nn.functional.pad(actions, (past, length - actions.shape[2]))
     weights = torch.nn.functional.pad(soft_mask(length, delay, passed), (past, 0))
     device = policy.run.device
-    samples = codec.from_absolute(actions.to(device), torch.from_numpy(np.asarray(obs, np.float32)).to(device))
-    return {UNDERWAY: samples.float(), UNDERWAY_WEIGHT: weights[None, None].to(device)}
+    window = torch.from_numpy(np.asarray(obs, np.float32)).to(device)
+    samples, weight = codec.from_absolute(actions.to(device), window).float(), weights[None, None].to(device)
+    conditions = {UNDERWAY: samples, UNDERWAY_WEIGHT: weight}
+    if isinstance(policy.run.objective, AnchoredFlow):
+        seen = policy.cond(window, None if frames is None else torch.from_numpy(frames))
+        probs = anchor_posterior(policy.run, seen, samples, weight)
+        conditions[policy.run.objective.anchor] = draw_choice(probs, policy.noise)
+    return conditions
+
+
+def anchor_posterior(run: Run, cond: Cond, underway: Tensor, weight: Tensor) -> Tensor:
+    """Probabilities ``[N, K]`` of the anchors of an anchored flow whose chunk is to be near ``underway`` ``[N, *S]``
+    with these weights: of ``p(anchor | cond) exp(-sum weight (underway - anchor)^2 / (2 std^2))``."""
+    objective = run.objective
+    assert isinstance(objective, AnchoredFlow)
+    kind = run.spec.cond[objective.anchor]
+    assert isinstance(kind, Label)
+    centers = torch.tensor(kind.centers, device=underway.device).reshape(kind.num, *run.spec.shape)
+    distance = (weight[:, None] * (underway[:, None] - centers) ** 2).flatten(2).sum(2)
+    with torch.no_grad():
+        log_probs = objective.choice_log_probs(run.nets, cond, underway)
+    return (log_probs.double() - distance / (2 * objective.std**2)).softmax(1)
+
+
+def draw_choice(probs: Tensor, noise: Noise | None) -> Tensor:
+    """One of K choices ``[N]`` for each row of ``probs`` ``[N, K]``, by a normal of the row's own."""
+    normal = noise((1,))[:, 0] if noise else torch.randn(len(probs), device=probs.device)
+    index = torch.searchsorted(probs.cumsum(1), torch.special.ndtr(normal.double())[:, None])[:, 0]
+    return index.clamp(max=probs.shape[1] - 1)
 
 
 def continue_underway(policy: Policy, limit: float) -> Policy:
@@ -136,4 +172,6 @@ def continue_underway(policy: Policy, limit: float) -> Policy:
             f"{run.directory.name} is a {type(run.objective).__name__} of {type(run.codec).__name__}; take naive or "
             "ensemble"
         )
+    if isinstance(run.objective, AnchoredFlow):
+        return policy.guided(continue_chunk(min(limit, ANCHORED_LIMIT), run.objective.std))
     return policy.guided(continue_chunk(limit))

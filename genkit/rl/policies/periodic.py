@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Data, Direction, Draw
 from genkit.data.codecs import Actions
-from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition
+from genkit.data.demonstrations.windows import Demonstrations
 from genkit.diffusion.samplers import Seeds
 from genkit.envs import Env
 from genkit.rl.policies.episodes import Episodes, joined, require_compatible, run_episodes
@@ -179,8 +178,7 @@ def action_errors(policy: Policy, held_out: Batch) -> dict[str, float]:
     """
     run, n = policy.run, len(held_out)
     true = run.codec.encode(held_out.to(run.device)).x
-    known = ("obs", "frames", *get_args(ExtraCondition))
-    cond = {k: v.to(run.device) for k, v in held_out.cond.items() if k in known}
+    cond = {k: v.to(run.device) for k, v in held_out.cond.items() if k != run.objective.chosen_condition}
     mask = executed_mask(run.spec.shape, policy.obs_shape[0], policy.act_steps).to(run.device)
     errors: list[Tensor] = []
     for draw in range(DRAWS):

@@ -24,6 +24,7 @@ from genkit.config.trust import require_trusted_code
 from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
+from genkit.data.text import encode_prompts
 from genkit.diffusion.checks import require_finite
 from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
@@ -74,14 +75,21 @@ def observation_shape(spec: Spec) -> tuple[int, int]:
     return frames.shape[0], 0
 
 
-def condition_tensors(spec: Spec, values: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-    """Conditions besides obs (``{"skill": [2]}``), each as one row. ``ValueError`` for one that the run has not."""
+ConditionValue = Sequence[float] | str  # numbers, or the text of a task
+
+
+def condition_tensors(spec: Spec, values: Mapping[str, ConditionValue]) -> dict[str, Tensor]:
+    """Conditions besides obs (``{"skill": [2]}``, ``{"text": "go left"}``), each as one row. ``ValueError`` for one
+    that the run has not."""
     tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         kind = spec.cond.get(name)
         if name not in get_args(ExtraCondition) or kind is None:
             allowed = ", ".join(k for k in get_args(ExtraCondition) if k in spec.cond) or "none, as trained"
             raise ValueError(f"conditions: {name!r} is not a condition of this run; allowed: {allowed}")
+        if isinstance(value, str):
+            tensors |= encode_prompts(spec, [value])
+            continue
         integer = isinstance(kind, Label)
         if integer and (len(value) != 1 or value[0] != int(value[0])):
             raise ValueError(f"conditions: {name} is {', '.join(map(str, value))}; needs one whole number")
@@ -137,7 +145,7 @@ class Policy:
         ema: str | None = None,
         step: CheckpointStep | None = None,
         device: str = "cpu",
-        conditions: Mapping[str, Sequence[float]] | None = None,
+        conditions: Mapping[str, ConditionValue] | None = None,
         guidance: float = 1.0,
         guide: Guidance | None = None,
         **options: Any,
@@ -147,8 +155,9 @@ class Policy:
         ``steps`` of ``sampler`` (None: ddim or flow_map, one evaluation each) draw a chunk; a one-pass objective takes
         neither. ``steps`` and ``act_steps`` None are those that a fine-tuned policy acted with in training, else the
         objective's and the data's; another ``steps`` than it was trained with is warned of. ``conditions`` are those
-        besides obs: ``{"skill": [2]}``. ``guidance`` strengthens them if the run was trained without each of them too
-        (cond_dropout_each), else all together; ``options`` are further fields of :class:`Sampling`.
+        besides obs: ``{"skill": [2]}``, ``{"text": "go left"}``. ``guidance`` strengthens them if the run was trained
+        without each of them too (cond_dropout_each), else all together; ``options`` are further fields of
+        :class:`Sampling`.
         ``ValueError`` if the run's samples are not actions or plans, or the horizons do not nest.
         """
         run = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
@@ -174,7 +183,8 @@ class Policy:
         if run.objective.sampler is not None:
             options |= {"sampler": sampler or run.objective.policy_sampler, "steps": steps}
             if guidance != 1 and tensors and droppable:
-                guides, guidance = [condition_guidance(list(tensors), guidance), *guides], 1.0
+                names = [name for name in tensors if name in run.spec.cond]
+                guides, guidance = [condition_guidance(names, guidance), *guides], 1.0
             guides += kind.guides(run)
         elif sampler is not None:
             options |= {"sampler": sampler}  # for the generator to refuse

@@ -33,19 +33,23 @@ def soft_mask(length: int, delay: int, act_steps: int) -> Tensor:
     return torch.where(i < delay, 1.0, torch.where(i < length - act_steps, falling, 0.0)).float()
 
 
-def continue_chunk(limit: float = math.inf) -> Guidance:
+def continue_chunk(limit: float = math.inf, spread: float | None = None) -> Guidance:
     """Pseudoinverse guidance towards ``cond["underway"]`` ``[B, *S]`` with weights ``cond["underway.weight"]``.
 
     The expected data move by ``sigma^2 / (alpha r2) J^T W (y - x0_hat)`` with ``J = d x0_hat / d x_t`` and ``r2 =
     sigma^2 / (alpha^2 + sigma^2)`` (Black et al. 2025, eq. 2 to 4; Song et al. 2023), then the numbers of weight 1 are
     set to y. ``limit`` bounds the factor ``sigma / (alpha r2)``, the paper's beta, which is infinite for pure noise.
     Without these conditions it is the denoiser itself. ``ValueError`` for a flow that has no score.
+
+    ``spread`` is the standard deviation of a source ``N(centre, spread^2)``, such as that of an anchored flow. About
+    its centre it is a diffusion with ``spread sigma`` in place of sigma; the centre itself cancels.
     """
     require("guidance_limit", limit, "above 0", limit > 0)
 
     def guide(denoise: Denoiser) -> Denoiser:
         path = denoise.path
-        require_diffusion("execution real-time", path)
+        if spread is None:
+            require_diffusion("execution real-time", path)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
             if UNDERWAY not in cond:
@@ -53,7 +57,7 @@ def continue_chunk(limit: float = math.inf) -> Guidance:
             y, weight = cond[UNDERWAY], cond[UNDERWAY_WEIGHT]
             inner = {k: v for k, v in cond.items() if k not in (UNDERWAY, UNDERWAY_WEIGHT)}
             t_safe = within_path(path, t, LAST)
-            alpha, sigma = path.alpha(t_safe), path.sigma(t_safe)
+            alpha, sigma = path.alpha(t_safe), path.sigma(t_safe) * (spread or 1.0)
             with torch.enable_grad():
                 x_grad = x.detach().requires_grad_()
                 prediction = denoise(x_grad, t_safe, inner)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, Lt
 from PIL import Image
 
 from genkit import __version__
@@ -25,14 +25,16 @@ from genkit.core import Generator, Guidance, pictures
 from genkit.core.device import DeviceName
 from genkit.core.files import refuse_foreign, write_text
 from genkit.core.progress import Progress, reporting
+from genkit.data.demonstrations.windows import Demonstrations
 from genkit.diffusion.value_guidance import value_guidance
 from genkit.envs import Env
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.episodes import Episodes, frames_argument, run_episodes, see
 from genkit.rl.policies.execution import DelayedPolicy, ExecutionName
+from genkit.rl.policies.implicit_q import learn_implicit_q, recorded_transitions
 from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.plots import plot_actions, plot_plans
-from genkit.rl.policies.policy import Policy, executed_mask
+from genkit.rl.policies.policy import ConditionValue, Policy, executed_mask
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
 from genkit.training.sampling import SamplerName
@@ -60,7 +62,8 @@ class RolloutSettings:
     sampler: SamplerName | None = None
     """Sampler. None: ddim, or flow_map for a flow map; one evaluation a step."""
     conditions: tuple[str, ...] = ()
-    """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
+    """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4, or the text
+    of a task, "text=go left"."""
     guidance: Scale = 1.0
     """Guidance scale toward these conditions; 1: none."""
     best_of: Count = 1
@@ -69,6 +72,11 @@ class RolloutSettings:
     """Draw chunks from the policy's distribution times exp(q_guidance Q), Q in deviations of the returns; 0: off."""
     fit_q: Natural = 0
     """Learn Q first, from this many episodes of the policy, and save it in the run's folder; 0: use the saved one."""
+    offline_q: bool = False
+    """Learn Q first from the rewards of the demonstrations (--data.reward), without the environment, by implicit
+    Q-learning; with --best-of 16 it is IDQL."""
+    expectile: Annotated[float, Gt(0), Lt(1)] = 0.7
+    """Of implicit Q-learning: 0.5 values the recorded actions, larger ones the best among them."""
     gamma: Annotated[float, Gt(0), Le(1)] = 0.95
     """Discount of Q from one decision to the next."""
     act_steps: Count | None = None
@@ -82,7 +90,7 @@ class RolloutSettings:
     ensemble_decay: NonNegative = 0.01
     """Decay of the weights of an ensemble: exp(-decay i), i = 0 for the oldest chunk."""
     guidance_limit: Positive = 1000.0
-    """Largest weight of the guidance of real-time execution: the paper's beta."""
+    """Largest weight of the guidance of real-time execution: the paper's beta. At most 3 for an anchored flow."""
     max_steps: Count | None = None
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
@@ -205,7 +213,7 @@ def rollout(
     num = min(settings.num_envs, settings.episodes)
     env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps)
     seeds = range(settings.seed, settings.seed + settings.episodes)
-    explained_variance = fit_q(policy, env, settings) if settings.fit_q else None
+    explained_variance = fit_q(policy, env, settings) if settings.fit_q or settings.offline_q else None
     policy = with_q(policy, settings)
     actor: Policy | DelayedPolicy = policy
     if settings.delay or settings.execution != "naive":
@@ -256,22 +264,27 @@ def load_policy(run: str | Path | Run, settings: RolloutSettings, **options: Any
         guidance=settings.guidance,
         **options,
     )
-    if not policy.supports_q and (settings.fit_q or settings.q_guidance or settings.best_of > 1):
+    if settings.fit_q and settings.offline_q:
+        raise ValueError(f"fit_q: given {settings.fit_q} with offline_q, which takes no episodes; choose one of them")
+    if not policy.supports_q and (settings.fit_q or settings.offline_q or settings.q_guidance or settings.best_of > 1):
         raise ValueError(
-            "fit_q, best_of, q_guidance: need chunks of actions given obs, not plans or pictures; leave them out"
+            "fit_q, offline_q, best_of, q_guidance: need chunks of actions given obs, not plans or pictures; leave "
+            "them out"
         )
     return policy
 
 
-def parse_conditions(texts: Sequence[str]) -> dict[str, list[float]]:
-    """``["skill=2"]`` as ``{"skill": [2.0]}``."""
-    conditions: dict[str, list[float]] = {}
+def parse_conditions(texts: Sequence[str]) -> dict[str, ConditionValue]:
+    """``["skill=2", "text=go left"]`` as ``{"skill": [2.0], "text": "go left"}``."""
+    conditions: dict[str, ConditionValue] = {}
     for text in texts:
-        name, _, numbers = text.partition("=")
+        name, _, value = text.partition("=")
         try:
-            conditions[name] = [float(n) for n in numbers.split(",")]
+            conditions[name] = value if name == "text" else [float(n) for n in value.split(",")]
         except ValueError:
-            raise ValueError(f"conditions: {text!r} is not NAME=NUMBER or NAME=NUMBER,NUMBER; try skill=2") from None
+            raise ValueError(
+                f"conditions: {text!r} is not NAME=NUMBER, NAME=NUMBER,NUMBER or text=WORDS; try skill=2"
+            ) from None
     return conditions
 
 
@@ -283,12 +296,22 @@ def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
 
 def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
     """Learn Q and save it in the run's folder; the share of held-out returns' variance that it explains."""
-    data = collect_decisions(policy, env, range(Q_SEED, Q_SEED + settings.fit_q), settings.gamma)
     used = executed_mask(policy.run.spec.shape, policy.obs_shape[0], policy.act_steps)
-    q, explained = learn_q(policy.run.spec, used, data)
+    if settings.offline_q:
+        source = policy.run.config.data
+        assert isinstance(source, Demonstrations), "a policy's"
+        transitions = recorded_transitions(source, policy.act_steps, policy.run.codec)
+        num, what = len(transitions.rewards), "of its targets on held-out decisions"
+        q, explained = learn_implicit_q(
+            policy.run.spec, used, transitions, gamma=settings.gamma, expectile=settings.expectile
+        )
+    else:
+        data = collect_decisions(policy, env, range(Q_SEED, Q_SEED + settings.fit_q), settings.gamma)
+        num, what = len(data.returns), "of held-out returns"
+        q, explained = learn_q(policy.run.spec, used, data)
     about = {"steps": policy.steps, "gamma": settings.gamma, "episodes": settings.fit_q, "explained": explained}
     file = save_q(policy.run.directory, q, q_requirements(policy, settings) | about)
-    logger.info(f"{file}: {len(data.returns)} decisions, explains {explained:.2f} of held-out returns")
+    logger.info(f"{file}: {num} decisions, explains {explained:.2f} {what}")
     return explained
 
 

@@ -1,0 +1,188 @@
+"""Quality for seconds of training: the loops of diffusers, denoising-diffusion-pytorch and torchcfm, and genkit.
+
+    genkit bench race --data fashion-mnist cifar10 --root DIR [--seconds 240] [--marks 4] [--seeds 3] [--samples 1000]
+                      [--contenders genkit diffusers] [--device cpu] [--out FILE.json] [--page FILE.html]
+
+Each contender trains on the same pictures with classes for the same CPU seconds of this process (seconds of the GPU, if
+there is one), in a batch of 64 (torchcfm: 128) and one thread, and is measured at equal shares of them (``--marks``).
+The networks are those of each library's example, of 1 to 2 million parameters; see ``benchmarks/race_loops.py``. The
+measure is the Frechet distance of ``--samples`` pictures, drawn in ``--evaluations`` network evaluations by a
+deterministic sampler of the library's kind, from the test split, in the features of a small classifier that genkit
+trains on the same data. Drawing and measuring are not timed. "genkit" has the defaults (AdamW, cosine), but a warm-up
+of a tenth; "genkit-recipe" Muon at a constant rate. genkit trains in bf16 where the machine has it, the others in fp32,
+as their examples do. Two contenders are optional packages. A seed that ``--out`` has is not measured again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.race_loops import CONTENDERS, RaceData, data_of, train_contender
+from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, student_interval
+from genkit.cli.scripts import ScriptParser
+from genkit.core.device import pick_device
+from genkit.core.files import write_text
+from genkit.data import DATA
+from genkit.evaluation.metrics import Estimate, Moments, frechet_from_features
+from genkit.evaluation.metrics.features import Classifier, Extractor
+
+REFERENCE = 10_000  # pictures of the test split
+MAX_SAMPLES = 100_000
+DATA_SETS = ("fashion-mnist", "cifar10", "digits")
+
+
+class Judge:
+    """The measure of a data set: features, and the moments of its test split."""
+
+    def __init__(self, name: str, race: RaceData, root: Path):
+        source = DATA[name]() if name == "digits" else DATA[name](root=str(root))
+        self.features: Extractor = Classifier().load(race.device, source.load("train"))
+        test = data_of(name, root, REFERENCE, race.device, "test").pixels
+        self.reference = Moments.of(self.features(test).features)
+
+    def distance(self, pictures: torch.Tensor) -> Estimate:
+        """The Frechet distance of pictures, with its interval."""
+        return frechet_from_features(self.features(pictures).features, self.reference)
+
+
+def measure(judge: Judge, race: RaceData, name: str, marks: Sequence[float], seed: int, args: Any) -> dict[str, Any]:
+    """A contender of one seed: its distance at each mark, with seconds and steps."""
+    labels = torch.arange(args.samples) % (int(race.labels.max()) + 1)
+    found = []
+    for mark, model in zip(marks, train_contender(name, race, marks, seed), strict=True):
+        pictures = torch.cat([
+            model.sample(part, 10_000 * (seed + 1) + i, args.evaluations) for i, part in enumerate(labels.split(256))
+        ])  # fmt: skip
+        e = judge.distance(pictures)
+        found.append({"mark": mark, "seconds": round(model.seconds, 2), "steps": model.steps, **e._asdict()})
+    return {"marks": found}
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+def curves(cells: Mapping[str, Mapping[str, Any]], data: str) -> dict[str, dict[float, list[float]]]:
+    """The distances of all seeds by contender and mark."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for cell, values in cells.items():
+        own, name, _ = cell.split("/")
+        if own == data:
+            for entry in values["marks"]:
+                found.setdefault(name, {}).setdefault(entry["mark"], []).append(entry["value"])
+    return found
+
+
+def seconds_to(curve: Mapping[float, Sequence[float]], target: float) -> float | None:
+    """The first mark at which the mean distance is at most ``target``; None if there is none."""
+    return next((mark for mark in sorted(curve) if sum(curve[mark]) / len(curve[mark]) <= target), None)
+
+
+def print_table(console: Console, data: str, found: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
+    """Mean and standard deviation over the seeds at each mark, and the mark at which each peer's end is passed."""
+    marks = sorted({mark for curve in found.values() for mark in curve})
+    table = Table("", *(f"{mark:g} s" for mark in marks), "seeds", title=f"{data}: Frechet distance")
+    for name, curve in found.items():
+        seeds = max(len(values) for values in curve.values())
+        table.add_row(name, *(format_mean_sd(curve[m]) if m in curve else "" for m in marks), str(seeds))
+    console.print(table)
+    for name in (name for name in found if not name.startswith("genkit")):
+        end = max(found[name])
+        target = sum(found[name][end]) / len(found[name][end])
+        for own in (own for own in found if own.startswith("genkit")):
+            mark = seconds_to(found[own], target)
+            said = f"reaches it at the mark of {mark:g} s" if mark else "does not reach it"
+            console.print(f"{name} has {target:.3f} after {end:g} s; {own} {said}", markup=False)
+
+
+def render(results: ResultsFile, sets: Sequence[str]) -> str:
+    """The page: a plot and a table for each data set, with Student's intervals over the seeds."""
+    from genkit.evaluation.report.html import render as fill
+    from genkit.evaluation.report.html import render_note, render_page, render_table  # lazy: slow to import
+    from genkit.evaluation.report.plots import Cost, plot_metric_by_cost
+
+    sections = []
+    for data in sets:
+        found = curves(results.cells, data)
+        series: dict[str, list[tuple[float, Estimate]]] = {}
+        for name, curve in found.items():
+            for mark, values in sorted(curve.items()):
+                mean, half = student_interval(values)
+                bounds = () if math.isnan(half) else (mean - half, mean + half)
+                series.setdefault(name, []).append((mark, Estimate(mean, *bounds)))
+        if not series:
+            continue
+        cost = Cost(f"{results.head['settings']['clock']} of training", lambda card: None)
+        plot = plot_metric_by_cost("fid", series, cost, "Frechet distance (classifier)")
+        rows = [
+            [name, f"{entry['mark']:g}", seed, entry["steps"], f"{entry['seconds']:.1f}", f"{entry['value']:.3f}",
+             f"[{entry['low']:.3f}, {entry['high']:.3f}]"]
+            for cell, values in results.cells.items()
+            for own, name, seed in [cell.split("/")] if own == data
+            for entry in values["marks"]
+        ]  # fmt: skip
+        head = ["contender", "mark", "seed", "steps", "seconds", "distance", "its interval"]
+        table = render_table("Every model that was measured", head, rows, head[1:])
+        sections.append((data, [fill("plots", plots=[plot]), fill("fold", name="All numbers", inner=table)]))
+    note = (
+        f"Command: {' '.join(results.head['command'])}. Bars are 95 % intervals of Student over the seeds. "
+        + " ".join((__doc__ or "").split("\n\n", 2)[2].split())
+    )
+    return render_page(
+        "Quality for seconds of training", "genkit bench race", [*sections, ("How", [render_note(note)])]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; the exit code."""
+    parser = ScriptParser(__doc__, "genkit bench race")
+    parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=["fashion-mnist", "cifar10"], help="data sets")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of the data sets")
+    parser.add_argument("--seconds", type=float, default=240.0, help="seconds of each training")
+    parser.add_argument("--marks", type=int, default=4, help="equal shares of them at which models are measured")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each contender")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures of each model")
+    parser.add_argument("--evaluations", type=int, default=20, help="network evaluations of a picture")
+    parser.add_argument("--limit", type=int, help="training pictures; all if left out")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--out", type=Path, help="JSON; a seed that it has is not measured again")
+    parser.add_argument("--page", type=Path, help="HTML page of the results")
+    args = parser.parse_args(argv)
+    check_ranges(args, seeds=MAX_SEEDS, samples=MAX_SAMPLES, marks=100, evaluations=1000)
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
+    if args.samples < 2:
+        raise ValueError(f"samples: given {args.samples}; a distance needs 2 or more")
+    if args.page and args.page.suffix != ".html":
+        raise ValueError(f"page: given {args.page}; allowed: a file that ends in .html")
+    device = pick_device(args.device)
+    torch.set_num_threads(1)
+    clock = "seconds of the GPU" if device.type == "cuda" else "CPU seconds"
+    settings = {name: getattr(args, name) for name in ("seconds", "marks", "samples", "evaluations", "limit")}
+    results = ResultsFile(args.out, {**settings, "clock": clock}, ["race", *argv])
+    marks = [args.seconds * (i + 1) / args.marks for i in range(args.marks)]
+    console = Console()
+    for data in args.data:
+        todo = [(name, seed) for seed in range(args.seeds) for name in args.contenders]
+        todo = [(name, seed) for name, seed in todo if f"{data}/{name}/{seed}" not in results]
+        if todo:
+            race = data_of(data, args.root, args.limit, device)
+            judge = Judge(data, race, args.root)
+            for name, seed in todo:
+                results.add(f"{data}/{name}/{seed}", measure(judge, race, name, marks, seed, args))
+        print_table(console, data, curves(results.cells, data))
+    if args.page:
+        write_text(args.page, render(results, args.data))
+    for file in filter(None, (args.out, args.page)):
+        console.print(str(file), markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""Images of recorded episodes: stored once each, in memory or mapped from a file, and augmented as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.core import Batch, Draw, expand
+from genkit.core.files import atomic_write
+from genkit.core.tensors import cache_folder
+from genkit.data.in_memory import InMemory
+
+logger = logging.getLogger("genkit")
+CACHE_VERSION = 1  # of the content of a cached file, for the same source
+GREY = (0.299, 0.587, 0.114)  # weights of the colours in grey (ITU-R BT.601)
+
+
+# ------------------------------------------------------------------------------------------------ the images
+class FrameStore:
+    """The images of all steps of some episodes, one after the other; the channels of the cameras follow each other.
+
+    ``episodes`` holds an array uint8 ``[T, C, H, W]`` for each camera of each episode. They may be views of a mapped
+    file, from which only the images of a batch are read. ``ValueError`` if the cameras have different sizes.
+    """
+
+    def __init__(self, episodes: Sequence[Sequence[np.ndarray]]):
+        self.episodes = episodes
+        self.starts = np.array([0, *accumulate(len(cameras[0]) for cameras in episodes)])
+        self.cameras = tuple(array.shape[1] for array in episodes[0])
+        size = episodes[0][0].shape[2:]
+        self.shape = (sum(self.cameras), *size)
+        """(C, H, W)"""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The images uint8 ``[*rows, C, H, W]`` of these steps."""
+        out = np.empty((rows.numel(), *self.shape), np.uint8)
+        flat = rows.flatten().numpy()
+        for image, row, k in zip(out, flat, np.searchsorted(self.starts, flat, "right") - 1, strict=True):
+            first = 0
+            for array in self.episodes[k]:
+                image[first : first + array.shape[1]] = array[row - self.starts[k]]
+                first += array.shape[1]
+        return torch.from_numpy(out).unflatten(0, rows.shape)
+
+
+@dataclass(eq=False)
+class WithFrames(InMemory):
+    """Samples that are conditioned on images. Each image is stored once, although it is in several windows.
+
+    ``crop`` (h, w) cuts a part at a random place out of the images, and ``jitter`` changes brightness, contrast and
+    saturation by a factor in [1 - jitter, 1 + jitter]: the same for all images of a sample, for they belong together.
+    """
+
+    frames: FrameStore | None = None
+    frame_rows: Tensor | None = None
+    crop: tuple[int, int] | None = None
+    jitter: float = 0.0
+
+    def batch(self, indices: Tensor, draw: Draw) -> Batch:
+        batch = super().batch(indices, draw)
+        assert self.frames is not None
+        assert self.frame_rows is not None
+        frames = self.frames.gather(self.frame_rows[indices])
+        if self.crop is not None:
+            frames = random_crop(frames, self.crop, draw)
+        if self.jitter:
+            frames = color_jitter(frames, self.frames.cameras, self.jitter, draw)
+        return replace(batch, cond={**batch.cond, "frames": frames})
+
+
+# ------------------------------------------------------------------------------------------------- augmentation
+def random_crop(frames: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
+    """A part of ``size`` (h, w) of images ``[B, To, C, H, W]``, at a place that ``draw`` chooses for each sample."""
+    room = torch.tensor([n - k + 1 for n, k in zip(frames.shape[-2:], size, strict=True)])
+    places = (draw.uniform(2) * room).long().minimum(room - 1).tolist()
+    return torch.stack([f[..., t : t + size[0], u : u + size[1]] for f, (t, u) in zip(frames, places, strict=True)])
+
+
+def color_jitter(frames: Tensor, cameras: Sequence[int], amount: float, draw: Draw) -> Tensor:
+    """Images uint8 ``[B, To, C, H, W]`` with brightness, contrast and, of cameras with three channels, saturation times
+    factors in [1 - amount, 1 + amount], which ``draw`` chooses for each sample."""
+    brightness, contrast, saturation = (1 + amount * (2 * draw.uniform(3) - 1)).unbind(1)
+    x = frames.float() * expand(brightness, frames)
+    mean = x.mean((1, 2, 3, 4), keepdim=True)
+    x = mean + (x - mean) * expand(contrast, frames)
+    parts = []
+    for part in x.split(list(cameras), 2):
+        if part.shape[2] == 3:
+            grey = (part * torch.tensor(GREY)[:, None, None]).sum(2, keepdim=True)
+            part = grey + (part - grey) * expand(saturation, frames)
+        parts.append(part)
+    return torch.cat(parts, 2).round().clamp(0, 255).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------- conversion
+def channels_first(values: np.ndarray, name: str, location: str) -> np.ndarray:
+    """Images ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter. ``ValueError`` unless they are uint8 with 1 or 3
+    channels."""
+    channels_last = values.ndim == 4 and values.shape[3] in (1, 3)
+    if values.dtype != np.uint8 or values.ndim != 4 or not (channels_last or values.shape[1] in (1, 3)):
+        given = f"{values.shape} of {values.dtype}"
+        raise ValueError(f"{location}: {name} is {given}; images are uint8 [N, H, W, 3], or with one channel")
+    return values.transpose(0, 3, 1, 2) if channels_last else values
+
+
+def resize(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """An image uint8 ``[H, W, C]`` as ``[C, h, w]``, by Pillow's bicubic filter as environments' pictures are."""
+    if size is not None and image.shape[:2] != size:
+        from PIL import Image  # lazy: speed
+
+        squeezed = image[:, :, 0] if image.shape[2] == 1 else image
+        image = np.asarray(Image.fromarray(squeezed).resize((size[1], size[0]))).reshape(*size, image.shape[2])
+    return image.transpose(2, 0, 1)
+
+
+def resize_all(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Images uint8 ``[N, C, H, W]`` as ``[N, C, h, w]``; themselves if they have this size."""
+    if size is None or images.shape[2:] == tuple(size):
+        return images
+    return np.stack([resize(image.transpose(1, 2, 0), size) for image in images])
+
+
+def cached_frames(
+    key: Mapping[str, Any], shape: tuple[int, ...], write: Callable[[np.ndarray], None], name: str
+) -> np.ndarray:
+    """Images uint8 ``shape``, (N, C, H, W), mapped from a file of the cache folder that exists whole or not at all.
+
+    ``key``, ready for JSON, identifies their source and size. Without a file ``write(frames)`` fills one; ``name`` is
+    what it decodes, for a message. ``ValueError`` if there is no room.
+    """
+    text = json.dumps([CACHE_VERSION, shape, key], sort_keys=True)
+    path = cache_folder() / "frames" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+    if not path.is_file():
+        logger.info(f"frames   {name}: {shape[0]} images of {shape[2]}x{shape[3]}, decoded once into {path}")
+        try:
+            with atomic_write(path) as part:
+                frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+                write(frames)
+                frames.flush()
+                del frames
+        except OSError as e:
+            raise ValueError(f"{path}: cannot be written ({e.strerror}); set GENKIT_CACHE to a disk with room") from e
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    if frames.shape != shape:
+        raise ValueError(f"{path}: holds {frames.shape}, not {shape}; remove it, and it is made again")
+    return frames
+
+
+def stamps(paths: Sequence[Path]) -> list[list[Any]]:
+    """Name, size and time of change of files, by which they are known again."""
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]

@@ -1,0 +1,147 @@
+"""Diffusion-DPO (Wallace et al. 2024): learn from pairs of samples, of which one is preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genkit.config.numbers import Count, Positive
+from genkit.config.paths import PathText
+from genkit.core import Batch, Spec
+from genkit.core.arrays import open_npz
+from genkit.core.files import format_error
+from genkit.rl.finetune.chain import Chain
+from genkit.rl.finetune.experience import Experience, Task
+from genkit.rl.finetune.learner import Learner, Share, random_states, restore_random_states
+from genkit.rl.finetune.reward_method import RewardMethod
+from genkit.rl.finetune.tasks import FunctionTask
+
+
+class Pairs(NamedTuple):
+    """N pairs of samples, in the model's units, whose conditions are the same except for what the model chose."""
+
+    chosen: Tensor
+    """[N, *S], the preferred ones"""
+    rejected: Tensor
+    chosen_cond: Mapping[str, Tensor]
+    """[N, ...]"""
+    rejected_cond: Mapping[str, Tensor]
+
+
+def pair_by_rank(experience: Experience, group: int) -> Pairs:
+    """The samples of each ``group`` of rows in pairs: the best with the worst, the second with the second to last, and
+    so on; pairs of equal advantage are left out."""
+    x, advantages = experience.trajectory.xs[-1], experience.advantages
+    order = advantages.view(-1, group).argsort(dim=1, descending=True, stable=True)
+    order = order + group * torch.arange(len(order), device=order.device)[:, None]
+    better, worse = order[:, : group // 2].flatten(), order.flip(1)[:, : group // 2].flatten()
+    differ = advantages[better] > advantages[worse]
+    better, worse = better[differ], worse[differ]
+    better_cond, worse_cond = ({k: v[rows] for k, v in experience.cond.items()} for rows in (better, worse))
+    return Pairs(x[better], x[worse], better_cond, worse_cond)
+
+
+def read_pairs(file: str, task: FunctionTask, spec: Spec, choice: str | None = None) -> Pairs:
+    """The pairs of an .npz: arrays ``chosen`` and ``rejected`` ``[N, *S]``, samples as the data have them, and one of
+    each condition's name, which must include a model's own ``choice``. ``ValueError`` if it cannot be read or does not
+    fit the model."""
+    path = Path(file).expanduser()
+    try:
+        with open_npz(path) as stored:
+            arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
+    except (OSError, ValueError) as e:
+        raise ValueError(f"pairs: {path} cannot be read: {format_error(e)[:150]}") from e
+    if missing := {"chosen", "rejected", *([choice] if choice else [])} - arrays.keys():
+        raise ValueError(f"pairs: {path} has no array {min(missing)}; needs chosen and rejected, [N, *sample]")
+    chosen, rejected = (task.codec.encode(Batch(arrays.pop(name))).x for name in ("chosen", "rejected"))
+    for name, x in (("chosen", chosen), ("rejected", rejected)):
+        if tuple(x.shape) != (len(chosen), *spec.shape):
+            raise ValueError(f"pairs: {name} has shape {tuple(x.shape)}; needs ({len(chosen)}, {spec.shape})")
+    spec.check(arrays, len(chosen))
+    return Pairs(chosen, rejected, arrays, arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(RewardMethod):
+    """Preference optimisation without a reward model: the loss of the preferred sample of a pair is to fall, relative
+    to the model before, by more than that of the other one (Wallace et al. 2024, eq. 14).
+
+    The pairs are those of a file, or of the model's own samples of one condition (``--group``), ranked by the reward.
+    Both samples of a pair, and both models, see the same times and noise. There are no log-probabilities, so samples
+    may be drawn without exploration noise. The choice of an anchor has a probability, and a term of its own (Rafailov
+    et al. 2023, eq. 7).
+    """
+
+    lr: Positive = 1e-4
+    """Learning rate of the networks."""
+    batch: Count = 128
+    """Pairs of a gradient step."""
+    epochs: Count = 1
+    """Passes over the pairs of an iteration."""
+    beta: Positive = 1000.0
+    """Strength of the pull towards the model before: smaller moves the model further. In the paper 2000 to 5000."""
+    choice_beta: Positive = 0.1
+    """The same for the choice of an anchor."""
+    pairs: PathText | None = None
+    """An .npz of pairs: chosen and rejected [N, *sample], as the data are, and conditions by name. None: pairs of the
+    model's own samples."""
+
+    needs_log_prob: ClassVar[bool] = False
+
+    def check(self, chain: Chain, task: Task) -> None:
+        if not isinstance(task, FunctionTask):
+            raise ValueError("method: dpo compares samples of one condition, which an environment does not repeat; "
+                             "allowed: dppo, nft, rwr, mixed")  # fmt: skip
+
+    def collect(self, learner: Learner, task: Task, iteration: int) -> tuple[Any, dict[str, float]]:
+        assert isinstance(task, FunctionTask)
+        if self.pairs is not None:
+            read = read_pairs(self.pairs, task, learner.spec, learner.objective.chosen_condition)
+            chosen, rejected = (x.to(learner.device) for x in read[:2])
+            cond = {k: v.to(learner.device) for k, v in read.chosen_cond.items()}
+            return Pairs(chosen, rejected, cond, cond), {}
+        if task.group == 1 and learner.spec.cond and not task.unconditional:
+            raise ValueError("method: dpo compares samples of one condition; give --group 8, or --method.pairs FILE")
+        return super().collect(learner, task, iteration)
+
+    def improve(self, learner: Learner, task: Task, experience: Any, iteration: int) -> dict[str, float]:
+        if isinstance(experience, Experience):
+            assert isinstance(task, FunctionTask)
+            experience = pair_by_rank(experience, task.group if task.group > 1 else len(experience.advantages))
+        pairs: Pairs = experience
+        if not len(pairs.chosen):
+            return {"loss": 0.0}
+
+        def loss(share: Share) -> tuple[Tensor, Tensor]:
+            value = self.loss(learner, pairs, share)
+            return value, value
+
+        return {"loss": self.learn_in_epochs(learner, len(pairs.chosen), loss, iteration, self.epochs)}
+
+    def loss(self, learner: Learner, pairs: Pairs, share: Share) -> Tensor:
+        """The mean loss of the pairs of a share."""
+        states, rows = random_states(learner.device), share.rows
+
+        def losses(nets: Mapping[str, nn.Module], x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            restore_random_states(learner.device, states)  # the same times and noise for all four
+            batch = Batch(x[rows], {k: v[rows] for k, v in cond.items()}, draw=share.draw)
+            loss = learner.objective.loss(learner.phase, dict(nets), batch)
+            choice = torch.zeros_like(loss.per_sample) if loss.choice is None else loss.choice
+            return torch.stack([loss.per_sample - choice, choice])
+
+        def margins(nets: Mapping[str, nn.Module]) -> Tensor:
+            return losses(nets, pairs.chosen, pairs.chosen_cond) - losses(nets, pairs.rejected, pairs.rejected_cond)
+
+        with torch.no_grad():
+            before = margins(learner.frozen)
+        steps, choice = margins(learner.state.nets) - before
+        value = -F.logsigmoid(-self.beta / 2 * steps).mean()
+        if learner.objective.chosen_condition is not None:
+            value = value - F.logsigmoid(-self.choice_beta * choice).mean()
+        return value

@@ -1,0 +1,82 @@
+"""genkit bench race: contenders of other libraries and genkit on the same seconds, resumable, with a page."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import race, race_loops
+from genkit.cli.main import main
+
+
+def cells(**values):
+    return {f"digits/{name}/{seed}": {"marks": [{"mark": m, "value": v} for m, v in zip((1.0, 2.0), pair, strict=True)]}
+            for name, pairs in values.items() for seed, pair in enumerate(pairs)}  # fmt: skip
+
+
+def test_the_mark_at_which_a_peer_is_passed_is_that_of_the_means():
+    found = race.curves(cells(genkit=[(5, 1), (3, 3)], peer=[(9, 4), (9, 4)]), "digits")
+    assert found == {"genkit": {1.0: [5, 3], 2.0: [1, 3]}, "peer": {1.0: [9, 9], 2.0: [4, 4]}}
+    assert race.seconds_to(found["genkit"], 4.0) == 1.0
+    assert race.seconds_to(found["genkit"], 2.0) == 2.0
+    assert race.seconds_to(found["genkit"], 1.9) is None
+    assert race.curves(cells(genkit=[(5, 1)]), "cifar10") == {}
+
+
+def test_a_loop_stops_at_its_marks_and_is_measured_with_its_average(monkeypatch):
+    """A clock of 1 second a step: 3 and 6 steps; the copies are the averages of then, not of the end."""
+    data = race_loops.RaceData({}, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4), torch.device("cpu"))
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(race_loops.RaceData, "clock", lambda self: float(next(ticks)))
+
+    def step(x, y):
+        with torch.no_grad():
+            net.weight += 1
+        return torch.zeros(())
+
+    loop = race_loops.Loop(net, step, lambda y, seed, evaluations: net.weight.detach().clone())
+    monkeypatch.setitem(race_loops.LOOPS, "counting", lambda data: loop)
+    first, second = race_loops.train_loop("counting", data, [3.0, 6.0], seed=0)
+    assert [(s.seconds, s.steps) for s in (first, second)] == [(3.0, 3), (6.0, 6)]
+    average, expected = 0.0, []
+    for i in range(1, 7):
+        average += (1 - min(0.999, (1 + i) / (10 + i))) * (i - average)
+        expected.append(average)
+    got = [float(s.sample(torch.zeros(1), 0, 1)) for s in (second, first)]
+    assert got == pytest.approx([expected[5], expected[2]], rel=1e-6)
+
+
+def test_a_contender_without_its_package_is_refused_in_one_line(monkeypatch):
+    def absent(data):
+        raise ImportError("No module named 'torchcfm'")
+
+    monkeypatch.setitem(race_loops.LOOPS, "torchcfm", absent)
+    data = race_loops.RaceData({}, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"contenders: torchcfm needs torchcfm .* or leave torchcfm out"):
+        race_loops.train_loop("torchcfm", data, [1.0], seed=0)
+
+
+@pytest.mark.slow
+def test_diffusers_and_genkit_race_once_and_give_a_page(tmp_path, monkeypatch, capsys):
+    out, page = tmp_path / "race.json", tmp_path / "race.html"
+    argv = ["bench", "race", "--data", "digits", "--seconds", "1.5", "--marks", "2", "--seeds", "1", "--samples", "20",
+            "--evaluations", "2", "--device", "cpu", "--out", str(out), "--page", str(page), "--contenders",
+            "diffusers", "genkit", "genkit-recipe"]  # fmt: skip
+    assert main(argv) == 0
+    found = json.loads(out.read_text())["cells"]
+    assert found.keys() == {f"digits/{name}/0" for name in argv[-3:]}
+    for cell in found.values():
+        first, second = cell["marks"]
+        assert [first["mark"], second["mark"]] == [0.75, 1.5]
+        assert first["steps"] < second["steps"]
+        assert 0.5 * first["mark"] < first["seconds"] < second["seconds"] < 3 * second["mark"]
+        assert all(math.isfinite(entry["value"]) and entry["low"] < entry["value"] for entry in cell["marks"])
+    text = page.read_text()
+    assert all(name in text for name in ("diffusers", "genkit-recipe", "Student", "CPU seconds of training"))
+    monkeypatch.setattr(race, "measure", lambda *a: pytest.fail("measured again"))
+    assert main(argv) == 0
+    assert "diffusers has" in capsys.readouterr().out
+    assert main([*argv[:5], "3", *argv[6:]]) == 2

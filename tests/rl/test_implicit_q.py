@@ -1,0 +1,91 @@
+"""Implicit Q-learning against expectiles in closed form, and decisions against the recordings that they are from."""
+
+import numpy as np
+import pytest
+import torch
+
+from genkit.core import Spec, Vector
+from genkit.data.demonstrations.replay import Replay
+from genkit.rl.policies.implicit_q import Transitions, expectile_loss, learn_implicit_q, recorded_transitions
+from genkit.rl.policies.rollout import rollout
+from tests.support.refusals import refuses
+
+
+def test_the_expectile_of_a_coin_is_the_expectile():
+    """The minimum for 0 and 1 with equal shares is at ``expectile`` itself."""
+    coin = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for expectile in (0.5, 0.7, 0.95):
+        v = torch.tensor(expectile, dtype=torch.float64, requires_grad=True)
+        expectile_loss(coin - v, expectile).sum().backward()
+        assert float(v.grad) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expectile", [0.5, 0.9])
+def test_q_of_a_chain_of_two_decisions(expectile):
+    """The first leads to a second, which is rewarded by 1 if its action is positive: ``Q(first) = gamma expectile``."""
+    g = torch.Generator().manual_seed(0)
+    action = torch.where(torch.rand(2000, 1, 1, generator=g) < 0.5, -1.0, 1.0)
+    first = torch.arange(2000)[:, None, None] % 2 == 0
+    obs, following = torch.where(first, -1.0, 1.0), torch.ones(2000, 1, 1)
+    rewards = torch.where(first, 0.0, (action > 0).float())[:, 0, 0]
+    data = Transitions(obs, action, rewards, following, (~first).float()[:, 0, 0])
+    spec = Spec((1, 1), {"obs": Vector((1, 1))})
+    q, explains = learn_implicit_q(spec, torch.ones(1, 1), data, gamma=0.8, expectile=expectile, steps=700, lr=3e-3)
+    x = torch.tensor([-1.0, 1.0]).view(2, 1, 1)
+    assert (q(x, {"obs": torch.ones(2, 1, 1)}) * q.scale).tolist() == pytest.approx([0, 1], abs=0.1)
+    assert (q(x, {"obs": -torch.ones(2, 1, 1)}) * q.scale).tolist() == pytest.approx([0.8 * expectile] * 2, abs=0.1)
+    assert explains > 0.9
+
+
+def test_decisions_are_those_of_the_recordings(tmp_path):
+    """Rewards count up, so a sum tells its steps; observations are the number of their step."""
+    lengths = (7, 5)
+    steps = [np.arange(n) + 100.0 * e for e, n in enumerate(lengths)]
+    np.savez(tmp_path / "d.npz", obs=np.concatenate(steps)[:, None], action=np.concatenate(steps)[:, None],
+             reward=np.concatenate([np.arange(n) + 1.0 for n in lengths]), episode_ends=np.cumsum(lengths))  # fmt: skip
+    settings = {"obs_steps": 2, "pred_steps": 6, "act_steps": 3}
+    source = Replay(root=str(tmp_path / "d.npz"), reward="reward", **settings)
+    codec = source.load().codec
+    data = recorded_transitions(source, 3, codec)
+    now = [(e, t) for e, n in enumerate(lengths) for t in range(n)]
+    assert len(data.rewards) == len(now)
+    for i, (e, t) in enumerate(now):
+        n, first = lengths[e], 100.0 * e
+        chunk = codec.decode(data.chunks[i : i + 1])[0, 0, 1:4].tolist()
+        assert chunk == pytest.approx([first + min(t + k, n - 1) for k in range(3)], abs=1e-3)
+        assert data.obs[i, :, 0].tolist() == [first + max(0, t - 1), first + t]
+        assert float(data.rewards[i]) == sum(k + 1 for k in range(t, min(t + 3, n)))
+        assert bool(data.ended[i]) == (t + 3 >= n)
+        if t + 3 < n:
+            assert data.next_obs[i, :, 0].tolist() == [first + t + 2, first + t + 3]
+    plain = Replay(root=str(tmp_path / "d.npz"), **settings)
+    refuses(lambda: recorded_transitions(plain, 3, codec), "no rewards")
+
+
+def test_a_rollout_learns_q_from_the_demonstrations(policy):
+    refuses(lambda: rollout(policy, episodes=2, fit_q=3, offline_q=True), "fit_q: given 3 with offline_q")
+
+
+@pytest.mark.slow
+def test_best_of_many_by_an_offline_q_goes_the_rewarded_way(tmp_path):
+    """Demonstrations of four ways, rewarded for one of them alone: the best of 16 chunks takes it more often."""
+    import genkit
+    from genkit.data import DATA
+
+    episodes = DATA["four-ways"](n=200).episodes("train")
+    wanted = np.concatenate([np.r_[np.zeros(len(e.actions) - 1), e.skill[0] == 3] for e in episodes])
+    np.savez(tmp_path / "d.npz", obs=np.concatenate([e.obs for e in episodes]),
+             action=np.concatenate([e.actions for e in episodes]),
+             reward=wanted, episode_ends=np.cumsum([len(e.actions) for e in episodes]))  # fmt: skip
+    run = genkit.train(data={"name": "replay", "root": str(tmp_path / "d.npz"), "reward": "reward", "env": "four-ways",
+                             "obs_steps": 1},
+                       objective={"name": "flow", "prediction": "x0", "cond_dropout": 0.0},
+                       backbone={"width": 128, "depth": 3}, steps=800, batch=256, sample_every=0, device="cpu",
+                       tensorboard=False, out=str(tmp_path / "runs"))  # fmt: skip
+    shares = []
+    for settings in ({}, {"offline_q": True, "best_of": 16, "expectile": 0.8}):
+        modes = rollout(run.directory, episodes=100, steps=4, gamma=0.98, **settings).episodes.info["mode"]
+        shares.append(float((modes == 3).mean()))
+    assert shares[0] < 0.45
+    assert shares[1] > shares[0] + 0.08, shares
