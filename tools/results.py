@@ -244,6 +244,29 @@ def few_step_rows(part: str, value: str, digits: int, counts: Sequence[str] = FE
     return rows
 
 
+RACERS = {
+    "genkit-recipe": "genkit, Muon at a constant rate",
+    "genkit": "genkit, defaults",
+    "diffusers": "diffusers",
+    "lucidrains": "denoising-diffusion-pytorch",
+    "torchcfm": "torchcfm",
+}
+
+
+def race() -> str:
+    cells, rows = load("race-fashion")["cells"], []
+    for name, label in RACERS.items():
+        found = [cell["marks"] for key, cell in cells.items() if key.split("/")[1] == name]
+        if not found:
+            continue
+        marks = list(zip(*found, strict=True))
+        values = [[entry["value"] for entry in mark] for mark in marks]
+        steps = number(mean([entry["steps"] for entry in marks[-1]]), 0)
+        rows.append([label, *(spread(v, 1) if len(v) > 1 else number(v[0], 1) for v in values), steps, str(len(found))])
+    first = next(iter(cells.values()))["marks"]
+    return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
+
+
 def few_step_plane() -> str:
     real = load("few-step")["cells"]["plane/real"]["values"]["W2"]["1"]
     rows = few_step_rows("plane", "W2", 3)
@@ -692,6 +715,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "prediction": prediction,
     "dit-blocks": dit_blocks,
     "reflow": reflow,
+    "race": race,
     "few-step-plane": few_step_plane,
     "few-step-guided": partial(few_step_guided, "guided"),
     "few-step-guided-fashion": partial(few_step_guided, "guided-fashion"),

@@ -5,8 +5,10 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -117,13 +119,18 @@ def test_ranks_share_all_rows_and_none_twice():
     assert (idle.rows.tolist(), idle.weight) == ([10], 0.0)
 
 
+RANK_ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def rank_command(num, *argv):
+    """``genkit finetune`` on ``num`` ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
+    return [*command, "-m", "genkit", "finetune", *argv]
+
+
 def ranks(num, *argv):
     """Run ``genkit finetune`` on ``num`` ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
-    command += ["-m", "genkit", "finetune", *argv]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(rank_command(num, *argv), env=RANK_ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -195,18 +202,42 @@ def test_two_ranks_are_one_rank_to_rounding(kind, how, request, tmp_path):
         assert {k: b[k] for k in same} == pytest.approx(same, rel=1e-2, abs=1e-4)
 
 
-@pytest.mark.slow
-def test_one_process_goes_on_from_two_ranks_that_share_the_weights(digits, tmp_path):
-    argv = [str(digits), "--save-every=1", "--device=cpu", "--no-tensorboard", "--method.lr=1e-3", "--samples=24"]
-    argv += ["--reward=genkit.rl.finetune.image_rewards:brightness", "--method=rwr", "--eval-samples=0"]
-    argv += ["--method.batch=10", "--steps=3"]
-    finetune([*argv, "--iterations=2", f"--out={tmp_path / 'one'}"])
-    ranks(2, *argv, "--iterations=1", "--parallel=fsdp", f"--out={tmp_path / 'two'}")
-    begun = find_run(tmp_path / "two" / "latest")
-    finetune([f"--resume={begun}", "--iterations=2", "--parallel=ddp"])
+BRIGHT = ["--save-every=1", "--device=cpu", "--no-tensorboard", "--method.lr=1e-3", "--samples=24", "--method=rwr",
+          "--reward=genkit.rl.finetune.image_rewards:brightness", "--eval-samples=0", "--method.batch=10",
+          "--steps=3"]  # fmt: skip
+
+
+def require_same_end(one, two, step):
+    """The weights after ``step`` iterations, but for rounding."""
     for file in ("nets.safetensors", "ema-0.99.safetensors", "finetune.safetensors"):
-        a, b = (load_file(run / "checkpoints" / "step-0000002" / file)
-                for run in (find_run(tmp_path / "one" / "latest"), begun))  # fmt: skip
+        a, b = (load_file(run / "checkpoints" / f"step-{step:07d}" / file) for run in (one, two))
         assert a.keys() == b.keys()
         for key, value in a.items():
             torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two_ranks_that_share_the_weights(digits, tmp_path):
+    finetune([str(digits), *BRIGHT, "--iterations=2", f"--out={tmp_path / 'one'}"])
+    ranks(2, str(digits), *BRIGHT, "--iterations=1", "--parallel=fsdp", f"--out={tmp_path / 'two'}")
+    begun = find_run(tmp_path / "two" / "latest")
+    finetune([f"--resume={begun}", "--iterations=2", "--parallel=ddp"])
+    require_same_end(find_run(tmp_path / "one" / "latest"), begun, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_from_two_that_were_killed(digits, tmp_path):
+    command = rank_command(2, str(digits), *BRIGHT, "--iterations=6", "--parallel=fsdp", f"--out={tmp_path / 'two'}")
+    process = subprocess.Popen(command, env=RANK_ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list((tmp_path / "two").glob("0*/checkpoints/step-000000[1-5]")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    agent = psutil.Process(process.pid)
+    for each in (agent, *agent.children(recursive=True)):
+        each.kill()
+    process.communicate()
+    (run,) = (tmp_path / "two").glob("0*")
+    assert not (run / "checkpoints" / "step-0000006").exists()
+    ranks(4, f"--resume={run}", "--parallel=hsdp", "--shard-size=2")
+    finetune([str(digits), *BRIGHT, "--iterations=6", f"--out={tmp_path / 'one'}"])
+    require_same_end(find_run(tmp_path / "one" / "latest"), run, 6)

@@ -22,6 +22,7 @@ from genkit.core.files import format_error
 from genkit.core.hub import call_hub
 from genkit.core.tensors import sha256
 from genkit.evaluation.metrics.features import Device, Extraction, Features
+from genkit.integrations.diffusers_text import silence
 
 Resizer = Callable[[Tensor, int], Tensor]
 """uint8 ``[B, 3, H, W]`` and a side to float32 ``[B, 3, side, side]`` in 0..255"""
@@ -178,7 +179,8 @@ def load_transformer(kind: str, weights: str | None, model: str, owner: str) -> 
     if file is None or file.suffix == ".bin":
         raise ValueError(f"weights: {folder} holds no model.safetensors; other files are not read")
     try:
-        network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with silence():
+            network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise ValueError(f"weights: {folder} is no {kind} of transformers ({format_error(e)[:150]})") from e
     return network, sha256(file)

@@ -76,12 +76,16 @@ class Demonstrations:
     learner: Learner
     number: int | None = None
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """Rows ``start..stop`` of the batch."""
+    def count(self) -> int:
+        """The number of the batch. Ranks without a row of it count it too, or the next batches would differ."""
         if self.number is None:
             self.number = self.learner.draws
             self.learner.draws += 1
-        return self.learner.demos(self.number, start, stop)
+        return self.number
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows ``start..stop`` of the batch."""
+        return self.learner.demos(self.count(), start, stop)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class Share:
         """
         learner = self.learner
         first, last = (round(n * i / self.total) for i in (self.start, self.stop))
+        self.demos.count()
         if first == last:
             return torch.zeros((), device=learner.device)
         batch = self.demos.rows(first, last)
