@@ -149,12 +149,12 @@ class ScalarEmbed(Embedder):
         rates = torch.logspace(math.log10(self.SLOWEST), math.log10(self.FASTEST), self.NUM_WAVES)
         self.register_buffer("rates", rates, persistent=False)
         self.layer1 = nn.Parameter(torch.randn(dim, 2 * self.NUM_WAVES) / self.NUM_WAVES**0.5)
-        self.layer2 = nn.Parameter(torch.zeros(dim, dim))
+        self.scaled_layer2 = nn.Parameter(torch.zeros(dim, dim))
 
     def forward(self, value: Float[Tensor, " b"], keep: Bool[Tensor, " b"]) -> Tensor:
         angles = value.to(self.rates.dtype)[:, None] * self.rates
         waves = torch.cat([1 - angles.cos(), angles.sin()], 1).to(self.layer1.dtype)
-        return F.linear(F.silu(F.linear(waves, self.layer1)), self.layer2 / len(self.layer2) ** 0.5)
+        return F.linear(F.silu(F.linear(waves, self.layer1)), self.scaled_layer2 / len(self.scaled_layer2) ** 0.5)
 
 
 def scalar_keys(net: nn.Module) -> set[str]:
