@@ -267,7 +267,7 @@ def test_the_derivative_by_a_number_is_moderate():
     net = MLP(width=64, depth=1).denoiser(Spec((2,), {"number": KINDS["number"]}))
     embed = net.net.cond.embed["on_number"]
     with torch.no_grad():
-        embed.layer2.normal_()
+        embed.scaled_layer2.normal_()
     value, keep = torch.rand(50), torch.ones(50, dtype=torch.bool)
     slope = torch.func.jvp(lambda v: embed(v, keep), (value,), (torch.ones(50),))[1]
     assert 0.3 < float(slope.square().mean().sqrt()) < 8
