@@ -6,6 +6,8 @@ import errno
 import re
 from collections.abc import Collection
 
+from genkit.core.memory import is_out_of_memory
+
 _DISK = "the disk is full, or a quota is reached"
 _ADVICE = "free some space or write elsewhere; what was saved before is intact"
 MEMORY = "out of memory"
@@ -22,12 +24,6 @@ OS_ERRORS = {
     errno.ENFILE: "too many open files on this machine; lower --workers",
     errno.EIO: "the disk reports an input/output error; check the disk",
 }
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|unable to allocate|cannot allocate memory"
-    r"|storage size calculation overflowed|array is too big|maximum allowed dimension exceeded"
-    r"|bytes-?size .* overflow|numel: integer multiplication overflow|invalid buffer size",
-    re.IGNORECASE,
-)
 BUS_ERROR = re.compile(r"bus error|shared memory \(shm\)", re.IGNORECASE)
 
 
@@ -56,16 +52,14 @@ def advise_on_memory(options: Collection[str]) -> str:
 
 
 def _explain(e: BaseException) -> str | None:
-    name, text = type(e).__name__, str(e)
+    text = str(e)
     if isinstance(e, OSError):
         where = f"{e.filename}: " if e.filename else ""
         return f"{where}{OS_ERRORS[e.errno]}" if e.errno in OS_ERRORS else None
     number = re.search(r"os error (\d+)", text)  # Rust's: safetensors, tokenizers
     if number and int(number[1]) in OS_ERRORS:
         return OS_ERRORS[int(number[1])]
-    if isinstance(e, MemoryError) or name == "OutOfMemoryError":
-        return MEMORY
-    if isinstance(e, RuntimeError | ValueError) and OUT_OF_MEMORY.search(text):
+    if is_out_of_memory(e):
         return MEMORY
     if isinstance(e, RuntimeError) and BUS_ERROR.search(text):
         return "a data-loading process ran out of shared memory (/dev/shm); give --workers 0, or more shared memory"

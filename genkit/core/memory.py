@@ -1,4 +1,4 @@
-"""The largest amount of memory that this process has used."""
+"""How much memory this process has used at most, and whether it sufficed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import psutil
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|unable to allocate|cannot allocate memory"
+    r"|storage size calculation overflowed|array is too big|maximum allowed dimension exceeded"
+    r"|bytes-?size .* overflow|numel: integer multiplication overflow|invalid buffer size",
+    re.IGNORECASE,
+)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -41,3 +47,9 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
     return f"{count:.0f} B"
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether the memory of this machine or its device did not suffice: torch raises errors of many kinds then."""
+    known = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"  # of CUDA
+    return known or (isinstance(e, RuntimeError | ValueError) and OUT_OF_MEMORY.search(str(e)) is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from genkit.core.messages import warn_once
 from genkit.core.progress import Progress, reporting
 from genkit.evaluation.cards import Card
 from genkit.evaluation.evaluator import FEATURES, Evaluator, Reference, find_metrics, is_image, measure_together
-from genkit.evaluation.metrics.features import Features
+from genkit.evaluation.metrics.features import Extractor, Features
 from genkit.evaluation.named_statistics import find_statistics, save_statistics, statistics_path
 from genkit.evaluation.sources import (
     REFERENCE_SEED,
@@ -159,6 +160,7 @@ def evaluate_all(
         chosen = settings.features
         evaluators = [create(metrics, chosen, resize=settings.resize, weights=settings.weights)]
         evaluators += [create(None, features) for features in further]
+        require_different([evaluator.extractor for evaluator in evaluators])
         if n < 2:
             raise ValueError(f"n: given {n}; a distance between distributions needs 2 samples or more")
         measurements = measure_together(evaluators, samples, n, report)
@@ -167,6 +169,13 @@ def evaluate_all(
     if stored and ranks.is_main:
         save_statistics(measurements[0].statistics.moments, evaluators[0].extractor.settings, stored)
     return made
+
+
+def require_different(extractors: Sequence[Extractor]) -> None:
+    """``ValueError`` if two extractors are the same one: their cards would be one file."""
+    for i, extractor in enumerate(extractors):
+        if any(extractor.settings == other.settings for other in extractors[:i]):
+            raise ValueError(f"further_features: {extractor.settings['name']} is measured already; give each once")
 
 
 def parse_features(text: str) -> Features:

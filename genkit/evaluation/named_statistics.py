@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from genkit.config.blocks import suggest
 from genkit.core.arrays import open_npz, save_npz
 from genkit.core.tensors import cache_folder
 from genkit.evaluation.metrics import Moments
+from genkit.evaluation.metrics.features import Resize
 
 STORED, PUBLISHED = "stats:", "clean-fid:"  # prefixes of names
 FEATURES_KEY = "features"  # of the npz: the settings of the features, as JSON
@@ -58,18 +61,22 @@ def download_statistics(name: str, resize: str) -> Path:
     if not match:
         raise ValueError(f"reference: given {name}; needs clean-fid:DATASET-SPLIT-SIDE, such as "
                          "clean-fid:cifar10-train-32")  # fmt: skip
+    if resize not in get_args(Resize):
+        raise ValueError(f"reference: {name} has statistics of Inception's features; take --features inception")
     path = statistics_folder() / f"{name.replace(':', '-')}-{resize}.npz"
     if path.is_file():
         return path
     from cleanfid.features import get_reference_statistics  # lazy: slow to import
 
     try:
-        mean, cov = get_reference_statistics(match[1], int(match[3]), mode=resize, split=match[2])
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of the download; standard output may be JSON
+            found: Any = get_reference_statistics(match[1], int(match[3]), mode=resize, split=match[2])
     except (OSError, HTTPException) as e:
         raise ValueError(f"reference: {name} is not here, and clean-fid cannot download it ({e}); is there a network, "
                          "and are there statistics of this name?") from e  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_npz(path, {"mu": np.asarray(mean), "sigma": np.asarray(cov)})
+    features = np.asarray(json.dumps({"name": "inception", "resize": resize}))
+    save_npz(path, {"mu": np.asarray(found[0]), "sigma": np.asarray(found[1]), FEATURES_KEY: features})
     return path
 
 
@@ -86,7 +93,7 @@ def require_same_features(path: Path, features: Mapping[str, Any]) -> None:
         text = str(file[FEATURES_KEY]) if FEATURES_KEY in file.files else None
     stored = json.loads(text) if text else dict(features)
     now = json.loads(json.dumps(dict(features)))
-    different = [key for key in stored | now if stored.get(key) != now.get(key)]
+    different = [key for key in stored if stored[key] != now.get(key)]
     if different:
         key = different[0]
         raise ValueError(f"reference: {path} has statistics of features with {key}: {stored.get(key)}; these have "

@@ -34,7 +34,7 @@ from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, check
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
-from genkit.training.measurements import MeasurementStopped, PeriodicMeasurement, interval
+from genkit.training.measurements import MEASUREMENTS, MeasurementStopped, PeriodicMeasurement, interval
 from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision
@@ -52,8 +52,8 @@ logger = logging.getLogger("genkit")
 
 
 Watch = Callable[[Mapping[str, Any]], bool]
-"""What a caller of the training sees of it: a line of the log with the ``step`` and the numbers of a validation or an
-evaluation, None where they are not finite. Training stops when it returns True."""
+"""What a caller of the training sees of it: a line of the log with the ``step`` and the numbers of a validation or
+another measurement, None where they are not finite. Training stops when it returns True."""
 
 
 class TrackedSettings(Protocol):
@@ -325,8 +325,9 @@ class Session:
         return improved
 
     def consult(self, record: Mapping[str, Any]) -> None:
-        """Show ``watch`` the numbers of a validation or an evaluation; every rank follows the first one's answer."""
-        if self.watch and any(name.startswith(("val/", "eval/")) for name in record) and not self.given_up:
+        """Show ``watch`` the numbers of a measurement; every rank follows the first one's answer."""
+        prefixes = {name.partition("/")[0] for name in record}
+        if self.watch and not prefixes.isdisjoint(("val", *MEASUREMENTS)) and not self.given_up:
             self.given_up = broadcast_object_list([self.accelerator.is_main_process and self.watch(record)])[0]
 
     def is_best(self, step: int) -> bool:

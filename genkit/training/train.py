@@ -104,10 +104,10 @@ def train(
     ``changes`` are settings by name, in the form of YAML: ``train(objective="flow", data="moons", steps=500)``, or
     ``train(objective={"name": "ddpm", "prediction": "v"})``. ``resume`` continues a run directory from its newest
     intact checkpoint (or that of ``step``), bit-identically, with its own settings and these changes; "auto" continues
-    the newest run that these settings began. ``watch`` is called with the numbers of each validation and evaluation by
-    name, also with those of a resumed run again, and stops the training by returning True. Messages go to the logger
-    ``genkit``. Raises ``ValueError`` for settings that do not fit together or cannot change when a run is resumed, and
-    if training diverged.
+    the newest run that these settings began. ``watch`` is called with the numbers of each validation, evaluation and
+    rollout by name, also with those of a resumed run again, and stops the training by returning True. Messages go to
+    the logger ``genkit``. Raises ``ValueError`` for settings that do not fit together or cannot change when a run is
+    resumed, and if training diverged.
     """
     if resume is not None and resume != "auto":
         settings = settings or stored_settings(find_run(resume))

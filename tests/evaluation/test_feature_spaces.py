@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import genkit
+from genkit import config
 from genkit.cli.main import main
 from genkit.core import Label, Spec
 from genkit.data import InMemory
@@ -21,6 +22,7 @@ from genkit.evaluation.metrics import CLIP, METRICS, DINOv2, Inception, Inceptio
 from genkit.evaluation.metrics.inception import PLACE_CHANNELS, InceptionV3
 from genkit.evaluation.metrics.spatial import SpatialExtractor, share_networks
 from genkit.evaluation.metrics.vision import RESIZERS, VisionExtractor
+from genkit.evaluation.named_statistics import find_statistics
 from genkit.evaluation.sources import DatasetSamples
 from tests.evaluation.test_features import images, random_weights  # noqa: F401  # a fixture
 
@@ -76,6 +78,8 @@ def test_several_spaces_are_measured_in_one_pass_with_the_numbers_of_each_alone(
         evaluate_all(str(tmp_path / "a.npz"), features="raw", further_features=["dinov"], **options)
     with pytest.raises(ValueError, match="raw=x: weights: unknown setting"):
         evaluate_all(str(tmp_path / "a.npz"), features="raw", further_features=["raw=x"], **options)
+    with pytest.raises(ValueError, match="further_features: raw is measured already"):
+        evaluate_all(str(tmp_path / "a.npz"), features="raw", further_features=["raw"], **options)
 
 
 def test_a_killed_measurement_in_several_spaces_goes_on(tmp_path, networks):
@@ -159,7 +163,27 @@ def test_missing_weights_and_networks_are_refused_in_one_line(tmp_path, networks
         TorchFidelity(layer="none").load("cpu")
 
 
-def test_extractors_of_torch_fidelity_are_used_with_their_default_layer():
+def test_weights_of_another_network_are_refused_not_filled_with_random_numbers(networks):
+    for kind, other in ((CLIP, "dinov2"), (DINOv2, "clip")):
+        with pytest.raises(ValueError, match=r"is no .* of transformers: it lacks \d+ of the network's tensors"):
+            kind(str(networks / other)).load("cpu")
+    with pytest.raises(ValueError, match=r"side: given 5, which this network of dinov2 .*--features.side 28"):
+        DINOv2(str(networks / "dinov2"), side=5).load("cpu")
+    with pytest.raises(ValueError, match="side: given 0; should be greater than or equal to 1"):
+        config.from_dict(DINOv2, {"side": 0})
+
+
+def test_weights_of_16_bits_give_features_of_32(tmp_path, networks):
+    transformers = pytest.importorskip("transformers")
+    x, whole = images(2, 3, 28, 28), CLIP(str(networks / "clip")).load("cpu")
+    network = transformers.CLIPVisionModelWithProjection.from_pretrained(networks / "clip")
+    network.half().save_pretrained(tmp_path / "half")
+    half = CLIP(str(tmp_path / "half")).load("cpu")
+    torch.testing.assert_close(half(x).features, whole(x).features, rtol=0, atol=2e-3)
+    assert {p.dtype for p in half.network.parameters()} == {torch.float32}
+
+
+def test_extractors_of_torch_fidelity_are_used_with_their_default_layer(tmp_path):
     """One that is registered there: grey pictures become RGB, and features are what it returns."""
     fidelity = pytest.importorskip("torch_fidelity")
 
@@ -186,6 +210,11 @@ def test_extractors_of_torch_fidelity_are_used_with_their_default_layer():
     x = images(3, 1)
     assert torch.equal(extract(x).features, x.expand(-1, 3, -1, -1).float().mean((2, 3)))
     assert (extract.dim, extract.settings["layer"]) == (3, "means")
+    known = {str(extract.settings)}
+    for name in "ab":  # stored statistics of a reference are found by these settings
+        (tmp_path / name).write_text(name)
+        known.add(str(TorchFidelity("means", weights=str(tmp_path / name)).load("cpu").settings))  # type: ignore[arg-type]
+    assert len(known) == 3, "other weights are other features"
 
 
 # ------------------------------------------------------------------------------------------------- sFID
@@ -322,3 +351,23 @@ def test_statistics_by_name_are_kept_and_refused_in_other_features(tmp_path, cap
     assert "has statistics of features with name: inception; these have raw" in capsys.readouterr().err
     assert main(["eval", a, "--reference", "clean-fid:cifar10", "--features=raw"]) == 2
     assert "needs clean-fid:DATASET-SPLIT-SIDE" in capsys.readouterr().err
+
+
+def test_published_statistics_are_those_of_inception_only(tmp_path, monkeypatch, capsys):
+    """Statistics of the same length as other features are refused too, and a download writes nothing into JSON."""
+    cleanfid = pytest.importorskip("cleanfid.features")
+
+    def download(name, side, mode, split):
+        print("downloading")
+        return np.zeros(3), np.eye(3)
+
+    monkeypatch.setattr(cleanfid, "get_reference_statistics", download)
+    np.savez(tmp_path / "a.npz", np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
+    for _ in range(2):  # downloaded, and kept
+        argv = ["eval", str(tmp_path / "a.npz"), "--reference=clean-fid:x-train-32", "--features=raw", "--metrics=fid"]
+        assert main([*argv, "--json"]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "has statistics of features with name: inception; these have raw" in said.err
+    with pytest.raises(ValueError, match="statistics of Inception's features; take --features inception"):
+        find_statistics("clean-fid:x-train-32", "pillow")

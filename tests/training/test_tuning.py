@@ -5,17 +5,28 @@ import os
 import re
 import signal
 import time
+from dataclasses import dataclass, fields, replace
 
 import pytest
+import torch
 
 import genkit
 from genkit import config
+from genkit.backbones import MLP
 from genkit.cli.main import main
 from genkit.evaluation.report import write_report
+from genkit.training.annotations import read_annotations
+from genkit.training.measurements import MEASUREMENTS
 from genkit.training.settings import TrainSettings
 from genkit.training.tuning.space import parse_space, value_of, with_values
 from genkit.training.tuning.study import SearchStudy, read_results
-from genkit.training.tuning.tune import SEARCHED_NEVER
+from genkit.training.tuning.tune import (
+    SEARCHED_NEVER,
+    choose_target,
+    find_incomparable,
+    run_trial,
+    with_intervals,
+)
 
 SPACE = ["lr=log:1e-4..1e-1", "batch=16..128", "optimizer=adamw,muon"]
 OPTIMUM = {"lr": 1e-2, "batch": 64, "optimizer": "muon"}
@@ -101,8 +112,44 @@ def test_values_become_settings_and_defaults_of_a_block_follow_its_choice():
     assert given.lr == 3e-4, "a rate that was given does not follow"
     changed = with_values(settings, {"objective.cond_dropout": 0.25, "betas": [0.5, 0.75], "objective": "flow"})
     assert (changed.objective.cond_dropout, changed.betas) == (0.25, (0.5, 0.75))
+    own = with_values(settings, {"objective.cond_dropout": 0.25})
+    assert with_values(own, {"objective": "flow"}) == own, "what is given of a block stays with its choice"
+    assert with_values(own, {"objective": "ddpm"}).objective.cond_dropout == 0.1, "the others have their defaults"
     choice = parse_space(["betas=[0.9,0.99],[0.5,0.9]"], settings)[0]
     assert choice.examples == [[0.9, 0.99], [0.5, 0.9]]
+
+
+def test_how_a_trial_is_measured_is_no_option_to_search():
+    named = {f.name for f in fields(TrainSettings) if f.name.split("_")[0] in {"eval", "val", *MEASUREMENTS}}
+    assert named <= SEARCHED_NEVER
+    assert {f.name for f in fields(TrainSettings)} >= SEARCHED_NEVER
+
+
+@pytest.mark.parametrize(("metric", "space", "found"), [
+    ("val/loss", "objective=flow,ddpm", None),
+    ("val/velocity", "objective=flow,ddpm", []),
+    ("eval/fid", "objective=flow,ddpm", []),
+    ("eval/fid", "data=moons,digits", None),
+    ("val/velocity", "data.n=100..200", ["data.n"]),
+    ("val/raw/loss", "objective.cond-dropout=0..0.3", ["objective.cond_dropout"]),
+    ("val/velocity_0.1", "objective.cond-dropout=0..0.3", []),
+    ("val/loss", "lr=1e-4..1e-3", []),
+])  # fmt: skip
+def test_a_search_by_numbers_that_cannot_be_compared_is_refused_or_noted(metric, space, found):
+    parsed = parse_space([space], TrainSettings(data=config.from_dict(TrainSettings, {"data": "moons"}).data))
+    if found is None:
+        with pytest.raises(ValueError, match=f"{metric} is another quantity for each of its choices; objectives can"):
+            find_incomparable(metric, parsed)
+    else:
+        assert find_incomparable(metric, parsed) == found
+
+
+def test_the_metric_of_samples_that_is_optimised_is_measured():
+    plain = TrainSettings(keep_best="precision", steps=100)
+    assert with_intervals(plain) == replace(plain, eval_every=25, eval_metrics="prdc")
+    assert choose_target(plain).metric == "eval/precision"
+    with pytest.raises(ValueError, match=r"keep_best: given 'precision'; measured: .*eval/fid"):
+        choose_target(replace(plain, eval_metrics="fid"))
 
 
 # ------------------------------------------------------------------------------------------------------- the study
@@ -221,16 +268,39 @@ def test_a_killed_search_of_runs_goes_on_to_the_same_results(tmp_path):
     assert all(text in page for text in ("History", "Importance", "fANOVA", "flatters"))
 
 
+@dataclass(frozen=True)
+class Greedy(MLP):
+    """A network for which the memory does not suffice if it is wide."""
+
+    def denoiser(self, spec):
+        if self.width > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().denoiser(spec)
+
+
+def test_a_trial_without_enough_memory_has_failed(tmp_path):
+    """Else a study that is resumed would begin with this trial again, each time."""
+    plain = replace(config.from_dict(TrainSettings, {**TINY, "keep_best": "val/loss"}), backbone=Greedy(depth=1))
+    space = parse_space(["backbone.width=8,16"], plain)
+    study = SearchStudy(tmp_path, space, "val/loss", "lower", 0, {"backbone.width": 16})
+    with pytest.raises(ValueError, match="trial 0: out of memory"):
+        study.run(lambda trial: run_trial(trial, plain, None), 1)
+    (trial,) = study.results().trials
+    assert (trial.state, trial.values) == ("failed", {"backbone.width": "16"})
+    assert (trial.problem or "").startswith("out of memory (CUDA out of memory.")
+
+
 def test_a_hopeless_run_is_stopped_and_says_so(tmp_path, capsys):
     argv = ["tune", "--data=moons", "--data.n=200", "--backbone=mlp", "--backbone.width=8", "--steps=4", "--ema", "0",
             "--warmup=0", "--val-every=2", "--val-n=50", "--sample-every=0", "--no-tensorboard", "--workers=0",
-            f"--out={tmp_path}", "--trials=2", "--prune-startup=1", "--lr=0.1"]  # fmt: skip
+            f"--out={tmp_path}", "--trials=2", "--prune-startup=1", "--lr=0.1", "--tags=toy", "--seed=4"]  # fmt: skip
     assert main([*argv, "--space", "lr=1e-13,1e-12,1e-11,1e-1"]) == 0
     out = capsys.readouterr().out
     first, second = read_results(next(tmp_path.glob("*-tune"))).trials
     assert (first.state, first.values["lr"]) == ("complete", "0.1"), "the settings as they are"
     assert (second.state, list(second.curve)) == ("pruned", ["2"]), "a rate at which nothing is learned"
     assert "trial 1: stopped at step 2, worse than the median" in out
-    assert "genkit train --config" in out
+    assert "best.yaml --seed 5" in out, "another seed than the study's"
+    assert all(read_annotations(next(tmp_path.glob(f"*/{t.run}"))).tags == ("toy",) for t in (first, second))
     assert main(["tune", "--space", "lrr=1..2"]) == 2
     assert "did you mean lr?" in capsys.readouterr().err

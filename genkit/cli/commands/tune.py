@@ -13,7 +13,15 @@ from genkit.config.command import peek_option
 from genkit.evaluation.report import write_report
 from genkit.training.defaults import read_with_defaults
 from genkit.training.settings import TrainSettings
-from genkit.training.tuning.tune import STUDY_FILE, TunedStudy, TuneSettings, find_study, stored_study, tune
+from genkit.training.tuning.tune import (
+    STUDY_FILE,
+    TunedStudy,
+    TuneSettings,
+    find_study,
+    fresh_seed,
+    stored_study,
+    tune,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -54,4 +62,5 @@ def conclude_study(study: TunedStudy) -> None:
     if study.stopped:
         say(f"stopped; continue with: genkit tune --resume {shlex.quote(str(study.directory))}")
     elif study.best_settings:
-        say(f"next     genkit train --config {shlex.quote(str(study.best_settings))} --seed 1")
+        seed = fresh_seed(study.directory)
+        say(f"next     genkit train --config {shlex.quote(str(study.best_settings))} --seed {seed}")

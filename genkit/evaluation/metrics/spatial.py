@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from genkit.config.paths import PathText
 from genkit.core import Data
+from genkit.core.files import format_error
+from genkit.core.tensors import sha256
 from genkit.evaluation.metrics.features import Device, Extraction, Features, Inception, InceptionExtractor, Resize
 from genkit.evaluation.metrics.inception import PLACES
 
@@ -96,7 +99,7 @@ class FidelityExtractor:
             layer = config.layer or KNOWN[config.extractor].get_default_feature_layer_for_metric("fid")
             self.network: Any = create_feature_extractor(config.extractor, [layer], **options)
         except Exception as e:  # no network, a wrong layer, a damaged file: of many kinds
-            raise ValueError(f"torch-fidelity: {config.extractor} cannot be loaded ({e})") from e
+            raise ValueError(f"torch-fidelity: {config.extractor} cannot be loaded ({format_error(e)[:150]})") from e
         self.device = device
         self.dim = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).features.shape[1]
         self.settings: Mapping[str, Any] = {
@@ -104,6 +107,7 @@ class FidelityExtractor:
             "extractor": config.extractor,
             "layer": layer,
             "torch_fidelity": version("torch-fidelity"),
+            "sha256": None if config.weights is None else sha256(Path(config.weights).expanduser()),
             "dim": self.dim,
         }
 

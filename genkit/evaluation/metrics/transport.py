@@ -81,7 +81,7 @@ def mind(x: Tensor, y: Tensor, projections: int = MIND_PROJECTIONS, seed: int = 
         total += float(slope.square().mean(0).sum()) / 4
         steps = (slope[1:] + slope[:-1]) / 2 * a.diff(dim=0)
         potential = torch.cat([torch.zeros_like(a[:1]), steps.cumsum(0)])
-        influence += torch.zeros_like(a).scatter_(0, order, potential - potential.mean(0)).sum(1)
+        influence += torch.zeros_like(a).scatter_(0, order, potential).sum(1)
     scale = 3 * dim / projections
     return Estimate.normal(scale * total, float((scale * influence).var()) / n, level)
 

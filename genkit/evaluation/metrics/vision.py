@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from PIL import Image
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class DINOv2(Features):
     """Folder with config.json and model.safetensors of transformers. None: --features.model of the hub."""
     model: str = "facebook/dinov2-large"
     """Model of the Hugging Face Hub; the published distances are of ViT-L/14."""
-    side: int = 224
+    side: Annotated[int, Ge(1)] = 224
     """Side of the pictures that the network sees."""
     resize: ResizerName = "pillow"
     """pillow: as Stein et al. (bicubic, 8 bits); float: without rounding; tensorflow: as torch-fidelity (bilinear)."""
@@ -94,7 +95,7 @@ class CLIP(Features):
     """Folder with config.json and model.safetensors of transformers. None: --features.model of the hub."""
     model: str = "openai/clip-vit-large-patch14-336"
     """Model of the Hugging Face Hub; the published distances are of ViT-L/14 at 336 pixels."""
-    side: int | None = None
+    side: Annotated[int, Ge(1)] | None = None
     """Side of the pictures that the network sees. None: that of the network, 336 for the published one."""
     resize: ResizerName = "float"
     """float: as Jayasumana et al. (bicubic); pillow: rounded to 8 bits; tensorflow: as torch-fidelity (bilinear)."""
@@ -124,11 +125,17 @@ class VisionExtractor:
         embed: Callable[[Any, Tensor], Tensor],
         device: torch.device,
     ):
-        self.network, self.embed, self.device = network.to(device).eval(), embed, device
+        self.network, self.embed, self.device = network.to(device).float().eval(), embed, device
         self.kind, self.resize = config.kind, RESIZERS[config.resize]
         self.side: int = config.side or network.config.image_size
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (config.mean, config.std))
-        self.dim = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features.shape[1]
+        try:
+            self.dim = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features.shape[1]
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(
+                f"side: given {self.side}, which this network of {config.kind} cannot see ({format_error(e)[:150]}); "
+                f"take --features.side {network.config.image_size}"
+            ) from e
         self.settings: Mapping[str, Any] = {
             "name": config.kind,
             "model": config.model if config.weights is None else "folder",
@@ -180,9 +187,14 @@ def load_transformer(kind: str, weights: str | None, model: str, owner: str) -> 
         raise ValueError(f"weights: {folder} holds no model.safetensors; other files are not read")
     try:
         with silence():
-            network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            network, loading = getattr(transformers, kind).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise ValueError(f"weights: {folder} is no {kind} of transformers ({format_error(e)[:150]})") from e
+    if missing := sorted(loading["missing_keys"]):  # transformers would leave them random
+        raise ValueError(f"weights: {folder} is no {kind} of transformers: it lacks {len(missing)} of the network's "
+                         f"tensors, such as {missing[0]}")  # fmt: skip
     return network, sha256(file)
 
 

@@ -22,7 +22,7 @@ from genkit.evaluation.report.html import (
 )
 from genkit.evaluation.report.plots import COLOURS, INK, render_plot, use_log_scale, use_plain_ticks
 from genkit.training.tuning.study import RESULTS, StudyResults, TrialRecord, read_results
-from genkit.training.tuning.tune import BEST_SETTINGS, STUDY_FILE
+from genkit.training.tuning.tune import BEST_SETTINGS, STUDY_FILE, fresh_seed
 
 MARKS = {"complete": "o", "pruned": "x", "failed": "P", "running": "^"}
 MAX_CURVES = 60
@@ -72,7 +72,7 @@ def best_parts(folder: Path, best: TrialRecord | None) -> list[Markup]:
     items = {"trial": best.number, "run": best.run or "–", **options}
     note = (
         "The best of many trials is chosen by the number that it is listed with, which flatters it: train with its "
-        f"settings and another seed (genkit train --config {BEST_SETTINGS} --seed 1) and measure that."
+        f"settings and another seed (genkit train --config {BEST_SETTINGS} --seed {fresh_seed(folder)}) and measure that."
     )
     return [render_listing(items), render_note(note)]
 

@@ -210,8 +210,17 @@ def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
         if "follows" in f.metadata and not given and tree[name] == defaults[name]:
             del tree[name]
     for path in sorted(values, key=lambda path: path.count(".")):  # a block before its settings
-        put_setting(tree, path, to_plain(values[path]))
+        if not is_chosen(tree, path, values[path]):  # else its settings stay as they are
+            put_setting(tree, path, to_plain(values[path]))
     return from_dict(cls, tree)
+
+
+def is_chosen(tree: Mapping[str, Any], path: str, value: Any) -> bool:
+    """Whether ``value`` is the name of the block that is at ``path`` already."""
+    inner: Any = tree
+    for part in path.split("."):
+        inner = inner.get(part) if isinstance(inner, Mapping) else None
+    return isinstance(inner, Mapping) and inner.get("name") == value
 
 
 def value_of(settings: Any, name: str) -> Any:

@@ -151,7 +151,8 @@ class SearchStudy:
         sampler = make_sampler(seed, first_values if known else {}, startup)
         self.pruner = optuna.pruners.MedianPruner(n_startup_trials=prune_startup, n_warmup_steps=prune_warmup)
         with self.locked():
-            drop_torn_line(folder / JOURNAL)
+            with FileLock(folder / LOCKS / "journal"):  # else it may be a line that another process writes now
+                drop_torn_line(folder / JOURNAL)
             backend = optuna.storages.journal.JournalFileBackend(
                 str(folder / JOURNAL), lock_obj=KernelLock(folder / LOCKS / "journal")
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from genkit.config.command import merge_trees
 from genkit.config.numbers import Count, Natural
 from genkit.config.trust import require_trust
 from genkit.core import Direction
-from genkit.core.files import write_text
+from genkit.core.files import format_error, write_text
 from genkit.core.links import follow_links
+from genkit.core.memory import is_out_of_memory
 from genkit.core.progress import Progress
 from genkit.training.best import BestCheckpoint, choose_metric, read_best
 from genkit.training.defaults import read_with_defaults
@@ -24,18 +25,21 @@ from genkit.training.loop import Diverged
 from genkit.training.resume import first_difference, settings_difference
 from genkit.training.settings import TrainSettings, changeable
 from genkit.training.train import train
-from genkit.training.tuning.space import parse_space, value_of, with_values
+from genkit.training.tuning.space import Dimension, parse_space, value_of, with_values
 from genkit.training.tuning.study import ActiveTrial, SearchStudy, StudyResults, import_optuna
 from genkit.training.validation import validation_metrics
 
 STUDY_FILE, BEST_SETTINGS, TRIALS = "tune.yaml", "best.yaml", "trials"
 METRICS = "genkit.evaluation.metrics:METRICS"  # in a higher room, for the directions of its numbers
 VALIDATIONS, EVALUATIONS = 10, 4  # of a trial, unless the settings say how often
+COMPARISON = ("objectives can be compared by --val-levels 0.1 0.5 0.9 --keep-best val/velocity, codecs by a metric of "
+              "--eval-every, data by none")  # fmt: skip
 SEARCHED_NEVER = {
     "dry_run", "eval_every", "eval_features", "eval_metrics", "eval_n", "eval_steps", "eval_weights", "keep_best",
-    "keep_checkpoints", "log_every", "name", "note", "out", "rank_timeout", "resume", "sample_every",
-    "sample_guidance", "sample_prompts", "save_every", "step", "tags", "tensorboard", "tracker_project", "trackers",
-    "val_every", "val_levels", "val_n",
+    "keep_checkpoints", "log_every", "name", "note", "out", "rank_timeout", "resume", "rollout_conditions",
+    "rollout_episodes", "rollout_every", "rollout_max_steps", "rollout_steps", "sample_every", "sample_guidance",
+    "sample_prompts", "save_every", "step", "tags", "tensorboard", "tracker_project", "trackers", "val_every",
+    "val_levels", "val_n",
 }  # fmt: skip  # where, and how a trial is measured: the same for all
 FREE_IN_STUDY = {"trials", "device", "threads", "workers", "out", "name", "resume", "tensorboard", "trackers", "note",
                  "tags", "tracker_project", "keep_checkpoints"}  # fmt: skip  # do not change what a trial gives
@@ -49,7 +53,7 @@ class TuneSettings(TrainSettings):
     # -- search
     space: tuple[str, ...] = ()
     """Options to search by their dotted names: NAME=LOW..HIGH, NAME=log:LOW..HIGH for equal ratios, NAME=A,B,C for
-    choices. Say lr=log:1e-4..1e-2 optimizer=adamw,muon objective.cond-dropout=0..0.3. The first trial has the other
+    choices. Say lr=log:1e-4..1e-2 optimizer=adamw,muon backbone.depth=2..6. The first trial has the other
     settings as they are."""
     trials: Count = changeable(20)
     """Trials of the study, over all processes that share it and all times that it is resumed."""
@@ -107,6 +111,7 @@ def tune(
     plain = trial_base(settings)
     target = choose_target(plain)
     space = parse_space(settings.space, plain, SEARCHED_NEVER)
+    doubtful = find_incomparable(target.metric, space)
     if resume is None:
         folder = create_run(settings.out, settings.name or "tune")
         write_text(folder / STUDY_FILE, config.to_yaml(replace(settings, resume=None)))
@@ -119,6 +124,8 @@ def tune(
         settings.startup, settings.prune_startup, settings.prune_warmup,
     )  # fmt: skip
     logger.info(f"study    {folder}: {target.metric}, {target.direction} is better; {len(space)} options")
+    if doubtful:
+        logger.info(f"note     {target.metric} may be another quantity for another {', '.join(doubtful)}; {COMPARISON}")
     stopped = False
     try:
         study.run(lambda trial: run_trial(trial, plain, progress), settings.trials)
@@ -126,7 +133,7 @@ def tune(
         stopped = True
     results = study.results()
     if results.best:
-        best = with_values(plain, dict(read_values(study, results.best.values)))
+        best = with_values(replace(plain, note=None, tags=()), dict(read_values(study, results.best.values)))
         write_text(folder / BEST_SETTINGS, config.to_yaml(best))
     return TunedStudy(folder, results, stopped)
 
@@ -145,7 +152,7 @@ def trial_base(settings: TuneSettings) -> TrainSettings:
     """The settings of a training that all trials share. ``ValueError`` for those that no trial can have."""
     if settings.dry_run or settings.step is not None:
         raise ValueError("tune: dry_run and step are for genkit train; leave them out")
-    plain = replace(config.narrow(settings, TrainSettings), resume=None, note=None, tags=())
+    plain = replace(config.narrow(settings, TrainSettings), resume=None)
     return replace(plain, keep_best=settings.keep_best or "val/loss")
 
 
@@ -153,20 +160,37 @@ def choose_target(plain: TrainSettings) -> BestCheckpoint:
     """The metric of the study and its direction. ``ValueError`` if no trial measures it."""
     plain = with_intervals(plain)
     known: dict[str, Direction] = validation_metrics(plain)
-    for metric in load_object(METRICS).values():
-        known |= {f"eval/{value}": metric.direction for value in metric.values}
+    metrics = load_object(METRICS)
+    for name in plain.eval_metrics.split(",") if plain.eval_metrics else metrics:
+        known |= {f"eval/{value}": metrics[name].direction for value in metrics[name].values}
     assert plain.keep_best is not None
     return choose_metric(plain.keep_best, known, {"val": plain.val_every, "eval": plain.eval_every})
 
 
+def find_incomparable(metric: str, space: Sequence[Dimension]) -> list[str]:
+    """The options of the space that may change what ``metric`` measures, as any of the objective may change its loss.
+
+    ``ValueError`` for one that surely does: another objective, codec or data.
+    """
+    parts = {"data"}
+    if metric.startswith("val/"):
+        parts |= {"codec"} if "velocity" in metric else {"codec", "objective"}
+    names = [d.name for d in space if d.name.partition(".")[0] in parts]
+    if blocks := [name for name in names if name in parts]:
+        raise ValueError(f"space: given {blocks[0]}, but {metric} is another quantity for each of its choices; "
+                         f"{COMPARISON}")  # fmt: skip
+    return names
+
+
 def with_intervals(settings: TrainSettings) -> TrainSettings:
-    """``settings`` that measure the metric often enough to stop early, if they do not say how often."""
+    """``settings`` that measure the metric, and often enough to stop early, if they do not say what or how often."""
     name = settings.keep_best or ""
-    if name.startswith("val/") and not settings.val_every:
-        return replace(settings, val_every=max(1, settings.steps // VALIDATIONS))
-    if not name.startswith("val/") and not settings.eval_every:
-        return replace(settings, eval_every=max(1, settings.steps // EVALUATIONS))
-    return settings
+    if name.startswith("val/"):
+        return replace(settings, val_every=settings.val_every or max(1, settings.steps // VALIDATIONS))
+    value = name.removeprefix("eval/")
+    needed = next((key for key, metric in load_object(METRICS).items() if value in metric.values), None)
+    every = settings.eval_every or max(1, settings.steps // EVALUATIONS)
+    return replace(settings, eval_every=every, eval_metrics=settings.eval_metrics or needed)
 
 
 def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | None) -> float | None:
@@ -195,6 +219,10 @@ def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | Non
             logger.info(f"trial {trial.number}: {e}")
             return None
         raise
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise ValueError(f"out of memory ({format_error(e)[:150]})") from e
+        raise
     trial.trial.set_user_attr("run", str(run.directory.relative_to(trial.study.folder.resolve())))
     if run.ending == "signal":
         raise StudyStopped
@@ -204,6 +232,12 @@ def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | Non
     best = read_best(run.directory)
     logger.info(f"trial {trial.number}: {best}")
     return best.value if best else None
+
+
+def fresh_seed(folder: Path) -> int:
+    """A seed that the best trial of the study in ``folder`` does not have."""
+    path = folder / BEST_SETTINGS
+    return int(config.load_yaml(path).get("seed", 0)) + 1 if path.is_file() else 1
 
 
 def read_values(study: SearchStudy, texts: Mapping[str, Any]) -> Mapping[str, Any]:
