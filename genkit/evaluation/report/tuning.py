@@ -70,9 +70,10 @@ def best_parts(folder: Path, best: TrialRecord | None) -> list[Markup]:
         return [render_note("No trial is complete yet.")]
     options = {name: show_option(best.values, name) for name in best.values}
     items = {"trial": best.number, "run": best.run or "–", **options}
+    seed = fresh_seed(folder)
     note = (
         "The best of many trials is chosen by the number that it is listed with, which flatters it: train with its "
-        f"settings and another seed (genkit train --config {BEST_SETTINGS} --seed {fresh_seed(folder)}) and measure that."
+        f"settings and another seed (genkit train --config {BEST_SETTINGS} --seed {seed}) and measure that."
     )
     return [render_listing(items), render_note(note)]
 
