@@ -132,6 +132,11 @@ def test_resizers_are_those_that_the_papers_name():
     assert (rounded - pillow).abs().max() <= 1.2
     for resize in RESIZERS.values():
         torch.testing.assert_close(resize(x[..., :20], 20), x[..., :20].float(), rtol=0, atol=1e-3)
+    ramp = (10 * torch.arange(4)).to(torch.uint8).expand(1, 3, 4, 4)
+    row = torch.tensor([0.0, 5, 10, 15, 20, 25, 30, 30])  # TensorFlow's pixel j is at j / 2, and the edge is repeated
+    wide = row.expand(1, 3, 8, 8)
+    for given, expected in ((ramp, wide), (ramp.mT, wide.mT)):
+        torch.testing.assert_close(RESIZERS["tensorflow"](given, 8), expected, atol=1e-4, rtol=0)
 
 
 def test_features_of_transformers(networks):
@@ -307,7 +312,10 @@ def test_mind_is_three_times_the_dimension_times_the_sliced_distance():
     x, v = torch.randn(60, 5, generator=g).double(), torch.tensor([1.0, 0, 2, 0, 0], dtype=torch.float64)
     assert metrics.mind(x, x[torch.randperm(60)]).value == pytest.approx(0, abs=1e-12)
     # a shift by v: |v|^2 / D in the mean over directions
-    assert metrics.mind(x, x + v, 40_000).value == pytest.approx(3 * 5 * 5 / 5, rel=2e-2)
+    shifted = metrics.mind(x, x + v, 40_000)
+    assert shifted.value == pytest.approx(3 * 5 * 5 / 5, rel=2e-2)
+    # of which a sample's influence is 3 D times the mean of -2 (d.v) (d.x), that is -6 v.x
+    assert shifted.high - shifted.low == pytest.approx(2 * 1.96 * 6 * float((x @ v).std()) / 60**0.5, rel=3e-2)
     q = torch.special.ndtri((torch.arange(4000).double() + 0.5) / 4000)[:, None]
     assert metrics.mind(1 + 2 * q, q, 3).value == pytest.approx(3 * 2, rel=1e-3)  # N(1, 2^2) and N(0, 1)
     larger = metrics.mind(x, torch.cat([x, x + v]), 100)

@@ -293,14 +293,14 @@ def test_a_trial_without_enough_memory_has_failed(tmp_path):
 def test_a_hopeless_run_is_stopped_and_says_so(tmp_path, capsys):
     argv = ["tune", "--data=moons", "--data.n=200", "--backbone=mlp", "--backbone.width=8", "--steps=4", "--ema", "0",
             "--warmup=0", "--val-every=2", "--val-n=50", "--sample-every=0", "--no-tensorboard", "--workers=0",
-            f"--out={tmp_path}", "--trials=2", "--prune-startup=1", "--lr=0.1", "--tags=toy", "--seed=6"]  # fmt: skip
+            f"--out={tmp_path}", "--trials=2", "--prune-startup=1", "--lr=0.1", "--tags=toy", "--seed=2"]  # fmt: skip
     assert main([*argv, "--space", "lr=1e-13,1e-12,1e-11,1e-1"]) == 0
     out = capsys.readouterr().out
     first, second = read_results(next(tmp_path.glob("*-tune"))).trials
     assert (first.state, first.values["lr"]) == ("complete", "0.1"), "the settings as they are"
     assert (second.state, list(second.curve)) == ("pruned", ["2"]), "a rate at which nothing is learned"
     assert "trial 1: stopped at step 2, worse than the median" in out
-    assert "best.yaml --seed 7" in out, "another seed than the study's"
+    assert "best.yaml --seed 3" in out, "another seed than the study's"
     assert all(read_annotations(next(tmp_path.glob(f"*/{t.run}"))).tags == ("toy",) for t in (first, second))
     assert main(["tune", "--space", "lrr=1..2"]) == 2
     assert "did you mean lr?" in capsys.readouterr().err
