@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from genkit.core import Batch, Draw, expand
-from genkit.core.files import atomic_write
+from genkit.core.files import atomic_write, sweep
 from genkit.core.tensors import cache_folder
 from genkit.data.in_memory import InMemory
 
 logger = logging.getLogger("genkit")
 CACHE_VERSION = 2  # of the content of a cached file, for the same source
+IDLE = 3600.0  # seconds after which a file whose process does not run is no longer written to
 GREY = (0.299, 0.587, 0.114)  # weights of the colours in grey (ITU-R BT.601)
 
 
@@ -152,6 +153,7 @@ def cached_frames(
     if not path.is_file():
         logger.info(f"frames   {name}: {shape[0]} images of {shape[2]}x{shape[3]}, decoded once into {path}")
         try:
+            sweep(path.parent, idle=IDLE)  # of decodings that were killed
             with atomic_write(path) as part:
                 require_room(part, math.prod(shape))
                 frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
