@@ -64,7 +64,7 @@ class LoRA:
     def insert(self, net: nn.Module, layers: list[str], strength: float) -> None:
         """Add the adapter to these layers of ``net``, in place. ``ValueError`` if peft is missing."""
         if importlib.util.find_spec("peft") is None:
-            raise ValueError('lora: needs the peft library; install it with: pip install "genkit[lora]"')
+            raise ValueError('lora: needs the peft library; install it with: pip install "genkit-torch[lora]"')
         assert self.rank is not None
         from peft import LoraConfig, inject_adapter_in_model  # lazy: it takes seconds
 

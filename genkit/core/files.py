@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,12 +81,24 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files and directories in ``folder`` whose processes no longer run."""
+def sweep(folder: Path, idle: float = 0.0) -> None:
+    """Remove temporary files and directories in ``folder`` whose processes no longer run.
+
+    ``idle`` is the number of seconds since their last change: in a folder that machines share, a process may run on
+    another one.
+    """
     for path in folder.glob(".*") if folder.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
-        if match and not is_running(int(match[1] or match[2])):
+        if match and not is_running(int(match[1] or match[2])) and (not idle or idle_seconds(path) >= idle):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def idle_seconds(path: Path) -> float:
+    """Seconds since a file was changed; 0 if it has gone."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def is_running(pid: int) -> bool:

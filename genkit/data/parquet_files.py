@@ -27,7 +27,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "fine_label", "cls", "class", "y")
 TEXT_COLUMNS = ("text", "caption", "txt", "prompt")
 CACHED_BYTES = 1 << 30  # of row groups that are kept decoded
-INSTALL = "pip install 'genkit[data]'"
+INSTALL = "pip install 'genkit-torch[data]'"
 
 
 class RowNames(Sequence[str]):

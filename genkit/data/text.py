@@ -143,7 +143,7 @@ def open_encoder(name: str) -> Encoder:
     try:
         import transformers as hf  # lazy: optional
     except ImportError as e:
-        raise ValueError(f"encoder: {name} needs transformers; install it: pip install 'genkit[hub]'") from e
+        raise ValueError(f"encoder: {name} needs transformers; install it: pip install 'genkit-torch[hub]'") from e
     folder = Path(name).expanduser()
     pipeline = (folder / "model_index.json").is_file()
     subfolders = [{"subfolder": sub} if pipeline else {} for sub in ("text_encoder", "tokenizer")]

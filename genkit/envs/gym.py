@@ -126,7 +126,7 @@ def create(id: str, hint: str = "", entries: Sequence[str] = (), **arguments: An
     try:
         import gymnasium  # lazy: optional
     except ImportError:
-        raise ValueError(f'env: {id} needs gymnasium; install it: pip install "genkit[policy]"{hint}') from None
+        raise ValueError(f'env: {id} needs gymnasium; install it: pip install "genkit-torch[policy]"{hint}') from None
     own_module, _, plain = id.rpartition(":")
     if own_module:
         import_environments(id, own_module)

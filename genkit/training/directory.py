@@ -63,10 +63,17 @@ def find_run(path: str | Path) -> Path:
         return run.resolve()
     if not run.exists():
         near = run.parent if run.parent.is_dir() else Path("runs")
-        runs = sorted(p.name for p in near.glob("*") if (p / "config.yaml").is_file()) if near.is_dir() else []
+        runs = run_names(near)
         known = f"{near} holds {', '.join(runs[-5:])}" if runs else "train one first: genkit train --objective=flow"
         raise ValueError(f"run: given {path}, which does not exist; {known}")
+    if runs := run_names(run):
+        raise ValueError(f"run: given {path}, which holds runs; give one of them: {path}/{runs[-1]}")
     raise ValueError(f"run: given {path}, which holds no config.yaml; a run is a directory that genkit train wrote")
+
+
+def run_names(folder: Path) -> list[str]:
+    """The names of the runs in a folder, and of links to them, in order."""
+    return sorted(p.name for p in folder.glob("*") if (p / "config.yaml").is_file()) if folder.is_dir() else []
 
 
 def step_of(checkpoint: Path) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genkit.backbones import BACKBONES, EDM2, DiT, UNet
+from genkit.backbones.blocks import ResBlock
 from genkit.config import ConfigError, dump, from_dict, override, parse
 from genkit.config.blocks import get_fields
 from genkit.core import Label, Spec
@@ -71,6 +72,22 @@ def test_given_settings_win():
     again = override(made, preset="B/2")
     assert (again.width, again.patch, again.depth) == (768, 2, 12)
     assert override(made, depth=5).width == 1024
+
+
+SMALL = {"width": 8, "mults": [1], "num_blocks": 1, "attention": [], "head_size": 8, "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "scale"), [("ncsn++", 0.5**0.5), ("ddpm++", 0.5**0.5), ("ddpm-cifar10", 1), ("adm-64", 1)]
+)
+def test_residual_sums_are_rescaled_where_the_paper_does(preset, scale):
+    """By 1 / sqrt(2) in the networks of Song et al. 2021, appendix H; the branch of a new block is zero."""
+    cfg = from_dict(UNet, {"preset": preset, **SMALL, **({"stem": 8} if scale < 1 else {})})
+    net = cfg.denoiser(Spec((3, 8, 8))).eval()
+    block = next(m for m in net.modules() if isinstance(m, ResBlock) and m.skip is None and m.resample is None)
+    x = torch.randn(2, 8, 8, 8)
+    emb = torch.randn(2, next(m.in_features for m in block.modules() if isinstance(m, torch.nn.Linear)))
+    torch.testing.assert_close(block(x, emb), x * scale)
 
 
 def backbone(*argv):

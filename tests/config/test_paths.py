@@ -90,3 +90,13 @@ def test_empty_texts_are_refused():
 def test_a_name_is_one_plain_line(name):
     with pytest.raises(ValueError, match="name: given"):
         parse(TrainSettings, ["--name", name])
+
+
+def test_a_folder_of_runs_says_which_it_holds(tmp_path):
+    for name in ("0000-a", "0001-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "latest").symlink_to("0001-b")
+    says = f"^run: given {tmp_path}, which holds runs; give one of them: {tmp_path}/latest$"
+    with pytest.raises(ValueError, match=says):
+        find_run(tmp_path)

@@ -1,6 +1,8 @@
 """Images of recordings: stored once, cropped and jittered, seen by one encoder a camera, alone or as tokens."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +41,8 @@ def test_a_store_gathers_the_images_of_its_episodes_from_memory_and_from_a_file(
     both = torch.from_numpy(np.concatenate([mapped, wrist], 1))
     assert torch.equal(store.gather(rows), both[rows])
     assert (len(store), store.cameras, store.shape) == (9, (3, 1), (4, 4, 5))
+    across = mapped[4:].swapaxes(2, 3)  # as the mirror image of pictures that are not square
+    refuses(lambda: FrameStore([(mapped[:4],), (across,)]), "4x5 and 5x4", "one size")
 
 
 def test_a_cached_file_is_there_whole_or_not_at_all_and_made_once(tmp_path, monkeypatch):
@@ -64,6 +68,15 @@ def test_a_cached_file_is_there_whole_or_not_at_all_and_made_once(tmp_path, monk
     assert len(calls) == 2
     open_cached(size=4)  # of a file that has changed
     assert len(calls) == 3
+    left, other = (tmp_path / f"frames/.{name}.npy-{2**22 + 1}.part" for name in "ab")  # no process has this id
+    left.touch()
+    other.touch()
+    os.utime(left, (0, 0))
+    open_cached(size=5)
+    assert (left.exists(), other.exists()) == (False, True)  # killed long ago; perhaps running on another machine
+    too_many = 2 * shutil.disk_usage(tmp_path).free // 48
+    refuses(lambda: cached_frames({}, (too_many, 3, 4, 4), write, "top"), "are free", "GENKIT_CACHE")
+    assert len(calls) == 4
 
 
 # ----------------------------------------------------------------------------------------------------- augmented

@@ -213,6 +213,9 @@ def test_demonstrations_whose_digits_would_be_lost_are_refused():
     obs, actions = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
     check_episodes([Episode(obs, actions)], "a")
     check_episodes([Episode(obs * 0 + 1e9, actions)], "a")  # constant
+    images = (np.zeros((20, 3, 4, 4), np.uint8), np.zeros((19, 3, 4, 4), np.uint8))
+    with refuses("a: episode 0 has 19 images and 20 actions"):
+        check_episodes([Episode(obs, actions, frames=images)], "a")
     obs[:, 1] += 1.7e9
     with refuses("a: column 1 of the observations", "subtract"):
         check_episodes([Episode(obs, actions)], "a")

@@ -1,5 +1,7 @@
 """PushT's demonstrations and their mirror images."""
 
+import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,3 +114,6 @@ def test_images_are_drawn_from_the_states_as_the_environment_shows_them(tmp_path
     assert error < 0.4 * other  # half a pixel apart
     assert source.load().spec.cond["obs"].entries == ("state[0:2]",)  # type: ignore[union-attr]
     assert plain.obs.shape == (4, 2)
+    shutil.copy(tmp_path / "p.npz", tmp_path / "q.npz")
+    replace(source, root=str(tmp_path / "q.npz")).episodes("train")
+    assert len(list(tmp_path.glob("frames/*.npy"))) == 2  # plain and mirrored: the same states are drawn once

@@ -169,7 +169,7 @@ def test_folders_that_are_no_lerobot_dataset_are_refused(tmp_path, monkeypatch):
     refuses(lambda: LeRobot(root=str(tmp_path / "absent")).load(), "no such folder", "--data.root")
     refuses(lambda: LeRobot(root="somebody/nothing").load(), "is not a folder", "cannot be reached for", "--data.root")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refuses(wants("action"), "needs pyarrow", "pip install 'genkit[data]'")
+    refuses(wants("action"), "needs pyarrow", "pip install 'genkit-torch[data]'")
 
 
 # ---------------------------------------------------------------------------------------------------------- Minari
@@ -298,7 +298,7 @@ def test_datasets_that_minari_does_not_have_are_refused(shelf, tmp_path, monkeyp
     monkeypatch.setattr(minari, "download_dataset", offline)
     refuses(lambda: Minari(root="D4RL/door/human-v2").load(), "cannot be downloaded (no network)", "--data.root")
     monkeypatch.setitem(sys.modules, "minari", None)
-    refuses(lambda: Minari(root=str(turns)).load(), "needs Minari", "pip install 'genkit[data]'")
+    refuses(lambda: Minari(root=str(turns)).load(), "needs Minari", "pip install 'genkit-torch[data]'")
 
 
 # -------------------------------------------------------------------------------------------------------- the CLI

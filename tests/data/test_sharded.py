@@ -333,7 +333,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, monkeypatch):
         with refuses("b.parquet/1", message):
             data.read([1])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with refuses("needs pyarrow", "pip install 'genkit[data]'"):
+    with refuses("needs pyarrow", "pip install 'genkit-torch[data]'"):
         parquet(tmp_path / "b.parquet").load()
 
 

@@ -14,7 +14,7 @@ from genkit.core import Draw, Frames, Text
 from genkit.data.demonstrations.lerobot import LeRobot
 from genkit.data.demonstrations.replay import Replay
 from genkit.data.demonstrations.robomimic import Robomimic
-from genkit.data.demonstrations.video import Clip, clip_frames
+from genkit.data.demonstrations.video import Clip, clip_frames, video_frames
 from genkit.data.text import to_texts
 from tests.data.test_recordings import LENGTHS, lerobot, recorded
 from tests.support.refusals import refuses
@@ -34,14 +34,14 @@ def level(episode, step):
     return 20 + 60 * episode + 5 * step // 2
 
 
-def make_video(path, levels, size=(48, 64), bars=True):
+def make_video(path, levels, size=(48, 64), rate=FPS):
     """A video of plain frames with a white bar at the left."""
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=FPS)
+        stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = size[1], size[0], "yuv420p", 4_000_000
-        stream.time_base = Fraction(1, FPS)
+        stream.time_base = Fraction(1, rate)
         for grey in levels:
             image = np.full((*size, 3), grey, np.uint8)
             image[:, : size[1] // 4] = 255
@@ -131,12 +131,50 @@ def test_a_video_without_all_frames_is_refused_and_leaves_no_cache(tmp_path, cac
 
 
 def test_a_frame_belongs_to_the_nearest_step_even_if_times_are_inexact(tmp_path):
-    """Two clips in a file, whose recorded starts are off by a third of a step."""
-    make_video(tmp_path / "v.mp4", [10 * i for i in range(10)])
-    clips = [Clip(tmp_path / "v.mp4", 0.03, 4, 100), Clip(tmp_path / "v.mp4", 0.37, 6, 200)]
-    rows = dict(clip_frames(tmp_path / "v.mp4", clips, FPS))
-    assert list(rows) == [*range(100, 104), *range(200, 206)]
+    """Three clips in a file, whose recorded starts are too late or too early by a third of a step."""
+    path = tmp_path / "v.mp4"
+    make_video(path, [10 * i for i in range(10)])
+    clips = [Clip(path, 0.03, 4, 100), Clip(path, 0.37, 3, 200), Clip(path, 0.73, 3, 300)]
+    rows = dict(clip_frames(path, clips, FPS))
+    assert list(rows) == [*range(100, 104), *range(200, 203), *range(300, 303)]
     assert all(abs(float(v[:, 40:].mean()) - 10 * i) < 3 for i, v in enumerate(rows.values()))
+
+
+def test_of_a_video_with_twice_as_many_frames_each_step_has_that_of_its_own_time(tmp_path):
+    make_video(tmp_path / "v.mp4", [10 * i for i in range(20)], rate=2 * FPS)
+    rows = dict(clip_frames(tmp_path / "v.mp4", [Clip(tmp_path / "v.mp4", 0.0, 10, 0)], FPS))
+    levels = [float(rows[i][:, 40:].mean()) for i in range(10)]
+    assert levels == pytest.approx([20 * i for i in range(10)], abs=4)
+
+
+def test_a_damaged_frame_is_not_filled_from_its_neighbours(tmp_path):
+    """The decoder goes on over damaged bytes and gives all frames, some of them wrong."""
+    make_video(tmp_path / "v.mp4", [8 * i for i in range(30)])
+    content = bytearray((tmp_path / "v.mp4").read_bytes())
+    start = content.find(b"mdat") + 1000
+    content[start : start + 30] = np.random.default_rng(0).bytes(30)
+    (tmp_path / "v.mp4").write_bytes(content)
+    refuses(lambda: list(video_frames(tmp_path / "v.mp4")), "v.mp4: cannot be decoded", "the frame at ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fps": 0}, ("fps is 0", "above 0")),
+        ({"fps": None}, ("fps is None",)),
+        ({"video_path": None}, ("no video_path",)),
+        ({"video_path": "{nothing}.mp4"}, ("names no file",)),
+        ({"video_path": "{}.mp4"}, ("names no file",)),
+        ({"features": []}, ("info.json", "damaged")),
+        ({"features": {TOP: "video"}}, ("info.json", "damaged")),
+    ],
+)
+def test_damaged_facts_about_videos_are_refused(tmp_path, changes, words):
+    root = lerobot(tmp_path / "set", "v2.1")
+    info = json.loads((root / "meta/info.json").read_text())
+    info |= {"fps": FPS, "video_path": "{episode_index}.mp4", "features": {**info["features"], TOP: {"dtype": "video"}}}
+    (root / "meta/info.json").write_text(json.dumps(info | changes))
+    refuses(LeRobot(root=str(root), frames=(TOP,)).load, *words)
 
 
 def test_images_in_columns_of_lerobot_are_read_too(tmp_path):
@@ -188,7 +226,7 @@ def robomimic(path, episodes=None):
     with h5py.File(path, "w") as file:
         for i, (obs, actions, rewards) in enumerate(recorded() if episodes is None else episodes):
             n = len(actions)
-            group = file.create_group(f"data/demo_{10 - i if i else 2}")  # demo_2, demo_9, demo_8
+            group = file.create_group(f"data/demo_{(2, 10, 9)[i]}")
             group["actions"], group["rewards"], group["obs/eef"], group["obs/rest"] = (
                 actions,
                 rewards,
@@ -197,7 +235,7 @@ def robomimic(path, episodes=None):
             )
             group["obs/agentview_image"] = rng.integers(0, 256, (n, 12, 10, 3), np.uint8)
             group["next_obs/eef"] = obs[1:, :1]
-        file["mask/train"] = np.array([b"demo_8", b"demo_2"])
+        file["mask/train"] = np.array([b"demo_9", b"demo_2"])
     return str(path)
 
 
@@ -221,19 +259,28 @@ def test_robomimic_gives_the_same_windows_as_a_replay_buffer(tmp_path):
     assert some[1].frames is not None
     assert some[1].frames[0].shape == (LENGTHS[2], 3, 6, 5)
     with h5py.File(root) as file:
-        image = Image.fromarray(file["data/demo_8/obs/agentview_image"][3]).resize((5, 6))
+        image = Image.fromarray(file["data/demo_9/obs/agentview_image"][3]).resize((5, 6))
         assert np.array_equal(some[1].frames[0][3].transpose(1, 2, 0), np.asarray(image))
 
 
 def test_damaged_robomimic_files_are_refused(tmp_path):
-    pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py")
     root = robomimic(tmp_path / "d.hdf5")
     source = Robomimic(root=root, observed=("eef",))
     refuses(lambda: replace(source, observed=("eye",)).load(), "demo_2", "no array 'eye'", "eef")
     refuses(lambda: replace(source, mask="valid").load(), "mask: given 'valid'", "train")
     cut = [(o, a[:-1] if i == 1 else a, r) for i, (o, a, r) in enumerate(recorded())]
     short = replace(source, root=robomimic(tmp_path / "c.hdf5", cut), conditions=("returns",))
-    refuses(short.load, "demo_9", "is cut off")
+    refuses(short.load, "demo_10", "is cut off")
+    with h5py.File(tmp_path / "c.hdf5", "a") as file:
+        camera = file["data/demo_10/obs/agentview_image"]
+        more = np.concatenate([camera[:], camera[:1]])
+        del file["data/demo_10/obs/agentview_image"]
+        file["data/demo_10/obs/agentview_image"] = more
+        file["mask/none"] = np.zeros(0, "S8")
+    seen = replace(short, frames=("agentview_image",), conditions=())
+    refuses(seen.load, "demo_10", "of agentview_image", "cut off")
+    refuses(replace(seen, mask="none").load, "no episodes", "none")
     (tmp_path / "no.hdf5").write_bytes(b"nothing")
     refuses(lambda: replace(source, root=str(tmp_path / "no.hdf5")).load(), "cannot be read as HDF5")
     half = (tmp_path / "d.hdf5").read_bytes()

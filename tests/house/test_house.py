@@ -170,3 +170,10 @@ def test_tests_mirror_the_rooms_and_are_short():
 def test_importing_genkit_costs_no_torch_and_every_public_name_exists():
     for name in genkit.__all__:
         assert getattr(genkit, name) is not None
+
+
+def test_hints_install_this_project():
+    """On PyPI genkit is another project; this one is genkit-torch."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    other = re.compile(r"install [-\w ]*[\"']?genkit(?!-torch)\b")
+    assert [str(p.relative_to(ROOT)) for p in files if other.search(p.read_text())] == []

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.mixture import F64
 from genkit.core import Label, Spec
-from genkit.data.codecs import Identity
+from genkit.data.codecs import Identity, Pixels
 from genkit.diffusion.paths import Linear
 from genkit.objectives import Flow
 from genkit.rl.finetune.chain import Chain, DenoisingTrajectory
@@ -24,9 +24,9 @@ from tests.support.refusals import refuses
 OLD = 0.7
 
 
-def learner_of(value):
+def learner_of(value, loss_space="x0"):
     """A learner whose network predicts ``value`` and was ``OLD`` before."""
-    objective = Flow(prediction="x0", loss_space="x0", cond_dropout=0.0)
+    objective = Flow(prediction="x0", loss_space=loss_space, cond_dropout=0.0)
     learner = make_learner(Constant(OLD), Chain.on_grid(Linear(), 1, FixedNoise(0.0)), objective=objective)
     with torch.no_grad():
         learner.state.nets["net"].value.fill_(value)
@@ -48,6 +48,17 @@ def test_the_loss_is_that_of_the_paper(value):
         loss.backward()
         assert float(learner.state.nets["net"].value.grad) == pytest.approx(-1.5 * float(gap.mean()), rel=1e-6)
         assert all(p.grad is None for p in learner.frozen["net"].parameters())
+
+
+@pytest.mark.parametrize(("value", "same"), [(OLD, False), (0.9, True)])
+def test_both_models_and_both_samples_see_the_same_times_and_noise(value, same):
+    """The error of the velocity depends on the time: it cancels if neither the models nor the samples differ."""
+    torch.manual_seed(0)
+    chosen = torch.randn(50, 1, dtype=F64)
+    rejected = chosen if same else torch.randn(50, 1, dtype=F64)
+    learner = learner_of(value, "velocity")
+    loss = DPO(beta=3.0).loss(learner, Pairs(chosen, rejected, {}, {}), learner.shares(torch.arange(50))[0])
+    assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-12)
 
 
 def test_the_best_of_a_group_is_paired_with_its_worst():
@@ -74,7 +85,19 @@ def test_pairs_of_a_file_are_checked(tmp_path):
     assert pairs.chosen.tolist() == np.ones((4, 2)).tolist()
     assert pairs.chosen_cond["label"].tolist() == [0, 1, 2, 0]
     refuses(lambda: read_pairs(write(rejected=None), task, spec), "no array rejected")
+    assert pairs.chosen.dtype == torch.float32
     refuses(lambda: read_pairs(write(rejected=np.zeros((3, 2))), task, spec), "rejected has shape (3, 2)")
+    for wrong in (np.ones(4), np.ones((4, 3))):
+        refuses(lambda w=wrong: read_pairs(write(chosen=w), task, spec), "chosen has shape")
+    empty = {"chosen": np.ones((0, 2)), "rejected": np.ones((0, 2)), "label": np.zeros(0, int)}
+    refuses(lambda: read_pairs(write(**empty), task, spec), "holds none")
+    refuses(lambda: read_pairs(write(chosen=np.ones(())), task, spec), "holds none")
+    refuses(lambda: read_pairs(write(rejected=np.full((4, 2), np.nan)), task, spec), "rejected", "not finite")
+    refuses(lambda: read_pairs(write(label=np.array(["a"] * 4)), task, spec), "cannot be read")
+    pictures = replace(task, codec=Pixels())
+    refuses(lambda: read_pairs(write(), pictures, spec), "chosen are torch.float64", "uint8 in 0..255")
+    assert read_pairs(write(**{k: np.full((4, 2), 255, np.uint8) for k in ("chosen", "rejected")}),
+                      pictures, spec).chosen.tolist() == [[1.0, 1.0]] * 4  # fmt: skip
     refuses(lambda: read_pairs(write(label=np.full(4, 3)), task, spec), "label", "0..2")
     refuses(lambda: read_pairs(write(), task, spec, "anchor"), "no array anchor")
     refuses(lambda: read_pairs(str(tmp_path / "no.npz"), task, spec), "cannot be read")

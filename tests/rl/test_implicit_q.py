@@ -60,7 +60,7 @@ def test_decisions_are_those_of_the_recordings(tmp_path):
         if t + 3 < n:
             assert data.next_obs[i, :, 0].tolist() == [first + t + 2, first + t + 3]
     plain = Replay(root=str(tmp_path / "d.npz"), **settings)
-    refuses(lambda: recorded_transitions(plain, 3, codec), "no rewards")
+    refuses(lambda: recorded_transitions(plain, 3, codec), "no rewards", "train with --data.reward")
 
 
 def test_a_rollout_learns_q_from_the_demonstrations(policy):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,12 +19,13 @@ import torch
 from torch import Tensor
 
 from genkit.core import Batch, Draw, expand
-from genkit.core.files import atomic_write
+from genkit.core.files import atomic_write, sweep
 from genkit.core.tensors import cache_folder
 from genkit.data.in_memory import InMemory
 
 logger = logging.getLogger("genkit")
-CACHE_VERSION = 1  # of the content of a cached file, for the same source
+CACHE_VERSION = 2  # of the content of a cached file, for the same source
+IDLE = 3600.0  # seconds after which a file whose process does not run is no longer written to
 GREY = (0.299, 0.587, 0.114)  # weights of the colours in grey (ITU-R BT.601)
 
 
@@ -38,6 +42,9 @@ class FrameStore:
         self.starts = np.array([0, *accumulate(len(cameras[0]) for cameras in episodes)])
         self.cameras = tuple(array.shape[1] for array in episodes[0])
         size = episodes[0][0].shape[2:]
+        if odd := {array.shape[2:] for cameras in episodes for array in cameras} - {size}:
+            given = " and ".join("x".join(map(str, s)) for s in (size, min(odd)))
+            raise ValueError(f"frames: given images of {given}; all cameras and episodes need one size")
         self.shape = (sum(self.cameras), *size)
         """(C, H, W)"""
 
@@ -146,7 +153,9 @@ def cached_frames(
     if not path.is_file():
         logger.info(f"frames   {name}: {shape[0]} images of {shape[2]}x{shape[3]}, decoded once into {path}")
         try:
+            sweep(path.parent, idle=IDLE)  # of decodings that were killed
             with atomic_write(path) as part:
+                require_room(part, math.prod(shape))
                 frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
                 write(frames)
                 frames.flush()
@@ -157,6 +166,13 @@ def cached_frames(
     if frames.shape != shape:
         raise ValueError(f"{path}: holds {frames.shape}, not {shape}; remove it, and it is made again")
     return frames
+
+
+def require_room(file: Path, size: int) -> None:
+    """Raise ``OSError`` unless ``size`` bytes fit on the disk of a file to come: a process that writes to a mapped file
+    of which a part has no room is killed."""
+    if (free := shutil.disk_usage(file.parent).free) < size:
+        raise OSError(errno.ENOSPC, f"needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
 def stamps(paths: Sequence[Path]) -> list[list[Any]]:

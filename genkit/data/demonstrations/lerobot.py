@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from genkit.data.demonstrations.frames import cached_frames, resize, stamps
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.demonstrations.video import Clip, clip_frames, first_shape
 
-INSTALL = "pip install 'genkit[data]'"
+INSTALL = "pip install 'genkit-torch[data]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ def read_videos(
     folder: Path, info: Mapping[str, Any], name: str, order: np.ndarray, ends: np.ndarray, size: tuple[int, int] | None
 ) -> np.ndarray:
     """The frames of a camera's videos, decoded once."""
+    fps = frame_rate(folder, info)
     clips = find_clips(folder, info, name, ends)
     by_file: dict[Path, list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -114,21 +116,39 @@ def read_videos(
 
     def write(frames: np.ndarray) -> None:
         for path, of_file in by_file.items():
-            for row, image in clip_frames(path, of_file, float(info["fps"])):
+            for row, image in clip_frames(path, of_file, fps):
                 frames[row] = resize(image, (h, w))
 
-    key = {"files": stamps(list(by_file)), "clips": [[str(c.path), c.start, c.length] for c in clips]}
+    key = {"files": stamps(list(by_file)), "clips": [[str(c.path), c.start, c.length] for c in clips], "fps": fps}
     return cached_frames(key, (int(ends[-1]), 3, h, w), write, name)
+
+
+def frame_rate(folder: Path, info: Mapping[str, Any]) -> float:
+    """Steps in a second. ``ValueError`` unless ``info.json`` has this number."""
+    try:
+        fps = float(info["fps"])
+    except (KeyError, TypeError, ValueError):
+        fps = 0.0
+    if not 0 < fps < math.inf:
+        raise ValueError(f"{folder}/meta/info.json: fps is {info.get('fps')}; videos need a rate above 0")
+    return fps
 
 
 def find_clips(folder: Path, info: Mapping[str, Any], name: str, ends: np.ndarray) -> list[Clip]:
     """Which part of which video each episode is: a file of its own (v2), or from a time on (v3)."""
     starts = [0, *ends[:-1].tolist()]
     lengths = np.diff(ends, prepend=0).tolist()
-    pattern = str(info["video_path"])
+    pattern = info.get("video_path")
+    if not isinstance(pattern, str):
+        raise ValueError(f"{folder}/meta/info.json: has no video_path, the pattern of the files of videos")
     if str(info["codebase_version"]).startswith("v2"):
-        chunk = int(info.get("chunks_size", 1000))
-        paths = [pattern.format(episode_chunk=i // chunk, video_key=name, episode_index=i) for i in range(len(lengths))]
+        try:
+            chunk = int(info.get("chunks_size", 1000))
+            paths = [
+                pattern.format(episode_chunk=i // chunk, video_key=name, episode_index=i) for i in range(len(lengths))
+            ]
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as e:
+            raise ValueError(f"{folder}/meta/info.json: video_path {pattern!r} names no file: {format_error(e)}") from e
         return [Clip(folder / p, 0.0, n, row) for p, n, row in zip(paths, lengths, starts, strict=True)]
     keys = {k: f"videos/{name}/{k}" for k in ("chunk_index", "file_index", "from_timestamp")}
     rows = {int(row["episode_index"]): row for row in read_episode_table(folder, list(keys.values()))}
@@ -138,7 +158,7 @@ def find_clips(folder: Path, info: Mapping[str, Any], name: str, ends: np.ndarra
             part = {k: rows[i][column] for k, column in keys.items()}
             path = pattern.format(video_key=name, chunk_index=part["chunk_index"], file_index=part["file_index"])
             clips.append(Clip(folder / path, float(part["from_timestamp"]), n, first))
-        except (KeyError, TypeError, ValueError) as e:
+        except (LookupError, TypeError, ValueError) as e:
             raise ValueError(f"{folder}/meta/episodes: says not where the video of {name}, episode {i} is") from e
     return clips
 
@@ -236,7 +256,9 @@ def lerobot_info(folder: Path) -> dict[str, Any]:
     path = folder / "meta" / "info.json"
     try:
         info = json.loads(path.read_text())
-        version, _ = str(info["codebase_version"]), (info["features"], int(info["total_episodes"]))
+        version, _ = str(info["codebase_version"]), int(info["total_episodes"])
+        if not all(isinstance(feature, Mapping) for feature in info["features"].values()):
+            raise ValueError("features are not described")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: is missing or damaged ({format_error(e)}); a LeRobot dataset has one") from e
     if not version.startswith(("v2", "v3")):

@@ -21,7 +21,7 @@ from genkit.data.source import DataSource
 from genkit.envs import parse_arguments
 from genkit.envs.gym import REGISTERING_PACKAGES
 
-INSTALL = "pip install 'genkit[data]'"
+INSTALL = "pip install 'genkit-torch[data]'"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from genkit.core.files import format_error
 from genkit.data.demonstrations.frames import cached_frames, channels_first, resize, stamps
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 
-INSTALL = "pip install 'genkit[data]'"
+INSTALL = "pip install 'genkit-torch[data]'"
 BLOCK = 64  # images that are read at a time
 
 
@@ -49,11 +49,7 @@ class Robomimic(Recorded):
                 require_arrays(f"{self.root}: {title}", [*names, "actions"], entries)
                 length = len(entries["actions"])
                 for name in names:
-                    if len(entries[name]) != length:
-                        raise ValueError(
-                            f"{self.root}: {title} has {length} actions and {len(entries[name])} of {name}; it is "
-                            "cut off"
-                        )
+                    require_length(f"{self.root}: {title}", name, entries)
                     parts[name].append(entries[name][:])
                 if not length:
                     raise ValueError(f"{self.root}: {title} is empty")
@@ -66,11 +62,10 @@ class Robomimic(Recorded):
         with open_episodes(self.root, self.mask) as episodes:
             for title, episode in episodes:
                 entries = episode_entries(episode)
-                require_arrays(f"{self.root}: {title}", [name], entries)
+                require_arrays(f"{self.root}: {title}", [name, "actions"], entries)
+                require_length(f"{self.root}: {title}", name, entries)
                 lengths.append(len(entries[name]))
                 example = channels_first(entries[name][:1], name, self.root)
-        if not lengths:
-            raise ValueError(f"{self.root}: holds no episodes")
         size = self.image_size or tuple(example.shape[2:])
 
         def write(frames: np.ndarray) -> None:
@@ -107,12 +102,20 @@ def open_episodes(root: str, mask: str = "") -> Iterator[list[tuple[str, Any]]]:
             masks = list(file["mask"]) if "mask" in file else []  # type: ignore[arg-type]
             if mask not in masks:
                 raise ValueError(f"mask: given {mask!r}; {path} has {', '.join(masks) or 'none'}")
-            names = [name.decode() for name in file[f"mask/{mask}"][:]]  # type: ignore[index]
+            names = [n.decode() if isinstance(n, bytes) else str(n) for n in file[f"mask/{mask}"][:]]  # type: ignore[index]
+        if not names:
+            raise ValueError(f"{path}: holds no episodes" + (f" of the filter {mask}" if mask else ""))
         names = sorted(names, key=lambda name: int((re.findall(r"\d+", name) or [0])[-1]))
         try:
             yield [(name, file[f"data/{name}"]) for name in names]
         except (OSError, KeyError, RuntimeError) as e:  # h5py's, over a truncated file
             raise ValueError(f"{path}: is damaged: {format_error(e)[:120]}") from e
+
+
+def require_length(location: str, name: str, entries: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless an array has one entry for each action."""
+    if (found := len(entries[name])) != (length := len(entries["actions"])):
+        raise ValueError(f"{location} has {length} actions and {found} of {name}; it is cut off")
 
 
 def episode_entries(episode: Any) -> dict[str, Any]:

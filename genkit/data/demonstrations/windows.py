@@ -109,6 +109,8 @@ def check_episodes(episodes: Sequence[Episode], location: str) -> None:
             raise ValueError(f"{location}: episode {i} is empty")
         if len(obs) != len(actions):
             raise ValueError(f"{location}: episode {i} has {len(obs)} observations and {len(actions)} actions")
+        if wrong := [len(camera) for camera in episodes[i].frames or () if len(camera) != len(actions)]:
+            raise ValueError(f"{location}: episode {i} has {wrong[0]} images and {len(actions)} actions")
         for name, values in (("observation", obs), ("action", actions), ("reward", rewards)):
             if values is None:
                 continue

@@ -55,16 +55,31 @@ def read_pairs(file: str, task: FunctionTask, spec: Spec, choice: str | None = N
     try:
         with open_npz(path) as stored:
             arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:  # TypeError: of text, not numbers
         raise ValueError(f"pairs: {path} cannot be read: {format_error(e)[:150]}") from e
     if missing := {"chosen", "rejected", *([choice] if choice else [])} - arrays.keys():
         raise ValueError(f"pairs: {path} has no array {min(missing)}; needs chosen and rejected, [N, *sample]")
-    chosen, rejected = (task.codec.encode(Batch(arrays.pop(name))).x for name in ("chosen", "rejected"))
-    for name, x in (("chosen", chosen), ("rejected", rejected)):
-        if tuple(x.shape) != (len(chosen), *spec.shape):
-            raise ValueError(f"pairs: {name} has shape {tuple(x.shape)}; needs ({len(chosen)}, {spec.shape})")
+    num = len(arrays["chosen"]) if arrays["chosen"].ndim else 0
+    if not num:
+        raise ValueError(f"pairs: {path} holds none; needs chosen and rejected, [N, *sample]")
+    chosen, rejected = (encode_samples(arrays.pop(name), name, num, task, spec) for name in ("chosen", "rejected"))
     spec.check(arrays, len(chosen))
     return Pairs(chosen, rejected, arrays, arrays)
+
+
+def encode_samples(values: Tensor, name: str, num: int, task: FunctionTask, spec: Spec) -> Tensor:
+    """``num`` samples as the data have them, in the model's units. ``ValueError`` if they do not fit the model."""
+    try:
+        x = task.codec.encode(Batch(values)).x.float()
+    except (RuntimeError, IndexError):  # of a codec for samples of another shape
+        x = values
+    if tuple(x.shape) != (num, *spec.shape):
+        raise ValueError(f"pairs: {name} has shape {tuple(values.shape)}; needs {num} samples of {spec.shape}")
+    if values.is_floating_point() and task.codec.decode(x[:1]).dtype == torch.uint8:
+        raise ValueError(f"pairs: {name} are {values.dtype}; pictures are uint8 in 0..255, as the data are")
+    if not x.isfinite().all():
+        raise ValueError(f"pairs: {name} has numbers that are not finite")
+    return x
 
 
 @dataclass(frozen=True, kw_only=True)

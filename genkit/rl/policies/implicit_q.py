@@ -45,8 +45,11 @@ def recorded_transitions(source: Demonstrations, act_steps: int, codec: Codec) -
     obs_steps = source.obs_steps
     # rewards are read for a condition; and windows reach to the last step if all their actions are to be executed
     whole = replace(source, conditions=("returns",), act_steps=source.pred_steps - obs_steps + 1)
-    episodes, windows = whole.episodes("train"), whole.windows("train")
-    rewards = source.require_known("rewards", [e.rewards for e in episodes])
+    episodes = whole.episodes("train")
+    rewards = [e.rewards for e in episodes if e.rewards is not None]
+    if len(rewards) < len(episodes):
+        raise ValueError("offline_q: the demonstrations have no rewards; train with --data.reward, the array of them")
+    windows = whole.windows("train")
     sums, following, ended = [], [], []
     for episode, reward in zip(episodes, rewards, strict=True):
         length = len(episode.actions)

@@ -12,6 +12,7 @@ from genkit import config
 from genkit.config import load_object
 from genkit.config.command import merge_trees
 from genkit.config.numbers import Count, Natural
+from genkit.config.paths import PathText
 from genkit.config.trust import require_trust
 from genkit.core import Direction
 from genkit.core.files import format_error, write_text
@@ -66,7 +67,7 @@ class TuneSettings(TrainSettings):
     as good as the median of the complete trials at this step."""
     keep_best: str | None = changeable("val/loss")
     """The metric that is optimised: val/loss, or one of --eval-every, such as fid. The value of a trial is its best."""
-    resume: str | None = None
+    resume: PathText | None = None
     """Directory of a study to go on with, also while other processes do, with its own settings."""
 
 
