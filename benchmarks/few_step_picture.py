@@ -11,6 +11,7 @@ import numpy as np
 from genkit.core.files import atomic_write
 
 STYLES = {"flow": ":", "reflow": ":"}  # rows that solve an ODE; marks alone are one-step generators
+COLUMNS = 3
 REAL = {"real": "-", "resampled": ":"}  # grey lines
 
 
@@ -26,10 +27,14 @@ def save_picture(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     ways = list(dict.fromkeys(way for rows in parts.values() for way in rows if way not in REAL))
     colours = {way: colormaps["tab20"](2 * i % 20 + i // 10) for i, way in enumerate(ways)}  # ten dark, ten pale
-    fig = Figure(figsize=(4.2 * len(parts) + 1.6, 3.8), dpi=80, layout="constrained")
-    panels = fig.subplots(1, len(parts), squeeze=False)[0]
+    columns = min(len(parts), COLUMNS)
+    rows_of_panels = -(-len(parts) // columns)
+    fig = Figure(figsize=(3.6 * columns + 1.6, 3.4 * rows_of_panels), dpi=96, layout="constrained")
+    panels = fig.subplots(rows_of_panels, columns, squeeze=False).flatten()
+    for empty in panels[len(parts) :]:
+        empty.set_axis_off()
     shown: dict[str, Any] = {}
-    for panel, (title, rows) in zip(panels, parts.items(), strict=True):
+    for panel, (title, rows) in zip(panels, parts.items(), strict=False):
         counts: set[int] = set()
         for way, cell in rows.items():
             if not cell["values"]:  # every seed diverged

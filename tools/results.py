@@ -6,6 +6,7 @@ Spreads are sample standard deviations over seeds; brackets are 95 % confidence 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -637,7 +638,7 @@ def training_chain() -> str:
 
 # ----------------------------------------------------------------------------------------------------------- README
 def summary() -> str:
-    """The eight rows of README.md."""
+    """The rows of README.md."""
     flows = [load(f"digits-flow-seed{seed}") for seed in range(3)]
     accuracy = spread([run["accuracy"] for run in flows], 3)
     distance = spread([run["samples"]["frechet"] for run in flows], 2)
@@ -648,6 +649,8 @@ def summary() -> str:
     before, after = ([run[key]["value"] for run in load("hopper")["seeds"]] for key in ("before", "after"))
     heun = number(load("order")["order"]["heun"]["linear"], 2)
     ratio = load("bench-speed")["ratios"]["(a) as shipped"]["speedup"]
+    step = next(row for row in load("gpu")["parts"]["step"]["rows"] if row["kind"] == "compiled")
+    step_text = f"{step['samples_per_s']:,.0f} images a second, {100 * step['mfu']:.0f} % of peak"
     digits_text = f"accuracy {accuracy}, Fréchet distance {distance} (real {real})"
     push_text = f"coverage {mean_of(push, 'coverage')}, success {mean_of(push, 'success', 2)}"
     rows = [
@@ -659,8 +662,13 @@ def summary() -> str:
         ("policies", "Hopper-v5, fine-tuned by reward", f"return {spread(after, 0)} from {spread(before, 0)}"),
         ("speed", "measured order of Heun's method", f"{heun} on six paths"),
         ("speed", "training step against diffusers, one CPU core", f"{ratio:.2f}x, as shipped"),
+        ("../scaling", "training DiT-B/2 on 32x32 latents, one H100, compiled", step_text),
     ]  # fmt: skip
-    return table(["", "measured"], [[f"[{what}](docs/results/{page}.md)", value] for page, what, value in rows], "---")
+    return table(
+        ["", "measured"],
+        [[f"[{what}]({os.path.normpath(f'docs/results/{page}.md')})", value] for page, what, value in rows],
+        "---",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- reliability
