@@ -225,6 +225,7 @@ def test_entries_of_dictionaries_are_observed_in_the_requested_order(shelf, trut
     same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # all, in their order
     turned = Minari(root=root, observed=("rest.speed", "place"), relative_to="rest.speed").load()
     assert turned.spec.cond["obs"].entries == ("rest.speed", "place")
+    assert Minari(root=root, observed=("rest.speed",)).load().spec.cond["obs"].entries == ("rest.speed",)
     complete = truth().load()
     assert torch.equal(turned.cond["obs"], complete.cond["obs"][..., [1, 2, 0]])
     x = turned.codec.encode(Batch(turned.x)).x
@@ -239,6 +240,7 @@ def test_images_of_minari_are_observed_as_images(shelf, truth):
     looks = [rng.integers(0, 256, (len(o), 8, 9, 3), np.uint8) for o, _, _ in recorded()]
     root = str(minari_set("test/camera-v0", recorded(), looks=looks))
     same(Minari(root=root, held_out=0.34), truth(held_out=0.34))  # only the state
+    assert Minari(root=root).load().spec.cond["obs"].entries == ("state",)  # which the environment is to give
     data = Minari(root=root, frames=("camera",)).load()
     cond = data.batch(torch.tensor([0]), Draw((0,), 0, 1)).cond
     assert np.array_equal(cond["frames"][0, 1].numpy(), looks[0][0].transpose(2, 0, 1))

@@ -71,6 +71,11 @@ class Minari(Recorded):
         paths = box_paths(space, "obs", self.root)
         return tuple(name for name, path in paths.items() if len(follow_path(space, path).shape) < 3)
 
+    def observed_entries(self) -> tuple[str, ...]:
+        """Also the name of a single one, if the environment's observations have more, such as images."""
+        boxes = box_paths(open_minari(self.root).observation_space, "obs", self.root)
+        return tuple(self.observed_columns()) if len(boxes) > 1 else ()
+
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         data = open_minari(self.root)
         obs = box_paths(data.observation_space, "obs", self.root)
