@@ -160,6 +160,9 @@ def test_missing_weights_and_networks_are_refused_in_one_line(tmp_path, networks
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"holds no config\.json; needs a folder of transformers"):
         DINOv2(str(tmp_path)).load("cpu")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=r"no model\.safetensors, .*transformers\.Dinov2Model\.from_pretrained"):
+        DINOv2(str(tmp_path)).load("cpu")
     with pytest.raises(ValueError, match=r"dinov2: .*hf download owner/none .*--features.weights"):
         DINOv2(model="owner/none").load("cpu")
     with pytest.raises(ValueError, match="needs images, uint8"):

@@ -29,7 +29,7 @@ Resizer = Callable[[Tensor, int], Tensor]
 """uint8 ``[B, 3, H, W]`` and a side to float32 ``[B, 3, side, side]`` in 0..255"""
 
 BATCH = 16  # images at a time: activations of about 1 GiB
-FILES = ("model.safetensors", "pytorch_model.bin")
+FILE = "model.safetensors"
 
 
 def resize_pillow(x: Tensor, side: int) -> Tensor:
@@ -182,9 +182,13 @@ def load_transformer(kind: str, weights: str | None, model: str, owner: str) -> 
         )
         patterns = ["config.json", "*.safetensors"]
         folder = Path(call_hub(owner, model, lambda hub: cached_or_downloaded(hub, model, patterns), hint))
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if file is None or file.suffix == ".bin":
-        raise ValueError(f"weights: {folder} holds no model.safetensors; other files are not read")
+    file = folder / FILE
+    if not file.is_file():
+        source = weights or model
+        raise ValueError(
+            f"weights: {folder} holds no {FILE}, and other files are not read; where you trust them, "
+            f"transformers.{kind}.from_pretrained({source!r}).save_pretrained(DIR) writes it"
+        )
     try:
         with silence():
             network, loading = getattr(transformers, kind).from_pretrained(
