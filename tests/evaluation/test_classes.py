@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from genkit.evaluation import evaluate
+from genkit.evaluation import evaluate, evaluations
 from genkit.evaluation.classes import describe_classes, need_proportions, proportional_classes
-from genkit.evaluation.evaluator import Evaluator
 from tests.support.evaluation import train
 
 
@@ -45,18 +44,15 @@ def save_images(path, counts):
 
 
 def drawn_classes(monkeypatch):
-    """The classes of the samples that will be measured."""
-    classes, measure = [], Evaluator.measure
+    """The classes of the samples that are measured."""
+    classes, measure = [], evaluations.measure_together
 
-    def spy(self, samples, n, progress=lambda *_: None):
+    def spy(evaluators, samples, n, progress):
+        measurements = measure(evaluators, samples, n, progress)
         classes.extend(samples.rows(0, n, n).labels.tolist())
-        return measure(self, samples, n, progress)
+        return measurements
 
-    def with_classes(self, samples, n, progress=lambda *_: None):
-        self.match_classes(samples)
-        return spy(self, samples, n, progress)
-
-    monkeypatch.setattr(Evaluator, "measure", with_classes)
+    monkeypatch.setattr(evaluations, "measure_together", spy)
     return classes
 
 

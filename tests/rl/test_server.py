@@ -179,6 +179,6 @@ def test_real_time_continues_what_is_under_way_for_the_longest_delay_seen(policy
         if acting.drawing is not None:
             acting.drawing.exception()
     acting.delays.extend([1, 3, 2])
-    conditions = acting.underway(np.zeros((1, 1, 2), np.float32))
+    conditions = acting.underway(np.zeros((1, 1, 2), np.float32), None)
     weights = next(v for k, v in conditions.items() if k.endswith("weight"))[0, 0]
     assert (weights == 1).sum() == 3
