@@ -25,12 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.race_loops import CONTENDERS, RaceData, data_of, train_contender
+from benchmarks.race_loops import CONTENDERS, RaceData, data_of, source_of, train_contender
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, student_interval
 from genkit.cli.scripts import ScriptParser
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
-from genkit.data import DATA
 from genkit.evaluation.metrics import Estimate, Moments, frechet_from_features
 from genkit.evaluation.metrics.features import Classifier, Extractor
 
@@ -43,8 +42,7 @@ class Judge:
     """The measure of a data set: features, and the moments of its test split."""
 
     def __init__(self, name: str, race: RaceData, root: Path):
-        source = DATA[name]() if name == "digits" else DATA[name](root=str(root))
-        self.features: Extractor = Classifier().load(race.device, source.load("train"))
+        self.features: Extractor = Classifier().load(race.device, source_of(name, root).load("train"))
         test = data_of(name, root, REFERENCE, race.device, "test").pixels
         self.reference = Moments.of(self.features(test).features)
 

@@ -90,14 +90,17 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def diffusers_loop(race: RaceData) -> Loop:
     """diffusers' unconditional training example with classes: UNet2DModel, DDPM with 1,000 steps, AdamW at 4e-4."""
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel  # lazy: of this contender
+    from diffusers.models.unets.unet_2d import UNet2DModel  # lazy: of this contender
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler  # lazy: of this contender
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # lazy: of this contender
 
     channels, side = race.pixels.shape[1:3]
-    net: Any = UNet2DModel(
+    model: Any = UNet2DModel(
         sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=1, num_class_embeds=CLASSES,
         block_out_channels=(32, 64, 96), down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
         attention_head_dim=8,
-    ).to(race.device)  # fmt: skip
+    )  # fmt: skip
+    net = model.to(race.device)
     noise: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-4, betas=(0.95, 0.999), weight_decay=1e-6)
 
@@ -120,7 +123,7 @@ def lucidrains_loop(race: RaceData) -> Loop:
     Its own DDIM fails at a scale of guidance of 1, so diffusers' draws, with its noise schedule.
     """
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet  # lazy: optional
-    from diffusers import DDIMScheduler  # lazy: of this contender
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler  # lazy: of this contender
 
     channels, side = race.pixels.shape[1:3]
     net = Unet(dim=32, num_classes=CLASSES, dim_mults=(1, 2, 2), channels=channels, cond_drop_prob=0.1).to(race.device)
@@ -209,7 +212,8 @@ def train_loop(name: str, race: RaceData, marks: Sequence[float], seed: int) -> 
             loop.step(*draw(loop.batch))
             steps += 1
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - min(EMA, (1 + steps) / (10 + steps)))
+                for mean, p in zip(average, parameters, strict=True):
+                    mean.lerp_(p, 1 - min(EMA, (1 + steps) / (10 + steps)))
             used += race.clock() - begun
         kept = [a.clone() for a in average]
         snapshots.append(Snapshot(used, steps, with_weights(loop, parameters, kept)))
@@ -253,7 +257,7 @@ def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -
     with tempfile.TemporaryDirectory() as folder:
         times: dict[int, float] = {}
 
-        def note(text: str, done: int, total: int | None) -> None:
+        def note(what: str, done: int, total: int | None) -> None:
             times[done] = race.clock()
 
         genkit.train(**options, steps=PILOT, warmup=1, save_every=PILOT, out=folder, progress=note)
@@ -292,12 +296,17 @@ def train_contender(name: str, race: RaceData, marks: Sequence[float], seed: int
 CONTENDERS = (*LOOPS, *GENKIT)
 
 
+def source_of(name: str, root: Path) -> Any:
+    """A data set of genkit; the digits are embedded."""
+    kind: Any = DATA[name]
+    return kind() if name == "digits" else kind(root=str(root))
+
+
 def data_of(
     name: str, root: Path, limit: int | None, device: torch.device, split: Literal["train", "test"] = "train"
 ) -> RaceData:
     """The pictures of a data set of genkit with ten classes; the first ``limit`` of them (None: all)."""
-    source = DATA[name](root=str(root)) if name != "digits" else DATA[name]()
-    data = source.load(split)
+    data = source_of(name, root).load(split)
     rows = torch.arange(len(data) if limit is None else min(limit, len(data)))
     batch = data.batch(rows, Keys((0,), 0, len(rows)))
     settings = {"name": name} if name == "digits" else {"name": name, "root": str(root)}

@@ -53,13 +53,14 @@ class PatchEmbedding2d(_Embedding, nn.Conv2d):
 
 
 class _Unembedding:
-    """How the transposed convolutions below are computed; ``kernel_size`` and ``stride`` are equal."""
+    """How the transposed convolutions below are computed; ``kernel_size`` and ``stride`` are equal, and no other
+    ``output_size`` is possible than the one that they give."""
 
     kernel_size: tuple[int, ...]
     weight: Any
     bias: Any
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         patches = F.linear(input.flatten(2).transpose(1, 2), self.weight.flatten(1).t())
         x = join_patches(patches, tuple(input.shape[2:]), self.kernel_size[0])
         return x + self.bias.view(-1, *(1,) * (x.ndim - 2)).to(x.dtype)

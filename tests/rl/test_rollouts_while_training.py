@@ -117,7 +117,7 @@ def test_what_cannot_be_rolled_out_is_refused_before_training(tmp_path):
 
     assert "has no demonstrations" in refusal(data="moons", backbone={"name": "mlp"})
     assert "conditions: skill" in refusal(data={"name": "four-ways", "n": 8, "conditions": ["skill"]})
-    assert "did you mean success?" in refusal(keep_best="sucess")
+    assert "did you mean success?" in refusal(keep_best="sucsess")
     assert "give --eval-every or --rollout-every, say 500" in refusal(rollout_every=0, keep_best="success")
     assert "give --rollout-every, say 500" in refusal(rollout_every=0, keep_best="rollout/success")
     assert not list(tmp_path.iterdir())
