@@ -46,6 +46,7 @@ from genkit.evaluation.metrics.features import (
     resize_like_tensorflow,
 )
 from genkit.evaluation.metrics.inception import NAME, Conv, InceptionV3, read_weights
+from tests.support.pretended_device import CUDA, PretendedDevice
 
 MODES = list(RESIZE_MODES)
 PUBLISHED = next((p for p in (os.environ.get("GENKIT_INCEPTION"), features.CLEAN_FID, features.cache_folder() / NAME)
@@ -269,6 +270,22 @@ def test_settings_are_complete(random_weights, tmp_path):
     for wrong in (torch.zeros(1, 4, 8, 8, dtype=torch.uint8), x.float(), torch.zeros(3, 2), x[:0]):
         with pytest.raises(ValueError, match=r"inception: given .* needs images, uint8 \[B, 1 or 3, H, W\]"):
             exact(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow", "legacy_pytorch"])
+def test_inception_mixes_no_devices(resize, random_weights, tmp_path):
+    """The pictures may be on the CPU or on the device, and the features are those of the CPU."""
+    save_file(random_weights, tmp_path / "a.safetensors")
+    weights, x = str(tmp_path / "a.safetensors"), images(2)
+    expected = Inception(resize, weights).load("cpu")(x)
+    with PretendedDevice():
+        extractor = Inception(resize, weights).load(CUDA)
+        for given in (x, x.to(CUDA)):
+            found = extractor(given)
+            assert found.features.device == CUDA
+            torch.testing.assert_close(found.features.cpu(), expected.features, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-2)
 
 
 # --------------------------------------------------------------------------------------------- finding weights
