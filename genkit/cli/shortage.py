@@ -6,8 +6,6 @@ import errno
 import re
 from collections.abc import Collection
 
-from genkit.core.memory import is_out_of_memory
-
 _DISK = "the disk is full, or a quota is reached"
 _ADVICE = "free some space or write elsewhere; what was saved before is intact"
 MEMORY = "out of memory"
@@ -52,6 +50,8 @@ def advise_on_memory(options: Collection[str]) -> str:
 
 
 def _explain(e: BaseException) -> str | None:
+    from genkit.core.memory import is_out_of_memory  # lazy: it imports torch, which `genkit --help` does without
+
     text = str(e)
     if isinstance(e, OSError):
         where = f"{e.filename}: " if e.filename else ""

@@ -402,6 +402,8 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(case, tmp_path):
     mine = genkit.load(run, device="cpu")  # one process reads what four ranks wrote
     assert mine.step == whole.step == 15
     for name, net in whole.nets.items():
+        if not net.state_dict():  # a network without weights
+            continue
         ours, theirs = (torch.cat([v.flatten() for v in n.state_dict().values()]) for n in (mine.nets[name], net))
         assert float((ours - theirs).abs().mean()) < 2e-6, name
     if mine.objective.is_generative:
