@@ -52,8 +52,8 @@ class CameraResNet(nn.Module):
 
         make = {18: resnet.resnet18, 34: resnet.resnet34}[depth]
         network = make(weights=None, norm_layer=lambda c: nn.GroupNorm(c // GROUP, c))
-        network.fc = nn.Identity()  # type: ignore[assignment]
-        network.avgpool = nn.Identity()  # type: ignore[assignment]
+        network.fc = nn.Identity()  # type: ignore[assignment]  # of torchvision, which has a Linear there
+        network.avgpool = nn.Identity()  # type: ignore[assignment]  # the same: an AdaptiveAvgPool2d
         if channels != 3:
             network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         self.channels, self.network = channels, network

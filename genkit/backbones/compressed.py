@@ -46,7 +46,7 @@ class WeightFormat:
         """The format of a layer's weight: bf16, int8 or nf4; None if it stays."""
         if type(layer) is nn.Linear and self.quantize:
             return self.quantize
-        return "bf16" if type(layer) in (nn.Linear, *CONVOLUTIONS) and self.base == "bf16" else None
+        return "bf16" if type(layer) in COMPRESSED and self.base == "bf16" else None
 
 
 def require_package(quantize: str | None) -> None:
@@ -236,7 +236,6 @@ class CompressedConv2d(CompressedConv, nn.Conv2d):
     """:class:`CompressedConv` of pictures."""
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, PatchEmbedding1d, PatchEmbedding2d)
 COMPRESSED: Mapping[type[nn.Module], type[CompressedLayer]] = {
     nn.Linear: CompressedLinear,
     nn.Conv1d: CompressedConv1d,

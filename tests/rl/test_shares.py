@@ -5,10 +5,8 @@ import importlib
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,7 +31,7 @@ from genkit.training.loop import copy_for_ema, initial_state
 from genkit.training.settings import TrainSettings
 from genkit.training.sharding import Sharding
 from tests.support.learning import PLAIN, make_learner, steps_of
-from tests.support.ranks import on_two_ranks
+from tests.support.ranks import kill_when, on_two_ranks
 
 SHARED = {"lr": 1e-2, "batch": 30, "bc_batch": 7, "warmup": 0}
 CASES = {name: method(**SHARED) for name, method in METHODS.items()} | {
@@ -229,13 +227,7 @@ def test_one_process_goes_on_from_two_ranks_that_share_the_weights(digits, tmp_p
 def test_four_ranks_go_on_from_two_that_were_killed(digits, tmp_path):
     command = rank_command(2, str(digits), *BRIGHT, "--iterations=6", "--parallel=fsdp", f"--out={tmp_path / 'two'}")
     process = subprocess.Popen(command, env=RANK_ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list((tmp_path / "two").glob("0*/checkpoints/step-000000[1-5]")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    agent = psutil.Process(process.pid)
-    for each in (agent, *agent.children(recursive=True)):
-        each.kill()
-    process.communicate()
+    kill_when(process, lambda: list((tmp_path / "two").glob("0*/checkpoints/step-000000[1-5]")))
     (run,) = (tmp_path / "two").glob("0*")
     assert not (run / "checkpoints" / "step-0000006").exists()
     ranks(4, f"--resume={run}", "--parallel=hsdp", "--shard-size=2")

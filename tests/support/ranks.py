@@ -2,9 +2,12 @@
 
 import os
 import socket
+import subprocess
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -26,6 +29,17 @@ def on_ranks(num: int, job: Callable[[Accelerator], T]) -> list[T]:
         answers = manager.dict()
         mp.start_processes(_rank, (num, port, job, answers), nprocs=num, start_method="fork")
         return [answers[i] for i in range(num)]
+
+
+def kill_when(process: subprocess.Popen, begun: Callable[[], object]) -> None:
+    """Kill a launcher and all its ranks as soon as ``begun()`` is true; they may not have ended before."""
+    while not begun():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    agent = psutil.Process(process.pid)
+    for each in (agent, *agent.children(recursive=True)):
+        each.kill()
+    process.communicate()
 
 
 def _rank(number: int, num: int, port: int, job: Callable, answers: dict) -> None:

@@ -8,9 +8,7 @@ import math
 import os
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -38,7 +36,7 @@ from genkit.training.distributed import create_sharding
 from genkit.training.loop import fit, initial_state
 from genkit.training.settings import TrainSettings
 from genkit.training.shared_files import Exchange, Piece, compare_written, lay_out, write_together
-from tests.support.ranks import on_ranks, on_two_ranks
+from tests.support.ranks import kill_when, on_ranks, on_two_ranks
 
 PLANE, PICTURES = Spec((2,), {"label": Label(3)}), Spec((1, 8, 8), {"label": Label(3)})
 SMALL_DIT, SMALL_UNET = DiT(width=16, depth=2, head_size=8), UNet(width=8, mults=(1, 2))
@@ -386,13 +384,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(case, tmp_path):
     """A step moves a weight by up to 1e-4. Ranks round sums in another order, of which Adam moves a few weights."""
     options = [*SMALL, *KILLED[case]]
     process = launch(tmp_path, 2, *options, "--parallel=fsdp", "--save-every=1")  # so that the kill falls into a save
-    while not (list((tmp_path / "runs").glob("0*/checkpoints/step-000000[5-9]"))):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    agent = psutil.Process(process.pid)
-    for each in (agent, *agent.children(recursive=True)):
-        each.kill()
-    process.communicate()
+    kill_when(process, lambda: list((tmp_path / "runs").glob("0*/checkpoints/step-000000[5-9]")))
     (run,) = (tmp_path / "runs").glob("0*")
     assert json.loads((run / "latest/state.json").read_text())["step"] < 15
     process = launch(tmp_path, 4, "--resume=auto", *options, "--parallel=hsdp", "--shard-size=2", "--save-every=10")

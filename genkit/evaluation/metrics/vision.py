@@ -83,8 +83,7 @@ class DINOv2(Features):
         def embed(network: Any, x: Tensor) -> Tensor:
             return network(pixel_values=x).last_hidden_state[:, 0]
 
-        network, digest = load_transformer("Dinov2Model", self.weights, self.model, self.kind)
-        return VisionExtractor(self, network, digest, embed, torch.device(device))
+        return load_extractor(self, "Dinov2Model", embed, device)
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ class CLIP(Features):
         def embed(network: Any, x: Tensor) -> Tensor:
             return F.normalize(network(pixel_values=x).image_embeds, dim=1)
 
-        network, digest = load_transformer("CLIPVisionModelWithProjection", self.weights, self.model, self.kind)
-        return VisionExtractor(self, network, digest, embed, torch.device(device))
+        return load_extractor(self, "CLIPVisionModelWithProjection", embed, device)
 
 
 class VisionExtractor:
@@ -160,6 +158,14 @@ class VisionExtractor:
     def _extract(self, x: Tensor) -> Tensor:
         resized = self.resize(x.expand(-1, 3, -1, -1), self.side).to(self.device)
         return self.embed(self.network, (resized - self.mean) / self.std).float()
+
+
+def load_extractor(
+    config: DINOv2 | CLIP, network_class: str, embed: Callable[[Any, Tensor], Tensor], device: Device
+) -> VisionExtractor:
+    """The extractor of ``config``, whose features are ``embed(network, pictures)``."""
+    network, digest = load_transformer(network_class, config.weights, config.model, config.kind)
+    return VisionExtractor(config, network, digest, embed, torch.device(device))
 
 
 def load_transformer(kind: str, weights: str | None, model: str, owner: str) -> tuple[Any, str]:
