@@ -391,6 +391,16 @@ def finetune_four_ways() -> str:
     return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
+def finetune_anchored() -> str:
+    """Success and bits before and after, with their intervals over the starts."""
+    rows = []
+    for run in load("finetune-anchored")["rows"]:
+        pairs = [("success_before", 3), ("success_after", 3), ("bits_before", 2), ("bits_after", 2)]
+        cells = [interval(run[key], places) for key, places in pairs]
+        rows.append([run["reward"], str(run["seed"]), *cells, str(run["cpu_seconds"])])
+    return table(["reward", "seed", "success before", "after", "bits before", "after", "CPU s"], rows)
+
+
 def runs_by_name(file: str) -> dict[str, list[dict[str, Any]]]:
     """The rows of a results file, one for each seed, by their name."""
     named: dict[str, list[dict[str, Any]]] = {}
@@ -735,6 +745,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht-mirror": pusht_mirror,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
+    "finetune-anchored": finetune_anchored,
     "mixed": mixed,
     "rwr": rwr,
     "reward-methods": reward_methods,
