@@ -274,7 +274,8 @@ def race_shares() -> str:
 
     shares, rows = all_shares(load("race-fashion")["cells"], "fashion-mnist"), []
     for others in dict.fromkeys(others for _, others in shares):
-        label = " or ".join(RACERS[name] for name in others.split(" or ")) + (", the better" if " or " in others else "")
+        names = others.split(" or ")
+        label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
         rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in list(RACERS)[:2])])
     return table(["share of the seconds of", *list(RACERS.values())[:2]], rows)
 
