@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import Attention
+from genkit.backbones.blocks import Attention, TokenPool
 from genkit.backbones.cameras import CAMERA_ENCODERS
 from genkit.core import Backbone, Cond, Condition, Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
@@ -356,12 +356,12 @@ class Conditioner(nn.Module):
     """Time and conditions of a batch, embedded and routed.
 
     With ``early`` the global conditions are added to the sinusoids of the time, before its two layers (Karras et al.
-    2022, in DDPM++ and NCSN++), and not after them.
+    2022, in DDPM++ and NCSN++), and not after them. With ``pool`` the tokens become part of the global embedding.
     """
 
     def __init__(
         self, spec: Spec, dim: int, time: bool = True, waves: int = 32, scale: float = 1000.0,
-        rates: Sequence[float] = (), early: bool = False,
+        rates: Sequence[float] = (), early: bool = False, pool: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.start = TimeEmbed(dim, waves, scale, rates) if time else Constant(dim)
@@ -374,7 +374,8 @@ class Conditioner(nn.Module):
             is_early = self.early and embedder.route == "global"
             self.embed[module_name(name)] = embedder(kind, 2 * waves if is_early else dim)
         self.num_channels = sum(e.null.numel() for _, e in self._on("channels"))
-        self.has_tokens = bool(self.names["tokens"])
+        self.pool = TokenPool(dim) if pool and self.names["tokens"] else None
+        self.has_tokens = bool(self.names["tokens"]) and self.pool is None
 
     def _on(self, route: str) -> list[tuple[str, Embedder]]:
         return [(name, cast(Embedder, self.embed[module_name(name)])) for name in self.names[route]]
@@ -415,13 +416,14 @@ class Conditioner(nn.Module):
             if embed.masked and mask is not None:  # it belongs to the first such sequence in cond, as in Spec.check
                 visible, mask = visible & mask, None
             masks += [~visible.any(1, keepdim=True), visible]  # the null is visible if nothing else is
-        return Routed(
-            emb,
-            torch.cat(channels, 1) if channels else None,
-            torch.cat(tokens, 1) if tokens else None,
-            torch.cat(masks, 1) if masks else None,
-            given,
-        )
+        maps = torch.cat(channels, 1) if channels else None
+        if not tokens:
+            return Routed(emb, maps, None, None, given)
+        sequence, mask = torch.cat(tokens, 1), torch.cat(masks, 1)
+        if self.pool is None:
+            return Routed(emb, maps, sequence, mask, given)
+        pooled = self.pool(sequence, mask)
+        return Routed(emb + pooled, maps, None, None, pooled if given is None else given + pooled)
 
 
 def module_name(name: str) -> str:

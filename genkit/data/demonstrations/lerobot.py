@@ -78,7 +78,7 @@ class LeRobot(Recorded):
         read = read_videos if feature["dtype"] == "video" else read_image_column
         return read(folder, info, name, order, ends, self.image_size)
 
-    def task_texts(self) -> Sequence[Sequence[str]]:
+    def task_texts(self, split: Split = "train") -> Sequence[Sequence[str]]:
         return [[text] for text in read_tasks(self.folder())]
 
     def step_tasks(self) -> np.ndarray:
