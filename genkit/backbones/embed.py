@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import Attention, TokenPool
@@ -214,7 +214,7 @@ class TextEmbed(Embedder):
     """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer, trained with the network.
 
     Each byte is first combined with its neighbours (a convolution, Kim et al. 2016, section 2.2), since a letter alone
-    means nothing. Padding is ignored, so its length does not matter.
+    means nothing. Padding is ignored, so its length does not matter. On a CPU, equal texts of a batch are read once.
     """
 
     route = "tokens"
@@ -232,14 +232,22 @@ class TextEmbed(Embedder):
         return value != 0
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            tokens = self.read(value)
+        else:
+            texts, rows = torch.unique(value, dim=0, return_inverse=True)
+            tokens = self.read(texts).index_select(0, rows)
+        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+
+    def read(self, value: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        """The tokens of texts, without the null."""
         exists = self.token_mask(value)
         h = self.table(value.long()) * exists[..., None]
         h = h + F.gelu(self.spell(h.transpose(1, 2)).transpose(1, 2))
         first = torch.arange(value.shape[1], device=value.device) == 0
         for block in self.blocks:
             h = block(h, exists | first)  # an empty text attends to its first token, which is ignored later
-        tokens = self.layer(self.norm(h))
-        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+        return self.layer(self.norm(h))
 
 
 class FramesEmbed(Embedder):

@@ -144,7 +144,7 @@ def test_each_camera_has_an_encoder_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cnn")) for name in CAMERA_ENCODERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("resnet")) for name in CAMERA_ENCODERS]
 )
 def test_an_encoder_tells_places_apart_and_depends_on_no_other_sample(name):
     torch.manual_seed(0)
