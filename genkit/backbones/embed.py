@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from genkit.backbones.blocks import Attention, TokenPool
@@ -213,8 +213,8 @@ class TextBlock(nn.Module):
 class TextEmbed(Embedder):
     """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer, trained with the network.
 
-    Each byte is first combined with its neighbours (a convolution, Kim et al. 2016, section 2.2), since a letter alone
-    means nothing. Padding is ignored, so its length does not matter. On a CPU, equal texts of a batch are read once.
+    Neighbouring bytes are combined first (a convolution, Kim et al. 2016, section 2.2), since a letter alone means
+    nothing. Padding is ignored, so its length does not matter. On a CPU, equal texts of a batch are read once.
     """
 
     route = "tokens"
@@ -235,12 +235,12 @@ class TextEmbed(Embedder):
         if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
             tokens = self.read(value)
         else:
-            texts, rows = torch.unique(value, dim=0, return_inverse=True)
+            texts, rows = value.unique(dim=0, return_inverse=True)
             tokens = self.read(texts).index_select(0, rows)
         return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
 
-    def read(self, value: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        """The tokens of texts, without the null."""
+    def read(self, value: Tensor) -> Tensor:
+        """The tokens ``[B, L, dim]`` of texts ``[B, L]``, without the null."""
         exists = self.token_mask(value)
         h = self.table(value.long()) * exists[..., None]
         h = h + F.gelu(self.spell(h.transpose(1, 2)).transpose(1, 2))
