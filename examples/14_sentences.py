@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results")
     args = parser.parse_args()
     command = f"python examples/14_sentences.py --seeds {' '.join(map(str, args.seeds))} --first {args.first}"
-    command += f" --steps {args.steps}" if args.steps else ""
+    command += f" --sampler-steps {args.sampler_steps}" + (f" --steps {args.steps}" if args.steps else "")
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

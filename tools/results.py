@@ -421,6 +421,16 @@ def execution() -> str:
     )
 
 
+def sentences() -> str:
+    """``examples/14_sentences.py``."""
+    rows = [
+        [f"{row['wordings']} {'of training' if row['split'] == 'train' else 'never seen'}", str(row["seed"]),
+         interval(row["success"], 3), interval(row["as_asked"], 3), str(row["train_cpu_seconds"])]
+        for row in load("sentences")["rows"]
+    ]  # fmt: skip
+    return table(["wordings", "seed", "success", "by the way asked for", "training, CPU s"], rows)
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -733,6 +743,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
+    "sentences": sentences,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,
