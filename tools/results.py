@@ -431,6 +431,15 @@ def sentences() -> str:
     return table(["wordings", "seed", "success", "by the way asked for", "training, CPU s"], rows)
 
 
+def offline_q() -> str:
+    """``examples/15_offline_q.py``."""
+    rows = [
+        [row["choice"], str(row["seed"]), interval(row["rewarded_way"], 3), interval(row["success"], 3)]
+        for row in load("offline-q")["rows"]
+    ]
+    return table(["", "seed", "success by the rewarded way", "success by any"], rows)
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -744,6 +753,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "sentences": sentences,
+    "offline-q": offline_q,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,
