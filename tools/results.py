@@ -440,6 +440,15 @@ def offline_q() -> str:
     return table(["", "seed", "success by the rewarded way", "success by any"], rows)
 
 
+def pusht_delay() -> str:
+    """``genkit rollout --delay 4`` of an anchored policy of PushT."""
+    rows = [
+        [row["execution"], *(interval(row[key], 3) for key in ("best_reward", "coverage", "success"))]
+        for row in load("pusht-delay")["rows"]
+    ]
+    return table(["", "best reward", "largest coverage", "success"], rows)
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -753,6 +762,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
     "sentences": sentences,
+    "pusht-delay": pusht_delay,
     "offline-q": offline_q,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
