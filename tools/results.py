@@ -449,6 +449,16 @@ def pusht_delay() -> str:
     return table(["", "best reward", "largest coverage", "success"], rows)
 
 
+def pusht_pixels() -> str:
+    """``configs/pusht_pixels.yaml``, with and without its random crops."""
+    rows = [
+        [row["images"], str(row["seed"]), *(interval(row[key], 3) for key in ("best_reward", "coverage", "success")),
+         f"{row['train_cpu_seconds'] / 60:.1f}"]
+        for row in load("pusht-pixels")["rows"]
+    ]  # fmt: skip
+    return table(["images", "seed", "best reward", "largest coverage", "success", "training, CPU minutes"], rows)
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -761,6 +771,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
+    "pusht-pixels": pusht_pixels,
     "sentences": sentences,
     "pusht-delay": pusht_delay,
     "offline-q": offline_q,
