@@ -23,6 +23,7 @@ from genkit.core.hub import call_hub
 from genkit.data.demonstrations.frames import cached_frames, resize, stamps
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.demonstrations.video import Clip, clip_frames, first_shape
+from genkit.data.source import Split
 
 INSTALL = "pip install 'genkit-torch[data]'"
 
