@@ -396,7 +396,6 @@ class Conditioner(nn.Module):
         sees_any = cond.get("keep", everyone)
         keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
-        # global embedding
         parts = [embed(cond[name], keep[name]) if name in cond else embed.null for name, embed in self._on("global")]
         if self.early and parts:
             start, parts = self.start(label, sum(parts[1:], parts[0])), []
