@@ -33,7 +33,8 @@ def record(file: Path, episodes: int, seed: int) -> None:
     rewards = []
     for obs, _, _, _, last in recorded:
         x, y = np.concatenate([obs, last[None]]).T
-        rewards.append(sum((x[:-1] < cx) & (x[1:] >= cx) & (y[1:] > cy) for cx, cy in OBSTACLES).astype(float))
+        above = [(x[:-1] < cx) & (x[1:] >= cx) & (y[1:] > cy) for cx, cy in OBSTACLES]
+        rewards.append(np.sum(above, 0, dtype=float))
     ends = np.cumsum([len(r) for r in rewards])
     np.savez(file, obs=np.concatenate([e[0] for e in recorded]), action=np.concatenate([e[1] for e in recorded]),
              reward=np.concatenate(rewards), episode_ends=ends)  # fmt: skip

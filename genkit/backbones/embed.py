@@ -232,7 +232,7 @@ class TextEmbed(Embedder):
         return value != 0
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
-        if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
             tokens = self.read(value)
         else:
             texts, rows = value.unique(dim=0, return_inverse=True)
