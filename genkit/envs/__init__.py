@@ -108,6 +108,17 @@ def make(name: str, num: int, *, max_steps: int | None = None, entries: Sequence
     return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, entries=entries, **limit, **arguments)
 
 
+def check_actions(actions: np.ndarray, num: int, dim: int, env: str) -> np.ndarray:
+    """Actions ``[num, dim]`` as floats. ``ValueError`` for another shape or numbers that are not finite."""
+    actions = np.asarray(actions, float)
+    if actions.shape != (num, dim):
+        raise ValueError(f"actions: given shape {actions.shape}; {env} needs {(num, dim)}")
+    if not np.isfinite(actions).all():
+        bad = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
+        raise ValueError(f"actions: row {bad} is not finite; the policy has diverged")
+    return actions
+
+
 def make_expert(env: str, name: str, num: int) -> Expert:
     """The expert ``name`` for ``num`` copies of an environment. ``ValueError`` if there is none."""
     experts = next((names for start, names in EXPERTS.items() if plain_id(env).startswith(start)), {})
