@@ -15,6 +15,8 @@ import yaml
 
 from genkit.config import load_object
 
+Rows = Sequence[int] | np.ndarray  # indices of some of N copies
+
 
 class Env(Protocol):
     """N copies of an environment that run side by side. Row i depends on its own seed and actions only.

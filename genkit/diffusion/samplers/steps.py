@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -107,13 +107,13 @@ class Seeds:
         normals = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
         return send(torch.stack(normals), self.device)
 
-    def select(self, rows: Sequence[int]) -> Seeds:
+    def select(self, rows: Iterable[int]) -> Seeds:
         """These samples alone: what they draw here continues their streams."""
         part = Seeds((), self.device, self.dtype)
         part.generators = [self.generators[row] for row in rows]
         return part
 
-    def restart(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+    def restart(self, rows: Iterable[int], seeds: Sequence[int]) -> None:
         """Let ``rows`` draw from new seeds from now on."""
         for row, seed in zip(rows, seeds, strict=True):
             self.generators[row] = seeded_generator(int(seed))

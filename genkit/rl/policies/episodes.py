@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from genkit.core.progress import Progress, silent
-from genkit.envs import Env
+from genkit.envs import Env, Rows
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 FIRST_STEPS = 64  # room for the steps of an episode at first; it is doubled when it is full
@@ -34,11 +34,11 @@ class Actor(Protocol):
         """Dimension of an action."""
         ...
 
-    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
         """Begin episodes with these seeds in ``rows`` (None: all)."""
         ...
 
-    def act(self, obs: np.ndarray, *, rows: Sequence[int]) -> np.ndarray:
+    def act(self, obs: np.ndarray, *, rows: Rows) -> np.ndarray:
         """Actions ``[M, Ta, A]`` to carry out for observations ``[M, To, Do]`` of ``rows``, those that go on."""
         ...
 

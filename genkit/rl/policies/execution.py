@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genkit.core import Cond, Label, Noise
 from genkit.data.codecs import Actions
+from genkit.envs import Rows
 from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -66,7 +67,7 @@ class DelayedPolicy:
         """Dimension of an action."""
         return self.policy.action_dim
 
-    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
         """Begin episodes in ``rows`` (None: all): they draw from their own seeds, and no chunk of theirs is under
         way."""
         self.policy.reset(seeds, rows)
@@ -75,7 +76,7 @@ class DelayedPolicy:
         else:
             self.begun[list(rows)] = self.time
 
-    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Rows | None = None) -> np.ndarray:
         """The actions ``[M, Ta, A]`` of the next steps, for observations ``[M, To, Do]`` and pictures as
         :meth:`Policy.act` takes them, of ``rows`` (None: all)."""
         asked = np.arange(len(self.begun)) if rows is None else np.asarray(rows)

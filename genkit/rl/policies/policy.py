@@ -29,7 +29,7 @@ from genkit.data.text import encode_prompts
 from genkit.diffusion.checks import require_finite
 from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
-from genkit.envs import Env, make, parse_arguments
+from genkit.envs import Env, Rows, make, parse_arguments
 from genkit.envs.processes import ProcessEnv
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
@@ -313,7 +313,7 @@ class Policy:
             raise ValueError(f"guidance: has no effect on {type(self.run.objective).__name__}, which draws in one pass")
         return replace(self, generate=self.generate_with(guide))
 
-    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
         """Begin episodes in ``rows`` (None: all): they draw from their own seeds from now on, and :meth:`step` begins
         anew."""
         if rows is None:
@@ -323,7 +323,7 @@ class Policy:
             self.noise.restart(rows, seeds)
         self.history, self.queue = [], []
 
-    def select(self, rows: Sequence[int]) -> Policy:
+    def select(self, rows: Rows) -> Policy:
         """This policy for some rows of the episodes alone; it goes on drawing from their random numbers."""
         assert self.noise is not None, "begin episodes first"
         return replace(self, noise=self.noise.select(rows), generate=in_blocks(self.generate))
@@ -345,7 +345,7 @@ class Policy:
             self.queue = list(np.moveaxis(chunk, -2, 0))
         return self.queue.pop(0)
 
-    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Rows | None = None) -> np.ndarray:
         """Actions ``[N, Ta, A]`` in the environment's units, for observations ``[N, To, Do]`` and, if it sees pictures,
         uint8 ``frames`` ``[N, To, C, H, W]``.
 
@@ -356,19 +356,19 @@ class Policy:
         if rows is not None:
             return self.select(rows).act(obs, frames)
         obs_steps, obs_dim = self.obs_shape
-        rows = np.asarray(obs, np.float32)
-        single = rows.ndim < 3
-        if rows.shape == (obs_dim,):
-            rows = np.repeat(rows[None], obs_steps, 0)
+        windows = np.asarray(obs, np.float32)
+        single = windows.ndim < 3
+        if windows.shape == (obs_dim,):
+            windows = np.repeat(windows[None], obs_steps, 0)
         if single:
-            rows = rows[None]
-        if rows.shape[1:] != (obs_steps, obs_dim):
+            windows = windows[None]
+        if windows.shape[1:] != (obs_steps, obs_dim):
             raise ValueError(f"obs: given shape {np.shape(obs)}; this policy needs [N, {obs_steps}, {obs_dim}]")
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all((1, 2)))[0])
+        if not np.isfinite(windows).all():
+            bad = int(np.flatnonzero(~np.isfinite(windows).all((1, 2)))[0])
             raise ValueError(f"obs: row {bad} is not finite")
-        pictures = self.check_frames(frames, len(rows), single)
-        chunk = self.chunk(torch.from_numpy(rows), pictures)
+        pictures = self.check_frames(frames, len(windows), single)
+        chunk = self.chunk(torch.from_numpy(windows), pictures)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].transpose(1, 2).cpu().numpy()
         return actions[0] if single else actions
 
