@@ -61,12 +61,14 @@ def test_its_settings_are_those_of_a_run_and_it_leaves_nothing(tmp_path, capsys,
 
 
 def test_the_time_is_that_of_its_parts():
+    start = time.monotonic()
     estimate = estimate_training(
         objective=f"{__name__}:Slow", data={"name": "moons", "n": 64}, steps=100_000, device="cpu", batch=16,
         sample_every=50_000, eval_every=0, val_every=10_000, max_time="1m", backbone={"width": 16},
     )  # fmt: skip
-    assert DELAY < estimate.step_seconds < 3 * DELAY
+    elapsed = time.monotonic() - start
     assert estimate.steps_timed >= 5
+    assert DELAY < estimate.step_seconds < 2 * elapsed / estimate.steps_timed  # a median of what was waited for
     assert estimate.seconds["steps"] == 100_000 * estimate.step_seconds
     assert estimate.seconds["validations"] >= 10 * 2 * 4 * DELAY  # 64 samples in fours of 16, both weights
     assert estimate.seconds["pictures"] > 0
