@@ -1,10 +1,11 @@
 """Quality for seconds of training: the loops of diffusers, denoising-diffusion-pytorch and torchcfm, and genkit.
 
-    genkit bench race --data fashion-mnist cifar10 --root DIR [--seconds 240] [--marks 4] [--seeds 3] [--samples 1000]
+    genkit bench race --data fashion-mnist cifar10 --root DIR [--seconds 240] [--marks 5] [--seeds 3] [--samples 1000]
                       [--contenders genkit diffusers] [--device cpu] [--out FILE.json] [--page FILE.html]
 
 Each contender trains on the same pictures with classes for the same CPU seconds of this process (seconds of the GPU, if
-there is one), in a batch of 64 (torchcfm: 128) and one thread, and is measured at equal shares of them (``--marks``).
+there is one), in a batch of 64 (torchcfm: 128) and one thread, and is measured ``--marks`` times, each at twice the
+seconds of the time before. At the end it says in which share of its seconds genkit reaches what another library has.
 The networks are those of each library's example, of 1 to 2 million parameters; see ``benchmarks/race_loops.py``. The
 measure is the Frechet distance of ``--samples`` pictures, drawn in ``--evaluations`` network evaluations by a
 deterministic sampler of the library's kind, from the test split, in the features of a small classifier that genkit
@@ -18,14 +19,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.race_loops import CONTENDERS, RaceData, data_of, source_of, train_contender
+from benchmarks.race_loops import CONTENDERS, GENKIT, LOOPS, RaceData, data_of, source_of, train_contender
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, student_interval
 from genkit.cli.scripts import ScriptParser
 from genkit.core.device import pick_device
@@ -35,6 +37,8 @@ from genkit.evaluation.metrics.features import Classifier, Extractor
 
 REFERENCE = 10_000  # pictures of the test split
 MAX_SAMPLES = 100_000
+SMALLEST = 1e-9  # distance, which an estimate may be below
+SMALLER = ("lucidrains", "torchcfm")  # libraries of one loop each, of which the better one counts
 DATA_SETS = ("fashion-mnist", "cifar10", "digits")
 
 
@@ -76,26 +80,94 @@ def curves(cells: Mapping[str, Mapping[str, Any]], data: str) -> dict[str, dict[
     return found
 
 
-def seconds_to(curve: Mapping[float, Sequence[float]], target: float) -> float | None:
-    """The first mark at which the mean distance is at most ``target``; None if there is none."""
-    return next((mark for mark in sorted(curve) if sum(curve[mark]) / len(curve[mark]) <= target), None)
+class Crossing(NamedTuple):
+    """When a curve reaches a distance."""
+
+    seconds: float
+    is_bound: bool
+    """whether it had reached it at its first mark already, so that these are the most seconds that it may need"""
 
 
-def print_table(console: Console, data: str, found: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
-    """Mean and standard deviation over the seeds at each mark, and the mark at which each peer's end is passed."""
+def find_crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing | None:
+    """When the curve of ``(seconds, distance)`` is first at most ``target``; None if it never is.
+
+    Between two marks, the logarithm of the distance is taken as linear in that of the seconds.
+    """
+    before: tuple[float, float] | None = None
+    for seconds, value in sorted(points):
+        if value <= target:
+            if before is None:
+                return Crossing(seconds, True)
+            last, above = before
+            share = math.log(above / target) / math.log(above / max(value, SMALLEST))
+            return Crossing(last * (seconds / last) ** share, False)
+        before = seconds, value
+    return None
+
+
+@dataclass(frozen=True)
+class SecondsShare:
+    """The share of the seconds of others in which a contender reaches the distance that they have at their end."""
+
+    shares: Sequence[float]
+    """one for each seed that reaches it"""
+    seeds: int
+    is_bound: bool
+    """whether some seed had reached it at its first mark, so that its share may be smaller"""
+
+    @property
+    def estimate(self) -> Estimate:
+        """The geometric mean, and Student's interval of the logarithms (none for one seed)."""
+        mean, half = student_interval([math.log(share) for share in self.shares])
+        return Estimate(math.exp(mean), *(() if math.isnan(half) else (math.exp(mean - half), math.exp(mean + half))))
+
+    def __str__(self) -> str:
+        if len(self.shares) < self.seeds:
+            return f"reached by {len(self.shares)} of {self.seeds} seeds"
+        value, low, high = self.estimate
+        interval = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+        return f"{'at most ' if self.is_bound else ''}{value:.3g}{interval}"
+
+
+def share_of_seconds(
+    cells: Mapping[str, Mapping[str, Any]], data: str, own: str, others: Sequence[str]
+) -> SecondsShare | None:
+    """How much of the seconds of ``others`` the contender ``own`` needs to reach the best of their ends, seed by seed.
+
+    None if there is no seed that all of them have.
+    """
+    seeds = [s for s in range(MAX_SEEDS) if all(f"{data}/{name}/{s}" in cells for name in (own, *others))]
+    shares, is_bound = [], False
+    for seed in seeds:
+        ends = [cells[f"{data}/{name}/{seed}"]["marks"][-1] for name in others]
+        end = min(ends, key=lambda entry: entry["value"])
+        points = [(entry["seconds"], entry["value"]) for entry in cells[f"{data}/{own}/{seed}"]["marks"]]
+        if found := find_crossing(points, end["value"]):
+            shares.append(found.seconds / end["seconds"])
+            is_bound |= found.is_bound
+    return SecondsShare(shares, len(seeds), is_bound) if seeds else None
+
+
+def all_shares(cells: Mapping[str, Mapping[str, Any]], data: str) -> dict[tuple[str, str], SecondsShare]:
+    """The shares of each contender of genkit, against each other library and against the best of two of them."""
+    named = {name: (name,) for name in LOOPS} | {" or ".join(SMALLER): SMALLER}
+    pairs = [(own, title, others) for title, others in named.items() for own in GENKIT]
+    found = {(own, title): share_of_seconds(cells, data, own, others) for own, title, others in pairs}
+    return {pair: share for pair, share in found.items() if share is not None}
+
+
+def print_table(console: Console, data: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """Mean and standard deviation over the seeds at each mark, and the share of the others' seconds."""
+    found = curves(cells, data)
     marks = sorted({mark for curve in found.values() for mark in curve})
     table = Table("", *(f"{mark:g} s" for mark in marks), "seeds", title=f"{data}: Frechet distance")
     for name, curve in found.items():
         seeds = max(len(values) for values in curve.values())
         table.add_row(name, *(format_mean_sd(curve[m]) if m in curve else "" for m in marks), str(seeds))
     console.print(table)
-    for name in (name for name in found if not name.startswith("genkit")):
-        end = max(found[name])
-        target = sum(found[name][end]) / len(found[name][end])
-        for own in (own for own in found if own.startswith("genkit")):
-            mark = seconds_to(found[own], target)
-            said = f"reaches it at the mark of {mark:g} s" if mark else "does not reach it"
-            console.print(f"{name} has {target:.3f} after {end:g} s; {own} {said}", markup=False)
+    for (own, others), share in all_shares(cells, data).items():
+        text = f"{own}: share of the seconds in which it has what {others} has at the end: {share}"
+        console.print(text, markup=False)
 
 
 def render(results: ResultsFile, sets: Sequence[str]) -> str:
@@ -124,9 +196,12 @@ def render(results: ResultsFile, sets: Sequence[str]) -> str:
             for own, name, seed in [cell.split("/")] if own == data
             for entry in values["marks"]
         ]  # fmt: skip
+        shares = [[own, others, str(share)] for (own, others), share in all_shares(results.cells, data).items()]
+        shared = render_table("Share of the seconds that reaches the end of others", ["contender", "others", "share"],
+                              shares, ["share"]) if shares else ""  # fmt: skip
         head = ["contender", "mark", "seed", "steps", "seconds", "distance", "its interval"]
         table = render_table("Every model that was measured", head, rows, head[1:])
-        sections.append((data, [fill("plots", plots=[plot]), fill("fold", name="All numbers", inner=table)]))
+        sections.append((data, [fill("plots", plots=[plot]), shared, fill("fold", name="All numbers", inner=table)]))
     note = (
         f"Command: {' '.join(results.head['command'])}. Bars are 95 % intervals of Student over the seeds. "
         + " ".join((__doc__ or "").split("\n\n", 2)[2].split())
@@ -142,7 +217,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=["fashion-mnist", "cifar10"], help="data sets")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--seconds", type=float, default=240.0, help="seconds of each training")
-    parser.add_argument("--marks", type=int, default=4, help="equal shares of them at which models are measured")
+    parser.add_argument(
+        "--marks", type=int, default=5, help="times that models are measured, each at twice the seconds"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="models of each contender")
     parser.add_argument("--samples", type=int, default=1000, help="pictures of each model")
     parser.add_argument("--evaluations", type=int, default=20, help="network evaluations of a picture")
@@ -152,7 +229,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="JSON; a seed that it has is not measured again")
     parser.add_argument("--page", type=Path, help="HTML page of the results")
     args = parser.parse_args(argv)
-    check_ranges(args, seeds=MAX_SEEDS, samples=MAX_SAMPLES, marks=100, evaluations=1000)
+    check_ranges(args, seeds=MAX_SEEDS, samples=MAX_SAMPLES, marks=20, evaluations=1000)
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
     if args.samples < 2:
@@ -164,7 +241,7 @@ def main(argv: list[str]) -> int:
     clock = "seconds of the GPU" if device.type == "cuda" else "CPU seconds"
     settings = {name: getattr(args, name) for name in ("seconds", "marks", "samples", "evaluations", "limit")}
     results = ResultsFile(args.out, {**settings, "clock": clock}, ["race", *argv])
-    marks = [args.seconds * (i + 1) / args.marks for i in range(args.marks)]
+    marks = [args.seconds / 2**i for i in reversed(range(args.marks))]
     console = Console()
     for data in args.data:
         todo = [(name, seed) for seed in range(args.seeds) for name in args.contenders]
@@ -174,7 +251,7 @@ def main(argv: list[str]) -> int:
             judge = Judge(data, race, args.root)
             for name, seed in todo:
                 results.add(f"{data}/{name}/{seed}", measure(judge, race, name, marks, seed, args))
-        print_table(console, data, curves(results.cells, data))
+        print_table(console, data, results.cells)
     if args.page:
         write_text(args.page, render(results, args.data))
     for file in filter(None, (args.out, args.page)):

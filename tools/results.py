@@ -102,6 +102,7 @@ def fid() -> str:
     """Inception FID and KID of the cards that were kept."""
     cards = {
         "fashion-flow": "Fashion-MNIST, flow in pixels (1.8M parameters), Heun, 10 steps",
+        "fashion-fast": "Fashion-MNIST, the same network by Muon (17 CPU minutes), Heun, 10 steps",
         "fashion-latent-flow": "Fashion-MNIST, flow in latents, Heun, 10 steps",
         "fashion-first-stage": "Fashion-MNIST, reconstructions of the test set by the first stage",
         "fashion-test-against-train": "Fashion-MNIST, the test set itself",
@@ -266,6 +267,17 @@ def race() -> str:
         rows.append([label, *(spread(v, 1) if len(v) > 1 else number(v[0], 1) for v in values), steps, str(len(found))])
     first = next(iter(cells.values()))["marks"]
     return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
+
+
+def race_shares() -> str:
+    from benchmarks.race import all_shares  # lazy: imports torch
+
+    shares, rows = all_shares(load("race-fashion")["cells"], "fashion-mnist"), []
+    for others in dict.fromkeys(others for _, others in shares):
+        names = others.split(" or ")
+        label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
+        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in list(RACERS)[:2])])
+    return table(["share of the seconds of", *list(RACERS.values())[:2]], rows)
 
 
 def few_step_plane() -> str:
@@ -724,6 +736,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "dit-blocks": dit_blocks,
     "reflow": reflow,
     "race": race,
+    "race-shares": race_shares,
     "few-step-plane": few_step_plane,
     "few-step-guided": partial(few_step_guided, "guided"),
     "few-step-guided-fashion": partial(few_step_guided, "guided-fashion"),

@@ -15,13 +15,55 @@ def cells(**values):
             for name, pairs in values.items() for seed, pair in enumerate(pairs)}  # fmt: skip
 
 
-def test_the_mark_at_which_a_peer_is_passed_is_that_of_the_means():
+def test_curves_are_those_of_a_data_set():
     found = race.curves(cells(genkit=[(5, 1), (3, 3)], peer=[(9, 4), (9, 4)]), "digits")
     assert found == {"genkit": {1.0: [5, 3], 2.0: [1, 3]}, "peer": {1.0: [9, 9], 2.0: [4, 4]}}
-    assert race.seconds_to(found["genkit"], 4.0) == 1.0
-    assert race.seconds_to(found["genkit"], 2.0) == 2.0
-    assert race.seconds_to(found["genkit"], 1.9) is None
     assert race.curves(cells(genkit=[(5, 1)]), "cifar10") == {}
+
+
+def power_law(scale, exponent, marks=(5.0, 10.0, 20.0, 40.0, 80.0)):
+    """A curve ``scale * seconds ** -exponent``, which is straight in logarithms."""
+    return {"marks": [{"mark": m, "seconds": 1.1 * m, "value": scale * (1.1 * m) ** -exponent} for m in marks]}
+
+
+def test_the_crossing_of_a_power_law_is_exact_and_one_before_the_first_mark_is_a_bound():
+    points = [(m["seconds"], m["value"]) for m in power_law(60.0, 0.8)["marks"]]
+    for target in (9.0, 4.0, 60.0 * 44.0**-0.8):
+        assert race.find_crossing(points, target) == (pytest.approx((60.0 / target) ** (1 / 0.8)), False)
+    assert race.find_crossing(points, 30.0) == (5.5, True)
+    assert race.find_crossing(points, 1.0) is None
+    assert race.find_crossing([(1.0, 5.0), (2.0, -0.1)], 0.5).seconds < 2.0  # an estimate may be below 0
+
+
+def test_the_share_of_seconds_is_that_of_known_curves_with_an_interval_over_seeds():
+    """Peers end at 40, 30 and 20; the own curves 100 / seconds are there after 2.5, 3.3 and 5 seconds, by scale."""
+    ends = {"diffusers": 40.0, "lucidrains": 30.0, "torchcfm": 20.0}
+    found = {f"digits/{name}/{s}": {"marks": [{"mark": 80.0, "seconds": 80.0, "value": v}]}
+             for name, v in ends.items() for s in range(3)}  # fmt: skip
+    factors = (0.5, 1.0, 2.0)
+    marks = [2.0**i for i in range(-1, 7)]
+    found |= {f"digits/genkit/{s}": power_law(100.0 * f, 1.0, marks) for s, f in enumerate(factors)}
+    shares = race.all_shares(found, "digits")
+    assert shares.keys() == {("genkit", name) for name in (*ends, "lucidrains or torchcfm")}
+    for name, end in ends.items():
+        share = shares["genkit", name]
+        assert share.shares == pytest.approx([100.0 * f / end / 80.0 for f in factors])
+        assert not share.is_bound
+        half = 4.302653 * math.log(2) / math.sqrt(3)  # Student's 97.5 % at 2 degrees of freedom
+        value, low, high = share.estimate
+        assert (value, low / value, high / value) == pytest.approx((100.0 / end / 80, math.exp(-half), math.exp(half)))
+    assert shares["genkit", "lucidrains or torchcfm"].shares == shares["genkit", "torchcfm"].shares, "the better end"
+    del found["digits/torchcfm/2"]
+    assert race.share_of_seconds(found, "digits", "genkit", ("torchcfm",)).seeds == 2, "seeds that both have"
+
+
+def test_a_share_says_if_it_is_a_bound_or_not_reached():
+    peer = {"marks": [{"mark": 80.0, "seconds": 80.0, "value": 10.0}]}
+    found = {"digits/diffusers/0": peer, "digits/diffusers/1": peer, "digits/genkit/0": power_law(10.0, 1.0)}
+    assert str(race.share_of_seconds(found, "digits", "genkit", ("diffusers",))) == "at most 0.0688"
+    found["digits/genkit/1"] = power_law(9000.0, 1.0)
+    assert str(race.share_of_seconds(found, "digits", "genkit", ("diffusers",))) == "reached by 1 of 2 seeds"
+    assert race.share_of_seconds(found, "digits", "genkit", ("torchcfm",)) is None
 
 
 def test_a_loop_stops_at_its_marks_and_is_measured_with_its_average(monkeypatch):
@@ -78,5 +120,5 @@ def test_diffusers_and_genkit_race_once_and_give_a_page(tmp_path, monkeypatch, c
     assert all(name in text for name in ("diffusers", "genkit-recipe", "Student", "CPU seconds of training"))
     monkeypatch.setattr(race, "measure", lambda *a: pytest.fail("measured again"))
     assert main(argv) == 0
-    assert "diffusers has" in capsys.readouterr().out
+    assert "what diffusers has at the end" in capsys.readouterr().out
     assert main([*argv[:5], "3", *argv[6:]]) == 2

@@ -152,6 +152,22 @@ def test_the_metric_of_samples_that_is_optimised_is_measured():
         choose_target(replace(plain, eval_metrics="fid"))
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "direction"),
+    [
+        ("success", "rollout/success", "higher"),
+        ("rollout/return", "rollout/return", "higher"),
+        ("action_error", "rollout/action_error", "lower"),
+    ],
+)
+def test_the_metric_of_rollouts_that_is_optimised_is_measured(name, metric, direction):
+    plain = TrainSettings(keep_best=name, steps=100)
+    assert with_intervals(plain) == replace(plain, rollout_every=25)
+    assert with_intervals(replace(plain, rollout_every=7)).rollout_every == 7
+    target = choose_target(plain)
+    assert (target.metric, target.direction) == (metric, direction)
+
+
 # ------------------------------------------------------------------------------------------------------- the study
 def test_a_study_finds_a_planted_optimum_and_prunes_at_least_30_percent(tmp_path):
     study = open_study(tmp_path)
@@ -288,6 +304,16 @@ def test_a_trial_without_enough_memory_has_failed(tmp_path):
     (trial,) = study.results().trials
     assert (trial.state, trial.values) == ("failed", {"backbone.width": "16"})
     assert (trial.problem or "").startswith("out of memory (CUDA out of memory.")
+
+
+def test_a_trial_that_diverges_names_its_run(tmp_path):
+    tree = {**TINY, "keep_best": "val/loss", "lr": 1e9, "max_nonfinite_steps": 1, "clip": 0, "optimizer": "sgd"}
+    plain = config.from_dict(TrainSettings, tree)
+    study = SearchStudy(tmp_path, parse_space(["batch=8,16"], plain), "val/loss", "lower", 0, {"batch": 8})
+    study.run(lambda trial: run_trial(trial, plain, None), 1)
+    (trial,) = study.results().trials
+    assert (trial.state, trial.run) == ("pruned", "trials/0000-trial-0000")
+    assert (tmp_path / trial.run / "config.yaml").is_file()
 
 
 def test_a_hopeless_run_is_stopped_and_says_so(tmp_path, capsys):

@@ -32,6 +32,8 @@ NUM_ENVS = 50  # parallel environments of a rank
 WINDOWS = 64  # held-out windows whose actions are predicted
 DRAWS = 8  # chunks for each of them
 RESULTS = ("success", "coverage", "best_reward", "return")
+ERRORS = ("action_error", "action_error_nearest")
+DIRECTIONS: Mapping[str, Direction] = {**dict.fromkeys(RESULTS, "higher"), **dict.fromkeys(ERRORS, "lower")}
 
 
 @dataclass
@@ -88,8 +90,7 @@ class PeriodicRollouts:
     @property
     def directions(self) -> Mapping[str, Direction]:
         """The results of episodes that the environment has, and the errors of actions."""
-        errors = () if self.held_out is None else ("action_error", "action_error_nearest")
-        return {**{name: "higher" for name in self.observable}, **{name: "lower" for name in errors}}
+        return {name: DIRECTIONS[name] for name in (*self.observable, *(() if self.held_out is None else ERRORS))}
 
     def describe(self) -> str:
         """``rollout  50 episodes of pusht, 64 held-out windows, every 500 steps``."""

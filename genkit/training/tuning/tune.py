@@ -23,6 +23,7 @@ from genkit.training.best import BestCheckpoint, choose_metric, read_best
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run
 from genkit.training.loop import Diverged
+from genkit.training.measurements import MEASUREMENTS, interval
 from genkit.training.resume import first_difference, settings_difference
 from genkit.training.settings import TrainSettings, changeable
 from genkit.training.train import train
@@ -32,7 +33,8 @@ from genkit.training.validation import validation_metrics
 
 STUDY_FILE, BEST_SETTINGS, TRIALS = "tune.yaml", "best.yaml", "trials"
 METRICS = "genkit.evaluation.metrics:METRICS"  # in a higher room, for the directions of its numbers
-VALIDATIONS, EVALUATIONS = 10, 4  # of a trial, unless the settings say how often
+ROLLOUTS = "genkit.rl.policies.periodic:DIRECTIONS"
+VALIDATIONS, EVALUATIONS, ROLLOUTS_OF_A_TRIAL = 10, 4, 4  # unless the settings say how often
 COMPARISON = ("objectives can be compared by --val-levels 0.1 0.5 0.9 --keep-best val/velocity, codecs by a metric of "
               "--eval-every, data by none")  # fmt: skip
 SEARCHED_NEVER = {
@@ -66,7 +68,8 @@ class TuneSettings(TrainSettings):
     """Steps of a trial before it may be stopped. It is if the metric, or the better end of its interval, has never been
     as good as the median of the complete trials at this step."""
     keep_best: str | None = changeable("val/loss")
-    """The metric that is optimised: val/loss, or one of --eval-every, such as fid. The value of a trial is its best."""
+    """The metric that is optimised: val/loss, one of --eval-every, such as fid, or one of --rollout-every, such as
+    success. The value of a trial is its best."""
     resume: PathText | None = None
     """Directory of a study to go on with, also while other processes do, with its own settings."""
 
@@ -164,8 +167,10 @@ def choose_target(plain: TrainSettings) -> BestCheckpoint:
     metrics = load_object(METRICS)
     for name in plain.eval_metrics.split(",") if plain.eval_metrics else metrics:
         known |= {f"eval/{value}": metrics[name].direction for value in metrics[name].values}
+    known |= {f"rollout/{name}": direction for name, direction in load_object(ROLLOUTS).items()}
+    intervals = {name: interval(plain, name) for name in MEASUREMENTS}
     assert plain.keep_best is not None
-    return choose_metric(plain.keep_best, known, {"val": plain.val_every, "eval": plain.eval_every})
+    return choose_metric(plain.keep_best, known, {"val": plain.val_every, **intervals})
 
 
 def find_incomparable(metric: str, space: Sequence[Dimension]) -> list[str]:
@@ -188,6 +193,9 @@ def with_intervals(settings: TrainSettings) -> TrainSettings:
     name = settings.keep_best or ""
     if name.startswith("val/"):
         return replace(settings, val_every=settings.val_every or max(1, settings.steps // VALIDATIONS))
+    if name.removeprefix("rollout/") in load_object(ROLLOUTS):
+        every = settings.rollout_every or max(1, settings.steps // ROLLOUTS_OF_A_TRIAL)
+        return replace(settings, rollout_every=every)
     value = name.removeprefix("eval/")
     needed = next((key for key, metric in load_object(METRICS).items() if value in metric.values), None)
     every = settings.eval_every or max(1, settings.steps // EVALUATIONS)
@@ -224,7 +232,9 @@ def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | Non
         if is_out_of_memory(e):
             raise ValueError(f"out of memory ({format_error(e)[:150]})") from e
         raise
-    trial.trial.set_user_attr("run", str(run.directory.relative_to(trial.study.folder.resolve())))
+    finally:  # a run that has diverged or failed is looked at, too
+        for path in sorted(out.glob(f"*-{name}"))[-1:]:
+            trial.trial.set_user_attr("run", f"{TRIALS}/{path.name}")
     if run.ending == "signal":
         raise StudyStopped
     if run.ending == "watch":
