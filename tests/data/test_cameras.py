@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -43,6 +44,21 @@ def test_a_store_gathers_the_images_of_its_episodes_from_memory_and_from_a_file(
     assert (len(store), store.cameras, store.shape) == (9, (3, 1), (4, 4, 5))
     across = mapped[4:].swapaxes(2, 3)  # as the mirror image of pictures that are not square
     refuses(lambda: FrameStore([(mapped[:4],), (across,)]), "4x5 and 5x4", "one size")
+
+
+def test_another_process_gets_the_place_of_mapped_images_and_not_the_images(tmp_path):
+    np.save(tmp_path / "a.npy", images(90, 20, 21, 3))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r").transpose(0, 3, 1, 2)  # as of recordings with channels last
+    store = FrameStore([(mapped[:40],), (mapped[40:],)])
+    sent = pickle.dumps(store)
+    assert len(sent) < 2000
+    again = pickle.loads(pickle.dumps(pickle.loads(sent)))
+    rows = torch.tensor([0, 39, 40, 89])
+    assert torch.equal(again.gather(rows), torch.from_numpy(np.ascontiguousarray(mapped))[rows])
+    assert isinstance(again.episodes[1][0].base, np.memmap)
+    assert len(pickle.dumps(again)) < 2000
+    in_memory = FrameStore([(images(4, 3, 5, 6),)])
+    assert torch.equal(pickle.loads(pickle.dumps(in_memory)).gather(rows[:1]), in_memory.gather(rows[:1]))
 
 
 def test_a_cached_file_is_there_whole_or_not_at_all_and_made_once(tmp_path, monkeypatch):
