@@ -92,11 +92,14 @@ def guided_flow_map(setting: Setting, guidance: float) -> FlowMap:
 
 
 def flow_map(rule: str) -> Way:
-    """The row of a rule."""
+    """The row of a rule. Consistency models cannot predict the data (they have no boundary condition then): v, which is
+    the data at t = 1.
+    """
+    boundary = RULES[rule].jumps_to_data
     return Way(
         lambda setting, steps, rate: FlowMap(
             rule=scheduled_rule(rule, steps),
-            prediction=setting.prediction,
+            prediction="v" if boundary and setting.prediction == "x0" else setting.prediction,
             time_rate=rate,
             cond_dropout=0.0,
             data_radius=setting.radius,

@@ -124,9 +124,10 @@ class SecondsShare:
     def __str__(self) -> str:
         if len(self.shares) < self.seeds:
             return f"reached by {len(self.shares)} of {self.seeds} seeds"
+        if self.is_bound:
+            return f"at most {max(self.shares):.3g}"  # an interval of bounds would say nothing
         value, low, high = self.estimate
-        interval = "" if low is None else f" [{low:.3g}, {high:.3g}]"
-        return f"{'at most ' if self.is_bound else ''}{value:.3g}{interval}"
+        return f"{value:.3g}" if low is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def share_of_seconds(

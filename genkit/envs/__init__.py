@@ -15,6 +15,8 @@ import yaml
 
 from genkit.config import load_object
 
+Rows = Sequence[int] | np.ndarray  # indices of some of N copies
+
 
 class Env(Protocol):
     """N copies of an environment that run side by side. Row i depends on its own seed and actions only.
@@ -106,6 +108,17 @@ def make(name: str, num: int, *, max_steps: int | None = None, entries: Sequence
     close = difflib.get_close_matches(name, ENVS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, entries=entries, **limit, **arguments)
+
+
+def check_actions(actions: np.ndarray, num: int, dim: int, env: str) -> np.ndarray:
+    """Actions ``[num, dim]`` as floats. ``ValueError`` for another shape or numbers that are not finite."""
+    actions = np.asarray(actions, float)
+    if actions.shape != (num, dim):
+        raise ValueError(f"actions: given shape {actions.shape}; {env} needs {(num, dim)}")
+    if not np.isfinite(actions).all():
+        bad = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
+        raise ValueError(f"actions: row {bad} is not finite; the policy has diverged")
+    return actions
 
 
 def make_expert(env: str, name: str, num: int) -> Expert:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from genkit.envs import check_actions
+
 START = (0.0, 0.0)
 OBSTACLES = ((0.8, 0.0), (2.0, 0.0))
 RADIUS = 0.25  # of an obstacle
@@ -58,12 +60,7 @@ class FourWays:
 
         ``info`` has ``success`` ``[N]`` and ``mode`` ``[N]``, the way that was taken (-1: not yet past both obstacles).
         """
-        actions = np.asarray(actions, float)
-        if actions.shape != (self.num, 2):
-            raise ValueError(f"actions: given shape {actions.shape}; four-ways needs {(self.num, 2)}")
-        if not np.isfinite(actions).all():
-            bad = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
-            raise ValueError(f"actions: row {bad} is not finite; the policy has diverged")
+        actions = check_actions(actions, self.num, self.action_dim, "four-ways")
         length = np.linalg.norm(actions, axis=1, keepdims=True)
         moves = actions * np.minimum(1, MAX_STEP / np.maximum(length, 1e-12))
         moves[self.ended] = 0

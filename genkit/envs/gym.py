@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from genkit.core.files import format_error
+from genkit.envs import check_actions
 
 logger = logging.getLogger("genkit")
 INSTALL = {  # start of an environment's id -> the package that registers it, and how to install it
@@ -82,12 +83,7 @@ class Gym:
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """One step of every row that has not ended; actions ``[N, A]`` are clipped to the action space."""
-        actions = np.asarray(actions, float)
-        if actions.shape != (self.num, self.action_dim):
-            raise ValueError(f"actions: given shape {actions.shape}; {self.id} needs {(self.num, self.action_dim)}")
-        if not np.isfinite(actions).all():
-            bad = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
-            raise ValueError(f"actions: row {bad} is not finite; the policy has diverged")
+        actions = check_actions(actions, self.num, self.action_dim, self.id)
         reward, terminated, truncated = np.zeros(self.num), np.zeros(self.num, bool), np.zeros(self.num, bool)
         for row in np.flatnonzero(~self.ended):
             bounded = np.clip(actions[row], self.action_space.low, self.action_space.high)

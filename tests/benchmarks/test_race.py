@@ -61,6 +61,9 @@ def test_a_share_says_if_it_is_a_bound_or_not_reached():
     peer = {"marks": [{"mark": 80.0, "seconds": 80.0, "value": 10.0}]}
     found = {"digits/diffusers/0": peer, "digits/diffusers/1": peer, "digits/genkit/0": power_law(10.0, 1.0)}
     assert str(race.share_of_seconds(found, "digits", "genkit", ("diffusers",))) == "at most 0.0688"
+    found["digits/genkit/1"] = power_law(100.0, 1.0)
+    found["digits/diffusers/1"] = peer
+    assert str(race.share_of_seconds(found, "digits", "genkit", ("diffusers",))) == "at most 0.125", "the largest one"
     found["digits/genkit/1"] = power_law(9000.0, 1.0)
     assert str(race.share_of_seconds(found, "digits", "genkit", ("diffusers",))) == "reached by 1 of 2 seeds"
     assert race.share_of_seconds(found, "digits", "genkit", ("torchcfm",)) is None

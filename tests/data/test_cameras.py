@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -43,6 +44,21 @@ def test_a_store_gathers_the_images_of_its_episodes_from_memory_and_from_a_file(
     assert (len(store), store.cameras, store.shape) == (9, (3, 1), (4, 4, 5))
     across = mapped[4:].swapaxes(2, 3)  # as the mirror image of pictures that are not square
     refuses(lambda: FrameStore([(mapped[:4],), (across,)]), "4x5 and 5x4", "one size")
+
+
+def test_another_process_gets_the_place_of_mapped_images_and_not_the_images(tmp_path):
+    np.save(tmp_path / "a.npy", images(90, 20, 21, 3))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r").transpose(0, 3, 1, 2)  # as of recordings with channels last
+    store = FrameStore([(mapped[:40],), (mapped[40:],)])
+    sent = pickle.dumps(store)
+    assert len(sent) < 2000
+    again = pickle.loads(pickle.dumps(pickle.loads(sent)))
+    rows = torch.tensor([0, 39, 40, 89])
+    assert torch.equal(again.gather(rows), torch.from_numpy(np.ascontiguousarray(mapped))[rows])
+    assert isinstance(again.episodes[1][0].base, np.memmap)
+    assert len(pickle.dumps(again)) < 2000
+    in_memory = FrameStore([(images(4, 3, 5, 6),)])
+    assert torch.equal(pickle.loads(pickle.dumps(in_memory)).gather(rows[:1]), in_memory.gather(rows[:1]))
 
 
 def test_a_cached_file_is_there_whole_or_not_at_all_and_made_once(tmp_path, monkeypatch):
@@ -144,7 +160,7 @@ def test_each_camera_has_an_encoder_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cnn")) for name in CAMERA_ENCODERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("resnet")) for name in CAMERA_ENCODERS]
 )
 def test_an_encoder_tells_places_apart_and_depends_on_no_other_sample(name):
     torch.manual_seed(0)
@@ -213,7 +229,7 @@ def test_tokens_are_one_for_each_step_and_camera():
     assert torch.allclose(read(obs, EVERYONE)[:, 1] - read.place[0], plain(obs[:, 0], EVERYONE), atol=1e-6)
 
 
-def test_a_transformer_reads_observation_tokens_and_an_mlp_refuses_them():
+def test_a_transformer_reads_observation_tokens_and_an_mlp_averages_them():
     cond = {"obs": Vector((2, 3), tokens=True), "frames": Frames((2, 3, 16, 16), tokens=True)}
     spec = Spec((2, 8), cond)
     torch.manual_seed(0)
@@ -228,7 +244,7 @@ def test_a_transformer_reads_observation_tokens_and_an_mlp_refuses_them():
             changed = {k: v.clone() for k, v in given.items()}
             changed[name][:, step] = 255 - changed[name][:, step] if name == "frames" else 3
             assert not torch.allclose(net(x, t, changed), out, atol=1e-5), (name, step)
-    refuses(lambda: MLP().denoiser(spec), "condition 'obs' is of kind Vector", "dit")
+    assert MLP(width=16, depth=1).denoiser(spec)(x, t, given).shape == x.shape
 
 
 # ------------------------------------------------------------------------------------------------ mixed actions

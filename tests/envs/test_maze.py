@@ -92,9 +92,9 @@ def test_a_policy_learns_the_path_from_few_demonstrations(tmp_path, monkeypatch)
     class Straight:
         obs_shape, action_dim = (1, 8), 2
 
-        def reset(self, seeds): ...
+        def reset(self, seeds, rows=None): ...
 
-        def act(self, obs):
+        def act(self, obs, rows):
             o = obs[:, 0]
             return (10 * (o[:, 2:4] - o[:, :2]) - 2 * o[:, 6:]).clip(-1, 1)[:, None]
 

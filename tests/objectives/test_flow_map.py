@@ -289,6 +289,31 @@ def test_errors_of_a_prediction_of_data_are_bounded_near_the_data():
 
 
 # ------------------------------------------------------------------------------------------------------ networks
+@pytest.mark.parametrize("path", [Linear(), VP()], ids=["linear", "vp"])
+def test_a_lagrangian_jump_counts_by_how_little_it_asks_of_predicted_data(path):
+    """The same map has the same errors by either prediction, times ``tau_r / tau_t`` if it predicts the data."""
+    errors = []
+    for prediction in ("velocity", "x0"):
+        objective = FlowMap(rule=Lagrangian(share=0.3), path=path, prediction=prediction, time_distribution=Uniform())
+        net = MapNet(objective)
+        net.factor.data.fill_(0.9)
+        u = learned(objective, net, Teacher(path))
+        jumps = objective.draw_jumps(batch_of_normals(300), u)
+        errors.append(objective.rule.error(u, jumps, None))
+    ratio = (chart(path, jumps.r)[0] / chart(path, jumps.t)[0])[:, None]
+    assert 0.2 < float((jumps.r == jumps.t).double().mean()) < 0.4
+    torch.testing.assert_close(errors[1], ratio * errors[0], atol=1e-8, rtol=1e-6)
+
+
+@on_every_path
+@pytest.mark.parametrize("prediction", ["velocity", "eps", "v", "score", "karras"])
+def test_jumps_to_the_data_alone_need_a_model_that_keeps_data_without_noise(prediction, path):
+    """Song et al. 2023, section 3: every prediction but x0 has this boundary condition."""
+    assert FlowMap(path=VP(), prediction=prediction, rule=Consistency()).keeps_data()
+    with pytest.raises(ValueError, match="always predicts the same data"):
+        FlowMap(path=path, prediction="x0", rule=Consistency())
+
+
 def test_a_network_starts_as_it_was_without_a_second_time():
     spec = Spec((2,), {"label": Label(3)})
     flow = Flow().networks(MLP(width=16), spec)["net"]
@@ -413,6 +438,7 @@ def test_a_teacher_is_named_by_where_it_really_is(tmp_path, monkeypatch):
         ({"prediction": "eps"}, "alpha"),
         ({"time_distribution": LossAware()}, "loss-aware"),
         ({"teacher_guidance": 2.0}, "no teacher"),
+        ({"rule": Consistency(), "prediction": "x0"}, "always predicts the same data"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

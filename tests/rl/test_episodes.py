@@ -16,10 +16,11 @@ class Counting:
     def __init__(self, act_steps):
         self.act_steps, self.observations = act_steps, []
 
-    def reset(self, seeds):
-        self.observations = []
+    def reset(self, seeds, rows=None):
+        if rows is None:
+            self.observations = []
 
-    def act(self, obs):
+    def act(self, obs, rows):
         self.observations.append(obs[:, :, 0].tolist())
         actions = 100.0 * len(self.observations) + np.arange(self.act_steps)
         return np.broadcast_to(actions[None, :, None], (len(obs), self.act_steps, 1))
@@ -31,8 +32,10 @@ class Logging:
     num, obs_dim, action_dim, max_steps = 2, 1, 1, 6
 
     def reset(self, seeds, rows=None):
-        self.time, self.log = 0, []
-        return np.full((2, 1), 0.0)
+        if rows is None:
+            self.time, self.log = np.zeros(2), []
+        self.time[[0, 1] if rows is None else rows] = 0
+        return self.time[:, None].copy()
 
     def step(self, actions):
         self.time += 1
@@ -40,8 +43,8 @@ class Logging:
         ends = self.time == np.array([5, 6])
         reward = np.array([1.0, 2.0])
         cut = ends & np.array([False, True])
-        info = {"success": ends & ~cut, "coverage": np.array([self.time / 10, 1 / self.time])}
-        return np.full((2, 1), float(self.time)), reward, ends & ~cut, cut, info
+        info = {"success": ends & ~cut, "coverage": np.array([self.time[0] / 10, 1 / self.time[1]])}
+        return self.time[:, None].copy(), reward, ends & ~cut, cut, info
 
 
 def test_the_first_actions_of_each_chunk_are_carried_out():
@@ -49,7 +52,7 @@ def test_the_first_actions_of_each_chunk_are_carried_out():
     done = run_episodes(policy, env, [0, 1])
     assert [a for _, a in env.log] == [100, 101, 102, 103, 200, 201]
     assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0]  # a row that has ended gets zeros
-    assert [s[1] for s in policy.observations] == [
+    assert [s[-1] for s in policy.observations] == [
         [0, 0, 0],
         [2, 3, 4],
     ]  # the newest three, the first repeated at the start
@@ -62,10 +65,16 @@ def test_the_first_actions_of_each_chunk_are_carried_out():
     assert [len(p) for p in done.paths] == [6, 7]
     assert done.summary()["success"]["value"] == 0.5
 
+    assert [p.tolist() for p in done.rewards] == [[1] * 5, [2] * 6]
 
-def test_a_batch_that_is_not_full_counts_each_seed_once():
-    done = run_episodes(Counting(4), Logging(), [0, 1, 2])
-    assert done.returns.tolist() == [5, 12, 5]
+
+def test_a_row_that_has_ended_takes_the_next_start_and_only_rows_that_go_on_are_asked():
+    policy, env = Counting(4), Logging()
+    done = run_episodes(policy, env, [0, 1, 2])
+    assert done.returns.tolist() == [5, 12, 5]  # both rows end within the second chunk; then one start is left
+    assert [len(p) for p in done.paths] == [6, 7, 6]
+    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0, 300, 301, 302, 303, 400]
+    assert policy.observations[2:] == [[[0, 0, 0]], [[2, 3, 4]]]  # of one row, begun anew
     refuses(lambda: run_episodes(Counting(4), FourWays(2), [0]), "2 observed numbers", "trained on 1 and 1")
 
 
@@ -73,5 +82,5 @@ def test_entropy_is_that_of_the_ways_that_succeed():
     assert entropy_bits(np.array([5, 5, 5, 5])) == pytest.approx(2)
     assert entropy_bits(np.array([8, 0, 0, 0])) == 0
     info = {"mode": np.array([0, 1, 3, 3, 3]), "success": np.array([1, 1, 0, 0, 0])}
-    many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], 4)
+    many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], [], 4)
     assert many.mode_entropy_bits == pytest.approx(1)

@@ -48,6 +48,15 @@ def test_without_a_delay_nothing_changes(policy):
     assert not all(np.array_equal(x, y) for x, y in zip(a.paths, c.paths, strict=True))
 
 
+@pytest.mark.parametrize("execution", ["naive", "ensemble", "real-time"])
+def test_results_do_not_depend_on_which_starts_run_side_by_side(policy, execution):
+    """Rows take the next start at different times; each then has chunks under way of its own, or none."""
+    actor, seeds = DelayedPolicy(Policy.load(policy, steps=2, act_steps=4), 3, execution, limit=5.0), range(12)
+    few, many = (run_episodes(actor, make("four-ways", n, max_steps=24), seeds) for n in (5, 12))
+    assert len(set(many.lengths.tolist())) > 1, "no row takes another start while others go on"
+    assert all(np.array_equal(a, b) for a, b in zip(few.paths, many.paths, strict=True))
+
+
 @pytest.mark.parametrize(
     ("act_steps", "delay", "expected"),
     [
@@ -87,10 +96,10 @@ def test_an_ensemble_of_chunks_that_agree_is_any_of_them(policy):
 
 
 def test_a_step_at_a_time_is_the_same_episode(policy):
-    plain, env = Policy.load(policy, steps=2), make("four-ways", 3)
-    path = run_episodes(plain, env, [7, 8, 9]).paths
-    plain.reset([7, 8, 9])
-    seen = [env.reset([7, 8, 9])]
+    plain, env, seeds = Policy.load(policy, steps=2), make("four-ways", 8), range(7, 15)
+    path = run_episodes(plain, env, seeds).paths
+    plain.reset(seeds)
+    seen = [env.reset(seeds)]
     for _ in range(max(map(len, path)) - 1):
         seen.append(env.step(plain.step(seen[-1]))[0])
     rows = np.stack(seen, 1)

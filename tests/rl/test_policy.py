@@ -62,9 +62,27 @@ def test_past_steps_are_predicted_but_not_carried_out(run):
 
 
 def test_rollouts_do_not_depend_on_how_many_worlds_there_are(run):
-    few, many = (run_episodes(Policy.load(run, steps=1), FourWays(n), range(50, 57)) for n in (3, 7))
-    assert few.lengths.tolist() == many.lengths.tolist()
-    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(few.paths, many.paths, strict=True))
+    policy = Policy.load(run, steps=1)
+    many = run_episodes(policy, FourWays(7), range(50, 57))
+    for env in (FourWays(3), policy.make_env(3, workers=2)):
+        few = run_episodes(policy, env, range(50, 57))
+        assert few.lengths.tolist() == many.lengths.tolist()
+        assert all(np.array_equal(a, b) for a, b in zip(few.paths, many.paths, strict=True))
+        assert few.info["mode"].tolist() == many.info["mode"].tolist()
+
+
+def test_the_network_is_asked_for_rows_that_go_on_only(run):
+    policy, asked, drawn = Policy.load(run, steps=1, act_steps=3), [], []
+    generate = policy.generate
+    policy.generate = lambda z, cond, noise=None: drawn.append(len(z)) or generate(z, cond, noise)
+    done = run_episodes(
+        policy, FourWays(20, max_steps=30), range(60), on_decision=lambda rows, *_: asked.append(len(rows))
+    )
+    decisions = -(-done.lengths // policy.act_steps)
+    assert decisions.min() < decisions.max()
+    assert sum(asked) == decisions.sum()
+    assert asked[0] == 20
+    assert drawn == [max(8, n) for n in asked]
 
 
 def test_genkit_rollout_reports_its_results(run, capsys, tmp_path):

@@ -9,8 +9,11 @@ import torch
 from genkit.cli.commands.rollout import main as rollout
 from genkit.core import Spec, Vector
 from genkit.diffusion.samplers import Seeds
+from genkit.envs.four_ways import FourWays
 from genkit.rl.policies.best_of_n import best_of
-from genkit.rl.policies.q_function import Decisions, discounted_returns, learn_q, load_q, save_q
+from genkit.rl.policies.episodes import run_episodes
+from genkit.rl.policies.policy import Policy
+from genkit.rl.policies.q_function import Decisions, collect_decisions, discounted_returns, learn_q, load_q, save_q
 
 
 def plain(z, cond, noise=None):
@@ -35,12 +38,22 @@ def test_best_of_n_takes_the_largest_of_each_row_whatever_the_batch():
 
 
 def test_discounted_returns_by_hand():
-    """Two worlds, chunks of two steps, gamma 0.5: the second ends at its third step, what follows is not its own."""
-    rewards = np.array([[1, 1], [2, 2], [3, 3], [4, 100], [5, 100]], float)
-    ended = np.array([[0, 0], [0, 0], [0, 1], [0, 0], [1, 0]], bool)
-    value, valid = discounted_returns(rewards, ended, 2, 0.5)
-    assert value.T.tolist() == [[3 + 0.5 * (7 + 0.5 * 5), 7 + 0.5 * 5, 5], [3 + 0.5 * 3, 3, 0]]
-    assert valid.T.tolist() == [[True, True, True], [True, True, False]]
+    """Chunks of two steps, gamma 0.5."""
+    assert discounted_returns(np.array([1.0, 2, 3, 4, 5]), 2, 0.5).tolist() == [3 + 0.5 * (7 + 0.5 * 5), 7 + 0.5 * 5, 5]
+    assert discounted_returns(np.array([1.0, 2, 3]), 2, 0.5).tolist() == [3 + 0.5 * 3, 3]
+
+
+def test_decisions_are_those_of_their_own_episodes(policy):
+    """In four ways, 1 in the last step is the only reward: what followed is gamma to the power of decisions left."""
+    actor, seeds = Policy.load(policy, steps=1), range(15)
+    done = run_episodes(actor, FourWays(4), seeds)
+    data = collect_decisions(actor, FourWays(4), seeds, 0.5)
+    for path, success in zip(done.paths, done.info["success"], strict=True):
+        decisions = -(-(len(path) - 1) // actor.act_steps)
+        for d in range(decisions):
+            row = (data.obs[:, 0] == torch.from_numpy(path[d * actor.act_steps]).float()).all(1).nonzero()[:, 0]
+            assert data.returns[row].tolist() == [success * 0.5 ** (decisions - 1 - d)]
+    assert len(data.returns) == sum(-(-done.lengths // actor.act_steps))
 
 
 OBS = Spec((1, 3), {"obs": Vector((1, 1))})

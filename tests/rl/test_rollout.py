@@ -11,7 +11,7 @@ from genkit.rl.policies.rollout import Rollouts, RolloutSettings, rollout
 def test_one_call_returns_rollouts_and_prints_nothing(policy, tmp_path, capsys):
     calls = []
     rollouts = rollout(policy, episodes=4, num_envs=2, max_steps=16, film=1, progress=lambda *args: calls.append(args))
-    assert calls == [("episodes", 0, 4), ("episodes", 2, 4), ("episodes", 4, 4)]
+    assert calls == [("episodes", 0, 4), ("episodes", 0, 4), ("episodes", 2, 4), ("episodes", 2, 4), ("episodes", 4, 4)]
     summary = rollouts.summary()
     assert summary["episodes"] == 4
     assert summary["settings"]["max_steps"] == 16
@@ -43,12 +43,12 @@ def test_a_file_name_holds_every_setting(policy):
     }  # fmt: skip
     names = {first.name}
     for f in fields(RolloutSettings):
-        if f.name in ("step", "steps", "film"):  # the checkpoint and K are named as they are used
+        if f.name in ("step", "steps", "film", "workers"):  # the checkpoint and K are named as they are used
             continue
         value = other.get(f.name)
         settings = replace(first.settings, **{f.name: getattr(first.settings, f.name) + 1 if value is None else value})
         names.add(Rollouts(first.policy, first.env, first.episodes, settings, 1.0).name)
-    assert len(names) == 1 + len(fields(RolloutSettings)) - 3
+    assert len(names) == 1 + len(fields(RolloutSettings)) - 4
     assert rollout(policy, episodes=2, num_envs=2, max_steps=4, steps=2).name not in names
     long = (
         replace(first.settings, env_args=("text=" + "x" * 300,)),

@@ -49,6 +49,15 @@ def test_the_first_step_which_is_slow_does_not_count(run):
     assert run(100, lambda step: 60.0 if step == 1 else 2.0)[0] == run(100, 2.0)[0]
 
 
+@pytest.mark.parametrize("slow", [(1, 2), (1, 2, 3)])
+def test_further_steps_that_are_compiled_do_not_count_and_nothing_is_estimated_from_them(run, slow):
+    said, lines = run(100, lambda step: 60.0 if step in slow else 2.0)
+    assert said == run(100, 2.0)[0]
+    left = [text for _, text in lines if text.endswith("left")]
+    assert len(left) >= 3
+    assert all("2.0 s each" in text for text in left)
+
+
 @pytest.mark.parametrize(("total", "seconds"), [(9, 2.0), (3, 2.0), (1, 500.0), (1000, 0.001)])
 def test_short_work_has_no_estimate(run, total, seconds):
     assert run(total, seconds)[0] == []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,15 @@ class FrameStore:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: of images in mapped files only their places, of others the numbers."""
+        episodes = [[MappedPlace.of(array) or array for array in cameras] for cameras in self.episodes]
+        return {**self.__dict__, "episodes": episodes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened = [[a.open() if isinstance(a, MappedPlace) else a for a in cameras] for cameras in state["episodes"]]
+        self.__dict__.update(state, episodes=opened)
+
     def gather(self, rows: Tensor) -> Tensor:
         """The images uint8 ``[*rows, C, H, W]`` of these steps."""
         out = np.empty((rows.numel(), *self.shape), np.uint8)
@@ -61,6 +70,34 @@ class FrameStore:
                 image[first : first + array.shape[1]] = array[row - self.starts[k]]
                 first += array.shape[1]
         return torch.from_numpy(out).unflatten(0, rows.shape)
+
+
+class MappedPlace(NamedTuple):
+    """Where in a file an array uint8 is that is a view of the mapped file."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> MappedPlace | None:
+        """The place of an array; None if it is in memory, or a view that runs backwards."""
+        root: Any = array
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        if not isinstance(root, np.memmap) or root.filename is None or min(array.strides, default=0) < 0:
+            return None
+        address, begin = (a.__array_interface__["data"][0] for a in (array, root))
+        return cls(str(root.filename), root.offset + address - begin, array.shape, array.strides)
+
+    def open(self) -> np.ndarray:
+        """The array again, mapped."""
+        if not all(self.shape):
+            return np.empty(self.shape, np.uint8)
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        mapped = np.memmap(self.file, np.uint8, "r", self.offset, (size,))
+        return np.ndarray(self.shape, np.uint8, mapped, strides=self.strides)
 
 
 @dataclass(eq=False)

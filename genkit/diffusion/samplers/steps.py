@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -100,13 +100,29 @@ class Seeds:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        # torch's generator on the CPU reads 32 bits of its seed: larger ones would repeat smaller ones
-        self.generators = [torch.Generator().manual_seed(s if s < 2**32 else seed_of(s)) for s in map(int, seeds)]
+        self.generators = [seeded_generator(int(seed)) for seed in seeds]
         self.device, self.dtype = torch.device(device), dtype
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         normals = [torch.randn(*shape, generator=g, dtype=self.dtype) for g in self.generators]
         return send(torch.stack(normals), self.device)
+
+    def select(self, rows: Iterable[int]) -> Seeds:
+        """These samples alone: what they draw here continues their streams."""
+        part = Seeds((), self.device, self.dtype)
+        part.generators = [self.generators[row] for row in rows]
+        return part
+
+    def restart(self, rows: Iterable[int], seeds: Sequence[int]) -> None:
+        """Let ``rows`` draw from new seeds from now on."""
+        for row, seed in zip(rows, seeds, strict=True):
+            self.generators[row] = seeded_generator(int(seed))
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, which reads 32 bits of its seed: larger ones are hashed, or they would repeat smaller
+    ones."""
+    return torch.Generator().manual_seed(seed if seed < 2**32 else seed_of(seed))
 
 
 class CountingDenoiser:

@@ -38,7 +38,7 @@ from genkit.objectives.flow_map.learned import Jumps, LearnedMap
 from genkit.objectives.flow_map.rules import RULES, Rule, Shortcut
 from genkit.objectives.matching.flow import name_of
 from genkit.objectives.matching.matching import Matching, PredictionName, bound_velocity_error
-from genkit.objectives.matching.times import LogitNormal, TimeDistribution
+from genkit.objectives.matching.times import SMALLEST, LogitNormal, TimeDistribution
 
 SLACK = 1.5  # of the radius of the data, which is that of some samples only
 SLOW = 0.01  # of the 1000 rad of a network's time label
@@ -89,6 +89,11 @@ class FlowMap(Matching):
     def __post_init__(self) -> None:
         refuse_singular(self.parametrization, self.path)
         self.time_distribution.check(self.path)
+        if self.rule.jumps_to_data and not self.keeps_data():
+            raise ValueError(
+                f"prediction: given {self.prediction} with the rule {name_of(RULES, self.rule)}, which a network that "
+                "always predicts the same data would satisfy; allowed: velocity, v; or take another rule"
+            )
         if self.time_distribution.loss_aware:
             raise ValueError("time_distribution: given loss-aware, which knows one time only; allowed: all others")
         if self.teacher is None and self.teacher_guidance != 1:
@@ -102,6 +107,12 @@ class FlowMap(Matching):
             raise ValueError("teacher_guidance: has no effect where the scale is an input; leave it out")
         if self.teacher is not None:  # independent of the working directory, and of what runs/latest becomes
             object.__setattr__(self, "teacher", os.path.realpath(self.teacher))
+
+    def keeps_data(self) -> bool:
+        """Whether the model's data are z itself at t = 0, whatever the network gives (Song et al. 2023, section 3)."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        moved = self.parametrization.predict(self.path, zero, zero + SMALLEST, zero + 1).x0
+        return bool(moved.abs() < 0.5)
 
     @property
     def label_rate(self) -> float:

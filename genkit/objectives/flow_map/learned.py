@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genkit.core import Cond, Denoiser, ProbabilityPath, expand, mean_flat
 from genkit.diffusion.flow_map import TARGET, FlowMapDenoiser
 from genkit.diffusion.paths import chart
+from genkit.objectives.matching.matching import velocity_scale
 from genkit.objectives.matching.times import SMALLEST
 
 
@@ -59,6 +60,10 @@ class LearnedMap:
     def gap(self, r: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """``tau_t - tau_r``, the length of a jump in the chart, as a factor of ``like``."""
         return expand(chart(self.path, t)[0] - chart(self.path, r)[0], like)
+
+    def sensitivity(self, t: Tensor, like: Tensor) -> Tensor:
+        """How far the velocity at t moves with the network's output, ``[B, 1, ...]``: ``1 / tau`` if that is x0."""
+        return velocity_scale(self.denoise.parametrization, self.path, t, like)
 
     def __call__(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return average_velocity(self.denoise, z, r, t, self.cond)

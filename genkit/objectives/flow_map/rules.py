@@ -108,6 +108,10 @@ class Lagrangian(Adaptive):
 
     ``u - gap du/dtau_r`` onto ``sg u(X, r, r)`` at ``X = z - gap u``: the derivative has no tangent in z or t. With any
     adaptive weight it diverged in a test, so plain squares are the default.
+
+    A network that predicts the data has the velocity ``(z - x0) / tau``, so an error of x0 at r asks x0 at t to move
+    ``tau_t / tau_r`` as far. The error of the jump is multiplied by the inverse (1 where the network predicts the
+    velocity), without which nothing was learned: the velocities of short times lost their own, smaller, error in it.
     """
 
     power: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -119,7 +123,8 @@ class Lagrangian(Adaptive):
         average, derivative = u.with_end_derivative(z, r, t)
         arrival = (z - gap * average).detach()
         target = torch.where(expand(r == t, z), v, u.velocity(arrival, r))
-        return average - gap * derivative - target
+        ratio = torch.where(expand(r == t, z), 1.0, u.sensitivity(t, z) / u.sensitivity(r, z)).clamp(max=1)
+        return ratio * (average - gap * derivative - target)
 
 
 @dataclass(frozen=True)

@@ -290,9 +290,13 @@ def bound_velocity_error(parametrization: Parametrization, path: ProbabilityPath
 
     A prediction of the data is divided by the noise to give a velocity, which is infinite at t = 0.
     """
+    return (MAX_ERROR_SCALE / velocity_scale(parametrization, path, t, like)).clamp(max=1)
+
+
+def velocity_scale(parametrization: Parametrization, path: ProbabilityPath, t: Tensor, like: Tensor) -> Tensor:
+    """How far the velocity in the chart moves with the network's output, ``[B, 1, ...]``."""
     one = torch.ones_like(expand(t, like))
-    linear = parametrization.predict(path, torch.zeros_like(one), t, one).velocity
-    return (MAX_ERROR_SCALE / linear.abs()).clamp(max=1)
+    return parametrization.predict(path, torch.zeros_like(one), t, one).velocity.abs()
 
 
 def history_of(nets: Mapping[str, nn.Module]) -> LossHistory:

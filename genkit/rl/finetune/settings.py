@@ -67,6 +67,9 @@ class FinetuneSettings:
     """Reward only episodes of this mode, in an environment that has several."""
     num_envs: Count = 100
     """Parallel environments, over all ranks together."""
+    workers: Natural = changeable(0)
+    """Processes that step the environments of each rank, for those that are slower than the policy; results are the
+    same. 0: the rank's own process alone."""
     num_steps: Count = 40
     """Decisions (action chunks) in each environment per iteration."""
     act_steps: Count | None = None

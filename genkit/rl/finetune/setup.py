@@ -198,7 +198,7 @@ def acting_policy(settings: FinetuneSettings, run: Run) -> Policy:
 
 def build_env(settings: FinetuneSettings, policy: Policy, num: int) -> Env:
     """``num`` copies of the environment, with the rewards that the settings ask for."""
-    env = REWARDS[settings.reward](policy.make_env(num, settings.env, settings.env_args))
+    env = REWARDS[settings.reward](policy.make_env(num, settings.env, settings.env_args, workers=settings.workers))
     return env if settings.mode is None else SingleModeReward(env, settings.mode)
 
 

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from genkit.core.progress import Progress, silent
-from genkit.envs import Env
+from genkit.envs import Env, Rows
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
+
+FIRST_STEPS = 64  # room for the steps of an episode at first; it is doubled when it is full
 
 
 class Actor(Protocol):
     """The interface that :func:`run_episodes` needs; :class:`genkit.rl.policies.policy.Policy` has it.
 
-    A policy that sees pictures also has ``frame_shape``, (C, H, W), and takes them as ``act(obs, frames=...)``.
+    A policy that sees pictures also has ``frame_shape``, (C, H, W), and takes ``frames=`` in :meth:`act` too.
     """
 
     @property
@@ -32,13 +34,16 @@ class Actor(Protocol):
         """Dimension of an action."""
         ...
 
-    def reset(self, seeds: Sequence[int]) -> None:
-        """Begin episodes, one for each seed."""
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
+        """Begin episodes with these seeds in ``rows`` (None: all)."""
         ...
 
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """Actions ``[N, Ta, A]`` to carry out for observations ``[N, To, Do]``."""
+    def act(self, obs: np.ndarray, *, rows: Rows) -> np.ndarray:
+        """Actions ``[M, Ta, A]`` to carry out for observations ``[M, To, Do]`` of ``rows``, those that go on."""
         ...
+
+
+OnDecision = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # episodes [M], obs [M, To, Do], actions [M, Ta, A]
 
 
 @dataclass
@@ -57,6 +62,8 @@ class Episodes:
     """``success`` (in any step), ``coverage`` (maximum) and ``mode`` (last), if the environment reports them, [N]"""
     paths: list[np.ndarray]
     """observations of each episode, ``[T + 1, Do]``"""
+    rewards: list[np.ndarray]
+    """rewards of the steps of each episode, ``[T]``"""
     modes: int = 0
     """number of modes that the environment distinguishes; 0: none"""
     seconds: list[float] = field(default_factory=list)
@@ -147,46 +154,103 @@ def run_episodes(
     seeds: Sequence[int],
     *,
     film: int = 0,
-    on_decision: Callable[[np.ndarray, np.ndarray], None] = lambda obs, actions: None,
+    on_decision: OnDecision = lambda episodes, obs, actions: None,
     progress: Progress = silent,
 ) -> Episodes:
     """Run one episode for every seed, ``env.num`` at a time. Episode i depends on ``seeds[i]`` only.
 
     Receding horizon: the policy sees the newest To observations (the first is repeated before the start), and all of
-    its Ta actions are carried out before it decides again. A row that has ended no longer counts. ``film`` is the
-    number of first episodes to film; ``on_decision(obs [N, To, Do], actions [N, Ta, A])`` is called at each decision.
-    ``ValueError`` if observations or actions do not fit the environment.
+    its Ta actions are carried out before it decides again. Only rows whose episode goes on are asked; one that has
+    ended takes the next seed at the next decision. ``film`` is the number of first episodes to film;
+    ``on_decision(episodes [M], obs [M, To, Do], actions [M, Ta, A])`` is called at each decision with the numbers of
+    the episodes. ``ValueError`` if observations or actions do not fit the environment.
     """
     require_compatible(policy, env)
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
-    parts: list[Episodes] = []
+    running = RunningEpisodes(policy, env, seeds, film)
     progress("episodes", 0, len(seeds))
-    for first in range(0, len(seeds), env.num):
-        batch = list(seeds[first : first + env.num])
-        parts.append(run_batch(policy, env, batch, max(0, film - first), on_decision))
-        progress("episodes", first + len(batch), len(seeds))
-    return joined(parts)
+    while len(rows := running.rows):
+        window, chunk = running.decide(rows)
+        on_decision(running.episode[rows], window, chunk)
+        running.carry_out(rows, chunk)
+        progress("episodes", running.finished, len(seeds))
+    return running.results
 
 
-class EpisodeRecorder:
-    """Accumulates the results of episodes that run side by side; a row that has ended is no longer changed."""
+class RunningEpisodes:
+    """Episodes that run side by side in the rows of an environment, and their results so far."""
 
-    def __init__(self, env: Env, obs: np.ndarray, n: int, film: int):
-        self.env, self.n = env, n
-        self.alive = np.ones(env.num, bool)
-        self.returns, self.best = np.zeros(env.num), np.full(env.num, -np.inf)
-        self.lengths, self.truncated = np.zeros(env.num, int), np.zeros(env.num, bool)
-        self.info: dict[str, np.ndarray] = {}
-        self.obs = [obs]
-        self.seconds: list[float] = []
-        self.draw: Any = getattr(env, "frame", None)
-        self.frames: list[list[Any]] = [[self.draw(i)] for i in range(min(film, n))] if self.draw else []
+    def __init__(self, policy: Actor, env: Env, seeds: Sequence[int], film: int):
+        n, obs_steps = len(seeds), policy.obs_shape[0]
+        self.policy, self.env, self.seeds, self.film = policy, env, seeds, film
+        self.draw: Any = getattr(env, "frame", None) if film else None
+        self.results = Episodes(
+            np.zeros(n),
+            np.full(n, -np.inf),
+            np.zeros(n, int),
+            np.zeros(n, bool),
+            info={},
+            paths=[np.zeros(0)] * n,
+            rewards=[np.zeros(0)] * n,
+            modes=getattr(env, "modes", 0),
+            frames=[[] for _ in range(min(film, n))] if self.draw else [],
+        )
+        self.begun = min(env.num, n)
+        self.episode = np.where(np.arange(env.num) < n, np.arange(env.num), -1)
+        """the number of each row's episode; -1: it has ended"""
+        padded = [*seeds[: env.num], *[seeds[-1]] * (env.num - n)]  # rows without an episode repeat the last seed
+        policy.reset(padded)
+        obs = env.reset(padded)
+        self.path = np.repeat(obs[:, None], FIRST_STEPS, 1)
+        """the observations of each row's episode, ``[N, steps, Do]``"""
+        self.reward = np.zeros((env.num, FIRST_STEPS))
+        self.history = np.repeat(obs[:, None], obs_steps, 1)
+        """the newest observations, ``[N, To, Do]``"""
+        images = see(policy, env)
+        self.pixels = None if images is None else np.repeat(images[:, None], obs_steps, 1)
+        """the newest images, ``[N, To, C, H, W]``"""
+        self.film_rows(self.rows)
 
     @property
-    def running(self) -> bool:
-        """Whether one of the first n rows has not ended."""
-        return bool(self.alive[: self.n].any())
+    def rows(self) -> np.ndarray:
+        """The rows whose episodes go on."""
+        return np.flatnonzero(self.episode >= 0)
+
+    @property
+    def finished(self) -> int:
+        """The number of episodes that have ended."""
+        return self.begun - len(self.rows)
+
+    def decide(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ask the policy: the observations ``[M, To, Do]`` of ``rows``, and actions ``[M, Ta, A]`` for them."""
+        window = self.history[rows]
+        images = {} if self.pixels is None else {"frames": self.pixels[rows]}
+        start = time.perf_counter()
+        chunk = self.policy.act(window[:, :, : self.policy.obs_shape[1]], rows=rows, **images)
+        self.results.seconds.append(time.perf_counter() - start)
+        require_actions(chunk, len(rows), self.env.action_dim)
+        return window, chunk
+
+    def carry_out(self, rows: np.ndarray, chunk: np.ndarray) -> None:
+        """Execute actions ``[M, Ta, A]`` in ``rows``, then begin the next episodes in those that have ended."""
+        actions = np.zeros((self.env.num, *chunk.shape[1:]))
+        actions[rows] = chunk
+        for k in range(chunk.shape[1]):
+            actions[self.episode < 0] = 0  # rows that have ended stand still
+            outcome = self.env.step(actions[:, k])
+            self.add(*outcome)
+            self.history = np.concatenate([self.history[:, 1:], outcome[0][:, None]], 1)
+            last = k == chunk.shape[1] - 1 or not len(self.rows)
+            new = self.restart() if last else np.zeros(0, int)
+            # earlier images are never shown to the policy
+            if self.pixels is not None and (last or k >= chunk.shape[1] - self.pixels.shape[1]):
+                images = see(self.policy, self.env)
+                assert images is not None
+                self.pixels = np.concatenate([self.pixels[:, 1:], images[:, None]], 1)
+                self.pixels[new] = images[new, None]
+            if last:
+                break
 
     def add(
         self,
@@ -196,74 +260,52 @@ class EpisodeRecorder:
         truncated: np.ndarray,
         info: dict[str, np.ndarray],
     ) -> None:
-        """Count one step of the environment."""
-        alive = self.alive
-        self.returns += np.where(alive, reward, 0)
-        self.best = np.where(alive, np.maximum(self.best, reward), self.best)
-        self.lengths += alive
+        """Count one step of the environment in the episodes that go on."""
+        results, rows = self.results, self.rows
+        numbers = self.episode[rows]
+        step = results.lengths[numbers]
+        if step.max() + 1 >= self.path.shape[1]:
+            self.path, self.reward = (np.concatenate([v, np.zeros_like(v)], 1) for v in (self.path, self.reward))
+        self.path[rows, step + 1], self.reward[rows, step] = obs[rows], reward[rows]
+        results.returns[numbers] += reward[rows]
+        results.best[numbers] = np.maximum(results.best[numbers], reward[rows])
+        results.lengths[numbers] += 1
         for name in MERGE.keys() & info.keys():
-            old = self.info.setdefault(name, np.full(self.env.num, INITIAL[name]))
-            self.info[name] = np.where(alive, MERGE[name](old, info[name]), old)
-        self.truncated |= alive & truncated & ~terminated
-        for i, frames in enumerate(self.frames):
-            if alive[i]:
-                frames.append(self.draw(i))
-        self.alive = alive & ~(terminated | truncated)
-        self.obs.append(obs)
+            merged = results.info.setdefault(name, np.full(len(results), INITIAL[name]))
+            merged[numbers] = MERGE[name](merged[numbers], info[name][rows])
+        results.truncated[numbers] |= truncated[rows] & ~terminated[rows]
+        self.film_rows(rows)
+        for row in rows[terminated[rows] | truncated[rows]]:
+            number, self.episode[row] = self.episode[row], -1
+            results.paths[number] = self.path[row, : results.lengths[number] + 1].copy()
+            results.rewards[number] = self.reward[row, : results.lengths[number]].copy()
 
-    def episodes(self) -> Episodes:
-        """The results of the first n rows."""
-        n, obs = self.n, np.stack(self.obs, 1)
-        return Episodes(
-            self.returns[:n],
-            self.best[:n],
-            self.lengths[:n],
-            self.truncated[:n],
-            {k: v[:n] for k, v in self.info.items()},
-            [obs[i, : self.lengths[i] + 1] for i in range(n)],
-            getattr(self.env, "modes", 0),
-            self.seconds,
-            self.frames,
-        )
+    def restart(self) -> np.ndarray:
+        """Begin the next episodes in rows that have ended, as far as there are any; these rows."""
+        rows = np.flatnonzero(self.episode < 0)[: len(self.seeds) - self.begun]
+        if not len(rows):
+            return rows
+        self.episode[rows] = range(self.begun, self.begun + len(rows))
+        seeds = [self.seeds[number] for number in self.episode[rows]]
+        self.begun += len(rows)
+        self.policy.reset(seeds, rows)
+        obs = self.env.reset(seeds, rows.tolist())
+        self.path[rows, 0], self.history[rows] = obs[rows], obs[rows, None]
+        self.film_rows(rows)
+        return rows
 
-
-def run_batch(
-    policy: Actor, env: Env, seeds: Sequence[int], film: int, on_decision: Callable[[np.ndarray, np.ndarray], None]
-) -> Episodes:
-    """Run at most ``env.num`` episodes side by side. Rows without a seed repeat the last one and are not counted."""
-    obs_steps, obs_dim = policy.obs_shape
-    padded = [*seeds, *[seeds[-1]] * (env.num - len(seeds))]
-    policy.reset(padded)
-    obs = env.reset(padded)
-    recorder = EpisodeRecorder(env, obs, len(seeds), film)
-    history, pixels = [obs] * obs_steps, [see(policy, env)] * obs_steps
-    while recorder.running:
-        # one decision: a chunk of actions from the newest observations
-        window = np.stack(history[-obs_steps:], 1)
-        start = time.perf_counter()
-        chunk = policy.act(window[:, :, :obs_dim], **frames_argument(pixels[-obs_steps:]))
-        recorder.seconds.append(time.perf_counter() - start)
-        require_actions(chunk, env, recorder.alive)
-        on_decision(window, chunk)
-        # carry it out; rows that have ended stand still
-        for k in range(chunk.shape[1]):
-            actions = np.where(recorder.alive[:, None], chunk[:, k], 0)
-            obs, reward, terminated, truncated, info = env.step(actions)
-            recorder.add(obs, reward, terminated, truncated, info)
-            history.append(obs)
-            if k >= chunk.shape[1] - obs_steps:  # earlier pictures are never shown to the policy
-                pixels.append(see(policy, env))
-            if not recorder.running:
-                break
-        del history[:-obs_steps], pixels[:-obs_steps]
-    return recorder.episodes()
+    def film_rows(self, rows: np.ndarray) -> None:
+        """Take a picture of ``rows`` whose episode is one of the first, for its film."""
+        for row in rows if self.draw else ():
+            if self.episode[row] < self.film:
+                self.results.frames[self.episode[row]].append(self.draw(int(row)))
 
 
-def require_actions(chunk: np.ndarray, env: Env, alive: np.ndarray) -> None:
-    """``ValueError`` unless a policy's chunk is ``[N, Ta, A]`` and finite in all rows that are ``alive``."""
-    if chunk.ndim != 3 or chunk.shape[::2] != (env.num, env.action_dim):
-        raise ValueError(f"policy: gave actions {chunk.shape}; needs ({env.num}, steps, {env.action_dim})")
-    if not np.isfinite(chunk[alive]).all():
+def require_actions(chunk: np.ndarray, num: int, dim: int) -> None:
+    """``ValueError`` unless a policy's chunk is ``[num, Ta, dim]`` and finite."""
+    if chunk.ndim != 3 or chunk.shape[::2] != (num, dim):
+        raise ValueError(f"policy: gave actions {chunk.shape}; needs ({num}, steps, {dim})")
+    if not np.isfinite(chunk).all():
         raise ValueError("policy: gave actions that are not finite; the run has diverged, or needs more steps")
 
 
@@ -294,6 +336,7 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
         np.concatenate([p.truncated for p in parts]),
         {k: np.concatenate([p.info[k] for p in parts]) for k in first.info},
         [path for p in parts for path in p.paths],
+        [rewards for p in parts for rewards in p.rewards],
         first.modes,
         [s for p in parts for s in p.seconds],
         [f for p in parts for f in p.frames],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genkit.core import Cond, Label, Noise
 from genkit.data.codecs import Actions
+from genkit.envs import Rows
 from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -41,8 +42,10 @@ class DelayedPolicy:
     decay: float = 0.01
     limit: float = math.inf
     time: int = field(default=0, init=False)
+    begun: np.ndarray = field(default_factory=lambda: np.zeros(0, int), init=False)
+    """the step that each row's episode began at, [N]"""
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list, init=False)
-    """the step that each chunk begins at, and its actions [N, H, A]"""
+    """the step that each chunk begins at, and its actions [N, H, A]; those of rows that were not asked are 0"""
 
     def __post_init__(self) -> None:
         require_delay(self.policy, self.delay)
@@ -64,37 +67,56 @@ class DelayedPolicy:
         """Dimension of an action."""
         return self.policy.action_dim
 
-    def reset(self, seeds: Sequence[int]) -> None:
-        """Begin episodes: from now on row i draws from its own seed, and no chunk is under way."""
-        self.policy.reset(seeds)
-        self.time, self.chunks = 0, []
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
+        """Begin episodes in ``rows`` (None: all): they draw from their own seeds, and no chunk of theirs is under
+        way."""
+        self.policy.reset(seeds, rows)
+        if rows is None:
+            self.time, self.chunks, self.begun = 0, [], np.zeros(len(seeds), int)
+        else:
+            self.begun[list(rows)] = self.time
 
-    def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
-        """The actions ``[N, Ta, A]`` of the next steps, for observations ``[N, To, Do]`` and pictures as
-        :meth:`Policy.act` takes them."""
-        whole = replace(self.policy, act_steps=self.policy.future_steps)
-        if self.execution == "real-time" and self.chunks:
-            whole.conditions = {**self.policy.conditions, **self.underway(obs, frames)}
-        self.chunks.append((self.time, whole.act(obs, frames)))
-        actions = [self.action(t) for t in range(self.time, self.time + self.policy.act_steps)]
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Rows | None = None) -> np.ndarray:
+        """The actions ``[M, Ta, A]`` of the next steps, for observations ``[M, To, Do]`` and pictures as
+        :meth:`Policy.act` takes them, of ``rows`` (None: all)."""
+        asked = np.arange(len(self.begun)) if rows is None else np.asarray(rows)
+        first = self.begun[asked] == self.time
+        parts = [first, ~first] if self.execution == "real-time" else [np.ones(len(asked), bool)]
+        newest = np.zeros((len(self.begun), self.policy.future_steps, self.action_dim), np.float32)
+        for part in (p for p in parts if p.any()):
+            images = None if frames is None else frames[part]
+            newest[asked[part]] = self.draw(
+                obs[part], images, asked[part], self.execution == "real-time" and part is not first
+            )
+        self.chunks.append((self.time, newest))
+        actions = [self.action(t, asked) for t in range(self.time, self.time + self.policy.act_steps)]
         self.time += self.policy.act_steps
         self.chunks = [(start, chunk) for start, chunk in self.chunks if start + chunk.shape[1] > self.time]
         return np.stack(actions, 1)
 
-    def action(self, t: int) -> np.ndarray:
-        """The action ``[N, A]`` of step ``t``, from the chunks that have arrived."""
-        arrived = [(s, c) for s, c in self.chunks if s == 0 or s + self.delay <= t]
-        actions = [chunk[:, t - start] for start, chunk in arrived if t - start < chunk.shape[1]]
-        if self.execution != "ensemble":
-            return actions[-1]
-        weights = np.exp(-self.decay * np.arange(len(actions)))
-        return np.einsum("k,kna->na", weights / weights.sum(), np.stack(actions)).astype(actions[0].dtype)
+    def draw(self, obs: np.ndarray, frames: np.ndarray | None, rows: np.ndarray, continued: bool) -> np.ndarray:
+        """New chunks ``[M, H, A]`` of ``rows``, which continue those under way if ``continued``."""
+        policy = self.policy.select(rows)
+        whole = replace(policy, act_steps=policy.future_steps)
+        if continued:
+            start, newest = self.chunks[-1]
+            fixed = [self.action(t, rows) for t in range(self.time, self.time + self.delay)]
+            underway = underway_conditions(policy, obs, fixed, newest[rows], self.time - start, frames)
+            whole.conditions = {**policy.conditions, **underway}
+        return whole.act(obs, frames)
 
-    def underway(self, obs: np.ndarray, frames: np.ndarray | None = None) -> dict[str, Tensor]:
-        """The conditions of a chunk that is drawn now (:func:`underway_conditions`)."""
-        start, newest = self.chunks[-1]
-        fixed = [self.action(t) for t in range(self.time, self.time + self.delay)]
-        return underway_conditions(self.policy, obs, fixed, newest, self.time - start, frames)
+    def action(self, t: int, rows: np.ndarray) -> np.ndarray:
+        """The actions ``[M, A]`` of ``rows`` in step ``t``, from the chunks of their episodes that have arrived."""
+        chunks = [(start, chunk) for start, chunk in self.chunks if t - start < chunk.shape[1]]
+        starts, begun = np.array([start for start, _ in chunks])[:, None], self.begun[rows]
+        arrived = (starts >= begun) & ((starts == begun) | (starts + self.delay <= t))  # [K, M]
+        actions = np.stack([chunk[rows, t - start] for start, chunk in chunks])
+        if self.execution != "ensemble":
+            newest = len(chunks) - 1 - arrived[::-1].argmax(0)
+            return actions[newest, np.arange(len(rows))]
+        age = arrived.cumsum(0) - 1  # 0 is the oldest of a row's own
+        weights = np.where(arrived, np.exp(-self.decay * age), 0)
+        return np.einsum("km,kma->ma", weights / weights.sum(0), actions).astype(actions.dtype)
 
 
 def require_delay(policy: Policy, delay: int) -> None:

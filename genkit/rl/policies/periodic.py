@@ -120,7 +120,7 @@ class PeriodicRollouts:
         try:
             policy = self.policy(state, run)
             if self.env is not None:
-                part = run_episodes(policy, self.env, self.seeds, on_decision=lambda obs, actions: check_stop(stop))
+                part = run_episodes(policy, self.env, self.seeds, on_decision=lambda *decision: check_stop(stop))
             if self.held_out is not None and self.ranks.is_main:
                 errors = action_errors(policy, self.held_out)
         except ValueError as e:
@@ -156,8 +156,8 @@ def observable_results(env: Env) -> tuple[str, ...]:
 
 
 def results_only(episodes: Episodes) -> Episodes:
-    """Episodes without their observations, to be sent to another rank."""
-    return replace(episodes, paths=[])
+    """Episodes without their observations and rewards, to be sent to another rank."""
+    return replace(episodes, paths=[], rewards=[])
 
 
 def held_out_windows(source: Demonstrations) -> Batch | None:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,11 +29,13 @@ from genkit.data.text import encode_prompts
 from genkit.diffusion.checks import require_finite
 from genkit.diffusion.guidance import LINEAR, Guided, compose, keep_mask
 from genkit.diffusion.samplers import Seeds
-from genkit.envs import Env, make, parse_arguments
+from genkit.envs import Env, Rows, make, parse_arguments
+from genkit.envs.processes import ProcessEnv
 from genkit.training.run import Run, load_run
 from genkit.training.sampling import Sampling
 
 logger = logging.getLogger("genkit")
+BLOCK = 8  # rows that are drawn at least in episodes side by side
 ACTING_FILE = "policy.json"  # in the directory of a fine-tuned policy: how it acted in training
 POLICY_CLASSES: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees pictures) -> "module:Class"
     (Actions, False): "genkit.rl.policies.policy:Policy",
@@ -57,6 +60,26 @@ def read_acting(run: Run) -> dict[str, Any]:
 def default_steps(run: Run) -> int:
     """The sampler steps of a policy if none are asked for: those that it was fine-tuned with, else its objective's."""
     return read_acting(run).get("steps", run.objective.policy_steps)
+
+
+def in_blocks(generate: Generator) -> Generator:
+    """A generator that draws at least ``BLOCK`` rows and returns those asked for: no row then depends on their number.
+
+    Matrix products of one to three rows take other kernels than those of more, which round differently.
+    """
+
+    def generate_block(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+        missing = BLOCK - len(z)
+        if missing <= 0:
+            return generate(z, cond, noise)
+
+        def fill(x: Tensor) -> Tensor:
+            return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if len(x) == len(z) else x
+
+        filled = {k: fill(v) for k, v in cond.items()}
+        return generate(fill(z), filled, noise and (lambda shape: fill(noise(shape))))[: len(z)]
+
+    return generate_block
 
 
 def executed_mask(shape: Sequence[int], obs_steps: int, act_steps: int) -> Tensor:
@@ -121,7 +144,7 @@ class Policy:
     run: Run
     generate: Generator
     act_steps: int
-    noise: Noise | None = field(default=None)
+    noise: Seeds | None = field(default=None)
     """source of each row's random numbers (:meth:`reset`); None: torch's global generator"""
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     """conditions besides obs, each as one row"""
@@ -255,9 +278,15 @@ class Policy:
         return self.run.config.data.environment
 
     def make_env(
-        self, num: int, env: str | None = None, arguments: Sequence[str] = (), max_steps: int | None = None
+        self,
+        num: int,
+        env: str | None = None,
+        arguments: Sequence[str] = (),
+        max_steps: int | None = None,
+        workers: int = 0,
     ) -> Env:
-        """``num`` copies whose observations have the entries that it was trained on.
+        """``num`` copies whose observations have the entries that it was trained on, in as many processes as
+        ``workers`` (0: in this one).
 
         ``env`` None is the environment of the demonstrations, with the keyword arguments that they name; ``arguments``,
         each NAME=VALUE, replace or add to these. ``ValueError`` says what does not fit, or that a module that only the
@@ -270,7 +299,8 @@ class Policy:
         kind = self.run.spec.cond.get("obs")
         entries = kind.entries if isinstance(kind, Vector) else ()
         merged = known | parse_arguments(arguments)
-        return make(env or self.env, num, max_steps=max_steps, entries=entries, **merged)
+        build = partial(make, env or self.env, max_steps=max_steps, entries=entries, **merged)
+        return ProcessEnv(build, num, min(workers, num)) if workers else build(num)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -283,10 +313,20 @@ class Policy:
             raise ValueError(f"guidance: has no effect on {type(self.run.objective).__name__}, which draws in one pass")
         return replace(self, generate=self.generate_with(guide))
 
-    def reset(self, seeds: Sequence[int]) -> None:
-        """Begin episodes: from now on row i draws from its own seed, and :meth:`step` begins anew."""
-        self.noise = Seeds(seeds, self.run.device)
+    def reset(self, seeds: Sequence[int], rows: Rows | None = None) -> None:
+        """Begin episodes in ``rows`` (None: all): they draw from their own seeds from now on, and :meth:`step` begins
+        anew."""
+        if rows is None:
+            self.noise = Seeds(seeds, self.run.device)
+        else:
+            assert self.noise is not None, "begin with all rows"
+            self.noise.restart(rows, seeds)
         self.history, self.queue = [], []
+
+    def select(self, rows: Rows) -> Policy:
+        """This policy for some rows of the episodes alone; it goes on drawing from their random numbers."""
+        assert self.noise is not None, "begin episodes first"
+        return replace(self, noise=self.noise.select(rows), generate=in_blocks(self.generate))
 
     def step(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
         """The next action ``[N, A]``, given the newest observation ``[N, Do]`` (pictures uint8 ``[N, C, H, W]``).
@@ -305,27 +345,30 @@ class Policy:
             self.queue = list(np.moveaxis(chunk, -2, 0))
         return self.queue.pop(0)
 
-    def act(self, obs: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, frames: np.ndarray | None = None, rows: Rows | None = None) -> np.ndarray:
         """Actions ``[N, Ta, A]`` in the environment's units, for observations ``[N, To, Do]`` and, if it sees pictures,
         uint8 ``frames`` ``[N, To, C, H, W]``.
 
-        A single observation, ``[To, Do]`` or ``[Do]`` (repeated To times), gives ``[Ta, A]``. ``ValueError`` for
-        another shape or numbers that are not finite.
+        A single observation, ``[To, Do]`` or ``[Do]`` (repeated To times), gives ``[Ta, A]``. ``rows`` ``[N]`` are
+        those of the episodes that :meth:`reset` began which are asked; None: all. ``ValueError`` for another shape or
+        numbers that are not finite.
         """
+        if rows is not None:
+            return self.select(rows).act(obs, frames)
         obs_steps, obs_dim = self.obs_shape
-        rows = np.asarray(obs, np.float32)
-        single = rows.ndim < 3
-        if rows.shape == (obs_dim,):
-            rows = np.repeat(rows[None], obs_steps, 0)
+        windows = np.asarray(obs, np.float32)
+        single = windows.ndim < 3
+        if windows.shape == (obs_dim,):
+            windows = np.repeat(windows[None], obs_steps, 0)
         if single:
-            rows = rows[None]
-        if rows.shape[1:] != (obs_steps, obs_dim):
+            windows = windows[None]
+        if windows.shape[1:] != (obs_steps, obs_dim):
             raise ValueError(f"obs: given shape {np.shape(obs)}; this policy needs [N, {obs_steps}, {obs_dim}]")
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all((1, 2)))[0])
+        if not np.isfinite(windows).all():
+            bad = int(np.flatnonzero(~np.isfinite(windows).all((1, 2)))[0])
             raise ValueError(f"obs: row {bad} is not finite")
-        pictures = self.check_frames(frames, len(rows), single)
-        chunk = self.chunk(torch.from_numpy(rows), pictures)
+        pictures = self.check_frames(frames, len(windows), single)
+        chunk = self.chunk(torch.from_numpy(windows), pictures)
         actions = chunk[:, :, obs_steps - 1 : obs_steps - 1 + self.act_steps].transpose(1, 2).cpu().numpy()
         return actions[0] if single else actions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,71 +38,51 @@ class Decisions(NamedTuple):
     returns: Tensor
 
 
-@dataclass
-class RecordingEnv:
-    """An environment that records the rewards since its last reset, and in which step each row ended."""
-
-    env: Env
-    rewards: list[np.ndarray] = field(default_factory=list)
-    ended: list[np.ndarray] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        env = self.env
-        self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
-
-    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
-        """Begin episodes, and forget the rewards of those before."""
-        self.rewards, self.ended = [], []
-        return self.env.reset(seeds, rows)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Step the environment and record the rewards and ends."""
-        outcome = self.env.step(actions)
-        self.rewards.append(np.asarray(outcome[1], np.float64))
-        self.ended.append(outcome[2] | outcome[3])
-        return outcome
-
-
 def collect_decisions(policy: Policy, env: Env, seeds: Sequence[int], gamma: float) -> Decisions:
     """The decisions of one episode for every seed. ``gamma`` discounts from one decision to the next; a time limit
     counts as an end."""
-    drawn: list[tuple[Tensor, Tensor]] = []  # (obs, chunk) of each decision of a batch of episodes
+    drawn: list[tuple[Tensor, Tensor]] = []  # (obs, chunks) of each call of the policy
+    asked: list[np.ndarray] = []  # the episodes that it was for
 
     def recording(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
         x = policy.generate(z, cond, noise)
         drawn.append((cond["obs"], x))
         return x
 
-    recorder, parts = RecordingEnv(env), []
-    for first in range(0, len(seeds), env.num):
-        batch = list(seeds[first : first + env.num])
-        drawn.clear()
-        run_episodes(replace(policy, generate=recording), recorder, batch)
-        rewards, ended = np.stack(recorder.rewards), np.stack(recorder.ended)
-        returns, valid = discounted_returns(rewards, ended, policy.act_steps, gamma)
-        rows = torch.from_numpy(valid[:, : len(batch)])
-        for d, (obs, x) in enumerate(drawn):
-            keep = rows[d].nonzero()[:, 0]
-            parts.append((obs[keep], x[keep], torch.from_numpy(returns[d])[keep].float()))
+    episodes = run_episodes(
+        replace(policy, generate=recording), env, seeds, on_decision=lambda numbers, obs, actions: asked.append(numbers)
+    )
+    returns = [discounted_returns(rewards, policy.act_steps, gamma) for rewards in episodes.rewards]
+    decided, parts = np.zeros(len(episodes), int), []
+    for numbers, (obs, x) in zip(asked, drawn, strict=True):
+        followed = [returns[i][decided[i]] for i in numbers]
+        decided[numbers] += 1
+        parts.append((obs[: len(numbers)], x[: len(numbers)], torch.tensor(followed, dtype=torch.float32)))
     return Decisions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def discounted_returns(
-    rewards: np.ndarray, ended: np.ndarray, act_steps: int, gamma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns from each decision on ``[D, N]``, and whether the episode had not ended before it, for the rewards and
-    ends of each step ``[T, N]``."""
-    before = np.concatenate([np.zeros_like(ended[:1]), np.maximum.accumulate(ended)[:-1]])  # ended in an earlier step
-    counted = np.where(before, 0, rewards)
-    starts = range(0, len(rewards), act_steps)
-    returns, following = [], np.zeros(rewards.shape[1])
-    for t in reversed(starts):
-        following = counted[t : t + act_steps].sum(0) + gamma * following
+def discounted_returns(rewards: np.ndarray, act_steps: int, gamma: float) -> np.ndarray:
+    """Returns ``[D]`` from each decision of an episode on, for the rewards ``[T]`` of its steps."""
+    returns, following = [], 0.0
+    for t in reversed(range(0, len(rewards), act_steps)):
+        following = rewards[t : t + act_steps].sum() + gamma * following
         returns.append(following)
-    return np.stack(returns[::-1]), ~before[list(starts)]
+    return np.array(returns[::-1])
 
 
 # -------------------------------------------------------------------------------------------------- the function
+def held_out_tenth(num: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of a tenth of ``num`` decisions, at least two, by which Q is judged, and of the others, in random order.
+
+    ``ValueError`` for fewer than three: of one value there is no variance to explain.
+    """
+    if num < 3:
+        raise ValueError(f"fit_q, offline_q: given {num} decisions; needs 3 or more, and a useful Q hundreds")
+    order = torch.randperm(num, generator=g)
+    test = max(2, num // 10)
+    return order[:test], order[test:]
+
+
 class QFunction(nn.Module):
     """``Q(chunk [B, A, T], cond) -> [B]``, in deviations of the returns that it was learned from.
 
@@ -136,8 +116,7 @@ def learn_q(
     q.scale.fill_(max(1e-6, float(data.returns.std(correction=0))))
     target = (data.returns - q.shift) / q.scale
     g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(target), generator=g)
-    test, train = order[: len(order) // 10], order[len(order) // 10 :]
+    test, train = held_out_tenth(len(target), g)
     steps = epochs * -(-len(train) // batch)
     optimizer = torch.optim.AdamW(q.parameters(), lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps))

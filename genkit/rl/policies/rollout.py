@@ -41,7 +41,7 @@ from genkit.training.sampling import SamplerName
 
 logger = logging.getLogger("genkit")
 # settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
-NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film"}
+NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film", "workers"}
 Q_SEED = 3 * 2**28  # first seed of the episodes that Q is learned from; used neither in training nor in evaluation
 
 
@@ -95,6 +95,9 @@ class RolloutSettings:
     """Time limit of an episode; None: the environment's."""
     num_envs: Count = 50
     """Parallel environments."""
+    workers: Natural = 0
+    """Processes that step the environments, for those that are slower than the policy; results are the same. 0: this
+    process alone."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
     step: CheckpointStep | None = None
@@ -211,7 +214,7 @@ def rollout(
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
     num = min(settings.num_envs, settings.episodes)
-    env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps)
+    env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps, settings.workers)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     explained_variance = fit_q(policy, env, settings) if settings.fit_q or settings.offline_q else None
     policy = with_q(policy, settings)

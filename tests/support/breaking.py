@@ -1,0 +1,22 @@
+"""An environment that breaks, in a module that other processes import fast."""
+
+import numpy as np
+
+
+class Breaking:
+    """Row 0 raises an error of its own in the second step."""
+
+    num, obs_dim, action_dim, max_steps = 2, 1, 1, 9
+
+    def __init__(self, num):
+        self.num, self.steps = num, 0
+
+    def reset(self, seeds, rows=None):
+        return np.zeros((self.num, 1))
+
+    def step(self, actions):
+        self.steps += 1
+        if self.steps == 2:
+            raise ValueError("the gripper is stuck")
+        none = np.zeros(self.num, bool)
+        return np.zeros((self.num, 1)), np.zeros(self.num), none, none, {}
