@@ -712,7 +712,8 @@ def summary() -> str:
     step = next(row for row in load("gpu")["parts"]["step"]["rows"] if row["kind"] == "compiled")
     step_text = f"{step['samples_per_s']:,.0f} images a second, {100 * step['mfu']:.0f} % of peak"
     digits_text = f"accuracy {accuracy}, Fréchet distance {distance} (real {real})"
-    push_text = f"coverage {mean_of(push, 'coverage')}, success {mean_of(push, 'success', 2)}"
+    rewarded = [r["success_after"]["value"] for r in load("finetune-anchored")["rows"] if r["task"] == "PushT"]
+    push_text = f"success {mean_of(push, 'success', 2)}, by reward {spread(rewarded, 2)}"
     rows = [
         ("images", "digits, default run, 129 s on a CPU", digits_text),
         ("images", "Fashion-MNIST, flow, 44 CPU minutes", f"FID {interval(fashion, 1)} of 5,000 samples"),
