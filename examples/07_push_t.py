@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=8000, help="of training")
     parser.add_argument("--starts", type=int, default=200, help="episodes of the evaluation")
+    parser.add_argument("--first-start", type=int, default=300_000, help="seed of the first of them")
     parser.add_argument("--only", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--runs", default="runs", help="the folder of the runs")
@@ -65,7 +66,7 @@ def train_and_evaluate(name: str, seed: int, args: argparse.Namespace) -> tuple[
         name=f"push-t-{name}",
     )
     seconds = round(time.process_time() - start)
-    rollouts = rollout(run, steps=sampler_steps, episodes=args.starts, film=1)
+    rollouts = rollout(run, steps=sampler_steps, episodes=args.starts, seed=args.first_start, film=1)
     summary = rollouts.summary()
     row = {"policy": name, "sampler_steps": sampler_steps, "seed": seed}
     row |= {key: summary[key] for key in ("best_reward", "coverage", "success")}
@@ -87,7 +88,8 @@ def draw(episodes: Mapping[str, list[Image.Image]]) -> Image.Image:
 def main() -> None:
     args = parse_args()
     command = f"python examples/07_push_t.py --data {Path(args.data).name} --seeds {' '.join(map(str, args.seeds))}"
-    command += f" --steps {args.steps} --starts {args.starts} --only {' '.join(args.only)}"
+    command += f" --steps {args.steps} --starts {args.starts}"
+    command += f" --first-start {args.first_start} --only {' '.join(args.only)}"
     command += "" if args.mirror else " --no-mirror"
     rows: list[dict[str, Any]] = []
     episodes: dict[str, list[Image.Image]] = {}

@@ -447,6 +447,44 @@ def execution() -> str:
     )
 
 
+def sentences() -> str:
+    """``examples/14_sentences.py``."""
+    rows = [
+        [f"{row['wordings']} {'of training' if row['split'] == 'train' else 'never seen'}", str(row["seed"]),
+         interval(row["success"], 3), interval(row["as_asked"], 3), str(row["train_cpu_seconds"])]
+        for row in load("sentences")["rows"]
+    ]  # fmt: skip
+    return table(["wordings", "seed", "success", "by the way asked for", "training, CPU s"], rows)
+
+
+def offline_q() -> str:
+    """``examples/15_offline_q.py``."""
+    rows = [
+        [row["choice"], str(row["seed"]), interval(row["rewarded_way"], 3), interval(row["success"], 3)]
+        for row in load("offline-q")["rows"]
+    ]
+    return table(["", "seed", "success by the rewarded way", "success by any"], rows)
+
+
+def pusht_delay() -> str:
+    """``genkit rollout --delay 4`` of an anchored policy of PushT."""
+    rows = [
+        [row["execution"], *(interval(row[key], 3) for key in ("best_reward", "coverage", "success"))]
+        for row in load("pusht-delay")["rows"]
+    ]
+    return table(["", "best reward", "largest coverage", "success"], rows)
+
+
+def pusht_pixels() -> str:
+    """``configs/pusht_pixels.yaml``, with and without its random crops."""
+    rows = [
+        [row["images"], str(row["seed"]), *(interval(row[key], 3) for key in ("best_reward", "coverage", "success")),
+         f"{row['train_cpu_seconds'] / 60:.1f}"]
+        for row in load("pusht-pixels")["rows"]
+    ]  # fmt: skip
+    return table(["images", "seed", "best reward", "largest coverage", "success", "training, CPU minutes"], rows)
+
+
 def rwr() -> str:
     rows = [
         [row["name"], change(row["success"], 3), change(row["bits"], 2), change(row["held_out_loss"], 4)]
@@ -761,6 +799,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few-step-fashion": partial(few_step_images, "fashion", 1, (*FEW, "20")),
     "pusht": pusht,
     "pusht-mirror": pusht_mirror,
+    "pusht-pixels": pusht_pixels,
+    "sentences": sentences,
+    "pusht-delay": pusht_delay,
+    "offline-q": offline_q,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "mixed": mixed,

@@ -6,6 +6,7 @@ converting to float32 tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -331,3 +332,22 @@ def require_fraction(family: str, **fields: float) -> None:
     for name, value in fields.items():
         if not 0 <= value < 1:
             raise ValueError(f"{family}: {name} is {value}; allowed 0 <= {name} < 1")
+
+
+class TokenPool(nn.Module):
+    """Sequences of conditions as one vector, ``[B, L, dim] -> [B, dim]``, for a network without cross-attention.
+
+    Each of ``HEADS`` learned queries averages the tokens that exist by its softmax (Lee et al. 2019, section 3.2, with
+    the keys as values), and two layers combine the averages.
+    """
+
+    HEADS = 4
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query = nn.Linear(dim, self.HEADS, bias=False)
+        self.layers = nn.Sequential(nn.Linear(self.HEADS * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, tokens: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        scores = self.query(tokens).float().masked_fill(~mask[..., None], -math.inf)
+        return self.layers((scores.softmax(1).to(tokens.dtype).transpose(1, 2) @ tokens).flatten(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ from genkit.backbones.blocks import CONV, GroupNorm
 from genkit.core.files import format_error
 
 GROUP = 16  # channels of a group of the norms of a ResNet, as in diffusion_policy's
+SMALLEST = 8  # shorter side of the map in which the convolutional networks end
 FEATURES = 64  # channels of a ResNet's map, before its places are read
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in whose units torchvision's weights see
+
+
+def require_compact(side: Sequence[int], size: tuple[int, int]) -> None:
+    """Raise ``ValueError`` if images of ``size`` (H, W) end as a map of more than 4:1 of :data:`SMALLEST`."""
+    if max(side) > 4 * SMALLEST:
+        h, w = size
+        raise ValueError(f"frames: given pictures of {h}x{w}, too long for this encoder; allowed: up to 4:1, say "
+                         f"{h}x{h}")  # fmt: skip
 
 
 def camera_cnn(channels: int, size: tuple[int, int], dim: int) -> nn.Sequential:
@@ -25,18 +34,34 @@ def camera_cnn(channels: int, size: tuple[int, int], dim: int) -> nn.Sequential:
     map of shorter side 8. A linear layer reads the whole map, so positions are kept. With maps of side 4, or without
     GroupNorm, it took longer to start learning. ``ValueError`` for images of more than 4:1.
     """
-    widths, smallest = (16, 32, 64, 64), 8
+    widths = (16, 32, 64, 64)
     layers: list[nn.Module] = []
     inp, side = channels, list(size)
-    for i in range(max(1, math.ceil(math.log2(min(size) / smallest)))):
+    for i in range(max(1, math.ceil(math.log2(min(size) / SMALLEST)))):
         width = widths[min(i, len(widths) - 1)]
         layers += [CONV[2](inp, width, 3, stride=2, padding=1), GroupNorm(width), nn.SiLU()]
         inp, side = width, [-(-n // 2) for n in side]
-    if max(side) > 4 * smallest:
-        h, w = size
-        raise ValueError(f"frames: given pictures of {h}x{w}, too long for this encoder; allowed: up to 4:1, say "
-                         f"{h}x{h}")  # fmt: skip
+    require_compact(side, size)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inp * math.prod(side), dim))
+
+
+def camera_patches(channels: int, size: tuple[int, int], dim: int) -> nn.Sequential:
+    """A network for images of 64x64 and more, in a third of the time of :func:`camera_cnn`; its input is in [-1, 1].
+
+    Patches of 4x4 pixels become features (as of Dosovitskiy et al. 2021), convolutions with GroupNorm halve the map
+    until its shorter side is at most 8, and a linear layer reads the whole map, so positions are kept. ``ValueError``
+    for images of more than 4:1.
+    """
+    patch, widths = 4, (32, 64)
+    side = [-(-n // patch) for n in size]
+    layers: list[nn.Module] = [CONV[2](channels, widths[0], patch, stride=patch), GroupNorm(widths[0]), nn.SiLU()]
+    inp = widths[0]
+    while min(side) > SMALLEST:
+        layers += [CONV[2](inp, widths[1], 3, stride=2, padding=1), GroupNorm(widths[1]), nn.SiLU()]
+        inp, side = widths[1], [-(-n // 2) for n in side]
+    require_compact(side, size)
+    padding = nn.ZeroPad2d((0, -size[1] % patch, 0, -size[0] % patch))
+    return nn.Sequential(padding, *layers, nn.Flatten(), nn.Linear(inp * math.prod(side), dim))
 
 
 class CameraResNet(nn.Module):
@@ -92,6 +117,7 @@ def resnet(depth: int) -> Callable[[int, tuple[int, int], int], nn.Module]:
 
 CAMERA_ENCODERS: Mapping[str, Callable[[int, tuple[int, int], int], nn.Module]] = {
     "cnn": camera_cnn,
+    "patches": camera_patches,
     "resnet18": resnet(18),
     "resnet34": resnet(34),
 }  # (channels, size, dim) -> network

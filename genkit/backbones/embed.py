@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from genkit.backbones.blocks import Attention
+from genkit.backbones.blocks import Attention, TokenPool
 from genkit.backbones.cameras import CAMERA_ENCODERS
 from genkit.core import Backbone, Cond, Condition, Frames, Image, Label, Scalar, Spec, Text, Tokens, Vector
 
@@ -213,8 +213,8 @@ class TextBlock(nn.Module):
 class TextEmbed(Embedder):
     """Bytes ``[B, L] -> [B, L + 1, dim]``, the learned null first: a small transformer, trained with the network.
 
-    Each byte is first combined with its neighbours (a convolution, Kim et al. 2016, section 2.2), since a letter alone
-    means nothing. Padding is ignored, so its length does not matter.
+    Neighbouring bytes are combined first (a convolution, Kim et al. 2016, section 2.2), since a letter alone means
+    nothing. Padding is ignored, so its length does not matter. On a CPU, equal texts of a batch are read once.
     """
 
     route = "tokens"
@@ -232,14 +232,22 @@ class TextEmbed(Embedder):
         return value != 0
 
     def forward(self, value: Tensor, keep: Bool[Tensor, " b"]) -> Tensor:
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            tokens = self.read(value)
+        else:
+            texts, rows = value.unique(dim=0, return_inverse=True)
+            tokens = self.read(texts).index_select(0, rows)
+        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+
+    def read(self, value: Tensor) -> Tensor:
+        """The tokens ``[B, L, dim]`` of texts ``[B, L]``, without the null."""
         exists = self.token_mask(value)
         h = self.table(value.long()) * exists[..., None]
         h = h + F.gelu(self.spell(h.transpose(1, 2)).transpose(1, 2))
         first = torch.arange(value.shape[1], device=value.device) == 0
         for block in self.blocks:
             h = block(h, exists | first)  # an empty text attends to its first token, which is ignored later
-        tokens = self.layer(self.norm(h))
-        return torch.cat([self.null.to(tokens.dtype).expand(len(value), 1, -1), tokens], 1)
+        return self.layer(self.norm(h))
 
 
 class FramesEmbed(Embedder):
@@ -356,12 +364,12 @@ class Conditioner(nn.Module):
     """Time and conditions of a batch, embedded and routed.
 
     With ``early`` the global conditions are added to the sinusoids of the time, before its two layers (Karras et al.
-    2022, in DDPM++ and NCSN++), and not after them.
+    2022, in DDPM++ and NCSN++), and not after them. With ``pool`` the tokens become part of the global embedding.
     """
 
     def __init__(
         self, spec: Spec, dim: int, time: bool = True, waves: int = 32, scale: float = 1000.0,
-        rates: Sequence[float] = (), early: bool = False,
+        rates: Sequence[float] = (), early: bool = False, pool: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.start = TimeEmbed(dim, waves, scale, rates) if time else Constant(dim)
@@ -374,7 +382,8 @@ class Conditioner(nn.Module):
             is_early = self.early and embedder.route == "global"
             self.embed[module_name(name)] = embedder(kind, 2 * waves if is_early else dim)
         self.num_channels = sum(e.null.numel() for _, e in self._on("channels"))
-        self.has_tokens = bool(self.names["tokens"])
+        self.pool = TokenPool(dim) if pool and self.names["tokens"] else None
+        self.has_tokens = bool(self.names["tokens"]) and self.pool is None
 
     def _on(self, route: str) -> list[tuple[str, Embedder]]:
         return [(name, cast(Embedder, self.embed[module_name(name)])) for name in self.names[route]]
@@ -387,7 +396,6 @@ class Conditioner(nn.Module):
         sees_any = cond.get("keep", everyone)
         keep = {k: sees_any & cond[f"keep.{k}"] if f"keep.{k}" in cond else sees_any for k in cond}
 
-        # global embedding
         parts = [embed(cond[name], keep[name]) if name in cond else embed.null for name, embed in self._on("global")]
         if self.early and parts:
             start, parts = self.start(label, sum(parts[1:], parts[0])), []
@@ -415,13 +423,14 @@ class Conditioner(nn.Module):
             if embed.masked and mask is not None:  # it belongs to the first such sequence in cond, as in Spec.check
                 visible, mask = visible & mask, None
             masks += [~visible.any(1, keepdim=True), visible]  # the null is visible if nothing else is
-        return Routed(
-            emb,
-            torch.cat(channels, 1) if channels else None,
-            torch.cat(tokens, 1) if tokens else None,
-            torch.cat(masks, 1) if masks else None,
-            given,
-        )
+        maps = torch.cat(channels, 1) if channels else None
+        if not tokens:
+            return Routed(emb, maps, None, None, given)
+        sequence, mask = torch.cat(tokens, 1), torch.cat(masks, 1)
+        if self.pool is None:
+            return Routed(emb, maps, sequence, mask, given)
+        pooled = self.pool(sequence, mask)
+        return Routed(emb + pooled, maps, None, None, pooled if given is None else given + pooled)
 
 
 def module_name(name: str) -> str:

@@ -22,10 +22,10 @@ from genkit.core.weights import Fused
 class MLP(Backbone):
     """Residual blocks ``h + gate W2 silu(W1 adaLN(h))``: the DiT block (Peebles & Xie 2023) without its attention.
 
-    It takes Label, Vector and Frames conditions.
+    It takes Label, Vector and Frames conditions, and sequences (Text, Tokens) as the average that learned queries make.
     """
 
-    routes: ClassVar[tuple[str, ...]] = ("global",)
+    routes: ClassVar[tuple[str, ...]] = ("global", "tokens")
     axes: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     width: Width = 256
@@ -78,7 +78,7 @@ class MLPNet(nn.Module):
         super().__init__()
         require_routes(cfg, spec, "--backbone=unet or --backbone=dit")
         self.out_shape, self.checkpoint = tuple(out), cfg.checkpoint
-        self.cond = Conditioner(spec, cfg.width, time)
+        self.cond = Conditioner(spec, cfg.width, time, pool=True)
         self.first = nn.Linear(math.prod(inp), cfg.width)
         self.blocks = nn.ModuleList(MLPBlock(cfg.width, cfg.dropout) for _ in range(cfg.depth))
         self.last = nn.Linear(cfg.width, math.prod(out))

@@ -124,7 +124,7 @@ class Backbone:
     """The networks that it makes: those of denoiser, encoder and decoder that a class defines, unless it says so."""
     routes: ClassVar[tuple[str, ...]] = ("global", "channels", "tokens")
     """How it takes conditions: "global", added to the embedding that modulates every block (Label, Vector, Frames);
-    "channels", concatenated to the sample (Image); "tokens", by cross-attention (Tokens, Text)."""
+    "channels", concatenated to the sample (Image); "tokens", by cross-attention, or averaged (Tokens, Text)."""
     axes: ClassVar[tuple[int, ...]] = (1, 2)
     """The allowed numbers of axes after the first: 0 for vectors, 1 for signals, 2 for images."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -231,9 +231,9 @@ def test_positions():
         (lambda: UNet().denoiser(Spec((1, 4, 4, 4))), "allowed"),
         (
             lambda: MLP().denoiser(Spec((2,), {"mine": Image(3)})),
-            "'mine' is of kind Image; allowed here: Label, Vector, Frames; try",
+            "'mine' is of kind Image; allowed here: Label, Vector, Tokens, Text, Frames; try",
         ),
-        (lambda: MLP().encoder(Spec((2,), {"mine": Tokens(3)}), (2,)), "'mine' is of kind Tokens"),
+        (lambda: MLP().encoder(Spec((2,), {"mine": Image(3)}), (2,)), "'mine' is of kind Image"),
         (lambda: UNet().encoder(Spec((1, 8, 8)), (4, 3, 3)), r"\(3, 3\).*reach 8x8, 4x4, 2x2"),
         (lambda: UNet().decoder(Spec((1, 8, 8)), (4, 3, 3)), r"\(3, 3\).*reach 8x8, 4x4, 2x2"),
         (lambda: DiT().encoder(Spec((1, 8, 8)), (4, 2, 2)), r"\(2, 2\).*makes \(4, 4\); try --backbone.patch=4"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genkit.backbones.blocks import TokenPool
 from genkit.backbones.dit import DiT
 from genkit.backbones.embed import TextEmbed
 from genkit.backbones.mlp import MLP
@@ -26,6 +27,7 @@ from genkit.core import (
     spec_to_dict,
 )
 from genkit.data import text
+from genkit.data.demonstrations.four_ways import FourWays
 from genkit.diffusion.guidance import classifier_free
 from genkit.objectives import OBJECTIVES
 
@@ -129,9 +131,34 @@ def test_the_mask_belongs_to_frozen_tokens_and_not_to_bytes():
     torch.testing.assert_close(f(encoded=encoded, tokens=tokens, mask=mask), f(encoded=encoded, tokens=tokens[:, :2]))
 
 
-def test_networks_of_vectors_refuse_text():
-    with pytest.raises(ValueError, match="condition 'text' is of kind Text; allowed here: Label, Vector"):
-        MLP().denoiser(Spec((2,), {"text": Text(8)}))
+def test_a_network_of_vectors_reads_text_as_the_average_of_learned_queries():
+    torch.manual_seed(0)
+    pool, tokens, mask = TokenPool(4), torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]]).bool()
+    alone = pool.layers(tokens[1, 2].repeat(pool.HEADS))  # of one token, each query's average is that token
+    torch.testing.assert_close(pool(tokens, mask)[1], alone)
+    torch.testing.assert_close(pool(tokens, mask)[:1], pool(tokens[:1, [3, 1, 0]], mask[:1, [3, 1, 0]]))  # a set
+
+    net = MLP(width=8, depth=1).denoiser(Spec((2,), {"text": Text(8)}))
+    for p in net.parameters():
+        torch.nn.init.normal_(p)
+    x, t, value = torch.randn(1, 2).expand(4, 2), torch.full((4,), 0.5), text.to_bytes(["a b", "b a", "a b", ""], 8)
+    y, dropped = net(x, t, {"text": value}), {"text": value, "keep": torch.zeros(4, dtype=torch.bool)}
+    assert torch.equal(y[0], y[2])
+    assert (y[0] - y[1]).abs().max() > 1e-2
+    torch.testing.assert_close(net(x, t, dropped), net(x, t))  # without text
+    torch.testing.assert_close(y[3], net(x, t)[3])  # an empty text is none
+
+
+def test_equal_texts_of_a_batch_are_read_once_and_count_as_often_as_they_occur():
+    torch.manual_seed(0)
+    embed, value = TextEmbed(Text(8), 3), text.to_bytes(["to", "be", "to", "or", "to"], 8)
+    read, rows = embed.read, []
+    embed.read = lambda texts: rows.append(len(texts)) or read(texts)  # type: ignore[method-assign]  # counts
+    tokens = embed(value, torch.ones(5, dtype=torch.bool))[:, 1:]
+    assert rows == [3]
+    torch.testing.assert_close(tokens, read(value))
+    (gradient,) = torch.autograd.grad(tokens.square().sum(), embed.table.weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(read(value).square().sum(), embed.table.weight)[0])
 
 
 # ----------------------------------------------------------------------------------- dropping one or all of them
@@ -222,3 +249,17 @@ def test_keep_masks_of_unknown_conditions_are_refused():
         spec.check({"keep.label": torch.ones(2, 2, dtype=torch.bool)}, 2)
     with pytest.raises(ValueError, match=r"condition 'keep\.text' is unknown here"):
         spec.check({"keep.text": torch.ones(2, dtype=torch.bool)}, 2)
+
+
+def test_wordings_that_are_held_out_are_read_in_the_test_split_only():
+    source = FourWays(n=4, conditions=("text",), held_out_wordings=9, seed=3)
+    shown = [set(text.to_texts(source.load(split).captions.table.values["text"])) for split in ("train", "test")]
+    asked = [{w for texts in source.task_texts(split) for w in texts} for split in ("train", "test")]
+    assert shown == asked
+    assert [len(s) for s in shown] == [4 * 27, 4 * 9]
+    assert not shown[0] & shown[1]
+    every = FourWays().task_texts("train")
+    assert every == FourWays().task_texts("test")
+    assert shown[0] | shown[1] == {w for texts in every for w in texts}
+    for way, texts in enumerate(source.task_texts("test")):
+        assert set(texts) <= set(every[way])

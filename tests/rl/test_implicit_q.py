@@ -1,5 +1,7 @@
 """Implicit Q-learning against expectiles in closed form, and decisions against the recordings that they are from."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from genkit.core import Spec, Vector
 from genkit.data.demonstrations.replay import Replay
 from genkit.rl.policies.implicit_q import Transitions, expectile_loss, learn_implicit_q, recorded_transitions
+from genkit.rl.policies.q_function import Decisions, held_out_tenth, learn_q
 from genkit.rl.policies.rollout import rollout
 from tests.support.refusals import refuses
 
@@ -65,3 +68,17 @@ def test_decisions_are_those_of_the_recordings(tmp_path):
 
 def test_a_rollout_learns_q_from_the_demonstrations(policy):
     refuses(lambda: rollout(policy, episodes=2, fit_q=3, offline_q=True), "fit_q: given 3 with offline_q")
+
+
+def test_q_of_a_few_decisions_says_what_it_explains_and_of_fewer_that_there_are_too_few():
+    spec, g = Spec((1, 1), {"obs": Vector((1, 1))}), torch.Generator().manual_seed(0)
+    for num in (3, 9, 10, 40):
+        test, train = held_out_tenth(num, g)
+        assert len(test) == max(2, num // 10)
+        assert sorted([*test.tolist(), *train.tolist()]) == list(range(num))
+    obs, x = torch.zeros(3, 1, 1), torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1)
+    _, explained = learn_q(spec, torch.ones(1, 1), Decisions(obs, x, x.flatten()), epochs=2)
+    assert math.isfinite(explained)
+    few = Transitions(obs, x, x.flatten(), obs, torch.ones(3))
+    assert math.isfinite(learn_implicit_q(spec, torch.ones(1, 1), few, gamma=0.9, steps=2)[1])
+    refuses(lambda: learn_q(spec, torch.ones(1, 1), Decisions(*(v[:2] for v in (obs, x, x.flatten())))), "given 2 dec")

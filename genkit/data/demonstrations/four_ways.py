@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import numpy as np
+from annotated_types import Ge, Lt
 
 from genkit.config.numbers import Count, Natural, Seed
 from genkit.data.demonstrations.windows import Demonstrations, Episode
@@ -31,17 +34,23 @@ class FourWays(Demonstrations):
     """observed steps; one position is a complete state"""
     pixels: Natural = 0
     """side of square images of the world that are observed in place of the position; 0: none"""
+    held_out_wordings: Annotated[int, Ge(0), Lt(len(SENTENCES) * 9)] = 0
+    """of the 36 wordings of each way, for the condition text, so many, drawn by ``seed``, belong to the test split"""
     env: str = "four-ways"
     """the environment in which a policy is evaluated"""
 
     skills: ClassVar[tuple[str, ...]] = MODE_NAMES
 
-    def task_texts(self) -> Sequence[Sequence[str]]:
-        """Every sentence with every pair of words for the two sides."""
-        return [
-            [s.format(a, b) for s in SENTENCES for a in SIDES[mode // 2] for b in SIDES[mode % 2]]
-            for mode in range(len(MODE_NAMES))
-        ]
+    def task_texts(self, split: Split = "train") -> Sequence[Sequence[str]]:
+        """Every sentence with every pair of words for the two sides, as far as they belong to the split."""
+        texts = []
+        for mode in range(len(MODE_NAMES)):
+            every = [s.format(a, b) for s in SENTENCES for a in SIDES[mode // 2] for b in SIDES[mode % 2]]
+            order = np.random.default_rng((self.seed, mode)).permutation(len(every))
+            held_out = set(order[: self.held_out_wordings].tolist())
+            in_test = split == "test" and bool(held_out)
+            texts.append([text for i, text in enumerate(every) if (i in held_out) == in_test])
+        return texts
 
     def episodes(self, split: Split) -> Sequence[Episode]:
         seed = 2 * self.seed + ("train", "test").index(split)

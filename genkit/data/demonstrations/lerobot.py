@@ -23,6 +23,7 @@ from genkit.core.hub import call_hub
 from genkit.data.demonstrations.frames import cached_frames, resize, stamps
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.demonstrations.video import Clip, clip_frames, first_shape
+from genkit.data.source import Split
 
 INSTALL = "pip install 'genkit-torch[data]'"
 
@@ -78,7 +79,7 @@ class LeRobot(Recorded):
         read = read_videos if feature["dtype"] == "video" else read_image_column
         return read(folder, info, name, order, ends, self.image_size)
 
-    def task_texts(self) -> Sequence[Sequence[str]]:
+    def task_texts(self, split: Split = "train") -> Sequence[Sequence[str]]:
         return [[text] for text in read_tasks(self.folder())]
 
     def step_tasks(self) -> np.ndarray:

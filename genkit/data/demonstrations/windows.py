@@ -268,8 +268,8 @@ class Demonstrations(DataSource):
         """The names of the entries of an observation, in their order; () if it has one, or they have no names."""
         return ()
 
-    def task_texts(self) -> Sequence[Sequence[str]]:
-        """The wordings of each task, of which every sample of it gets one at random. All have equally many."""
+    def task_texts(self, split: Split = "train") -> Sequence[Sequence[str]]:
+        """The wordings of each task, of which every sample of a split gets one at random. All have equally many."""
         return ()
 
     def unaugmented(self) -> Demonstrations:
@@ -287,7 +287,7 @@ class Demonstrations(DataSource):
             cond["anchor"] = torch.cdist(codec.encode(Batch(x)).x.flatten(1), centers.flatten(1)).argmin(1)
         captions = None
         if windows.task is not None:
-            captions, text_kinds = self.task_captions(windows.task)
+            captions, text_kinds = self.task_captions(windows.task, split)
             kinds |= text_kinds
         if windows.frames is None:
             return InMemory(x, cond, Spec(tuple(x.shape[1:]), kinds), codec, captions=captions)
@@ -306,9 +306,9 @@ class Demonstrations(DataSource):
         cameras = frames.cameras if len(frames.cameras) > 1 else ()
         return Frames((self.obs_steps, *frames.shape), cameras, self.crop or (), encoder, self.observation_tokens)
 
-    def task_captions(self, task: Tensor) -> tuple[Captions, Mapping[str, Condition]]:
+    def task_captions(self, task: Tensor, split: Split) -> tuple[Captions, Mapping[str, Condition]]:
         """The texts of the tasks ``[N]`` of all windows, and their kinds of condition."""
-        texts = self.task_texts()
+        texts = self.task_texts(split)
         num = len(texts[0])
         every = [Caption(wording, f"task {i}") for i, wordings in enumerate(texts) for wording in wordings]
         table, kinds = caption_table(every, self.text_length, self.encoder, [wordings[0] for wordings in texts])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genkit.core import Batch, Codec, Spec
 from genkit.data.demonstrations.windows import Demonstrations, window_starts
-from genkit.rl.policies.q_function import QFunction
+from genkit.rl.policies.q_function import QFunction, held_out_tenth
 
 TARGET_RATE = 0.005  # of the average of Q that V follows (Kostrikov et al. 2022, appendix B)
 
@@ -92,8 +92,7 @@ def learn_implicit_q(
         net.scale.fill_(scale)
     target.load_state_dict(q.state_dict())
     g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.rewards), generator=g)
-    test, train = order[: len(order) // 10], order[len(order) // 10 :]
+    test, train = held_out_tenth(len(data.rewards), g)
     optimizer = torch.optim.Adam([*q.parameters(), *v.parameters()], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 

@@ -71,6 +71,18 @@ def discounted_returns(rewards: np.ndarray, act_steps: int, gamma: float) -> np.
 
 
 # -------------------------------------------------------------------------------------------------- the function
+def held_out_tenth(num: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of a tenth of ``num`` decisions, at least two, by which Q is judged, and of the others, in random order.
+
+    ``ValueError`` for fewer than three: of one value there is no variance to explain.
+    """
+    if num < 3:
+        raise ValueError(f"fit_q, offline_q: given {num} decisions; needs 3 or more, and a useful Q hundreds")
+    order = torch.randperm(num, generator=g)
+    test = max(2, num // 10)
+    return order[:test], order[test:]
+
+
 class QFunction(nn.Module):
     """``Q(chunk [B, A, T], cond) -> [B]``, in deviations of the returns that it was learned from.
 
@@ -104,8 +116,7 @@ def learn_q(
     q.scale.fill_(max(1e-6, float(data.returns.std(correction=0))))
     target = (data.returns - q.shift) / q.scale
     g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(target), generator=g)
-    test, train = order[: len(order) // 10], order[len(order) // 10 :]
+    test, train = held_out_tenth(len(target), g)
     steps = epochs * -(-len(train) // batch)
     optimizer = torch.optim.AdamW(q.parameters(), lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps))
