@@ -335,6 +335,20 @@ def few_step_guided(part: str) -> str:
     return table(header, rows)
 
 
+def few_step_policy() -> str:
+    """Each seed in one step, and the flow that it was distilled from."""
+    rows = [
+        [str(seed["seed"]), *[cell for name in ("one step", "flow") for cell in policy_cells(seed[name])]]
+        for seed in load("few-step-policy")["seeds"]
+    ]
+    return table(["seed", "success, one step", "bits", "success of the flow, 16 steps", "bits"], rows)
+
+
+def policy_cells(run: Mapping[str, Any]) -> list[str]:
+    """Success with its interval, and the mode entropy."""
+    return [interval(run["success"], 3), number(run["mode_entropy_bits"]["value"], 2)]
+
+
 def guidance() -> str:
     """Guidance in one pass and in two; the difference is that of the same seed, with Student's interval."""
     from benchmarks.guidance import ARMS, cells_of, difference
@@ -787,6 +801,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "race": race,
     "race-shares": race_shares,
     "few-step-plane": few_step_plane,
+    "few-step-policy": few_step_policy,
     "few-step-guided": partial(few_step_guided, "guided"),
     "few-step-guided-fashion": partial(few_step_guided, "guided-fashion"),
     "few-step-digits-10000": few_step_many,
