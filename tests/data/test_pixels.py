@@ -200,19 +200,19 @@ def test_a_rollout_passes_the_newest_images(run):
     images = []
     act = policy.act
 
-    def spy(obs, frames=None):
-        images.append((obs, frames))
-        return act(obs, frames)
+    def spy(obs, frames=None, rows=None):
+        images.append((obs, frames, rows))
+        return act(obs, frames, rows)
 
     policy.act = spy  # type: ignore[method-assign]
     env = Looking(3)
     done = run_episodes(policy, env, range(3))
-    assert all(obs.shape == (3, 2, 0) for obs, _ in images)
-    for d, (_, frames) in enumerate(images[:3]):
-        for i, path in enumerate(done.paths):
+    assert all(obs.shape == (len(rows), 2, 0) for obs, _, rows in images)
+    for d, (_, frames, rows) in enumerate(images):  # one episode a row; only those that go on are asked
+        for shown, row in zip(frames, rows, strict=True):
             steps = [max(0, 3 * d - 1), 3 * d]
-            if steps[1] < len(path):
-                assert np.array_equal(frames[i], draw_views(path[steps], (16, 16)))
+            assert np.array_equal(shown, draw_views(done.paths[row][steps], (16, 16)))
+    assert {len(rows) for _, _, rows in images[:3]} == {3}
     one, many = (run_episodes(Policy.load(run, steps=1), FourWays(n), range(4)) for n in (2, 4))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one.paths, many.paths, strict=True))
 

@@ -105,7 +105,8 @@ def test_a_run_is_not_continued_as_another_one(whole, change):
 OTHER = {  # another value for every setting
     "conditions": ["skill=1"], "lora": {"rank": 2},
     "reward": "progress", "method": "rwr", "exploration_noise": "learned", "min_std": 0.5, "steps": 3, "grid":
-    "karras", "iterations": 9, "env": "pusht", "env_args": ["a=1"], "mode": 1, "num_envs": 9, "num_steps": 9,
+    "karras", "iterations": 9, "env": "pusht", "env_args": ["a=1"], "mode": 1, "num_envs": 9, "workers": 2,
+    "num_steps": 9,
     "act_steps": 2, "terminate_out_of_range": 2.0, "samples": 9, "group": 2, "ema": 0.5, "label": 1,
     "unconditional": True, "max_kl": 2.0, "eval_episodes": 9, "eval_samples": 9, "eval_seed": 9,
     "checkpoint_eval_episodes": 9, "patience": 9, "save_every": 9, "seed": 9, "device": "auto", "threads": 2,
