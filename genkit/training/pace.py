@@ -64,6 +64,9 @@ class Pace:
         now = time.perf_counter()
         if len(self.ends) <= WARM_UP and (not self.ends or step > self.ends[-1][0]):
             self.ends.append((step, now))
+        due = now - self.last >= self.interval(now - self.began) and step < self.total
+        if self.estimated and not due:  # nearly all steps
+            return
         first, began = self.ends[count_warm_up(self.ends)]
         done, seconds = step - first, now - began
         if not done:
@@ -74,7 +77,7 @@ class Pace:
             if (all_seconds := per_step * (self.total - self.start)) >= WORTH_SAYING:
                 count = f"{self.total - self.start:,} {self.unit}s"
                 self.say(f"time     {estimate_duration(all_seconds)} for {count} ({format_step(per_step)} each)")
-        if now - self.last >= self.interval(now - self.began) and step < self.total:
+        if due:
             self.last = now
             rate = f"{samples / per_step:.0f} samples/s" if samples else f"{format_step(per_step)} each"
             left = f"{estimate_duration(per_step * (self.total - step))} left" if steady else ""
