@@ -8,6 +8,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -67,6 +69,13 @@ def test_errors_of_an_environment_are_told_as_they_are_in_one_process():
     with pytest.raises(RuntimeError, match=r"environments 0 … 0:\n(.|\n)*breaking.py(.|\n)*the gripper is stuck"):
         env.step(np.zeros((2, 1)))
     refuses(lambda: ProcessEnv(partial(make, ""), 2, 1), "env: not given")
+
+
+def test_a_process_that_ends_while_it_makes_its_environments_is_one_line():
+    done = SimpleQueue()
+    told = "environments 0 … 0 ended with exit code 1"
+    Thread(target=lambda: done.put(refuses(lambda: ProcessEnv(os._exit, 1, 1), told)), daemon=True).start()
+    done.get(timeout=20)  # queue.Empty: it waits for ever
 
 
 def test_what_some_rows_have_not_reported_yet_is_zero():
