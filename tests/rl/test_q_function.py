@@ -43,17 +43,27 @@ def test_discounted_returns_by_hand():
     assert discounted_returns(np.array([1.0, 2, 3]), 2, 0.5).tolist() == [3 + 0.5 * 3, 3]
 
 
+class PaysEachStep(FourWays):
+    """Four ways with a reward of 1 in each step, so that every decision of an episode is followed by another return."""
+
+    def step(self, actions):
+        goes_on = ~self.ended
+        obs, _, terminated, truncated, info = super().step(actions)
+        return obs, goes_on.astype(float), terminated, truncated, info
+
+
 def test_decisions_are_those_of_their_own_episodes(policy):
-    """In four ways, 1 in the last step is the only reward: what followed is gamma to the power of decisions left."""
     actor, seeds = Policy.load(policy, steps=1), range(15)
-    done = run_episodes(actor, FourWays(4), seeds)
-    data = collect_decisions(actor, FourWays(4), seeds, 0.5)
-    for path, success in zip(done.paths, done.info["success"], strict=True):
-        decisions = -(-(len(path) - 1) // actor.act_steps)
-        for d in range(decisions):
+    done = run_episodes(actor, PaysEachStep(4), seeds)
+    data = collect_decisions(actor, PaysEachStep(4), seeds, 0.5)
+    for path in done.paths:
+        steps = len(path) - 1
+        chunks = [min(actor.act_steps, steps - first) for first in range(0, steps, actor.act_steps)]
+        for d in range(len(chunks)):
             row = (data.obs[:, 0] == torch.from_numpy(path[d * actor.act_steps]).float()).all(1).nonzero()[:, 0]
-            assert data.returns[row].tolist() == [success * 0.5 ** (decisions - 1 - d)]
+            assert data.returns[row].tolist() == [sum(n * 0.5**k for k, n in enumerate(chunks[d:]))]
     assert len(data.returns) == sum(-(-done.lengths // actor.act_steps))
+    assert max(done.lengths) > actor.act_steps
 
 
 OBS = Spec((1, 3), {"obs": Vector((1, 1))})
