@@ -98,7 +98,6 @@ def distill(
             steps=settings.steps,
             batch=settings.batch,
             lr=settings.lr,
-            warmup=min(stored.warmup, settings.steps // 10),
             seed=settings.seed,
             precision=settings.precision,
             device=settings.device,

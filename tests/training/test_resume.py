@@ -416,6 +416,18 @@ def test_auto_continues_the_run_that_these_settings_began(tmp_path):
     assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
 
 
+@pytest.mark.parametrize("stored", [1, 100])  # what is decided today, and what was the default of all runs
+def test_a_run_keeps_the_warmup_that_it_began_with(run, stored):
+    path = run / "config.yaml"
+    text = path.read_text()
+    assert "\nwarmup: 1\n" in text  # a tenth of ten steps
+    path.write_text(text.replace("\nwarmup: 1\n", f"\nwarmup: {stored}\n"))
+    settings = dataclasses.replace(stored_settings(run), warmup=None, steps=5000, out=str(run.parent))
+    assert continued_settings(run, dataclasses.replace(settings, out=stored_settings(run).out), print).warmup == stored
+    assert find_resumable(settings) == run.resolve()
+    assert find_resumable(dataclasses.replace(settings, warmup=7)) is None
+
+
 def test_auto_compares_paths_as_they_are_resolved(tmp_path, monkeypatch):
     """`--init runs/a` and a first stage named relative to the working directory are the same from everywhere."""
     first = train(tmp_path / "a", "--steps=2")
