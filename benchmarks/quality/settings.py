@@ -23,8 +23,9 @@ class Row:
     """The options of ``genkit train`` besides the budget, and how samples are drawn.
 
     The sampler evaluates the network once a step, so its steps are the number of evaluations. All rows but a flow map,
-    which jumps, use the same sampler and grid: for ddpm and edm on digits, at 5 and 10 evaluations, neither ddim, nor heun, nor the grids karras
-    and logsnr were better by more than their intervals. A one-pass model has neither, and is measured at NFE 1.
+    which jumps, use the same sampler and grid: for ddpm and edm on digits, at 5 and 10 evaluations, neither ddim, nor
+    heun, nor the grids karras and logsnr were better by more than their intervals. A one-pass model has neither, and is
+    measured at NFE 1.
 
     With ``first_stage`` (the options of its training), ``first_stage_share`` of the steps trains that, and the rest a
     model of its latents.
