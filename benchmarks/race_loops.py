@@ -239,10 +239,7 @@ GENKIT: Mapping[str, Mapping[str, Any]] = {
     "genkit": {},
     "genkit-recipe": {"optimizer": "muon", "schedule": "constant"},
 }
-WARMUPS = {
-    "genkit": 0.1,
-    "genkit-recipe": 0.03,
-}  # share of the steps; the default, 100 steps, may be all of a short race
+WARMUPS = {"genkit-recipe": 0.03}  # share of the steps, where it is not the default
 
 
 def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -> list[Snapshot]:
@@ -266,7 +263,7 @@ def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -
         at = sorted({max(1, round(steps * mark / marks[-1])) for mark in marks})
         every = max(1, at[0])
         times.clear()
-        warmup = max(1, round(WARMUPS[name] * steps))
+        warmup = max(1, round(WARMUPS[name] * steps)) if name in WARMUPS else None
         run = genkit.train(**options, steps=steps, warmup=warmup, save_every=every, keep_checkpoints=100, out=folder,
                            progress=note)  # fmt: skip
         begun = times[1] - cost  # what comes before the first step is not timed, as for the others
@@ -294,6 +291,11 @@ def train_contender(name: str, race: RaceData, marks: Sequence[float], seed: int
 
 
 CONTENDERS = (*LOOPS, *GENKIT)
+TITLES = {
+    **{name: PACKAGES.get(name, name) for name in LOOPS},
+    "genkit": "genkit, defaults",
+    "genkit-recipe": "genkit, Muon at a constant rate",
+}
 
 
 def source_of(name: str, root: Path) -> Any:
