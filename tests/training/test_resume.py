@@ -416,15 +416,12 @@ def test_auto_continues_the_run_that_these_settings_began(tmp_path):
     assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
 
 
-@pytest.mark.parametrize("stored", [1, 100])  # what is decided today, and what was the default of all runs
-def test_a_run_keeps_the_warmup_that_it_began_with(run, stored):
-    path = run / "config.yaml"
-    text = path.read_text()
-    assert "\nwarmup: 1\n" in text  # a tenth of ten steps
-    path.write_text(text.replace("\nwarmup: 1\n", f"\nwarmup: {stored}\n"))
-    settings = dataclasses.replace(stored_settings(run), warmup=None, steps=5000, out=str(run.parent))
-    assert continued_settings(run, dataclasses.replace(settings, out=stored_settings(run).out), print).warmup == stored
-    assert find_resumable(settings) == run.resolve()
+@pytest.mark.parametrize(("argv", "steps"), [([], 1), (["--warmup=100"], 100)])  # decided, and once the default
+def test_a_run_keeps_the_warmup_that_it_began_with(tmp_path, argv, steps):
+    run = train(tmp_path, "--steps=10", *argv)
+    settings = dataclasses.replace(stored_settings(run), warmup=None, steps=5000)
+    assert stored_settings(run).warmup == continued_settings(run, settings, print).warmup == steps
+    assert find_resumable(settings) == find_resumable(dataclasses.replace(settings, warmup=steps)) == run
     assert find_resumable(dataclasses.replace(settings, warmup=7)) is None
 
 
