@@ -87,7 +87,7 @@ def train(
 ) -> None:
     """Train ``nets`` in place by genkit's own loop on ``draw(rows)``, with a cosine schedule and without clipping."""
     settings = TrainSettings(
-        steps=steps, batch=batch, lr=lr, clip=0.0, ema=(), precision="fp32", seed=seed,
+        steps=steps, batch=batch, lr=lr, warmup=min(100, steps // 10), clip=0.0, ema=(), precision="fp32", seed=seed,
         log_every=steps, save_every=steps, sample_every=0, betas=objective.default_settings.get("betas", (0.9, 0.99)),
     )  # fmt: skip
     state = initial_state(objective, dict(nets), settings)

@@ -9,8 +9,8 @@ seconds of the time before. At the end it says in which share of its seconds gen
 The networks are those of each library's example, of 1 to 2 million parameters; see ``benchmarks/race_loops.py``. The
 measure is the Frechet distance of ``--samples`` pictures, drawn in ``--evaluations`` network evaluations by a
 deterministic sampler of the library's kind, from the test split, in the features of a small classifier that genkit
-trains on the same data. Drawing and measuring are not timed. "genkit" has the defaults (AdamW, cosine), "genkit-recipe"
-Muon at a constant rate. genkit trains in bf16 where the machine has it, the others in fp32,
+trains on the same data. Drawing and measuring are not timed. "genkit" has the defaults (AdamW, cosine), but a warm-up
+of a tenth; "genkit-recipe" Muon at a constant rate. genkit trains in bf16 where the machine has it, the others in fp32,
 as their examples do. Two contenders are optional packages. A seed that ``--out`` has is not measured again.
 """
 

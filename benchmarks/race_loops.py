@@ -239,7 +239,7 @@ GENKIT: Mapping[str, Mapping[str, Any]] = {
     "genkit": {},
     "genkit-recipe": {"optimizer": "muon", "schedule": "constant"},
 }
-WARMUPS = {"genkit-recipe": 0.03}  # share of the steps, where it is not the default
+WARMUPS = {"genkit": 0.1, "genkit-recipe": 0.03}  # share of the steps
 
 
 def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -> list[Snapshot]:
@@ -263,7 +263,7 @@ def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -
         at = sorted({max(1, round(steps * mark / marks[-1])) for mark in marks})
         every = max(1, at[0])
         times.clear()
-        warmup = max(1, round(WARMUPS[name] * steps)) if name in WARMUPS else None
+        warmup = max(1, round(WARMUPS[name] * steps))
         run = genkit.train(**options, steps=steps, warmup=warmup, save_every=every, keep_checkpoints=100, out=folder,
                            progress=note)  # fmt: skip
         begun = times[1] - cost  # what comes before the first step is not timed, as for the others

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt
 
 from genkit.config import parse, table
 from genkit.core.device import DeviceName
+from genkit.training.schedules import warmup_steps
 from genkit.training.settings import TrainSettings
 
 Count = Annotated[int, Ge(1)]
@@ -145,6 +146,7 @@ class Quality:
             steps=steps,
             batch=self.batch,
             lr=self.lr,
+            warmup=min(warmup_steps(cfg), steps // 10),
             seed=seed,
             device=self.device,
             threads=self.threads,

@@ -147,8 +147,8 @@ def progress(done: int, steps: int) -> float:
 
 
 def warmup_steps(settings: TrainSettings) -> int:
-    """The steps of the warm-up: those that are set, else a tenth of all, at most ``LONGEST_WARMUP``."""
-    return min(LONGEST_WARMUP, settings.steps // 10) if settings.warmup is None else settings.warmup
+    """The steps of the warm-up: those that are set, else a quarter of all, at most ``LONGEST_WARMUP``."""
+    return min(LONGEST_WARMUP, settings.steps // 4) if settings.warmup is None else settings.warmup
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -416,7 +416,7 @@ def test_auto_continues_the_run_that_these_settings_began(tmp_path):
     assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
 
 
-@pytest.mark.parametrize(("argv", "steps"), [([], 1), (["--warmup=100"], 100)])  # decided, and once the default
+@pytest.mark.parametrize(("argv", "steps"), [([], 2), (["--warmup=100"], 100)])  # decided, and once the default
 def test_a_run_keeps_the_warmup_that_it_began_with(tmp_path, argv, steps):
     run = train(tmp_path, "--steps=10", *argv)
     settings = dataclasses.replace(stored_settings(run), warmup=None, steps=5000)

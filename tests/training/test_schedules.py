@@ -45,11 +45,11 @@ def test_values(name, argv, values):
 
 
 @pytest.mark.parametrize(("argv", "steps"), [
-    (["--steps=300"], 30), (["--steps=999"], 99), (["--steps=1000"], 100), (["--steps=20000"], 100), (["--steps=9"], 0),
+    (["--steps=200"], 50), (["--steps=399"], 99), (["--steps=400"], 100), (["--steps=20000"], 100), (["--steps=3"], 0),
     (["--steps=300", "--warmup=100"], 100), (["--steps=20000", "--warmup=0"], 0),
     (["--steps=300", "--objective=gan"], 0),
 ])  # fmt: skip
-def test_a_tenth_of_a_short_run_warms_up(argv, steps):
+def test_a_quarter_of_a_short_run_warms_up(argv, steps):
     settings = config.parse(TrainSettings, [*argv, "--lr=2", "--schedule=constant"])
     rates = [learning_rate(settings, step) for step in range(steps + 2)]
     assert rates == pytest.approx([2 * (step + 1) / steps for step in range(steps)] + [2, 2])
