@@ -382,6 +382,5 @@ def test_a_legend_of_many_curves_leaves_the_axes_free(curves):
     for i in range(curves):
         axes.plot([1, 2], [i, i], label=str(i))
     plots.draw_legend(axes)
-    assert (axes.get_legend() is None, len(axes.figure.legends)) == (
-        (True, 1) if curves > plots.CROWDED else (False, 0)
-    )
+    below = curves > plots.CROWDED
+    assert (axes.get_legend() is None, len(axes.figure.legends)) == (below, below)
