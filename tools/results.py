@@ -196,6 +196,16 @@ def dit_blocks() -> str:
     return table(["variant", "held-out loss", "against the default", "steps", "CPU seconds"], rows)
 
 
+def recordings() -> str:
+    """Images per CPU second of each format, from the slowest seed to the fastest."""
+    names = {"av1": "video, AV1", "h264": "video, H.264", "npz": ".npz", "zarr": "zarr, compressed"}
+    rows = []
+    for name, cell in load("recordings")["cells"].items():
+        rates = [f"{number(min(v), 0)} to {number(max(v), 0)}" for v in (cell["first"], cell["later"])]
+        rows.append([names[name], *rates, number(max(cell["bytes"]) / 1e6, 0)])
+    return table(["format", "first pass, images/s", "later passes", "memory of the first, MB"], rows)
+
+
 def reflow() -> str:
     plane, pictures = load("reflow")["cells"]["plane"]["rows"], load("reflow-digits")["cells"]["digits"]["rows"]
     labels = {"1-RF": "first flow", "2-RF": "after one reflow", "3-RF": "after two", "3-RF distilled": "distilled"}
@@ -811,6 +821,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "toy-energy": toy_energy,
     "prediction": prediction,
     "dit-blocks": dit_blocks,
+    "recordings": recordings,
     "reflow": reflow,
     "race": race,
     "race-shares": race_shares,
