@@ -266,8 +266,8 @@ RACERS = {
 }
 
 
-def race() -> str:
-    cells, rows = load("race-fashion")["cells"], []
+def race(name: str) -> str:
+    cells, rows = load(name)["cells"], []
     for name, label in RACERS.items():
         found = [cell["marks"] for key, cell in cells.items() if key.split("/")[1] == name]
         if not found:
@@ -280,10 +280,11 @@ def race() -> str:
     return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
 
 
-def race_shares() -> str:
+def race_shares(name: str) -> str:
     from benchmarks.race import all_shares  # lazy: imports torch
 
-    shares, rows = all_shares(load("race-fashion")["cells"], "fashion-mnist"), []
+    cells, rows = load(name)["cells"], []
+    shares = all_shares(cells, next(iter(cells)).split("/")[0])
     for others in dict.fromkeys(others for _, others in shares):
         names = others.split(" or ")
         label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
@@ -830,8 +831,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "dit-blocks": dit_blocks,
     "recordings": recordings,
     "reflow": reflow,
-    "race": race,
-    "race-shares": race_shares,
+    "race": partial(race, "race-fashion"),
+    "race-shares": partial(race_shares, "race-fashion"),
     "few-step-plane": few_step_plane,
     "few-step-policy": few_step_policy,
     "few-step-guided": partial(few_step_guided, "guided"),
