@@ -444,14 +444,15 @@ def mixed() -> str:
     return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
-def execution() -> str:
-    found = load("execution")["rows"]
+def execution(name: str = "execution") -> str:
+    """``examples/11_execution.py``."""
+    found = load(name)["rows"]
     rows = []
-    for act_steps, name in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
-        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, name)]
+    for act_steps, how in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
+        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, how)]
         cells = [spread([run[key] for run in runs], places) for key, places in
                  (("bits", 2), ("jump_border", 4), ("jump_within", 4))]  # fmt: skip
-        rows.append([name, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
+        rows.append([how, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
     return table(
         ["", "actions of each chunk", "success", "mode entropy, bits (at most 2)", "jump at borders", "within"], rows
     )
@@ -821,6 +822,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "rwr": rwr,
     "reward-methods": reward_methods,
     "execution": execution,
+    "execution-anchored": partial(execution, "execution-anchored"),
     "q-function": q_function,
     "mujoco": mujoco,
     "ddpo": ddpo,

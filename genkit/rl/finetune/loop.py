@@ -206,7 +206,8 @@ class FineTuning:
             self.task, self.policy = build_task(settings, base, world)
         save_every = choose_save_interval(settings, self.task, self.notes.append)
         self.settings = settings = replace(settings, save_every=save_every)
-        self.learner = build_learner(settings, base, steps, self.policy is not None, accelerator)
+        needs_critic = self.policy is not None and settings.method.needs_critic
+        self.learner = build_learner(settings, base, steps, needs_critic, accelerator)
         check_method(settings, self.learner, self.task)
         self.learner.drop_gathered()
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
