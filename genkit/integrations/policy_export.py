@@ -46,20 +46,28 @@ class PolicyGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         policy, past = self.policy, self.policy.obs_shape[0] - 1
-        draws = iter([given["choice"]] if "choice" in given else [])
 
         def noise(shape: Sequence[int]) -> Tensor:
-            value = next(draws, None)
-            if value is None:
-                raise ValueError("to: this sampler draws noise at every step; take a deterministic one, such as ddim")
-            return value
+            raise ValueError("to: this sampler draws noise at every step; take a deterministic one, such as ddim")
 
         cond = {k: given[k] for k in ("obs", "frames") if k in given}
         cond |= {k: v.to(given["noise"].device) for k, v in policy.conditions.items()}
+        if "choice" in given:
+            objective = policy.run.objective
+            log_probs = objective.choice_log_probs(policy.run.nets, cond, given["noise"])
+            cond[objective.chosen_condition] = choose(log_probs, given["choice"])
         x = policy.generate(given["noise"], cond, noise).float()
         obs = given.get("obs", given["noise"].new_zeros(1, past + 1, 0))
         actions = policy.run.codec.to_absolute(x, obs)
         return actions[:, :, past : past + policy.act_steps].transpose(1, 2)
+
+
+def choose(log_probs: Tensor, normal: Tensor) -> Tensor:
+    """The choice ``[B]`` that a standard ``normal`` ``[B, 1]`` makes among those of ``log_probs`` ``[B, K]``: the
+    quantile at its own. Of operations that ONNX has, unlike ``AnchoredFlow.generator``, whose choice it is."""
+    quantile = 0.5 + 0.5 * torch.erf(normal * 0.5**0.5)
+    below = (log_probs.exp().cumsum(1) < quantile).to(torch.int64).sum(1)
+    return below.clamp(max=log_probs.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,9 @@ class ToONNX(ToGraph):
     def load_graph(self, file: Path, names: Sequence[str]) -> Callable[..., Tensor]:
         import onnxruntime  # lazy: an extra
 
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # more only wait for each other
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
         def run(*inputs: Tensor) -> Tensor:
             given = {n: v.numpy() for n, v in zip(names, inputs, strict=True)}

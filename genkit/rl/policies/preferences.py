@@ -165,8 +165,10 @@ def collect_pairs(policy: Policy, env: Env, seeds: Sequence[int], score: Score) 
     pairs: list[tuple[Decision, Decision]] = []
     for seed, gain, a, b in zip(seeds, better, ours, theirs, strict=True):
         if b is None or not np.allclose(a.obs, b.obs, rtol=1e-4, atol=1e-4):
-            raise ValueError(f"pairs: the episode of seed {seed} took another course when it was repeated, so that there "
-                             "is no common observation; needs an environment that its seed determines")  # fmt: skip
+            raise ValueError(
+                f"pairs: the episode of seed {seed} took another course when it was repeated, so that there is no "
+                "common observation; needs an environment that its seed determines"
+            )
         if gain:
             pairs.append((a, b) if gain > 0 else (b, a))
     if not pairs:
