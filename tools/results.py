@@ -417,10 +417,10 @@ def finetune_four_ways() -> str:
     return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
-def finetune_anchored() -> str:
+def finetune_anchored(name: str = "finetune-anchored") -> str:
     """Success before and after with intervals over the starts; the ways that are left, or the coverage."""
     rows = []
-    for run in load("finetune-anchored")["rows"]:
+    for run in load(name)["rows"]:
         bits = interval(run["mode_entropy_bits_after"], 2) if "mode_entropy_bits_after" in run else ""
         cells = [interval(run[f"success_{when}"], 3) for when in ("before", "after")]
         rows.append([run["task"], str(run["seed"]), *cells, bits, str(run["cpu_seconds"])])

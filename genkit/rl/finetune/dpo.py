@@ -81,9 +81,10 @@ def read_pairs(file: str, codec: Codec, spec: Spec, choice: str | None = None) -
 def encode_samples(values: Tensor, name: str, shape: Sequence[int], codec: Codec, cond: Cond) -> Tensor:
     """Samples as the data have them, in the model's units, ``[N, *S]``. ``ValueError`` if they do not fit the model."""
     try:
-        relative = isinstance(codec, Actions) and codec.reference and "obs" in cond
-        x = codec.from_absolute(values, cond["obs"]) if relative else codec.encode(Batch(values)).x
-        x = x.float()
+        if isinstance(codec, Actions) and codec.reference and "obs" in cond:
+            x = codec.from_absolute(values, cond["obs"]).float()
+        else:
+            x = codec.encode(Batch(values)).x.float()
     except (RuntimeError, IndexError):  # of a codec for samples of another shape
         x = values
     if x.shape != shape:

@@ -228,14 +228,19 @@ def rollout(
     refuse_foreign(*existing_files(folder, rollout_name(policy, settings)))
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
-    num = min(settings.num_envs, settings.episodes)
-    env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps, settings.workers)
-    seeds = range(settings.seed, settings.seed + settings.episodes)
-    explained_variance = fit_q(policy, env, settings) if settings.fit_q or settings.offline_q else None
+
+    def make_env(episodes: int) -> Env:
+        num = min(settings.num_envs, episodes)
+        return policy.make_env(num, settings.env, settings.env_args, settings.max_steps, settings.workers)
+
     if settings.pairs:
-        pairs = collect_pairs(policy, env, range(PAIR_SEED, PAIR_SEED + settings.pair_episodes), score)
+        seeds = range(PAIR_SEED, PAIR_SEED + settings.pair_episodes)
+        pairs = collect_pairs(policy, make_env(len(seeds)), seeds, score)
         file = pairs.save(settings.pairs)
-        logger.info(f"{file}: {len(pairs.chosen)} pairs from {settings.pair_episodes} episodes, each run twice")
+        logger.info(f"{file}: {len(pairs.chosen)} pairs from {len(seeds)} episodes, each run twice")
+    learns = settings.fit_q or settings.offline_q
+    explained_variance = fit_q(policy, make_env(max(1, settings.fit_q)), settings) if learns else None
+    env, seeds = make_env(settings.episodes), range(settings.seed, settings.seed + settings.episodes)
     policy = with_q(policy, settings)
     actor: Policy | DelayedPolicy = policy
     if settings.delay or settings.execution != "naive":
