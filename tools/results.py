@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -486,6 +487,19 @@ def pusht_delay() -> str:
     return table(["", "best reward", "largest coverage", "success"], rows)
 
 
+def rollouts() -> str:
+    """``genkit bench rollouts``: medians of three rounds."""
+    data = load("rollouts")["rows"]
+    medians = [statistics.median(row["steps_per_second"]) for row in data]
+    first = {row["env"]: median for row, median in zip(data, medians, strict=True) if not row["workers"]}
+    rows = [
+        [row["env"], f"{row['workers']} of their own" if row["workers"] else "that of the policy", f"{median:,.0f}",
+         f"{median / first[row['env']]:.2f}"]
+        for row, median in zip(data, medians, strict=True)
+    ]  # fmt: skip
+    return table(["", "processes", "steps a second", "times the first"], rows)
+
+
 def pusht_pixels() -> str:
     """``configs/pusht_pixels.yaml``, with and without its random crops."""
     rows = [
@@ -815,6 +829,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "sentences": sentences,
     "pusht-delay": pusht_delay,
     "offline-q": offline_q,
+    "rollouts": rollouts,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "finetune-anchored": finetune_anchored,

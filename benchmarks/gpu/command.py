@@ -24,6 +24,7 @@ from genkit import __version__
 from genkit.cli.scripts import ScriptParser
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
+from genkit.core.markdown import markdown_table
 
 GRACE = 60  # seconds beyond its budget after which the process of a part is ended
 
@@ -123,9 +124,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[str(row.get(key, "")).replace("|", "/") for key in columns] for row in rows]
-    table = [columns, ["---"] * len(columns), *cells]
-    return [*(f"| {' | '.join(line)} |" for line in table), ""]
+    return [markdown_table(columns, ([str(row.get(key, "")) for key in columns] for row in rows)), ""]
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from benchmarks.quality.measuring import TIMED_SAMPLES, Result
 from benchmarks.quality.settings import Quality, find_row, latent_shape
 from genkit import __version__, config
 from genkit.core.files import write_text
+from genkit.core.markdown import markdown_table
 from genkit.evaluation import Card, Estimate
 from genkit.evaluation.cards import flatten, to_text
 from genkit.evaluation.metrics import metric_title
@@ -102,7 +103,7 @@ def to_markdown(lines: Sequence[Line], facts: Mapping[str, str], notes: Sequence
     for line in lines:
         rows.append([line.name, line.sampler, to_nfe(line), *(format_cell(line.values.get(key)) for key in keys)])
     text = [f"# {TITLE}", "", f"    {facts['command']}", ""]
-    text += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * 3 + ["---:"] * len(keys), *rows)]
+    text.append(markdown_table(head, rows, numbers=len(keys)))
     text += ["", *(f"- {note}" for note in notes)]
     text += [f"- {name}: {value}" for name, value in facts.items() if name != "command"]
     return "\n".join(text) + "\n"

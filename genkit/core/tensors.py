@@ -34,6 +34,11 @@ def copy_to_cpu(value: Tensor) -> Tensor:
     return local_rows(value).detach().cpu().contiguous().clone()
 
 
+def count_parameters(net: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
 def unsaved_buffers(net: nn.Module) -> dict[int, Any]:
     """The buffers that are not saved, by id: tables, and the frozen weights under a LoRA. Copies share them."""
     return {id(m._buffers[k]): m._buffers[k] for m in net.modules() for k in m._non_persistent_buffers_set}

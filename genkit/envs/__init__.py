@@ -7,7 +7,7 @@ name the module that registers it: ``my_robot:Reach-v0``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import yaml
 from genkit.config import load_object
 
 Rows = Sequence[int] | np.ndarray  # indices of some of N copies
+Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]  # what Env.step returns
 
 
 class Env(Protocol):
@@ -25,7 +26,8 @@ class Env(Protocol):
 
     An environment may also have ``modes``, the number of ways that ``info["mode"]`` tells apart; ``frame(row)``, a PIL
     image of one row for films; ``pixels((H, W))``, small images uint8 ``[N, 3, H, W]`` of all rows, for policies that
-    observe images; and ``draw(paths, colours, title)``, a figure of paths ``[T, Do]`` as a PIL image.
+    observe images; ``draw(paths, colours, title)``, a figure of paths ``[T, Do]`` as a PIL image; and
+    ``step_chunk(actions [N, K, A])``, the outcomes of K steps one after another, if it can take them faster at once.
     """
 
     num: int
@@ -37,7 +39,7 @@ class Env(Protocol):
         """Begin episodes with these seeds in ``rows`` (None: all); the observations of all rows ``[N, Do]``."""
         ...
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def step(self, actions: np.ndarray) -> Outcome:
         """Take ``actions`` ``[N, A]``; ``(obs [N, Do], reward [N], terminated [N], truncated [N], info)``.
 
         ``terminated`` and ``truncated`` are True in the step that ends a row, and only there. ``info`` holds arrays
@@ -108,6 +110,16 @@ def make(name: str, num: int, *, max_steps: int | None = None, entries: Sequence
     close = difflib.get_close_matches(name, ENVS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return load_object("genkit.envs.gym:Gym")(num, name, hint=hint, entries=entries, **limit, **arguments)
+
+
+def step_chunk(env: Env, actions: np.ndarray) -> Iterator[Outcome]:
+    """The outcomes of ``actions`` ``[N, K, A]``, one step after another, as :meth:`Env.step` returns each.
+
+    An environment of its own processes has taken all K of them when the first outcome is here.
+    """
+    at_once: Any = getattr(env, "step_chunk", None)
+    outcomes: Iterable[Outcome] = at_once(actions) if at_once else map(env.step, actions.swapaxes(0, 1))
+    yield from outcomes
 
 
 def check_actions(actions: np.ndarray, num: int, dim: int, env: str) -> np.ndarray:

@@ -259,6 +259,22 @@ def keypoints(pose: np.ndarray) -> np.ndarray:
     return CORNERS @ rotation.swapaxes(-1, -2) + pose[..., None, :2]
 
 
+class Coverage:
+    """The share of the goal that the T covers, in place of the method of a ``gym_pusht`` environment, which makes the
+    polygons of the goal again in every step."""
+
+    def __init__(self, env: Any):
+        self.env, self.make_polygons = env, importlib.import_module("gym_pusht.envs.pusht").pymunk_to_shapely
+        self.pose: np.ndarray | None = None
+
+    def __call__(self) -> float:
+        env = self.env
+        if self.pose is None or not np.array_equal(self.pose, env.goal_pose):
+            self.pose = np.array(env.goal_pose)
+            self.goal = self.make_polygons(env.get_goal_pose_body(self.pose), env.block.shapes)
+        return self.goal.intersection(self.make_polygons(env.block, env.block.shapes)).area / self.goal.area
+
+
 class PushT(Gym):
     """``gym_pusht/PushT-v0`` with the observations of the demonstrations: nine corners of the T, then the hand, in
     pixels of 512. With ``entries``, names of arrays of the demonstrations, only these."""
@@ -272,6 +288,8 @@ class PushT(Gym):
         super().__init__(num, "gym_pusht/PushT-v0", max_steps=max_steps, obs_type="state", **size)
         self.obs_dim = len(self.columns)
         self.obs = np.zeros((num, self.obs_dim))
+        for env in self.envs:
+            env.unwrapped._get_coverage = Coverage(env.unwrapped)
 
     def observe(self, raw: Any) -> np.ndarray:
         return np.concatenate([keypoints(np.asarray(raw)[2:]).reshape(-1), np.asarray(raw)[:2]])[self.columns]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from genkit.envs import Env, check_actions
+from genkit.envs import Env, Outcome, check_actions, step_chunk
 
 OPTIONAL = ("frame", "pixels", "draw")  # methods that an environment may have
 PACKAGE = Path(__file__).parents[1]  # a ValueError that it raises is a user's mistake
@@ -71,13 +71,18 @@ class ProcessEnv:
             self.obs[self.shares[i]] = obs
         return self.obs.copy()
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def step(self, actions: np.ndarray) -> Outcome:
         """Step all rows, as :meth:`genkit.envs.Env.step`."""
-        actions = check_actions(actions, self.num, self.action_dim, "the environment")
-        outcomes = list(self.ask({i: ("step", actions[share]) for i, share in enumerate(self.shares)}).values())
-        obs, reward, terminated, truncated = (np.concatenate([o[k] for o in outcomes]) for k in range(4))
-        self.obs = obs.copy()
-        return obs, reward, terminated, truncated, join_infos([(o[4], len(o[1])) for o in outcomes])
+        return self.step_chunk(np.asarray(actions)[:, None])[0]
+
+    def step_chunk(self, actions: np.ndarray) -> list[Outcome]:
+        """Take K steps of all rows, ``actions`` ``[N, K, A]``. The processes wait for each other only at the end."""
+        steps = [check_actions(a, self.num, self.action_dim, "the environment") for a in np.moveaxis(actions, 1, 0)]
+        chunk = np.stack(steps, 1)
+        answers = self.ask({i: ("step_chunk", chunk[share]) for i, share in enumerate(self.shares)})
+        outcomes = [join_outcomes(parts) for parts in zip(*answers.values(), strict=True)]
+        self.obs = outcomes[-1][0].copy()
+        return outcomes
 
     def __getattr__(self, name: str) -> Any:
         """The optional methods, those that the environment has."""
@@ -156,6 +161,19 @@ def end_processes(connections: Sequence[Connection], processes: Sequence[BasePro
             process.join()
 
 
+def join_outcomes(parts: Sequence[Outcome]) -> Outcome:
+    """The outcome of all rows in one step, from those of each worker."""
+    *arrays, infos = zip(*parts, strict=True)
+    obs, reward, terminated, truncated = map(np.concatenate, arrays)
+    return (
+        obs,
+        reward,
+        terminated,
+        truncated,
+        join_infos([(info, len(obs)) for info, obs in zip(infos, arrays[0], strict=True)]),
+    )
+
+
 def join_infos(parts: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> dict[str, np.ndarray]:
     """The infos of all rows, from those of each worker and the number of its rows; 0 where none was reported yet."""
     parts = list(parts)
@@ -178,11 +196,15 @@ def serve(connection: Connection, build: Callable[[int], Env], num: int) -> None
         about = {name: getattr(env, name) for name in ("obs_dim", "action_dim", "max_steps")}
         return about | {"modes": getattr(env, "modes", 0), "methods": [m for m in OPTIONAL if hasattr(env, m)]}
 
+    def take_chunk(actions: np.ndarray) -> list[Outcome]:
+        return list(step_chunk(env, actions))
+
     with contextlib.suppress(EOFError, OSError):
         connection.send(answer(describe))
         while True:
             name, *arguments = connection.recv()
-            connection.send(answer(getattr(env, name), *arguments))
+            function = take_chunk if name == "step_chunk" else getattr(env, name)
+            connection.send(answer(function, *arguments))
 
 
 def answer(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from genkit.core.durations import format_duration
+from genkit.core.markdown import markdown_table
 from genkit.evaluation.cards import Card, describe_settings, to_number, to_text
 from genkit.evaluation.report.records import read_log
 from genkit.evaluation.run_records import RunRecord
@@ -27,7 +28,7 @@ def write_model_card(run: RunRecord, repo: str, weights: str, picture: bool = Fa
         f"```bash\npip install 'genkit-torch[hub]'\ngenkit sample hf://{repo} --n 16\n```",
         f"```python\nimport genkit\n\nrun = genkit.load('hf://{repo}')\nrun.sample(16)\n```",
         "## Training",
-        table(("setting", "value"), [(f"`{k}`", v) for k, v in training_facts(run).items()]),
+        markdown_table(("setting", "value"), [(f"`{k}`", v) for k, v in training_facts(run).items()]),
         "Every setting is in `config.yaml`.",
         "## Evaluation",
         evaluation(run.cards),
@@ -101,11 +102,7 @@ def evaluation(cards: Sequence[Card]) -> str:
         )
         settings = describe_settings(card.settings) + note
         rows += [(card.title(name), str(estimate), settings) for name, estimate in card.metrics.items()]
-    return table(("metric", "value", "measured"), rows) + "\n\nThe files in `eval` have every setting of the numbers."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    escape = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        markdown_table(("metric", "value", "measured"), rows)
+        + "\n\nThe files in `eval` have every setting of the numbers."
+    )

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from genkit.core import Data
+from genkit.core.tensors import count_parameters
 from genkit.data import InMemory, OnDisk
 from genkit.data.classes import describe_classes
 from genkit.training.measurements import PeriodicMeasurement
@@ -26,7 +27,7 @@ def summary(
     settings: TrainSettings, run: Path, nets: dict[str, nn.Module], data: Data, accelerator: Accelerator
 ) -> str:
     """One line: directory, size of the model and data, device."""
-    count = sum(p.numel() for net in nets.values() for p in net.parameters())
+    count = sum(map(count_parameters, nets.values()))
     shape = "x".join(map(str, data.spec.shape))
     ranks = f", {accelerator.num_processes} ranks" if accelerator.num_processes > 1 else ""
     size = f"{count / 1e6:.2f}M parameters, {len(data)} samples of {shape}"

@@ -20,7 +20,7 @@ from genkit import config
 from genkit.core.device import pick_device
 from genkit.core.durations import estimate_duration, format_step, parse_duration
 from genkit.core.memory import format_bytes, peak_memory, reset_peak_memory
-from genkit.core.tensors import local_rows
+from genkit.core.tensors import count_parameters, local_rows
 from genkit.training.checkpoint import checkpoint_files
 from genkit.training.distributed import join_ranks
 from genkit.training.loop import fit
@@ -119,7 +119,7 @@ def estimate_training(settings: TrainSettings | None = None, **changes: Any) -> 
     return TrainingEstimate(
         settings=settings,
         samples=len(model.dataset),
-        networks={name: sum(p.numel() for p in net.parameters()) for name, net in state.nets.items()},
+        networks={name: count_parameters(net) for name, net in state.nets.items()},
         memory={**memory_parts(model), "peak": peak},
         steps_timed=len(timed),
         step_seconds=statistics.median(timed),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.core import Backbone, Cond, Label, Spec
+from genkit.core.tensors import count_parameters
 from genkit.training.settings import Parallel
 from genkit.training.sharding import shard_blocks
 
@@ -102,7 +103,7 @@ def measure_network(backbone: Backbone, spec: Spec) -> NetworkCost:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
     with FlopCounterMode(display=False) as counter, hooks:
         net(x, t, cond).sum().backward()
-    return NetworkCost(count(net), largest_block(net), counter.get_total_flops(), float(sum(kept.values())))
+    return NetworkCost(count_parameters(net), largest_block(net), counter.get_total_flops(), float(sum(kept.values())))
 
 
 def blank_conditions(spec: Spec) -> Cond:
@@ -112,14 +113,9 @@ def blank_conditions(spec: Spec) -> Cond:
     return {name: torch.zeros(1, dtype=torch.long) for name in spec.cond}
 
 
-def count(net: nn.Module) -> int:
-    """The number of parameters."""
-    return sum(p.numel() for p in net.parameters())
-
-
 def largest_block(net: nn.Module) -> int:
     """Parameters of the largest block that FSDP gathers at once; of the network, if it declares none."""
-    return max((count(block) for block in shard_blocks(net)), default=count(net))
+    return max((count_parameters(block) for block in shard_blocks(net)), default=count_parameters(net))
 
 
 def plan_step(

@@ -24,6 +24,11 @@ from tests.support.refusals import refuses
 EVERYONE = torch.ones(4, dtype=torch.bool)
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))  # for mapped images
+
+
 def images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
@@ -57,6 +62,10 @@ def test_another_process_gets_the_place_of_mapped_images_and_not_the_images(tmp_
     assert torch.equal(again.gather(rows), torch.from_numpy(np.ascontiguousarray(mapped))[rows])
     assert isinstance(again.episodes[1][0].base, np.memmap)
     assert len(pickle.dumps(again)) < 2000
+    mirrored = mapped[:, :, ::-1, ::-1].swapaxes(2, 3)
+    sent = pickle.dumps(FrameStore([(mirrored[:40],), (mirrored[40:],)]))
+    assert len(sent) < 2000
+    assert torch.equal(pickle.loads(sent).gather(rows), torch.from_numpy(np.ascontiguousarray(mirrored))[rows])
     in_memory = FrameStore([(images(4, 3, 5, 6),)])
     assert torch.equal(pickle.loads(pickle.dumps(in_memory)).gather(rows[:1]), in_memory.gather(rows[:1]))
 

@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[2]
 RED = (215, 40, 40)
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))  # for mapped images
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 def test_an_image_shows_the_position():
     """The weighted centre of the coloured pixels is the position, to much less than a pixel."""

@@ -207,6 +207,7 @@ def minari_set(name: str, episodes, kind="hdf5", nested=False, looks=None, **mor
 def shelf(tmp_path, monkeypatch):
     """The folder of Minari's datasets."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "minari"
 
 

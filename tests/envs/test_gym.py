@@ -52,5 +52,7 @@ def test_the_world_of_pusht_is_the_same_in_the_mirror():
         obs, reward, *_ = env.step(np.stack([where, 512 - where[::-1]]))
         assert np.allclose(obs[0, 18:], 512 - obs[1, [19, 18]], atol=1e-6)
         assert abs(reward[0] - reward[1]) < 1e-4
+        world = env.envs[0].unwrapped  # type: ignore[attr-defined]
+        assert world._get_coverage() == type(world)._get_coverage(world)  # the goal's polygons are made once
     moved = obs[0, :18].reshape(9, 2) - keypoints(state[0, 2:])
     assert np.abs(moved).max() > 30  # it was pushed

@@ -14,7 +14,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from genkit.envs import make
+from genkit.envs import make, step_chunk
 from genkit.envs.processes import ProcessEnv, join_infos
 from tests.support.breaking import Breaking
 from tests.support.refusals import refuses
@@ -49,6 +49,11 @@ def test_rows_are_those_of_one_process_and_end_with_it():
             assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
         if t % 5 == 4:
             assert np.array_equal(env.reset([t, 40], [4, 1]), alone.reset([t, 40], [4, 1]))
+    chunk = rng.normal(0.06, 0.05, (5, 24, 2))  # rows end on the way
+    for one, other in zip(step_chunk(env, chunk), step_chunk(alone, chunk), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+        assert np.array_equal(one[4]["mode"], other[4]["mode"])
+    assert np.array_equal(env.reset([7], [2]), alone.reset([7], [2]))
     assert np.array_equal(env.pixels((8, 8)), alone.pixels((8, 8)))
     assert np.array_equal(np.asarray(env.frame(3)), np.asarray(alone.frame(3)))
     assert not hasattr(ProcessEnv(Breaking, 1, 1), "frame")

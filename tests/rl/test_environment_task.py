@@ -107,3 +107,17 @@ def test_the_last_stack_of_an_episode_is_the_last_that_was_observed():
         first, second = (task.decide(learner, noise) for _ in range(2))
     assert first.next_obs.flatten().tolist() == [3, 4]
     assert (second.next_obs.flatten().tolist(), second.ended.tolist()) == ([5, 6], [True])
+
+
+class Ticking(Clock):
+    """Its mode is the time, and a step that does not count is worth nothing that is finite."""
+
+    def step(self, actions):
+        obs, reward, *ends, info = super().step(actions)
+        return obs, np.where(self.time > 1, np.nan, reward), *ends, {**info, "mode": self.time.astype(int)}
+
+
+def test_the_rest_of_a_chunk_does_not_count_after_an_episode_is_lost():
+    task, _ = make_task(Ticking(1, 8), 1, 1, limit=0.5)
+    total, terminated, ended = task.act(np.zeros((1, 1, 3)))
+    assert (total.tolist(), terminated.tolist(), ended.tolist(), task.mode.tolist()) == ([1], [True], [True], [1])

@@ -51,7 +51,7 @@ def test_the_first_actions_of_each_chunk_are_carried_out():
     policy, env = Counting(4), Logging()
     done = run_episodes(policy, env, [0, 1])
     assert [a for _, a in env.log] == [100, 101, 102, 103, 200, 201]
-    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0]  # a row that has ended gets zeros
+    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 201]  # a row that has ended ignores the rest
     assert [s[-1] for s in policy.observations] == [
         [0, 0, 0],
         [2, 3, 4],
@@ -73,9 +73,52 @@ def test_a_row_that_has_ended_takes_the_next_start_and_only_rows_that_go_on_are_
     done = run_episodes(policy, env, [0, 1, 2])
     assert done.returns.tolist() == [5, 12, 5]  # both rows end within the second chunk; then one start is left
     assert [len(p) for p in done.paths] == [6, 7, 6]
-    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 0, 300, 301, 302, 303, 400]
+    assert [a for a, _ in env.log] == [100, 101, 102, 103, 200, 201, 300, 301, 302, 303, 400]
+    assert [a for _, a in env.log][6:] == [0] * 5  # a row without an episode gets zeros
     assert policy.observations[2:] == [[[0, 0, 0]], [[2, 3, 4]]]  # of one row, begun anew
     refuses(lambda: run_episodes(Counting(4), FourWays(2), [0]), "2 observed numbers", "trained on 1 and 1")
+
+
+class Ahead:
+    """An environment that takes the actions of a chunk before the outcome of the first is looked at."""
+
+    def __init__(self, env):
+        self.env, self.sizes = env, []
+        self.num, self.obs_dim, self.action_dim, self.max_steps = env.num, env.obs_dim, env.action_dim, env.max_steps
+        self.reset, self.step, self.frame, self.pixels = env.reset, env.step, env.frame, env.pixels
+
+    def step_chunk(self, actions):
+        self.sizes.append(actions.shape[1])
+        return [self.step(actions[:, k]) for k in range(actions.shape[1])]
+
+
+class Seeing(Counting):
+    """Sees the last two images too, and moves slowly."""
+
+    obs_shape, action_dim, frame_shape = (2, 2), 2, (3, 8, 8)
+
+    def reset(self, seeds, rows=None):
+        super().reset(seeds, rows)
+        self.images = [] if rows is None else self.images
+
+    def act(self, obs, rows, frames=None):
+        self.images.append(frames)
+        return 0.02 + 1e-4 * np.repeat(super().act(obs, rows), 2, 2) % 0.03
+
+
+@pytest.mark.parametrize("film", [0, 1])
+def test_chunks_at_once_are_looked_at_where_images_are_needed(film):
+    policies, envs = (Seeing(5), Seeing(5)), (FourWays(2, max_steps=12), Ahead(FourWays(2, max_steps=12)))
+    one, two = (run_episodes(p, e, range(3), film=film) for p, e in zip(policies, envs, strict=True))
+    for a, b in zip(one.paths, two.paths, strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(*(p.images for p in policies), strict=True):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(policies[0].images[1][:, 0], policies[0].images[1][:, 1])
+    for a, b in zip(one.frames, two.frames, strict=True):
+        assert len(a) == len(b) == one.lengths[0] + 1
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert envs[1].sizes[:4] == ([1, 1, 1, 1] if film else [4, 1, 4, 1])
 
 
 def test_entropy_is_that_of_the_ways_that_succeed():

@@ -14,6 +14,7 @@ from genkit.config import parse, to_yaml
 from genkit.config.paths import PathText
 from genkit.config.trust import UntrustedCodeError
 from genkit.core import Label, Tokens
+from genkit.core.tensors import count_parameters
 from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     except UntrustedCodeError as e:
         return show_stored(find_run(command.run), e)
     records = read_log(run.directory)
-    count = {k: sum(p.numel() for p in net.parameters()) for k, net in run.nets.items()}
+    count = {k: count_parameters(net) for k, net in run.nets.items()}
     damaged = list_incomplete(run.directory)
     saved = [p.name + (" (damaged)" if p in damaged else "") for p in list_saved(run.directory)]
     cond = ", ".join(f"{k} ({type(v).__name__.lower()})" for k, v in run.spec.cond.items()) or "none"

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +26,7 @@ from genkit.data.in_memory import InMemory
 logger = logging.getLogger("genkit")
 CACHE_VERSION = 2  # of the content of a cached file, for the same source
 IDLE = 3600.0  # seconds after which a file whose process does not run is no longer written to
+CHANNELS = (1, 3)  # numbers of channels that images may have
 GREY = (0.299, 0.587, 0.114)  # weights of the colours in grey (ITU-R BT.601)
 
 
@@ -77,16 +78,17 @@ class MappedPlace(NamedTuple):
 
     file: str
     offset: int
+    """of its first number, which may come after others if the view runs backwards"""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     @classmethod
     def of(cls, array: np.ndarray) -> MappedPlace | None:
-        """The place of an array; None if it is in memory, or a view that runs backwards."""
+        """The place of an array; None if it is in memory."""
         root: Any = array
         while isinstance(root.base, np.ndarray):
             root = root.base
-        if not isinstance(root, np.memmap) or root.filename is None or min(array.strides, default=0) < 0:
+        if not isinstance(root, np.memmap) or root.filename is None:
             return None
         address, begin = (a.__array_interface__["data"][0] for a in (array, root))
         return cls(str(root.filename), root.offset + address - begin, array.shape, array.strides)
@@ -95,9 +97,11 @@ class MappedPlace(NamedTuple):
         """The array again, mapped."""
         if not all(self.shape):
             return np.empty(self.shape, np.uint8)
-        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        mapped = np.memmap(self.file, np.uint8, "r", self.offset, (size,))
-        return np.ndarray(self.shape, np.uint8, mapped, strides=self.strides)
+        spans = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
+        before = -sum(span for span in spans if span < 0)
+        size = 1 + sum(abs(span) for span in spans)
+        mapped = np.memmap(self.file, np.uint8, "r", self.offset - before, (size,))
+        return np.ndarray(self.shape, np.uint8, mapped, before, self.strides)
 
 
 @dataclass(eq=False)
@@ -151,13 +155,21 @@ def color_jitter(frames: Tensor, cameras: Sequence[int], amount: float, draw: Dr
 
 # --------------------------------------------------------------------------------------------------- conversion
 def channels_first(values: np.ndarray, name: str, location: str) -> np.ndarray:
-    """Images ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter. ``ValueError`` unless they are uint8 with 1 or 3
-    channels."""
-    channels_last = values.ndim == 4 and values.shape[3] in (1, 3)
-    if values.dtype != np.uint8 or values.ndim != 4 or not (channels_last or values.shape[1] in (1, 3)):
-        given = f"{values.shape} of {values.dtype}"
-        raise ValueError(f"{location}: {name} is {given}; images are uint8 [N, H, W, 3], or with one channel")
-    return values.transpose(0, 3, 1, 2) if channels_last else values
+    """Images ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter. ``ValueError`` as for :func:`image_shape`."""
+    image_shape(values.shape, values.dtype, name, location)
+    return values.transpose(0, 3, 1, 2) if values.shape[3] in CHANNELS else values
+
+
+def image_shape(shape: tuple[int, ...], dtype: np.dtype, name: str, location: str) -> tuple[int, int, int, int]:
+    """The shape of images ``[N, H, W, C]`` or ``[N, C, H, W]`` as the latter. ``ValueError`` unless they are uint8 with
+    1 or 3 channels."""
+    if dtype == np.uint8 and len(shape) == 4:
+        n, a, b, c = shape
+        if c in CHANNELS:
+            return n, c, a, b
+        if a in CHANNELS:
+            return n, a, b, c
+    raise ValueError(f"{location}: {name} is {shape} of {dtype}; images are uint8 [N, H, W, 3], or with one channel")
 
 
 def resize(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
@@ -175,6 +187,37 @@ def resize_all(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     if size is None or images.shape[2:] == tuple(size):
         return images
     return np.stack([resize(image.transpose(1, 2, 0), size) for image in images])
+
+
+def cached_pieces(
+    files: Sequence[Path],
+    name: str,
+    shape: tuple[int, int, int, int],
+    pieces: Callable[[], Iterable[np.ndarray]],
+    size: tuple[int, int] | None,
+    **key: Any,
+) -> np.ndarray:
+    """The images of a camera, uint8 ``[N, C, h, w]`` of ``size``, mapped from a file: read in pieces, once.
+
+    ``shape`` is (N, C, H, W) as they are recorded in ``files``. ``pieces()`` yields some of them at a time, in order,
+    ``[n, H, W, C]`` or ``[n, C, H, W]``; more than N are left out. ``key`` says, besides the files, which they are.
+    ``ValueError`` if there are fewer, or images of other channels among them.
+    """
+    num, channels = shape[:2]
+    h, w = size or shape[2:]
+
+    def write(frames: np.ndarray) -> None:
+        row = 0
+        for piece in pieces():
+            images = channels_first(piece, name, str(files[0]))[: num - row]
+            if images.shape[1] != channels:
+                raise ValueError(f"{files[0]}: {name} has images of {channels} and of {images.shape[1]} channels")
+            frames[row : row + len(images)] = resize_all(images, (h, w))
+            row += len(images)
+        if row < num:
+            raise ValueError(f"{files[0]}: {name} has {row} images of {num}; it is cut off")
+
+    return cached_frames({"files": stamps(files), "camera": name, **key}, (num, channels, h, w), write, name)
 
 
 def cached_frames(

@@ -16,6 +16,7 @@ import numpy as np
 
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
+from genkit.data.demonstrations.frames import cached_pieces, image_shape
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.source import DataSource
 from genkit.envs import parse_arguments
@@ -97,6 +98,21 @@ class Minari(Recorded):
         if ends[-1] != data.total_steps:
             raise ValueError(f"{self.root}: holds {ends[-1]} steps of {data.total_steps}; it is cut off")
         return {**{k: np.concatenate(v) for k, v in parts.items()}, "episode_ends": np.array(ends[1:])}
+
+    def camera(self, name: str) -> np.ndarray:
+        data = open_minari(self.root)
+        boxes = box_paths(data.observation_space, "obs", self.root)
+        require_arrays(self.root, [name], boxes)
+
+        def pieces() -> Iterator[np.ndarray]:
+            for i in range(data.total_episodes):
+                values, length = self.read_episode(data, i, {name: boxes[name]}, {})
+                yield np.asarray(values[name])[:length]
+
+        example = next(pieces())
+        shape = image_shape((data.total_steps, *example.shape[1:]), example.dtype, name, self.root)
+        files = sorted(p for p in Path(data.storage.data_path).rglob("*") if p.is_file())
+        return cached_pieces(files, name, shape, pieces, self.image_size)
 
     def read_episode(
         self, data: Any, i: int, obs: Mapping[str, Sequence[Any]], actions: Mapping[str, Sequence[Any]]

@@ -77,7 +77,7 @@ class MirroredPusht(Pusht):
     """PushT's demonstrations, mirrored at the line x + y = 512."""
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        if unknown := set(names) - {*MIRRORED, *self.frames, self.reward, self.skill}:
+        if unknown := set(names) - {*MIRRORED, self.reward, self.skill}:
             raise ValueError(f"mirror: {min(unknown)!r} has no known mirror image; allowed: {', '.join(MIRRORED)}")
         arrays = dict(super().arrays([*names, *({"state"} - {*names})]))
         arrays["state"] = state = mirror_state(arrays["state"])

@@ -10,19 +10,20 @@ import re
 import shlex
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from genkit.config.numbers import Count, Fraction, Natural, Seed
 from genkit.config.paths import PathText
-from genkit.core.arrays import open_npz, require_memory
+from genkit.core.arrays import ArrayPieces, npz_pieces, open_npz, require_memory, rows_of_piece
 from genkit.core.files import format_error
-from genkit.data.demonstrations.frames import channels_first, resize_all
+from genkit.data.demonstrations.frames import cached_pieces, image_shape
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
 from genkit.envs import EXPERTS, plain_id
@@ -134,9 +135,13 @@ class Recorded(Demonstrations):
                 )
         return cameras
 
+    @abstractmethod
     def camera(self, name: str) -> np.ndarray:
-        """The images of a camera at all steps, uint8 ``[N, C, H, W]``, in the size that is asked for."""
-        return resize_all(channels_first(self.arrays([name])[name], name, self.root), self.image_size)
+        """The images of a camera at all steps, uint8 ``[N, C, H, W]``, in the size that is asked for.
+
+        Raise ``ValueError`` as :meth:`arrays` does. Recordings may be larger than memory:
+        :func:`~genkit.data.demonstrations.frames.cached_pieces` makes a mapped file of them.
+        """
 
     def step_tasks(self) -> np.ndarray | None:
         """The task of each step ``[N]``, a row of :meth:`task_texts`; None if the recording names none."""
@@ -202,7 +207,7 @@ class Recorded(Demonstrations):
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """These arrays of an .npz. ``ValueError`` if one is missing or the file is damaged."""
     try:
-        with open_npz(path) as stored:
+        with open_npz(path, names) as stored:
             available = list(stored.files)
             arrays = {k: stored[k] for k in names if k in available}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
@@ -216,22 +221,46 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
     ``ValueError`` if zarr or an array is missing, or the store is damaged.
     """
+    with open_zarr(path) as stored:
+        arrays = {}
+        for k in names:
+            if k in stored:
+                require_memory(k, stored[k].nbytes)
+                arrays[k] = np.asarray(stored[k][:])
+    require_arrays(path, names, stored)
+    return arrays
+
+
+@contextmanager
+def open_zarr(path: Path) -> Iterator[dict[str, Any]]:
+    """The arrays of zarr by name, unread. ``ValueError``, also for what is raised while they are read."""
     try:
         import zarr  # lazy: optional
+        from zarr.storage import ZipStore
     except ImportError:
         raise ValueError(f"{path}: reading zarr needs the package zarr; install it: pip install zarr") from None
     try:
-        group = zarr.open_group(str(path), mode="r")
-        place = {**{k: f"data/{k}" for k in group["data"].array_keys()}, "episode_ends": "meta/episode_ends"}  # type: ignore[union-attr]
-        for k in names:
-            if k in place:
-                require_memory(k, group[place[k]].nbytes)  # type: ignore[union-attr]
-        arrays = {k: np.asarray(group[place[k]][:]) for k in names if k in place}  # type: ignore[index]
+        group: Any = zarr.open_group(ZipStore(path, mode="r") if path.is_file() else str(path), mode="r")
+        arrays = {k: group[f"data/{k}"] for k in group["data"].array_keys()}
+        yield {**arrays, "episode_ends": group["meta/episode_ends"]}
     except Exception as e:  # zarr raises anything over a damaged store
         reason = format_error(e)
         raise ValueError(f"{path}: is not a zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
-    require_arrays(path, names, place)
-    return arrays
+
+
+def zarr_pieces(path: Path, name: str) -> ArrayPieces:
+    """An array of a zarr in pieces: whole chunks, unless one is larger than a piece. ``ValueError`` if damaged."""
+    with open_zarr(path) as stored:
+        shape, dtype, chunk = stored[name].shape, stored[name].dtype, stored[name].chunks[0]
+
+    def read() -> Iterator[np.ndarray]:
+        rows = rows_of_piece(shape, dtype)
+        rows = rows // chunk * chunk or rows
+        with open_zarr(path) as stored:
+            for first in range(0, shape[0], rows):
+                yield np.asarray(stored[name][first : first + rows])
+
+    return ArrayPieces(shape, dtype, read)
 
 
 def recording_hint(path: Path, env: str) -> str:
@@ -258,10 +287,15 @@ def read_replay_buffer(root: str, names: Sequence[str], env: str = "") -> Mappin
     if (lengths <= 0).any():
         raise ValueError(f"{path}: episode {int(np.argmax(lengths <= 0))} is empty; episode_ends must increase")
     for name in names:
-        if (length := len(arrays[name]) if arrays[name].ndim else 0) < ends[-1]:
-            episode = int(np.searchsorted(ends, length, side="right"))
-            raise ValueError(f"{path}: {name} has {length} steps of {ends[-1]}; it is cut off in episode {episode}")
+        require_steps(path, name, arrays[name].shape, ends)
     return arrays
+
+
+def require_steps(path: Path, name: str, shape: Sequence[int], ends: np.ndarray) -> None:
+    """Raise ``ValueError`` unless an array of this shape has all steps."""
+    if (length := shape[0] if shape else 0) < ends[-1]:
+        episode = int(np.searchsorted(ends, length, side="right"))
+        raise ValueError(f"{path}: {name} has {length} steps of {ends[-1]}; it is cut off in episode {episode}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,3 +307,18 @@ class Replay(Recorded):
 
     def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         return read_replay_buffer(self.root, names, self.env)
+
+    def camera(self, name: str) -> np.ndarray:
+        path, ends = Path(self.root).expanduser(), read_replay_buffer(self.root, [], self.env)["episode_ends"]
+        if ".zarr" in path.name:
+            with open_zarr(path) as stored:
+                require_arrays(path, [name], stored)
+            images = zarr_pieces(path, name)
+            files = sorted(p for p in (path / "data" / name).rglob("*") if p.is_file()) if path.is_dir() else [path]
+        else:
+            with open_npz(path, []) as stored:
+                require_arrays(path, [name], stored.files)
+            images, files = npz_pieces(path, name), [path]
+        shape = image_shape(images.shape, images.dtype, name, self.root)
+        require_steps(path, name, images.shape, ends)
+        return cached_pieces(files, name, (int(ends[-1]), *shape[1:]), images.read, self.image_size)

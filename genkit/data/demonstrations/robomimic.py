@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from genkit.config.paths import PathText
+from genkit.core.arrays import rows_of_piece
 from genkit.core.files import format_error
-from genkit.data.demonstrations.frames import cached_frames, channels_first, resize, stamps
+from genkit.data.demonstrations.frames import cached_pieces, image_shape
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 
 INSTALL = "pip install 'genkit-torch[data]'"
-BLOCK = 64  # images that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +57,26 @@ class Robomimic(Recorded):
         return {**{k: np.concatenate(v) for k, v in parts.items()}, "episode_ends": np.array(ends[1:])}
 
     def camera(self, name: str) -> np.ndarray:
-        lengths: list[int] = []
-        example: Any = None
+        num = 0
+        shape: Any = None
         with open_episodes(self.root, self.mask) as episodes:
             for title, episode in episodes:
                 entries = episode_entries(episode)
                 require_arrays(f"{self.root}: {title}", [name, "actions"], entries)
                 require_length(f"{self.root}: {title}", name, entries)
-                lengths.append(len(entries[name]))
-                example = channels_first(entries[name][:1], name, self.root)
-        size = self.image_size or tuple(example.shape[2:])
+                num += len(entries[name])
+                shape = shape or image_shape(entries[name].shape, entries[name].dtype, name, self.root)[1:]
 
-        def write(frames: np.ndarray) -> None:
-            row = 0
+        def pieces() -> Iterator[np.ndarray]:
             with open_episodes(self.root, self.mask) as again:
                 for _, opened in again:
                     images = episode_entries(opened)[name]
-                    for first in range(0, len(images), BLOCK):
-                        for image in channels_first(images[first : first + BLOCK], name, self.root):
-                            frames[row] = resize(image.transpose(1, 2, 0), size)
-                            row += 1
+                    rows = rows_of_piece(images.shape, images.dtype)
+                    for first in range(0, len(images), rows):
+                        yield images[first : first + rows]
 
-        key = {"files": stamps([Path(self.root).expanduser()]), "camera": name, "mask": self.mask}
-        return cached_frames(key, (sum(lengths), example.shape[1], *size), write, name)
+        file = Path(self.root).expanduser()
+        return cached_pieces([file], name, (num, *shape), pieces, self.image_size, mask=self.mask)
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from genkit.envs import Env
-
-Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]
+from genkit.envs import Env, Outcome, step_chunk
 
 
 def own_reward(env: Env) -> Env:
@@ -16,8 +15,8 @@ def own_reward(env: Env) -> Env:
     return env
 
 
-class RewardWrapper:
-    """An environment with other rewards; subclasses implement ``step``."""
+class RewardWrapper(ABC):
+    """An environment with other rewards; subclasses implement :meth:`change`."""
 
     def __init__(self, env: Env):
         self.env, self.modes = env, getattr(env, "modes", 0)
@@ -26,6 +25,18 @@ class RewardWrapper:
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> np.ndarray:
         """Begin episodes, as :meth:`genkit.envs.Env.reset`."""
         return self.env.reset(seeds, rows)
+
+    def step(self, actions: np.ndarray) -> Outcome:
+        """Step all rows, as :meth:`genkit.envs.Env.step`, with these rewards."""
+        return self.change(self.env.step(actions))
+
+    def step_chunk(self, actions: np.ndarray) -> Iterator[Outcome]:
+        """Take K steps of all rows, ``actions`` ``[N, K, A]``, with these rewards."""
+        return map(self.change, step_chunk(self.env, actions))
+
+    @abstractmethod
+    def change(self, outcome: Outcome) -> Outcome:
+        """The outcome of one step with these rewards."""
 
 
 class SingleModeReward(RewardWrapper):
@@ -38,9 +49,9 @@ class SingleModeReward(RewardWrapper):
             raise ValueError(f"mode: given {mode}; {allowed}")
         self.mode = mode
 
-    def step(self, actions: np.ndarray) -> Outcome:
-        """Step all rows, as :meth:`genkit.envs.Env.step`, with these rewards."""
-        obs, reward, terminated, truncated, info = self.env.step(actions)
+    def change(self, outcome: Outcome) -> Outcome:
+        """The outcome of one step with these rewards."""
+        obs, reward, terminated, truncated, info = outcome
         right = info["mode"] == self.mode
         return obs, reward * right, terminated, truncated, {**info, "success": info["success"] & right}
 
@@ -63,9 +74,9 @@ class SuccessReward(RewardWrapper):
         self.succeeded[list(range(self.num) if rows is None else rows)] = False
         return super().reset(seeds, rows)
 
-    def step(self, actions: np.ndarray) -> Outcome:
-        """Step all rows, as :meth:`genkit.envs.Env.step`, with these rewards."""
-        obs, reward, terminated, truncated, info = self.env.step(actions)
+    def change(self, outcome: Outcome) -> Outcome:
+        """The outcome of one step with these rewards."""
+        obs, reward, terminated, truncated, info = outcome
         success = info["success"].astype(bool)
         first = success & ~self.succeeded
         self.succeeded |= success

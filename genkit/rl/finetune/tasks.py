@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
 from genkit.data.codecs import Actions, decode_smoothly
-from genkit.envs import Env
+from genkit.envs import Env, step_chunk
 from genkit.rl.finetune.advantages import gae, group_advantages
 from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise
 from genkit.rl.finetune.env_rewards import REWARDS
@@ -95,6 +95,7 @@ class EnvironmentTask:
         self.age = np.zeros(self.env.num, int)
         self.total = np.zeros(self.env.num)
         self.success = np.zeros(self.env.num, bool)
+        self.mode = np.full(self.env.num, -1)
 
     def next_seeds(self, learner: Learner, n: int) -> list[int]:
         """Seeds of the next ``n`` episodes, in a range that evaluations never use."""
@@ -170,15 +171,14 @@ class EnvironmentTask:
         """Carry out chunks ``[N, A, Ta]``: the sums of rewards, which rows terminated, which ended in any way."""
         n = self.env.num
         total, terminated, ended = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
-        for j in range(actions.shape[2]):
-            obs, reward, terminates, truncates, info = self.env.step(np.where(ended[:, None], 0, actions[:, :, j]))
-            if reward.shape != (n,) or not np.isfinite(reward).all():
+        for obs, reward, terminates, truncates, info in step_chunk(self.env, actions.swapaxes(1, 2)):
+            if reward.shape != (n,) or not np.isfinite(reward[~ended]).all():
                 raise ValueError(f"reward: the environment gave {describe_bad(reward)}; needs ({n},) finite numbers")
             total += np.where(ended, 0, reward)
             self.reports_success = "success" in info
             if self.reports_success:
                 self.success |= ~ended & info["success"].astype(bool)
-            self.mode = info.get("mode", np.full(n, -1))
+            self.mode = np.where(ended, self.mode, info.get("mode", np.full(n, -1)))
             terminated |= terminates & ~ended
             distance = np.abs((obs - self.obs_mean) / self.obs_scale).max(1)
             out_of_range = distance > (self.terminate_out_of_range or math.inf)

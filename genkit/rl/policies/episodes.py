@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from genkit.core.progress import Progress, silent
-from genkit.envs import Env, Rows
+from genkit.envs import Env, Outcome, Rows, step_chunk
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 FIRST_STEPS = 64  # room for the steps of an episode at first; it is doubled when it is full
@@ -234,17 +234,17 @@ class RunningEpisodes:
 
     def carry_out(self, rows: np.ndarray, chunk: np.ndarray) -> None:
         """Execute actions ``[M, Ta, A]`` in ``rows``, then begin the next episodes in those that have ended."""
-        actions = np.zeros((self.env.num, *chunk.shape[1:]))
+        actions = np.zeros((self.env.num, *chunk.shape[1:]))  # rows without an episode stand still
         actions[rows] = chunk
-        for k in range(chunk.shape[1]):
-            actions[self.episode < 0] = 0  # rows that have ended stand still
-            outcome = self.env.step(actions[:, k])
-            self.add(*outcome)
-            self.history = np.concatenate([self.history[:, 1:], outcome[0][:, None]], 1)
-            last = k == chunk.shape[1] - 1 or not len(self.rows)
+        parts = np.split(actions, self.find_pauses(chunk.shape[1]), 1)
+        for i, part in enumerate(parts):
+            for outcome in step_chunk(self.env, part):
+                self.add(outcome)
+                if not len(self.rows):
+                    break
+            last = i == len(parts) - 1 or not len(self.rows)
             new = self.restart() if last else np.zeros(0, int)
-            # earlier images are never shown to the policy
-            if self.pixels is not None and (last or k >= chunk.shape[1] - self.pixels.shape[1]):
+            if self.pixels is not None:
                 images = see(self.policy, self.env)
                 assert images is not None
                 self.pixels = np.concatenate([self.pixels[:, 1:], images[:, None]], 1)
@@ -252,16 +252,18 @@ class RunningEpisodes:
             if last:
                 break
 
-    def add(
-        self,
-        obs: np.ndarray,
-        reward: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        info: dict[str, np.ndarray],
-    ) -> None:
+    def find_pauses(self, steps: int) -> list[int]:
+        """After which of a chunk's steps the environment is looked at before it goes on: each if a film is made, and
+        those of the images that the policy sees next; earlier images are never shown to it."""
+        if self.draw and (self.episode[self.rows] < self.film).any():
+            return list(range(1, steps))
+        return [] if self.pixels is None else list(range(max(1, steps - self.pixels.shape[1] + 1), steps))
+
+    def add(self, outcome: Outcome) -> None:
         """Count one step of the environment in the episodes that go on."""
+        obs, reward, terminated, truncated, info = outcome
         results, rows = self.results, self.rows
+        self.history = np.concatenate([self.history[:, 1:], obs[:, None]], 1)
         numbers = self.episode[rows]
         step = results.lengths[numbers]
         if step.max() + 1 >= self.path.shape[1]:
