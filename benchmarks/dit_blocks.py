@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
 from genkit.cli.scripts import ScriptParser
 from genkit.training.directory import read_log
 from genkit.training.train import train
@@ -92,7 +91,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def print_table(console: Console, results: ResultsFile) -> None:
     """One row for each variant."""
-    table = Table("variant", "held-out loss", "against default", "steps")
+    table = make_table("variant", "held-out loss", "against default", "steps")
     base = np.array(results.cells.get("default", {}).get("loss", []))
     for variant in VARIANTS:
         if variant in results:
@@ -106,7 +105,7 @@ def print_table(console: Console, results: ResultsFile) -> None:
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
     args = parse_arguments(argv)
-    console = Console()
+    console = make_console()
     results = ResultsFile(args.out, {"seeds": args.seeds, "seconds": args.seconds}, ["dit-blocks", *argv])
     for variant in args.only or VARIANTS:
         if variant not in results:

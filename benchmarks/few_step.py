@@ -34,14 +34,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from benchmarks import few_step_data as experiments
 from benchmarks.ensemble import train
 from benchmarks.few_step_data import DrawBatch, Setting
 from benchmarks.few_step_picture import save_picture
-from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
 from genkit.cli.scripts import ScriptParser
 from genkit.core import Batch, Generator, Guidance, Objective
 from genkit.diffusion.guidance import classifier_free, scale_input
@@ -355,7 +354,9 @@ def print_tables(console: Console, title: str, rows: Mapping[str, dict]) -> None
     for name in dict.fromkeys(name for row in rows.values() for name in row["values"]):
         found = [row["values"].get(name, {}) for row in rows.values()]
         counts = sorted({int(k) for values in found for k in values})
-        table = Table("", *(f"{k} step{'s' * (k > 1)}" for k in counts), "CPU s", "training", title=f"{title}, {name}")
+        table = make_table(
+            "", *(f"{k} step{'s' * (k > 1)}" for k in counts), "CPU s", "training", title=f"{title}, {name}"
+        )
         for (row, cell), values in zip(rows.items(), found, strict=True):
             cost = (f"{sum(cell[k]) / len(cell[k]):.0f}" if cell.get(k) else "" for k in ("cpu_seconds", "steps"))
             numbers = (values.get(str(k)) for k in counts)
@@ -382,7 +383,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
     torch.set_num_threads(1)
     results = ResultsFile(args.out, {"seeds": args.seeds, **given}, ["few-step", *argv])
-    console = Console()
+    console = make_console()
     for name, part in PARTS.items():
         if args.only not in (None, name):
             continue

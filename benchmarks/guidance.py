@@ -22,10 +22,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import genkit
-from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd, student_interval
+from benchmarks.results import (
+    MAX_SEEDS,
+    MAX_STEPS,
+    ResultsFile,
+    check_ranges,
+    format_mean_sd,
+    make_console,
+    make_table,
+    student_interval,
+)
 from genkit.cli.scripts import ScriptParser
 from genkit.training.run import Run
 from genkit.training.sampling import Sampling
@@ -108,7 +116,7 @@ def cells_of(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 def print_table(console: Console, name: str, cells: Sequence[Mapping[str, Any]]) -> None:
     """Mean and standard deviation over the seeds, and the difference of the two arms with its interval."""
     for metric, title in METRICS.items():
-        table = Table("scale", *ARMS, "difference", title=f"{name}, {title}")
+        table = make_table("scale", *ARMS, "difference", title=f"{name}, {title}")
         plain = [cell["values"]["1"]["unguided"][metric] for cell in cells]
         table.add_row("1", format_mean_sd(plain), "", "")
         for scale in (f"{s:g}" for s in SCALES):
@@ -134,7 +142,7 @@ def main(argv: list[str]) -> int:
     budget = {name: [part.steps, part.distillation] for name, part in PARTS.items()}
     settings = {"scales": SCALES, "range": RANGE, "sampler": SAMPLER, "sampler_steps": STEPS, "samples": SAMPLES}
     results = ResultsFile(args.out, {**settings, "steps": budget, **given}, ["guidance", *argv])
-    console = Console()
+    console = make_console()
     for name, part in PARTS.items():
         if args.only not in (None, name):
             continue

@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.mixture import F64, ExactDenoiser, three
+from benchmarks.results import make_console, make_table
 from genkit import __version__
 from genkit.cli.scripts import ScriptParser
 from genkit.core import ProbabilityPath
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser = ScriptParser(__doc__, "genkit bench order")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the settings")
     args = parser.parse_args(argv)
-    console = Console()
+    console = make_console()
     z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
     truth = solve("rk4", Linear(), z, REFERENCE_STEPS)
     errors: dict[str, dict[str, list[float]]] = {}
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
     for solver, by_path in errors.items():
         orders[solver] = {path: math.log2(e[-2] / e[-1]) for path, e in by_path.items()}
     likelihood = {path: likelihood_error(PATHS[path](), three().sample(64)[0]) for path in PATHS}
-    table = Table("solver", "lowest order", "and highest, of all paths", *[f"error, {n} steps" for n in STEPS])
+    table = make_table("solver", "lowest order", "and highest, of all paths", *[f"error, {n} steps" for n in STEPS])
     for solver, by_path in orders.items():
         sizes = [f"{e:.1e}" for e in errors[solver]["linear"]]
         table.add_row(solver, f"{min(by_path.values()):.2f}", f"{max(by_path.values()):.2f}", *sizes)

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.results import make_console, make_table
 from genkit import __version__
 from genkit.cli.scripts import ScriptParser
 from genkit.core import Parametrization, ProbabilityPath, Sampler
@@ -128,10 +127,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = {name: measure(name, args.rounds) for name in PAIRS}
-    table = Table("sampler", "genkit, us per step", "diffusers", "ratio")
+    table = make_table("sampler", "genkit, us per step", "diffusers", "ratio")
     for name, (ours, theirs) in results.items():
         table.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
-    Console().print(table)
+    make_console().print(table)
     if args.out:
         import diffusers  # lazy: slow to import
 

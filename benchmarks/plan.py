@@ -12,9 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.results import make_console, make_table
 from genkit import __version__
 from genkit.backbones import DiT
 from genkit.backbones.presets import DIT_PRESETS
@@ -40,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser = ScriptParser(__doc__, "genkit bench plan")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON, with the assumptions")
     args = parser.parse_args(argv)
-    table = Table("network", "GPUs", "parallel", "GB a GPU", "GB in the node", "GB across", "ms a step")
+    table = make_table("network", "GPUs", "parallel", "GB a GPU", "GB in the node", "GB across", "ms a step")
     costs, rows = {}, []
     for name, (backbone, spec) in NETWORKS.items():
         cost = costs[name] = measure_network(backbone, spec)
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int:
                 numbers = [f"{size / 1e9:.2f}" for size in sizes]
                 low, high = plan.seconds
                 table.add_row(name, str(gpus), parallel, *numbers, f"{1e3 * low:.0f} to {1e3 * high:.0f}")
-    Console().print(table)
+    make_console().print(table)
     if args.out:
         networks = {name: asdict(cost) for name, cost in costs.items()}
         result = {"networks": networks, "cluster": asdict(Cluster(8)), "rows": rows, "genkit": __version__}

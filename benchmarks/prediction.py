@@ -28,11 +28,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ensemble import EnsembleMLP, draw_rows, train
-from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
 from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND
 from genkit.core.files import atomic_write
@@ -127,7 +126,7 @@ def print_tables(console: Console, results: ResultsFile, dims: list[int]) -> Non
     """W2 and the mean square off the plane."""
     titles = {"w2": "W2 to the data, in the plane", "off": "mean square off the plane (in it: 2)"}
     for key, title in titles.items():
-        table = Table("prediction", *[f"D = {d}" for d in dims], title=title)
+        table = make_table("prediction", *[f"D = {d}" for d in dims], title=title)
         for prediction in PREDICTIONS:
             table.add_row(prediction, *[format_mean_sd(results.cells[f"{prediction} {d}"][key]) for d in dims])
         console.print(table)
@@ -153,7 +152,7 @@ def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)
-    console = Console()
+    console = make_console()
     settings = {"seeds": args.seeds, "steps": args.steps, "batch": BATCH, "lr": LR}
     settings |= {"euler": EULER_STEPS, "test": TEST_SAMPLES}
     results = ResultsFile(args.out, settings, ["prediction", *argv])

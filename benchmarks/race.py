@@ -25,10 +25,17 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.race_loops import CONTENDERS, GENKIT, LOOPS, RaceData, data_of, source_of, train_contender
-from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, student_interval
+from benchmarks.results import (
+    MAX_SEEDS,
+    ResultsFile,
+    check_ranges,
+    format_mean_sd,
+    make_console,
+    make_table,
+    student_interval,
+)
 from genkit.cli.scripts import ScriptParser
 from genkit.core.device import pick_device
 from genkit.core.files import write_text
@@ -105,6 +112,12 @@ def find_crossing(points: Sequence[tuple[float, float]], target: float) -> Cross
     return None
 
 
+def geometric_estimate(values: Sequence[float]) -> Estimate:
+    """The geometric mean, and Student's interval of the logarithms (none for one value)."""
+    mean, half = student_interval([math.log(max(value, SMALLEST)) for value in values])
+    return Estimate(math.exp(mean), *(() if math.isnan(half) else (math.exp(mean - half), math.exp(mean + half))))
+
+
 @dataclass(frozen=True)
 class SecondsShare:
     """The share of the seconds of others in which a contender reaches the distance that they have at their end."""
@@ -118,8 +131,7 @@ class SecondsShare:
     @property
     def estimate(self) -> Estimate:
         """The geometric mean, and Student's interval of the logarithms (none for one seed)."""
-        mean, half = student_interval([math.log(share) for share in self.shares])
-        return Estimate(math.exp(mean), *(() if math.isnan(half) else (math.exp(mean - half), math.exp(mean + half))))
+        return geometric_estimate(self.shares)
 
     def __str__(self) -> str:
         if len(self.shares) < self.seeds:
@@ -157,59 +169,27 @@ def all_shares(cells: Mapping[str, Mapping[str, Any]], data: str) -> dict[tuple[
     return {pair: share for pair, share in found.items() if share is not None}
 
 
+def rows_of_means(found: Mapping[str, Mapping[float, Sequence[float]]]) -> tuple[list[str], list[list[str]]]:
+    """The heads of a table, without the first one, and a row for each contender: its distances and its seeds."""
+    marks = sorted({mark for curve in found.values() for mark in curve})
+    rows = [
+        [name, *(format_mean_sd(curve[m]) if m in curve else "" for m in marks),
+         str(max(len(values) for values in curve.values()))]
+        for name, curve in found.items()
+    ]  # fmt: skip
+    return [*(f"{mark:g} s" for mark in marks), "seeds"], rows
+
+
 def print_table(console: Console, data: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
     """Mean and standard deviation over the seeds at each mark, and the share of the others' seconds."""
-    found = curves(cells, data)
-    marks = sorted({mark for curve in found.values() for mark in curve})
-    table = Table("", *(f"{mark:g} s" for mark in marks), "seeds", title=f"{data}: Frechet distance")
-    for name, curve in found.items():
-        seeds = max(len(values) for values in curve.values())
-        table.add_row(name, *(format_mean_sd(curve[m]) if m in curve else "" for m in marks), str(seeds))
+    head, rows = rows_of_means(curves(cells, data))
+    table = make_table("", *head, title=f"{data}: Fréchet distance")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for (own, others), share in all_shares(cells, data).items():
         text = f"{own}: share of the seconds in which it has what {others} has at the end: {share}"
-        console.print(text, markup=False)
-
-
-def render(results: ResultsFile, sets: Sequence[str]) -> str:
-    """The page: a plot and a table for each data set, with Student's intervals over the seeds."""
-    from genkit.evaluation.report.html import render as fill
-    from genkit.evaluation.report.html import render_note, render_page, render_table  # lazy: slow to import
-    from genkit.evaluation.report.plots import Cost, plot_metric_by_cost
-
-    sections = []
-    for data in sets:
-        found = curves(results.cells, data)
-        series: dict[str, list[tuple[float, Estimate]]] = {}
-        for name, curve in found.items():
-            for mark, values in sorted(curve.items()):
-                mean, half = student_interval(values)
-                bounds = () if math.isnan(half) else (mean - half, mean + half)
-                series.setdefault(name, []).append((mark, Estimate(mean, *bounds)))
-        if not series:
-            continue
-        cost = Cost(f"{results.head['settings']['clock']} of training", lambda card: None)
-        plot = plot_metric_by_cost("fid", series, cost, "Frechet distance (classifier)")
-        rows = [
-            [name, f"{entry['mark']:g}", seed, entry["steps"], f"{entry['seconds']:.1f}", f"{entry['value']:.3f}",
-             f"[{entry['low']:.3f}, {entry['high']:.3f}]"]
-            for cell, values in results.cells.items()
-            for own, name, seed in [cell.split("/")] if own == data
-            for entry in values["marks"]
-        ]  # fmt: skip
-        shares = [[own, others, str(share)] for (own, others), share in all_shares(results.cells, data).items()]
-        shared = render_table("Share of the seconds that reaches the end of others", ["contender", "others", "share"],
-                              shares, ["share"]) if shares else ""  # fmt: skip
-        head = ["contender", "mark", "seed", "steps", "seconds", "distance", "its interval"]
-        table = render_table("Every model that was measured", head, rows, head[1:])
-        sections.append((data, [fill("plots", plots=[plot]), shared, fill("fold", name="All numbers", inner=table)]))
-    note = (
-        f"Command: {' '.join(results.head['command'])}. Bars are 95 % intervals of Student over the seeds. "
-        + " ".join((__doc__ or "").split("\n\n", 2)[2].split())
-    )
-    return render_page(
-        "Quality for seconds of training", "genkit bench race", [*sections, ("How", [render_note(note)])]
-    )
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:
@@ -243,7 +223,7 @@ def main(argv: list[str]) -> int:
     settings = {name: getattr(args, name) for name in ("seconds", "marks", "samples", "evaluations", "limit")}
     results = ResultsFile(args.out, {**settings, "clock": clock}, ["race", *argv])
     marks = [args.seconds / 2**i for i in reversed(range(args.marks))]
-    console = Console()
+    console = make_console()
     for data in args.data:
         todo = [(name, seed) for seed in range(args.seeds) for name in args.contenders]
         todo = [(name, seed) for name, seed in todo if f"{data}/{name}/{seed}" not in results]
@@ -254,7 +234,9 @@ def main(argv: list[str]) -> int:
                 results.add(f"{data}/{name}/{seed}", measure(judge, race, name, marks, seed, args))
         print_table(console, data, results.cells)
     if args.page:
-        write_text(args.page, render(results, args.data))
+        from benchmarks.race_page import render_race  # lazy: slow to import
+
+        write_text(args.page, render_race(results, args.data, (__doc__ or "").split("\n\n", 2)[2]))
     for file in filter(None, (args.out, args.page)):
         console.print(str(file), markup=False)
     return 0

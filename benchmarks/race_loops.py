@@ -239,10 +239,7 @@ GENKIT: Mapping[str, Mapping[str, Any]] = {
     "genkit": {},
     "genkit-recipe": {"optimizer": "muon", "schedule": "constant"},
 }
-WARMUPS = {
-    "genkit": 0.1,
-    "genkit-recipe": 0.03,
-}  # share of the steps; the default, 100 steps, may be all of a short race
+WARMUPS = {"genkit": 0.1, "genkit-recipe": 0.03}  # share of the steps
 
 
 def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -> list[Snapshot]:
@@ -294,6 +291,11 @@ def train_contender(name: str, race: RaceData, marks: Sequence[float], seed: int
 
 
 CONTENDERS = (*LOOPS, *GENKIT)
+TITLES = {
+    **{name: PACKAGES.get(name, name) for name in LOOPS},
+    "genkit": "genkit, defaults",
+    "genkit-recipe": "genkit, Muon at a constant rate",
+}
 
 
 def source_of(name: str, root: Path) -> Any:

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ensemble import EnsembleMLP, draw_rows, train
-from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
 from genkit.backbones import MLP
 from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND, Batch, Draw, Generator
@@ -212,7 +211,7 @@ class Part:
 
 def print_table(console: Console, title: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """One experiment's values, mean and standard deviation over the seeds."""
-    table = Table("", "one step", f"Heun, {HEUN_STEPS} steps", title=title)
+    table = make_table("", "one step", f"Heun, {HEUN_STEPS} steps", title=title)
     for row, values in rows.items():
         many = format_mean_sd(values["many"]) if "many" in values else ""
         table.add_row(row, format_mean_sd(values["one"]), many)
@@ -231,7 +230,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check_ranges(args, seeds=MAX_SEEDS, plane_steps=MAX_STEPS, digits_steps=MAX_STEPS, samples=MAX_SAMPLES)
     torch.set_num_threads(1)
-    console = Console()
+    console = make_console()
     settings = {"seeds": args.seeds, "plane_steps": args.plane_steps, "digits_steps": args.digits_steps}
     settings |= {"pairs": NUM_PAIRS, "lr": LR, "heun": HEUN_STEPS, "test": NUM_TEST | {"digits": args.samples}}
     results = ResultsFile(args.out, settings, ["reflow", *argv])

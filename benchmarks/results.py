@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Column, Table
 
 from genkit import __version__
 from genkit.core.files import atomic_write, write_text
 
 MAX_SEEDS, MAX_STEPS = 100, 10**7
 CONFIDENCE = 0.95  # of an interval
+PIPE_WIDTH = 160  # characters
 
 
 class ResultsFile:
@@ -74,9 +78,21 @@ class ResultsFile:
 
 
 def format_mean_sd(values: Sequence[float]) -> str:
-    """``mean±sd``, with the standard deviation of a sample (n - 1); the mean alone of one value."""
+    """``mean±sd``, with the standard deviation of a sample (n - 1); the mean alone of one value. From 10 on with one
+    decimal, else with three."""
     v = np.asarray(values, dtype=float)
-    return f"{v.mean():.3f}±{v.std(ddof=1):.3f}" if len(v) > 1 else f"{v.mean():.3f}"
+    digits = 1 if abs(v.mean()) >= 10 else 3
+    return f"{v.mean():.{digits}f}" + (f"±{v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
+
+
+def make_console() -> Console:
+    """The console of a benchmark: in a file or a pipe, lines have room for a table."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def make_table(*head: str, title: str | None = None) -> Table:
+    """A table for the terminal, whose cells are wrapped where it is narrow: a number is never cut short."""
+    return Table(*(Column(name, overflow="fold") for name in head), title=title)
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:

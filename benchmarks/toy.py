@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ensemble import EnsembleMLP, PerMember, draw_rows, train
-from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd
+from benchmarks.results import MAX_SEEDS, MAX_STEPS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
 from genkit.cli.scripts import ScriptParser
 from genkit.core import NO_COND
 from genkit.core.files import atomic_write
@@ -211,7 +210,7 @@ def save_picture(trajectories: Mapping[str, np.ndarray], path: Path) -> None:
 def print_tables(console: Console, results: ResultsFile, methods: list[str], columns: list[str]) -> None:
     """W2 and path energy, each beside the published numbers."""
     for key, title in (("w2", "W2 to the data"), ("npe", "normalised path energy")):
-        table = Table("", *columns, title=title)
+        table = make_table("", *columns, title=title)
         for method in methods:
             table.add_row(method, *[format_mean_sd(results.cells[f"{method} {c}"][key]) for c in columns])
             published = [COLUMNS[c].published[method][0 if key == "w2" else 2 :][:2] for c in columns]
@@ -243,7 +242,7 @@ def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)
-    console = Console()
+    console = make_console()
     settings = {"seeds": args.seeds, "steps": args.steps, "test": args.test}
     results = ResultsFile(args.out, {**settings, "batch": BATCH, "lr": LR, "euler": EULER_STEPS}, ["toy", *argv])
     methods = [method for method in METHODS if method in args.only] or list(METHODS)

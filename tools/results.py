@@ -196,6 +196,16 @@ def dit_blocks() -> str:
     return table(["variant", "held-out loss", "against the default", "steps", "CPU seconds"], rows)
 
 
+def recordings() -> str:
+    """Images per CPU second of each format, from the slowest seed to the fastest."""
+    names = {"av1": "video, AV1", "h264": "video, H.264", "npz": ".npz", "zarr": "zarr, compressed"}
+    rows = []
+    for name, cell in load("recordings")["cells"].items():
+        rates = [f"{number(min(v), 0)} to {number(max(v), 0)}" for v in (cell["first"], cell["later"])]
+        rows.append([names[name], *rates, number(max(cell["bytes"]) / 1e6, 0)])
+    return table(["format", "first pass, images/s", "later passes", "memory of the first, MB"], rows)
+
+
 def reflow() -> str:
     plane, pictures = load("reflow")["cells"]["plane"]["rows"], load("reflow-digits")["cells"]["digits"]["rows"]
     labels = {"1-RF": "first flow", "2-RF": "after one reflow", "3-RF": "after two", "3-RF distilled": "distilled"}
@@ -256,8 +266,8 @@ RACERS = {
 }
 
 
-def race() -> str:
-    cells, rows = load("race-fashion")["cells"], []
+def race(name: str) -> str:
+    cells, rows = load(name)["cells"], []
     for name, label in RACERS.items():
         found = [cell["marks"] for key, cell in cells.items() if key.split("/")[1] == name]
         if not found:
@@ -270,10 +280,11 @@ def race() -> str:
     return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
 
 
-def race_shares() -> str:
+def race_shares(name: str) -> str:
     from benchmarks.race import all_shares  # lazy: imports torch
 
-    shares, rows = all_shares(load("race-fashion")["cells"], "fashion-mnist"), []
+    cells, rows = load(name)["cells"], []
+    shares = all_shares(cells, next(iter(cells)).split("/")[0])
     for others in dict.fromkeys(others for _, others in shares):
         names = others.split(" or ")
         label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
@@ -540,14 +551,21 @@ def q_function() -> str:
 
 
 def mujoco() -> str:
+    """A row for each seed, and their spread: the expert, the policy before and after, and CPU seconds."""
     rows = []
-    for name in ("halfcheetah", "hopper"):
-        results = load(name)
-        before, after = ([run[key]["value"] for run in results["seeds"]] for key in ("before", "after"))
-        seconds = ", ".join(str(run["finetune_cpu_seconds"]) for run in results["seeds"])
-        label = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5"}[name]
-        rows.append([f"[{label}]({name}.json)", spread(before, 0), spread(after, 0), seconds])
-    return table(["", "return before", "after", "CPU s of each seed"], rows)
+    for name, env in (("halfcheetah", "HalfCheetah-v5"), ("hopper", "Hopper-v5")):
+        runs = load(name)["seeds"]
+        own = all("expert" in run for run in runs)  # otherwise one for all seeds
+        for run in runs:
+            expert = [number(run["expert"]["mean"], 0) if own else "one for all"]
+            returns = [*expert, *[interval(run[key], 0) for key in ("before", "after")]]
+            spent = [run["expert"]["cpu_seconds"]] if own else []
+            spent += [run["train_cpu_seconds"], run["finetune_cpu_seconds"]]
+            rows.append([env, str(run["seed"]), *returns, " + ".join(map(str, spent))])
+        experts = spread([run["expert"]["mean"] for run in runs], 0) if own else "one for all"
+        rows.append([env, "all", experts, mean_of(runs, "before", 0), mean_of(runs, "after", 0), ""])
+    header = ["", "seed", "return of the expert", "of the policy", "after", "CPU s: search, imitation, reward"]
+    return table(header, rows)
 
 
 def ddpo() -> str:
@@ -812,9 +830,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "toy-energy": toy_energy,
     "prediction": prediction,
     "dit-blocks": dit_blocks,
+    "recordings": recordings,
     "reflow": reflow,
-    "race": race,
-    "race-shares": race_shares,
+    "race": partial(race, "race-fashion"),
+    "race-shares": partial(race_shares, "race-fashion"),
     "few-step-plane": few_step_plane,
     "few-step-policy": few_step_policy,
     "few-step-guided": partial(few_step_guided, "guided"),

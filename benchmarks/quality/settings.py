@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt
 
 from genkit.config import parse, table
 from genkit.core.device import DeviceName
+from genkit.training.schedules import warmup_steps
 from genkit.training.settings import TrainSettings
 
 Count = Annotated[int, Ge(1)]
@@ -22,9 +23,10 @@ PROG = "genkit bench quality"
 class Row:
     """The options of ``genkit train`` besides the budget, and how samples are drawn.
 
-    The sampler evaluates the network once a step, so its steps are the number of evaluations. All rows use the same
-    sampler and grid: for ddpm and edm on digits, at 5 and 10 evaluations, neither ddim, nor heun, nor the grids karras
-    and logsnr were better by more than their intervals. A one-pass model has neither, and is measured at NFE 1.
+    The sampler evaluates the network once a step, so its steps are the number of evaluations. All rows but a flow map,
+    which jumps, use the same sampler and grid: for ddpm and edm on digits, at 5 and 10 evaluations, neither ddim, nor
+    heun, nor the grids karras and logsnr were better by more than their intervals. A one-pass model has neither, and is
+    measured at NFE 1.
 
     With ``first_stage`` (the options of its training), ``first_stage_share`` of the steps trains that, and the rest a
     model of its latents.
@@ -42,6 +44,8 @@ ROWS: Mapping[str, Row] = {
     "edm": Row(("--objective=edm",)),
     "flow": Row(("--objective=flow",)),
     "flow-ot": Row(("--objective=flow", "--objective.coupling=ot")),
+    "flow-map": Row(("--objective=flow-map",), sampler="flow_map"),
+    "drift": Row(("--objective=drift",)),
     "vae": Row(("--objective=vae",)),
     "gan": Row(("--objective=gan",)),
     "latent": Row(("--objective=flow",), first_stage=("--objective=autoencoder",)),
@@ -58,7 +62,8 @@ class Quality:
     """Train several objectives on the same network, data and budget, and measure them with the same evaluator."""
 
     objectives: str = "ddpm,edm,flow,flow-ot"
-    """Rows separated by commas: ddpm, edm, flow, flow-ot, vae, gan, latent, or any other objective's NAME."""
+    """Rows separated by commas: ddpm, edm, flow, flow-ot, flow-map, drift, vae, gan, latent, or any other
+    objective's NAME."""
     backbone: Any = table(
         "genkit.backbones:BACKBONES", "unet", kind="genkit.core:Backbone", follows="data.default_backbone"
     )
@@ -141,7 +146,7 @@ class Quality:
             steps=steps,
             batch=self.batch,
             lr=self.lr,
-            warmup=min(cfg.warmup, steps // 10),
+            warmup=min(warmup_steps(cfg), steps // 10),
             seed=seed,
             device=self.device,
             threads=self.threads,

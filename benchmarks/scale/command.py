@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.results import make_console, make_table
 from benchmarks.scale.files import measure_decoding, measure_folder, measure_memory
 from benchmarks.scale.ranks import measure_ranks
 from benchmarks.scale.steps import measure_steps
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """The rows of a part as a table."""
-    table = Table(*rows[0], title=title)
+    table = make_table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    make_console().print(table)

@@ -187,7 +187,7 @@ def new_table(title: str, *columns: str) -> Table:
     """A table whose first column is left-aligned, the others right-aligned."""
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     return table
 
 

@@ -16,6 +16,7 @@ from genkit.objectives.matching.guidance_distillation import GuidanceDistillatio
 from genkit.training.directory import find_run
 from genkit.training.run import Run
 from genkit.training.sampling import knows_null
+from genkit.training.schedules import warmup_steps
 from genkit.training.settings import TrainingPrecision, TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
 
@@ -98,7 +99,7 @@ def distill(
             steps=settings.steps,
             batch=settings.batch,
             lr=settings.lr,
-            warmup=min(stored.warmup, settings.steps // 10),
+            warmup=min(warmup_steps(stored), settings.steps // 10),
             seed=settings.seed,
             precision=settings.precision,
             device=settings.device,

@@ -101,7 +101,8 @@ def with_canonical_paths(settings: TrainSettings) -> TrainSettings:
 
 
 def decided_as(old: TrainSettings, new: TrainSettings) -> TrainSettings:
-    """``new`` with what its objective leaves open as the ``old`` run decided it."""
+    """``new`` with what it and its objective leave open about the steps as the ``old`` run decided it."""
+    new = dataclasses.replace(new, warmup=old.warmup if new.warmup is None else new.warmup)
     before, after = old.objective, new.objective
     if type(before) is not type(after):
         return new

@@ -15,6 +15,8 @@ from genkit.config.numbers import Count, Fraction, Natural, NonNegative
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings
 
+LONGEST_WARMUP = 100  # steps, unless more are asked for
+
 
 @dataclass(frozen=True)
 class Schedule(ABC):
@@ -144,13 +146,17 @@ def progress(done: int, steps: int) -> float:
     return min(1.0, done / max(1, steps))
 
 
+def warmup_steps(settings: TrainSettings) -> int:
+    """The steps of the warm-up: those that are set, else a quarter of all, at most ``LONGEST_WARMUP``."""
+    return min(LONGEST_WARMUP, settings.steps // 4) if settings.warmup is None else settings.warmup
+
+
 def learning_rate(settings: TrainSettings, step: int) -> float:
     """The rate of ``step``: a linear warm-up to the peak, then that of the schedule."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    if step < settings.warmup:
-        return settings.lr * warm
-    done, steps = step - settings.warmup, settings.steps - settings.warmup
-    return settings.lr * settings.schedule.share(done, steps, settings.warmup)
+    warmup = warmup_steps(settings)
+    if step < warmup:
+        return settings.lr * ((step + 1) / warmup)
+    return settings.lr * settings.schedule.share(step - warmup, settings.steps - warmup, warmup)
 
 
 @dataclass

@@ -79,8 +79,8 @@ class TrainSettings:
     lr: Positive = field(default=1e-3, metadata={"changeable": True, "follows": "optimizer.default_settings"})
     """Peak learning rate. AdamW's 1e-3 suits networks of about a million parameters, 1e-4 large ones; optimizers of
     another scale have a default of their own."""
-    warmup: Natural = by_objective(100)
-    """Steps of linear learning-rate warmup."""
+    warmup: Natural | None = by_objective(None)
+    """Steps of linear learning-rate warmup. None: a quarter of the steps, at most 100."""
     schedule: Schedule = table(
         "genkit.training.schedules:SCHEDULES", "cosine", kind="genkit.training.schedules:Schedule",
         follows="optimizer.default_settings objective.default_settings",

@@ -64,6 +64,7 @@ from genkit.training.resume import (
     settings_difference,
 )
 from genkit.training.run import Run
+from genkit.training.schedules import warmup_steps
 from genkit.training.session import Recorder, Session, Watch, environment, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.shown import choose_shown
@@ -340,7 +341,8 @@ def resolve(settings: TrainSettings, accelerator: Accelerator, data: Data, resum
     objective = settings.objective
     if not resumed:
         objective = objective.decide(lambda: encoded_std(data), lambda: encoded_radius(data))
-    settings = replace(settings, precision=precision, threads=threads, data=source, prior=prior, objective=objective)
+    settings = replace(settings, precision=precision, threads=threads, data=source, prior=prior, objective=objective,
+                       warmup=warmup_steps(settings))  # fmt: skip
     settings = replace(settings, resume=None, dry_run=False, note=None, tags=())  # what to do now, not how it trains
     if resumed:
         return settings

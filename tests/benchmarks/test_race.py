@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import race, race_loops
+from benchmarks.race_page import render_race
+from benchmarks.results import ResultsFile, make_console, make_table
 from genkit.cli.main import main
+from tests.support.pages import check_page
 
 
 def cells(**values):
@@ -69,6 +73,35 @@ def test_a_share_says_if_it_is_a_bound_or_not_reached():
     assert race.share_of_seconds(found, "digits", "genkit", ("torchcfm",)) is None
 
 
+def test_the_page_has_geometric_means_shares_and_all_numbers(capsys):
+    found = cells(genkit=[(5, 1), (3, 4)], lucidrains=[(9, 4), (16, 9)])
+    for cell in found.values():
+        for entry in cell["marks"]:
+            entry |= {"seconds": entry["mark"], "steps": int(1000 * entry["mark"]), "low": 0.5, "high": 99.0}
+    results = ResultsFile(None, {"clock": "CPU seconds"}, ["race", "--data", "digits"])
+    results.cells = found
+    page = check_page(render_race(results, ["digits", "cifar10"], "Measured ``--marks`` times."))
+    (plot,) = page.all("svg")
+    assert "genkit, defaults: 3.873 at 1, 2 at 2; denoising-diffusion-pytorch: 12 at 1, 6 at 2" in plot["aria-label"]
+    assert "cifar10" not in page.text
+    assert "Measured --marks times." in page.text
+    assert "denoising-diffusion-pytorch 12.5±4.9 6.500±3.536 2 2,000" in page.text
+    assert f"{race.share_of_seconds(found, 'digits', 'genkit', ('lucidrains',))}" in page.text
+    race.print_table(make_console(), "digits", found)
+    assert "6.500±3.536" in capsys.readouterr().out
+
+
+def test_numbers_in_tables_are_never_cut_short(capsys):
+    row = [f"{i}23.456±{i}.789" for i in range(8)]
+    for console in (make_console(), Console(width=60)):
+        table = make_table(*"abcdefgh")
+        table.add_row(*row)
+        console.print(table)
+        lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        assert ["".join(cells).replace(" ", "") for cells in zip(*lines, strict=True)] == row
+    assert len(lines) > 1, "a narrow console folds them"
+
+
 def test_a_loop_stops_at_its_marks_and_is_measured_with_its_average(monkeypatch):
     """A clock of 1 second a step: 3 and 6 steps; the copies are the averages of then, not of the end."""
     data = race_loops.RaceData({}, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4), torch.device("cpu"))
@@ -120,7 +153,7 @@ def test_diffusers_and_genkit_race_once_and_give_a_page(tmp_path, monkeypatch, c
         assert 0.5 * first["mark"] < first["seconds"] < second["seconds"] < 3 * second["mark"]
         assert all(math.isfinite(entry["value"]) and entry["low"] < entry["value"] for entry in cell["marks"])
     text = page.read_text()
-    assert all(name in text for name in ("diffusers", "genkit-recipe", "Student", "CPU seconds of training"))
+    assert all(name in text for name in ("diffusers", "genkit, Muon", "Student", "CPU seconds of training"))
     monkeypatch.setattr(race, "measure", lambda *a: pytest.fail("measured again"))
     assert main(argv) == 0
     assert "what diffusers has at the end" in capsys.readouterr().out

@@ -38,6 +38,7 @@ def test_its_settings_are_those_of_a_run_and_it_leaves_nothing(tmp_path, capsys,
     out = capsys.readouterr().out
     assert "trained 40 steps" in out
     settings = config.from_dict(TrainSettings, config.load_yaml(tmp_path / "c.yaml"))
+    assert settings.warmup == 10
     assert config.dump(genkit.load(tmp_path / "runs/latest").config) == config.dump(settings)
 
     # the size of a checkpoint is that of the files, but for their headers

@@ -416,6 +416,15 @@ def test_auto_continues_the_run_that_these_settings_began(tmp_path):
     assert find_resumable(dataclasses.replace(stored_settings(other), seed=2)) is None
 
 
+@pytest.mark.parametrize(("argv", "steps"), [([], 2), (["--warmup=100"], 100)])  # decided, and once the default
+def test_a_run_keeps_the_warmup_that_it_began_with(tmp_path, argv, steps):
+    run = train(tmp_path, "--steps=10", *argv)
+    settings = dataclasses.replace(stored_settings(run), warmup=None, steps=5000)
+    assert stored_settings(run).warmup == continued_settings(run, settings, print).warmup == steps
+    assert find_resumable(settings) == find_resumable(dataclasses.replace(settings, warmup=steps)) == run
+    assert find_resumable(dataclasses.replace(settings, warmup=7)) is None
+
+
 def test_auto_compares_paths_as_they_are_resolved(tmp_path, monkeypatch):
     """`--init runs/a` and a first stage named relative to the working directory are the same from everywhere."""
     first = train(tmp_path / "a", "--steps=2")

@@ -44,6 +44,17 @@ def test_values(name, argv, values):
         assert rate(name, step, *argv) == pytest.approx(value, abs=1e-12), step
 
 
+@pytest.mark.parametrize(("argv", "steps"), [
+    (["--steps=200"], 50), (["--steps=399"], 99), (["--steps=400"], 100), (["--steps=20000"], 100), (["--steps=3"], 0),
+    (["--steps=300", "--warmup=100"], 100), (["--steps=20000", "--warmup=0"], 0),
+    (["--steps=300", "--objective=gan"], 0),
+])  # fmt: skip
+def test_a_quarter_of_a_short_run_warms_up(argv, steps):
+    settings = config.parse(TrainSettings, [*argv, "--lr=2", "--schedule=constant"])
+    rates = [learning_rate(settings, step) for step in range(steps + 2)]
+    assert rates == pytest.approx([2 * (step + 1) / steps for step in range(steps)] + [2, 2])
+
+
 def test_every_schedule_has_values():
     assert {name for name, *_ in VALUES} == SCHEDULES.keys()
 

@@ -35,6 +35,7 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
     "dit-blocks": ("benchmarks.dit_blocks", "the blocks of newer transformers in a small DiT, at equal CPU seconds"),
     "few-step": ("benchmarks.few_step", "1 to 8 steps of flow maps, drifting and reflow, at equal CPU seconds"),
     "guidance": ("benchmarks.guidance", "guidance distilled into one pass, against classifier-free guidance in two"),
+    "recordings": ("benchmarks.recordings", "images of recordings: how fast they are read, and with how much memory"),
     "reflow": ("benchmarks.reflow", "one-step samples of 1-, 2- and 3-rectified flow, and distilled"),
 }
 

@@ -49,6 +49,7 @@ p{margin:.5rem 0;max-width:70ch}
 .tiles dt{color:var(--muted);font-size:.8rem}
 .tiles dd{margin:0;font-weight:600;overflow-wrap:anywhere}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));gap:1rem}
+.plots.large{grid-template-columns:minmax(0,56rem)}
 figure{margin:0;break-inside:avoid}
 .plots svg{width:100%;height:auto;display:block;font-family:inherit}
 .plots svg *{stroke-linejoin:round;stroke-linecap:butt}
@@ -170,6 +171,7 @@ script-src 'unsafe-inline'">
     "plots": """<div class="plots">{% for plot in plots %}
 {{ plot }}{% endfor %}
 </div>""",
+    "large-plot": """<div class="plots large">{{ plot }}</div>""",
     "frames": """{% if slider %}<div class="control" hidden>
 <label>{{ slider }} <input type="range" min="0" max="0" step="1" value="0"></label>
 <output></output> <button type="button">Show all</button>
