@@ -852,6 +852,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "finetune-anchored": finetune_anchored,
+    "dpo-four-ways": partial(finetune_anchored, "dpo-four-ways"),
     "mixed": mixed,
     "rwr": rwr,
     "reward-methods": reward_methods,

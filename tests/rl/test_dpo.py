@@ -43,6 +43,10 @@ def test_the_loss_is_that_of_the_paper(value):
     gap = (chosen - rejected)[:, 0]
     expected = torch.log1p(torch.exp(-3.0 * (value - OLD) * gap)).mean()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+    share = learner.shares(torch.arange(200))[0]
+    kept = replace(method, chosen_coef=0.5).loss(learner, Pairs(chosen, rejected, {}, {}), share)
+    more = 0.5 * 1.5 * ((value - chosen) ** 2).mean()
+    assert float((kept - loss).detach()) == pytest.approx(float(more), rel=1e-6)
     if value == OLD:
         assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-12)
         loss.backward()

@@ -129,7 +129,7 @@ def test_the_preferred_way_is_taken_more_often(tmp_path):
                        steps=800, batch=256, lr=1e-3, sample_every=0, tensorboard=False, device="cpu",
                        out=str(tmp_path))  # fmt: skip
     genkit.rollout(run, pairs=str(tmp_path / "p.npz"), pair_episodes=1500, prefer="mode=2", episodes=2, num_envs=200)
-    method = {"name": "dpo", "pairs": str(tmp_path / "p.npz"), "beta": 3e4}
+    method = {"name": "dpo", "pairs": str(tmp_path / "p.npz"), "beta": 3e4, "chosen_coef": 1.0}
     tuned = genkit.finetune(run, method=method, mode=2, iterations=40, device="cpu", tensorboard=False,
                             out=str(tmp_path))  # fmt: skip
     before, after = (r["success"]["value"] for r in (tuned.before, tuned.after))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.config.numbers import Count, Positive
+from genkit.config.numbers import Count, NonNegative, Positive
 from genkit.config.paths import PathText
 from genkit.core import Batch, Codec, Cond, Spec
 from genkit.core.arrays import open_npz
@@ -118,6 +118,9 @@ class DPO(RewardMethod):
     """Strength of the pull towards the model before: smaller moves the model further. In the paper 2000 to 5000."""
     choice_beta: Positive = 0.1
     """The same for the choice of an anchor."""
+    chosen_coef: NonNegative = 0.0
+    """Weight of the loss of the preferred samples themselves, in units of beta / 2, and of their choices, in units of
+    choice_beta (Pang et al. 2024, eq. 1): the difference of losses alone may fall while both rise."""
     pairs: PathText | None = None
     """An .npz of pairs: chosen and rejected [N, *sample], as the data are (chunks as the environment takes them), and
     conditions by name. None: pairs of the model's own samples."""
@@ -166,13 +169,16 @@ class DPO(RewardMethod):
             choice = torch.zeros_like(loss.per_sample) if loss.choice is None else loss.choice
             return torch.stack([loss.per_sample - choice, choice])
 
-        def margins(nets: Mapping[str, nn.Module]) -> Tensor:
-            return losses(nets, pairs.chosen, pairs.chosen_cond) - losses(nets, pairs.rejected, pairs.rejected_cond)
+        def of_both(nets: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+            chosen = losses(nets, pairs.chosen, pairs.chosen_cond)
+            return chosen, chosen - losses(nets, pairs.rejected, pairs.rejected_cond)
 
         with torch.no_grad():
-            before = margins(learner.frozen)
-        steps, choice = margins(learner.state.nets) - before
-        value = -F.logsigmoid(-self.beta / 2 * steps).mean()
+            _, before = of_both(learner.frozen)
+        chosen, margins = of_both(learner.state.nets)
+        steps, choice = margins - before
+        value = -F.logsigmoid(-self.beta / 2 * steps).mean() + self.chosen_coef * self.beta / 2 * chosen[0].mean()
         if learner.objective.chosen_condition is not None:
             value = value - F.logsigmoid(-self.choice_beta * choice).mean()
+            value = value + self.chosen_coef * self.choice_beta * chosen[1].mean()
         return value
