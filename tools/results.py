@@ -511,6 +511,16 @@ def rollouts() -> str:
     return table(["", "processes", "steps a second", "times the first"], rows)
 
 
+def policy_export() -> str:
+    """The ``policy.json`` of ``genkit export``."""
+    rows = [
+        [row["task"], f"`{row['format']}`", f"{row['cpu_ms']:.2f}", f"{row['policy_cpu_ms']:.2f}",
+         f"{row['largest_difference']:.0e}"]
+        for row in load("policy-export")["rows"]
+    ]  # fmt: skip
+    return table(["policy", "format", "a chunk, ms", "in genkit, ms", "largest difference"], rows)
+
+
 def pusht_pixels() -> str:
     """``configs/pusht_pixels.yaml``, with and without its random crops."""
     rows = [
@@ -847,6 +857,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht-pixels": pusht_pixels,
     "sentences": sentences,
     "pusht-delay": pusht_delay,
+    "policy-export": policy_export,
     "offline-q": offline_q,
     "rollouts": rollouts,
     "pusht-finetune": pusht_finetune,
