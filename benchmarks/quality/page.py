@@ -38,6 +38,7 @@ from genkit.evaluation.report.records import read_log
 
 TITLE = "Objectives on one network, data and budget"
 METRICS = ("fid", "accuracy", "precision", "recall", "w2", "sliced_w2", "mmd")  # columns; the cards have more
+LEGEND = "↓ lower is better, ↑ higher is better. The first line is held-out data."
 COSTS = {"cpu": "training, CPU s", "ms": "ms per sample"}
 
 
@@ -133,7 +134,8 @@ def to_html(results: Sequence[Result], lines: Sequence[Line], facts: Mapping[str
         TITLE,
         facts["command"],
         [
-            ("", [html_table(lines, keys), render("lines", lines=notes)]),
+            ("", [html_summary(lines, keys), render("lines", lines=notes),
+                  render("fold", name="All numbers", inner=html_table(lines, keys))]),
             ("Quality against network evaluations", quality_plots(lines, keys)),
             ("Samples", [render_gallery(grids, "Grid of samples")] if grids else []),
             ("Training", loss_plots(first_seed)),
@@ -143,13 +145,33 @@ def to_html(results: Sequence[Result], lines: Sequence[Line], facts: Mapping[str
     )  # fmt: skip
 
 
+def html_summary(lines: Sequence[Line], keys: Sequence[str]) -> Markup:
+    """A line for each row: its first metric at each number of evaluations, and the others at the largest number."""
+    first, others = keys[0], [key for key in keys[1:] if key not in ("precision", "ms")]  # of which a page has room
+    counts = sorted({line.nfe for line in lines if line.nfe is not None})
+    rows, highlighted = [], []
+    for i, name in enumerate(dict.fromkeys(line.name for line in lines)):
+        own = {line.nfe: line.values for line in lines if line.name == name}
+        if None in own:
+            highlighted.append(i)
+            own |= {counts[0]: own.pop(None)} if counts else {}
+        most = own[max(own, key=lambda nfe: nfe or 0)]
+        distances = [render_value(own[nfe].get(first)) if nfe in own else "" for nfe in counts]
+        rows.append([name, *distances, *(render_value(most.get(key)) for key in others)])
+    head = ["objective", *(f"{nfe} NFE" for nfe in counts)]
+    head += [COSTS.get(key) or format_metric(key, key) for key in others]
+    (title,) = column_titles(lines, [first])
+    caption = f"{title} by the number of network evaluations (NFE); the others at the largest number. {LEGEND}"
+    return render_table(caption, head, rows, number_columns=head[1:], highlighted_rows=highlighted)
+
+
 def html_table(lines: Sequence[Line], keys: Sequence[str]) -> Markup:
     """The table, with held-out data highlighted."""
     titles = column_titles(lines, keys)
     rows = []
     for line in lines:
         rows.append([line.name, line.sampler, to_nfe(line), *(render_value(line.values.get(key)) for key in keys)])
-    caption = "Values with their intervals; ↓ lower is better, ↑ higher is better. The first line is held-out data."
+    caption = f"Values with their intervals. {LEGEND}"
     highlighted = [i for i, line in enumerate(lines) if line.nfe is None]
     head = ["objective", "sampler", "NFE", *titles]
     return render_table(caption, head, rows, number_columns=["NFE", *titles], highlighted_rows=highlighted)

@@ -16,7 +16,7 @@ from benchmarks.quality.settings import ROWS, Quality, latent_shape
 from genkit import config
 from genkit.cli import main as cli
 from genkit.evaluation import Estimate, Evaluator
-from genkit.evaluation.report.html import format_number
+from genkit.evaluation.report.html import format_number, render_page
 from genkit.evaluation.run_records import read_cards
 from genkit.training.checkpoint import find_checkpoint, read_tensors
 from genkit.training.run import load_run
@@ -228,6 +228,18 @@ def test_seeds_are_averaged():
     one = Estimate(3.0, 2.5, 3.5)
     assert page.average_seeds([one]) == one
     assert page.average_seeds([one, Estimate(6.0, 5.9, 6.1), Estimate(0.0)]) == Estimate(3.0, 0.0, 6.0)
+
+
+def test_the_summary_has_a_line_for_each_row_and_its_distance_at_each_number():
+    def line(name, nfe, fid, accuracy):
+        values = {"fid": Estimate(fid), "accuracy": Estimate(accuracy), "cpu": Estimate(7.0)}
+        return page.Line(name, "heun", nfe, values, "classifier")
+
+    flow = [line("flow", 5, 3.0, 0.8), line("flow", 20, 2.0, 0.9)]
+    lines = [line("real", None, 0.5, 0.99), *flow, line("vae", 1, 4.0, 0.7)]
+    found = check_page(render_page("", "", [("", [page.html_summary(lines, page.column_keys(lines))])]))
+    assert "objective 1 NFE 5 NFE 20 NFE accuracy ↑ training, CPU s" in found.text
+    assert found.text.endswith("real 0.5000 0.9900 7 flow 3 2 0.9000 7 vae 4 0.7000 7")
 
 
 @pytest.mark.parametrize("name", ROWS)

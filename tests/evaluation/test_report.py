@@ -9,10 +9,12 @@ import subprocess
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from genkit.cli import main as cli
 from genkit.core.files import write_text
+from genkit.evaluation.report import plots
 from genkit.evaluation.report.html import format_number
 from genkit.evaluation.report.page import render_run
 from genkit.evaluation.report.records import Point, read_log
@@ -372,3 +374,13 @@ def test_in_a_browser(run, tmp_path):
     slider = page.all("input")[0]
     assert (slider["max"], slider["aria-valuetext"]) == ("1", "step 200")
     assert not re.search(r"CONSOLE.*(Error|Refused|violates)", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("curves", [3, 9])
+def test_a_legend_of_many_curves_leaves_the_axes_free(curves):
+    axes = Figure(layout="constrained").add_subplot()
+    for i in range(curves):
+        axes.plot([1, 2], [i, i], label=str(i))
+    plots.draw_legend(axes)
+    below = curves > plots.CROWDED
+    assert (axes.get_legend() is None, len(axes.figure.legends)) == (below, below)

@@ -20,6 +20,7 @@ from genkit.evaluation.report.records import Point
 INK, FAINT = "#fe00ff", "#fe00fe"  # placeholders, replaced by CSS variables
 COLOURS = [f"#fe010{i}" for i in range(8)]
 MARKERS = "osD^vPX*"
+CROWDED = 5  # entries that a legend within the axes may have
 DASHES = ("-", "--", "-.", ":")
 _plot_ids = itertools.count()
 
@@ -76,6 +77,12 @@ def line_style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % 8], "ls": DASHES[i // 8 % 4]}
 
 
+def draw_legend(axes: Any) -> None:
+    """The legend of the curves: within the axes, or below them where it would cover much."""
+    where = {"loc": "outside lower center", "ncols": 3} if len(axes.get_legend_handles_labels()[1]) > CROWDED else {}
+    (axes.figure if where else axes).legend(frameon=False, fontsize=8, **where)
+
+
 def use_plain_ticks(axis: Any) -> None:
     """Label the ticks without exponents or offsets."""
     from matplotlib.ticker import FuncFormatter  # lazy: matplotlib
@@ -120,7 +127,7 @@ def plot_curves(
         axes.set_xlabel(x_label)
         axes.set_ylabel(shorten(title))
         if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            draw_legend(axes)
 
     summary = "; ".join(summarise_curve(key, curve, x_label) for key, curve in curves.items())
     least = [f"lowest {key}: {format_number(p.mean)} at {x_label} {p.step}" for key, p in lowest.items()]
@@ -217,7 +224,7 @@ def plot_metric_by_cost(
         axes.set_xlabel(cost.label)
         axes.set_ylabel(shorten(title or metric))
         if len(series) > 1 or front or floor:
-            axes.legend(frameon=False, fontsize=8)
+            draw_legend(axes)
 
     summary = "; ".join(
         f"{name}: " + ", ".join(f"{format_number(e.value)} at {x:.4g}" for x, e in sorted(curve))
