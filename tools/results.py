@@ -430,10 +430,10 @@ def finetune_four_ways() -> str:
     return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
-def finetune_anchored() -> str:
+def finetune_anchored(name: str = "finetune-anchored") -> str:
     """Success before and after with intervals over the starts; the ways that are left, or the coverage."""
     rows = []
-    for run in load("finetune-anchored")["rows"]:
+    for run in load(name)["rows"]:
         bits = interval(run["mode_entropy_bits_after"], 2) if "mode_entropy_bits_after" in run else ""
         cells = [interval(run[f"success_{when}"], 3) for when in ("before", "after")]
         rows.append([run["task"], str(run["seed"]), *cells, bits, str(run["cpu_seconds"])])
@@ -457,14 +457,15 @@ def mixed() -> str:
     return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
-def execution() -> str:
-    found = load("execution")["rows"]
+def execution(name: str = "execution") -> str:
+    """``examples/11_execution.py``."""
+    found = load(name)["rows"]
     rows = []
-    for act_steps, name in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
-        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, name)]
+    for act_steps, how in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
+        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, how)]
         cells = [spread([run[key] for run in runs], places) for key, places in
                  (("bits", 2), ("jump_border", 4), ("jump_within", 4))]  # fmt: skip
-        rows.append([name, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
+        rows.append([how, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
     return table(
         ["", "actions of each chunk", "success", "mode entropy, bits (at most 2)", "jump at borders", "within"], rows
     )
@@ -509,6 +510,16 @@ def rollouts() -> str:
         for row, median in zip(data, medians, strict=True)
     ]  # fmt: skip
     return table(["", "processes", "steps a second", "times the first"], rows)
+
+
+def policy_export() -> str:
+    """The ``policy.json`` of ``genkit export``."""
+    rows = [
+        [row["task"], f"`{row['format']}`", f"{row['cpu_ms']:.2f}", f"{row['policy_cpu_ms']:.2f}",
+         f"{row['largest_difference']:.0e}"]
+        for row in load("policy-export")["rows"]
+    ]  # fmt: skip
+    return table(["policy", "format", "a chunk, ms", "in genkit, ms", "largest difference"], rows)
 
 
 def pusht_pixels() -> str:
@@ -849,15 +860,18 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht-pixels": pusht_pixels,
     "sentences": sentences,
     "pusht-delay": pusht_delay,
+    "policy-export": policy_export,
     "offline-q": offline_q,
     "rollouts": rollouts,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "finetune-anchored": finetune_anchored,
+    "dpo-four-ways": partial(finetune_anchored, "dpo-four-ways"),
     "mixed": mixed,
     "rwr": rwr,
     "reward-methods": reward_methods,
     "execution": execution,
+    "execution-anchored": partial(execution, "execution-anchored"),
     "q-function": q_function,
     "mujoco": mujoco,
     "ddpo": ddpo,
