@@ -5,7 +5,8 @@
 A chunk arrives some steps after the observation that it was drawn for. naive: the newest chunk that has arrived;
 ensemble: the average of all that have; real-time: each chunk is drawn as a continuation of the one under way. The jump
 is the mean change of the action where one chunk gives way to the next; within chunks it is the noise of the
-demonstrations. Each policy trains for half a CPU minute.
+demonstrations. Each policy trains for half a CPU minute. With --config configs/four_ways_anchored.yaml and
+--sampler-steps 1 it is an anchored flow of one step.
 """
 
 import json
@@ -23,7 +24,7 @@ from genkit.envs import make
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.execution import DelayedPolicy
 
-CONFIG = Path(__file__).parents[1] / "configs" / "four_ways_flow.yaml"
+ROOT = Path(__file__).parents[1]
 EXECUTIONS = ("no delay", "naive", "ensemble", "real-time")
 
 
@@ -60,6 +61,7 @@ def measure(run: genkit.Run, execution: str, args: Any, act_steps: int) -> dict[
 def main() -> None:
     parser = ScriptParser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--config", default="configs/four_ways_flow.yaml", help="of the policies, in this repository")
     parser.add_argument("--delay", type=int, default=4, help="steps that a decision takes")
     parser.add_argument("--act-steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--sampler-steps", type=int, default=16)
@@ -74,7 +76,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print("| seed | act steps | execution | success | bits | jump at borders | within |\n|---|---|---|---|---|---|---|")
     for seed in args.seeds:
-        settings = config.load_yaml(CONFIG) | {"steps": args.steps, "seed": seed, "out": args.runs}
+        settings = config.load_yaml(ROOT / args.config) | {"steps": args.steps, "seed": seed, "out": args.runs}
         run = genkit.train(**settings, tensorboard=False, device="cpu")
         for act_steps in args.act_steps:
             for execution in EXECUTIONS:
@@ -83,7 +85,8 @@ def main() -> None:
                 print(f"| {seed} | {act_steps} | {execution} | {row['success']['value']:.3f} | {row['bits']:.2f} "
                       f"| {row['jump_border']:.4f} | {row['jump_within']:.4f} |", flush=True)  # fmt: skip
     if args.out:
-        command = f"python examples/11_execution.py --seeds {' '.join(map(str, args.seeds))} --delay {args.delay}"
+        command = f"python examples/11_execution.py --seeds {' '.join(map(str, args.seeds))} --config {args.config}"
+        command += f" --delay {args.delay}"
         command += f" --act-steps {' '.join(map(str, args.act_steps))} --sampler-steps {args.sampler_steps}"
         command += f" --episodes {args.episodes} --first {args.first} --steps {args.steps}"
         args.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")

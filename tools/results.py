@@ -285,11 +285,12 @@ def race_shares(name: str) -> str:
 
     cells, rows = load(name)["cells"], []
     shares = all_shares(cells, next(iter(cells)).split("/")[0])
+    measured = [own for own in RACERS if any(pair[0] == own for pair in shares)]
     for others in dict.fromkeys(others for _, others in shares):
         names = others.split(" or ")
         label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
-        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in list(RACERS)[:2])])
-    return table(["share of the seconds of", *list(RACERS.values())[:2]], rows)
+        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in measured)])
+    return table(["share of the seconds of", *(RACERS[own] for own in measured)], rows)
 
 
 def few_step_plane() -> str:
@@ -429,10 +430,10 @@ def finetune_four_ways() -> str:
     return table(["seed", "success on unseen starts", "mode entropy, bits (at most 2)", "CPU s"], rows)
 
 
-def finetune_anchored() -> str:
+def finetune_anchored(name: str = "finetune-anchored") -> str:
     """Success before and after with intervals over the starts; the ways that are left, or the coverage."""
     rows = []
-    for run in load("finetune-anchored")["rows"]:
+    for run in load(name)["rows"]:
         bits = interval(run["mode_entropy_bits_after"], 2) if "mode_entropy_bits_after" in run else ""
         cells = [interval(run[f"success_{when}"], 3) for when in ("before", "after")]
         rows.append([run["task"], str(run["seed"]), *cells, bits, str(run["cpu_seconds"])])
@@ -456,14 +457,15 @@ def mixed() -> str:
     return table(["", "success", "mode entropy, bits (at most 2)", "loss on held-out demonstrations"], rows)
 
 
-def execution() -> str:
-    found = load("execution")["rows"]
+def execution(name: str = "execution") -> str:
+    """``examples/11_execution.py``."""
+    found = load(name)["rows"]
     rows = []
-    for act_steps, name in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
-        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, name)]
+    for act_steps, how in dict.fromkeys((row["act_steps"], row["execution"]) for row in found):
+        runs = [row for row in found if (row["act_steps"], row["execution"]) == (act_steps, how)]
         cells = [spread([run[key] for run in runs], places) for key, places in
                  (("bits", 2), ("jump_border", 4), ("jump_within", 4))]  # fmt: skip
-        rows.append([name, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
+        rows.append([how, str(act_steps), spread([run["success"]["value"] for run in runs], 3), *cells])
     return table(
         ["", "actions of each chunk", "success", "mode entropy, bits (at most 2)", "jump at borders", "within"], rows
     )
@@ -508,6 +510,16 @@ def rollouts() -> str:
         for row, median in zip(data, medians, strict=True)
     ]  # fmt: skip
     return table(["", "processes", "steps a second", "times the first"], rows)
+
+
+def policy_export() -> str:
+    """The ``policy.json`` of ``genkit export``."""
+    rows = [
+        [row["task"], f"`{row['format']}`", f"{row['cpu_ms']:.2f}", f"{row['policy_cpu_ms']:.2f}",
+         f"{row['largest_difference']:.0e}"]
+        for row in load("policy-export")["rows"]
+    ]  # fmt: skip
+    return table(["policy", "format", "a chunk, ms", "in genkit, ms", "largest difference"], rows)
 
 
 def pusht_pixels() -> str:
@@ -833,6 +845,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "reflow": reflow,
     "race": partial(race, "race-fashion"),
     "race-shares": partial(race_shares, "race-fashion"),
+    "race-cifar10": partial(race, "race-cifar10"),
+    "race-cifar10-shares": partial(race_shares, "race-cifar10"),
     "few-step-plane": few_step_plane,
     "few-step-policy": few_step_policy,
     "few-step-guided": partial(few_step_guided, "guided"),
@@ -846,15 +860,18 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pusht-pixels": pusht_pixels,
     "sentences": sentences,
     "pusht-delay": pusht_delay,
+    "policy-export": policy_export,
     "offline-q": offline_q,
     "rollouts": rollouts,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "finetune-anchored": finetune_anchored,
+    "dpo-four-ways": partial(finetune_anchored, "dpo-four-ways"),
     "mixed": mixed,
     "rwr": rwr,
     "reward-methods": reward_methods,
     "execution": execution,
+    "execution-anchored": partial(execution, "execution-anchored"),
     "q-function": q_function,
     "mujoco": mujoco,
     "ddpo": ddpo,

@@ -104,7 +104,7 @@ def modulate(
 ) -> Tensor:
     """adaLN: ``(1 + scale) norm(x) + shift`` (Peebles & Xie 2023, section 3.2), by layer norm or :func:`rms_norm`."""
     normal = rms_norm(x) if rms else F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift[:, None], normal, 1 + scale[:, None])
+    return torch.addcmul(shift.unsqueeze(1), normal, 1 + scale.unsqueeze(1))
 
 
 # ----------------------------------------------------------------------------------------------------- attention

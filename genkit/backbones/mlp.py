@@ -68,7 +68,7 @@ class MLPBlock(nn.Module):
     def forward(self, h: Float[Tensor, "b 1 d"], emb: Float[Tensor, "b d"]) -> Tensor:
         shift, scale, gate = self.emb(emb).chunk(3, 1)
         y = F.silu(self.layer1(modulate(h, shift, scale)))
-        return h + gate[:, None] * self.layer2(self.dropout(y))
+        return h + gate.unsqueeze(1) * self.layer2(self.dropout(y))
 
 
 class MLPNet(nn.Module):

@@ -130,11 +130,13 @@ def is_own(path: Path) -> bool:
         return bool(OWN.search(head) or OWN.search(f.read()))
 
 
-def refuse_foreign(*paths: str | Path) -> None:
+def refuse_foreign(*paths: str | Path, option: str = "out") -> None:
     """``ValueError`` if one of ``paths``, which are to be written, is there and is not a file that genkit wrote."""
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir() or (path.is_file() and not is_own(path)):
-            raise ValueError(f"out: {path} exists, and genkit did not write it; give another --out, or move it")
+            raise ValueError(
+                f"{option}: {path} exists, and genkit did not write it; give another --{option}, or move it"
+            )
 
 
 def format_error(error: Exception) -> str:

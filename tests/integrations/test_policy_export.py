@@ -88,17 +88,19 @@ def test_an_exported_program_gives_the_actions_of_the_policy(name, flow, tmp_pat
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
-def test_onnx(flow, tmp_path):
+@pytest.mark.parametrize("name", ["flow", pytest.param("anchored", marks=pytest.mark.slow)])
+def test_onnx(name, flow, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    run = flow
+    run = flow if name == "flow" else trained(name, tmp_path / "runs")
     assert cli(["export", str(run.directory), str(tmp_path / "p.onnx"), "--to", "onnx", "--to.steps", "3"]) == 0
     policy = Policy.load(run.directory, steps=3)
-    noise, obs = example_inputs(policy, ["noise", "obs"], 9)
+    names = ["noise", *(["choice"] if name == "anchored" else []), "obs"]
+    inputs = dict(zip(names, example_inputs(policy, names, 9), strict=True))
     session = onnxruntime.InferenceSession(str(tmp_path / "p.onnx"))
-    (actions,) = session.run(None, {"noise": noise.numpy(), "obs": obs.numpy()})
-    policy.noise = Draws(noise)
-    assert np.abs(actions - policy.act(obs.numpy())).max() < 1e-5
+    (actions,) = session.run(None, {k: v.numpy() for k, v in inputs.items()})
+    policy.noise = Draws(*(inputs[n] for n in names[:-1]))
+    assert np.abs(actions - policy.act(inputs["obs"].numpy())).max() < 1e-5
 
 
 def test_a_graph_that_differs_is_not_written(flow, tmp_path, monkeypatch):

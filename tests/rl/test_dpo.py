@@ -43,6 +43,10 @@ def test_the_loss_is_that_of_the_paper(value):
     gap = (chosen - rejected)[:, 0]
     expected = torch.log1p(torch.exp(-3.0 * (value - OLD) * gap)).mean()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+    share = learner.shares(torch.arange(200))[0]
+    kept = replace(method, chosen_coef=0.5).loss(learner, Pairs(chosen, rejected, {}, {}), share)
+    more = 0.5 * 1.5 * ((value - chosen) ** 2).mean()
+    assert float((kept - loss).detach()) == pytest.approx(float(more), rel=1e-6)
     if value == OLD:
         assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-12)
         loss.backward()
@@ -81,27 +85,27 @@ def test_pairs_of_a_file_are_checked(tmp_path):
         np.savez(file, **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
         return str(file)
 
-    pairs = read_pairs(write(), task, spec)
+    pairs = read_pairs(write(), task.codec, spec)
     assert pairs.chosen.tolist() == np.ones((4, 2)).tolist()
     assert pairs.chosen_cond["label"].tolist() == [0, 1, 2, 0]
-    refuses(lambda: read_pairs(write(rejected=None), task, spec), "no array rejected")
+    refuses(lambda: read_pairs(write(rejected=None), task.codec, spec), "no array rejected")
     assert pairs.chosen.dtype == torch.float32
-    refuses(lambda: read_pairs(write(rejected=np.zeros((3, 2))), task, spec), "rejected has shape (3, 2)")
+    refuses(lambda: read_pairs(write(rejected=np.zeros((3, 2))), task.codec, spec), "rejected has shape (3, 2)")
     for wrong in (np.ones(4), np.ones((4, 3))):
-        refuses(lambda w=wrong: read_pairs(write(chosen=w), task, spec), "chosen has shape")
+        refuses(lambda w=wrong: read_pairs(write(chosen=w), task.codec, spec), "chosen has shape")
     empty = {"chosen": np.ones((0, 2)), "rejected": np.ones((0, 2)), "label": np.zeros(0, int)}
-    refuses(lambda: read_pairs(write(**empty), task, spec), "holds none")
-    refuses(lambda: read_pairs(write(chosen=np.ones(())), task, spec), "holds none")
-    refuses(lambda: read_pairs(write(rejected=np.full((4, 2), np.nan)), task, spec), "rejected", "not finite")
-    refuses(lambda: read_pairs(write(label=np.array(["a"] * 4)), task, spec), "cannot be read")
+    refuses(lambda: read_pairs(write(**empty), task.codec, spec), "holds none")
+    refuses(lambda: read_pairs(write(chosen=np.ones(())), task.codec, spec), "holds none")
+    refuses(lambda: read_pairs(write(rejected=np.full((4, 2), np.nan)), task.codec, spec), "rejected", "not finite")
+    refuses(lambda: read_pairs(write(label=np.array(["a"] * 4)), task.codec, spec), "cannot be read")
     pictures = replace(task, codec=Pixels())
-    refuses(lambda: read_pairs(write(), pictures, spec), "chosen are torch.float64", "uint8 in 0..255")
+    refuses(lambda: read_pairs(write(), pictures.codec, spec), "chosen are torch.float64", "uint8 in 0..255")
     assert read_pairs(write(**{k: np.full((4, 2), 255, np.uint8) for k in ("chosen", "rejected")}),
-                      pictures, spec).chosen.tolist() == [[1.0, 1.0]] * 4  # fmt: skip
-    refuses(lambda: read_pairs(write(label=np.full(4, 3)), task, spec), "label", "0..2")
-    refuses(lambda: read_pairs(write(), task, spec, "anchor"), "no array anchor")
-    refuses(lambda: read_pairs(str(tmp_path / "no.npz"), task, spec), "cannot be read")
-    refuses(lambda: DPO().check(None, object()), "an environment does not repeat")  # type: ignore[arg-type]
+                      pictures.codec, spec).chosen.tolist() == [[1.0, 1.0]] * 4  # fmt: skip
+    refuses(lambda: read_pairs(write(label=np.full(4, 3)), task.codec, spec), "label", "0..2")
+    refuses(lambda: read_pairs(write(), task.codec, spec, "anchor"), "no array chosen_anchor")
+    refuses(lambda: read_pairs(str(tmp_path / "no.npz"), task.codec, spec), "cannot be read")
+    refuses(lambda: DPO().check(None, object()), "genkit rollout RUN --pairs", "--method.pairs")  # type: ignore[arg-type]
     learner = replace(learner_of(OLD), spec=spec)
     refuses(lambda: DPO().collect(learner, task, 0), "--group 8", "--method.pairs")
 

@@ -45,6 +45,7 @@ def test_rollouts_and_further_fine_tuning_take_it_over(tuned, tmp_path, capsys):
               "--no-tensorboard", "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
     again = Policy.load(tmp_path / "latest")
     assert (again.steps, again.act_steps) == (2, 1)
+    assert json.loads((find_run(tmp_path / "latest") / "policy.json").read_text())["grid"] == "logsnr"
 
 
 def test_an_anchored_flow_takes_one_step(tmp_path):

@@ -41,14 +41,16 @@ def test_a_file_name_holds_every_setting(policy):
         "env": "pusht", "sampler": "heun", "conditions": ("skill=2",), "act_steps": 1, "max_steps": 5, "ema": "none",
         "env_args": ("a=b/c",), "device": "mps", "execution": "ensemble",
     }  # fmt: skip
+    # the checkpoint and K are named as they are used; pairs are files of their own
+    unnamed = ("step", "steps", "film", "workers", "pairs", "pair_episodes", "prefer")
     names = {first.name}
     for f in fields(RolloutSettings):
-        if f.name in ("step", "steps", "film", "workers"):  # the checkpoint and K are named as they are used
+        if f.name in unnamed:
             continue
         value = other.get(f.name)
         settings = replace(first.settings, **{f.name: getattr(first.settings, f.name) + 1 if value is None else value})
         names.add(Rollouts(first.policy, first.env, first.episodes, settings, 1.0).name)
-    assert len(names) == 1 + len(fields(RolloutSettings)) - 4
+    assert len(names) == 1 + len(fields(RolloutSettings)) - len(unnamed)
     assert rollout(policy, episodes=2, num_envs=2, max_steps=4, steps=2).name not in names
     long = (
         replace(first.settings, env_args=("text=" + "x" * 300,)),

@@ -75,6 +75,9 @@ class Chain:
     noise: ExplorationNoise = field(default_factory=FixedNoise)
     min_std: float = 0.0
     sigma: Sigma | None = field(default=None, compare=False)
+    from_noise: bool = False
+    """whether samples start from the noise itself, as a pretrained pipeline's do, not from ``sigma(times[0])`` times
+    it"""
 
     def __post_init__(self) -> None:
         require("min_std", self.min_std, "0 or more", self.min_std >= 0)
@@ -223,7 +226,7 @@ def start_trajectories(
     objective: Objective, nets: Mapping[str, nn.Module], z: Tensor, cond: Cond, noise: Noise | None, chain: Chain
 ) -> TrajectoryStart:
     """The start that ``objective`` makes of normals ``z`` ``[B, *S]``, with its own source and choice of anchors."""
-    first = chain.transitions[0].node.sigma
+    first = 1.0 if chain.from_noise else chain.transitions[0].node.sigma
     captured: list[TrajectoryStart] = []
 
     def sampling(denoise: Denoiser) -> Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.config.numbers import Count, Positive
+from genkit.config.numbers import Count, NonNegative, Positive
 from genkit.config.paths import PathText
-from genkit.core import Batch, Spec
+from genkit.core import Batch, Codec, Cond, Spec
 from genkit.core.arrays import open_npz
 from genkit.core.files import format_error
+from genkit.data.codecs import Actions
 from genkit.rl.finetune.chain import Chain
 from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share, random_states, restore_random_states
 from genkit.rl.finetune.reward_method import RewardMethod
-from genkit.rl.finetune.tasks import FunctionTask
+from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask
 
 
 class Pairs(NamedTuple):
@@ -47,35 +48,48 @@ def pair_by_rank(experience: Experience, group: int) -> Pairs:
     return Pairs(x[better], x[worse], better_cond, worse_cond)
 
 
-def read_pairs(file: str, task: FunctionTask, spec: Spec, choice: str | None = None) -> Pairs:
-    """The pairs of an .npz: arrays ``chosen`` and ``rejected`` ``[N, *S]``, samples as the data have them, and one of
-    each condition's name, which must include a model's own ``choice``. ``ValueError`` if it cannot be read or does not
-    fit the model."""
+def read_pairs(file: str, codec: Codec, spec: Spec, choice: str | None = None) -> Pairs:
+    """The pairs of an .npz: arrays ``chosen`` and ``rejected`` ``[N, *S]``, samples as the data have them (a policy's
+    chunks as its environment takes them), and one of each condition's name.
+
+    A model's own ``choice`` is one of them, or two: ``chosen_NAME`` and ``rejected_NAME``. ``ValueError`` if the file
+    cannot be read or does not fit the model.
+    """
     path = Path(file).expanduser()
     try:
         with open_npz(path) as stored:
             arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
     except (OSError, ValueError, TypeError) as e:  # TypeError: of text, not numbers
         raise ValueError(f"pairs: {path} cannot be read: {format_error(e)[:150]}") from e
-    if missing := {"chosen", "rejected", *([choice] if choice else [])} - arrays.keys():
+    sides = ("chosen", "rejected")
+    choices = [f"{side}_{choice}" for side in sides] if choice and choice not in arrays else []
+    if missing := {*sides, *choices} - arrays.keys():
         raise ValueError(f"pairs: {path} has no array {min(missing)}; needs chosen and rejected, [N, *sample]")
     num = len(arrays["chosen"]) if arrays["chosen"].ndim else 0
     if not num:
         raise ValueError(f"pairs: {path} holds none; needs chosen and rejected, [N, *sample]")
-    chosen, rejected = (encode_samples(arrays.pop(name), name, num, task, spec) for name in ("chosen", "rejected"))
-    spec.check(arrays, len(chosen))
-    return Pairs(chosen, rejected, arrays, arrays)
+    samples, own = [arrays.pop(side) for side in sides], [arrays.pop(name) for name in choices]
+    shared = {k: v.float() if v.is_floating_point() else v for k, v in arrays.items()}
+    conds = [{**shared, choice: value} for value in own] if choice and own else [shared, shared]
+    for cond in conds:
+        spec.check(cond, num)
+    shape = (num, *spec.shape)
+    chosen, rejected = (encode_samples(x, side, shape, codec, shared) for x, side in zip(samples, sides, strict=True))
+    return Pairs(chosen, rejected, *conds)
 
 
-def encode_samples(values: Tensor, name: str, num: int, task: FunctionTask, spec: Spec) -> Tensor:
-    """``num`` samples as the data have them, in the model's units. ``ValueError`` if they do not fit the model."""
+def encode_samples(values: Tensor, name: str, shape: Sequence[int], codec: Codec, cond: Cond) -> Tensor:
+    """Samples as the data have them, in the model's units, ``[N, *S]``. ``ValueError`` if they do not fit the model."""
     try:
-        x = task.codec.encode(Batch(values)).x.float()
+        if isinstance(codec, Actions) and codec.reference and "obs" in cond:
+            x = codec.from_absolute(values, cond["obs"]).float()
+        else:
+            x = codec.encode(Batch(values)).x.float()
     except (RuntimeError, IndexError):  # of a codec for samples of another shape
         x = values
-    if tuple(x.shape) != (num, *spec.shape):
-        raise ValueError(f"pairs: {name} has shape {tuple(values.shape)}; needs {num} samples of {spec.shape}")
-    if values.is_floating_point() and task.codec.decode(x[:1]).dtype == torch.uint8:
+    if x.shape != shape:
+        raise ValueError(f"pairs: {name} has shape {tuple(values.shape)}; needs {shape[0]} samples of {shape[1:]}")
+    if values.is_floating_point() and codec.decode(x[:1]).dtype == torch.uint8:
         raise ValueError(f"pairs: {name} are {values.dtype}; pictures are uint8 in 0..255, as the data are")
     if not x.isfinite().all():
         raise ValueError(f"pairs: {name} has numbers that are not finite")
@@ -87,7 +101,8 @@ class DPO(RewardMethod):
     """Preference optimisation without a reward model: the loss of the preferred sample of a pair is to fall, relative
     to the model before, by more than that of the other one (Wallace et al. 2024, eq. 14).
 
-    The pairs are those of a file, or of the model's own samples of one condition (``--group``), ranked by the reward.
+    The pairs are those of a file (of a policy from ``genkit rollout --pairs``), or of the model's own samples of one
+    condition (``--group``), ranked by the reward.
     Both samples of a pair, and both models, see the same times and noise. There are no log-probabilities, so samples
     may be drawn without exploration noise. The choice of an anchor has a probability, and a term of its own (Rafailov
     et al. 2023, eq. 7).
@@ -103,24 +118,28 @@ class DPO(RewardMethod):
     """Strength of the pull towards the model before: smaller moves the model further. In the paper 2000 to 5000."""
     choice_beta: Positive = 0.1
     """The same for the choice of an anchor."""
+    chosen_coef: NonNegative = 0.0
+    """Weight of the loss of the preferred samples themselves, in units of beta / 2, and of their choices, in units of
+    choice_beta (Pang et al. 2024, eq. 1): the difference of losses alone may fall while both rise."""
     pairs: PathText | None = None
-    """An .npz of pairs: chosen and rejected [N, *sample], as the data are, and conditions by name. None: pairs of the
-    model's own samples."""
+    """An .npz of pairs: chosen and rejected [N, *sample], as the data are (chunks as the environment takes them), and
+    conditions by name. None: pairs of the model's own samples."""
 
     needs_log_prob: ClassVar[bool] = False
+    needs_critic: ClassVar[bool] = False
 
     def check(self, chain: Chain, task: Task) -> None:
-        if not isinstance(task, FunctionTask):
-            raise ValueError("method: dpo compares samples of one condition, which an environment does not repeat; "
-                             "allowed: dppo, nft, rwr, mixed")  # fmt: skip
+        if not isinstance(task, FunctionTask) and self.pairs is None:
+            raise ValueError("method: dpo compares chunks of actions for one observation; make pairs of them: genkit "
+                             "rollout RUN --pairs pairs.npz, and give them: --method.pairs pairs.npz")  # fmt: skip
 
     def collect(self, learner: Learner, task: Task, iteration: int) -> tuple[Any, dict[str, float]]:
-        assert isinstance(task, FunctionTask)
+        assert isinstance(task, FunctionTask | EnvironmentTask)
         if self.pairs is not None:
-            read = read_pairs(self.pairs, task, learner.spec, learner.objective.chosen_condition)
-            chosen, rejected = (x.to(learner.device) for x in read[:2])
-            cond = {k: v.to(learner.device) for k, v in read.chosen_cond.items()}
-            return Pairs(chosen, rejected, cond, cond), {}
+            pairs = read_pairs(self.pairs, task.codec, learner.spec, learner.objective.chosen_condition)
+            conds = ({k: v.to(learner.device) for k, v in cond.items()} for cond in pairs[2:])
+            return Pairs(pairs.chosen.to(learner.device), pairs.rejected.to(learner.device), *conds), {}
+        assert isinstance(task, FunctionTask)
         if task.group == 1 and learner.spec.cond and not task.unconditional:
             raise ValueError("method: dpo compares samples of one condition; give --group 8, or --method.pairs FILE")
         return super().collect(learner, task, iteration)
@@ -150,13 +169,16 @@ class DPO(RewardMethod):
             choice = torch.zeros_like(loss.per_sample) if loss.choice is None else loss.choice
             return torch.stack([loss.per_sample - choice, choice])
 
-        def margins(nets: Mapping[str, nn.Module]) -> Tensor:
-            return losses(nets, pairs.chosen, pairs.chosen_cond) - losses(nets, pairs.rejected, pairs.rejected_cond)
+        def of_both(nets: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+            chosen = losses(nets, pairs.chosen, pairs.chosen_cond)
+            return chosen, chosen - losses(nets, pairs.rejected, pairs.rejected_cond)
 
         with torch.no_grad():
-            before = margins(learner.frozen)
-        steps, choice = margins(learner.state.nets) - before
-        value = -F.logsigmoid(-self.beta / 2 * steps).mean()
+            _, before = of_both(learner.frozen)
+        chosen, margins = of_both(learner.state.nets)
+        steps, choice = margins - before
+        value = -F.logsigmoid(-self.beta / 2 * steps).mean() + self.chosen_coef * self.beta / 2 * chosen[0].mean()
         if learner.objective.chosen_condition is not None:
             value = value - F.logsigmoid(-self.choice_beta * choice).mean()
+            value = value + self.chosen_coef * self.choice_beta * chosen[1].mean()
         return value

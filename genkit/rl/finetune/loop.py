@@ -38,6 +38,7 @@ from genkit.rl.finetune.setup import (
     build_task,
     check_adapter,
     check_method,
+    choose_grid,
     choose_save_interval,
     choose_steps,
     choose_threads,
@@ -58,6 +59,7 @@ from genkit.training.first_stage import LatentCodec
 from genkit.training.lock import RunLock
 from genkit.training.loop import Diverged, require_same
 from genkit.training.pace import Pace
+from genkit.training.pipelines import write_pipeline
 from genkit.training.ranks import Ranks
 from genkit.training.resume import refuse_other_meaning, resume_point
 from genkit.training.run import Run, average_name, load_run
@@ -117,7 +119,7 @@ def finetune(
         base = load_base(directory, settings.run, accelerator.device.type)
     else:
         base = run if isinstance(run, Run) else load_run(settings.run, device=accelerator.device.type)
-    settings = replace(settings, steps=choose_steps(settings, base))
+    settings = replace(settings, steps=choose_steps(settings, base), grid=choose_grid(settings, base))
     if is_frechet(settings.reward):
         settings = replace(settings, reward=resolve_frechet(settings.reward, base))
     with contextlib.ExitStack() as locks:
@@ -206,7 +208,8 @@ class FineTuning:
             self.task, self.policy = build_task(settings, base, world)
         save_every = choose_save_interval(settings, self.task, self.notes.append)
         self.settings = settings = replace(settings, save_every=save_every)
-        self.learner = build_learner(settings, base, steps, self.policy is not None, accelerator)
+        needs_critic = self.policy is not None and settings.method.needs_critic
+        self.learner = build_learner(settings, base, steps, needs_critic, accelerator)
         check_method(settings, self.learner, self.task)
         self.learner.drop_gathered()
         self.best, self.warned = BestCheckpoint("checkpoint/return", "higher"), False
@@ -262,6 +265,7 @@ class FineTuning:
             write_text(directory / ACTING_FILE, json.dumps(acting) + "\n")
         if isinstance(self.base.codec, LatentCodec):
             self.base.codec.stage.write(directory / "codec")
+        write_pipeline(directory, self.base.pipeline)
         write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
         if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
             write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))

@@ -48,6 +48,8 @@ class RewardMethod(ABC):
     """whether it learns from the chain of denoising steps, and so from models that have one"""
     needs_log_prob: ClassVar[bool] = True
     """whether it learns through the log-probability of the steps, which learned noise needs as well"""
+    needs_critic: ClassVar[bool] = True
+    """whether it learns a critic of an environment's rewards"""
 
     def check(self, chain: Chain, task: Task) -> None:  # noqa: B027  (most have nothing to refuse)
         """``ValueError`` if it cannot learn from such a chain or task."""

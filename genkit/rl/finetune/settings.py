@@ -52,8 +52,9 @@ class FinetuneSettings:
     """Sampler steps; the fine-tuned model needs the same number, which its policies use by default. None: those of the
     policy that is improved (1 of an anchored flow), 1 of a flow map, else 4; a model that draws in one pass has
     none."""
-    grid: GridName = "uniform"
-    """Time grid of the steps."""
+    grid: GridName | None = None
+    """Time grid of the steps. None: uniform, or pipeline, the scheduler's, for a run that began from a pretrained one,
+    as genkit sample."""
     # -- experience
     iterations: Count = changeable(60)
     """Rounds of collecting experience and learning from it."""

@@ -30,14 +30,14 @@ from genkit.rl.finetune.noise import FixedNoise, unlearned_noises
 from genkit.rl.finetune.settings import SAVE_EVERY, FinetuneSettings
 from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask, is_class_conditional, load_reward
 from genkit.rl.policies.episodes import require_compatible
-from genkit.rl.policies.policy import Policy, default_steps
+from genkit.rl.policies.policy import Policy, default_steps, read_acting
 from genkit.rl.policies.rollout import parse_conditions
 from genkit.training.distributed import create_sharding
 from genkit.training.latents import encoder_of
 from genkit.training.loop import copy_for_ema, initial_state, local_batch_size
 from genkit.training.optimizers import AdamW
 from genkit.training.run import Run, average_name, load_run
-from genkit.training.sampling import Sampling
+from genkit.training.sampling import PIPELINE_GRID, Sampling
 from genkit.training.settings import TrainSettings
 from genkit.training.train import pick_threads
 
@@ -72,6 +72,15 @@ def choose_steps(settings: FinetuneSettings, base: Run) -> int | None:
     return find_sampler(base.objective.sampler).default_steps if jumps(base) else settings.sampler_steps
 
 
+def choose_grid(settings: FinetuneSettings, base: Run) -> str | None:
+    """The grid of the sampler's steps: the one that is given, the policy's own, else that of ``genkit sample``; None:
+    it has no steps."""
+    if settings.grid or base.objective.sampler is None:
+        return settings.grid
+    acting = read_acting(base) if settings.reward in REWARDS else {}
+    return acting.get("grid", Sampling().grid_for(base))
+
+
 def jumps(base: Run) -> bool:
     """Whether a model's own sampler jumps by a flow map."""
     return base.objective.sampler in FLOW_MAP_SAMPLERS
@@ -79,7 +88,7 @@ def jumps(base: Run) -> bool:
 
 def sampling_of(settings: FinetuneSettings, base: Run) -> Sampling:
     """How samples are drawn without exploration noise: as they are trained, so that no prediction is clipped."""
-    grid = None if settings.grid == "uniform" else settings.grid
+    grid = None if settings.grid == Sampling().grid_for(base) else settings.grid
     if base.objective.sampler is None:
         return Sampling(steps=settings.steps, grid=grid)
     return Sampling(sampler=None if jumps(base) else "ddim", steps=settings.steps, grid=grid, clip=False)
@@ -124,7 +133,12 @@ def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
     """The denoising chain, with the network of learned noise. ``ValueError`` if the method cannot train that noise."""
     path = find_denoiser(base.objective, base.nets).path
     noise, method = settings.exploration_noise, settings.method
-    chain = Chain.on_grid(path, settings.sampler_steps, noise, settings.min_std, settings.grid)
+    if settings.grid == PIPELINE_GRID:
+        times = Sampling(grid=PIPELINE_GRID).times(base, settings.sampler_steps)
+        assert isinstance(times, torch.Tensor)
+        chain = Chain(path, tuple(times.tolist()), noise, settings.min_std, from_noise=True)
+    else:
+        chain = Chain.on_grid(path, settings.sampler_steps, noise, settings.min_std, settings.grid or "uniform")
     torch.manual_seed(settings.seed)
     sigma = noise.network(base.spec, settings.sampler_steps)
     if sigma is None:

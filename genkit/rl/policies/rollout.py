@@ -21,6 +21,7 @@ from PIL import Image
 from genkit import __version__
 from genkit.config import override
 from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Positive, Scale, Seed
+from genkit.config.paths import PathText
 from genkit.core import Generator, Guidance, pictures
 from genkit.core.device import DeviceName
 from genkit.core.files import refuse_foreign, write_text
@@ -35,14 +36,17 @@ from genkit.rl.policies.implicit_q import learn_implicit_q, recorded_transitions
 from genkit.rl.policies.planner import Planner
 from genkit.rl.policies.plots import plot_actions, plot_plans
 from genkit.rl.policies.policy import ConditionValue, Policy, executed_mask
+from genkit.rl.policies.preferences import collect_pairs, find_score
 from genkit.rl.policies.q_function import collect_decisions, learn_q, load_q, save_q
 from genkit.training.run import Run
 from genkit.training.sampling import SamplerName
 
 logger = logging.getLogger("genkit")
 # settings that a file name holds in a form of its own (the checkpoint and K as they are used), or that change no result
-NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film", "workers"}
+NAMED = {"step", "steps", "best_of", "q_guidance", "conditions", "guidance", "seed", "episodes", "film", "workers",
+         "pairs", "pair_episodes", "prefer"}  # fmt: skip
 Q_SEED = 3 * 2**28  # first seed of the episodes that Q is learned from; used neither in training nor in evaluation
+PAIR_SEED = 7 * 2**27  # the same of preference pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,15 @@ class RolloutSettings:
     """Of implicit Q-learning: 0.5 values the recorded actions, larger ones the best among them."""
     gamma: Annotated[float, Gt(0), Le(1)] = 0.95
     """Discount of Q from one decision to the next."""
+    pairs: PathText | None = None
+    """Write preference pairs into this .npz first, for finetune --method dpo: two chunks of the policy for the same
+    observation, the better by what followed."""
+    pair_episodes: Count = 1000
+    """Episodes that pairs are drawn from. Each runs twice, the second time with other chunks from a random decision on;
+    those in which nothing is preferred give no pair."""
+    prefer: str = "return"
+    """What the preferred one of two episodes has more of: return, best_reward, success, coverage, or mode=2, success by
+    that way."""
     act_steps: Count | None = None
     """Actions of each chunk that are executed before the next decision; None: as in training."""
     delay: Natural = 0
@@ -208,15 +221,26 @@ def rollout(
     :func:`genkit.rl.policies.episodes.run_episodes`.
     """
     settings = override(settings or RolloutSettings(), **changes)
+    score = find_score(settings.prefer)
+    refuse_foreign(*([settings.pairs] if settings.pairs else []), option="pairs")
     policy = load_policy(run, settings)
     folder = Path(out) if out else policy.run.directory / "rollouts"
     refuse_foreign(*existing_files(folder, rollout_name(policy, settings)))
     if policy.run.config.threads:
         torch.set_num_threads(policy.run.config.threads)
-    num = min(settings.num_envs, settings.episodes)
-    env = policy.make_env(num, settings.env, settings.env_args, settings.max_steps, settings.workers)
-    seeds = range(settings.seed, settings.seed + settings.episodes)
-    explained_variance = fit_q(policy, env, settings) if settings.fit_q or settings.offline_q else None
+
+    def make_env(episodes: int) -> Env:
+        num = min(settings.num_envs, episodes)
+        return policy.make_env(num, settings.env, settings.env_args, settings.max_steps, settings.workers)
+
+    if settings.pairs:
+        seeds = range(PAIR_SEED, PAIR_SEED + settings.pair_episodes)
+        pairs = collect_pairs(policy, make_env(len(seeds)), seeds, score)
+        file = pairs.save(settings.pairs)
+        logger.info(f"{file}: {len(pairs.chosen)} pairs from {len(seeds)} episodes, each run twice")
+    learns = settings.fit_q or settings.offline_q
+    explained_variance = fit_q(policy, make_env(max(1, settings.fit_q)), settings) if learns else None
+    env, seeds = make_env(settings.episodes), range(settings.seed, settings.seed + settings.episodes)
     policy = with_q(policy, settings)
     actor: Policy | DelayedPolicy = policy
     if settings.delay or settings.execution != "naive":
