@@ -23,6 +23,7 @@ def test_every_kind_of_value():
     assert parse_job("--micro-batch=7").micro_batch == 7
     assert parse_job("--micro-batch=None").micro_batch is None
     assert parse_job("--name", "None").name is None
+    assert (parse_job("--micro-batch=null").micro_batch, parse_job("--name=null").name) == (None, None)  # as in YAML
     assert parse_job("--betas", ".5", ".6", "--ema", "0.9", "0.99", "0.999").betas == (0.5, 0.6)
     assert (parse_job("--ema", "0.9", "0.99").ema, parse_job("--ema").ema) == ((0.9, 0.99), ())
     assert (parse_job("--size=8").size, parse_job("--size", "8", "9").size) == (8, (8, 9))
