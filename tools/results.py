@@ -285,11 +285,12 @@ def race_shares(name: str) -> str:
 
     cells, rows = load(name)["cells"], []
     shares = all_shares(cells, next(iter(cells)).split("/")[0])
+    measured = [own for own in RACERS if any(pair[0] == own for pair in shares)]
     for others in dict.fromkeys(others for _, others in shares):
         names = others.split(" or ")
         label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
-        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in list(RACERS)[:2])])
-    return table(["share of the seconds of", *list(RACERS.values())[:2]], rows)
+        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in measured)])
+    return table(["share of the seconds of", *(RACERS[own] for own in measured)], rows)
 
 
 def few_step_plane() -> str:
@@ -844,6 +845,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "reflow": reflow,
     "race": partial(race, "race-fashion"),
     "race-shares": partial(race_shares, "race-fashion"),
+    "race-cifar10": partial(race, "race-cifar10"),
+    "race-cifar10-shares": partial(race_shares, "race-cifar10"),
     "few-step-plane": few_step_plane,
     "few-step-policy": few_step_policy,
     "few-step-guided": partial(few_step_guided, "guided"),
