@@ -31,7 +31,7 @@ FIRST_START = 100_000
 def main(argv: list[str]) -> int:
     """Run the episodes and print their speed; the exit code."""
     parser = ScriptParser(__doc__, "genkit bench rollouts")
-    parser.add_argument("run", type=Path, help="the run of a policy")
+    parser.add_argument("run", type=Path, nargs="?", help="the run of a policy")
     parser.add_argument("--env", help="default: that of the run's demonstrations")
     parser.add_argument("--steps", type=int, help="sampler steps of a chunk; default: the run's")
     parser.add_argument("--episodes", type=int, default=200)
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args(argv)
+    if args.run is None:
+        raise ValueError("run: not given; needs the run of a policy: genkit bench rollouts runs/latest")
     torch.set_num_threads(1)  # the other cores are for the environments
     policy = Policy.load(args.run, steps=args.steps)
     speeds = measure(policy, args)

@@ -373,8 +373,8 @@ def test_the_command_prints_the_bounds(trained, capsys, law):
     assert found["iwae_nats"]["value"] == pytest.approx(
         float(run.objective.bounds(run.nets, batch, 5).iwae.mean()), rel=1e-6
     )
-    more = bounds_of(capsys, trained[law], "--n=20", "--draws=60")
-    assert more["iwae_nats"]["value"] > found["iwae_nats"]["value"]
+    fewer, more = (bounds_of(capsys, trained[law], "--n=300", draws) for draws in ("--draws=5", "--draws=60"))
+    assert more["iwae_nats"]["value"] > fewer["iwae_nats"]["value"] + 0.03  # in expectation, so of many rows
 
 
 def test_the_command_refuses_options_without_effect(trained, tmp_path, capsys):

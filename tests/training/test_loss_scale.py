@@ -22,7 +22,7 @@ from tests.support.ranks import on_two_ranks
 CPU = torch.device("cpu")
 TINY = {
     "objective": "flow", "data": "moons", "backbone": {"name": "mlp", "width": 16, "depth": 2}, "batch": 64,
-    "sample_every": 0, "tensorboard": False, "device": "cpu", "workers": 0, "log_every": 1,
+    "sample_every": 0, "tensorboard": False, "device": "cpu", "workers": 0, "log_every": 1, "warmup": 3,
 }  # fmt: skip
 
 

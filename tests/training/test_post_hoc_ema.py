@@ -136,7 +136,7 @@ def settings(tmp_path, **changes):
     small = {"name": "mlp", "width": 8, "depth": 1}
     return dict(objective="flow", data="moons", backbone=small, steps=128, batch=16, tensorboard=False, workers=0,
                 sample_every=0, out=str(tmp_path), device="cpu", power_ema=[0.05, 0.1], power_ema_every=2,
-                **changes)  # fmt: skip
+                warmup=32, **changes)  # fmt: skip
 
 
 def tensors(nets):
