@@ -566,14 +566,11 @@ def mujoco() -> str:
     rows = []
     for name, env in (("halfcheetah", "HalfCheetah-v5"), ("hopper", "Hopper-v5")):
         runs = load(name)["seeds"]
-        own = all("expert" in run for run in runs)  # otherwise one for all seeds
         for run in runs:
-            expert = [number(run["expert"]["mean"], 0) if own else "one for all"]
-            returns = [*expert, *[interval(run[key], 0) for key in ("before", "after")]]
-            spent = [run["expert"]["cpu_seconds"]] if own else []
-            spent += [run["train_cpu_seconds"], run["finetune_cpu_seconds"]]
+            returns = [number(run["expert"]["mean"], 0), *[interval(run[key], 0) for key in ("before", "after")]]
+            spent = [run["expert"]["cpu_seconds"], run["train_cpu_seconds"], run["finetune_cpu_seconds"]]
             rows.append([env, str(run["seed"]), *returns, " + ".join(map(str, spent))])
-        experts = spread([run["expert"]["mean"] for run in runs], 0) if own else "one for all"
+        experts = spread([run["expert"]["mean"] for run in runs], 0)
         rows.append([env, "all", experts, mean_of(runs, "before", 0), mean_of(runs, "after", 0), ""])
     header = ["", "seed", "return of the expert", "of the policy", "after", "CPU s: search, imitation, reward"]
     return table(header, rows)
