@@ -405,7 +405,7 @@ def pusht() -> str:
 
 def pusht_mirror() -> str:
     """Seed 0 with and without mirror images of the demonstrations."""
-    with_mirror = {row["policy"]: row for row in load("pusht")["rows"] if row["seed"] == 0}
+    with_mirror = {row["policy"]: row for row in load("pusht-100000")["rows"] if row["seed"] == 0}
     rows = []
     for row in load("pusht-no-mirror")["rows"]:
         pairs = [(row[key]["value"], with_mirror[row["policy"]][key]["value"]) for key in ("coverage", "success")]

@@ -257,9 +257,9 @@ class Setting:
     def read(self, raw: RawValues) -> Any:
         """Return the value that tyro makes of the text. If it cannot, return the text, as YAML would hold it."""
         spec = get_syntax(self.hint)
-        none = {"null": "None"} if type(None) in find_types(self.hint) else {}  # as YAML and as Python have it
+        optional = type(None) in find_types(self.hint)  # null as YAML has it, None as Python
         with contextlib.suppress(ValueError):
-            return spec.instance_from_str([none.get(text, text) for text in raw])
+            return spec.instance_from_str(["None" if optional and text == "null" else text for text in raw])
         return raw[0] if len(raw) == 1 and spec.nargs != "*" else list(raw)
 
 
