@@ -69,6 +69,13 @@ def test_the_file_gives_the_actions_of_the_policy(name, tmp_path):
     obs = inputs["obs"].numpy() if "obs" in inputs else np.zeros((1, *policy.obs_shape), np.float32)
     expected = policy.act(obs, inputs["frames"].numpy() if "frames" in inputs else None)
     assert np.abs(loaded(*inputs.values()).numpy() - expected).max() < 1e-5
+    for normal in (
+        (-1.5, -0.7, 0.2, 0.8, 1.5) if "choice" in inputs else ()
+    ):  # by quantiles
+        inputs["choice"] = torch.full_like(inputs["choice"], normal)
+        policy.noise = Draws(inputs["noise"], inputs["choice"])
+        expected = policy.act(obs)
+        assert np.abs(loaded(*inputs.values()).numpy() - expected).max() < 1e-5
     other = dict(zip(about["inputs"], example_inputs(policy, list(about["inputs"]), 78), strict=True))
     if name != "regression":
         assert np.abs(loaded(*{**inputs, "noise": other["noise"]}.values()).numpy() - expected).max() > 1e-3
