@@ -59,6 +59,8 @@ NAMES = ["anchored", *(pytest.param(name, marks=pytest.mark.slow) for name in ("
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_gives_the_actions_of_the_policy(name, tmp_path):
     run, out = trained(name, tmp_path / "runs"), tmp_path / "graph"
+    for p in run.nets["bank"].parameters() if name == "anchored" else ():
+        p *= 0.01  # so that all anchors are about as likely
     exported = genkit.export(run, out, to={"name": "torchscript", "act_steps": 5})
     about = json.loads((out / "policy.json").read_text())
     assert about["output"] == [1, 5, 2]
@@ -70,7 +72,7 @@ def test_the_file_gives_the_actions_of_the_policy(name, tmp_path):
     expected = policy.act(obs, inputs["frames"].numpy() if "frames" in inputs else None)
     assert np.abs(loaded(*inputs.values()).numpy() - expected).max() < 1e-5
     for normal in (
-        (-1.5, -0.7, 0.2, 0.8, 1.5) if "choice" in inputs else ()
+        (-1.5, -0.58, 0.2, 0.58, 1.5) if "choice" in inputs else ()
     ):  # by quantiles
         inputs["choice"] = torch.full_like(inputs["choice"], normal)
         policy.noise = Draws(inputs["noise"], inputs["choice"])
