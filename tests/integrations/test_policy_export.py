@@ -71,9 +71,7 @@ def test_the_file_gives_the_actions_of_the_policy(name, tmp_path):
     obs = inputs["obs"].numpy() if "obs" in inputs else np.zeros((1, *policy.obs_shape), np.float32)
     expected = policy.act(obs, inputs["frames"].numpy() if "frames" in inputs else None)
     assert np.abs(loaded(*inputs.values()).numpy() - expected).max() < 1e-5
-    for normal in (
-        (-1.5, -0.58, 0.2, 0.58, 1.5) if "choice" in inputs else ()
-    ):  # by quantiles
+    for normal in (-1.5, -0.58, 0.2, 0.58, 1.5) if "choice" in inputs else ():  # by quantiles
         inputs["choice"] = torch.full_like(inputs["choice"], normal)
         policy.noise = Draws(inputs["noise"], inputs["choice"])
         expected = policy.act(obs)
