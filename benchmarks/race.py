@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from benchmarks.race_loops import CONTENDERS, GENKIT, LOOPS, RaceData, data_of, source_of, train_contender
+from benchmarks.race_loops import CONTENDERS, GENKIT, LOOPS, TITLES, RaceData, data_of, source_of, train_contender
 from benchmarks.results import (
     MAX_SEEDS,
     ResultsFile,
@@ -178,6 +178,21 @@ def rows_of_means(found: Mapping[str, Mapping[float, Sequence[float]]]) -> tuple
         for name, curve in found.items()
     ]  # fmt: skip
     return [*(f"{mark:g} s" for mark in marks), "seeds"], rows
+
+
+def rows_of_shares(
+    cells: Mapping[str, Mapping[str, Any]], data: str, order: Iterable[str]
+) -> tuple[list[str], list[list[str]]]:
+    """The heads of a table, without the first one, of genkit's contenders in this ``order``, and a row for each of the
+    others; no rows without two that can be compared."""
+    shares = all_shares(cells, data)
+    own = [name for name in order if any(pair[0] == name for pair in shares)]
+    rows = []
+    for others in dict.fromkeys(others for _, others in shares):
+        names = [TITLES[name] for name in others.split(" or ")]
+        title = " or ".join(names) + (", the better" if len(names) > 1 else "")
+        rows.append([title, *(str(shares.get((name, others), "")) for name in own)])
+    return [TITLES[name] for name in own], rows
 
 
 def print_table(console: Console, data: str, cells: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from benchmarks.race import all_shares, curves, geometric_estimate, rows_of_means
+from benchmarks.race import curves, geometric_estimate, rows_of_means, rows_of_shares
 from benchmarks.race_loops import GENKIT, TITLES
 from benchmarks.results import ResultsFile
 from genkit.evaluation.metrics import Estimate
@@ -67,14 +67,7 @@ def steps_at_end(cells: Mapping[str, Mapping[str, Any]], data: str, name: str) -
 
 def share_table(cells: Mapping[str, Mapping[str, Any]], data: str) -> list[Markup]:
     """The shares of the seconds, a line for each of the others; nothing without two that can be compared."""
-    shares = all_shares(cells, data)
-    own = [name for name in GENKIT if any(pair[0] == name for pair in shares)]
-    rows = []
-    for others in dict.fromkeys(others for _, others in shares):
-        names = [TITLES[name] for name in others.split(" or ")]
-        title = " or ".join(names) + (", the better" if len(names) > 1 else "")
-        rows.append([title, *(str(shares.get((name, others), "")) for name in own)])
-    head = [TITLES[name] for name in own]
+    head, rows = rows_of_shares(cells, data, GENKIT)
     caption = "The share of the seconds of another library in which genkit has the distance that it has at its end"
     return [render_table(caption, ["", *head], rows, head)] if rows else []
 

@@ -24,10 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.results import ResultsFile, check_ranges
+from benchmarks.results import ResultsFile, check_ranges, make_console, make_table
 from genkit.cli.scripts import ScriptParser
 from genkit.core import Draw
 from genkit.core.arrays import save_npz
@@ -212,7 +210,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     settings = {"episodes": args.episodes, "steps": args.steps, "seeds": args.seeds, "side": SIDE}
     results = ResultsFile(args.out, settings, ["recordings", *argv])
-    table = Table("format", "images per CPU s, first pass", "later passes", "memory that the first adds, MB")
+    table = make_table("format", "images per CPU s, first pass", "later passes", "memory that the first adds, MB")
     for name in args.only or FORMATS:
         if name not in results:
             runs = [measure_format(name, args.episodes, args.steps, seed) for seed in range(args.seeds)]
@@ -220,7 +218,7 @@ def main(argv: list[str]) -> int:
         cell = results.cells[name]
         peak = f"{max(cell['bytes']) / 1e6:.0f}"
         table.add_row(name, *[f"{min(v):,} to {max(v):,}" for v in (cell["first"], cell["later"])], peak)
-    Console().print(table)
+    make_console().print(table)
     if args.out:
         print(args.out)
     return 0

@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.results import make_console, make_table
 from genkit import __version__
 from genkit.cli.scripts import ScriptParser
 from genkit.core.files import write_text
@@ -45,12 +44,12 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # the other cores are for the environments
     policy = Policy.load(args.run, steps=args.steps)
     speeds = measure(policy, args)
-    table = Table("processes", "steps a second", "compared with the first")
+    table = make_table("processes", "steps a second", "compared with the first")
     first = statistics.median(speeds[args.workers[0]])
     for workers, values in speeds.items():
         median = statistics.median(values)
         table.add_row(str(workers or "this one"), f"{median:,.0f}", f"{median / first:.2f}x")
-    Console().print(table)
+    make_console().print(table)
     if args.out:
         rows = [{"workers": workers, "steps_per_second": values} for workers, values in speeds.items()]
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}

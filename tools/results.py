@@ -282,16 +282,11 @@ def race(name: str) -> str:
 
 
 def race_shares(name: str) -> str:
-    from benchmarks.race import all_shares  # lazy: imports torch
+    from benchmarks.race import rows_of_shares  # lazy: imports torch
 
-    cells, rows = load(name)["cells"], []
-    shares = all_shares(cells, next(iter(cells)).split("/")[0])
-    measured = [own for own in RACERS if any(pair[0] == own for pair in shares)]
-    for others in dict.fromkeys(others for _, others in shares):
-        names = others.split(" or ")
-        label = " or ".join(RACERS[name] for name in names) + (", the better" if len(names) > 1 else "")
-        rows.append([label, *(str(shares[own, others]) if (own, others) in shares else "" for own in measured)])
-    return table(["share of the seconds of", *(RACERS[own] for own in measured)], rows)
+    cells = load(name)["cells"]
+    head, rows = rows_of_shares(cells, next(iter(cells)).split("/")[0], RACERS)
+    return table(["share of the seconds of", *head], rows)
 
 
 def few_step_plane() -> str:

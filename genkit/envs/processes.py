@@ -165,13 +165,8 @@ def join_outcomes(parts: Sequence[Outcome]) -> Outcome:
     """The outcome of all rows in one step, from those of each worker."""
     *arrays, infos = zip(*parts, strict=True)
     obs, reward, terminated, truncated = map(np.concatenate, arrays)
-    return (
-        obs,
-        reward,
-        terminated,
-        truncated,
-        join_infos([(info, len(obs)) for info, obs in zip(infos, arrays[0], strict=True)]),
-    )
+    info = join_infos([(part, len(rows)) for part, rows in zip(infos, arrays[0], strict=True)])
+    return obs, reward, terminated, truncated, info
 
 
 def join_infos(parts: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> dict[str, np.ndarray]:
