@@ -41,8 +41,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device supports bf16 natively; one that emulates it is slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_has_bf16()
+
+
+@lru_cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 instructions, as Linux lists them."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @lru_cache

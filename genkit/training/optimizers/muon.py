@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genkit.config.numbers import Fraction
 from genkit.core.weights import Fused, hidden_matrices
 from genkit.training.optimizers.family import Group, Networks, OptimizerFamily, PhaseRates
+from genkit.training.precision import has_fast_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, those of the original Muon
 EPS = 1e-7  # smallest norm by which a matrix is divided
@@ -118,12 +119,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """The nearest matrices with singular values of about 1 to ``[n, rows, columns]``, in bf16, for rows <= columns.
+    """The nearest matrices with singular values of about 1 to ``[n, rows, columns]``, for rows <= columns.
 
-    A quintic Newton-Schulz iteration (Jordan et al. 2024), whose singular values end between 0.7 and 1.2.
+    A quintic Newton-Schulz iteration (Jordan et al. 2024), whose singular values end between 0.7 and 1.2. In bf16, for
+    which it was made; in fp32 where bf16 is emulated (13 times the time for 8 matrices of 96 x 864, with AVX2).
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if has_fast_bf16(matrices.device) else torch.float32)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
     for _ in range(steps):
         gram = x @ x.mT
