@@ -6,24 +6,26 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from genkit.core import Cond, Generator, Noise, Spec
+from genkit.core.device import has_fast_bf16, warn_of_emulated_bf16
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the others need no autocast
 
 
 def require_precision(precision: str, device: torch.device) -> None:
-    """``ValueError`` if the device has no such arithmetic."""
+    """``ValueError`` if the device has no such arithmetic; a warning if it emulates it."""
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: given tf32, which only CUDA devices have; allowed on {device.type}: fp32, bf16")
     if precision in AUTOCAST and not has_autocast(AUTOCAST[precision], device.type):
         raise ValueError(f"precision: given {precision}, which torch does not have on {device.type} here; take fp32")
+    if precision == "bf16":
+        warn_of_emulated_bf16("precision: bf16", device)
 
 
 def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
@@ -35,20 +37,6 @@ def pick_precision(name: str, device: torch.device, spec: Spec) -> str:
     if name != "auto":
         return name
     return "bf16" if len(spec.shape) > 1 and has_fast_bf16(device) else "fp32"
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device supports bf16 natively; one that emulates it is slower than in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and cpu_has_bf16()
-
-
-@lru_cache
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 instructions, as Linux lists them."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @lru_cache

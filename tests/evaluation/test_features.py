@@ -31,6 +31,7 @@ from torch import nn
 
 from genkit.config import ConfigError, from_dict, parse, table, to_yaml
 from genkit.core import Label, Spec
+from genkit.core.messages import warn_once
 from genkit.core.tensors import sha256
 from genkit.data import DATA, InMemory
 from genkit.data.codecs import Pixels
@@ -258,9 +259,14 @@ def test_logits_omit_the_bias(random_weights, tmp_path):
     )
 
 
-def test_settings_are_complete(random_weights, tmp_path):
+def test_settings_are_complete(random_weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("genkit.core.device.cpu_has_bf16", lambda: False)
+    warn_once.cache_clear()
     save_file({k: v for k, v in random_weights.items() if k.startswith("layers")}, tmp_path / "a.safetensors")
     exact, fast = (Inception("clean", str(tmp_path / "a.safetensors"), fast=f).load("cpu") for f in (False, True))
+    assert (
+        [m for m in caplog.messages if "features.fast: bf16: this CPU only emulates it" in m] == caplog.messages != []
+    )
     assert json.loads(json.dumps(dict(exact.settings))) == exact.settings
     assert exact.settings["sha256"] == sha256(tmp_path / "a.safetensors")
     assert {k for k in exact.settings if exact.settings[k] != fast.settings[k]} == {"precision"}

@@ -18,10 +18,9 @@ from genkit.core.weights import Fused, hidden_matrices
 from genkit.data.codecs import Identity
 from genkit.objectives import GAN, Flow
 from genkit.training.loop import fit, initial_state, optimizer_step
-from genkit.training.optimizers import OPTIMIZERS, AdamW
+from genkit.training.optimizers import OPTIMIZERS, AdamW, muon
 from genkit.training.optimizers.groups import create_optimizer, read_phase_setting
 from genkit.training.optimizers.modes import evaluation_weights
-from genkit.training.optimizers import muon
 from genkit.training.optimizers.muon import Muon, orthogonalize
 from genkit.training.optimizers.sharpness import SAM
 from genkit.training.optimizers.state_files import flatten, optimizer_pieces, restore_optimizers

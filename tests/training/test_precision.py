@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from genkit.core.device import pick_device
+from genkit.core.device import has_fast_bf16, pick_device
+from genkit.core.messages import warn_once
 from genkit.diffusion.samplers import bind
 from genkit.objectives import Flow
-from genkit.training.precision import has_fast_bf16, network_precision, with_networks
+from genkit.training.precision import network_precision, require_precision, with_networks
 from genkit.training.run import load_run
 from genkit.training.sampling import Sampling
 from genkit.training.train import train
@@ -76,3 +77,17 @@ def test_emulated_bf16_is_not_fast(monkeypatch, native, emulated):
     answer = lambda including_emulation=True: emulated if including_emulation else native  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
     assert has_fast_bf16(CUDA) == native
+
+
+@pytest.mark.parametrize(("has", "precision", "expected"), [
+    (False, "bf16", 1), (True, "bf16", 0), (False, "fp32", 0),
+])  # fmt: skip
+def test_emulated_bf16_is_used_with_a_warning(monkeypatch, caplog, has, precision, expected):
+    monkeypatch.setattr("genkit.core.device.cpu_has_bf16", lambda: has)
+    warn_once.cache_clear()
+    for _ in range(2):  # said once
+        require_precision(precision, CPU)
+    warnings = [
+        r.getMessage() for r in caplog.records if "precision: bf16: this CPU only emulates it" in r.getMessage()
+    ]
+    assert len(warnings) == expected

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from genkit.config.numbers import Count, Seed
 from genkit.config.paths import PathText
 from genkit.core import Data, Draw, Label
+from genkit.core.device import warn_of_emulated_bf16
 from genkit.core.files import atomic_write
 from genkit.core.tensors import cache_folder, sha256
 from genkit.evaluation.metrics.inception import DIM, NAME, SIZE, InceptionV3, read_weights
@@ -138,9 +139,10 @@ RESIZE_MODES: dict[str, ResizeMode] = {
 class Inception(Features):
     """Inception-v3 with the resizing of clean-fid (Parmar et al. 2022): the features of the FID.
 
-    ``fast`` needs a CPU with bf16 instructions or a GPU; otherwise it is slower than fp32. It changes the FID: between
-    the first 600 images of CIFAR-10's test split and the next 600 (``Moments.of(extract(x).features)`` of each,
-    legacy_tensorflow) from 68.72 to 68.55; between fp32 and bf16 of the same 1,200 it is 0.28, so do not mix them.
+    ``fast`` needs a CPU with bf16 instructions or a GPU; otherwise it is slower than fp32 (7.5 times with AVX2), and a
+    warning says so. It changes the FID: between the first 600 images of CIFAR-10's test split and the next 600
+    (``Moments.of(extract(x).features)`` of each, legacy_tensorflow) from 68.72 to 68.55; between fp32 and bf16 of the
+    same 1,200 it is 0.28, so do not mix them.
     """
 
     resize: Resize = "clean"
@@ -162,6 +164,8 @@ class InceptionExtractor:
         if config.resize not in RESIZE_MODES:
             raise ValueError(f"resize: given {config.resize!r}; allowed: {', '.join(RESIZE_MODES)}")
         file = find_weights(config.weights)
+        if config.fast:
+            warn_of_emulated_bf16("features.fast: bf16", device)
         self.network = InceptionV3(read_weights(file), torch.bfloat16 if config.fast else torch.float32).to(device)
         self.device, self.dim = device, self.network.dim
         if self.dim != DIM:

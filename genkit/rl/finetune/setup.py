@@ -36,6 +36,7 @@ from genkit.training.distributed import create_sharding
 from genkit.training.latents import encoder_of
 from genkit.training.loop import copy_for_ema, initial_state, local_batch_size
 from genkit.training.optimizers import AdamW
+from genkit.training.precision import require_precision
 from genkit.training.run import Run, average_name, load_run
 from genkit.training.sampling import PIPELINE_GRID, Sampling
 from genkit.training.settings import TrainSettings
@@ -305,6 +306,7 @@ def build_learner(
     def demos(number: int, start: int, stop: int) -> Batch:
         return encoder.encode(stream(number, 0, start, stop))
 
+    require_precision(settings.precision, device)
     critic = Critic(base.spec).to(device) if needs_critic else None
     sigma, lr = steps.sigma if isinstance(steps, Chain) else None, settings.method.critic_lr
     return Learner(

@@ -12,9 +12,9 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from genkit.config.numbers import Fraction
+from genkit.core.device import has_fast_bf16
 from genkit.core.weights import Fused, hidden_matrices
 from genkit.training.optimizers.family import Group, Networks, OptimizerFamily, PhaseRates
-from genkit.training.precision import has_fast_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, those of the original Muon
 EPS = 1e-7  # smallest norm by which a matrix is divided
