@@ -26,6 +26,10 @@ BENCHES = {  # name -> (module with main(argv), one line of help)
     "quality": ("benchmarks.quality", "objectives with the same network, data and budget, evaluated in the same way"),
     "rollouts": ("benchmarks.rollouts", "steps a second of a policy's episodes, in one process and in several"),
     "race": ("benchmarks.race", "quality for seconds of training: other libraries' loops and genkit"),
+    "optimizers": (
+        "benchmarks.optimizers",
+        "optimizers and schedules at equal CPU seconds, by held-out loss",
+    ),
     "order": ("benchmarks.order", "the convergence order of every solver, on a mixture in closed form"),
     "toy": ("benchmarks.toy", "flows in the plane with and without optimal transport, and the published numbers"),
     "prediction": (

@@ -1,0 +1,170 @@
+"""Optimizers at equal CPU seconds: the loss of held-out samples, on data and networks of four kinds.
+
+    genkit bench optimizers [--tasks moons digits] [--optimizers adamw muon muon:wsd] [--seconds 20] [--seeds 3]
+                            [--rates 0.33 1 3] [--out FILE.json]
+
+Each contender is an optimizer with a schedule, ``NAME`` or ``NAME:SCHEDULE``; ``wsd`` decays over the last 30 % of the
+steps. All train a rectified flow of the same network and batch in one thread. Seconds are turned into steps by the CPU
+time of a step, the median of rounds in which the contenders take turns, so they are the same for all rates and seeds.
+
+The learning rate is chosen for each contender and task: of ``--rates`` times its default, the one with the lowest loss
+by a seed of its own (``--choice-seed``). The trainings of the other seeds, which are reported, have this rate. The loss
+is the objective's, of the average of the weights, over the samples that are held out, with the same times and noise for
+all. Lower is better; a difference in it says nothing about samples by itself (``genkit bench race`` measures these).
+A training that ``--out`` has is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import genkit
+from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
+from genkit.cli.scripts import ScriptParser
+from genkit.training.directory import read_log
+from genkit.training.loop import Diverged
+from genkit.training.optimizers import OPTIMIZERS
+from genkit.training.schedules import SCHEDULES
+
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    "moons": {"data": "moons", "backbone": {"name": "mlp", "width": 128}, "batch": 256},
+    "four-ways": {"data": "four-ways", "backbone": {"name": "mlp", "width": 128}, "batch": 256,
+                  "objective": {"name": "flow", "prediction": "x0", "loss_space": "x0", "cond_dropout": 0.0}},
+    "digits": {"data": "digits", "backbone": {"name": "unet", "width": 16}, "batch": 64},
+    "digits-dit": {"data": "digits", "backbone": {"name": "dit", "width": 96, "depth": 4, "patch": 1}, "batch": 64},
+}  # fmt: skip
+DECAYS: Mapping[str, Mapping[str, Any]] = {"wsd": {"name": "wsd", "decay": 0.3}}  # what a schedule's name stands for
+DEFAULT = ("adamw", "adamw:wsd", "muon", "muon:wsd", "soap", "lion", "nadam", "schedule-free", "prodigy")
+ROUNDS, FIRST, LAST = 3, 4, 16  # turns of a pilot, and the steps between which it takes the time
+
+
+class Contender(NamedTuple):
+    """An optimizer, and a schedule; without one, the optimizer's own default."""
+
+    optimizer: str
+    schedule: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Contender:
+        """``NAME`` or ``NAME:SCHEDULE``; ``ValueError`` for names that do not exist."""
+        name, _, schedule = text.partition(":")
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optimizers: given {name}; allowed: {', '.join(OPTIMIZERS)}")
+        if schedule and schedule not in SCHEDULES:
+            raise ValueError(f"optimizers: given {text}; schedules: {', '.join(SCHEDULES)}")
+        return cls(name, schedule or None)
+
+    def options(self, task: str, rate: float) -> dict[str, Any]:
+        """The settings of a training with ``rate`` times the default learning rate."""
+        lr = OPTIMIZERS[self.optimizer].default_settings.get("lr", 1e-3)
+        schedule = {"schedule": DECAYS.get(self.schedule, self.schedule)} if self.schedule else {}
+        common = {"objective": "flow", "sample_every": 0, "tensorboard": False, "device": "cpu", "threads": 1}
+        return {**common, **TASKS[task], **schedule, "optimizer": self.optimizer, "lr": lr * rate, "workers": 0}
+
+
+def step_seconds(options: Mapping[str, Any]) -> float:
+    """CPU seconds of a training step, without those at the beginning."""
+    times: dict[int, float] = {}
+
+    def note(what: str, done: int, total: int | None) -> None:
+        times[done] = time.process_time()
+
+    with tempfile.TemporaryDirectory() as folder:
+        genkit.train(**options, steps=LAST, save_every=LAST, out=folder, progress=note)
+    return (times[LAST - 1] - times[FIRST]) / (LAST - 1 - FIRST)
+
+
+def held_out_loss(options: Mapping[str, Any], steps: int, seed: int) -> tuple[float, float]:
+    """The loss of held-out samples after a training, infinite if it diverged, and the CPU seconds of its steps."""
+    times: dict[int, float] = {}
+
+    def note(what: str, done: int, total: int | None) -> None:
+        times.setdefault(done, time.process_time())
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = genkit.train(**options, steps=steps, seed=seed, val_every=steps, save_every=steps, out=folder,
+                               progress=note)  # fmt: skip
+        except Diverged:
+            return math.inf, math.nan
+        loss = [record["val/loss"] for record in read_log(run.directory) if "val/loss" in record][-1]
+    return loss, times[steps - 1] - times[1]
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; the exit code."""
+    parser = ScriptParser(__doc__, "genkit bench optimizers")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="data and network")
+    parser.add_argument("--optimizers", nargs="+", default=list(DEFAULT), help="NAME or NAME:SCHEDULE")
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds of each training")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.33, 1.0, 3.0], help="times the default rate")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each contender")
+    parser.add_argument("--choice-seed", type=int, default=1000, help="the seed by which rates are chosen")
+    parser.add_argument("--out", type=Path, help="JSON; a training that it has is not run again")
+    args = parser.parse_args(argv)
+    check_ranges(args, seeds=MAX_SEEDS)
+    if not 0 < args.seconds < math.inf or not all(0 < rate < math.inf for rate in args.rates):
+        raise ValueError(f"seconds, rates: given {args.seconds}, {args.rates}; allowed above 0")
+    if args.choice_seed in range(args.seeds):
+        raise ValueError(f"choice-seed: given {args.choice_seed}, which is reported; allowed from {args.seeds} on")
+    contenders = {text: Contender.parse(text) for text in args.optimizers}
+    settings = {"seconds": args.seconds, "choice_seed": args.choice_seed, "tasks": {t: dict(TASKS[t]) for t in TASKS}}
+    results, console = ResultsFile(args.out, settings, ["optimizers", *argv]), make_console()
+    for task in args.tasks:
+        measure_task(task, contenders, args, results)
+        console.print(make_rows(task, results.cells, args))
+    if args.out:
+        console.print(str(args.out), markup=False)
+    return 0
+
+
+def measure_task(
+    task: str, contenders: Mapping[str, Contender], args: argparse.Namespace, results: ResultsFile
+) -> None:
+    """Train every contender on a task: once with each rate, then each seed with the best one."""
+    missing = [text for text in contenders if f"{task}/{text}/cost" not in results]
+    rounds: dict[str, list[float]] = {text: [] for text in missing}
+    for _ in range(ROUNDS):
+        for text in missing:
+            rounds[text].append(step_seconds(contenders[text].options(task, 1.0)))
+    for text in missing:
+        cost = statistics.median(rounds[text])
+        results.add(f"{task}/{text}/cost", {"step": cost, "steps": max(LAST, round(args.seconds / cost))})
+    for text, contender in contenders.items():
+        steps = results.cells[f"{task}/{text}/cost"]["steps"]
+        trials = [(rate, args.choice_seed) for rate in args.rates]
+        for stage in ("choice", "reported"):
+            if stage == "reported":
+                trials = [(best_rate(task, text, results.cells, args), seed) for seed in range(args.seeds)]
+            for rate, seed in trials:
+                if (cell := f"{task}/{text}/{rate:g}/{seed}") not in results:
+                    loss, seconds = held_out_loss(contender.options(task, rate), steps, seed)
+                    results.add(cell, {"loss": loss, "seconds": round(seconds, 2)})
+
+
+def best_rate(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> float:
+    """The rate with the lowest loss by the seed of the choice."""
+    return min(args.rates, key=lambda rate: cells[f"{task}/{text}/{rate:g}/{args.choice_seed}"]["loss"])
+
+
+def make_rows(task: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> Any:
+    """The table of a task: steps, the chosen rate, mean and standard deviation of the loss."""
+    table = make_table("", "steps", "rate", "held-out loss", title=f"{task}, {args.seconds:g} CPU s")
+    for text in args.optimizers:
+        rate = best_rate(task, text, cells, args)
+        losses = [cells[f"{task}/{text}/{rate:g}/{seed}"]["loss"] for seed in range(args.seeds)]
+        lr = Contender.parse(text).options(task, rate)["lr"]
+        table.add_row(text, str(cells[f"{task}/{text}/cost"]["steps"]), f"{lr:g}", format_mean_sd(losses))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
