@@ -10,8 +10,8 @@ time of a step, the median of rounds in which the contenders take turns, so they
 The learning rate is chosen for each contender and task: of ``--rates`` times its default, the one with the lowest loss
 by a seed of its own (``--choice-seed``). The trainings of the other seeds, which are reported, have this rate. The loss
 is the objective's, of the average of the weights, over the samples that are held out, with the same times and noise for
-all. Lower is better; a difference in it says nothing about samples by itself (``genkit bench race`` measures these).
-A training that ``--out`` has is not run again.
+all contenders of a seed. Lower is better; a difference in it says nothing about samples by itself (``genkit bench
+race`` measures these). A training that ``--out`` has is not run again.
 """
 
 from __future__ import annotations
@@ -122,14 +122,25 @@ def best_rate(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args
     return min(args.rates, key=lambda rate: cells[f"{task}/{text}/{rate:g}/{args.choice_seed}"]["loss"])
 
 
+def reported(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> list[float]:
+    """The losses of the reported seeds, with the rate that was chosen."""
+    rate = best_rate(task, text, cells, args)
+    return [cells[f"{task}/{text}/{rate:g}/{seed}"]["loss"] for seed in range(args.seeds)]
+
+
 def make_rows(task: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> Any:
-    """The table of a task: steps, the chosen rate, mean and standard deviation of the loss."""
-    table = make_table("", "steps", "rate", "held-out loss", title=f"{task}, {args.seconds:g} CPU s")
+    """The table of a task: steps, the chosen rate, the loss, and its difference to the first contender's, seed by seed
+    (other seeds have other times and noise)."""
+    table = make_table(
+        "", "steps", "rate", "held-out loss", "against the first", title=f"{task}, {args.seconds:g} CPU s"
+    )
+    first = reported(task, args.optimizers[0], cells, args)
     for text in args.optimizers:
-        rate = best_rate(task, text, cells, args)
-        losses = [cells[f"{task}/{text}/{rate:g}/{seed}"]["loss"] for seed in range(args.seeds)]
-        lr = Contender.parse(text).options(task, rate)["lr"]
-        table.add_row(text, str(cells[f"{task}/{text}/cost"]["steps"]), f"{lr:g}", format_mean_sd(losses))
+        losses = reported(task, text, cells, args)
+        lr = Contender.parse(text).options(task, best_rate(task, text, cells, args))["lr"]
+        difference = format_mean_sd([b - a for a, b in zip(first, losses, strict=True)])
+        steps = str(cells[f"{task}/{text}/cost"]["steps"])
+        table.add_row(text, steps, f"{lr:g}", format_mean_sd(losses), "" if text == args.optimizers[0] else difference)
     return table
 
 

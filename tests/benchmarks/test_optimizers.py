@@ -40,7 +40,9 @@ def test_the_rate_of_the_choice_is_reported_at_the_same_seconds(monkeypatch, tmp
         assert {t["steps"] for t in own} == {steps}
         assert [t["seed"] for t in own] == [1000] * 3 + [0, 1]
         assert [t["lr"] for t in own][3:] == [pytest.approx(lr)] * 2
-    assert "0.500±0.707" in capsys.readouterr().out  # of seeds 0 and 1, none of the choice
+    out = capsys.readouterr().out
+    assert "0.500±0.707" in out  # of seeds 0 and 1, none of the choice
+    assert "0.000±0.000" in out  # seed by seed, Muon has the loss of AdamW
     trained.clear()
     assert main(command) == 0  # resumed
     assert not trained
