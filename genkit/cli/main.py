@@ -196,6 +196,12 @@ COMMANDS = {
         ),
         shares_work=True,
     ),
+    "cache": Command(
+        "genkit.cli.commands.cache",
+        "list what genkit keeps on disk to be faster; --clear removes it",
+        "genkit.cli.commands.cache:Cache",
+        ("genkit cache", "genkit cache --clear frames text --unused 30d"),
+    ),
     "bench": Command(
         "genkit.cli.commands.bench",
         "run a benchmark: quality, toy, reflow, prediction, order, overhead, speed",

@@ -344,7 +344,7 @@ class FlagParser:
             self.root,
             args=argv,
             prog=prog,
-            description=description,
+            description=inspect.cleandoc(description) if description else None,  # Python 3.11 and 3.12 keep indents
             registry=registry,
             return_unknown_args=True,
             config=(tyro.conf.PositionalMetavarFromFieldName,),
