@@ -35,7 +35,7 @@ def present(cache):
 
 def test_every_file_is_listed_once_with_size_and_age(cache):
     found = {files.kind: files for files in list_cache()}
-    assert list(found)[0] == "frames"  # the largest first
+    assert next(iter(found)) == "frames"  # the largest first
     assert sum(f.size for f in found.values()) == sum(SIZES.values())
     assert (found["frames"].files, found["frames"].size) == (2, 3500)
     assert found[NETWORKS].files == found["future"].files == 1
