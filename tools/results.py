@@ -258,25 +258,23 @@ def few_step_rows(part: str, value: str, digits: int, counts: Sequence[str] = FE
     return rows
 
 
-RACERS = {
-    "genkit-recipe": "genkit, Muon at a constant rate",
-    "genkit": "genkit, defaults",
-    "diffusers": "diffusers",
-    "lucidrains": "denoising-diffusion-pytorch",
-    "torchcfm": "torchcfm",
-}
+RACERS = ("genkit-recipe", "genkit", "diffusers", "lucidrains", "torchcfm")  # in the order of the tables
 
 
 def race(name: str) -> str:
+    from benchmarks.race_loops import TITLES  # lazy: imports torch
+
     cells, rows = load(name)["cells"], []
-    for name, label in RACERS.items():
+    for name in RACERS:
         found = [cell["marks"] for key, cell in cells.items() if key.split("/")[1] == name]
         if not found:
             continue
         marks = list(zip(*found, strict=True))
         values = [[entry["value"] for entry in mark] for mark in marks]
         steps = number(mean([entry["steps"] for entry in marks[-1]]), 0)
-        rows.append([label, *(spread(v, 1) if len(v) > 1 else number(v[0], 1) for v in values), steps, str(len(found))])
+        rows.append(
+            [TITLES[name], *(spread(v, 1) if len(v) > 1 else number(v[0], 1) for v in values), steps, str(len(found))]
+        )
     first = next(iter(cells.values()))["marks"]
     return table(["Fréchet distance", *(f"{entry['mark']:g} CPU s" for entry in first), "steps", "seeds"], rows)
 

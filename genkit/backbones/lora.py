@@ -160,7 +160,8 @@ def freeze(net: nn.Module) -> Frozen:
                 frozen.append((module, name, True))
     names = {id(b) for m, k, _ in frozen for b in [m.get_buffer(k)]}
     # DistributedDataParallel would send them to all ranks at every step; they are the same everywhere, and stay so
-    net._ddp_params_and_buffers_to_ignore = [k for k, b in net.named_buffers() if id(b) in names]  # type: ignore[assignment]
+    ignored: Any = [k for k, b in net.named_buffers() if id(b) in names]  # a list, which a module's types do not allow
+    net._ddp_params_and_buffers_to_ignore = ignored
     return frozen
 
 

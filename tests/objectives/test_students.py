@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from genkit import config
 from genkit.backbones import MLP
@@ -19,6 +18,7 @@ from genkit.training.loop import fit, initial_state
 from genkit.training.run import init_from, load_run
 from genkit.training.settings import TrainSettings
 from tests.support.ranks import on_two_ranks
+from tests.support.runs import saved_tensors
 
 SMALL = ["--backbone.width=16", "--backbone.depth=1", "--batch=32", "--warmup=0", "--ema", "0.9", "--device=cpu",
          "--sample-every=0", "--no-tensorboard", "--workers=0"]  # fmt: skip
@@ -74,11 +74,6 @@ def run_of(folder, *args):
     return (folder / "latest").resolve()
 
 
-def weights(run):
-    files = sorted((run / "latest").glob("*.safetensors"))
-    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("base")
@@ -98,7 +93,7 @@ def test_resume_is_bit_identical(base, tmp_path, name):
         assert main(["train", "--resume", str(half)]) == 0
     finally:
         base.with_name("gone").rename(base)
-    a, b = weights(whole), weights(half)
+    a, b = saved_tensors(whole), saved_tensors(half)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert any(k.endswith("/loss") for k in read_log(half)[-1])

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from genkit.cli.main import main
 from genkit.config import from_dict, load_yaml, to_yaml
@@ -17,6 +16,7 @@ from genkit.training.settings import TrainSettings
 from tests.recipes.objective import MeanFlow
 from tests.support import objectives as contract
 from tests.support.recipes import TINY, page_shows
+from tests.support.runs import saved_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +27,6 @@ def _mean_flow(monkeypatch):
 def train(folder, *args):
     assert main(["train", *TINY, "--objective=mean-flow", "--ema", "0.9", "0.99", f"--out={folder}", *args]) == 0
     return (folder / "latest").resolve()
-
-
-def weights(run):
-    files = sorted((run / "latest").glob("*.safetensors"))
-    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
 
 
 def test_the_page_shows_this_recipe():
@@ -48,13 +43,13 @@ def test_resume_is_bit_identical(tmp_path):
     set_link(half / "latest", "checkpoints/step-0000004")
     os.rename(half / "checkpoints" / "step-0000008", half / "gone")
     assert main(["train", "--resume", str(half)]) == 0
-    a, b = weights(whole), weights(half)
+    a, b = saved_tensors(whole), saved_tensors(half)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    whole, cut = weights(train(tmp_path / "a")), weights(train(tmp_path / "b", "--micro-batch=3"))
+    whole, cut = saved_tensors(train(tmp_path / "a")), saved_tensors(train(tmp_path / "b", "--micro-batch=3"))
     assert all(torch.allclose(whole[k], cut[k], atol=1e-5) for k in whole if k.startswith("net"))
 
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from genkit.cli.main import main
 from genkit.core.files import atomic_directory, atomic_write, sweep
@@ -28,6 +27,7 @@ from genkit.training.resume import continued_settings, find_resumable
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.train import train as train_in_python
+from tests.support.runs import saved_tensors
 
 SMALL = ["--data=moons", "--data.n=64", "--backbone.width=8", "--batch=16", "--workers=0", "--no-tensorboard",
          "--sample-every=0", "--device=cpu", "--log-every=4"]  # fmt: skip
@@ -40,12 +40,6 @@ def train(out, *argv, code=0):
 
 def resume(run, *argv):
     return main(["train", "--resume", str(run), *argv])
-
-
-def weights(run):
-    folder = find_checkpoint(run)
-    files = {p.name: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
-    return {f"{name}/{k}": v for name, content in files.items() for k, v in content.items()}
 
 
 def same(a, b):
@@ -178,7 +172,7 @@ def test_data_may_move(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- checkpoints
 def test_an_earlier_checkpoint_leads_to_the_same_weights_and_keeps_the_later_ones(run, trained):
     assert resume(run, "--step=6") == 0
-    assert same(weights(run), weights(trained))
+    assert same(saved_tensors(run), saved_tensors(trained))
     assert {p.name for p in (run / "checkpoints" / "superseded").iterdir()} == {"step-0000009", "step-0000010"}
     assert resume(run, "--step=5") == 2
 
@@ -189,7 +183,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run, trained, capsy
     damage(run / "checkpoints" / "step-0000010" / f"{name}.safetensors", how)
     assert resume(run) == 0
     assert "step-0000010 is damaged" in capsys.readouterr().out
-    assert same(weights(run), weights(trained))
+    assert same(saved_tensors(run), saved_tensors(trained))
 
 
 def test_damaged_checkpoints_are_set_aside_and_count_no_longer(run, trained, capsys):
@@ -208,7 +202,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_again(run, trained, caps
     assert "has no intact checkpoint" in capsys.readouterr().err
     assert resume(run) == 0
     assert "no intact checkpoint is left: the run begins again at step 0" in capsys.readouterr().out
-    assert same(weights(run), weights(trained))
+    assert same(saved_tensors(run), saved_tensors(trained))
     assert [*map(without_clocks, read_log(run))] == [*map(without_clocks, read_log(trained))]
 
 
@@ -218,7 +212,7 @@ def test_a_checkpoint_whose_record_is_damaged_is_incomplete(run, trained, conten
     assert [p.name for p in list_checkpoints(run)] == ["step-0000003", "step-0000006", "step-0000009"]
     assert main(["info", str(run)]) == 0
     assert resume(run) == 0
-    assert same(weights(run), weights(trained))
+    assert same(saved_tensors(run), saved_tensors(trained))
 
 
 USES = {
@@ -273,7 +267,7 @@ def test_a_run_without_a_checkpoint_begins_again(run, trained, capsys):
     (run / "latest").unlink()
     assert resume(run) == 0
     assert "begins again at step 0" in capsys.readouterr().out
-    assert same(weights(run), weights(trained))
+    assert same(saved_tensors(run), saved_tensors(trained))
 
 
 def test_latest_points_at_a_run_that_can_be_used(tmp_path):

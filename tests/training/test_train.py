@@ -36,6 +36,7 @@ from genkit.training.run import load_run
 from genkit.training.schedules import ConstantRate, CosineDecay, learning_rate
 from genkit.training.settings import TrainSettings
 from genkit.training.state import State
+from tests.support.runs import saved_tensors
 
 SMALL = ["--data=moons", "--backbone.width=32", "--batch=32", "--tensorboard=false", "--device=cpu", "--warmup=5",
          "--log-every=5", "--sample-every=0", "--save-every=1000"]  # fmt: skip
@@ -62,13 +63,8 @@ def in_process(tmp_path, *args):
     return (tmp_path / "runs" / "latest").resolve()
 
 
-def weights(run):
-    files = sorted((run / "latest").glob("*.safetensors"))
-    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
-
-
 def same(a, b):
-    a, b = weights(a), weights(b)
+    a, b = saved_tensors(a), saved_tensors(b)
     assert a.keys() == b.keys()
     return [k for k in a if not torch.equal(a[k], b[k])]
 
@@ -185,7 +181,7 @@ def test_two_ranks_equal_one(tmp_path):
     args += ["--val-every=6", "--val-n=90", "--keep-best=val/loss"]
     two = launch(tmp_path / "two", *args, "--micro-batch=16")
     one = in_process(tmp_path / "one", *args)
-    a, b = weights(two), weights(one)
+    a, b = saved_tensors(two), saved_tensors(one)
     assert a.keys() == b.keys()
     for key in a:
         if "nets.safetensors" in key:
@@ -217,7 +213,7 @@ def test_ranks_whose_weights_differ_are_refused():
 def test_micro_batches_equal_one_batch(tmp_path):
     uncut = in_process(tmp_path / "a", "--steps=8")
     cut = in_process(tmp_path / "b", "--steps=8", "--micro-batch=5")
-    a, b = weights(uncut), weights(cut)
+    a, b = saved_tensors(uncut), saved_tensors(cut)
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], atol=2e-5), key
@@ -227,7 +223,7 @@ def test_micro_batches_equal_one_batch(tmp_path):
 def test_compiled_training_gives_the_same_weights_and_tensorboard_events(tmp_path):
     plain = in_process(tmp_path / "a", "--steps=6")
     compiled = in_process(tmp_path / "b", "--steps=6", "--compile", "--tensorboard")
-    a, b = weights(plain), weights(compiled)
+    a, b = saved_tensors(plain), saved_tensors(compiled)
     assert a.keys() == b.keys()
     for key in a:
         if "nets.safetensors" in key:
@@ -583,7 +579,7 @@ def test_the_memory_of_losses_is_resumed_bit_identically(tmp_path):
 def test_the_memory_of_losses_is_that_of_all_ranks(tmp_path):
     (tmp_path / "two").mkdir()
     two, one = launch(tmp_path / "two", *AWARE, "--micro-batch=16"), in_process(tmp_path / "one", *AWARE)
-    a, b = weights(two), weights(one)
+    a, b = saved_tensors(two), saved_tensors(one)
     for key in a:
         if "nets.safetensors" in key:
             assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-4), key

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 
 from genkit import config
 from genkit.cli.main import main
@@ -20,12 +19,12 @@ from genkit.data.codecs import Identity
 from genkit.data.pairs import save_pairs
 from genkit.objectives import OBJECTIVES
 from genkit.training.best import BestCheckpoint, choose_metric, read_best
-from genkit.training.checkpoint import find_checkpoint
 from genkit.training.directory import list_checkpoints, read_log, step_of
 from genkit.training.loop import initial_state
 from genkit.training.run import load_run
 from genkit.training.settings import TrainSettings
 from genkit.training.validation import Validation
+from tests.support.runs import saved_tensors
 
 QUICK = ["--backbone.width=8", "--batch=16", "--workers=0", "--no-tensorboard", "--sample-every=0", "--device=cpu",
          "--log-every=4"]  # fmt: skip
@@ -35,11 +34,6 @@ MOONS = ("--data=moons", "--data.n=64")
 def train(out, *argv, data=MOONS):
     assert main(["train", *QUICK, *data, f"--out={out}", *argv]) == 0
     return (out / "latest").resolve()
-
-
-def weights(run):
-    folder = find_checkpoint(run)
-    return {f"{p.name}/{k}": v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
 def validations(run):
@@ -167,7 +161,7 @@ def test_validation_changes_nothing(tmp_path, objective):
     args, data = [f"--objective={objective}", "--steps=6"], DATA.get(objective, MOONS)
     plain = train(tmp_path / "a", *args, data=data)
     watched = train(tmp_path / "b", *args, "--val-every=2", "--val-n=20", data=data)
-    a, b = weights(plain), weights(watched)
+    a, b = saved_tensors(plain), saved_tensors(watched)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     losses = [[r[k] for r in read_log(run) for k in r if k.endswith("/loss") and "val" not in k]
@@ -216,7 +210,7 @@ def test_validations_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_pa
     assert main(["train", "--resume", str(cut)]) == 0
     assert validations(cut) == validations(uncut)
     assert read_best(cut) == read_best(uncut)
-    a, b = weights(uncut), weights(cut)
+    a, b = saved_tensors(uncut), saved_tensors(cut)
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
