@@ -21,6 +21,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,39 +107,50 @@ def measure_task(
         cost = statistics.median(rounds[text])
         results.add(f"{task}/{text}/cost", {"step": cost, "steps": max(1, round(args.seconds / cost))})
     for text, contender in contenders.items():
+        train = partial(train_once, results, task, text, contender)
+        for rate in args.rates:
+            train(rate, args.choice_seed)
+        best = best_rate(results.cells, task, text, args.choice_seed)
+        for seed in range(args.seeds):
+            train(best, seed)
+
+
+def train_once(results: ResultsFile, task: str, text: str, contender: Contender, rate: float, seed: int) -> None:
+    """Train a contender and keep its loss, unless the results have it."""
+    if (cell := f"{task}/{text}/{rate:g}/{seed}") not in results:
         steps = results.cells[f"{task}/{text}/cost"]["steps"]
-        trials = [(rate, args.choice_seed) for rate in args.rates]
-        for stage in ("choice", "reported"):
-            if stage == "reported":
-                trials = [(best_rate(task, text, results.cells, args), seed) for seed in range(args.seeds)]
-            for rate, seed in trials:
-                if (cell := f"{task}/{text}/{rate:g}/{seed}") not in results:
-                    options = {**contender.options(task, rate), "steps": steps, "seed": seed}
-                    results.add(cell, measure_held_out(options)._asdict())
+        results.add(cell, measure_held_out({**contender.options(task, rate), "steps": steps, "seed": seed})._asdict())
 
 
-def best_rate(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> float:
-    """The rate with the lowest loss by the seed of the choice."""
-    return min(args.rates, key=lambda rate: cells[f"{task}/{text}/{rate:g}/{args.choice_seed}"]["loss"])
+def losses_of(cells: Mapping[str, Mapping[str, Any]], task: str, text: str) -> dict[tuple[float, int], float]:
+    """The losses of a contender on a task, by rate and seed."""
+    names = [key.split("/") for key in cells if key.startswith(f"{task}/{text}/")]
+    return {(float(n[2]), int(n[3])): cells["/".join(n)]["loss"] for n in names if len(n) == 4}
 
 
-def reported(task: str, text: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> list[float]:
-    """The losses of the reported seeds, with the rate that was chosen."""
-    rate = best_rate(task, text, cells, args)
-    return [cells[f"{task}/{text}/{rate:g}/{seed}"]["loss"] for seed in range(args.seeds)]
+def best_rate(cells: Mapping[str, Mapping[str, Any]], task: str, text: str, choice_seed: int) -> float:
+    """The rate, times the default, with the lowest loss by the seed of the choice."""
+    tried = {rate: loss for (rate, seed), loss in losses_of(cells, task, text).items() if seed == choice_seed}
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def reported(cells: Mapping[str, Mapping[str, Any]], task: str, text: str, choice_seed: int) -> list[float]:
+    """The losses of the other seeds with that rate, seed by seed."""
+    best = best_rate(cells, task, text, choice_seed)
+    found = {s: loss for (rate, s), loss in losses_of(cells, task, text).items() if rate == best and s != choice_seed}
+    return [found[seed] for seed in sorted(found)]
 
 
 def make_rows(task: str, cells: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> Any:
     """The table of a task: steps, the chosen rate, the loss, and its difference to the first contender's, seed by seed
     (other seeds have other times and noise)."""
-    table = make_table(
-        "", "steps", "rate", "held-out loss", "against the first", title=f"{task}, {args.seconds:g} CPU s"
-    )
-    first = reported(task, args.optimizers[0], cells, args)
+    head = ("", "steps", "rate", "held-out loss", "against the first")
+    table = make_table(*head, title=f"{task}, {args.seconds:g} CPU s")
+    first = reported(cells, task, args.optimizers[0], args.choice_seed)
     for text in args.optimizers:
-        losses = reported(task, text, cells, args)
-        lr = Contender.parse(text).options(task, best_rate(task, text, cells, args))["lr"]
-        difference = format_mean_sd([b - a for a, b in zip(first, losses, strict=True)])
+        losses = reported(cells, task, text, args.choice_seed)
+        lr = Contender.parse(text).options(task, best_rate(cells, task, text, args.choice_seed))["lr"]
+        difference = format_mean_sd([b - a for a, b in zip(first, losses, strict=False)])
         steps = str(cells[f"{task}/{text}/cost"]["steps"])
         table.add_row(text, steps, f"{lr:g}", format_mean_sd(losses), "" if text == args.optimizers[0] else difference)
     return table
