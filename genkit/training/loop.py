@@ -123,9 +123,7 @@ def fit(
         step = state.step
         share = rate_share()
         for phase, nets, draw in loop.updates(step):
-            for perturbed in range(loop.passes(phase)):
-                if perturbed:
-                    loop.perturb(phase)
+            for perturbed in loop.passes(phase):
                 for piece in loop.pieces:
                     # ranks exchange gradients once, with the last micro-batch
                     with loop.accumulating(phase, piece):
@@ -248,13 +246,22 @@ class _Loop:
                 stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
         return stack
 
-    def passes(self, phase: Phase) -> int:
-        """How often the phase's optimizer needs the gradient in a step: 2 if it moves the weights in between."""
-        return getattr(self.state.optimizers[phase.name], "passes", 1)
-
-    def perturb(self, phase: Phase) -> None:
-        """Let the phase's optimizer move the weights for the second gradient of a step."""
-        self.state.optimizers[phase.name].perturb()  # type: ignore[attr-defined]
+    def passes(self, phase: Phase) -> Iterator[bool]:
+        """Yield False for each gradient of a step, and then, if the phase's optimizer moves the weights for a second
+        one, True. That repetition is of the same samples, so what networks gathered of them in buffers stays as it was.
+        """
+        optimizer: Any = self.state.optimizers[phase.name]
+        buffers = (
+            [b for net in self.state.nets.values() for b in net.buffers()] if hasattr(optimizer, "perturb") else []
+        )
+        before = [b._version for b in buffers]
+        yield False
+        if hasattr(optimizer, "perturb"):
+            gathered = [(b, b.clone()) for b, v in zip(buffers, before, strict=True) if b._version != v]
+            optimizer.perturb()
+            yield True
+            for buffer, value in gathered:
+                buffer.copy_(value)
 
     def backward(self, phase: Phase, batch: Batch, loss: Loss, log: bool = True) -> None:
         """Accumulate the gradient of a micro-batch's share of the mean loss, which is logged unless it is a repetition

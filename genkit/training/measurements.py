@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from genkit.config import load_object
 from genkit.core import Data, Direction
+from genkit.training.directory import read_log
 from genkit.training.settings import TrainSettings
 from genkit.training.state import State
 
@@ -64,6 +65,14 @@ class PeriodicMeasurement(Protocol):
 def interval(settings: TrainSettings, name: str) -> int:
     """Steps from one measurement ``name`` to the next; 0: it is never taken."""
     return getattr(settings, f"{name}_every")
+
+
+def missing_measurements(run: Path, settings: TrainSettings, step: int) -> list[str]:
+    """The measurements, ``val`` among them, that are due at ``step`` and that the log of the run does not have."""
+    intervals = {"val": settings.val_every, **{name: interval(settings, name) for name in MEASUREMENTS}}
+    due = [name for name, every in intervals.items() if every and (step % every == 0 or step == settings.steps)]
+    logged = {key.partition("/")[0] for record in read_log(run) if record["step"] == step for key in record}
+    return [name for name in due if name not in logged]
 
 
 def create_measurements(

@@ -34,7 +34,8 @@ from genkit.training.checkpoint import CheckpointWriter, checkpoint_files, check
 from genkit.training.directory import append_log, list_checkpoints, read_log, step_of
 from genkit.training.first_stage import CachedLatentCodec
 from genkit.training.loop import sample_rows
-from genkit.training.measurements import MEASUREMENTS, MeasurementStopped, PeriodicMeasurement, interval
+from genkit.training.measurements import MEASUREMENTS, MeasurementStopped, PeriodicMeasurement
+from genkit.training.optimizers.modes import evaluation_weights
 from genkit.training.pace import Pace
 from genkit.training.post_hoc_ema import is_snapshot_due, save_snapshot, thin_snapshots
 from genkit.training.precision import Precision, network_precision, use_codec_precision
@@ -176,6 +177,8 @@ class Session:
     validation: Validation | None = None
     best: BestCheckpoint | None = None
     watch: Watch | None = None
+    missing: Sequence[str] = ()
+    """the measurements that are still to be taken at the step that training resumes from"""
     given_up: bool = False
     """whether ``watch`` has stopped the training"""
     stopped: Callable[[], bool] = lambda: False
@@ -274,7 +277,7 @@ class Session:
     def measure(self, name: str, state: State) -> None:
         """Write the measurement ``name`` to the log and the trackers. A model that cannot be measured now goes on
         training; one whose measurement is interrupted is saved, and measured when it is resumed."""
-        # the last step is measured now or never, and ranks wait for each other
+        # nobody waits to go on after the last step, and ranks wait for each other
         stoppable = state.step < self.settings.steps and self.accelerator.num_processes == 1
         try:
             measured = self.measurements[name](state, self.run, self.stopped if stoppable else lambda: False)
@@ -343,19 +346,11 @@ class Session:
         return self.interrupted or self.is_stale()
 
     def catch_up(self, state: State) -> None:
-        """Do what was due at the step of the checkpoint that training resumes from, if a stop came before it."""
-        settings = self.settings
-        log = read_log(self.run) if self.recorder.main else []
-        records = broadcast_object_list([[r for r in log if r["step"] == state.step]])[0]
-
-        def is_logged(prefix: str) -> bool:
-            return any(name.startswith(f"{prefix}/") for r in records for name in r)
-
-        if settings.val_every and state.step % settings.val_every == 0 and not is_logged("val"):
-            self.validate(state)
-        for name in self.measurements:
-            if state.step % interval(settings, name) == 0 and not is_logged(name):
-                self.measure(name, state)
+        """Take the measurements that a stop or a kill came before, at the step that training resumes from."""
+        with evaluation_weights(state.optimizers.values()):
+            whole = state.gather()
+            for name in self.missing:
+                self.validate(whole) if name == "val" else self.measure(name, whole)
 
     def save(self, state: State) -> None:
         """Begin to write a checkpoint, of a copy of the state, and the plot of the loss."""

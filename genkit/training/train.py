@@ -47,7 +47,9 @@ from genkit.training.measurements import (
     create_measurements,
     interval,
     measurement_hooks,
+    missing_measurements,
 )
+from genkit.training.optimizers.modes import take_evaluation
 from genkit.training.pipelines import pipeline_of_init, write_pipeline
 from genkit.training.post_hoc_ema import FOLDER, forget_snapshots
 from genkit.training.precision import pick_precision
@@ -151,8 +153,7 @@ def run_job(job: Job, progress: Progress | None, began: float) -> Ending:
         limit = began + parse_duration(settings.max_time) if settings.max_time else math.inf
         session.stopped = lambda: bool(signals) or time.monotonic() > limit
         try:
-            if 0 < job.state.step < settings.steps:
-                session.catch_up(job.state.gather())
+            session.catch_up(job.state)
             fit(
                 settings.objective,
                 job.state,
@@ -202,7 +203,9 @@ class Job:
         self.session.reconstruct(rows, state)
 
     def trained_run(self, ending: Ending) -> TrainedRun:
-        """The model as it is used: its slowest average, in evaluation mode."""
+        """The model as it is used: its slowest average, in evaluation mode, with the weights of evaluation."""
+        for optimizer in self.state.optimizers.values():
+            take_evaluation(optimizer)
         state = self.state.gather()
         nets = state.slowest_average
         for net in nets.values():
@@ -245,7 +248,8 @@ def prepare(
         if main:
             point_latest(resumed, checkpoint)
         note_schedule(stored, settings, state.step, notes.append)
-    finished = checkpoint is not None and state.step >= settings.steps
+    missing = Ranks.of(accelerator).once(missing_measurements, resumed, settings, state.step) if checkpoint else []
+    finished = checkpoint is not None and state.step >= settings.steps and not missing
     measurements = {} if finished else create_measurements(settings, state, data, accelerator)
     validation = None
     if settings.val_every and not finished:
@@ -260,7 +264,7 @@ def prepare(
         annotate(directory, given.note, tags=given.tags)
     recorder = Recorder(directory, accelerator)
     session = Session(settings, accelerator, data.spec, data.codec, shown, recorder,
-                      measurements, fingerprint, validation, best, None if finished else watch)  # fmt: skip
+                      measurements, fingerprint, validation, best, None if finished else watch, missing)  # fmt: skip
     if settings.sample_guidance != 1:
         session.generator(state.nets)
     if resumed:

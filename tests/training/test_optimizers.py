@@ -23,8 +23,9 @@ from genkit.training.optimizers.groups import create_optimizer, read_phase_setti
 from genkit.training.optimizers.modes import evaluation_weights
 from genkit.training.optimizers.muon import Muon, orthogonalize
 from genkit.training.optimizers.sharpness import SAM
-from genkit.training.optimizers.state_files import flatten, optimizer_pieces, restore_optimizers
+from genkit.training.optimizers.state_files import flatten, optimizer_pieces, place, restore_optimizers
 from genkit.training.settings import TrainSettings
+from genkit.training.train import train
 from tests.support.ranks import on_two_ranks
 
 SPEC = Spec((2,), {"label": Label(3)})
@@ -37,7 +38,7 @@ def parse(name, *argv):
     """Settings with an optimizer, as a command line gives them."""
     if name in PACKAGED:
         pytest.importorskip("pytorch_optimizer")
-    takes = OPTIMIZERS[name].takes_betas() if name in OPTIMIZERS else False
+    takes = OPTIMIZERS[name].takes("betas") if name in OPTIMIZERS else False
     rates = ["--lr=0.01", "--weight-decay=0.1", "--decay=all", *(["--betas", "0.8", "0.9"] if takes else [])]
     return config.parse(TrainSettings, ["--data=moons", f"--optimizer={name}", *rates, "--ema", "0.9", *argv])
 
@@ -200,6 +201,13 @@ def test_betas_that_an_optimizer_has_not_are_refused():
         start(TrainSettings(optimizer=OPTIMIZERS["sgd"](), betas=(0.5, 0.9)))
 
 
+def test_weight_decay_that_an_optimizer_has_not_is_refused():
+    rprop = config.parse(TrainSettings, ["--optimizer=torch.optim:Rprop"])
+    start(rprop)
+    with pytest.raises(ValueError, match=r"weight_decay: given 0.9, but Rprop has none; leave --weight-decay out"):
+        start(replace(rprop, weight_decay=0.9))
+
+
 def test_an_optimizer_brings_defaults_that_flags_override():
     parsed = config.parse(TrainSettings, ["--optimizer=schedule-free"])
     assert (parsed.lr, parsed.ema, type(parsed.schedule).__name__) == (2.5e-3, (), "ConstantRate")
@@ -318,6 +326,27 @@ def test_training_takes_both_gradients_of_the_same_batch():
     assert seen == [(s, 0, first, first + 4) for s in range(2) for _ in range(2) for first in (0, 4)]
 
 
+@pytest.mark.parametrize("setting", ["--objective.time-distribution=loss-aware", "--objective=vq"])
+def test_what_networks_gather_of_a_batch_is_gathered_once(setting, tmp_path):
+    """Times that follow the losses, and a codebook, count samples; the second gradient of SAM is of the same ones."""
+    vq = setting == "--objective=vq"
+    options = (
+        ["--data=digits", "--backbone.width=8"] if vq else ["--data=moons", "--backbone=mlp", "--backbone.width=8"]
+    )
+    counted = []
+    for optimizer in ("adamw", "sam"):
+        argv = [*options, setting, "--backbone.width=8", f"--optimizer={optimizer}", "--steps=1", "--batch=16",
+                "--micro-batch=8", "--sample-every=0", "--device=cpu", "--no-tensorboard"]  # fmt: skip
+        run = train(config.parse(TrainSettings, argv), out=str(tmp_path))
+        stored = load_file(run.directory / "checkpoints/step-0000001/nets.safetensors")
+        found = {k: v for k, v in stored.items() if k.endswith(("codebook.counts", "num_losses"))}
+        assert found
+        counted.append(found)
+    for name, value in counted[0].items():
+        assert value.sum() > 0
+        assert torch.equal(value, counted[1][name])
+
+
 def test_evaluation_sees_the_average_of_a_schedule_free_optimizer():
     state = start(parse("schedule-free"))
     for number in range(3):
@@ -406,9 +435,9 @@ def test_a_stored_run_does_not_import_an_optimizer_untrusted():
 
 
 class Keeper(torch.optim.Optimizer):
-    """Counts its steps in the group, and keeps a list and a transposed matrix for each parameter."""
+    """Counts its steps in the group, and keeps a list, a transposed matrix and a mapping for each parameter."""
 
-    def __init__(self, params, lr=0.1):
+    def __init__(self, params: "Unknown", lr=0.1, weight_decay=0.0, delay=0, depth: "int" = 1):  # type: ignore[name-defined]
         super().__init__(params, {"lr": lr, "count": 0, "sum": None})
 
     def step(self, closure=None):  # type: ignore[override]
@@ -419,6 +448,7 @@ class Keeper(torch.optim.Optimizer):
                 kept = self.state[p]
                 kept["past"] = [*kept.get("past", []), p.grad.clone(), group["count"]]
                 kept["turned"] = p.grad.clone().flatten(1).T if p.ndim > 1 else None
+                kept["sides"] = {0: p.grad.clone(), 7: {"name": group["count"]}}
 
 
 def test_whatever_an_optimizer_keeps_comes_back(tmp_path):
@@ -434,6 +464,9 @@ def test_whatever_an_optimizer_keeps_comes_back(tmp_path):
         a, b = ours.state[p], theirs.state[q]
         assert [len(a["past"]), a["past"][1], a["past"][3]] == [len(b["past"]), b["past"][1], b["past"][3]] == [4, 1, 2]
         assert torch.equal(a["past"][2], b["past"][2])
+        assert torch.equal(a["sides"][0], b["sides"][0])
+        assert b["sides"].keys() == {0, 7}
+        assert b["sides"][7] == {"name": 2}
         assert (a["turned"] is None) == (b["turned"] is None)
         if a["turned"] is not None:
             assert torch.equal(a["turned"], b["turned"])
@@ -443,6 +476,28 @@ def test_whatever_an_optimizer_keeps_comes_back(tmp_path):
 def test_a_state_that_no_file_can_hold_is_refused():
     with pytest.raises(ValueError, match="its state a is a set"):
         flatten({1}, "a", {})
+    with pytest.raises(ValueError, match="its state a has keys other than texts"):
+        flatten({1.5: 2}, "a", {})
+
+
+def test_slots_of_a_single_number_are_where_it_is_but_the_count_of_steps():
+    """As torch's optimizers that are not fused need them on an accelerator."""
+    number, matrix = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((), (2, 2)))
+    slot, count = torch.tensor(1.0), torch.tensor(3.0)
+    assert place(slot, {}, number).device.type == "meta"
+    assert place(count, {}, number, counts=True) is count
+    assert place(count, {}, matrix) is count  # such as a norm
+    assert place(count, {"fused": True}, matrix, counts=True).device.type == "meta"
+
+
+def test_whole_numbers_without_annotation_stand_for_any_number():
+    settings = parse("tests.training.test_optimizers:Keeper", "--optimizer.delay=0.9", "--optimizer.depth=2")
+    assert (settings.optimizer.delay, settings.optimizer.depth) == (0.9, 2)
+    assert config.from_dict(TrainSettings, config.dump(settings)) == settings
+    whole = parse("tests.training.test_optimizers:Keeper", "--optimizer.delay=3").optimizer
+    assert type(whole.delay) is int
+    with pytest.raises(ValueError, match=r"depth.*integer"):
+        parse("tests.training.test_optimizers:Keeper", "--optimizer.depth=0.5")
 
 
 def test_options_are_arguments_of_the_class():

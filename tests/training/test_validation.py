@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import genkit
 from genkit import config
 from genkit.cli.main import main
 from genkit.core import Spec
@@ -22,6 +24,7 @@ from genkit.training.best import BestCheckpoint, choose_metric, read_best
 from genkit.training.directory import list_checkpoints, read_log, step_of
 from genkit.training.loop import initial_state
 from genkit.training.run import load_run
+from genkit.training.session import Session
 from genkit.training.settings import TrainSettings
 from genkit.training.validation import Validation
 from tests.support.runs import saved_tensors
@@ -282,3 +285,58 @@ def test_a_limit_of_time_stops_saves_and_prints_how_to_go_on(tmp_path, capsys):
     assert f"stopped at step {step} after --max-time 1.5s, saved; continue with: genkit train --resume {run}" in out
     assert main(["train", "--resume", str(run), f"--steps={step + 2}"]) == 0
     assert load_run(run).step == step + 2
+
+
+# ------------------------------------------------------------------------- killed or stopped before a measurement
+OPTIONS = {"objective": "flow", "data": {"name": "moons", "n": 64}, "backbone": {"name": "mlp", "width": 8},
+           "batch": 16, "workers": 0, "tensorboard": False, "sample_every": 0, "device": "cpu"}  # fmt: skip
+
+
+class Killed(BaseException):
+    """What ends a process here."""
+
+
+def killed_before_validation(monkeypatch, step, **options):
+    """The directory of a run that was killed when it had saved ``step`` and was about to validate."""
+    validate = Session.validate
+
+    def kill(self, state):
+        if state.step == step:
+            self.writer.wait()
+            raise Killed
+        validate(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "validate", kill)
+        with pytest.raises(Killed):
+            genkit.train(**OPTIONS, **options)
+    return (Path(options["out"]) / "latest").resolve()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule-free", "tests.training.test_optimizers:Doubled"])
+@pytest.mark.parametrize(("step", "val_every"), [(8, 4), (12, 4), (12, 5)])
+def test_a_run_that_was_killed_before_a_validation_takes_it_when_it_is_resumed(
+    optimizer, step, val_every, tmp_path, monkeypatch
+):
+    """Also one of the last step, where nothing is left to train, and with the weights of evaluation."""
+    if optimizer == "schedule-free":
+        pytest.importorskip("pytorch_optimizer")
+    options = {"steps": 12, "val_every": val_every, "save_every": 4, "keep_best": "val/loss", "optimizer": optimizer}
+    whole = genkit.train(**OPTIONS, **options, out=str(tmp_path / "whole"))
+    run = killed_before_validation(monkeypatch, step, **options, out=str(tmp_path / "killed"))
+    assert step not in [r["step"] for r in validations(run)]
+    resumed = genkit.train(resume=run)
+    assert validations(run) == validations(whole.directory)
+    assert (resumed.best, read_best(run)) == (whole.best, read_best(whole.directory))
+    assert genkit.train(resume=run).step == 12  # finished now
+    assert validations(run) == validations(whole.directory)
+
+
+def test_the_trained_model_has_the_weights_of_its_file(tmp_path):
+    """Of an optimizer that trains at other weights than it evaluates at too, after training and of a finished run."""
+    options = {**OPTIONS, "optimizer": "tests.training.test_optimizers:Doubled"}
+    run = genkit.train(**options, steps=3, ema=[], out=str(tmp_path))
+    loaded, again = load_run(run.directory, trust=True), genkit.train(resume=run.directory)
+    for name, value in loaded.nets["net"].state_dict().items():
+        assert torch.equal(value, run.nets["net"].state_dict()[name])
+        assert torch.equal(value, again.nets["net"].state_dict()[name])

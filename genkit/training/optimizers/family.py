@@ -66,9 +66,9 @@ class OptimizerFamily:
             ) from None
 
     @classmethod
-    def takes_betas(cls) -> bool:
-        """Whether it has two decay rates."""
-        return "betas" in inspect.signature(cls.load_class()).parameters
+    def takes(cls, name: str) -> bool:
+        """Whether it has the common setting ``name``, such as betas."""
+        return name in inspect.signature(cls.load_class()).parameters
 
     @staticmethod
     def common_options(target: Any, rates: PhaseRates) -> dict[str, Any]:

@@ -61,7 +61,11 @@ def create_optimizer(
             f"rank some rows; use --parallel ddp, or one of {', '.join(shardable())}"
         )
     standard = {TrainSettings.betas, settings.objective.default_settings.get("betas")}
-    if not family.takes_betas() and own.betas not in standard:
+    if own.weight_decay and not family.takes("weight_decay"):
+        raise ValueError(
+            f"weight_decay: given {own.weight_decay}, but {title(family)} has none; leave --weight-decay out"
+        )
+    if not family.takes("betas") and own.betas not in standard:
         raise ValueError(f"betas: given {own.betas}, but {title(family)} has none; leave --betas out")
     groups = parameter_groups(phase, nets, own.weight_decay, sharding, settings.decay == "all")
     rates = PhaseRates(own.lr, own.betas, own.weight_decay)

@@ -18,10 +18,10 @@ def evaluation_weights(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[
 
     Meanwhile these are in the optimizer's state, and so in a checkpoint, from which :func:`take_trained` takes them.
     """
-    switched = [cast(Any, o) for o in optimizers if hasattr(o, "eval") and hasattr(o, "train")]
+    switched = [cast(Any, optimizer) for optimizer in optimizers if has_two_modes(optimizer)]
     for optimizer in switched:
         kept = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-        optimizer.eval()
+        take_evaluation(optimizer)
         for p, weight in kept:
             if p in optimizer.state:
                 optimizer.state[p][TRAINED] = weight
@@ -29,10 +29,23 @@ def evaluation_weights(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[
         yield
     finally:
         for optimizer in switched:
-            optimizer.train()
+            with torch.no_grad():
+                optimizer.train()
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     take_trained(optimizer, p)
+
+
+def has_two_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer trains at other weights than it evaluates at."""
+    return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+
+
+@torch.no_grad()
+def take_evaluation(optimizer: torch.optim.Optimizer) -> None:
+    """Give the networks of an optimizer with two modes the weights of evaluation, for good."""
+    if has_two_modes(optimizer):
+        cast(Any, optimizer).eval()
 
 
 @torch.no_grad()

@@ -32,8 +32,6 @@ class SAMFamily(OptimizerFamily):
 class SAM(torch.optim.AdamW):
     """AdamW by the gradient at the weights that :meth:`perturb` has moved to."""
 
-    passes = 2
-
     def __init__(self, groups: list[Group], rates: PhaseRates, rho: float, adaptive: bool):
         super().__init__(groups, rates.lr, rates.betas, weight_decay=rates.weight_decay, fused=True)
         self.rho, self.adaptive = rho, adaptive

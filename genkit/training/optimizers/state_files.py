@@ -24,6 +24,8 @@ from genkit.training.state import State
 COMMON = {"params", "lr", "weight_decay", "betas"}  # of a group: what the run's settings say
 TENSOR = "tensor:"  # begins the text that stands for a tensor
 JSON = "json"
+STEP = "step"  # the slot of torch's optimizers that counts
+PAIRS = "pairs:"  # in the JSON, the only key of a mapping whose keys are whole numbers
 STRIDES = "/strides"  # in the JSON, the layouts of tensors that are not in the usual order, by name
 
 
@@ -73,7 +75,8 @@ def restore_optimizers(stored: Mapping[str, Tensor], objective: Objective, state
                 slot = key.removeprefix(prefix)
                 if key.startswith(prefix) and slot.partition(".")[0] not in nested:
                     slots[slot] = state.own_rows(value, p)
-            optimizer.state[share] = {k: place(v, group_of[id(share)], p.device) for k, v in slots.items()}
+            group = group_of[id(share)]
+            optimizer.state[share] = {k: place(v, group, p, counts=k == STEP) for k, v in slots.items()}
             take_trained(optimizer, share)
 
 
@@ -96,7 +99,13 @@ def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return TENSOR + name
     if isinstance(value, Mapping):
-        return {str(k): flatten(v, f"{name}.{k}", tensors) for k, v in value.items()}
+        values = {k: flatten(v, f"{name}.{k}", tensors) for k, v in value.items()}
+        if all(isinstance(k, str) for k in values):
+            return values
+        if all(type(k) is int for k in values):
+            return {PAIRS: [list(pair) for pair in values.items()]}
+        raise ValueError(f"optimizer: its state {name} has keys other than texts, which a checkpoint cannot hold; "
+                         "choose another one")  # fmt: skip
     if isinstance(value, list | tuple):
         return [flatten(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
@@ -111,7 +120,8 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, str) and value.startswith(TENSOR):
         return tensors[value.removeprefix(TENSOR)]
     if isinstance(value, dict):
-        return {k: unflatten(v, tensors) for k, v in value.items()}
+        pairs = value[PAIRS] if value.keys() == {PAIRS} else value.items()
+        return {k: unflatten(v, tensors) for k, v in pairs}
     return [unflatten(v, tensors) for v in value] if isinstance(value, list) else value
 
 
@@ -139,12 +149,12 @@ def with_strides(value: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(value.shape, tuple(strides), dtype=value.dtype).copy_(value)
 
 
-def place(slot: Any, group: Mapping[str, Any], device: torch.device) -> Any:
-    """A slot where the optimizer has it: on the parameter's device, but a single number, such as the count of steps, on
-    the CPU unless the kernels read it on the device."""
+def place(slot: Any, group: Mapping[str, Any], p: nn.Parameter, counts: bool = False) -> Any:
+    """A slot where the optimizer has it: on the parameter's device, but a single number, and a count of steps, on the
+    CPU unless the kernels read it on the device. Slots of a parameter that is a single number are where that is."""
     if isinstance(slot, Tensor):
-        on_device = slot.ndim > 0 or group.get("fused") or group.get("capturable")
-        return slot.to(device, copy=True) if on_device else slot  # a file's memory is not aligned
+        on_device = slot.ndim > 0 or group.get("fused") or group.get("capturable") or (p.ndim == 0 and not counts)
+        return slot.to(p.device, copy=True) if on_device else slot  # a file's memory is not aligned
     if isinstance(slot, dict):
-        return {k: place(v, group, device) for k, v in slot.items()}
-    return [place(v, group, device) for v in slot] if isinstance(slot, list) else slot
+        return {k: place(v, group, p) for k, v in slot.items()}
+    return [place(v, group, p) for v in slot] if isinstance(slot, list) else slot
