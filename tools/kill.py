@@ -114,7 +114,7 @@ def place_of(out: Path, pid: int) -> str:
     if not owned:
         return "while starting, before it wrote into the run"
     run, saved = owned[-1], list_checkpoints(owned[-1])
-    if [*run.glob(f"checkpoints/.*-{pid}.part"), *run.glob(f"checkpoints/.*-{pid}.gone")]:
+    if [*run.glob(f"checkpoints/.*-{pid}-*.part"), *run.glob(f"checkpoints/.*-{pid}-*.gone")]:
         return "while a checkpoint was written or removed"
     if list(run.glob(f".*-{pid}*")):
         return "while another file was written"

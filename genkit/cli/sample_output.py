@@ -18,7 +18,7 @@ from torch import Tensor
 from genkit import __version__, config
 from genkit.core import Label, pictures
 from genkit.core.arrays import save_npz
-from genkit.core.files import is_own, refuse_foreign, sync, write_text
+from genkit.core.files import is_own, refuse_foreign, sync, temporary_path, write_text
 from genkit.training.ranks import Ranks
 from genkit.training.run import Run, Samples
 
@@ -204,9 +204,8 @@ class SampleFolder:
 
     def create_part(self) -> Path:
         """Create the temporary folder, on the main rank."""
-        hidden = f".samples-{os.getpid()}.part"
-        part = self.out / hidden if self.out.exists() else self.out.absolute().with_name(hidden)
-        shutil.rmtree(part, ignore_errors=True)
+        out = self.out.absolute()
+        part = temporary_path((out if out.exists() else out.parent) / "samples", "part")
         part.mkdir(parents=True)
         return part
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import psutil
 
 MARK = "written by genkit"  # in pictures and archives
 ENDS = 1 << 16  # bytes at each end of a file in which a mark is
-LEFTOVER = re.compile(r"\.latest-(\d+)|\..*-(\d+)\.(?:part|gone)")  # temporary names, with the id of their process
+LEFTOVER = re.compile(r"\.latest-(\d+)|\..*-(\d+)(?:-[0-9a-f]{8})?\.(?:part|gone)")  # temporary, with a process's id
 OWN = re.compile(  # marks of what genkit writes: pictures and archives, JSON, HTML, shards of latents
     MARK.encode() + rb"""|"genkit": "\d|content="genkit |"__metadata__":\{"made":"""
 )
@@ -33,16 +34,22 @@ def sync(path: Path) -> None:
             raise
 
 
+def temporary_path(path: Path, ending: str) -> Path:
+    """A hidden name beside ``path`` that no other call has, in whichever process: containers that share a disk may have
+    processes of the same number."""
+    return path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.{ending}")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; it is renamed to ``path`` if the block succeeds.
 
-    Missing parent directories are created. The content is on the disk before the rename. Each process has its own
+    Missing parent directories are created. The content is on the disk before the rename. Each call has its own
     temporary path; if two write the same file, the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
+    part = temporary_path(path, "part")
     try:
         yield part
         sync(part)
@@ -58,8 +65,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     An existing directory is replaced. All content is on the disk before the rename.
     """
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = temporary_path(path, "part")
     part.mkdir(parents=True)
     try:
         yield part
@@ -76,7 +82,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def remove_directory(path: Path) -> None:
     """Remove a directory; it is renamed first, so that ``path`` is never an incomplete directory."""
-    hidden = path.with_name(f".{path.name}-{os.getpid()}.gone")
+    hidden = temporary_path(path, "gone")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -90,7 +96,10 @@ def sweep(folder: Path, idle: float = 0.0) -> None:
     for path in folder.glob(".*") if folder.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
         if match and not is_running(int(match[1] or match[2])) and (not idle or idle_seconds(path) >= idle):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)  # another process may sweep too
 
 
 def idle_seconds(path: Path) -> float:

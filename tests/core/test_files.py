@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genkit.core.files import atomic_write
+from genkit.core.files import atomic_write, sweep
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -34,3 +34,33 @@ def test_what_fails_half_way_leaves_the_old_one(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_write(path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
+
+
+def test_two_processes_of_one_number_do_not_share_a_temporary_file(tmp_path):
+    """As in containers that share a disk; here two calls of one process."""
+    path = tmp_path / "a.npy"
+    with atomic_write(path) as first:
+        first.write_text("first")
+        with atomic_write(path) as second:
+            second.write_text("second, longer")
+        assert path.read_text() == "second, longer"
+        assert first.read_text() == "first"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_are_swept_by_several_processes_at_once(tmp_path, monkeypatch):
+    gone = [tmp_path / f".a-{2**22 + 1}{token}.part" for token in ("", "-0123abcd")]  # no process has this number
+    for path in gone:
+        path.touch()
+    mine = tmp_path / f".b-{os.getpid()}-0123abcd.part"
+    mine.touch()
+    unlink = Path.unlink
+
+    def unlink_twice(path, missing_ok=False):  # another process was faster
+        unlink(path)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_twice)
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [mine]

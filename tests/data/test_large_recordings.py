@@ -1,5 +1,6 @@
 """Images of recordings larger than memory: read in pieces, once, into a mapped file, exactly as they are."""
 
+import os
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -146,6 +147,35 @@ def test_changed_files_are_read_again_and_damaged_ones_leave_nothing(tmp_path, c
     assert len([p for p in cache.rglob("*") if p.is_file()]) == 2
     write_npz(tmp_path, images[:550])
     refuses(lambda: source.images(), "img has 550 steps of 600", "episode 5")
+
+
+def test_images_of_several_sizes_are_resized_only_if_a_size_is_asked_for(tmp_path):
+    (tmp_path / "f").touch()
+    pieces = [np.zeros((2, 4, 5, 3), np.uint8), np.zeros((2, 8, 5, 3), np.uint8)]
+
+    def read(size):
+        return cached_pieces([tmp_path / "f"], "img", (4, 3, 4, 5), lambda: pieces, size)
+
+    assert read((4, 5)).shape == (4, 3, 4, 5)
+    refuses(lambda: read(None), "img has images of 4x5 and of 8x5; give --data.image-size H W")  # though they are there
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path, cache):
+    source = write_npz(tmp_path, make_images())
+    source.images()
+    (path,) = (p for p in cache.rglob("*.npy"))
+    os.truncate(path, 1000)
+    refuses(lambda: source.images(), path.name, "cannot be read", "remove it, and it is made again")
+
+
+def test_observations_of_robomimic_do_not_take_the_place_of_actions(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    source = write_robomimic(tmp_path, make_images())
+    before = source.episodes("train")[0].actions
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        for episode in file["data"].values():
+            episode["obs/actions"] = np.zeros((len(episode["actions"]), 5))
+    assert np.array_equal(source.episodes("train")[0].actions, before)
 
 
 def test_fewer_images_than_stated_and_other_channels_are_refused(tmp_path):

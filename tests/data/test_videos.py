@@ -130,6 +130,16 @@ def test_a_video_without_all_frames_is_refused_and_leaves_no_cache(tmp_path, cac
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
+def test_videos_of_several_sizes_are_resized_only_if_a_size_is_asked_for(tmp_path, cache):
+    folder = lerobot_with_videos(tmp_path / "set", "v2.1")
+    other = folder / f"videos/chunk-000/{WRIST}/episode_000002.mp4"
+    make_video(other, [level(2, step) for step in range(LENGTHS[2])], (64, 16))
+    sized = LeRobot(root=str(folder), frames=(WRIST,), image_size=(16, 16))
+    assert {episode.frames[0].shape[2:] for episode in sized.episodes("train")} == {(16, 16)}
+    recorded_sizes = LeRobot(root=str(folder), frames=(WRIST,))
+    refuses(lambda: recorded_sizes.episodes("train"), "episode_000002.mp4", "--data.image-size")
+
+
 def test_a_frame_belongs_to_the_nearest_step_even_if_times_are_inexact(tmp_path):
     """Three clips in a file, whose recorded starts are too late or too early by a third of a step."""
     path = tmp_path / "v.mp4"

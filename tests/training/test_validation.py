@@ -313,8 +313,9 @@ def killed_before_validation(monkeypatch, step, **options):
     return (Path(options["out"]) / "latest").resolve()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedule-free", "tests.training.test_optimizers:Doubled"])
-@pytest.mark.parametrize(("step", "val_every"), [(8, 4), (12, 4), (12, 5)])
+@pytest.mark.parametrize(("optimizer", "step", "val_every"), [
+    ("adamw", 8, 4), ("adamw", 12, 5), ("schedule-free", 12, 4), ("tests.training.test_optimizers:Doubled", 8, 4),
+])  # fmt: skip
 def test_a_run_that_was_killed_before_a_validation_takes_it_when_it_is_resumed(
     optimizer, step, val_every, tmp_path, monkeypatch
 ):

@@ -189,6 +189,13 @@ def resize_all(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     return np.stack([resize(image.transpose(1, 2, 0), size) for image in images])
 
 
+def require_size(found: Sequence[int], first: Sequence[int], asked: tuple[int, int] | None, which: str) -> None:
+    """``ValueError`` if an image has another size than the ``first`` one, and none was ``asked`` for."""
+    if asked is None and tuple(found) != tuple(first):
+        raise ValueError(f"{which} has images of {first[0]}x{first[1]} and of {found[0]}x{found[1]}; give "
+                         "--data.image-size H W, to which all are resized")  # fmt: skip
+
+
 def cached_pieces(
     files: Sequence[Path],
     name: str,
@@ -212,12 +219,14 @@ def cached_pieces(
             images = channels_first(piece, name, str(files[0]))[: num - row]
             if images.shape[1] != channels:
                 raise ValueError(f"{files[0]}: {name} has images of {channels} and of {images.shape[1]} channels")
+            require_size(images.shape[2:], (h, w), size, f"{files[0]}: {name}")
             frames[row : row + len(images)] = resize_all(images, (h, w))
             row += len(images)
         if row < num:
             raise ValueError(f"{files[0]}: {name} has {row} images of {num}; it is cut off")
 
-    return cached_frames({"files": stamps(files), "camera": name, **key}, (num, channels, h, w), write, name)
+    key = {"files": stamps(files), "camera": name, "resized": size is not None, **key}
+    return cached_frames(key, (num, channels, h, w), write, name)
 
 
 def cached_frames(
@@ -242,8 +251,11 @@ def cached_frames(
                 del frames
         except OSError as e:
             raise ValueError(f"{path}: cannot be written ({e.strerror}); set GENKIT_CACHE to a disk with room") from e
-    frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    if frames.shape != shape:
+    try:
+        frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read ({e}); remove it, and it is made again") from e
+    if frames.shape != shape or frames.dtype != np.uint8:
         raise ValueError(f"{path}: holds {frames.shape}, not {shape}; remove it, and it is made again")
     return frames
 

@@ -20,7 +20,7 @@ import numpy as np
 from genkit.config.paths import PathText
 from genkit.core.files import format_error
 from genkit.core.hub import call_hub
-from genkit.data.demonstrations.frames import cached_frames, resize, stamps
+from genkit.data.demonstrations.frames import cached_frames, require_size, resize, stamps
 from genkit.data.demonstrations.replay import Recorded, require_arrays
 from genkit.data.demonstrations.video import Clip, clip_frames, first_shape
 from genkit.data.source import Split
@@ -118,9 +118,11 @@ def read_videos(
     def write(frames: np.ndarray) -> None:
         for path, of_file in by_file.items():
             for row, image in clip_frames(path, of_file, fps):
+                require_size(image.shape[:2], (h, w), size, f"{path}: {name}")
                 frames[row] = resize(image, (h, w))
 
-    key = {"files": stamps(list(by_file)), "clips": [[str(c.path), c.start, c.length] for c in clips], "fps": fps}
+    key = {"files": stamps(list(by_file)), "clips": [[str(c.path), c.start, c.length] for c in clips], "fps": fps,
+           "resized": size is not None}  # fmt: skip
     return cached_frames(key, (int(ends[-1]), 3, h, w), write, name)
 
 
@@ -176,9 +178,11 @@ def read_image_column(
 
     def write(frames: np.ndarray) -> None:
         for row, image in zip(rows, stored_images(files, name), strict=True):
+            require_size(image.shape[:2], (h, w), size, f"{files[0].parent}: {name}")
             frames[row] = resize(image, (h, w))
 
-    return cached_frames({"files": stamps(files), "column": name}, (len(order), 3, h, w), write, name)
+    key = {"files": stamps(files), "column": name, "resized": size is not None}
+    return cached_frames(key, (len(order), 3, h, w), write, name)
 
 
 def stored_images(files: Sequence[Path], name: str) -> Iterator[np.ndarray]:

@@ -115,7 +115,12 @@ def require_length(location: str, name: str, entries: Mapping[str, Any]) -> None
         raise ValueError(f"{location} has {length} actions and {found} of {name}; it is cut off")
 
 
+OWN = ("actions", "rewards", "dones")  # of an episode, whatever an observation is called
+
+
 def episode_entries(episode: Any) -> dict[str, Any]:
     """The data sets of an episode by name: its own, and those of its group ``obs``."""
     entries = {name: value for name, value in episode.items() if hasattr(value, "shape")}
-    return entries | (dict(episode["obs"]) if "obs" in episode else {})
+    observed = dict(episode["obs"]) if "obs" in episode else {}
+    own = {name: entries[name] for name in OWN if name in entries}
+    return entries | observed | own

@@ -23,8 +23,7 @@ def evaluation_weights(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[
         kept = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
         take_evaluation(optimizer)
         for p, weight in kept:
-            if p in optimizer.state:
-                optimizer.state[p][TRAINED] = weight
+            optimizer.state[p][TRAINED] = weight
     try:
         yield
     finally:
