@@ -44,6 +44,7 @@ from genkit.evaluation.metrics.features import Classifier, Extractor
 
 REFERENCE = 10_000  # pictures of the test split
 MAX_SAMPLES = 100_000
+MAX_MARKS = 8  # genkit saves a checkpoint at each multiple of the first: 128
 SMALLEST = 1e-9  # distance, which an estimate may be below
 SMALLER = ("lucidrains", "torchcfm")  # libraries of one loop each, of which the better one counts
 DATA_SETS = ("fashion-mnist", "cifar10", "digits")
@@ -101,6 +102,7 @@ def find_crossing(points: Sequence[tuple[float, float]], target: float) -> Cross
     Between two marks, the logarithm of the distance is taken as linear in that of the seconds.
     """
     before: tuple[float, float] | None = None
+    target = max(target, SMALLEST)
     for seconds, value in sorted(points):
         if value <= target:
             if before is None:
@@ -225,7 +227,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="JSON; a seed that it has is not measured again")
     parser.add_argument("--page", type=Path, help="HTML page of the results")
     args = parser.parse_args(argv)
-    check_ranges(args, seeds=MAX_SEEDS, samples=MAX_SAMPLES, marks=20, evaluations=1000)
+    check_ranges(args, seeds=MAX_SEEDS, samples=MAX_SAMPLES, marks=MAX_MARKS, evaluations=1000)
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: given {args.seconds}; allowed above 0")
     if args.samples < 2:

@@ -255,9 +255,12 @@ def train_genkit(name: str, race: RaceData, marks: Sequence[float], seed: int) -
     with tempfile.TemporaryDirectory() as folder:
         steps = max(len(marks), int(marks[-1] / cost))
         at = sorted({max(1, round(steps * mark / marks[-1])) for mark in marks})
-        every = max(1, at[0])
+        if len(at) < len(marks):
+            raise ValueError(f"seconds: given {marks[-1]:g}, in which {name} takes {steps} steps; {len(marks)} marks "
+                             "need more")  # fmt: skip
+        every = at[0]
         budget = {"steps": steps, "warmup": max(1, round(WARMUPS[name] * steps)), "save_every": every}
-        run, times = run_timed({**options, **budget, "keep_checkpoints": 100, "out": folder}, race.clock)
+        run, times = run_timed({**options, **budget, "keep_checkpoints": steps, "out": folder}, race.clock)
         begun = times[1] - cost  # what comes before the first step is not timed, as for the others
         snapshots = []
         saved = [int(p.name[5:]) for p in sorted((run.directory / "checkpoints").glob("step-*"))]

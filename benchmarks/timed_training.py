@@ -60,4 +60,5 @@ def measure_held_out(options: Mapping[str, Any]) -> HeldOut:
                 raise
             return HeldOut(math.inf, round(time.process_time() - began, 2))
         losses = [record["val/loss"] for record in read_log(run.directory) if "val/loss" in record]
-    return HeldOut(losses[-1], round(time.process_time() - began, 2))
+    loss = math.inf if losses[-1] is None else losses[-1]
+    return HeldOut(loss, round(time.process_time() - began, 2))

@@ -75,7 +75,7 @@ def download_statistics(name: str, resize: str) -> Path:
         raise ValueError(f"reference: {name} is not here, and clean-fid cannot download it ({e}); is there a network, "
                          "and are there statistics of this name?") from e  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    features = np.asarray(json.dumps({"name": "inception", "resize": resize}))
+    features = np.asarray(json.dumps({"name": "inception", "resize": resize, "precision": "fp32"}))
     save_npz(path, {"mu": np.asarray(found[0]), "sigma": np.asarray(found[1]), FEATURES_KEY: features})
     return path
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_a_loop_stops_at_its_marks_and_is_measured_with_its_average(monkeypatch)
         expected.append(average)
     got = [float(s.sample(torch.zeros(1), 0, 1)) for s in (second, first)]
     assert got == pytest.approx([expected[5], expected[2]], rel=1e-6)
+
+
+def test_every_mark_has_its_own_checkpoint_of_genkit(monkeypatch):
+    data = race_loops.data_of("digits", Path(), 64, torch.device("cpu"))
+    monkeypatch.setattr(race_loops, "NETWORK", {"name": "unet", "width": 8, "mults": [1], "attention": []})
+    monkeypatch.setattr(race_loops, "step_seconds", lambda options, pilot, clock: 0.01)
+    marks = [1.28 / 2**i for i in reversed(range(8))]
+    assert [s.steps for s in race_loops.train_genkit("genkit", data, marks, 0)] == [1, 2, 4, 8, 16, 32, 64, 128]
+    with pytest.raises(ValueError, match=r"seconds: given 0\.05, in which genkit takes 5 steps; 5 marks need more"):
+        race_loops.train_genkit("genkit", data, [0.05 / 2**i for i in reversed(range(5))], 0)
 
 
 def test_a_contender_without_its_package_is_refused_in_one_line(monkeypatch):

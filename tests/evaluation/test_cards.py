@@ -53,6 +53,9 @@ def test_compared_cards_may_differ_in_the_weights_only(moons, tmp_path, capsys):
     assert rows["mmd"]["overlap"] is True
     assert cli.main(["eval", "--compare", a, b]) == 0
     assert "overlap" in capsys.readouterr().out
+    for option in ("--metrics=kid", f"--out={tmp_path}/c.json", "--save-stats=stats:x", "--n=7", "--features=raw"):
+        line = refusal(capsys, "eval", "--compare", a, b, option)  # which would do nothing
+        assert line.split("=")[0].startswith(f"genkit: {option[2:].partition('=')[0].replace('-', '_')}: given with")
     line = refusal(capsys, "eval", "--compare", a, tmp_path / "more.json")
     assert "n: 40 and 50" in line
     assert "differ in more than the weights" in line

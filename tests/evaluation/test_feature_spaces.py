@@ -1,6 +1,8 @@
 """Several feature spaces in one pass, DINOv2 and CLIP with tiny random weights, sFID, CMMD, MIND, named statistics."""
 
+import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,8 @@ from genkit.evaluation.measurement import Space, measure_spaces
 from genkit.evaluation.metrics import CLIP, METRICS, DINOv2, Inception, InceptionSpatial, Moments, TorchFidelity
 from genkit.evaluation.metrics.inception import PLACE_CHANNELS, InceptionV3
 from genkit.evaluation.metrics.spatial import SpatialExtractor, share_networks
-from genkit.evaluation.metrics.vision import RESIZERS, VisionExtractor
-from genkit.evaluation.named_statistics import find_statistics
+from genkit.evaluation.metrics.vision import RESIZERS, VisionExtractor, cached_or_downloaded
+from genkit.evaluation.named_statistics import find_statistics, require_same_features
 from genkit.evaluation.sources import DatasetSamples
 from tests.evaluation.test_features import images, random_weights  # noqa: F401  # a fixture
 
@@ -340,6 +342,26 @@ def test_intervals_hold_the_mean_of_other_draws(name, least):
         assert low <= np.mean([e.low < mean < e.high for e in estimates]) <= high
 
 
+def test_an_interrupted_download_is_taken_up_again(networks, tmp_path):
+    """The hub library returns the folder of a killed download as if it were whole."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    whole, broken = networks / "dinov2", tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(whole / "config.json", broken)
+    asked = []
+
+    def snapshot_download(model, allow_patterns, local_files_only=False):
+        asked.append(local_files_only)
+        return str(broken if local_files_only else whole)
+
+    hub = SimpleNamespace(snapshot_download=snapshot_download, errors=huggingface_hub.errors)
+    assert cached_or_downloaded(hub, "owner/model", []) == str(whole)
+    assert asked == [True, False]
+    shutil.copy(whole / "model.safetensors", broken)
+    assert cached_or_downloaded(hub, "owner/model", []) == str(broken)
+    assert asked == [True, False, True]
+
+
 # ------------------------------------------------------------------------------------------------- named statistics
 def test_statistics_by_name_are_kept_and_refused_in_other_features(tmp_path, capsys):
     for name in "ab":
@@ -380,5 +402,10 @@ def test_published_statistics_are_those_of_inception_only(tmp_path, monkeypatch,
         said = capsys.readouterr()
         assert said.out == ""
         assert "has statistics of features with name: inception; these have raw" in said.err
+    published = find_statistics("clean-fid:x-train-32", "clean")
+    inception = {"name": "inception", "resize": "clean", "precision": "fp32"}
+    require_same_features(published, inception)
+    with pytest.raises(ValueError, match="features with precision: fp32; these have bf16"):
+        require_same_features(published, {**inception, "precision": "bf16"})
     with pytest.raises(ValueError, match="statistics of Inception's features; take --features inception"):
         find_statistics("clean-fid:x-train-32", "pillow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from rich.table import Table
 from tyro.conf import Positional
@@ -69,6 +69,10 @@ def save_and_print(card: Card, command: Evaluate) -> None:
 
 def compare_cards(command: Evaluate) -> int:
     """Print two cards side by side."""
+    read = replace(Evaluate(), source=command.source, compare=True, json=command.json)
+    if unread := [f.name for f in fields(command) if getattr(command, f.name) != getattr(read, f.name)]:
+        raise ValueError(f"{unread[0]}: given with --compare, which shows two cards as they are; measure with it "
+                         "first, or leave it out")  # fmt: skip
     if len(command.source) != 2:
         raise ValueError(f"compare: given {len(command.source)} cards or runs; needs two: genkit eval --compare A B")
     paths = [find_card(name) for name in command.source]

@@ -5,6 +5,7 @@ Weights are those of transformers: a folder on this machine, or a model of the H
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,10 @@ def load_transformer(kind: str, weights: str | None, model: str, owner: str) -> 
 
 
 def cached_or_downloaded(hub: Any, model: str, patterns: list[str]) -> str:
-    """The folder of a model in the hub library's cache, downloaded if it is not there."""
-    try:
-        return hub.snapshot_download(model, allow_patterns=patterns, local_files_only=True)
-    except hub.errors.LocalEntryNotFoundError:
-        return hub.snapshot_download(model, allow_patterns=patterns)
+    """The folder of a model in the hub library's cache, downloaded if it, or its file of weights, is not there: an
+    earlier download may have been interrupted."""
+    with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+        folder = hub.snapshot_download(model, allow_patterns=patterns, local_files_only=True)
+        if (Path(folder) / FILE).is_file():
+            return folder
+    return hub.snapshot_download(model, allow_patterns=patterns)
