@@ -287,6 +287,28 @@ def race_shares(name: str) -> str:
     return table(["share of the seconds of", *head], rows)
 
 
+def optimizers() -> str:
+    """``genkit bench optimizers``: steps, the chosen rate, and the held-out loss, as a difference to the first one's."""
+    from benchmarks.optimizers import Contender, best_rate, reported  # lazy: imports torch
+
+    tasks = {"moons": 3, "four-ways": 4, "digits": 3}  # with decimals
+    rows: dict[str, list[str]] = {}
+    for column, (task, digits) in enumerate(tasks.items()):
+        data = load(f"optimizers-{task}")
+        cells, choice = data["cells"], data["settings"]["choice_seed"]
+        names = list(dict.fromkeys(key.split("/")[1] for key in cells))
+        first = reported(cells, task, names[0], choice)
+        for name in names:
+            losses = reported(cells, task, name, choice)
+            lr = Contender.parse(name).options(task, best_rate(cells, task, name, choice))["lr"]
+            change = spread([b - a for a, b in zip(first, losses, strict=True)], digits)
+            shown = spread(losses, digits) if name == names[0] else change if change.startswith("-") else f"+{change}"
+            row = rows.setdefault(name, [f"`{name}`", *[""] * 2 * len(tasks)])
+            row[1 + 2 * column : 3 + 2 * column] = [f"{cells[f'{task}/{name}/cost']['steps']} by {lr:g}", shown]
+    heads = [head for task in tasks for head in (f"{task}: steps by rate", "loss")]
+    return table(["", *heads], rows.values())
+
+
 def few_step_plane() -> str:
     real = load("few-step")["cells"]["plane/real"]["values"]["W2"]["1"]
     rows = few_step_rows("plane", "W2", 3)
@@ -854,6 +876,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "policy-export": policy_export,
     "offline-q": offline_q,
     "rollouts": rollouts,
+    "optimizers": optimizers,
     "pusht-finetune": pusht_finetune,
     "finetune-four-ways": finetune_four_ways,
     "finetune-anchored": finetune_anchored,
