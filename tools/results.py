@@ -288,7 +288,7 @@ def race_shares(name: str) -> str:
 
 
 def optimizers() -> str:
-    """``genkit bench optimizers``: steps, the chosen rate, and the held-out loss, as a difference to the first one's."""
+    """``genkit bench optimizers``: steps, the chosen rate, and the held-out loss against the first one's."""
     from benchmarks.optimizers import Contender, best_rate, reported  # lazy: imports torch
 
     tasks = {"moons": 3, "four-ways": 4, "digits": 3}  # with decimals
