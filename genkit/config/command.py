@@ -171,6 +171,12 @@ def peek_option(argv: Sequence[str], path: str) -> str | None:
     return last
 
 
+def find_given(argv: Sequence[str]) -> set[str]:
+    """Return the dotted paths of all options in ``argv``, as they are written. Nothing else is parsed."""
+    options = itertools.takewhile(lambda token: token != "--", argv)
+    return {path for token in options if (path := to_path(token.partition("=")[0]))}
+
+
 def put_setting(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set ``tree[a][b][c] = value`` for the path "a.b.c". A name in between becomes a block."""
     *blocks, last = path.split(".")

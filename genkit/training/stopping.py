@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 STOP_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))]
 PATIENCE = 1.0  # seconds after which a signal is heard, unless a step takes longer
 MOST_STEPS = 10  # between two comparisons, which wait for the device
+collected: ContextVar[list[int] | None] = ContextVar("collected", default=None)  # the signals of the outermost context
 
 
 class StopAgreement:
@@ -55,8 +57,13 @@ def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in a list. The first lets the step end and saves; a second Ctrl-C ends at
     once. Slurm sends SIGUSR1 some time before it ends a job, if asked to (``--signal=USR1@300``).
 
+    A context within another one yields the list of that, so that a signal in one of several trainings ends them all.
     Signals can be caught in the main thread only; elsewhere the list stays empty.
     """
+    outer = collected.get()
+    if outer is not None:
+        yield outer
+        return
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -68,8 +75,10 @@ def stop_signals() -> Iterator[list[int]]:
         previous = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
     except ValueError:  # not the main thread
         previous = {}
+    token = collected.set(received)
     try:
         yield received
     finally:
+        collected.reset(token)
         for s, handler in previous.items():
             signal.signal(s, handler)

@@ -8,8 +8,8 @@ from typing import Any
 
 from genkit.cli.commands.train import peek_setting
 from genkit.cli.output import console
-from genkit.config import parse
-from genkit.config.command import peek_option
+from genkit.config import load_yaml, parse
+from genkit.config.command import find_given, peek_option
 from genkit.evaluation.report import write_report
 from genkit.training.defaults import read_with_defaults
 from genkit.training.settings import TrainSettings
@@ -21,6 +21,7 @@ from genkit.training.tuning.tune import (
     fresh_seed,
     stored_study,
     tune,
+    with_kept,
 )
 
 
@@ -40,9 +41,18 @@ def main(argv: list[str]) -> int:
         read, peek_setting(argv, "init"), peek_setting(argv, "codec")
     )  # fmt: skip
     assert isinstance(settings, TuneSettings)
+    if not resumed:
+        settings = with_kept(settings, given_options(argv))
     study = tune(settings, resume=resumed)
     conclude_study(study)
     return 130 if study.stopped else 0
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """The options that the command line gives, or its file; that of another study says itself which ones it keeps."""
+    file = peek_option(argv, "config")
+    tree = load_yaml(file) if file else {}
+    return find_given(argv) | (set() if "kept" in tree else set(tree))
 
 
 def conclude_study(study: TunedStudy) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass
 from typing import Any, TypeVar
 
 import yaml
@@ -24,12 +24,17 @@ from genkit.config.blocks import (
     to_plain,
 )
 from genkit.config.command import put_setting, to_path
+from genkit.training.settings import TrainSettings
 
 Settings = TypeVar("Settings")
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 INTERVAL = re.compile(rf"(log:)?({NUMBER})\.\.({NUMBER})")
 FORMS = "NAME=LOW..HIGH, NAME=log:LOW..HIGH or NAME=A,B,C"
 MAX_CHOICES = 100
+FOLLOWING: Mapping[str, Field] = {
+    name: f for name, f in get_fields(TrainSettings).items()
+    if {"optimizer", "objective"} & {followed.partition(".")[0] for followed in f.metadata.get("follows", "").split()}
+}  # fmt: skip  # settings that have a default of their own for some optimizers and objectives
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,21 @@ class Choice:
 Dimension = Interval | Choice
 
 
-def parse_space(texts: Sequence[str], settings: Any, fixed: Iterable[str] = ()) -> list[Dimension]:
+def parse_space(
+    texts: Sequence[str], settings: Any, fixed: Iterable[str] = (), kept: Collection[str] = ()
+) -> list[Dimension]:
     """The space that ``NAME=LOW..HIGH``, ``NAME=log:LOW..HIGH`` and ``NAME=A,B,C`` describe, for these ``settings``.
 
     ``ValueError`` for a name that is none of the settings' or one of ``fixed``, and for values that they refuse, alone
-    or with a choice of another name.
+    or with a choice of another name. ``kept`` are settings that follow no choice.
     """
+    space = parse_dimensions(texts, settings, fixed)
+    require_valid_values(space, settings, kept)
+    return space
+
+
+def parse_dimensions(texts: Sequence[str], settings: Any, fixed: Iterable[str] = ()) -> list[Dimension]:
+    """The options that ``texts`` describe, each by itself. ``ValueError`` for one that ``settings`` do not have."""
     if not texts:
         raise ValueError(f"space: given nothing; needs options to search, as {FORMS}, say lr=log:1e-4..1e-2")
     known = {path: hint for path, hint in find_settings(as_block(settings)) if path.partition(".")[0] not in fixed}
@@ -110,7 +124,6 @@ def parse_space(texts: Sequence[str], settings: Any, fixed: Iterable[str] = ()) 
     names = [dimension.name for dimension in space]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"space: {repeated} is given twice; give each option once")
-    require_valid_values(space, settings)
     return space
 
 
@@ -124,7 +137,8 @@ def parse_dimension(text: str, known: Mapping[str, Any]) -> Dimension:
         raise ValueError(f"space: given {name}, which is no option to search; {list_names(name, known)}")
     if match := INTERVAL.fullmatch(values.strip()):
         return parse_interval(name, known[name], match)
-    if ".." in values or values.startswith("log:"):
+    types = find_types(known[name]) if known[name] is not None else set()
+    if types & {int, float} and (".." in values or values.startswith("log:")):  # else a path may be above this folder
         raise ValueError(f"space: given {text!r}, whose ends are no numbers; needs {FORMS}")
     return parse_choice(name, known[name], values)
 
@@ -165,6 +179,11 @@ def parse_choice(name: str, hint: Any, text: str) -> Choice:
     return Choice(name, choices)
 
 
+def format_choice(name: str, values: Sequence[Any]) -> str:
+    """The text that describes a choice of ``values``, as :func:`parse_choice` reads it."""
+    return f"{name}={yaml_text(list(values)).removeprefix('[').removesuffix(']')}"
+
+
 def yaml_text(value: Any) -> str:
     """A value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
@@ -177,7 +196,7 @@ def list_names(name: str, known: Mapping[str, Any]) -> str:
     return f"allowed: {', '.join(beside)}{suggest(name, known)}"
 
 
-def require_valid_values(space: Sequence[Dimension], settings: Any) -> None:
+def require_valid_values(space: Sequence[Dimension], settings: Any, kept: Collection[str] = ()) -> None:
     """``ValueError`` if the settings refuse an end or a choice, with any choice of blocks."""
     tables = [d for d in space if isinstance(d, Choice) and is_block(d.name, settings)]
     others = [d for d in space if d not in tables]
@@ -186,7 +205,7 @@ def require_valid_values(space: Sequence[Dimension], settings: Any) -> None:
         with_blocks = "".join(f" with {name}={value}" for name, value in blocks.items())
         for values in ({}, *({d.name: value} for d in others for value in d.examples)):
             try:
-                with_values(settings, {**blocks, **values})
+                with_values(settings, {**blocks, **values}, kept)
             except ConfigError as e:
                 raise ValueError(f"space: {e}{with_blocks if values else ''}") from None
 
@@ -196,17 +215,18 @@ def is_block(name: str, settings: Any) -> bool:
     return any(path == name and hint is None for path, hint in find_settings(as_block(settings)))
 
 
-def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
+def with_values(settings: Settings, values: Mapping[str, Any], kept: Collection[str] = ()) -> Settings:
     """``settings`` with others by dotted name. Raises ``ConfigError`` for one that does not fit.
 
-    Settings that have the default of their block, such as Muon's learning rate, follow another choice of that block.
+    Settings that have the default of their block, such as Muon's learning rate, follow another choice of that block,
+    except for those in ``kept``.
     """
     cls: type[Settings] = type(settings)
     fields, tree = get_fields(cls), dump(settings)
     blocks = {name: tree[name] for name, f in fields.items() if "table" in f.metadata and "follows" not in f.metadata}
     defaults = dump(from_dict(cls, blocks))
     for name, f in fields.items():
-        given = any(path.partition(".")[0] == name for path in values)
+        given = name in kept or any(path.partition(".")[0] == name for path in values)
         if "follows" in f.metadata and not given and tree[name] == defaults[name]:
             del tree[name]
     for path in sorted(values, key=lambda path: path.count(".")):  # a block before its settings

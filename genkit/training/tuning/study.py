@@ -139,16 +139,15 @@ class SearchStudy:
         prune_startup: int = 5,
         prune_warmup: int = 0,
     ):
-        """``first`` are the values of the first trial by name, if they lie within the space. ``startup`` trials are
-        random, then the sampler models the good ones (TPE, Bergstra et al. 2011). Trials may be stopped early after
-        ``prune_startup`` complete ones, and ``prune_warmup`` steps."""
+        """``first`` are the values of the first trial by name; one that lies outside the space is random. So are
+        ``startup`` trials, then the sampler models the good ones (TPE, Bergstra et al. 2011). Trials may be stopped
+        early after ``prune_startup`` complete ones, and ``prune_warmup`` steps."""
         optuna = import_optuna()
         self.folder, self.space, self.metric = folder, space, metric
         self.direction: Direction = direction
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         first_values = {d.name: d.find_text((first or {}).get(d.name)) for d in space}
-        known = all(value is not None for value in first_values.values())
-        sampler = make_sampler(seed, first_values if known else {}, startup)
+        sampler = make_sampler(seed, {k: v for k, v in first_values.items() if v is not None}, startup)
         self.pruner = optuna.pruners.MedianPruner(n_startup_trials=prune_startup, n_warmup_steps=prune_warmup)
         with self.locked():
             with FileLock(folder / LOCKS / "journal"):  # else it may be a line that another process writes now
@@ -163,7 +162,7 @@ class SearchStudy:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The right to begin a trial."""
+        """The right to begin a trial, and to write what is known of all."""
         with FileLock(self.folder / LOCKS / "ask"):
             yield
 
@@ -171,19 +170,21 @@ class SearchStudy:
         """The record of a trial, as Optuna has it now."""
         return self.optuna_study.get_trials(deepcopy=False)[number]
 
-    def run(self, evaluate: Callable[[ActiveTrial], float | None], trials: int) -> None:
-        """Run trials until the study has this many that are over, or run in other processes.
+    def run(
+        self, evaluate: Callable[[ActiveTrial], float | None], trials: int, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Run trials until the study has this many that are over, or run in other processes; none after ``stop()``.
 
         ``evaluate`` returns the metric, or None for a trial that was stopped early. A ``ValueError`` of its is a failed
         trial, which is raised if no trial has succeeded yet; any other error leaves the trial to the next process.
         """
-        while begun := self.begin(trials):
+        while not stop() and (begun := self.begin(trials)):
             trial, lock = begun
             try:
                 self.finish(trial, evaluate)
             finally:
                 lock.release()
-        self.write_results(self.importances())
+        self.write_results(with_importances=True)
 
     def finish(self, trial: ActiveTrial, evaluate: Callable[[ActiveTrial], float | None]) -> None:
         """Evaluate a trial, and record what comes of it."""
@@ -271,15 +272,16 @@ class SearchStudy:
             shares = optuna.importance.get_param_importances(self.optuna_study, evaluator=evaluator)
             return {name: float(share) for name, share in shares.items()}
 
-    def write_results(self, importances: Mapping[str, float] | None = None) -> None:
+    def write_results(self, with_importances: bool = False) -> None:
         """Write ``results.json``."""
-        with self.locked():
-            write_text(self.folder / RESULTS, json.dumps(asdict(self.results(importances)), indent=1) + "\n")
+        with self.locked():  # what is written last has been read last, too
+            results = self.results(self.importances() if with_importances else None)
+            write_text(self.folder / RESULTS, json.dumps(asdict(results), indent=1) + "\n")
 
 
 def make_sampler(seed: int, first: Mapping[str, Any], startup: int) -> Any:
     """A TPE sampler (multivariate: Falkner et al. 2018) whose draws depend on the seed, the number of the trial and the
-    trials before it only. ``first`` are the values of trial 0; without them it is random."""
+    trials before it only. ``first`` are values of trial 0; the others are random."""
     optuna = import_optuna()
 
     class SeededSampler(optuna.samplers.BaseSampler):

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from genkit import config
 from genkit.config import load_object
 from genkit.config.command import merge_trees
+from genkit.config.names import NameIn
 from genkit.config.numbers import Count, Natural
 from genkit.config.paths import PathText
 from genkit.config.trust import require_trust
 from genkit.core import Direction
+from genkit.core.device import pick_device
 from genkit.core.files import format_error, write_text
 from genkit.core.links import follow_links
 from genkit.core.memory import is_out_of_memory
 from genkit.core.progress import Progress
+from genkit.training.annotations import read_annotations
 from genkit.training.best import BestCheckpoint, choose_metric, read_best
 from genkit.training.defaults import read_with_defaults
 from genkit.training.directory import create_run
 from genkit.training.loop import Diverged
 from genkit.training.measurements import MEASUREMENTS, interval
 from genkit.training.resume import first_difference, settings_difference
+from genkit.training.session import tracker_names
 from genkit.training.settings import TrainSettings, changeable
+from genkit.training.stopping import stop_signals
 from genkit.training.train import train
-from genkit.training.tuning.space import Dimension, parse_space, value_of, with_values
+from genkit.training.tuning.paths import with_lasting_choices, with_lasting_paths
+from genkit.training.tuning.space import FOLLOWING, Dimension, parse_space, value_of, with_values
 from genkit.training.tuning.study import ActiveTrial, SearchStudy, StudyResults, import_optuna
 from genkit.training.validation import validation_metrics
 
@@ -44,8 +51,9 @@ SEARCHED_NEVER = {
     "sample_prompts", "save_every", "step", "tags", "tensorboard", "tracker_project", "trackers", "val_every",
     "val_levels", "val_n",
 }  # fmt: skip  # where, and how a trial is measured: the same for all
-FREE_IN_STUDY = {"trials", "device", "threads", "workers", "out", "name", "resume", "tensorboard", "trackers", "note",
-                 "tags", "tracker_project", "keep_checkpoints"}  # fmt: skip  # do not change what a trial gives
+FREE_IN_TRIAL = {"device", "threads", "workers", "tensorboard", "trackers", "note", "tags", "tracker_project",
+                 "keep_checkpoints"}  # fmt: skip  # do not change what a trial gives
+FREE_IN_STUDY = {"trials", "out", "name", *FREE_IN_TRIAL}
 logger = logging.getLogger("genkit")
 
 
@@ -56,8 +64,11 @@ class TuneSettings(TrainSettings):
     # -- search
     space: tuple[str, ...] = ()
     """Options to search by their dotted names: NAME=LOW..HIGH, NAME=log:LOW..HIGH for equal ratios, NAME=A,B,C for
-    choices. Say lr=log:1e-4..1e-2 optimizer=adamw,muon backbone.depth=2..6. The first trial has the other
-    settings as they are."""
+    choices. Say lr=log:1e-4..1e-2 optimizer=adamw,muon backbone.depth=2..6. The first trial has the
+    settings as they are; one that lies outside of what is searched is drawn."""
+    kept: tuple[Annotated[str, NameIn("genkit.training.tuning.space:FOLLOWING")], ...] = ()
+    """Options, such as lr, that keep their value with every choice of optimizer and objective, and not the default of
+    that choice. Those that are given are kept anyway."""
     trials: Count = changeable(20)
     """Trials of the study, over all processes that share it and all times that it is resumed."""
     startup: Natural = 10
@@ -109,19 +120,23 @@ def tune(
     do not fit, before the first trial.
     """
     import_optuna()
-    if settings is None and resume is not None:
-        settings = stored_study(find_study(resume))
-    settings = config.override(settings, **changes) if settings else read_study_settings(changes)
+    stored = folder = None
+    if resume is not None:
+        folder = find_study(resume)
+        stored = stored_study(folder)
+        settings = continued_study(folder, stored, config.override(settings or stored, **changes))
+    else:
+        settings = config.override(settings, **changes) if settings else read_study_settings(changes)
+        settings = with_kept(lasting(replace(settings, resume=None)), changes)
     plain = trial_base(settings)
     target = choose_target(plain)
-    space = parse_space(settings.space, plain, SEARCHED_NEVER)
+    space = parse_space(settings.space, plain, SEARCHED_NEVER, settings.kept)
     doubtful = find_incomparable(target.metric, space)
-    if resume is None:
-        folder = create_run(settings.out, settings.name or "tune")
-        write_text(folder / STUDY_FILE, config.to_yaml(replace(settings, resume=None)))
-    else:
-        folder = find_study(resume)
-        require_same_study(folder, settings)
+    pick_device(plain.device)  # what this machine lacks is no fault of a trial
+    tracker_names(plain)
+    folder = folder or create_run(settings.out, settings.name or "tune")
+    if settings != stored:
+        write_text(folder / STUDY_FILE, config.to_yaml(settings))
     first = {dimension.name: value_of(plain, dimension.name) for dimension in space}
     study = SearchStudy(
         folder, space, target.metric, target.direction, settings.seed, first,
@@ -130,16 +145,18 @@ def tune(
     logger.info(f"study    {folder}: {target.metric}, {target.direction} is better; {len(space)} options")
     if doubtful:
         logger.info(f"note     {target.metric} may be another quantity for another {', '.join(doubtful)}; {COMPARISON}")
-    stopped = False
-    try:
-        study.run(lambda trial: run_trial(trial, plain, progress), settings.trials)
-    except StudyStopped:
-        stopped = True
-    results = study.results()
-    if results.best:
-        best = with_values(replace(plain, note=None, tags=()), dict(read_values(study, results.best.values)))
-        write_text(folder / BEST_SETTINGS, config.to_yaml(best))
-    return TunedStudy(folder, results, stopped)
+    kept = settings.kept
+    with stop_signals() as signals:  # also one that comes between trials, or in the last step of one
+        with contextlib.suppress(StudyStopped):
+            study.run(lambda trial: run_trial(trial, plain, progress, kept), settings.trials, lambda: bool(signals))
+        with study.locked():  # else an older best might replace that of another process
+            results = study.results()
+            if results.best:
+                values = read_values(study, results.best.values)
+                best = trial_settings(replace(plain, note=None, tags=()), values, kept)
+                write_text(folder / BEST_SETTINGS, config.to_yaml(best))
+        unfinished = len(results.trials) < settings.trials or results.count("running") > 0
+        return TunedStudy(folder, results, bool(signals) and unfinished)
 
 
 def read_study_settings(changes: Mapping[str, Any]) -> TuneSettings:
@@ -150,6 +167,12 @@ def read_study_settings(changes: Mapping[str, Any]) -> TuneSettings:
     )
     assert isinstance(settings, TuneSettings)
     return settings
+
+
+def with_kept(settings: TuneSettings, given: Iterable[str]) -> TuneSettings:
+    """``settings`` that keep also those of the ``given`` options, by their dotted names, that would follow a choice."""
+    names = {name.partition(".")[0] for name in given}
+    return replace(settings, kept=tuple(name for name in FOLLOWING if name in names or name in settings.kept))
 
 
 def trial_base(settings: TuneSettings) -> TrainSettings:
@@ -165,7 +188,7 @@ def choose_target(plain: TrainSettings) -> BestCheckpoint:
     plain = with_intervals(plain)
     known: dict[str, Direction] = validation_metrics(plain)
     metrics = load_object(METRICS)
-    for name in plain.eval_metrics.split(",") if plain.eval_metrics else metrics:
+    for name in map(str.strip, plain.eval_metrics.split(",")) if plain.eval_metrics else metrics:
         known |= {f"eval/{value}": metrics[name].direction for value in metrics[name].values}
     known |= {f"rollout/{name}": direction for name, direction in load_object(ROLLOUTS).items()}
     intervals = {name: interval(plain, name) for name in MEASUREMENTS}
@@ -202,11 +225,18 @@ def with_intervals(settings: TrainSettings) -> TrainSettings:
     return replace(settings, eval_every=every, eval_metrics=settings.eval_metrics or needed)
 
 
-def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | None) -> float | None:
+def trial_settings(plain: TrainSettings, values: Mapping[str, Any], kept: Collection[str] = ()) -> TrainSettings:
+    """The settings of a trial with these ``values``, and of a training that repeats it."""
+    return with_intervals(with_values(plain, values, kept))
+
+
+def run_trial(
+    trial: ActiveTrial, plain: TrainSettings, progress: Progress | None, kept: Collection[str] = ()
+) -> float | None:
     """Train the run of a trial, from its checkpoint if it has one; the best metric, None if it was stopped early or has
     diverged."""
     out, name = trial.study.folder.resolve() / TRIALS, f"trial-{trial.number:04d}"
-    settings = replace(with_intervals(with_values(plain, trial.values)), out=str(out), name=name)
+    settings = replace(trial_settings(plain, trial.values, kept), out=str(out), name=name)
     begun = sorted(path.parent for path in out.glob(f"*-{name}/config.yaml"))
     metric = trial.study.metric
     values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.values.items())
@@ -220,7 +250,7 @@ def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | Non
 
     try:
         if begun:
-            run = train(resume=begun[-1], progress=progress, watch=watch)
+            run = train(resume=begun[-1], progress=progress, watch=watch, **free_settings(settings, begun[-1]))
         else:
             run = train(settings, progress=progress, watch=watch)
     except ValueError as e:
@@ -243,6 +273,14 @@ def run_trial(trial: ActiveTrial, plain: TrainSettings, progress: Progress | Non
     best = read_best(run.directory)
     logger.info(f"trial {trial.number}: {best}")
     return best.value if best else None
+
+
+def free_settings(settings: TrainSettings, run: Path) -> dict[str, Any]:
+    """Those of ``settings`` with which the ``run`` of a trial goes on, though it may have begun with others; without
+    the note if it has that already."""
+    free = {name: getattr(settings, name) for name in FREE_IN_TRIAL}
+    noted = settings.note in [note.text for note in read_annotations(run).notes]
+    return {**free, "note": None} if noted else free
 
 
 def fresh_seed(folder: Path) -> int:
@@ -272,10 +310,22 @@ def stored_study(folder: Path) -> TuneSettings:
     return config.from_dict(TuneSettings, tree)
 
 
-def require_same_study(folder: Path, settings: TuneSettings) -> None:
-    """``ValueError`` if ``settings`` would give other trials than those of the study."""
-    for name, (before, after) in settings_difference(stored_study(folder), settings).items():
+def continued_study(folder: Path, stored: TuneSettings, settings: TuneSettings) -> TuneSettings:
+    """The ``stored`` settings of the study in ``folder``, with those of ``settings`` that have no effect on its trials.
+
+    ``ValueError`` if ``settings`` would give other trials.
+    """
+    given = replace(settings, resume=None)
+    for name, (before, after) in settings_difference(lasting(stored), lasting(given)).items():
         if name not in FREE_IN_STUDY:
-            setting, was, given = first_difference(name, before, after)
-            raise ValueError(f"{setting}: given {given}, but the study in {folder} was begun with {was}; leave it out, "
+            setting, was, now = first_difference(name, before, after)
+            raise ValueError(f"{setting}: given {now}, but the study in {folder} was begun with {was}; leave it out, "
                              "or begin another without --resume")  # fmt: skip
+    return replace(stored, **{name: getattr(settings, name) for name in FREE_IN_STUDY})
+
+
+def lasting(settings: TuneSettings) -> TuneSettings:
+    """``settings`` with paths, also those that are searched, that do not depend on the working directory."""
+    settings = with_lasting_paths(settings)
+    plain = config.narrow(settings, TrainSettings)
+    return replace(settings, space=with_lasting_choices(settings.space, plain, SEARCHED_NEVER))
