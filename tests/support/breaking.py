@@ -1,5 +1,7 @@
 """An environment that breaks, in a module that other processes import fast."""
 
+import time
+
 import numpy as np
 
 
@@ -18,5 +20,14 @@ class Breaking:
         self.steps += 1
         if self.steps == 2:
             raise ValueError("the gripper is stuck")
+        none = np.zeros(self.num, bool)
+        return np.zeros((self.num, 1)), np.zeros(self.num), none, none, {}
+
+
+class Slow(Breaking):
+    """Steps take a fifth of a second."""
+
+    def step(self, actions):
+        time.sleep(0.2)
         none = np.zeros(self.num, bool)
         return np.zeros((self.num, 1)), np.zeros(self.num), none, none, {}
