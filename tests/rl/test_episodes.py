@@ -5,6 +5,7 @@ import pytest
 
 from genkit.envs.four_ways import FourWays
 from genkit.rl.policies.episodes import Episodes, entropy_bits, run_episodes
+from tests.support.breaking import Gaps
 from tests.support.refusals import refuses
 
 
@@ -127,3 +128,7 @@ def test_entropy_is_that_of_the_ways_that_succeed():
     info = {"mode": np.array([0, 1, 3, 3, 3]), "success": np.array([1, 1, 0, 0, 0])}
     many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], [], 4)
     assert many.mode_entropy_bits == pytest.approx(1)
+
+
+def test_a_reward_that_is_no_number_is_refused_by_its_seed_and_step():
+    refuses(lambda: run_episodes(Counting(2), Gaps(3), [10, 11, 12]), "reward nan", "step 3", "seed 11")

@@ -24,6 +24,26 @@ class Breaking:
         return np.zeros((self.num, 1)), np.zeros(self.num), none, none, {}
 
 
+class Gaps(Breaking):
+    """The reward, or what is observed, is no number in the third step of the second row."""
+
+    def __init__(self, num, name="reward"):
+        super().__init__(num)
+        self.name = name
+
+    def reset(self, seeds, rows=None):
+        self.steps = 0
+        return super().reset(seeds, rows)
+
+    def step(self, actions):
+        self.steps += 1
+        obs, reward = np.zeros((self.num, 1)), np.zeros(self.num)
+        if self.steps == 3:
+            (obs if self.name == "obs" else reward)[1] = np.nan
+        none = np.zeros(self.num, bool)
+        return obs, reward, none, none, {}
+
+
 class Slow(Breaking):
     """Steps take a fifth of a second."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from genkit.core.progress import Progress, silent
-from genkit.envs import Env, Outcome, Rows, step_chunk
+from genkit.envs import Env, Outcome, Rows, check_outcome, step_chunk
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 FIRST_STEPS = 64  # room for the steps of an episode at first; it is doubled when it is full
@@ -266,6 +266,7 @@ class RunningEpisodes:
         self.history = np.concatenate([self.history[:, 1:], obs[:, None]], 1)
         numbers = self.episode[rows]
         step = results.lengths[numbers]
+        check_outcome("reward", reward, rows, self.locate_step)
         if step.max() + 1 >= self.path.shape[1]:
             self.path, self.reward = (np.concatenate([v, np.zeros_like(v)], 1) for v in (self.path, self.reward))
         self.path[rows, step + 1], self.reward[rows, step] = obs[rows], reward[rows]
@@ -281,6 +282,11 @@ class RunningEpisodes:
             number, self.episode[row] = self.episode[row], -1
             results.paths[number] = self.path[row, : results.lengths[number] + 1].copy()
             results.rewards[number] = self.reward[row, : results.lengths[number]].copy()
+
+    def locate_step(self, row: int) -> tuple[int, int]:
+        """The seed of a row's episode, and the number of the step that is being counted."""
+        number = self.episode[row]
+        return int(self.seeds[number]), int(self.results.lengths[number]) + 1
 
     def restart(self) -> np.ndarray:
         """Begin the next episodes in rows that have ended, as far as there are any; these rows."""
