@@ -54,6 +54,7 @@ def test_what_is_no_replay_buffer_is_refused_before_anything_is_recorded(tmp_pat
 
 @pytest.mark.parametrize("name", ["obs", "reward"])
 def test_what_is_no_number_is_the_environments_fault(name):
-    expert, told = LinearPolicy(np.zeros((1, 1)), *np.ones((4, 1))), f"gave {name} nan in step 3 of the episode of seed 8"
+    expert = LinearPolicy(np.zeros((1, 1)), *np.ones((4, 1)))
+    told = f"env: gave {name} nan in step 3 of the episode of seed 8;"
     refuses(lambda: run_wave(Gaps(2, name), expert, [7, 8], None), told)
     refuses(lambda: episode_returns(Gaps(2, name), expert, [7, 8]), told)
