@@ -318,7 +318,13 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, ConditionValue]:
 def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
     """The settings that a saved Q must have been learned with, to apply to this policy."""
     env = " ".join([settings.env or policy.env, *settings.env_args])
-    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": env}
+    return {
+        "weights": policy.run.weights,
+        "act_steps": policy.act_steps,
+        "env": env,
+        "conditions": parse_conditions(settings.conditions),
+        "guidance": settings.guidance,
+    }
 
 
 def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:
