@@ -12,7 +12,7 @@ import numpy as np
 
 from genkit.config import table
 from genkit.config.numbers import Count, Natural, Seed
-from genkit.core.arrays import save_npz
+from genkit.core.arrays import refuse_other_kind, save_npz
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
 from genkit.envs import Env, Expert, check_outcome, make, make_expert, parse_arguments, plain_id
@@ -121,7 +121,8 @@ def record_demonstrations(
     if path.suffix != ".npz":
         raise ValueError(f"out: given {path}; a replay buffer is an .npz")
     expert_path = None if isinstance(settings.expert, Scripted) else path.with_suffix(".expert.json")
-    refuse_foreign(path, *([expert_path] if expert_path else []))
+    refuse_other_kind(path, ("episode_ends", "action"))
+    refuse_foreign(*([expert_path] if expert_path else []))
     with reporting(progress) as report:
         demos = collect_episodes(settings, report)
     ends = np.cumsum([len(actions) for actions in demos.arrays["action"]])

@@ -6,15 +6,17 @@ import torch
 
 import genkit
 from genkit.cli.main import main as genkit_command
-from genkit.core.arrays import save_npz
+from genkit.core.arrays import refuse_other_kind, save_npz
 from genkit.data.codecs import Actions
 from genkit.diffusion.samplers import Seeds
 from genkit.envs.four_ways import FourWays
+from genkit.envs.recording import DemoSettings, record_demonstrations
 from genkit.rl.finetune.dpo import encode_samples, read_pairs
 from genkit.rl.finetune.loop import finetune
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.preferences import collect_pairs, find_score
+from genkit.rl.policies.rollout import rollout
 from genkit.training.directory import read_log
 from tests.support.refusals import refuses
 
@@ -93,6 +95,19 @@ def test_dpo_learns_from_the_pairs_of_a_policy(policy, tmp_path):
     assert max(r["loss"] for r in log[4:]) < 0.69
     assert not any("critic_loss" in r for r in log)
     assert genkit_command(arguments) == 2  # no pairs
+
+
+def test_pairs_replace_pairs_and_nothing_else(policy, tmp_path):
+    file = record_demonstrations(DemoSettings(env="four-ways", episodes=2), tmp_path / "d.npz").path
+    few = {"pairs": str(file), "pair_episodes": 16, "episodes": 1, "env": "four-ways", "prefer": "return"}
+    refuses(lambda: rollout(policy, **few), "pairs: ", "d.npz exists, and holds episode_ends, obs, action, not chosen")
+    arrays = {name: np.zeros((1, 2, 16)) for name in ("chosen", "rejected")}
+    refuse_other_kind(save_npz(tmp_path / "p.npz", arrays), ("chosen", "rejected"))
+    refuses(
+        lambda: record_demonstrations(DemoSettings(env="four-ways", episodes=2), tmp_path / "p.npz"), "holds chosen"
+    )
+    (tmp_path / "r.npz").write_text('{"genkit": "1"}')
+    refuses(lambda: refuse_other_kind(tmp_path / "r.npz", ("chosen",)), "holds no arrays, not chosen")
 
 
 UNUSED = {"max_kl": 1.0, "min_std": 0.1, "num_steps": 3, "terminate_out_of_range": 9.0, "samples": 8, "group": 4}

@@ -163,9 +163,12 @@ def run_episodes(
     its Ta actions are carried out before it decides again. Only rows whose episode goes on are asked; one that has
     ended takes the next seed at the next decision. ``film`` is the number of first episodes to film;
     ``on_decision(episodes [M], obs [M, To, Do], actions [M, Ta, A])`` is called at each decision with the numbers of
-    the episodes. ``ValueError`` if observations or actions do not fit the environment.
+    the episodes. ``ValueError`` if observations or actions do not fit the environment, or it gives rewards that are not
+    finite, or draws no pictures for films.
     """
     require_compatible(policy, env)
+    if film and not hasattr(env, "frame"):
+        raise ValueError(f"film: given {film}, but this environment draws no pictures; leave it out")
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
     running = RunningEpisodes(policy, env, seeds, film)
@@ -335,14 +338,14 @@ def frames_argument(pixels: Sequence[np.ndarray | None]) -> dict[str, np.ndarray
 
 
 def joined(parts: Sequence[Episodes]) -> Episodes:
-    """The episodes of several batches as one."""
-    first = parts[0]
+    """The episodes of several batches as one. What an environment reports only when it happens, some may not have."""
+    first, names = parts[0], {name: None for part in parts for name in part.info}
     return Episodes(
         np.concatenate([p.returns for p in parts]),
         np.concatenate([p.best for p in parts]),
         np.concatenate([p.lengths for p in parts]),
         np.concatenate([p.truncated for p in parts]),
-        {k: np.concatenate([p.info[k] for p in parts]) for k in first.info},
+        {k: np.concatenate([p.info.get(k, np.full(len(p), INITIAL[k])) for p in parts]) for k in names},
         [path for p in parts for path in p.paths],
         [rewards for p in parts for rewards in p.rewards],
         first.modes,

@@ -23,6 +23,7 @@ from genkit.config import override
 from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Positive, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Generator, Guidance, pictures
+from genkit.core.arrays import refuse_other_kind
 from genkit.core.device import DeviceName
 from genkit.core.files import refuse_foreign, write_text
 from genkit.core.progress import Progress, reporting
@@ -222,7 +223,8 @@ def rollout(
     """
     settings = override(settings or RolloutSettings(), **changes)
     score = find_score(settings.prefer)
-    refuse_foreign(*([settings.pairs] if settings.pairs else []), option="pairs")
+    if settings.pairs:
+        refuse_other_kind(settings.pairs, ("chosen", "rejected"), "pairs")
     policy = load_policy(run, settings)
     folder = Path(out) if out else policy.run.directory / "rollouts"
     refuse_foreign(*existing_files(folder, rollout_name(policy, settings)))
