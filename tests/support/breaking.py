@@ -40,8 +40,7 @@ class Gaps(Breaking):
         obs, reward = np.zeros((self.num, 1)), np.zeros(self.num)
         if self.steps == 3:
             (obs if self.name == "obs" else reward)[1] = np.nan
-        none = np.zeros(self.num, bool)
-        return obs, reward, none, none, {}
+        return obs, reward, np.zeros(self.num, bool), np.full(self.num, self.steps == self.max_steps), {}
 
 
 class Slow(Breaking):
