@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from numpy.lib.npyio import NpzFile
 
-from genkit.core.files import MARK, atomic_write, format_error
+from genkit.core.files import MARK, atomic_write, format_error, refuse_foreign
 
 MAX_RATIO = 200  # by which an array of more than a GiB may be compressed
 GIB = 2**30
@@ -96,6 +96,23 @@ def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
         with zipfile.ZipFile(part, "a") as archive:
             archive.comment = MARK.encode()
     return Path(path)
+
+
+def refuse_other_kind(path: str | Path, names: Collection[str], option: str = "out") -> None:
+    """``ValueError`` if ``path``, which is to be written, is there and is not an .npz of genkit's with arrays
+    ``names``, but of another kind: demonstrations are not replaced by preference pairs."""
+    refuse_foreign(path, option=option)
+    path = Path(path).expanduser()
+    if not path.is_file():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+    except zipfile.BadZipFile:
+        held = []
+    if not {*names} <= {*held}:
+        raise ValueError(f"{option}: {path} exists, and holds {', '.join(held[:3]) or 'no arrays'}, not "
+                         f"{' and '.join(names)}; give another --{option}, or move it")  # fmt: skip
 
 
 def require_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

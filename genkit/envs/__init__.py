@@ -7,7 +7,7 @@ name the module that registers it: ``my_robot:Reach-v0``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -131,6 +131,20 @@ def check_actions(actions: np.ndarray, num: int, dim: int, env: str) -> np.ndarr
         bad = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
         raise ValueError(f"actions: row {bad} is not finite; the policy has diverged")
     return actions
+
+
+def check_outcome(name: str, values: np.ndarray, rows: Rows, episode: Callable[[int], tuple[int, int]]) -> None:
+    """``ValueError`` unless what an environment gave (``values`` ``[N, ...]``, called ``name``) is finite in ``rows``.
+
+    ``episode(row)`` is the seed of a row's episode and the number of its step, for the message.
+    """
+    finite = np.isfinite(values[rows])
+    if finite.all():
+        return
+    row = int(np.asarray(rows)[np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0]])
+    seed, step = episode(row)
+    bad = np.ravel(values[row])[~np.isfinite(np.ravel(values[row]))][0]
+    raise ValueError(f"env: gave {name} {bad} in step {step} of the episode of seed {seed}; needs finite numbers")
 
 
 def make_expert(env: str, name: str, num: int) -> Expert:

@@ -13,7 +13,7 @@ import numpy as np
 from genkit import __version__
 from genkit.config.numbers import Count, NonNegative, Positive, Seed
 from genkit.core.files import format_error, write_text
-from genkit.envs import Env, plain_id
+from genkit.envs import Env, check_outcome, plain_id
 from genkit.envs.gym import Gym
 
 TARGETS = {"HalfCheetah-v5": 2000.0, "Hopper-v5": 1300.0}  # mean returns; seeds 2 and 1 reach them in half a CPU minute
@@ -159,13 +159,20 @@ def episode_returns(
     """Returns ``[N]`` of one episode in each row, less ``bonus`` for each step. ``stats`` collects the observations
     that the policy acted on."""
     obs = env.reset(seeds)
-    alive, returns = np.ones(env.num, bool), np.zeros(env.num)
+    alive, returns, steps = np.ones(env.num, bool), np.zeros(env.num), 0
+
+    def locate(row: int) -> tuple[int, int]:
+        return int(seeds[row]), steps
+
     while alive.any():
         if stats is not None:
             stats.add(obs[alive])
         obs, reward, terminated, truncated, _ = env.step(policy.act(obs))
+        steps += 1
+        check_outcome("reward", reward, np.flatnonzero(alive), locate)
         returns += reward - bonus * alive
         alive &= ~(terminated | truncated)
+        check_outcome("obs", obs, np.flatnonzero(alive), locate)
     return returns
 
 

@@ -29,7 +29,8 @@ class ProcessEnv:
     script that makes one needs ``if __name__ == "__main__":``, as for all of Python's processes. The processes end with
     this object or with the process that made it, however that ends. ``ValueError`` for more processes than copies, when
     a process has ended, and whenever one of the copies raises a ``ValueError`` of genkit; any other error in it is a
-    ``RuntimeError`` with its traceback.
+    ``RuntimeError`` with its traceback. A call that is interrupted, or that a process does not answer, ends them all:
+    later calls could not tell its answers from their own, and are refused.
     """
 
     def __init__(self, build: Callable[[int], Env], num: int, workers: int):
@@ -40,6 +41,7 @@ class ProcessEnv:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may never return
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
+        self.broken = False
         Finalize(self, end_processes, (self.connections, self.processes), exitpriority=10)
         for share in self.shares:
             here, there = context.Pipe()
@@ -48,7 +50,7 @@ class ProcessEnv:
             there.close()  # so that it is closed when the process ends
             self.connections.append(here)
             self.processes.append(process)
-        answers = [self.receive(i) for i in range(workers)]
+        answers = [self.unpack(i, *self.receive(i)) for i in range(workers)]
         about = answers[0]
         self.obs_dim, self.action_dim, self.max_steps = about["obs_dim"], about["action_dim"], about["max_steps"]
         self.modes: int = about["modes"]
@@ -106,23 +108,30 @@ class ProcessEnv:
     # --------------------------------------------------------------------------------------------- the processes
     def ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """The answers to ``{worker: (method, *arguments)}``, which are worked on at the same time."""
-        for i, request in requests.items():
-            with self.watching(i):
-                self.connections[i].send(request)
-        answers, error = {}, None
-        for i in requests:  # all of them, or the next request would get an answer to this one
-            try:
-                answers[i] = self.receive(i)
-            except Exception as e:
-                error = error or e
-        if error:
-            raise error
-        return answers
+        if self.broken:
+            raise ValueError("workers: a call before this one was interrupted or failed, which ended the processes of "
+                             "these environments; make them anew")  # fmt: skip
+        self.broken = True  # until all answers are here: one that stays behind would be taken for the next call's
+        try:
+            for i, request in requests.items():
+                with self.watching(i):
+                    self.connections[i].send(request)
+            answers = [self.receive(i) for i in requests]
+        except BaseException:
+            for process in self.processes:
+                process.kill()
+            end_processes(self.connections, self.processes)
+            raise
+        self.broken = False
+        return {i: self.unpack(i, *answer) for i, answer in zip(requests, answers, strict=True)}
 
-    def receive(self, i: int) -> Any:
-        """The answer of a worker. Raises its error, if that is the answer."""
+    def receive(self, i: int) -> tuple[str, Any]:
+        """What a worker answers, as :func:`answer` returns it."""
         with self.watching(i):
-            kind, value = self.connections[i].recv()
+            return self.connections[i].recv()
+
+    def unpack(self, i: int, kind: str, value: Any) -> Any:
+        """The result of a worker's answer. Raises its error, if it is one."""
         if kind == "refusal":
             raise ValueError(value)
         if kind == "error":

@@ -12,10 +12,10 @@ import numpy as np
 
 from genkit.config import table
 from genkit.config.numbers import Count, Natural, Seed
-from genkit.core.arrays import save_npz
+from genkit.core.arrays import refuse_other_kind, save_npz
 from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting, silent
-from genkit.envs import Env, Expert, make, make_expert, parse_arguments, plain_id
+from genkit.envs import Env, Expert, check_outcome, make, make_expert, parse_arguments, plain_id
 from genkit.envs.ars import LinearPolicy, SearchSettings, search
 
 MAX_COPIES = 100  # copies of the environment that run at once
@@ -121,7 +121,8 @@ def record_demonstrations(
     if path.suffix != ".npz":
         raise ValueError(f"out: given {path}; a replay buffer is an .npz")
     expert_path = None if isinstance(settings.expert, Scripted) else path.with_suffix(".expert.json")
-    refuse_foreign(path, *([expert_path] if expert_path else []))
+    refuse_other_kind(path, ("episode_ends", "action"))
+    refuse_foreign(*([expert_path] if expert_path else []))
     with reporting(progress) as report:
         demos = collect_episodes(settings, report)
     ends = np.cumsum([len(actions) for actions in demos.arrays["action"]])
@@ -230,17 +231,23 @@ def run_wave(env: Env, expert: Expert, seeds: Sequence[int], render: Callable[[]
     alive, length, returns = np.ones(env.num, bool), np.zeros(env.num, int), np.zeros(env.num)
     success = ended_early = np.zeros(env.num, bool)
     info: dict[str, np.ndarray] = {}
+
+    def locate(row: int) -> tuple[int, int]:
+        return int(seeds[row]), int(length[row])
+
     while alive.any():
         actions.append(expert.act(obs[-1]))
         if render is not None:
             images.append(render())
         after, reward, terminated, truncated, info = env.step(actions[-1])
         length += alive
+        check_outcome("reward", reward, np.flatnonzero(alive), locate)
         returns += reward
         rewards.append(reward)
         success = success | (alive & info.get("success", success).astype(bool))
         ended_early = ended_early | (terminated & (length < EARLY_END * env.max_steps))
         alive &= ~(terminated | truncated)
+        check_outcome("obs", after, np.flatnonzero(alive), locate)
         obs.append(after)
     succeeded = success if "success" in info else ~ended_early
     return Wave(obs, actions, rewards, images, length, returns, succeeded, info)

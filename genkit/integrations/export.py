@@ -22,8 +22,8 @@ from genkit.core import Codec, Spec
 from genkit.core.files import atomic_directory, atomic_write
 from genkit.data.codecs import LearnedCodec
 from genkit.training.checkpoint import save_checkpoint
+from genkit.training.directory import USED_WITH
 from genkit.training.loop import initial_state
-from genkit.training.pipelines import write_pipeline
 from genkit.training.run import Run, load_run
 from genkit.training.settings import TrainSettings
 
@@ -49,7 +49,9 @@ class StandaloneRun(ExportFormat):
     def write(self, run: Run, folder: Path) -> list[str]:
         cfg = replace(run.config, ema=(), lora=LoRA(), base_dtype="fp32", quantize=None, init=None)
         write_run(folder, cfg, run.nets, run.spec, run.codec, run.step)
-        write_pipeline(folder, run.pipeline)
+        for name in USED_WITH:
+            if (run.directory / name).is_file():
+                shutil.copyfile(run.directory / name, folder / name)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
         return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]

@@ -13,10 +13,11 @@ from typing import Any
 from genkit.core.files import atomic_directory
 from genkit.core.hub import HUB_NAME, call_hub
 from genkit.core.tensors import cache_folder
+from genkit.training.directory import USED_WITH
 
 PREFIX = "hf://"
 PATTERNS = (  # what a run consists of; nothing else is downloaded
-    "config.yaml", "finetune.yaml", "base.json", "pipeline.json", "README.md", "samples.png", "eval/*.json",
+    "config.yaml", "finetune.yaml", "base.json", *USED_WITH, "README.md", "samples.png", "eval/*.json",
     "checkpoints/*/*.safetensors", "checkpoints/*/state.json", "codec/*.safetensors", "codec/*.json",
 )  # fmt: skip
 logger = logging.getLogger("genkit")

@@ -94,6 +94,12 @@ class ToGraph(ExportFormat):
         if not isinstance(codec, Actions):
             raise ValueError(f"to: {run.directory.name} is no policy of action chunks; allowed: --to run, diffusers")
         run = replace(run, nets={k: net.cpu() for k, net in run.nets.items()}, device=torch.device("cpu"))
+        known = {"obs", "frames", run.objective.chosen_condition}
+        if unknown := [name for name in run.spec.cond if name not in known]:
+            raise ValueError(
+                f"to: {run.directory.name} was trained with {unknown[0]}, and a graph has no input for it, so that it "
+                "would act without; allowed: --to run"
+            )
         policy = load_object(POLICY).load(run, steps=self.steps, act_steps=self.act_steps)
         graph = PolicyGraph(policy).eval().requires_grad_(False)
         assert self.single_file is not None

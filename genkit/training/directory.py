@@ -3,6 +3,7 @@
     runs/0007-digits-flow-unet/
       config.yaml    env.json    log.jsonl    loss.png    samples/step-0050000.png    latest -> checkpoints/step-0050000
       codec/first-stage.safetensors  (latent models only: a copy of their first stage, made once)
+      pipeline.json  policy.json  inverse.safetensors  (some: see USED_WITH)
       base.json  (LoRA and fine-tuning: the weights that they began from, with their sha256)
       checkpoints/step-0050000/  nets.safetensors  ema-0.999.safetensors  optim.safetensors  state.json (written last)
 
@@ -27,6 +28,9 @@ from genkit.core.links import follow_links, require_link
 RUN_SOURCES = {
     "hf": "genkit.integrations.hub:find_hub_run"
 }  # scheme of SCHEME://NAME -> "module:function" of a higher room
+# What decides, besides settings, weights and codec, how a run is used: the scheduler of the pipeline that it began
+# from, how a fine-tuned policy acts, and the actions of a policy that plans states. Exported and published with it.
+USED_WITH = ("pipeline.json", "policy.json", "inverse.safetensors")
 STATE_KEYS = {"step", "skipped", "seed", "spec", "codec", "sha256"}
 
 

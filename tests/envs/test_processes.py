@@ -16,7 +16,7 @@ import pytest
 
 from genkit.envs import make, step_chunk
 from genkit.envs.processes import ProcessEnv, join_infos
-from tests.support.breaking import Breaking
+from tests.support.breaking import Breaking, Slow
 from tests.support.refusals import refuses
 
 ROOT = Path(__file__).parents[2]
@@ -59,13 +59,38 @@ def test_rows_are_those_of_one_process_and_end_with_it():
     assert not hasattr(ProcessEnv(Breaking, 1, 1), "frame")
     refuses(lambda: env.step(np.full((5, 2), np.nan)), "row 0 is not finite")
     refuses(lambda: ProcessEnv(Breaking, 2, 3), "workers: given 3", "0 … 2")
-    # one that is killed is one line; with the object, the others end too
+    # one that is killed is one line; the others end with it
     first, second = (p.pid for p in env.processes)
     os.kill(first, signal.SIGKILL)
     refuses(lambda: env.step(np.zeros((5, 2))), "environments 0 … 1 was ended by signal 9", "--workers 0")
+    wait_until(lambda: not is_running(second))
+    refuses(lambda: env.reset([0], [4]), "workers: a call before this one", "make them anew")
+    # all end with the object
+    env = ProcessEnv(partial(make, "four-ways"), 2, 2)
+    pids = [p.pid for p in env.processes]
     del env
     gc.collect()  # errors keep it
-    wait_until(lambda: not is_running(second))
+    wait_until(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.parametrize("method", ["step", "reset"])
+def test_an_interrupted_call_leaves_no_answer_for_a_later_one(method):
+    env = ProcessEnv(Slow, 2, 2)
+    env.reset([0, 1])
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            env.step(np.zeros((2, 1)))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    later = {"step": lambda: env.step(np.zeros((2, 1))), "reset": lambda: env.reset([0, 1])}
+    refuses(later[method], "workers: a call before this one", "make them anew")
+    assert not any(p.is_alive() for p in env.processes)
 
 
 def test_errors_of_an_environment_are_told_as_they_are_in_one_process():

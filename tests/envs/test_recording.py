@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from genkit.data.demonstrations.replay import Replay
-from genkit.envs.ars import LinearPolicy
+from genkit.envs.ars import LinearPolicy, episode_returns
 from genkit.envs.four_ways import FourWaysExpert
-from genkit.envs.recording import DemoSettings, Saved, record_demonstrations
+from genkit.envs.recording import DemoSettings, Saved, record_demonstrations, run_wave
+from tests.support.breaking import Gaps
+from tests.support.refusals import refuses
 
 
 def test_a_recording_is_a_replay_buffer(tmp_path, capsys):
@@ -48,3 +50,11 @@ def test_a_linear_expert_is_saved_beside_its_recording(tmp_path):
 def test_what_is_no_replay_buffer_is_refused_before_anything_is_recorded(tmp_path):
     with pytest.raises(ValueError, match=r"d\.zip; a replay buffer is an \.npz"):
         record_demonstrations(DemoSettings(env="four-ways"), tmp_path / "d.zip")
+
+
+@pytest.mark.parametrize("name", ["obs", "reward"])
+def test_what_is_no_number_is_the_environments_fault(name):
+    expert = LinearPolicy(np.zeros((1, 1)), *np.ones((4, 1)))
+    told = f"env: gave {name} nan in step 3 of the episode of seed 8;"
+    refuses(lambda: run_wave(Gaps(2, name), expert, [7, 8], None), told)
+    refuses(lambda: episode_returns(Gaps(2, name), expert, [7, 8]), told)

@@ -11,6 +11,7 @@ import torch
 
 import genkit
 from genkit.cli.main import main as cli
+from genkit.core import Label
 from genkit.data.codecs import Pixels
 from genkit.integrations import policy_export
 from genkit.integrations.policy_export import PolicyGraph, ToTorchScript, example_inputs
@@ -119,6 +120,12 @@ def test_a_graph_that_differs_is_not_written(flow, tmp_path, monkeypatch):
 def test_what_has_no_graph(flow, tmp_path, monkeypatch):
     pixels = dataclasses.replace(flow, codec=Pixels())
     refuses(lambda: genkit.export(pixels, tmp_path / "graph", to="torchscript"), "no policy of action chunks")
+    for dropped in (0.0, 0.2):  # without it, the policy would act by no skill
+        asked = dataclasses.replace(flow.config.objective, cond_dropout_each=dropped)
+        config = dataclasses.replace(flow.config, objective=asked)
+        spec = dataclasses.replace(flow.spec, cond={**flow.spec.cond, "skill": Label(4)})
+        skilled = dataclasses.replace(flow, config=config, spec=spec)
+        refuses(lambda run=skilled: genkit.export(run, tmp_path / "graph", to="torchscript"), "trained with skill")
     noisy = PolicyGraph(Policy.load(flow, sampler="ancestral", steps=2))
     refuses(lambda: noisy(*example_inputs(noisy.policy, noisy.names, 0)), "draws noise at every step", "ddim")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -12,6 +12,8 @@ from genkit.rl.finetune.nft import NFT
 from genkit.rl.finetune.rwr import RWR
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import build_chain, build_learner, build_task
+from genkit.rl.policies.episodes import run_episodes
+from genkit.rl.policies.rollout import RolloutSettings, fit_q, load_policy, with_q
 from genkit.training.run import load_run
 from tests.support.pretended_device import CUDA, PretendedDevice
 
@@ -60,3 +62,15 @@ def test_an_iteration_mixes_no_devices(name, request, monkeypatch):
         assert all(p.device == CUDA for p in learner.state.nets["net"].parameters())
     assert waits
     assert max(sum(w.values()) for w in waits[1:] or waits) <= allowed, waits[-1]
+
+
+def test_q_is_learned_and_heeded_on_the_device(policy, tmp_path):
+    base = load_run(policy, device="cpu")
+    settings = RolloutSettings(fit_q=6, best_of=2, q_guidance=1.0, steps=1)
+    with PretendedDevice():
+        nets = {k: net.to(CUDA) for k, net in base.nets.items()}
+        actor = load_policy(replace(base, nets=nets, device=CUDA, directory=tmp_path), settings)
+        env = actor.make_env(3, max_steps=16)
+        fit_q(actor, env, settings)
+        heeding = with_q(actor, settings)
+        assert len(run_episodes(heeding, env, range(4)).returns) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.mixture import F64
-from genkit.core import Label, Spec
+from genkit.core import Label, Spec, Vector
 from genkit.data.codecs import Identity, Pixels
 from genkit.diffusion.paths import Linear
 from genkit.objectives import Flow
@@ -98,6 +98,12 @@ def test_pairs_of_a_file_are_checked(tmp_path):
     refuses(lambda: read_pairs(write(chosen=np.ones(())), task.codec, spec), "holds none")
     refuses(lambda: read_pairs(write(rejected=np.full((4, 2), np.nan)), task.codec, spec), "rejected", "not finite")
     refuses(lambda: read_pairs(write(label=np.array(["a"] * 4)), task.codec, spec), "cannot be read")
+    refuses(lambda: read_pairs(write(label=None), task.codec, spec), "no array label", "each condition of the model")
+    assert not read_pairs(write(label=None), task.codec, spec, optional=("label",)).chosen_cond
+    seeing = Spec((2,), {"obs": Vector((3,))})
+    for bad in (np.nan, np.inf):
+        obs = np.full((4, 3), bad)
+        refuses(lambda o=obs: read_pairs(write(label=None, obs=o), task.codec, seeing), "obs", "not finite")
     pictures = replace(task, codec=Pixels())
     refuses(lambda: read_pairs(write(), pictures.codec, spec), "chosen are torch.float64", "uint8 in 0..255")
     assert read_pairs(write(**{k: np.full((4, 2), 255, np.uint8) for k in ("chosen", "rejected")}),

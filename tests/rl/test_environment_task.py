@@ -12,7 +12,9 @@ from genkit.rl.finetune.chain import Chain, seeded_noise
 from genkit.rl.finetune.learner import Critic
 from genkit.rl.finetune.noise import FixedNoise
 from genkit.rl.finetune.tasks import EnvironmentTask
+from tests.support.breaking import Gaps
 from tests.support.learning import make_learner
+from tests.support.refusals import refuses
 
 
 class Clock:
@@ -121,3 +123,9 @@ def test_the_rest_of_a_chunk_does_not_count_after_an_episode_is_lost():
     task, _ = make_task(Ticking(1, 8), 1, 1, limit=0.5)
     total, terminated, ended = task.act(np.zeros((1, 1, 3)))
     assert (total.tolist(), terminated.tolist(), ended.tolist(), task.mode.tolist()) == ([1], [True], [True], [1])
+
+
+@pytest.mark.parametrize("name", ["obs", "reward"])
+def test_what_is_no_number_is_the_environments_fault(name):
+    task, learner = make_task(Gaps(2, name), 2, 6)
+    refuses(lambda: task.collect(learner, 0), f"env: gave {name} nan in step 3 of the episode of seed {task.seeds[1]};")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from genkit.envs.four_ways import FourWays
-from genkit.rl.policies.episodes import Episodes, entropy_bits, run_episodes
+from genkit.rl.policies.episodes import Episodes, entropy_bits, joined, run_episodes
+from tests.support.breaking import Gaps
 from tests.support.refusals import refuses
 
 
@@ -127,3 +128,29 @@ def test_entropy_is_that_of_the_ways_that_succeed():
     info = {"mode": np.array([0, 1, 3, 3, 3]), "success": np.array([1, 1, 0, 0, 0])}
     many = Episodes(np.zeros(5), np.zeros(5), np.ones(5), np.zeros(5), info, [], [], 4)
     assert many.mode_entropy_bits == pytest.approx(1)
+
+
+def test_a_reward_that_is_no_number_is_refused_by_its_seed_and_step():
+    refuses(lambda: run_episodes(Counting(2), Gaps(3), [10, 11, 12]), "reward nan", "step 3", "seed 11")
+
+
+class TellsOnlySuccess(Logging):
+    """Reports success in the step in which an episode has it, as Gym environments may, if it is ``reached`` at all."""
+
+    def __init__(self, reached):
+        self.reached = reached
+
+    def step(self, actions):
+        *outcome, info = super().step(actions)
+        return *outcome, {"success": info["success"]} if self.reached and info["success"].any() else {}
+
+
+def test_batches_that_report_no_success_have_none():
+    """In either order: the first may be the one of them that never succeeded."""
+    never, once = (run_episodes(Counting(4), TellsOnlySuccess(reached), [0, 1]) for reached in (False, True))
+    assert joined([never, once]).info["success"].tolist() == [False, False, True, False]
+    assert joined([once, never]).summary()["success"]["value"] == 0.25
+
+
+def test_films_of_an_environment_without_pictures_are_refused():
+    refuses(lambda: run_episodes(Counting(4), Logging(), [0], film=1), "film: given 1", "draws no pictures")

@@ -6,13 +6,17 @@ import torch
 
 import genkit
 from genkit.cli.main import main as genkit_command
+from genkit.core.arrays import refuse_other_kind, save_npz
 from genkit.data.codecs import Actions
 from genkit.diffusion.samplers import Seeds
 from genkit.envs.four_ways import FourWays
+from genkit.envs.recording import DemoSettings, record_demonstrations
 from genkit.rl.finetune.dpo import encode_samples, read_pairs
+from genkit.rl.finetune.loop import finetune
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.preferences import collect_pairs, find_score
+from genkit.rl.policies.rollout import rollout
 from genkit.training.directory import read_log
 from tests.support.refusals import refuses
 
@@ -91,6 +95,41 @@ def test_dpo_learns_from_the_pairs_of_a_policy(policy, tmp_path):
     assert max(r["loss"] for r in log[4:]) < 0.69
     assert not any("critic_loss" in r for r in log)
     assert genkit_command(arguments) == 2  # no pairs
+
+
+def test_pairs_replace_pairs_and_nothing_else(policy, tmp_path):
+    file = record_demonstrations(DemoSettings(env="four-ways", episodes=2), tmp_path / "d.npz").path
+    few = {"pairs": str(file), "pair_episodes": 16, "episodes": 1, "env": "four-ways", "prefer": "return"}
+    refuses(lambda: rollout(policy, **few), "pairs: ", "d.npz exists, and holds episode_ends, obs, action, not chosen")
+    arrays = {name: np.zeros((1, 2, 16)) for name in ("chosen", "rejected")}
+    refuse_other_kind(save_npz(tmp_path / "p.npz", arrays), ("chosen", "rejected"))
+    refuses(
+        lambda: record_demonstrations(DemoSettings(env="four-ways", episodes=2), tmp_path / "p.npz"), "holds chosen"
+    )
+    (tmp_path / "r.npz").write_text('{"genkit": "1"}')
+    refuses(lambda: refuse_other_kind(tmp_path / "r.npz", ("chosen",)), "holds no arrays, not chosen")
+
+
+UNUSED = {"max_kl": 1.0, "min_std": 0.1, "num_steps": 3, "terminate_out_of_range": 9.0, "samples": 8, "group": 4}
+
+
+def test_dpo_refuses_what_has_no_effect_and_pairs_that_are_others_when_it_is_resumed(policy, tmp_path):
+    file = collect_pairs(Policy.load(policy, steps=1), Sum(8, 8), range(8), find_score("return")).save(
+        tmp_path / "p.npz"
+    )
+    settings = {"method": {"name": "dpo", "pairs": str(file)}, "steps": 1, "iterations": 1, "eval_episodes": 0,
+                "num_envs": 2, "tensorboard": False, "device": "cpu", "out": str(tmp_path)}  # fmt: skip
+    for name, value in UNUSED.items():
+        refuses(
+            lambda given={name: value}: finetune(policy, **settings, **given), f"{name}: has no effect", "pairs of a"
+        )
+    missing = {**settings, "method": {"name": "dpo", "pairs": str(tmp_path / "none.npz")}}
+    refuses(lambda: finetune(policy, **missing), "pairs: ", "none.npz cannot be read")
+    run = finetune(policy, **settings)
+    assert finetune(resume=run.directory, iterations=2).step == 2
+    with np.load(file) as stored:
+        save_npz(file, {name: -stored[name] if name == "chosen" else stored[name] for name in stored.files})
+    refuses(lambda: finetune(resume=run.directory, iterations=3), "p.npz has changed since", "put it back")
 
 
 def test_each_chunk_of_an_anchored_policy_has_its_own_anchor(tmp_path):

@@ -13,7 +13,17 @@ from genkit.envs.four_ways import FourWays
 from genkit.rl.policies.best_of_n import best_of
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import Policy
-from genkit.rl.policies.q_function import Decisions, collect_decisions, discounted_returns, learn_q, load_q, save_q
+from genkit.rl.policies.q_function import (
+    Decisions,
+    QFunction,
+    collect_decisions,
+    discounted_returns,
+    learn_q,
+    load_q,
+    save_q,
+)
+from genkit.rl.policies.rollout import RolloutSettings, q_requirements
+from tests.support.refusals import refuses
 
 
 def plain(z, cond, noise=None):
@@ -115,3 +125,16 @@ def test_rollout_learns_q_and_heeds_it(policy, capsys):
     assert any("-q2-" in name and "seed100000-n8" in name for name in names), names
     with pytest.raises(ValueError, match="was learned with act_steps"):
         rollout([*some, "--best-of", "4", "--act-steps", "2"])
+    with pytest.raises(ValueError, match=r"was learned with guidance 1\.0, not 2\.0"):
+        rollout([*some, "--best-of", "4", "--guidance", "2"])
+
+
+def test_q_is_of_the_conditions_that_it_was_learned_with(policy):
+    actor = Policy.load(policy)
+    needs = [q_requirements(actor, RolloutSettings(conditions=c)) for c in ((), ("skill=0",), ("skill=3",))]
+    save_q(policy, QFunction(actor.run.spec, torch.ones(actor.run.spec.shape)), needs[1])
+    load_q(policy, actor.run.spec, needs[1])
+    for other in (needs[0], needs[2]):
+        refuses(
+            lambda other=other: load_q(policy, actor.run.spec, other), "was learned with conditions {'skill': [0.0]}"
+        )

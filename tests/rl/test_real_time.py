@@ -17,7 +17,7 @@ from genkit.diffusion.samplers import Seeds, bind
 from genkit.envs import make
 from genkit.objectives import AnchoredFlow
 from genkit.rl.policies.episodes import run_episodes
-from genkit.rl.policies.execution import DelayedPolicy, anchor_posterior, draw_choice
+from genkit.rl.policies.execution import DelayedPolicy, anchor_posterior, clip_continued, draw_choice
 from genkit.rl.policies.planner import inpaint
 from genkit.rl.policies.policy import Policy
 from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chunk, soft_mask
@@ -163,6 +163,25 @@ def test_each_chunk_is_given_the_actions_under_way(policy):
     delayed.reset([0])
     delayed.act(obs)
     assert UNDERWAY not in given[3]
+
+
+def test_actions_stay_near_those_of_the_demonstrations(policy):
+    """The guidance of a policy that is hardly trained throws its chunks away, each farther than the one before."""
+    chunks, run = [], genkit.load(policy, device="cpu")
+    draw = torch.Generator().manual_seed(0)
+    for p in run.nets["net"].parameters():
+        p += 0.2 * torch.randn(p.shape, generator=draw)
+    actor = DelayedPolicy(Policy.load(run, steps=4, act_steps=4), 1, "real-time")
+    run_episodes(actor, make("four-ways", 20), range(20), on_decision=lambda numbers, obs, chunk: chunks.append(chunk))
+    codec = actor.policy.run.codec
+    assert isinstance(codec, Actions)
+    scaled = (np.concatenate(chunks[2:]).reshape(-1, 2) - codec.shift) / codec.scale  # those that continue others
+    assert 1.9 < abs(scaled).max() < 2 + 1e-6
+    wide = clip_continued(lambda z, cond, noise=None: 9 * z, 2.0)
+    one = torch.ones(1, 2)
+    assert wide(one, {}).max() == 9
+    assert wide(one, {UNDERWAY: one}).max() == 2
+    refuses(lambda: wide(one / 0, {UNDERWAY: one}), "real-time execution gave", "not finite", "--guidance-limit 5")
 
 
 def test_who_can_act_in_real_time(policy, tmp_path, capsys):

@@ -8,6 +8,8 @@ import pytest
 from genkit.cli.commands.finetune import main as finetune
 from genkit.cli.commands.train import main as train
 from genkit.cli.main import main as genkit
+from genkit.integrations.export import export
+from genkit.integrations.hub import PATTERNS
 from genkit.rl.policies.policy import Policy
 from genkit.training.directory import find_run
 
@@ -46,6 +48,33 @@ def test_rollouts_and_further_fine_tuning_take_it_over(tuned, tmp_path, capsys):
     again = Policy.load(tmp_path / "latest")
     assert (again.steps, again.act_steps) == (2, 1)
     assert json.loads((find_run(tmp_path / "latest") / "policy.json").read_text())["grid"] == "logsnr"
+
+
+RECORDS = {
+    "base.json",
+    "env.json",
+    "finetune.yaml",
+    "log.jsonl",
+    "before.json",
+    "after.json",
+    "best.json",
+    "notes.json",
+    "q.safetensors",
+}  # not exported: what was done, and Q of other weights' names
+
+
+def test_an_exported_run_acts_as_the_run(tuned, tmp_path):
+    export(tuned, tmp_path / "out", to="run")
+    mine, other = Policy.load(tuned), Policy.load(tmp_path / "out")
+    assert (other.steps, other.act_steps) == (2, 1)
+    assert np.array_equal(act(mine), act(other))
+    left = {p.name for p in tuned.iterdir() if p.is_file()} - {p.name for p in (tmp_path / "out").iterdir()}
+    assert {name for name in left if not name.startswith(".")} <= RECORDS, "exported, or a record?"
+    (tuned / "inverse.safetensors").write_bytes(b"learned")
+    export(tuned, tmp_path / "again", to="run")
+    (tuned / "inverse.safetensors").unlink()
+    assert (tmp_path / "again" / "inverse.safetensors").read_bytes() == b"learned"
+    assert {"pipeline.json", "policy.json", "inverse.safetensors"} <= set(PATTERNS), "downloaded from the hub"
 
 
 def test_an_anchored_flow_takes_one_step(tmp_path):

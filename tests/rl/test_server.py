@@ -54,6 +54,7 @@ def test_the_client_gets_the_actions_of_the_policy(policy):
 OBS = {"obs": np.zeros(2, np.float32)}
 WRONG = {
     "type": ({"type": "jump"}, {}, "type: given 'jump'; allowed: hello, reset, step"),
+    "list": ({"type": []}, {}, "type: given []; allowed: hello, reset, step"),
     "shape": ({"type": "step"}, {"obs": np.zeros(3, np.float32)}, "obs: given shape [3]; this policy needs [2]"),
     "dtype": ({"type": "step"}, {"obs": np.zeros(2)}, "obs: given float64; needs float32"),
     "name": ({"type": "step"}, {"state": np.zeros(2, np.float32)}, "tensors: given state; needs obs"),

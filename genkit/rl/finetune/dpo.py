@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +22,7 @@ from genkit.rl.finetune.experience import Experience, Task
 from genkit.rl.finetune.learner import Learner, Share, random_states, restore_random_states
 from genkit.rl.finetune.reward_method import RewardMethod
 from genkit.rl.finetune.tasks import EnvironmentTask, FunctionTask
+from genkit.rl.policies.policy import droppable_conditions
 
 
 class Pairs(NamedTuple):
@@ -48,9 +49,12 @@ def pair_by_rank(experience: Experience, group: int) -> Pairs:
     return Pairs(x[better], x[worse], better_cond, worse_cond)
 
 
-def read_pairs(file: str, codec: Codec, spec: Spec, choice: str | None = None) -> Pairs:
+def read_pairs(
+    file: str | Path, codec: Codec, spec: Spec, choice: str | None = None, optional: Collection[str] = ()
+) -> Pairs:
     """The pairs of an .npz: arrays ``chosen`` and ``rejected`` ``[N, *S]``, samples as the data have them (a policy's
-    chunks as its environment takes them), and one of each condition's name.
+    chunks as its environment takes them), and one of each condition's name, except that ``optional`` ones may be
+    missing.
 
     A model's own ``choice`` is one of them, or two: ``chosen_NAME`` and ``rejected_NAME``. ``ValueError`` if the file
     cannot be read or does not fit the model.
@@ -73,6 +77,12 @@ def read_pairs(file: str, codec: Codec, spec: Spec, choice: str | None = None) -
     conds = [{**shared, choice: value} for value in own] if choice and own else [shared, shared]
     for cond in conds:
         spec.check(cond, num)
+        if missing := spec.cond.keys() - cond.keys() - {*optional}:
+            raise ValueError(
+                f"pairs: {path} has no array {min(missing)}; needs each condition of the model by its name"
+            )
+        if bad := [name for name, v in cond.items() if v.is_floating_point() and not v.isfinite().all()]:
+            raise ValueError(f"pairs: {bad[0]} of {path} has numbers that are not finite")
     shape = (num, *spec.shape)
     chosen, rejected = (encode_samples(x, side, shape, codec, shared) for x, side in zip(samples, sides, strict=True))
     return Pairs(chosen, rejected, *conds)
@@ -128,6 +138,10 @@ class DPO(RewardMethod):
     needs_log_prob: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
 
+    @property
+    def files(self) -> Mapping[str, Path]:
+        return {} if self.pairs is None else {"pairs": Path(self.pairs).expanduser()}
+
     def check(self, chain: Chain, task: Task) -> None:
         if not isinstance(task, FunctionTask) and self.pairs is None:
             raise ValueError("method: dpo compares chunks of actions for one observation; make pairs of them: genkit "
@@ -136,7 +150,8 @@ class DPO(RewardMethod):
     def collect(self, learner: Learner, task: Task, iteration: int) -> tuple[Any, dict[str, float]]:
         assert isinstance(task, FunctionTask | EnvironmentTask)
         if self.pairs is not None:
-            pairs = read_pairs(self.pairs, task.codec, learner.spec, learner.objective.chosen_condition)
+            chosen = learner.objective.chosen_condition
+            pairs = read_pairs(self.pairs, task.codec, learner.spec, chosen, droppable_conditions(learner.objective))
             conds = ({k: v.to(learner.device) for k, v in cond.items()} for cond in pairs[2:])
             return Pairs(pairs.chosen.to(learner.device), pairs.rejected.to(learner.device), *conds), {}
         assert isinstance(task, FunctionTask)

@@ -22,13 +22,15 @@ from genkit.config.trust import require_trust, require_trusted_code
 from genkit.core import seed_of
 from genkit.core.device import pick_device
 from genkit.core.durations import parse_duration
-from genkit.core.files import sweep, write_text
+from genkit.core.files import format_error, sweep, write_text
 from genkit.core.progress import Progress, reporting
+from genkit.core.tensors import sha256
 from genkit.evaluation.evaluator import default_features
 from genkit.rl.finetune.checkpoint import restore_finetuning, save_finetuning
 from genkit.rl.finetune.evaluation import SampleEvaluation, plot_reward_kl
 from genkit.rl.finetune.frechet_reward import is_frechet, resolve_frechet
 from genkit.rl.finetune.image_rewards import SampleQuality, sample_quality
+from genkit.rl.finetune.reward_method import RewardMethod
 from genkit.rl.finetune.settings import FinetuneSettings
 from genkit.rl.finetune.setup import (
     acting_policy,
@@ -50,7 +52,7 @@ from genkit.rl.finetune.tasks import FunctionTask
 from genkit.rl.policies.episodes import run_episodes
 from genkit.rl.policies.policy import ACTING_FILE
 from genkit.training.annotations import annotate
-from genkit.training.base_weights import read_base, write_base
+from genkit.training.base_weights import BASE_FILE, read_base, write_base
 from genkit.training.best import BestCheckpoint
 from genkit.training.checkpoint import point_latest
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_log, rewind_log, step_of
@@ -148,6 +150,17 @@ def load_base(directory: Path, run: str, device: str) -> Run:
     )
 
 
+def file_digests(method: RewardMethod) -> dict[str, str]:
+    """The SHA-256 of each file that a method learns from. ``ValueError`` if one cannot be read."""
+    digests = {}
+    for name, path in method.files.items():
+        try:
+            digests[f"{name}_sha256"] = sha256(path)
+        except OSError as e:
+            raise ValueError(f"{name}: {path} cannot be read: {format_error(e)}") from None
+    return digests
+
+
 def stored_finetuning(directory: Path) -> dict[str, Any]:
     """The settings of a fine-tuning run, in the form of YAML. ``ValueError`` if its code is not trusted."""
     file = settings_file(directory)
@@ -169,6 +182,15 @@ def refuse_changes(directory: Path, settings: FinetuneSettings) -> None:
     moved = not (begun / "config.yaml").is_file() or find_run(settings.run) == begun
     new = replace(settings, run=old.run if moved else settings.run, resume=None, note=None, tags=())
     refuse_other_meaning(directory, old, new, f"begin another run: genkit finetune {directory}", logger.info)
+
+
+def refuse_changed_files(directory: Path, method: RewardMethod, digests: Mapping[str, str]) -> None:
+    """``ValueError`` if a file that a fine-tuning run learns from is not the one that it began with."""
+    begun = json.loads((directory / BASE_FILE).read_text())
+    for name, path in method.files.items():
+        if begun.get(f"{name}_sha256") not in (None, digests[f"{name}_sha256"]):
+            raise ValueError(f"{name}: {path} has changed since {directory.name} began (another sha256); put it back, "
+                             f"or begin another run: genkit finetune {directory}")  # fmt: skip
 
 
 def settings_file(directory: Path) -> Path:
@@ -198,6 +220,9 @@ class FineTuning:
         self.deadline = time.monotonic() + limit
         tracker_names(settings)
         self.locks = locks
+        self.digests = file_digests(settings.method)
+        if resumed:
+            refuse_changed_files(resumed, settings.method, self.digests)
         self.notes: list[str] = []
         world, self.ranks = accelerator.num_processes, Ranks.of(accelerator)
         torch.set_num_threads(choose_threads(settings, base, world))
@@ -266,7 +291,7 @@ class FineTuning:
         if isinstance(self.base.codec, LatentCodec):
             self.base.codec.stage.write(directory / "codec")
         write_pipeline(directory, self.base.pipeline)
-        write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights})
+        write_base(directory, {"run": str(self.base.directory), "weights": self.base.weights, **self.digests})
         if not (directory / "config.yaml").is_file():  # last: with it the directory is a run, which can be resumed
             write_text(directory / "config.yaml", config.to_yaml(train_settings(settings, self.base)))
         if settings.note or settings.tags:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -50,6 +52,11 @@ class RewardMethod(ABC):
     """whether it learns through the log-probability of the steps, which learned noise needs as well"""
     needs_critic: ClassVar[bool] = True
     """whether it learns a critic of an environment's rewards"""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The files that it learns from instead of samples and episodes of the model's own, by the setting's name."""
+        return {}
 
     def check(self, chain: Chain, task: Task) -> None:  # noqa: B027  (most have nothing to refuse)
         """``ValueError`` if it cannot learn from such a chain or task."""

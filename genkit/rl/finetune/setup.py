@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
@@ -42,6 +42,8 @@ from genkit.training.sampling import PIPELINE_GRID, Sampling
 from genkit.training.settings import TrainSettings
 from genkit.training.train import pick_threads
 
+OF_CHAINS = ("exploration_noise", "min_std", "max_kl")  # settings of the noisy steps
+OF_EXPERIENCE = ("num_steps", "terminate_out_of_range", "samples", "group")  # settings of a model's own samples
 DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstrations
 
 
@@ -97,17 +99,26 @@ def sampling_of(settings: FinetuneSettings, base: Run) -> Sampling:
 
 def build_steps(settings: FinetuneSettings, base: Run) -> Chain | Callable[[Mapping[str, nn.Module]], Generator]:
     """The denoising chain or, for a method that needs none, a function from networks to their generator."""
+    if settings.method.files:
+        refuse_unused(
+            settings, (*OF_CHAINS, *OF_EXPERIENCE), f"learns from {', '.join(settings.method.files)} of a file"
+        )
     if settings.method.uses_chain:
         return build_chain(settings, base)
-    for f in fields(FinetuneSettings):
-        if f.name in ("exploration_noise", "min_std", "max_kl"):
-            usual = FixedNoise() if f.name == "exploration_noise" else f.default
-            if getattr(settings, f.name) != usual:
-                raise ValueError(f"{f.name}: has no effect on the method {method_name(settings)}, which has no chain "
-                                 "of noisy steps; leave it out")  # fmt: skip
+    refuse_unused(settings, OF_CHAINS, "has no chain of noisy steps")
     sampling = sampling_of(settings, base)
     base.generator(sampling, differentiable=True)  # refuses what does not fit
     return lambda nets: replace(base, nets=dict(nets)).generator(sampling, differentiable=True)
+
+
+def refuse_unused(settings: FinetuneSettings, names: Collection[str], reason: str) -> None:
+    """``ValueError`` if one of these settings is given, which have no effect on the method."""
+    for f in fields(FinetuneSettings):
+        usual = FixedNoise() if f.name == "exploration_noise" else f.default
+        if f.name in names and getattr(settings, f.name) != usual:
+            raise ValueError(
+                f"{f.name}: has no effect on the method {method_name(settings)}, which {reason}; leave it out"
+            )
 
 
 def check_method(settings: FinetuneSettings, learner: Learner, task: Task) -> None:
@@ -243,7 +254,7 @@ def choose_save_interval(settings: FinetuneSettings, task: Task, note: Callable[
     """Iterations between checkpoints. Episodes begin anew after each, so that the end of one that takes longer would
     never be learned from: the default has room for a whole episode in each row, whose first one is cut; a given number
     that has none is mentioned."""
-    if not isinstance(task, EnvironmentTask):
+    if not isinstance(task, EnvironmentTask) or settings.method.files:
         return settings.checkpoint_interval
     steps = task.num_steps * task.act_steps
     if settings.save_every is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genkit.core import Codec, Cond, Label, Spec, Vector, seed_of
 from genkit.data.codecs import Actions, decode_smoothly
-from genkit.envs import Env, step_chunk
+from genkit.envs import Env, check_outcome, step_chunk
 from genkit.rl.finetune.advantages import gae, group_advantages
 from genkit.rl.finetune.chain import DenoisingTrajectory, seeded_noise
 from genkit.rl.finetune.env_rewards import REWARDS
@@ -87,12 +87,14 @@ class EnvironmentTask:
         self.first_iteration, self.resets = iteration, 0
         self.obs_mean, self.obs_scale = np.array(kind.shift or 0.0), np.array(kind.scale or 1.0)
         own = learner.own_rows(n)
-        obs = self.env.reset(self.next_seeds(learner, n)[own])
+        self.seeds = np.array(self.next_seeds(learner, n)[own])
+        self.age = np.zeros(self.env.num, int)
+        obs = self.env.reset(self.seeds.tolist())
+        check_outcome("obs", obs, range(self.env.num), self.locate)
         self.history = [obs.copy() for _ in range(obs_steps_of(learner))]
         limit = np.ceil(self.env.max_steps * (1 + np.arange(n)) / n)
         limit[-1] = np.inf  # the last row keeps the environment's own limit
         self.limit = limit[own]
-        self.age = np.zeros(self.env.num, int)
         self.total = np.zeros(self.env.num)
         self.success = np.zeros(self.env.num, bool)
         self.mode = np.full(self.env.num, -1)
@@ -172,8 +174,11 @@ class EnvironmentTask:
         n = self.env.num
         total, terminated, ended = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
         for obs, reward, terminates, truncates, info in step_chunk(self.env, actions.swapaxes(1, 2)):
-            if reward.shape != (n,) or not np.isfinite(reward[~ended]).all():
-                raise ValueError(f"reward: the environment gave {describe_bad(reward)}; needs ({n},) finite numbers")
+            if reward.shape != (n,):
+                raise ValueError(f"reward: the environment gave {reward.shape}; needs ({n},) numbers")
+            self.age += ~ended
+            check_outcome("reward", reward, np.flatnonzero(~ended), self.locate)
+            check_outcome("obs", obs, np.flatnonzero(~ended), self.locate)  # also the last: it is bootstrapped from
             total += np.where(ended, 0, reward)
             self.reports_success = "success" in info
             if self.reports_success:
@@ -183,7 +188,6 @@ class EnvironmentTask:
             distance = np.abs((obs - self.obs_mean) / self.obs_scale).max(1)
             out_of_range = distance > (self.terminate_out_of_range or math.inf)
             terminated |= out_of_range & ~ended
-            self.age += ~ended
             self.remember(obs, ended)
             ended |= terminates | truncates | out_of_range
         self.total += total
@@ -207,14 +211,20 @@ class EnvironmentTask:
             for i in rows
             if self.age[i] < self.limit[i]
         ]
-        obs = self.env.reset([seeds[first + i] for i in rows.tolist()], rows.tolist())
+        self.seeds[rows] = [seeds[first + i] for i in rows.tolist()]
+        obs = self.env.reset(self.seeds[rows].tolist(), rows.tolist())
         for past in self.history:
             past[rows] = obs[rows]
         self.age[rows] = 0
+        check_outcome("obs", obs, rows, self.locate)
         self.total[rows] = 0
         self.success[rows] = False
         self.limit[rows] = np.inf
         return finished
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The seed of a row's episode, and the number of its last step."""
+        return int(self.seeds[row]), int(self.age[row])
 
     def draw(self, learner: Learner, iteration: int, n: int) -> tuple[Tensor, Cond]:
         """Not available: an environment is not differentiable."""
@@ -242,11 +252,6 @@ def summarize(finished: Sequence[FinishedEpisode], reports_success: bool, modes:
     if modes:
         logs["mode_entropy_bits"] = entropy_bits(np.bincount(mode[success & (mode >= 0)], minlength=modes))
     return logs
-
-
-def describe_bad(reward: np.ndarray) -> str:
-    """The first number that is not finite, or else the shape, for a message."""
-    return f"{reward[~np.isfinite(reward)][0]}" if reward.size and not np.isfinite(reward).all() else f"{reward.shape}"
 
 
 # ---------------------------------------------------------------------------------------------------- a function

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from genkit.rl.policies.episodes import require_actions
 from genkit.rl.policies.execution import continue_underway, require_delay, underway_conditions
 from genkit.rl.policies.policy import Policy
 
@@ -98,6 +99,7 @@ class AsynchronousPolicy:
             self.waited += 1
         pending, self.drawing = self.drawing, None
         chunk = pending.result()
+        require_actions(chunk[None], 1, self.policy.action_dim)
         if self.chunk is not None:
             self.delays.append(self.time - self.drawing_start)
         self.chunk, self.start = chunk, self.drawing_start

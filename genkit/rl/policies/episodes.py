@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from genkit.core.progress import Progress, silent
-from genkit.envs import Env, Outcome, Rows, step_chunk
+from genkit.envs import Env, Outcome, Rows, check_outcome, step_chunk
 from genkit.evaluation.metrics.estimate import Estimate, bootstrap, proportion
 
 FIRST_STEPS = 64  # room for the steps of an episode at first; it is doubled when it is full
@@ -163,9 +163,12 @@ def run_episodes(
     its Ta actions are carried out before it decides again. Only rows whose episode goes on are asked; one that has
     ended takes the next seed at the next decision. ``film`` is the number of first episodes to film;
     ``on_decision(episodes [M], obs [M, To, Do], actions [M, Ta, A])`` is called at each decision with the numbers of
-    the episodes. ``ValueError`` if observations or actions do not fit the environment.
+    the episodes. ``ValueError`` if observations or actions do not fit the environment, or it gives rewards that are not
+    finite, or draws no pictures for films.
     """
     require_compatible(policy, env)
+    if film and not hasattr(env, "frame"):
+        raise ValueError(f"film: given {film}, but this environment draws no pictures; leave it out")
     if not seeds:
         raise ValueError("seeds: given none; needs one for each episode")
     running = RunningEpisodes(policy, env, seeds, film)
@@ -266,6 +269,7 @@ class RunningEpisodes:
         self.history = np.concatenate([self.history[:, 1:], obs[:, None]], 1)
         numbers = self.episode[rows]
         step = results.lengths[numbers]
+        check_outcome("reward", reward, rows, self.locate_step)
         if step.max() + 1 >= self.path.shape[1]:
             self.path, self.reward = (np.concatenate([v, np.zeros_like(v)], 1) for v in (self.path, self.reward))
         self.path[rows, step + 1], self.reward[rows, step] = obs[rows], reward[rows]
@@ -281,6 +285,11 @@ class RunningEpisodes:
             number, self.episode[row] = self.episode[row], -1
             results.paths[number] = self.path[row, : results.lengths[number] + 1].copy()
             results.rewards[number] = self.reward[row, : results.lengths[number]].copy()
+
+    def locate_step(self, row: int) -> tuple[int, int]:
+        """The seed of a row's episode, and the number of the step that is being counted."""
+        number = self.episode[row]
+        return int(self.seeds[number]), int(self.results.lengths[number]) + 1
 
     def restart(self) -> np.ndarray:
         """Begin the next episodes in rows that have ended, as far as there are any; these rows."""
@@ -329,14 +338,14 @@ def frames_argument(pixels: Sequence[np.ndarray | None]) -> dict[str, np.ndarray
 
 
 def joined(parts: Sequence[Episodes]) -> Episodes:
-    """The episodes of several batches as one."""
-    first = parts[0]
+    """The episodes of several batches as one. What an environment reports only when it happens, some may not have."""
+    first, names = parts[0], {name: None for part in parts for name in part.info}
     return Episodes(
         np.concatenate([p.returns for p in parts]),
         np.concatenate([p.best for p in parts]),
         np.concatenate([p.lengths for p in parts]),
         np.concatenate([p.truncated for p in parts]),
-        {k: np.concatenate([p.info[k] for p in parts]) for k in first.info},
+        {k: np.concatenate([p.info.get(k, np.full(len(p), INITIAL[k])) for p in parts]) for k in names},
         [path for p in parts for path in p.paths],
         [rewards for p in parts for rewards in p.rewards],
         first.modes,

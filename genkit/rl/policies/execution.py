@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.core import Cond, Label, Noise
+from genkit.core import Cond, Generator, Label, Noise
 from genkit.data.codecs import Actions
 from genkit.envs import Rows
 from genkit.objectives import AnchoredFlow
@@ -20,6 +20,8 @@ from genkit.rl.policies.real_time import UNDERWAY, UNDERWAY_WEIGHT, continue_chu
 from genkit.training.run import Run
 
 ExecutionName = Literal["naive", "ensemble", "real-time"]
+# by the scaling of actions: twice the range of the demonstrations, or ten standard deviations from their mean
+WIDEST = {"min-max": 2.0, "standardize": 10.0}
 ANCHORED_LIMIT = 3.0  # of the guidance of an anchored flow; from 30 on its first step is thrown far from the chunks
 
 
@@ -183,7 +185,8 @@ def draw_choice(probs: Tensor, noise: Noise | None) -> Tensor:
 
 
 def continue_underway(policy: Policy, limit: float) -> Policy:
-    """The policy, which continues what its conditions say is under way.
+    """The policy, which continues what its conditions say is under way; the actions of these chunks are clipped to
+    ``WIDEST``.
 
     ``ValueError`` unless it draws chunks of actions by the steps of a diffusion.
     """
@@ -195,5 +198,27 @@ def continue_underway(policy: Policy, limit: float) -> Policy:
             "ensemble"
         )
     if isinstance(run.objective, AnchoredFlow):
-        return policy.guided(continue_chunk(min(limit, ANCHORED_LIMIT), run.objective.std))
-    return policy.guided(continue_chunk(limit))
+        guided = policy.guided(continue_chunk(min(limit, ANCHORED_LIMIT), run.objective.std))
+    else:
+        guided = policy.guided(continue_chunk(limit))
+    widest = WIDEST[getattr(run.config.data, "scaling", "standardize")]
+    return replace(guided, generate=clip_continued(guided.generate, widest))
+
+
+def clip_continued(generate: Generator, widest: float) -> Generator:
+    """A generator whose chunks that continue another one are clipped to ``[-widest, widest]``.
+
+    Guidance is the stronger the less a network knows: that of a hardly trained one throws a chunk far away, and the
+    next chunk is to continue this one. ``ValueError`` for numbers that are not finite.
+    """
+
+    def clipped(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
+        x = generate(z, cond, noise)
+        if UNDERWAY not in cond:
+            return x
+        if not bool(x.isfinite().all()):
+            raise ValueError("guidance_limit: real-time execution gave actions that are not finite; try a lower one, "
+                             "--guidance-limit 5, or --execution naive")  # fmt: skip
+        return x.clamp(-widest, widest)
+
+    return clipped

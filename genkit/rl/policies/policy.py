@@ -22,7 +22,7 @@ from torch import Tensor
 from genkit.config import load_object
 from genkit.config.numbers import CheckpointStep
 from genkit.config.trust import require_trusted_code
-from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Prediction, Spec, Vector
+from genkit.core import Cond, Denoiser, Frames, Generator, Guidance, Label, Noise, Objective, Prediction, Spec, Vector
 from genkit.data.codecs import Actions, Plans
 from genkit.data.demonstrations.windows import Demonstrations, ExtraCondition, check_horizons
 from genkit.data.text import encode_prompts
@@ -121,6 +121,11 @@ def condition_tensors(spec: Spec, values: Mapping[str, ConditionValue]) -> dict[
     return tensors
 
 
+def droppable_conditions(objective: Objective) -> tuple[str, ...]:
+    """The conditions besides obs that a policy can do without: each, if each was left out at times in training."""
+    return get_args(ExtraCondition) if getattr(objective, "cond_dropout_each", 0.0) > 0 else ()
+
+
 def condition_guidance(names: Sequence[str], scale: float) -> Guidance:
     """Extrapolate from the prediction without the conditions ``names`` through the one with them; the other conditions
     are in both (Brooks et al. 2023, section 3.2.1)."""
@@ -191,8 +196,9 @@ class Policy:
             )
         kind.require_suitable(run)
         obs_steps, tensors = observation_shape(run.spec)[0], condition_tensors(run.spec, conditions or {})
-        droppable = getattr(run.objective, "cond_dropout_each", 0.0) > 0
-        missing = [k for k in get_args(ExtraCondition) if k in run.spec.cond and k not in tensors and not droppable]
+        droppable = droppable_conditions(run.objective)
+        extra = [k for k in get_args(ExtraCondition) if k in run.spec.cond]
+        missing = [k for k in extra if k not in tensors and k not in droppable]
         if missing:
             raise ValueError(f"conditions: {missing[0]} is missing, and this run was never trained without it; give "
                              "it, or train one that can do without: --objective.cond-dropout-each 0.2")  # fmt: skip

@@ -46,7 +46,7 @@ def collect_decisions(policy: Policy, env: Env, seeds: Sequence[int], gamma: flo
 
     def recording(z: Tensor, cond: Cond, noise: Noise | None = None) -> Tensor:
         x = policy.generate(z, cond, noise)
-        drawn.append((cond["obs"], x))
+        drawn.append((cond["obs"].cpu(), x.cpu()))
         return x
 
     episodes = run_episodes(

@@ -23,6 +23,7 @@ from genkit.config import override
 from genkit.config.numbers import CheckpointStep, Count, Natural, NonNegative, Positive, Scale, Seed
 from genkit.config.paths import PathText
 from genkit.core import Generator, Guidance, pictures
+from genkit.core.arrays import refuse_other_kind
 from genkit.core.device import DeviceName
 from genkit.core.files import refuse_foreign, write_text
 from genkit.core.progress import Progress, reporting
@@ -222,7 +223,8 @@ def rollout(
     """
     settings = override(settings or RolloutSettings(), **changes)
     score = find_score(settings.prefer)
-    refuse_foreign(*([settings.pairs] if settings.pairs else []), option="pairs")
+    if settings.pairs:
+        refuse_other_kind(settings.pairs, ("chosen", "rejected"), "pairs")
     policy = load_policy(run, settings)
     folder = Path(out) if out else policy.run.directory / "rollouts"
     refuse_foreign(*existing_files(folder, rollout_name(policy, settings)))
@@ -318,7 +320,13 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, ConditionValue]:
 def q_requirements(policy: Policy, settings: RolloutSettings) -> dict[str, Any]:
     """The settings that a saved Q must have been learned with, to apply to this policy."""
     env = " ".join([settings.env or policy.env, *settings.env_args])
-    return {"weights": policy.run.weights, "act_steps": policy.act_steps, "env": env}
+    return {
+        "weights": policy.run.weights,
+        "act_steps": policy.act_steps,
+        "env": env,
+        "conditions": parse_conditions(settings.conditions),
+        "guidance": settings.guidance,
+    }
 
 
 def fit_q(policy: Policy, env: Env, settings: RolloutSettings) -> float:

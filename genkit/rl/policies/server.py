@@ -94,8 +94,8 @@ class PolicyServer(socketserver.ThreadingTCPServer):
         return AsynchronousPolicy(replace(self.policy), s.execution, s.delay, s.guidance_limit, self.executor)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the server."""
-        logger.warning(f"{client_address}: the connection was lost", exc_info=True)
+        """An error that no request can be blamed for closes its connection alone; a client that went away is none."""
+        logger.warning(f"{client_address}: a request failed, and its connection was closed", exc_info=True)
 
 
 class Client(socketserver.StreamRequestHandler):
@@ -140,7 +140,7 @@ class Client(socketserver.StreamRequestHandler):
 def answer(actor: AsynchronousPolicy, header: Header, tensors: dict[str, np.ndarray]) -> Answer:
     """The answer to one request. ``ValueError`` says what is wrong with it."""
     kind = header.get("type")
-    if kind not in REQUESTS:
+    if not isinstance(kind, str) or kind not in REQUESTS:
         raise ValueError(f"type: given {kind!r}; allowed: {', '.join(REQUESTS)}")
     return REQUESTS[kind](actor, header, tensors)
 
