@@ -32,7 +32,7 @@ def run_timed(
     """The run of a training with ``options``, and when each of its steps had ended."""
     ends: dict[int, float] = {}
 
-    def note(task: str, done: int, total: int | None) -> None:
+    def note(what: str, done: int, total: int | None) -> None:
         ends[done] = clock()
 
     return train(**options, progress=note), ends

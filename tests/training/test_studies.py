@@ -18,7 +18,7 @@ from genkit.training.best import BestCheckpoint, read_best
 from genkit.training.directory import create_run
 from genkit.training.settings import TrainSettings, stored_settings
 from genkit.training.tuning import tune as tuning
-from genkit.training.tuning.paths import lasting_path, with_lasting_paths
+from genkit.training.tuning.paths import lasting_path
 from genkit.training.tuning.space import FOLLOWING, format_choice, parse_space
 from genkit.training.tuning.study import LOCKS, SearchStudy, read_results
 from genkit.training.tuning.tune import BEST_SETTINGS, STUDY_FILE, TuneSettings, lasting, stored_study
@@ -137,12 +137,6 @@ def test_a_path_behind_its_kind_lasts_too_and_other_names_stay(tmp_path, monkeyp
     assert [lasting_path(name) for name in ("hf://a/b", "diffusers:a/b", "google/t5")] == [
         "hf://a/b", "diffusers:a/b", "google/t5",
     ]  # fmt: skip
-
-
-def test_a_root_of_data_that_are_not_there_yet_lasts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    mnist = config.from_dict(TrainSettings, {"data": {"name": "mnist", "root": "later"}})
-    assert with_lasting_paths(mnist).data.root == str(tmp_path / "later")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_paths_above_this_folder_are_choices():

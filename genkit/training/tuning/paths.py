@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,16 +29,14 @@ NO_SOURCES = {"out", "resume"}  # paths from which no trial reads
 
 def with_lasting_paths(settings: Settings) -> Settings:
     """``settings`` with every path from which a trial may read, such as ``init`` and ``data.root``, as an absolute one
-    without ``latest``. What is not there stays as it is, but for the roots of data, which may be downloaded."""
+    without ``latest``. What is not there stays as it is."""
     changes: dict[str, Any] = {}
     for name, hint in find_settings(as_block(settings)):
         owner, field = find_owner(settings, name)
         value = getattr(owner, field)
         if isinstance(value, str) and is_path(owner, name, hint) and (new := lasting_text(owner, name, value)) != value:
             put_setting(changes, name, new)
-    settings = config.override(settings, **changes)
-    prior = replace(settings.prior, data=settings.prior.data.with_absolute_root())
-    return replace(settings, data=settings.data.with_absolute_root(), prior=prior)
+    return config.override(settings, **changes)
 
 
 def with_lasting_choices(texts: Sequence[str], settings: TrainSettings, fixed: Iterable[str] = ()) -> tuple[str, ...]:
