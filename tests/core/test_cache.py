@@ -82,8 +82,8 @@ def test_commands(cache, capsys):
     assert all(word in out for word in ("frames", "3.5 kB", KINDS["frames"], str(cache), "future"))
     assert main(["cache", "--clear", "frames", "--unused", "5h"]) == 0
     assert "removed 1 files, 3 kB; 1 that were used since then" in capsys.readouterr().out
-    assert main(["cache", "--clear", "fram"]) == 2
-    assert "clear: given fram; allowed: all, frames, text" in capsys.readouterr().err
+    assert main(["cache", "--clear", "pictures"]) == 2
+    assert "clear: given pictures; allowed: all, frames, text" in capsys.readouterr().err
     assert main(["cache", "--unused", "3d"]) == 2
     assert "unused: given without --clear" in capsys.readouterr().err
     assert len(present(cache)) == len(SIZES) - 1
