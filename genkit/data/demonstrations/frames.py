@@ -189,10 +189,10 @@ def resize_all(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     return np.stack([resize(image.transpose(1, 2, 0), size) for image in images])
 
 
-def require_size(found: Sequence[int], first: Sequence[int], asked: tuple[int, int] | None, which: str) -> None:
-    """``ValueError`` if an image has another size than the ``first`` one, and none was ``asked`` for."""
-    if asked is None and tuple(found) != tuple(first):
-        raise ValueError(f"{which} has images of {first[0]}x{first[1]} and of {found[0]}x{found[1]}; give "
+def require_size(size: Sequence[int], first: Sequence[int], given: tuple[int, int] | None, which: str) -> None:
+    """``ValueError`` if an image's ``size`` is not that of the ``first`` one, and none was ``given`` for all."""
+    if given is None and tuple(size) != tuple(first):
+        raise ValueError(f"{which} has images of {first[0]}x{first[1]} and of {size[0]}x{size[1]}; give "
                          "--data.image-size H W, to which all are resized")  # fmt: skip
 
 
