@@ -24,8 +24,8 @@ class AdamW8bit(OptimizerFamily):
     """weights with fewer numbers have moments of 32 bits"""
 
     @classmethod
-    def takes_betas(cls) -> bool:
-        return True
+    def takes(cls, name: str) -> bool:
+        return name in ("lr", "betas", "weight_decay")
 
     def create(self, groups: Sequence[Group], rates: PhaseRates, nets: Networks) -> torch.optim.Optimizer:
         if any(p.device.type == "cpu" for group in groups for p in group["params"]):
