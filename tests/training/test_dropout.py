@@ -6,14 +6,15 @@ import torch
 from genkit.backbones.dropout import Dropout
 from genkit.objectives import OBJECTIVES
 from genkit.training.directory import read_log
-from tests.training.test_train import in_process, some_pairs, weights
+from tests.support.runs import saved_tensors
+from tests.training.test_train import in_process, some_pairs
 
 STEPS = ["--steps=3", "--lr=1e-3", "--precision=fp32", "--log-every=1"]
 TOGETHER = ("drift", "guidance-distillation")  # a loss between the samples of a batch; an adapter without dropout
 
 
 def assert_close(a, b):
-    a, b = weights(a), weights(b)
+    a, b = saved_tensors(a), saved_tensors(b)
     assert a.keys() == b.keys()
     for key in a:
         if "nets.safetensors" in key:
