@@ -70,7 +70,7 @@ def diffusers_contender(name: str, net: nn.Module, device: torch.device, lr: flo
     ema.to(device)
 
     def loss(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        noisy = scheduler.add_noise(x0, noise, t)  # type: ignore[arg-type]
+        noisy = scheduler.add_noise(x0, noise, t)  # type: ignore[arg-type]  # annotated as an IntTensor
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = net(noisy, t).sample
         return F.mse_loss(output.float(), noise.float())

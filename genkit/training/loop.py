@@ -251,17 +251,16 @@ class _Loop:
         one, True. That repetition is of the same samples, so what networks gathered of them in buffers stays as it was.
         """
         optimizer: Any = self.state.optimizers[phase.name]
-        buffers = (
-            [b for net in self.state.nets.values() for b in net.buffers()] if hasattr(optimizer, "perturb") else []
-        )
-        before = [b._version for b in buffers]
+        if not hasattr(optimizer, "perturb"):
+            yield False
+            return
+        versions = [(b, b._version) for net in self.state.nets.values() for b in net.buffers()]
         yield False
-        if hasattr(optimizer, "perturb"):
-            gathered = [(b, b.clone()) for b, v in zip(buffers, before, strict=True) if b._version != v]
-            optimizer.perturb()
-            yield True
-            for buffer, value in gathered:
-                buffer.copy_(value)
+        gathered = [(b, b.clone()) for b, version in versions if b._version != version]
+        optimizer.perturb()
+        yield True
+        for buffer, value in gathered:
+            buffer.copy_(value)
 
     def backward(self, phase: Phase, batch: Batch, loss: Loss, log: bool = True) -> None:
         """Accumulate the gradient of a micro-batch's share of the mean loss, which is logged unless it is a repetition

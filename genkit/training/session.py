@@ -347,6 +347,8 @@ class Session:
 
     def catch_up(self, state: State) -> None:
         """Take the measurements that a stop or a kill came before, at the step that training resumes from."""
+        if not self.missing:  # whole networks of shares, and copies of weights, are for these alone
+            return
         with evaluation_weights(state.optimizers.values()):
             whole = state.gather()
             for name in self.missing:
