@@ -6,11 +6,15 @@ were saved by name may have no other copy.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
+from genkit.core.files import remove_directory
 from genkit.core.tensors import cache_folder
 
 NETWORKS = "networks"  # files in the folder itself
@@ -26,6 +30,7 @@ KINDS: Mapping[str, str] = {
 }
 """folders of the cache, and what is in them"""
 KEPT = ("statistics",)  # by "all": nothing can make them again
+WHOLE: Mapping[str, int] = {"hub": 2}  # kinds whose files go together: those of a folder so many levels below (a run)
 IN_USE = 600.0  # seconds after a change for which a file is taken to be one that a process still writes
 
 
@@ -56,7 +61,7 @@ def list_cache() -> list[CachedFiles]:
     """What there is of each kind, the largest first; nothing if there is no cache."""
     found = []
     for kind in cached_kinds():
-        stats = [path.stat() for path in cached_files(kind)]
+        stats = [stat for _, stat in cached_files(kind)]
         if stats:
             used = max(max(s.st_atime, s.st_mtime) for s in stats)
             found.append(CachedFiles(kind, len(stats), sum(s.st_size for s in stats), used))
@@ -68,8 +73,8 @@ def clear_cache(kinds: Sequence[str], unused: float = 0.0) -> Cleared:
 
     The kind ``all`` stands for all that can be made again or downloaded.
 
-    Files that were changed in the last ten minutes stay: a process may still write them. ``ValueError`` for a kind that
-    does not exist.
+    Files that were changed in the last ten minutes stay: a process may still write them. A run from the hub goes or
+    stays as a whole. ``ValueError`` for a kind that does not exist.
     """
     existing = cached_kinds()
     for kind in kinds:
@@ -79,13 +84,14 @@ def clear_cache(kinds: Sequence[str], unused: float = 0.0) -> Cleared:
     if "all" in chosen:
         chosen |= dict.fromkeys(kind for kind in existing if kind not in KEPT)
     files, size, kept, now = 0, 0, 0, time.time()
-    for path in [path for kind in chosen for path in cached_files(kind)]:
-        stat = path.stat()
-        if now - stat.st_mtime < IN_USE or now - max(stat.st_atime, stat.st_mtime) < unused:
-            kept += 1
-        else:
-            path.unlink(missing_ok=True)
-            files, size = files + 1, size + stat.st_size
+    for path, stats in [entry for kind in chosen for entry in cached_entries(kind)]:
+        changed = max(stat.st_mtime for stat in stats)
+        if now - changed < IN_USE or now - max(changed, *(stat.st_atime for stat in stats)) < unused:
+            kept += len(stats)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            remove_directory(path) if path.is_dir() else path.unlink()
+        files, size = files + len(stats), size + sum(stat.st_size for stat in stats)
     return Cleared(files, size, kept)
 
 
@@ -97,10 +103,28 @@ def cached_kinds() -> list[str]:
     return [*sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), NETWORKS]
 
 
-def cached_files(kind: str) -> Iterator[Path]:
-    """The files of a kind, without links, but with temporary ones that a killed process has left."""
-    folder = cache_folder()
-    paths = folder.iterdir() if kind == NETWORKS else (folder / kind).rglob("*")
-    for path in paths if folder.is_dir() else ():
-        if path.is_file() and not path.is_symlink():
-            yield path
+def cached_entries(kind: str) -> list[tuple[Path, list[os.stat_result]]]:
+    """Files, and folders of those that go together, with the sizes and times of what is in them."""
+    top, levels = cache_folder() / kind, WHOLE.get(kind)
+    entries: dict[Path, list[os.stat_result]] = {}
+    for path, stat in cached_files(kind):
+        entry = top.joinpath(*path.relative_to(top).parts[:levels]) if levels else path
+        entries.setdefault(entry, []).append(stat)
+    return list(entries.items())
+
+
+def cached_files(kind: str) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of a kind, without links, but with temporary ones that a killed process has left.
+
+    Another process may add and remove files meanwhile: what is gone is left out.
+    """
+    top = cache_folder() if kind == NETWORKS else cache_folder() / kind
+    for folder, folders, names in os.walk(top):
+        if kind == NETWORKS:
+            folders.clear()
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.lstat()
+                if S_ISREG(stat.st_mode):
+                    yield path, stat

@@ -80,7 +80,7 @@ def find_hub_run(name: str) -> Path:
     try:
         commit = call_hub("run", repo, lambda hub: str(hub.HfApi().model_info(repo, revision=revision).sha))
     except ValueError as e:
-        copies = [p for p in folder.glob("*") if (p / "config.yaml").is_file()] if folder.is_dir() else []
+        copies = [p for p in folder.glob("[!.]*") if (p / "config.yaml").is_file()] if folder.is_dir() else []
         if revision:
             copies = [p for p in copies if p.name == revision]
         if not copies:

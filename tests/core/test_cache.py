@@ -1,12 +1,14 @@
 """genkit cache lists every file of the cache, and removes what was asked for and nothing else."""
 
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 
 from genkit.cli.main import main
-from genkit.core.cache import KINDS, NETWORKS, clear_cache, list_cache
+from genkit.core.cache import KINDS, NETWORKS, cached_files, clear_cache, list_cache
 
 HOUR = 3600.0
 SIZES = {"frames/a.npy": 3000, "frames/b.npy": 500, "text/e/1.safetensors": 70, "statistics/mine.npz": 11,
@@ -67,6 +69,20 @@ def test_files_in_use_and_younger_ones_stay(cache):
     assert clear_cache(["text"]).files == 1
 
 
+def test_a_run_from_the_hub_goes_or_stays_as_a_whole(cache):
+    copies = [cache / f"hub/me--digits/{commit}" for commit in ("a1", "b2")]
+    for copy in copies:
+        (copy / "checkpoints").mkdir(parents=True)
+        for name in ("config.yaml", "checkpoints/nets.safetensors"):
+            (copy / name).write_bytes(b"xx")
+            set_age(copy / name, 50)
+    os.utime(copies[0] / "config.yaml", (time.time(), time.time() - 50 * HOUR))  # read just now
+    cleared = clear_cache(["hub"], unused=HOUR)
+    assert (cleared.files, cleared.size, cleared.kept) == (2, 4, 2)
+    assert len(list(copies[0].rglob("*"))) == 3
+    assert [p.name for p in copies[0].parent.iterdir()] == ["a1"]
+
+
 def test_links_and_what_they_point_to_stay(cache, tmp_path):
     (tmp_path / "mine").write_bytes(b"precious")
     set_age(tmp_path / "mine", 50)
@@ -74,6 +90,15 @@ def test_links_and_what_they_point_to_stay(cache, tmp_path):
     (cache / "hub/link").symlink_to(tmp_path / "mine")
     assert clear_cache(["hub"]).files == 0
     assert (tmp_path / "mine").read_bytes() == b"precious"
+
+
+def test_files_that_another_process_removes_meanwhile_are_left_out(cache):
+    files = cached_files("frames")
+    first, _ = next(files)
+    for path in (cache / "frames").iterdir():
+        path.unlink()
+    assert first.name in ("a.npy", "b.npy")
+    assert list(files) == []
 
 
 def test_commands(cache, capsys):
@@ -87,6 +112,11 @@ def test_commands(cache, capsys):
     assert main(["cache", "--unused", "3d"]) == 2
     assert "unused: given without --clear" in capsys.readouterr().err
     assert len(present(cache)) == len(SIZES) - 1
+
+
+def test_the_guide_has_every_kind():
+    page = (Path(__file__).parents[2] / "docs/guide/disk.md").read_text()
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == list(KINDS)
 
 
 def test_no_cache_is_an_empty_one(tmp_path, monkeypatch, capsys):

@@ -134,6 +134,10 @@ def test_without_a_network_the_last_copy_is_taken_with_a_warning(hub, run, monke
 
     genkit.push(run, "me/digits")
     copy = find_run("hf://me/digits")
+    # a download that was killed: newer, and not whole
+    part = copy.with_name(f".{copy.name}-1.part")
+    (part / "checkpoints").mkdir(parents=True)
+    (part / "config.yaml").write_text("")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with caplog.at_level("WARNING", "genkit"):
         assert find_run("hf://me/digits") == copy
