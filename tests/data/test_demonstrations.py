@@ -117,6 +117,19 @@ def test_zarr_buffers_read_as_npz_does(buffer, tmp_path):
     assert torch.equal(one.cond["obs"], two.cond["obs"])
 
 
+def test_parts_of_a_zarr_that_are_not_stored_are_named(buffer, tmp_path, caplog):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(tmp_path / "demos.zarr"), mode="w")
+    for name, values in dict(np.load(buffer())).items():
+        place = f"meta/{name}" if name == "episode_ends" else f"data/{name}"
+        group.create_array(place, data=values, chunks=(10, *values.shape[1:]) if name == "action" else values.shape)
+    Replay(root=str(tmp_path / "demos.zarr")).load()
+    assert not caplog.records
+    (tmp_path / "demos.zarr/data/action/c/2/0").unlink()
+    assert not Replay(root=str(tmp_path / "demos.zarr")).load().x[25:27].any()
+    assert "demos.zarr: 1 of 4 chunks of action are not stored and read as 0.0: " in caplog.text
+
+
 def test_damaged_demonstrations_are_refused_with_the_episodes_number(buffer, tmp_path):
     good = np.load(buffer())
     broken = {k: good[k].copy() for k in good.files}

@@ -23,6 +23,7 @@ from genkit.config.numbers import Count, Fraction, Natural, Seed
 from genkit.config.paths import PathText
 from genkit.core.arrays import ArrayPieces, npz_pieces, open_npz, require_memory, rows_of_piece
 from genkit.core.files import format_error
+from genkit.core.messages import warn_once
 from genkit.data.demonstrations.frames import cached_pieces, image_shape
 from genkit.data.demonstrations.windows import Demonstrations, Episode, check_episodes
 from genkit.data.source import Split
@@ -226,6 +227,7 @@ def read_zarr(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         for k in names:
             if k in stored:
                 require_memory(k, stored[k].nbytes)
+                report_missing_chunks(path, k, stored[k])
                 arrays[k] = np.asarray(stored[k][:])
     require_arrays(path, names, stored)
     return arrays
@@ -248,10 +250,19 @@ def open_zarr(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: is not a zarr replay buffer with data/ and meta/episode_ends: {reason}") from e
 
 
+def report_missing_chunks(path: Path, name: str, array: Any) -> None:
+    """Warn of chunks of a zarr's array that are not stored: zarr reads its fill value there, without an error."""
+    if missing := array.nchunks - array.nchunks_initialized:
+        warn_once(f"{path}: {missing} of {array.nchunks} chunks of {name} are not stored and read as "
+                  f"{array.fill_value}: zarr leaves out chunks that hold nothing else, but an incomplete download looks "
+                  "the same")  # fmt: skip
+
+
 def zarr_pieces(path: Path, name: str) -> ArrayPieces:
     """An array of a zarr in pieces: whole chunks, unless one is larger than a piece. ``ValueError`` if damaged."""
     with open_zarr(path) as stored:
         shape, dtype, chunk = stored[name].shape, stored[name].dtype, stored[name].chunks[0]
+        report_missing_chunks(path, name, stored[name])
 
     def read() -> Iterator[np.ndarray]:
         rows = rows_of_piece(shape, dtype)
