@@ -254,8 +254,8 @@ def report_missing_chunks(path: Path, name: str, array: Any) -> None:
     """Warn of chunks of a zarr's array that are not stored: zarr reads its fill value there, without an error."""
     if missing := array.nchunks - array.nchunks_initialized:
         warn_once(f"{path}: {missing} of {array.nchunks} chunks of {name} are not stored and read as "
-                  f"{array.fill_value}: zarr leaves out chunks that hold nothing else, but an incomplete download looks "
-                  "the same")  # fmt: skip
+                  f"{array.fill_value}: zarr leaves out chunks that hold nothing else, but an incomplete download "
+                  "looks the same")  # fmt: skip
 
 
 def zarr_pieces(path: Path, name: str) -> ArrayPieces:
