@@ -207,7 +207,7 @@ def make_notes(settings: Quality, results: Sequence[Result], real: Card | None, 
     """What a reader of the table has to know, including the notes of the cards."""
     notes = []
     if settings.seeds > 1:
-        notes.append(f"Means over {settings.seeds} trainings; in brackets the smallest and the largest.")
+        notes.append(note_of_seeds(settings, results))
     for name in settings.row_names:
         row = find_row(name)
         if row.first_stage:
@@ -225,6 +225,15 @@ def make_notes(settings: Quality, results: Sequence[Result], real: Card | None, 
     notes.append("training: CPU seconds of the whole genkit train process, including its start and pictures; "
                  f"ms per sample: {clock} time in a batch of {TIMED_SAMPLES}.")  # fmt: skip
     return notes
+
+
+def note_of_seeds(settings: Quality, results: Sequence[Result]) -> str:
+    """Over how many trainings the numbers are means, also while some of them are still to come."""
+    done = [len({result.seed for result in results if result.row == name}) for name in settings.row_names]
+    if min(done) == settings.seeds:
+        return f"Means over {settings.seeds} trainings; in brackets the smallest and the largest."
+    return (f"So far {min(done)} to {max(done)} of {settings.seeds} trainings of each row. Means over them; in "
+            "brackets the smallest and the largest or, of a single one, the interval over its samples.")  # fmt: skip
 
 
 def write_results(

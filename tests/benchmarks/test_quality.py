@@ -230,6 +230,17 @@ def test_seeds_are_averaged():
     assert page.average_seeds([one, Estimate(6.0, 5.9, 6.1), Estimate(0.0)]) == Estimate(3.0, 0.0, 6.0)
 
 
+def test_the_note_counts_the_trainings_that_there_are():
+    settings = config.parse(Quality, ["--objectives=flow,vae", "--seeds=3"])
+
+    def note(*done):
+        return page.note_of_seeds(settings, [page.Result(row, seed, 2, "heun", *[None] * 3) for row, seed in done])
+
+    begun = note(("flow", 0), ("flow", 0), ("flow", 1), ("vae", 0))
+    assert begun.startswith("So far 1 to 2 of 3 trainings of each row.")
+    assert note(*[(row, seed) for row in settings.row_names for seed in range(3)]).startswith("Means over 3 trainings;")
+
+
 def test_the_summary_has_a_line_for_each_row_and_its_distance_at_each_number():
     def line(name, nfe, fid, accuracy):
         values = {"fid": Estimate(fid), "accuracy": Estimate(accuracy), "cpu": Estimate(7.0)}
