@@ -21,7 +21,7 @@ from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
-from genkit.core.tensors import load_tensors, to_tensors
+from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import Seeds, bind
@@ -41,6 +41,7 @@ from genkit.training.sampling import (
     PIPELINE_GRID,
     Classes,
     Sampling,
+    as_count,
     as_tensors,
     build_guidance,
     generate_at_scale,
@@ -64,6 +65,8 @@ class Run:
     weights: str
     """the file that the networks came from, relative to the directory"""
     device: torch.device
+    adapter: str = ""
+    """what was added to these weights: a LoRA, its strength and its sha256; "" for nothing"""
 
     @property
     def objective(self) -> Objective:
@@ -103,10 +106,12 @@ class Run:
             raise ValueError(f"{type(self.objective).__name__}: draws in one pass, without a denoiser")
         return captured[0]
 
-    def open_references(self, sampling: Sampling) -> dict[str, Run]:
-        """The models that ``sampling`` names, opened: ``weak`` (autoguidance) and ``classifier``."""
-        names = {"weak": sampling.autoguide, "classifier": sampling.classifier}
-        return {role: open_reference(self, name) for role, name in names.items() if name}
+    def open_references(
+        self, sampling: Sampling, weak: Run | None = None, classifier: Run | None = None
+    ) -> dict[str, Run]:
+        """The models that ``sampling`` names, opened: ``weak`` (autoguidance) and ``classifier``; or those given."""
+        named = {"weak": (weak, sampling.autoguide), "classifier": (classifier, sampling.classifier)}
+        return {role: run or open_reference(self, str(name)) for role, (run, name) in named.items() if run or name}
 
     def generator(
         self,
@@ -139,8 +144,8 @@ class Run:
             if learned and sampling.guidance != 1:
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
                 return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
-        opened = {} if weak or classifier else self.open_references(sampling)
-        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
+        opened = self.open_references(sampling, weak, classifier)
+        weak, classifier = opened.get("weak"), opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
         guidance = compose(*(g for g in guides if g is not None))
         sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
@@ -181,14 +186,18 @@ class Run:
         Settings are given as a :class:`Sampling`, or by name: ``run.sample(16, sampler="heun", steps=20, guidance=2)``.
         Conditions are a class ``label`` (a number or a name, or several in turn: a list, a tensor), a ``prompt`` (or
         several in turn; "" is null), or ``cond``, tensors ``[n, ...]`` by name; without any of these the model's
-        classes, or the captions that it kept, in turn.
+        classes, or the captions that it kept, in turn. ``cond`` has all conditions: one that it lacks is null.
         ``options`` go to the sampler. ``ranks`` share the batches; the main one gets all samples, the others none.
         ``consume(first, x)`` receives each batch in place of the result, on the rank that drew it. Raises
         ``ValueError`` for what does not fit the model.
         """
         sampling = config.override(sampling or Sampling(), **settings)
-        opened = self.open_references(sampling)
-        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
+        n = as_count(n)
+        if cond is not None and (label is not None or prompt not in (None, (), [])):
+            name, given = ("label", label) if label is not None else ("prompt", prompt)
+            raise ValueError(f"{name}: given {given!r:.60} beside cond, which has all conditions; leave one out")
+        opened = self.open_references(sampling, weak, classifier)
+        weak, classifier = opened.get("weak"), opened.get("classifier")
         if trajectory and n > sampling.batch:
             raise ValueError(f"trajectory: given --n {n} in batches of {sampling.batch}; take --batch {n}")
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
@@ -285,19 +294,21 @@ def load_run(
     nets = cfg.objective.networks(cfg.backbone, spec)
     if adapter_scale is not None and adapter is None and not cfg.lora.active:
         raise ValueError(f"lora_scale: given {adapter_scale}, but {run.name} is no LoRA run; name one with --lora RUN")
-    strength = 1.0 if adapter_scale is None else adapter_scale
+    strength, added = 1.0 if adapter_scale is None else adapter_scale, ""
     if cfg.lora.active:
         load_lora_base(nets, run)
         own = strength if adapter is None else 1.0
         lora.merge(nets, cfg.lora, tensors, weights, own)
+        added = "" if own == 1 else f"its own LoRA at {own:g}"
     else:
         load_tensors(nets, tensors, weights)
     if adapter is not None:
-        merge_adapter(nets, adapter, strength)
+        file_merged = merge_adapter(nets, adapter, strength)
+        added = f"{adapter} at {strength:g}, sha256 {sha256(file_merged)}"
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
     codec = codec_from_dict(record["codec"], run / "codec", target)
-    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target)
+    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target, added)
 
 
 load = load_run  # its name in the public API, genkit.load
@@ -336,10 +347,15 @@ def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
     return None if width in cfg.power_ema else width
 
 
-def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
-    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place."""
+def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> Path:
+    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place.
+
+    Returns the file.
+    """
     if str(adapter).endswith(".safetensors"):
-        return load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
+        path = Path(adapter).expanduser()
+        load_object(MERGE_LORA_FILE)(nets, path, strength)
+        return path
     other = find_run(adapter)
     cfg = stored_settings(other)
     if not cfg.lora.active:
@@ -347,6 +363,7 @@ def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: 
     file = weights_file(cfg, None)
     checkpoint = find_intact_checkpoint(other, None, file)
     lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, strength)
+    return checkpoint / file
 
 
 def open_reference(run: Run, name: str) -> Run:
