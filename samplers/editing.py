@@ -49,10 +49,12 @@ def add_restoration_arguments(parser: ScriptParser, noise: float) -> None:
 def load_images(args: argparse.Namespace, run: genkit.Run) -> Tensor:
     """``args.n`` images ``[n, C, H, W]`` in [-1, 1], spread over the data. ValueError if they do not fit the model."""
     name, fields = find_source(args.images) if args.images else ("", {})
-    data = DATA[name](**fields).load("train") if name else run.config.data.load("test")
+    data = DATA[name](**fields).load("train") if name else run.config.data.unaugmented().load("test")
+    if not 1 <= args.n <= len(data):
+        raise ValueError(f"n: given {args.n}; there are {len(data)} images; needs 1 or more, and no image twice")
     rows = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(rows, Draw((0,), 0, args.n)).to(run.device)).x
-    if data.spec.shape != run.spec.shape or x0.ndim != 4 or args.n < 1:
+    if data.spec.shape != run.spec.shape or x0.ndim != 4:
         raise ValueError(f"images: given {args.n} of {data.spec.shape}, the model draws {run.spec.shape}; needs images")
     return x0
 

@@ -73,6 +73,8 @@ def main() -> None:
     data, test = (DATA[name](**fields).load(split) for split in ("train", "test"))
     if len(data.spec.shape) != 3 or min(args.n, args.answers) < 1:
         raise ValueError(f"given {args.n} x {args.answers} of {data.spec.shape}; needs pictures [C, H, W], 1 or more")
+    if args.n > len(test):
+        raise ValueError(f"n: given {args.n}; there are {len(test)} held-out images, of which none is taken twice")
     Average(2).output_shape(data.spec.shape)  # refuses odd sizes
     corrupt, flow = TASKS[args.task], Flow()
     nets = train(flow, data, corrupt, args.steps, args.seed)

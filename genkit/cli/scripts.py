@@ -7,16 +7,32 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from genkit.cli.main import show_messages
+from genkit.core.files import refuse_foreign
+from genkit.data.image_files import is_image
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """A parser of a script's options, described by the first line of its docstring; a mistake is one line."""
+    """A parser of a script's options, described by the first line of its docstring; a mistake is one line.
+
+    A picture ``--out`` that genkit did not write is refused.
+    """
 
     def __init__(self, doc: str | None, prog: str | None = None):
         super().__init__(prog=prog, description=(doc or "").partition("\n")[0])
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The options; a picture ``--out`` is checked."""
+        parsed = super().parse_args(args, namespace)
+        out = getattr(parsed, "out", None)
+        if isinstance(out, Path) and is_image(out.name):
+            try:
+                refuse_foreign(out)
+            except ValueError as e:
+                self.error(str(e))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake in one line, and exit with code 2."""

@@ -204,7 +204,7 @@ def read_table(table: str, read: Callable[[str], bytes], root: str) -> dict[str,
 def parse_jsonl(content: str, location: str) -> list[tuple[int, object, object]]:
     """``(line, file name, caption)`` of each line."""
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # a text may hold what else Python takes for an end of line
         if line.strip():
             try:
                 item = json.loads(line)

@@ -36,6 +36,8 @@ COMPANIONS = {  # known files beside images that are not images; no warning ment
 MAX_MEMBER = 2**29  # bytes of an archive's member: an image of 178 million pixels is smaller, a bomb is not
 SECONDS_UNTIL_SAID = 5.0  # between messages while the files of a large tree are listed
 HIDDEN = (".", "__MACOSX")  # begin the names of files and folders that are left out
+TRAIN_WORDS = ("train", "training")  # names of folders that hold a split, in any case
+TEST_WORDS = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 CAPTION_SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
@@ -148,14 +150,20 @@ class FolderFiles:
         return read_captions(self.names, self.others, lambda name: (self.root / name).read_bytes(), str(self.root))
 
 
-def refuse_splits(path: Path, names: Sequence[str]) -> None:
-    """``ValueError`` for an archive of several splits, whose test images would be trained on."""
-    tops = {PurePosixPath(name).parts[0] for name in names if "/" in name}
-    if "train" in tops and tops & {"test", "val"} and all("/" in name for name in names):
-        raise ValueError(
-            f"{path}: holds the splits {', '.join(sorted(tops))}; make an archive of each, train.zip and test.zip in "
-            "one folder, and name that folder"
-        )
+def names_below_top(names: Sequence[str]) -> list[str]:
+    """The names of images without the folders that all of them share."""
+    top = os.path.commonpath([os.path.dirname(name) for name in names])
+    return [name[len(top) + 1 :] if top else name for name in names]
+
+
+def refuse_splits(path: Path, names: Sequence[str], advice: str) -> None:
+    """``ValueError`` if the top folders of the images ``names`` are a training and a test split: test images would be
+    trained on, and the splits taken for classes."""
+    below = names_below_top(names)
+    tops = {name.partition("/")[0] for name in below if "/" in name}
+    splits = {top for top in tops if top.lower() in (*TRAIN_WORDS, *TEST_WORDS)}
+    if {top.lower() for top in splits}.intersection(TRAIN_WORDS) and len(splits) > 1 and all("/" in n for n in below):
+        raise ValueError(f"{path}: holds the splits {', '.join(sorted(splits))}, which are no classes; {advice}")
 
 
 class ZipFiles:
@@ -172,7 +180,12 @@ class ZipFiles:
         self.others = [n for n in every if not is_image(n)]
         if not self.names:
             raise ValueError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        refuse_splits(path, self.names)
+        if twice := next((name for name, count in Counter(every).items() if count > 1), None):
+            raise ValueError(f"{path}/{twice}: is in the archive more than once, and only one of them can be read; "
+                             "write the archive again")  # fmt: skip
+        refuse_splits(
+            path, self.names, "make an archive of each, train.zip and test.zip in one folder, and name that folder"
+        )
 
     def read_member(self, name: str) -> bytes:
         """Content of a member. ``ValueError`` if it is corrupt."""
@@ -202,11 +215,6 @@ class ZipFiles:
     def has_index(self) -> bool:
         """Whether there is a ``dataset.json``, which determines the classes, even if it has none."""
         return "dataset.json" in self.others
-
-    def names_below_top(self) -> list[str]:
-        """The names of the images without the folders that all of them share."""
-        top = os.path.commonpath([os.path.dirname(name) for name in self.names])
-        return [name[len(top) + 1 :] if top else name for name in self.names]
 
     def labels(self) -> Tensor | None:
         """The classes ``[N]`` of the images in ``dataset.json``; None without it or if it has none."""

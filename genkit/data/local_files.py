@@ -24,19 +24,27 @@ from genkit.data.captions import FILES, Caption
 from genkit.data.classes import abbreviate_list, class_kind, folder_classes, folder_labels, sort_naturally
 from genkit.data.codecs import Identity, MinMax, Standardize, loses_digits
 from genkit.data.held_out import DEFAULT_SHARE, HeldOut, SelectedFiles, row_names, split_rows
-from genkit.data.image_files import FolderFiles, ZipFiles, is_hidden, warn_of_others
+from genkit.data.image_files import (
+    FolderFiles,
+    ZipFiles,
+    is_hidden,
+    names_below_top,
+    refuse_splits,
+    warn_of_others,
+)
 from genkit.data.images import ImageFiles, ImageSource, OnDisk, decode, height_width
 from genkit.data.in_memory import InMemory
 from genkit.data.source import DataSource, Split, check_split
 
-TEST_NAMES = ("test", "val")
+TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 # ------------------------------------------------------------------------------------------------- finding
 def find_split(root: str, split: Split, suffix: str) -> tuple[Path, Path]:
     """Return the path of ``split`` and that of the training split, which determines the classes.
 
-    ``root`` is the training split, or a folder that contains ``train{suffix}`` and ``test{suffix}`` (or ``val``).
+    ``root`` is the training split, or a folder that contains ``train{suffix}`` and ``test{suffix}`` (or another of
+    ``TEST_NAMES``).
     """
     check_split(split)
     top = Path(root).expanduser()
@@ -159,7 +167,7 @@ class Folder(LocalImages):
     """Images in a folder. Two or more subfolders without an image beside them are the classes.
 
     Otherwise, and with ``labels`` off, all images below ``root`` are taken, without classes. The test split is
-    ``root/test`` (or ``val``) beside ``root/train``, with the classes of the latter.
+    ``root/test`` (or ``val``, ``valid``, ``validation``) beside ``root/train``, with the classes of the latter.
     """
 
     suffix: ClassVar[str] = ""
@@ -171,6 +179,7 @@ class Folder(LocalImages):
         path, train = self.find(split)
         files = FolderFiles.open(path)
         refuse_run_pictures(path, files.names)
+        refuse_splits(path, files.names, f"name the one to train on, or call them {path}/train and {path}/test")
         warn_of_others(path, files.others, self.captions == (FILES,))
         train_names = files.names if path == train else FolderFiles.open(train).names
         classes = folder_classes(train_names, train, self.labels is True) if self.reads_labels else ()
@@ -241,11 +250,21 @@ def zip_classes(
         if label is None:
             return None, None
         return label, class_kind(label, label if files is train else train.labels(), names, files.path, train.path)
-    classes = folder_classes(train.names_below_top(), train.path, required)
+    classes = folder_classes(names_below_top(train.names), train.path, required)
     if not classes:
         return None, None
-    label = folder_labels(files.names_below_top(), classes, files.path, train.path)
+    label = folder_labels(names_from_class(files.names, classes), classes, files.path, train.path)
     return label, Label(len(classes), classes)
+
+
+def names_from_class(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The names of images from the folder of their class on; images of one class share that folder too."""
+    below = names_below_top(names)
+    if all(name.partition("/")[0] in classes for name in below):
+        return below
+    shared = os.path.commonpath([os.path.dirname(name) for name in names]).split("/")
+    depth = next((i for i, folder in enumerate(shared) if folder in classes), None)
+    return below if depth is None else [name.split("/", depth)[-1] for name in names]
 
 
 # ------------------------------------------------------------------------------------------------- arrays
@@ -322,8 +341,11 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
                     f"it holds {', '.join(stored.files) or 'nothing'}; needs x (and y), or arr_0 (and arr_1)"
                 )
             x, y = stored[keys[0]], stored[keys[1]] if keys[1] in stored.files else None
+            others = [name for name in stored.files if name not in keys]
     except Exception as e:  # not a zip, a pickle (refused), truncated: each has its own class
         raise ValueError(f"{path}: cannot be read: {format_error(e)}") from e
+    if others:
+        warn_once(f"{path}: only {' and '.join(keys)} are read; left out: {abbreviate_list(others)}")
     description = f"{path}: {keys[0]} is {x.dtype} {list(x.shape)}"
     if x.dtype == np.uint8:
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))

@@ -66,6 +66,8 @@ class Pairs(DataSource):
     def load(self, split: Split = "train") -> InPairs:
         check_split(split)
         path = Path(self.root).expanduser()
+        if split == "test":
+            raise ValueError(f"{path}: has no test split; all pairs are trained on")
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; make it with: genkit reflow RUN")
         try:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from genkit.core.files import format_error
+from genkit.core.messages import warn_once
 from genkit.data.captions import Caption, collapse_space
 from genkit.data.image_files import ListedFile, list_status
-from genkit.data.tar_files import number_classes
+from genkit.data.tar_files import RowClasses, number_classes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "fine_label", "cls", "class", "y")
@@ -189,24 +189,28 @@ class TableRows:
         """A column of all files."""
         return [value for table in self.tables for value in table.column(column)]
 
-    def labels(self) -> tuple[Tensor, tuple[str, ...]] | None:
-        """Classes ``[N]`` and their names (of Hugging Face's ClassLabel, if it is one); None without such a column."""
+    def labels(self, as_names: bool = False) -> RowClasses | None:
+        """:func:`number_classes` of a column, with the names of Hugging Face's ClassLabel, if it is one; None without
+        such a column."""
         column = self.label or next((n for n in LABEL_COLUMNS if n in self.tables[0].schema.names), None)
         if column is None:
             return None
         column = self.choose("label", column, ())
         texts = ["" if value is None else str(value) for value in self.values(column)]
-        numbered = number_classes(texts, self.location)
-        if numbered is None:
-            return None
-        label, names = numbered
-        return label, names or class_names(self.tables[0].schema, column)
+        classes = number_classes(texts, self.location, as_names)
+        if classes is None or not classes.numbered:
+            return classes
+        return classes._replace(names=class_names(self.tables[0].schema, column))
 
     def captions(self) -> list[Caption]:
         """The captions. ``ValueError`` names a row without one."""
-        captions = []
-        for i, value in enumerate(self.values(self.choose("text", self.text, TEXT_COLUMNS))):
-            value = value[0] if isinstance(value, list) and value else value  # several captions: the first
+        captions, column = [], self.choose("text", self.text, TEXT_COLUMNS)
+        values = self.values(column)
+        if several := sum(isinstance(value, list) and len(value) > 1 for value in values):
+            warn_once(f"{self.tables[0].path}: {several} of {len(values)} rows have several captions in {column}; only "
+                      "the first of each is read")  # fmt: skip
+        for i, value in enumerate(values):
+            value = value[0] if isinstance(value, list) and value else value
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{self.location(i)}: has no caption")
             captions.append(Caption(collapse_space(value), self.location(i)))

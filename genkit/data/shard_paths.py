@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genkit.core.hub import HUB_NAME, call_hub
+from genkit.core.messages import warn_once
 from genkit.data.classes import sort_naturally
 from genkit.data.source import Split, check_split
 
-TEST_STEMS = ("test", "validation", "val")
+TEST_STEMS = ("test", "validation", "valid", "val")
+STEM = re.compile(r"(train(?:ing)?|test|validation|valid|val)(?![a-z])")  # of a file's name; not of valley.tar
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 DATASET = re.compile(rf"hf://datasets/({HUB_NAME.pattern})(?:@([^/]+))?(?:/(.*))?")
 
@@ -62,9 +64,9 @@ def list_shards(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 def find_shards(root: str, split: Split, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files of ``split`` and those of the training split, which determines the classes.
 
-    ``root`` is a file, a pattern, or a folder: of files, whose names begin with train, test or val if they are of that
-    split; or of the folders train and test; or a data set of the hub (:func:`find_local`). ``ValueError`` if there are
-    none.
+    ``root`` is a file, a pattern, or a folder: of files, whose names begin with the word train, test, validation, valid
+    or val if they are of that split; or of the folders train and test; or a data set of the hub (:func:`find_local`).
+    ``ValueError`` if there are none.
     """
     check_split(split)
     local = find_local(root, suffixes)
@@ -99,10 +101,16 @@ def split_folder(top: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[P
     if (top / "train").is_dir():
         tests = (list_shards(top / stem, suffixes) for stem in TEST_STEMS)
         return list_shards(top / "train", suffixes), next((found for found in tests if found), [])
-    every = list_shards(top, suffixes)
-    test = next((found for stem in TEST_STEMS if (found := [p for p in every if p.name.startswith(stem)])), [])
-    train = [path for path in every if path.name.startswith("train")]
-    return train or [path for path in every if not path.name.startswith(TEST_STEMS)], test
+    splits: dict[str, list[Path]] = {}
+    for path in list_shards(top, suffixes):
+        match = STEM.match(path.name)
+        splits.setdefault("train" if match and match[1] == "training" else match[1] if match else "", []).append(path)
+    test = next((splits[stem] for stem in TEST_STEMS if stem in splits), [])
+    others = splits.get("", [])
+    if "train" in splits and others:
+        warn_once(f"{top}: {len(others)} files are of no split by their names, and were left out: {others[0].name}"
+                  + ", ..." * (len(others) > 1))  # fmt: skip
+    return splits.get("train", others), test
 
 
 def is_remote(root: str) -> bool:

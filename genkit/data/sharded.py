@@ -25,7 +25,7 @@ from genkit.data.local_files import ImageContainer, LocalImages
 from genkit.data.parquet_files import TableRows
 from genkit.data.shard_paths import find_shards, is_pattern, is_remote
 from genkit.data.source import Split, check_split
-from genkit.data.tar_files import TarShards
+from genkit.data.tar_files import RowClasses, TarShards
 
 
 class ShardedFiles(ImageContainer, Protocol):
@@ -36,8 +36,8 @@ class ShardedFiles(ImageContainer, Protocol):
         """The first row of each shard, and the number of rows."""
         ...
 
-    def labels(self) -> tuple[Tensor, tuple[str, ...]] | None:
-        """Classes ``[N]`` and their names; None without classes."""
+    def labels(self, as_names: bool = False) -> RowClasses | None:
+        """The classes; None without any. ``as_names``: whole numbers are names too, as the training split has it."""
         ...
 
 
@@ -108,8 +108,13 @@ def shard_classes(files: ShardedFiles, train: ShardedFiles, root: str) -> tuple[
     own = files.labels()
     if own is None:
         return None, None
-    label, names = own
-    train_label, train_names = own if files is train else train.labels() or (None, ())
+    of_training = own if files is train else train.labels()
+    if of_training is None:
+        raise ValueError(f"{root}: the test split has classes, but the training split has none")
+    if own.numbered and not of_training.numbered:  # a test split may happen to have only those that are numbers
+        own = files.labels(as_names=True) or own
+    label, names, _ = own
+    train_label, train_names, _ = of_training
     if names and files is not train:
         number = {name: i for i, name in enumerate(train_names)}
         if unknown := next((name for name in names if name not in number), None):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -244,26 +244,41 @@ class TarShards:
                 raise ValueError(f"{caption.location}: has no caption in a txt, or in {TEXT_KEYS[0]} of a json")
         return captions
 
-    def labels(self) -> tuple[Tensor, tuple[str, ...]] | None:
+    def labels(self, as_names: bool = False) -> RowClasses | None:
         """:func:`number_classes` of the texts in cls or json; None if there are none."""
-        return number_classes(self.label_texts, self.location)
+        return number_classes(self.label_texts, self.location, as_names)
 
     def listing(self) -> list[ListedFile]:
         return [list_status(path, path.name) for path in self.paths]
 
 
-def number_classes(texts: Sequence[str], location: Callable[[int], str]) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Classes ``[N]`` and their names, () for whole numbers; None if all texts are empty.
+class RowClasses(NamedTuple):
+    """The classes of samples."""
 
-    ``ValueError`` names a sample without a class among others with one.
+    label: Tensor
+    """Int ``[N]``"""
+    names: tuple[str, ...]
+    """() if the classes are numbers without names"""
+    numbered: bool
+    """whether the files state numbers, else names, which ``label`` counts in their order"""
+
+
+def number_classes(texts: Sequence[str], location: Callable[[int], str], as_names: bool = False) -> RowClasses | None:
+    """Classes and their names, () if all are whole numbers, unless these are read ``as_names``; None if all texts are
+    empty.
+
+    ``ValueError`` names a sample without a class among others with one, or with a number below 0.
     """
     distinct = {text: i for i, text in reversed(list(enumerate(texts)))}
     if distinct.keys() <= {""}:
         return None
     if "" in distinct:
         raise ValueError(f"{location(distinct[''])}: has no class, and others have one")
-    if all(text.isdecimal() for text in distinct):
-        return torch.tensor([int(text) for text in texts]), ()
+    if not as_names and all(text.removeprefix("-").isdecimal() for text in distinct):
+        if below := next((text for text in distinct if text.startswith("-")), None):
+            raise ValueError(f"{location(distinct[below])}: has the class {below}, which marks a sample without one; "
+                             "leave such samples out, or the classes: --data.labels=false")  # fmt: skip
+        return RowClasses(torch.tensor([int(text) for text in texts]), (), True)
     names = tuple(sort_naturally(distinct))
     number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[text] for text in texts]), names
+    return RowClasses(torch.tensor([number[text] for text in texts]), names, False)

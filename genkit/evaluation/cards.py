@@ -23,7 +23,7 @@ from genkit.core.links import follow_links
 from genkit.evaluation.metrics import Estimate, metric_title
 
 # settings that compared cards may differ in
-WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "samples", "trained_on", "frozen_weights")
+WEIGHTS = ("run", "step", "ema", "weights", "weights_sha256", "adapter", "samples", "trained_on", "frozen_weights")
 OBSERVED = (  # of the machine or of the work, not settings
     "nfe",
     "passes",

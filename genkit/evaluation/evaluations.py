@@ -273,6 +273,9 @@ def open_reference(
     """
     of_run = isinstance(samples, ModelSamples | Reconstructions)
     if of_run and (not name or name in SPLITS):
+        if given := next((k for k in ("size", "channels") if getattr(options, k) is not None), None):
+            raise ValueError(f"data.{given}: has no effect on the run's own data, which are as it was trained on them; "
+                             "leave it out, or name another --reference")  # fmt: skip
         return open_run_data(samples.run, name or "train", options)
     if not name:
         return None

@@ -343,7 +343,7 @@ def read_batches(
     run: Run, settings: LikelihoodSettings, progress: Progress, dequantised: bool
 ) -> Iterator[tuple[Tensor, Cond, Seeds]]:
     """Samples in the model's own units, their conditions, and a noise source with each sample's own seed."""
-    data = run.config.data.load(settings.split)
+    data = run.config.data.unaugmented().load(settings.split)
     n = min(settings.n or len(data), len(data))
     rows = choose_rows(len(data), n, settings.seed)
     progress("likelihood", 0, n)

@@ -408,6 +408,7 @@ def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
         "ema": average_name(run.weights),
         "weights": run.weights,
         "weights_sha256": weights_sha256,
+        **({"adapter": run.adapter} if run.adapter else {}),
     }
 
 
@@ -434,5 +435,6 @@ def reference_settings(reference: SampleSource) -> dict[str, Any]:
 
 
 def hash_weights(run: Run) -> str:
-    """The sha256 of the file that a run's networks were loaded from."""
-    return sha256(run.directory / run.weights)
+    """The sha256 of the file that a run's networks were loaded from; with an adapter, of both."""
+    digest = sha256(run.directory / run.weights)
+    return hashlib.sha256(f"{digest} {run.adapter}".encode()).hexdigest() if run.adapter else digest

@@ -1,15 +1,19 @@
-"""Averages of the weights while training: their decay, and one kernel for all parameters of a network."""
+"""Averages of the weights while training: their decay, one kernel for all parameters of a network, and their files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from genkit.core.tensors import local_rows
-from genkit.training.power_ema import power_decay, width_of
+from genkit.training.power_ema import PREFIX, average_names, power_decay, slowest_key, width_of
+
+if TYPE_CHECKING:
+    from genkit.training.settings import TrainSettings
 
 
 def ema_decay(decay: float | str, step: int) -> float:
@@ -56,3 +60,21 @@ class Average:
             mine, theirs = average._buffers[key], net._buffers[key]
             if mine is not theirs:  # tables are shared
                 mine.copy_(theirs)  # type: ignore[union-attr, arg-type]
+
+
+def weights_file(cfg: TrainSettings, ema: str | None) -> str:
+    """The file of a checkpoint that holds this average. ``ValueError`` names those that exist."""
+    kept = [*map(str, sorted(cfg.ema)), *average_names(cfg.power_ema)]
+    if ema is None:
+        slowest = slowest_key([*cfg.ema, *average_names(cfg.power_ema)])
+        ema = "none" if slowest is None else str(slowest)
+    if ema != "none" and ema not in kept:
+        further = f", {PREFIX}WIDTH of any width" if cfg.power_ema else ""
+        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*kept, 'none'])}{further}")
+    return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+
+
+def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
+    """The width of a power-function average that the run did not keep, but can reconstruct; None for any other."""
+    width = None if ema is None or not cfg.power_ema else width_of(ema)
+    return None if width in cfg.power_ema else width

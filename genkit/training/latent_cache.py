@@ -25,6 +25,7 @@ from genkit.core.files import refuse_foreign
 from genkit.core.progress import Progress, reporting
 from genkit.data import DATA, DataSource, InLatents, InMemory, OnDisk
 from genkit.data.captions import Captions
+from genkit.data.image_files import ListedFile
 from genkit.data.in_memory import random_flip
 from genkit.data.latents import (
     CAPTIONS,
@@ -83,7 +84,7 @@ class EncodeSettings:
     split: Literal["train", "test"] = "train"
     """Which samples. Both splits may be in one folder."""
     shard: Count = 4096
-    """Samples of a file. Existing files are kept, so an interrupted call can be repeated."""
+    """Samples of a file. Existing files of the same samples are kept, so an interrupted call can be repeated."""
     batch: Count = 256
     """Samples per batch."""
     workers: Natural = 2
@@ -133,6 +134,7 @@ def encode(
         raise ValueError(f"encode: {stage} is no run, and has no data or folder of its own; give --data and --out")
     if isinstance(source, TrainingData):
         source = load_run(stage, device="cpu").config.data
+    source = source.with_absolute_root()  # the cache is read in other folders too
     folder = Path(out) if out else find_run(stage) / "latents"
     require_precision(settings.precision, pick_device(settings.device))
     accelerator = join_ranks(pick_device(settings.device))
@@ -171,8 +173,8 @@ def write_split(
     progress: Progress,
 ) -> LatentCache:
     """Write the shards of a split that are missing, then its entry in the index. Ranks take shards in turn."""
-    index = ranks.once(open_index, folder, stage, source)
-    count = -(-len(data) // settings.shard)
+    ranks.once(open_index, folder, stage, source)
+    count, samples = -(-len(data) // settings.shard), SampleHashes.of(data)
     views = 1 + int(source.random_flip)
     own: list[EncodedShard] = []
     progress("encoding", 0, len(data))
@@ -180,7 +182,7 @@ def write_split(
         k, error = turn * ranks.world + ranks.rank, None
         try:
             if k < count:
-                own.append(write_rows(folder, stage, data, settings, views, k, count))
+                own.append(write_rows(folder, stage, samples, settings, views, k, count))
         except (ValueError, OSError) as e:
             error = e
         ranks.raise_together(error)
@@ -189,7 +191,7 @@ def write_split(
     digests = {shard.name: shard.sha256 for shard in shards}
     captions = getattr(data, "captions", None)
     texts = ranks.once(write_captions, folder, settings.split, captions) if captions else {}
-    index["splits"][settings.split] = {
+    entry = {
         "n": len(data),
         "views": views,
         "spec": spec_to_dict(replace(data.spec, shape=tuple(stage.latent))),
@@ -199,18 +201,53 @@ def write_split(
     }
     if ranks.is_main:
         note_digests(folder, {**digests, **texts})
+        index = read_index(folder)  # another process may have added the other split meanwhile
+        index["splits"][settings.split] = entry
         write_index(folder, index)
     ranks.gather(None)  # nobody returns before the index is there
     return LatentCache(folder, settings.split, len(data), sum(s.is_new for s in shards), tuple(stage.latent))
 
 
+@dataclass(frozen=True)
+class SampleHashes:
+    """What samples are known by: a shard that was made from others is encoded again."""
+
+    data: Data
+    listing: Sequence[ListedFile]
+    """the files of images on disk; () for samples in memory"""
+
+    @staticmethod
+    def of(data: Data) -> SampleHashes:
+        """Those of ``data``, whose files are listed."""
+        return SampleHashes(data, data.files.listing() if isinstance(data, OnDisk) else ())
+
+    def sha256(self, rows: range) -> str:
+        """SHA-256 of the samples ``rows`` and their conditions but captions: of the content if it is in memory, else of
+        the names, sizes and times of change of the files."""
+        digest = hashlib.sha256()
+        if isinstance(self.data, OnDisk):
+            each = len(self.listing) == len(self.data)  # else they are shards
+            digest.update(json.dumps(self.listing[rows.start : rows.stop] if each else self.listing).encode())
+            cond = {name: value[rows.start : rows.stop] for name, value in self.data.cond.items()}
+        else:
+            batch = without_captions(self.data).batch(torch.tensor(rows), FixedFlip(rows, 1.0))
+            weight = {} if batch.place_weight is None else {PLACE_WEIGHT: batch.place_weight}
+            cond = {"": batch.x, **batch.cond, **weight}
+        for name, value in sorted(cond.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
 def write_rows(
-    folder: Path, stage: FirstStage, data: Data, settings: EncodeSettings, views: int, k: int, count: int
+    folder: Path, stage: FirstStage, samples: SampleHashes, settings: EncodeSettings, views: int, k: int, count: int
 ) -> EncodedShard:
     """Write shard ``k`` of ``count``, unless it is there already."""
+    data = samples.data
     rows = range(k * settings.shard, min((k + 1) * settings.shard, len(data)))
     path = folder / f"{settings.split}-{k:05d}-of-{count:05d}.safetensors"
     origin = {"rows": f"{rows.start}-{rows.stop}", "views": str(views), "sha256": stage.sha256}
+    origin["samples"] = samples.sha256(rows)
     origin |= {k: v for k, v in (("precision", settings.precision), ("storage", settings.storage)) if v != "fp32"}
     captions: Captions | None = getattr(data, "captions", None)
     if captions:

@@ -21,11 +21,12 @@ from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
-from genkit.core.tensors import load_tensors, to_tensors
+from genkit.core.tensors import load_tensors, sha256, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
+from genkit.training.averages import reconstructed_width, weights_file
 from genkit.training.base_weights import read_base
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
 from genkit.training.directory import find_run, read_state, step_of
@@ -33,7 +34,7 @@ from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_sta
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
 from genkit.training.post_hoc_ema import reconstruct
-from genkit.training.power_ema import PREFIX, average_names, slowest_key, width_of
+from genkit.training.power_ema import PREFIX
 from genkit.training.precision import Precision, use_codec_precision, with_networks
 from genkit.training.ranks import SINGLE, Ranks
 from genkit.training.samples import Samples, count_calls, draw_batches
@@ -41,6 +42,7 @@ from genkit.training.sampling import (
     PIPELINE_GRID,
     Classes,
     Sampling,
+    as_count,
     as_tensors,
     build_guidance,
     generate_at_scale,
@@ -64,6 +66,8 @@ class Run:
     weights: str
     """the file that the networks came from, relative to the directory"""
     device: torch.device
+    adapter: str = ""
+    """what was added to these weights: a LoRA, its strength and its sha256; "" for nothing"""
 
     @property
     def objective(self) -> Objective:
@@ -103,10 +107,12 @@ class Run:
             raise ValueError(f"{type(self.objective).__name__}: draws in one pass, without a denoiser")
         return captured[0]
 
-    def open_references(self, sampling: Sampling) -> dict[str, Run]:
-        """The models that ``sampling`` names, opened: ``weak`` (autoguidance) and ``classifier``."""
-        names = {"weak": sampling.autoguide, "classifier": sampling.classifier}
-        return {role: open_reference(self, name) for role, name in names.items() if name}
+    def open_references(
+        self, sampling: Sampling, weak: Run | None = None, classifier: Run | None = None
+    ) -> dict[str, Run]:
+        """The models that ``sampling`` names, opened: ``weak`` (autoguidance) and ``classifier``; or those given."""
+        named = {"weak": (weak, sampling.autoguide), "classifier": (classifier, sampling.classifier)}
+        return {role: run or open_reference(self, str(name)) for role, (run, name) in named.items() if run or name}
 
     def generator(
         self,
@@ -139,8 +145,8 @@ class Run:
             if learned and sampling.guidance != 1:
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
                 return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
-        opened = {} if weak or classifier else self.open_references(sampling)
-        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
+        opened = self.open_references(sampling, weak, classifier)
+        weak, classifier = opened.get("weak"), opened.get("classifier")
         guides = [inner, build_guidance(self, sampling, weak, classifier), outer]
         guidance = compose(*(g for g in guides if g is not None))
         sampler, steps, bound = sampling.sampler_for(self), sampling.num_steps(self), None
@@ -181,14 +187,18 @@ class Run:
         Settings are given as a :class:`Sampling`, or by name: ``run.sample(16, sampler="heun", steps=20, guidance=2)``.
         Conditions are a class ``label`` (a number or a name, or several in turn: a list, a tensor), a ``prompt`` (or
         several in turn; "" is null), or ``cond``, tensors ``[n, ...]`` by name; without any of these the model's
-        classes, or the captions that it kept, in turn.
+        classes, or the captions that it kept, in turn. ``cond`` has all conditions: one that it lacks is null.
         ``options`` go to the sampler. ``ranks`` share the batches; the main one gets all samples, the others none.
         ``consume(first, x)`` receives each batch in place of the result, on the rank that drew it. Raises
         ``ValueError`` for what does not fit the model.
         """
         sampling = config.override(sampling or Sampling(), **settings)
-        opened = self.open_references(sampling)
-        weak, classifier = weak or opened.get("weak"), classifier or opened.get("classifier")
+        n = as_count(n)
+        if cond is not None and (label is not None or prompt not in (None, (), [])):
+            name, given = ("label", label) if label is not None else ("prompt", prompt)
+            raise ValueError(f"{name}: given {given!r:.60} beside cond, which has all conditions; leave one out")
+        opened = self.open_references(sampling, weak, classifier)
+        weak, classifier = opened.get("weak"), opened.get("classifier")
         if trajectory and n > sampling.batch:
             raise ValueError(f"trajectory: given --n {n} in batches of {sampling.batch}; take --batch {n}")
         spec = self.spec if classifier is None else with_classes(self.spec, classifier)
@@ -285,19 +295,21 @@ def load_run(
     nets = cfg.objective.networks(cfg.backbone, spec)
     if adapter_scale is not None and adapter is None and not cfg.lora.active:
         raise ValueError(f"lora_scale: given {adapter_scale}, but {run.name} is no LoRA run; name one with --lora RUN")
-    strength = 1.0 if adapter_scale is None else adapter_scale
+    strength, added = 1.0 if adapter_scale is None else adapter_scale, ""
     if cfg.lora.active:
         load_lora_base(nets, run)
         own = strength if adapter is None else 1.0
         lora.merge(nets, cfg.lora, tensors, weights, own)
+        added = "" if own == 1 else f"its own LoRA at {own:g}"
     else:
         load_tensors(nets, tensors, weights)
     if adapter is not None:
-        merge_adapter(nets, adapter, strength)
+        file_merged = merge_adapter(nets, adapter, strength)
+        added = f"{adapter} at {strength:g}, sha256 {sha256(file_merged)}"
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
     codec = codec_from_dict(record["codec"], run / "codec", target)
-    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target)
+    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target, added)
 
 
 load = load_run  # its name in the public API, genkit.load
@@ -318,28 +330,15 @@ def sample(
     return opened.sample(n, sampling, **options)
 
 
-def weights_file(cfg: TrainSettings, ema: str | None) -> str:
-    """The file of a checkpoint that holds this average. ``ValueError`` names those that exist."""
-    kept = [*map(str, sorted(cfg.ema)), *average_names(cfg.power_ema)]
-    if ema is None:
-        slowest = slowest_key([*cfg.ema, *average_names(cfg.power_ema)])
-        ema = "none" if slowest is None else str(slowest)
-    if ema != "none" and ema not in kept:
-        further = f", {PREFIX}WIDTH of any width" if cfg.power_ema else ""
-        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*kept, 'none'])}{further}")
-    return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> Path:
+    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place.
 
-
-def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
-    """The width of a power-function average that the run did not keep, but can reconstruct; None for any other."""
-    width = None if ema is None or not cfg.power_ema else width_of(ema)
-    return None if width in cfg.power_ema else width
-
-
-def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
-    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place."""
+    Returns the file.
+    """
     if str(adapter).endswith(".safetensors"):
-        return load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
+        path = Path(adapter).expanduser()
+        load_object(MERGE_LORA_FILE)(nets, path, strength)
+        return path
     other = find_run(adapter)
     cfg = stored_settings(other)
     if not cfg.lora.active:
@@ -347,6 +346,7 @@ def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: 
     file = weights_file(cfg, None)
     checkpoint = find_intact_checkpoint(other, None, file)
     lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, strength)
+    return checkpoint / file
 
 
 def open_reference(run: Run, name: str) -> Run:

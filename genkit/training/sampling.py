@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -305,6 +305,13 @@ def require_same_samples(option: str, run: Run, other: Run) -> None:
             f"{option}: was trained on samples {theirs[0]} by {theirs[1]['name']}, this model on {ours[0]} by "
             f"{ours[1]['name']}, or by other settings; both need the same data"
         )
+
+
+def as_count(n: object) -> int:
+    """A number of samples. ``ValueError`` for what is none."""
+    if isinstance(n, bool) or not isinstance(n, SupportsIndex) or int(n) < 1:
+        raise ValueError(f"n: given {n!r:.60}; needs a whole number from 1")
+    return int(n)
 
 
 def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") -> Tensor:

@@ -187,3 +187,12 @@ def test_images_without_classes_take_no_templates(tmp_path):
     picture_at(tmp_path / "a.png", 1)
     with pytest.raises(ValueError, match=r"given 'a \{label\}', but these data have no classes; try files"):
         DATA["folder"](root=str(tmp_path), captions=("a {label}",)).load()
+
+
+def test_a_line_of_a_jsonl_ends_where_json_ends_it(tmp_path):
+    """A text may hold what Unicode calls the end of a line."""
+    pil.new("L", (4, 4)).save(tmp_path / "a.png")
+    line = json.dumps({"file_name": "a.png", "text": "one\u2028two\x85three"}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(f"{line}\r\n\n", encoding="utf-8", newline="")
+    data = DATA["folder"](root=str(tmp_path), captions=("files",), held_out=0.0).load()
+    assert text.to_texts(batch_of(data, 1).cond["text"]) == ["one two three"]

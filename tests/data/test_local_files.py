@@ -57,6 +57,53 @@ def test_images_beside_class_folders_are_counted_and_named(tmp_path, caplog, sou
     assert not caplog.text
 
 
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_a_folder_beside_train_is_the_test_split_by_any_usual_name(tmp_path, name):
+    for i, file in enumerate(["train/cat/0.png", "train/dog/0.png", f"{name}/dog/0.png"]):
+        save(tmp_path / file, picture(i))
+    source = DATA["folder"](root=str(tmp_path)).with_decisions()
+    assert source.load().spec.cond["label"].names == ("cat", "dog")
+    assert source.load("test").x.equal(chw(picture(2))[None])
+
+
+@pytest.mark.parametrize("source", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("Training", "Testing"), ("train", "VALID"), ("ds/train", "ds/val")]
+)
+def test_splits_are_not_taken_for_classes(tmp_path, source, names):
+    """Their test images would be trained on too."""
+    pictures = {f"{name}/{c}/0.png": picture(i) for i, name in enumerate(names) for c in ("cat", "dog")}
+    for name, pixels in pictures.items():
+        save(tmp_path / "in" / name, pixels)
+    root = tmp_path / "in" if source == "folder" else make_zip(tmp_path / "in.zip", pictures)
+    for labels in (None, False):
+        with refuses("holds the splits", "no classes"):
+            DATA[source](root=str(root), labels=labels).load()
+
+
+def test_a_zip_of_one_class_is_a_test_split(tmp_path):
+    make_zip(tmp_path / "train.zip", {f"{c}/{i}.png": picture(i) for i in range(2) for c in ("cat", "dog")})
+    for names in (["dog/0.png"], ["dog/a/0.png", "dog/a/1.png"], ["some/dog/0.png"]):
+        make_zip(tmp_path / "test.zip", {name: picture(i) for i, name in enumerate(names)})
+        assert DATA["zip"](root=str(tmp_path)).load("test").cond["label"].tolist() == [1] * len(names)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_one_name_twice_is_refused(tmp_path):
+    """Only the last could be read, in place of both."""
+    path = make_zip(tmp_path / "in.zip", {"a.png": picture(0), "b.png": picture(1)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a.png", archive.read("b.png"))
+    with refuses(path, "a.png: is in the archive more than once"):
+        DATA["zip"](root=str(path)).load()
+
+
+def test_arrays_of_an_npz_that_are_not_read_are_named(tmp_path, caplog):
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(0).random((6, 2)), labels=np.arange(6))
+    assert not DATA["npz"](root=str(tmp_path / "in.npz")).load().spec.cond
+    assert "only x and y are read; left out: labels" in caplog.text
+
+
 def test_a_single_subfolder_is_not_a_class(tmp_path):
     save(tmp_path / "all" / "a.png", picture(0))
     assert DATA["folder"](root=str(tmp_path)).load().spec == Spec((3, 4, 4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genkit.core import Draw, Label, Spec
-from genkit.data.codecs import MinMax, Pixels
+from genkit.data.codecs import Identity, MinMax, Pixels
 from genkit.data.pairs import Pairs, decode_exactly, save_pairs
 
 
@@ -27,6 +27,13 @@ def test_pairs_come_back_in_the_models_numbers(tmp_path, codec):
     assert torch.equal(batch.cond["label"], label[rows])
     with np.load(path, allow_pickle=False) as stored:
         assert json.loads(str(stored["about"]))["made"] == {"seed": 3}
+
+
+def test_pairs_have_no_test_split(tmp_path):
+    """All of them were, so that likelihoods and references called test were of the training data."""
+    path = save_pairs(tmp_path / "p.npz", torch.randn(4, 2), torch.randn(4, 2), {}, Spec((2,)), Identity(), {})
+    with pytest.raises(ValueError, match=r"p\.npz: has no test split; all pairs are trained on"):
+        Pairs(root=str(path)).load("test")
 
 
 def test_bad_files_of_pairs_are_refused(tmp_path):

@@ -107,6 +107,58 @@ def test_classes_and_captions_from_json_and_txt(tmp_path):
         DATA["webdataset"](root=str(tmp_path), held_out=0.0).load("test")
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_the_classes_of_a_test_split_are_names_if_those_of_the_training_split_are(tmp_path, kind):
+    """A test split may have only such names that are numbers."""
+
+    def write(split, names):
+        if kind == "tar":
+            members = [
+                m for i, c in enumerate(names) for m in ((f"{i}.png", png(picture(i))), (f"{i}.cls", c.encode()))
+            ]
+            return write_tar(tmp_path / f"{split}.tar", members)
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.table({"image": [png(picture(i)) for i in range(len(names))], "label": list(names)})
+        return pq.write_table(table, tmp_path / f"{split}.parquet")
+
+    write("train", ["7", "12", "x"])
+    write("test", ["12", "7", "7"])
+    source = DATA["webdataset" if kind == "tar" else "parquet"](root=str(tmp_path), held_out=0.0)
+    assert source.load().spec.cond["label"].names == source.load("test").spec.cond["label"].names == ("7", "12", "x")
+    assert source.load("test").cond["label"].tolist() == [1, 0, 0]
+    write("test", ["0", "7"])
+    with refuses("class 0"):
+        source.load("test")
+
+
+def test_the_split_of_a_file_is_the_first_word_of_its_name(tmp_path, caplog):
+    for i, name in enumerate(["valley", "testimonials", "trained"]):
+        write_tar(tmp_path / f"{name}-0.tar", sample(i))
+    assert len(webdataset(tmp_path).load()) == 3
+    write_tar(tmp_path / "train-0.tar", sample(7))
+    write_tar(tmp_path / "valid2.tar", sample(4))
+    assert len(webdataset(tmp_path).load()) == len(webdataset(tmp_path).load("test")) == 1
+    assert "3 files are of no split by their names, and were left out: testimonials-0.tar, ..." in caplog.text
+
+
+def test_a_class_below_0_is_refused(tmp_path):
+    """Hugging Face marks samples without a class by -1, which would be the first of three names."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [png(picture(i)) for i in range(3)]
+    pq.write_table(pa.table({"image": images, "label": [0, -1, 1]}), tmp_path / "a.parquet")
+    with refuses("a.parquet/1: has the class -1"):
+        parquet(tmp_path).load()
+    assert len(parquet(tmp_path, labels=False).load()) == 3
+
+
+def test_captions_that_are_left_out_are_counted(tmp_path, caplog):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"image": [png(picture(i)) for i in range(2)], "caption": [["a", "b"], ["c"]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert len(parquet(tmp_path, captions=("files",)).load()) == 2
+    assert "1 of 2 rows have several captions in caption; only the first of each is read" in caplog.text
+
+
 @given(st.lists(st.text(max_size=6), max_size=20))
 @settings(max_examples=40, deadline=None, suppress_health_check=[])
 def test_packed_texts_are_the_texts(texts):

@@ -7,10 +7,10 @@ import pytest
 
 from genkit.cli import main as cli
 from genkit.core.tensors import sha256
-from genkit.evaluation import Card, Estimate
+from genkit.evaluation import Card, Estimate, compare, evaluate
 from genkit.evaluation.cards import MetricComparison, parse_card, require_finite
 from genkit.training.run import load_run
-from tests.support.evaluation import refusal, values
+from tests.support.evaluation import refusal, train, values
 
 
 def test_a_card_has_everything_that_the_number_depends_on(moons):
@@ -31,6 +31,20 @@ def test_a_card_has_everything_that_the_number_depends_on(moons):
     assert s["seconds"] > 0
     assert s["effective_batch"] == 3, "16 blocks, so that no rank idles"
     assert "too high" in s["notes"][0]
+
+
+def test_a_card_of_a_run_with_an_adapter_is_not_that_of_the_run(moons, tmp_path):
+    """They had one file, and an interrupted evaluation of one went on with the other."""
+    lora = train(tmp_path, "--data=moons", "--data.n=400", "--backbone.width=16", "--steps=20", "--lr=0.1",
+                 f"--init={moons}", "--lora.rank=2")  # fmt: skip
+    runs = [load_run(moons), load_run(moons, adapter=lora), load_run(moons, adapter=lora, adapter_scale=0.5),
+            load_run(lora), load_run(lora, adapter_scale=0.5)]  # fmt: skip
+    cards = [evaluate(run, n=40, steps=2, metrics="w2") for run in runs]
+    assert len({card.path for card in cards}) == len({card.settings["weights_sha256"] for card in cards}) == 5
+    assert [card.settings.get("adapter", "")[-3:] for card in cards[::3]] == ["", ""]
+    assert "at 0.5" in cards[2].settings["adapter"]
+    assert cards[1].metrics == cards[3].metrics != cards[0].metrics
+    assert compare(cards[0], cards[1])
 
 
 def hash_data(data):

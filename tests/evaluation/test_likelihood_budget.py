@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,12 @@ def test_the_samples_are_a_random_subset_that_the_seed_determines(moons):
     data = run.config.data.load("test")
     batch = data.batch(choose_rows(len(data), 5, 0), Draw((0,), 0, 5))
     assert torch.cat(read).equal(run.codec.encode(batch).x)
+
+
+def test_pictures_are_measured_as_they_are_stored(vae):
+    """Those of a run that was trained on mirrored ones too were mirrored at random."""
+    run = load_run(vae)
+    mirrored = replace(run, config=replace(run.config, data=run.config.data.with_fields(flip=True)))
+    settings = LikelihoodSettings(n=40, split="test")
+    stored, same = ([x for x, _, _ in read_batches(r, settings, silent, False)] for r in (run, mirrored))
+    assert torch.cat(stored).equal(torch.cat(same))

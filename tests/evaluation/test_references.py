@@ -110,3 +110,11 @@ def test_a_folder_of_images_is_measured_at_the_size_of_the_run(tmp_path, small_i
     with pytest.raises(ValueError, match="has samples"):
         evaluate(small_images, reference=str(folder), metrics="fid", features="raw", n=40, steps=2, device="cpu",
                  data={"size": 4, "channels": 1})  # fmt: skip
+
+
+def test_options_of_other_data_are_refused_for_the_run_s_own(grey, tmp_path, capsys):
+    """They had no effect."""
+    for option in ("--data.size=4", "--data.channels=3"):
+        name = option.partition("=")[0].strip("-")
+        for reference in ([], ["--reference=train"]):
+            assert f"{name}: has no effect on the run's own data" in refusal(capsys, "eval", grey, option, *reference)

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from genkit.cli.commands.bench import BENCHES
 from genkit.cli.main import main
 from genkit.cli.scripts import ScriptParser
+from genkit.core.pictures import save_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +38,20 @@ def test_every_mistake_is_one_line(capsys):
         assert e.value.code == 2
         assert re.fullmatch(r"name: .+; see --help\n", capsys.readouterr().err)
     assert parser.description == "Do something."
+
+
+def test_a_picture_of_somebody_else_is_not_replaced(tmp_path, capsys):
+    parser = ScriptParser("Draw.", "draw")
+    parser.add_argument("--out", type=Path, default=tmp_path / "mine.png")
+    assert parser.parse_args([]).out == tmp_path / "mine.png"
+    Image.new("L", (2, 2)).save(tmp_path / "mine.png")
+    for argv in ([], ["--out", str(tmp_path / "mine.png")]):
+        with pytest.raises(SystemExit) as e:
+            parser.parse_args(argv)
+        assert e.value.code == 2
+        assert "mine.png exists, and genkit did not write it" in capsys.readouterr().err
+    save_image(Image.new("L", (2, 2)), tmp_path / "ours.png")
+    assert parser.parse_args(["--out", str(tmp_path / "ours.png")]).out == tmp_path / "ours.png"
 
 
 @pytest.mark.parametrize("folder", ["samplers", "examples", "benchmarks"])

@@ -114,6 +114,11 @@ def test_restorations(run, tmp_path, script):
     assert width > 4 * (MIN_SIDE + GAP) + GAP + 40  # the names of the samplers
 
 
+def test_no_picture_is_taken_twice(run, tmp_path):
+    out = tmp_path / "restored.png"
+    assert "n: given 400; there are 359 images" in refusal("samplers/inpaint.py", run, "--n", 400, "--out", out)
+
+
 def test_restores_pictures_from_a_folder(run, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(3):

@@ -53,6 +53,20 @@ def test_samples_of_several_classes_and_conditions_as_arrays(run):
         assert torch.equal(run.sample(4, steps=1, cond={"label": given}).x, x)
 
 
+def test_a_class_or_prompt_beside_all_conditions_is_refused(run):
+    """It had no effect."""
+    for name, given in {"label": 3, "prompt": "a three"}.items():
+        with pytest.raises(ValueError, match=f"{name}: given {given!r} beside cond, which has all conditions"):
+            run.sample(2, steps=1, cond={"label": [1, 1]}, **{name: given})
+    assert run.sample(2, steps=1, cond={"label": [1, 1]}, prompt=()).x.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, True, "3", None])
+def test_what_is_no_number_of_samples_is_refused(run, n):
+    with pytest.raises(ValueError, match=r"n: given .*; needs a whole number from 1"):
+        run.sample(n, steps=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

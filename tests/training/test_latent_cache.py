@@ -13,6 +13,7 @@ from genkit.cli import main as cli
 from genkit.core import Draw
 from genkit.data import DATA, OnDisk
 from genkit.data.latents import MARKS, Latents
+from genkit.training import latent_cache
 from genkit.training.latent_cache import FixedFlip, encode, read_ahead, round_moments
 from genkit.training.ranks import Ranks
 from genkit.training.run import load_run
@@ -180,6 +181,58 @@ def test_bf16_is_near_and_is_not_mixed_with_what_was_encoded_before(runs, tmp_pa
     x = data.batch(torch.arange(9), Draw((0,), 0, 9)).x
     assert x.equal(torch.cat([near["mean"], near["log_var"]], 2)[:9, 0].float())
     assert np.allclose(data.statistics["mean"], near["mean"].double().mean((0, 1, 3, 4)))
+
+
+@pytest.mark.parametrize("memory", [0, 1])
+def test_samples_that_have_changed_are_encoded_again(runs, tmp_path, memory):
+    """Pictures are added before others, so that rows move, and with a class, so that classes are numbered anew."""
+    pictures = tmp_path / "in"
+
+    def add(name, count):
+        (pictures / name).mkdir(parents=True)
+        for i in range(count):
+            grey = np.full((8, 8), 20 * i + 10 * len(name), np.uint8)
+            Image.fromarray(grey).save(pictures / name / f"{i}.png")
+
+    def encoded(out):
+        source = DATA["folder"](root=str(pictures), memory=memory, held_out=0.0)
+        written = encode(str(runs["vae"]), data=source, out=tmp_path / out, shard=4, device="cpu").num_written
+        data = Latents(root=str(tmp_path / out)).load()
+        batch = data.batch(torch.arange(len(data)), Draw((0,), 0, len(data)))
+        return written, batch.x, batch.cond["label"]
+
+    add("b", 4), add("cc", 3)
+    assert encoded("out")[0] == 2
+    assert encoded("out")[0] == 0
+    add("aaa", 1)
+    written, x, label = encoded("out")
+    assert written == 2
+    _, fresh_x, fresh_label = encoded("fresh")
+    assert label.tolist() == fresh_label.tolist() == [0, 1, 1, 1, 1, 2, 2, 2]
+    assert x.equal(fresh_x)
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(pictures / "cc" / "2.png")
+    assert encoded("out")[0] == 1
+
+
+def test_splits_that_are_encoded_at_once_are_both_in_the_index(runs, tmp_path, monkeypatch):
+    options = {"data": "digits", "out": tmp_path, "device": "cpu"}
+    original, pending = latent_cache.note_digests, ["test"]
+
+    def other_split_first(folder, digests):
+        if pending:
+            encode(str(runs["vae"]), split=pending.pop(), **options)
+        original(folder, digests)
+
+    monkeypatch.setattr(latent_cache, "note_digests", other_split_first)
+    encode(str(runs["vae"]), split="train", **options)
+    assert {split: len(Latents(root=str(tmp_path)).load(split)) for split in ("train", "test")} == {
+        "train": 1438, "test": 359}  # fmt: skip
+
+
+def test_the_cache_names_its_data_independently_of_the_working_folder(runs, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    encode(str(runs["vae"]), data=pictures.name, out=tmp_path / "out", device="cpu")
+    assert Latents(root=str(tmp_path / "out")).decoded_source().root == str(pictures)
 
 
 def test_a_precision_that_the_device_lacks_is_refused_before_anything_is_written(runs, tmp_path, capsys):

@@ -12,6 +12,7 @@ from genkit.evaluation.sweeps import SweepSettings, list_combinations
 from genkit.training.averages import ema_decay
 from genkit.training.run import load_run, open_reference
 from genkit.training.samples import count_calls
+from genkit.training.sampling import Sampling
 from genkit.training.session import Session
 
 SMALL = ["--backbone=mlp", "--backbone.width=8", "--batch=16", "--steps=3", "--workers=0", "--no-tensorboard",
@@ -35,6 +36,19 @@ def test_guidance_needs_a_null_that_was_trained(runs):
     with pytest.raises(ValueError, match="never trained without its conditions"):
         runs["always"].sample(2, steps=2, guidance=3.0)
     assert runs["always"].sample(2, steps=2, label=1).x.shape == (2, 2)
+
+
+def test_a_model_that_is_given_leaves_the_other_that_is_named(runs, tmp_path):
+    """``weak`` was not opened if a classifier was given as an object, and guidance was classifier-free."""
+    assert main(["train", "--data=moons", "--objective=classifier", *SMALL, f"--out={tmp_path}"]) == 0
+    run, classifier = runs["dropped"], load_run(tmp_path / "latest", device="cpu")
+    weak = open_reference(run, "ema:0.9")
+    z, cond = torch.randn(4, 2), {"label": torch.tensor([0, 1, 0, 1])}
+    sampling = Sampling(steps=2, guidance=3.0, autoguide="ema:0.9", classifier=str(classifier.directory))
+    both = run.generator(sampling)(z, cond)
+    for given in ({"classifier": classifier}, {"weak": weak}, {"weak": weak, "classifier": classifier}):
+        assert torch.equal(run.generator(sampling, **given)(z, cond), both)
+    assert not torch.equal(run.generator(Sampling(steps=2, guidance=3.0), classifier=classifier)(z, cond), both)
 
 
 def test_a_condition_may_be_left_out_only_if_it_was_in_training(runs):

@@ -185,7 +185,7 @@ def test_what_cannot_be_validated_is_refused_in_one_line(tmp_path, capsys):
         ([*MOONS, "--objective=gan"], "val_every: given 5, but GAN has no loss that means anything on held-out"),
         ([f"--data={tmp_path}/images", "--data.held-out=0"], "val_every: needs held-out samples: .*no test split"),
         (["--data=pairs", f"--data.root={pairs}", "--objective=distillation", "--backbone=mlp"],
-         "val_every: Pairs has no held-out samples"),
+         "pairs.npz: has no test split"),
         ([*MOONS, "--keep-best=fid"], "keep_best: given fid, which is never measured; give --eval-every"),
         ([*MOONS, "--keep-best=val/los"], "keep_best: given 'val/los'; measured: val/loss, .*did you mean val/loss"),
         ([*MOONS, "--patience=3"], "patience: given 3, but no metric to improve; give --keep-best"),
