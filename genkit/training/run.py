@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
-from genkit.training.base_weights import read_base
+from genkit.training.base_weights import BASE_FILE, read_base
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
 from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
@@ -64,6 +64,16 @@ class Run:
     weights: str
     """the file that the networks came from, relative to the directory"""
     device: torch.device
+    adapter: Path | None = field(default=None, kw_only=True)
+    """the directory of a further LoRA run, or the LoRA file, that was merged into the weights"""
+    adapter_scale: float = field(default=1.0, kw_only=True)
+    """scale of the adapter of a LoRA run itself"""
+
+    def file_used_with(self, name: str) -> Path | None:
+        """The file ``name`` (of ``USED_WITH``), by which the weights are used: that of the adapter, if one was merged
+        into them and has it, else the run's own; None if there is none."""
+        places = [self.adapter, self.directory] if self.adapter else [self.directory]
+        return next((place / name for place in places if (place / name).is_file()), None)
 
     @property
     def objective(self) -> Objective:
@@ -286,18 +296,21 @@ def load_run(
     if adapter_scale is not None and adapter is None and not cfg.lora.active:
         raise ValueError(f"lora_scale: given {adapter_scale}, but {run.name} is no LoRA run; name one with --lora RUN")
     strength = 1.0 if adapter_scale is None else adapter_scale
-    if cfg.lora.active:
+    own = strength if adapter is None else 1.0
+    if isinstance(cfg.lora, lora.GuidanceLoRA) and not (run / BASE_FILE).is_file():  # exported, with its base
+        lora.thaw(lora.adapt(nets, cfg.lora, own))
+        load_tensors(nets, tensors, weights)
+    elif cfg.lora.active:
         load_lora_base(nets, run)
-        own = strength if adapter is None else 1.0
         lora.merge(nets, cfg.lora, tensors, weights, own)
     else:
         load_tensors(nets, tensors, weights)
-    if adapter is not None:
-        merge_adapter(nets, adapter, strength)
+    further = None if adapter is None else merge_adapter(nets, adapter, strength)
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
     codec = codec_from_dict(record["codec"], run / "codec", target)
-    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target)
+    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target,
+               adapter=further, adapter_scale=own)  # fmt: skip
 
 
 load = load_run  # its name in the public API, genkit.load
@@ -336,10 +349,13 @@ def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
     return None if width in cfg.power_ema else width
 
 
-def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> None:
-    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place."""
+def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> Path:
+    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place; returns the
+    run's directory, or the file."""
     if str(adapter).endswith(".safetensors"):
-        return load_object(MERGE_LORA_FILE)(nets, Path(adapter).expanduser(), strength)
+        file = Path(adapter).expanduser()
+        load_object(MERGE_LORA_FILE)(nets, file, strength)
+        return file
     other = find_run(adapter)
     cfg = stored_settings(other)
     if not cfg.lora.active:
@@ -347,6 +363,7 @@ def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: 
     file = weights_file(cfg, None)
     checkpoint = find_intact_checkpoint(other, None, file)
     lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, strength)
+    return other
 
 
 def open_reference(run: Run, name: str) -> Run:
