@@ -65,8 +65,8 @@ def scaled_adapter(lora: GuidanceLoRA, scale: float) -> GuidanceLoRA:
     """The settings of an adapter of guidance whose change is ``scale`` times as large. ``ValueError`` unless it is
     positive."""
     if not scale > 0:
-        raise ValueError(f"lora_scale: given {scale:g}; an adapter of guidance needs a scale above 0, or export the run "
-                         "that it adapts")  # fmt: skip
+        raise ValueError(f"lora_scale: given {scale:g}; an adapter of guidance needs a scale above 0, or export the "
+                         "run that it adapts")  # fmt: skip
     assert lora.rank is not None
     return lora if scale == 1 else replace(lora, alpha=(lora.alpha or lora.rank) * scale)
 

@@ -207,6 +207,11 @@ class Policy:
         options = {"grid": acting["grid"], **options} if "grid" in acting else options
         if steps is None:
             steps = default_steps(run)
+        elif run.objective.sampler is None:
+            drawn = type(run.objective).__name__
+            raise ValueError(
+                f"steps: given {steps}, which has no effect on {drawn}: it draws in one pass; leave it out"
+            )
         elif steps != acting.get("steps", steps):
             logger.warning(f"steps: given {steps}, but {run.directory.name} was fine-tuned with {acting['steps']}")
         if run.objective.sampler is not None:
