@@ -24,7 +24,7 @@ from genkit.core.messages import warn_once
 from genkit.core.tensors import sha256, to_tensors
 from genkit.training.checkpoint import first_damage
 from genkit.training.directory import step_of
-from genkit.training.power_ema import PREFIX, average_names, combine_profiles
+from genkit.training.power_ema import PREFIX, average_names, combine_profiles, slowest_key, width_of
 
 if TYPE_CHECKING:
     from genkit.training.settings import TrainSettings
@@ -120,3 +120,21 @@ def reconstruct(run: Path, checkpoint: Path, settings: TrainSettings, width: flo
     with atomic_write(target) as part:
         save_file({key: value.to(dtypes[key]).contiguous() for key, value in total.items()}, part)
     return target
+
+
+def weights_file(cfg: TrainSettings, ema: str | None) -> str:
+    """The file of a checkpoint that holds this average. ``ValueError`` names those that exist."""
+    kept = [*map(str, sorted(cfg.ema)), *average_names(cfg.power_ema)]
+    if ema is None:
+        slowest = slowest_key([*cfg.ema, *average_names(cfg.power_ema)])
+        ema = "none" if slowest is None else str(slowest)
+    if ema != "none" and ema not in kept:
+        further = f", {PREFIX}WIDTH of any width" if cfg.power_ema else ""
+        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*kept, 'none'])}{further}")
+    return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
+
+
+def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
+    """The width of a power-function average that the run did not keep, but can reconstruct; None for any other."""
+    width = None if ema is None or not cfg.power_ema else width_of(ema)
+    return None if width in cfg.power_ema else width

@@ -32,8 +32,8 @@ from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
 from genkit.training.init_sources import find_source
 from genkit.training.pipelines import Pipeline, read_pipeline, set_text_nulls
-from genkit.training.post_hoc_ema import reconstruct
-from genkit.training.power_ema import PREFIX, average_names, slowest_key, width_of
+from genkit.training.post_hoc_ema import reconstruct, reconstructed_width, weights_file
+from genkit.training.power_ema import PREFIX
 from genkit.training.precision import Precision, use_codec_precision, with_networks
 from genkit.training.ranks import SINGLE, Ranks
 from genkit.training.samples import Samples, count_calls, draw_batches
@@ -147,6 +147,7 @@ class Run:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
+                sampling.refuse_for_scale_input()
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
                 return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
         opened = {} if weak or classifier else self.open_references(sampling)
@@ -329,24 +330,6 @@ def sample(
     """Draw ``n`` samples from a run, or from the directory of one; ``options`` are those of :meth:`Run.sample`."""
     opened = run if isinstance(run, Run) else load_run(run, ema=ema, step=step, device=device)
     return opened.sample(n, sampling, **options)
-
-
-def weights_file(cfg: TrainSettings, ema: str | None) -> str:
-    """The file of a checkpoint that holds this average. ``ValueError`` names those that exist."""
-    kept = [*map(str, sorted(cfg.ema)), *average_names(cfg.power_ema)]
-    if ema is None:
-        slowest = slowest_key([*cfg.ema, *average_names(cfg.power_ema)])
-        ema = "none" if slowest is None else str(slowest)
-    if ema != "none" and ema not in kept:
-        further = f", {PREFIX}WIDTH of any width" if cfg.power_ema else ""
-        raise ValueError(f"ema: given {ema}; this run has: {', '.join([*kept, 'none'])}{further}")
-    return "nets.safetensors" if ema == "none" else f"ema-{ema}.safetensors"
-
-
-def reconstructed_width(cfg: TrainSettings, ema: str | None) -> float | None:
-    """The width of a power-function average that the run did not keep, but can reconstruct; None for any other."""
-    width = None if ema is None or not cfg.power_ema else width_of(ema)
-    return None if width in cfg.power_ema else width
 
 
 def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> Path:
