@@ -180,6 +180,9 @@ class Objective(ABC):
     ``{label}`` the options that ask for a class and a caption, and ``{path}`` the name of the objective's path"""
     rows_interact: ClassVar[bool] = False
     """whether a sample's loss depends on the others of its micro-batch, and so on how a batch is split"""
+    replaces_weights: ClassVar[bool] = False
+    """whether :meth:`after_step` puts other weights into a network that is trained, which an optimizer with an average
+    of its own (schedule-free) would not learn of"""
     needs_whole_networks: ClassVar[bool] = False
     """whether its loss differentiates a gradient, or reads a weight outside of a pass: sharded networks then stay whole
     from the first pass of a step to its last"""
@@ -286,6 +289,12 @@ class Objective(ABC):
     def weighs_places(self) -> bool:
         """Whether its loss weighs the places of a sample by ``Batch.place_weight``."""
         return False
+
+    @property
+    def reference_runs(self) -> Mapping[str, str]:
+        """Runs besides ``--init`` whose predictions it learns from, by the setting that names them. Training refuses
+        those of other samples."""
+        return {}
 
     @property
     def needs_pairs(self) -> bool:

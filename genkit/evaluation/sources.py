@@ -408,7 +408,7 @@ def weights_settings(run: Run, weights_sha256: str) -> dict[str, Any]:
         "ema": average_name(run.weights),
         "weights": run.weights,
         "weights_sha256": weights_sha256,
-        **({"adapter": run.adapter} if run.adapter else {}),
+        **({"adapter": adapter} if (adapter := run.describe_adapter()) else {}),
     }
 
 
@@ -437,4 +437,5 @@ def reference_settings(reference: SampleSource) -> dict[str, Any]:
 def hash_weights(run: Run) -> str:
     """The sha256 of the file that a run's networks were loaded from; with an adapter, of both."""
     digest = sha256(run.directory / run.weights)
-    return hashlib.sha256(f"{digest} {run.adapter}".encode()).hexdigest() if run.adapter else digest
+    adapter = run.describe_adapter()
+    return hashlib.sha256(f"{digest} {adapter}".encode()).hexdigest() if adapter else digest

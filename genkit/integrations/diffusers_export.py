@@ -12,6 +12,7 @@ from torch import nn
 
 from genkit.backbones.diffusers import Diffusers, DiffusersDenoiser, NetworkConfig, diffusers_class
 from genkit.backbones.encoded_text import EncodedText
+from genkit.backbones.lora import GuidanceLoRA
 from genkit.config.numbers import Natural
 from genkit.config.paths import PathText
 from genkit.core import Objective
@@ -93,7 +94,10 @@ def refusal(reason: str) -> ValueError:
 
 
 def single_network(run: Run) -> DiffusersDenoiser:
-    """The run's network. ``ValueError`` if it is not one of diffusers."""
+    """The run's network. ``ValueError`` if it is not one of diffusers, or has an adapter that is not merged into it."""
+    if isinstance(run.config.lora, GuidanceLoRA):
+        raise refusal("diffusers has no adapter that takes the scale of guidance as an input; export the run that it "
+                      "adapts")  # fmt: skip
     networks = [net for net in run.nets.values() if isinstance(net, DiffusersDenoiser)]
     if len(networks) != 1:
         name = type(run.config.backbone).__name__

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from genkit import config
-from genkit.backbones.lora import LoRA
+from genkit.backbones.lora import GuidanceLoRA, LoRA
 from genkit.config import table, to_yaml
 from genkit.config.numbers import CheckpointStep
 from genkit.config.paths import PathText
@@ -44,17 +44,31 @@ class ExportFormat(ABC):
 
 @dataclass(frozen=True)
 class StandaloneRun(ExportFormat):
-    """A run with one checkpoint of the exported weights only; a LoRA is merged into its base."""
+    """A run with one checkpoint of the exported weights only; a LoRA is merged into its base, and an adapter of
+    guidance, which cannot be, is stored beside it."""
 
     def write(self, run: Run, folder: Path) -> list[str]:
-        cfg = replace(run.config, ema=(), lora=LoRA(), base_dtype="fp32", quantize=None, init=None)
+        lora = LoRA()
+        if isinstance(run.config.lora, GuidanceLoRA):
+            lora = scaled_adapter(run.config.lora, run.adapter_scale)
+        cfg = replace(run.config, ema=(), power_ema=(), lora=lora, base_dtype="fp32", quantize=None, init=None)
         write_run(folder, cfg, run.nets, run.spec, run.codec, run.step)
         for name in USED_WITH:
-            if (run.directory / name).is_file():
-                shutil.copyfile(run.directory / name, folder / name)
+            if file := run.file_used_with(name):
+                shutil.copyfile(file, folder / name)
         if isinstance(run.codec, LearnedCodec):
             shutil.copytree(run.directory / "codec", folder / "codec")
         return ["genkit sample {out}", "python -c \"import genkit; run = genkit.load('{out}')\""]
+
+
+def scaled_adapter(lora: GuidanceLoRA, scale: float) -> GuidanceLoRA:
+    """The settings of an adapter of guidance whose change is ``scale`` times as large. ``ValueError`` unless it is
+    positive."""
+    if not scale > 0:
+        raise ValueError(f"lora_scale: given {scale:g}; an adapter of guidance needs a scale above 0, or export the "
+                         "run that it adapts")  # fmt: skip
+    assert lora.rank is not None
+    return lora if scale == 1 else replace(lora, alpha=(lora.alpha or lora.rank) * scale)
 
 
 def write_run(

@@ -46,6 +46,9 @@ class ToLoRA(ExportFormat):
         cfg, family = run.config.lora, run.config.backbone
         if type(cfg) is not LoRA or not cfg.active or cfg.rank is None:
             raise ValueError(f"export: {run.directory.name} is no LoRA run; train one: --init RUN --lora.rank 8")
+        if run.adapter is not None:
+            raise ValueError(f"lora: given {run.adapter.place}, but --to lora writes the adapter of "
+                             f"{run.directory.name} alone; leave it out, or --to run writes both, merged")  # fmt: skip
         single_network(run)
         assert isinstance(family, Diffusers)
         if isinstance(run.objective, Flow) and family.clock == "index":
@@ -58,7 +61,7 @@ class ToLoRA(ExportFormat):
             raise ValueError(f"to.layout: kohya's names are for a U-Net, this is a {family.model.class_name}; "
                              "take diffusers")  # fmt: skip
         stored = load_file(run.directory / run.weights)
-        change = rename(stored, (cfg.alpha or cfg.rank) / cfg.rank)
+        change = rename(stored, run.adapter_scale * (cfg.alpha or cfg.rank) / cfg.rank)
         tensors = {f"{part}.{k}": v for k, v in change.items()} if self.layout == "diffusers" else to_kohya(change)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata={"format": "pt"})
         return ["pipe.load_lora_weights('{out}')", "genkit sample RUN --lora {out}"]

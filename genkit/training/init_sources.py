@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.config.trust import require_trust
 from genkit.core import Objective
+from genkit.objectives.matching.matching import Matching
 from genkit.training.directory import find_run
-from genkit.training.settings import TrainSettings
+from genkit.training.settings import TrainSettings, stored_settings
 
 if TYPE_CHECKING:
     from genkit.training.pipelines import Pipeline
@@ -99,5 +100,18 @@ def canonical_init(init: str) -> str:
 def init_notes(init: str, objective: Objective) -> list[str]:
     """Remarks for the user about training these weights by another objective than their own."""
     source, where = find_source(init)
-    note = source.init_note(where, objective) if source else None
+    note = source.init_note(where, objective) if source else change_of_meaning(init, objective)
     return [note] if note else []
+
+
+def change_of_meaning(init: str, objective: Objective) -> str | None:
+    """A remark if the network of the run ``init`` predicts something else, or on another path, than ``objective``
+    takes its output for."""
+    theirs = stored_settings(find_run(init)).objective
+    if not isinstance(theirs, Matching) or not isinstance(objective, Matching):
+        return None
+    before, after = ((m.parametrization, m.path) for m in (theirs, objective))
+    if before == after:
+        return None
+    trained, taken = (f"{type(prediction).__name__} on the path {path}" for prediction, path in (before, after))
+    return f"{init} was trained to predict {trained}; continuing with {taken}: at first its output means something else"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from genkit import config
 from genkit.backbones import lora
 from genkit.backbones.embed import scalar_keys
-from genkit.config import load_object
 from genkit.config.numbers import CheckpointStep
 from genkit.config.trust import TRUSTED
 from genkit.core import Batch, Cond, Denoiser, Generator, Guidance, Objective, Spec, spec_from_dict
 from genkit.core.device import pick_device
 from genkit.core.progress import Progress, reporting
-from genkit.core.tensors import load_tensors, sha256, to_tensors
+from genkit.core.tensors import load_tensors, to_tensors
 from genkit.data import codecs
 from genkit.diffusion.guidance import compose
 from genkit.diffusion.samplers import Seeds, bind
 from genkit.objectives import Classifier
+from genkit.training.adapters import MergedAdapter, merge_adapter
 from genkit.training.averages import reconstructed_width, weights_file
-from genkit.training.base_weights import read_base
+from genkit.training.base_weights import BASE_FILE, read_base
 from genkit.training.checkpoint import find_intact_checkpoint, read_tensors
 from genkit.training.directory import find_run, read_state, step_of
 from genkit.training.first_stage import FirstStage, codec_from_dict, foreign_stage, require_fit, run_stage
@@ -66,8 +66,21 @@ class Run:
     weights: str
     """the file that the networks came from, relative to the directory"""
     device: torch.device
-    adapter: str = ""
-    """what was added to these weights: a LoRA, its strength and its sha256; "" for nothing"""
+    adapter: MergedAdapter | None = field(default=None, kw_only=True)
+    """a further LoRA that was merged into the weights"""
+    adapter_scale: float = field(default=1.0, kw_only=True)
+    """scale of the adapter of a LoRA run itself"""
+
+    def file_used_with(self, name: str) -> Path | None:
+        """The file ``name`` (of ``USED_WITH``), by which the weights are used: that of the adapter, if one was merged
+        into them and has it, else the run's own; None if there is none."""
+        places = [self.adapter.place, self.directory] if self.adapter else [self.directory]
+        return next((place / name for place in places if (place / name).is_file()), None)
+
+    def describe_adapter(self) -> str:
+        """What changes the weights that were loaded: a further LoRA, another scale of the run's own; "" for nothing."""
+        own = "" if self.adapter_scale == 1 else f"its own LoRA at {self.adapter_scale:g}"
+        return self.adapter.describe() if self.adapter else own
 
     @property
     def objective(self) -> Objective:
@@ -143,6 +156,7 @@ class Run:
                 kind = type(self.objective).__name__
                 raise ValueError(f"{unused[0]}: has no effect on {kind}, which draws in one pass; leave it out")
             if learned and sampling.guidance != 1:
+                sampling.refuse_for_scale_input()
                 generate = generate_at_scale(self.objective.generator(self.nets), sampling.guidance, *learned)
                 return with_networks(generate, self.nets, sampling.precision, self.device, sampling.compile)
         opened = self.open_references(sampling, weak, classifier)
@@ -295,21 +309,22 @@ def load_run(
     nets = cfg.objective.networks(cfg.backbone, spec)
     if adapter_scale is not None and adapter is None and not cfg.lora.active:
         raise ValueError(f"lora_scale: given {adapter_scale}, but {run.name} is no LoRA run; name one with --lora RUN")
-    strength, added = 1.0 if adapter_scale is None else adapter_scale, ""
-    if cfg.lora.active:
+    strength = 1.0 if adapter_scale is None else adapter_scale
+    own = strength if adapter is None else 1.0
+    if isinstance(cfg.lora, lora.GuidanceLoRA) and not (run / BASE_FILE).is_file():  # exported, with its base
+        lora.thaw(lora.adapt(nets, cfg.lora, own))
+        load_tensors(nets, tensors, weights)
+    elif cfg.lora.active:
         load_lora_base(nets, run)
-        own = strength if adapter is None else 1.0
         lora.merge(nets, cfg.lora, tensors, weights, own)
-        added = "" if own == 1 else f"its own LoRA at {own:g}"
     else:
         load_tensors(nets, tensors, weights)
-    if adapter is not None:
-        file_merged = merge_adapter(nets, adapter, strength)
-        added = f"{adapter} at {strength:g}, sha256 {sha256(file_merged)}"
+    further = None if adapter is None else merge_adapter(nets, adapter, strength)
     for net in nets.values():
         net.to(target).eval().requires_grad_(False)
     codec = codec_from_dict(record["codec"], run / "codec", target)
-    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target, added)
+    return Run(run, cfg, nets, spec, codec, record["step"], str(weights.relative_to(run)), target,
+               adapter=further, adapter_scale=own)  # fmt: skip
 
 
 load = load_run  # its name in the public API, genkit.load
@@ -330,25 +345,6 @@ def sample(
     return opened.sample(n, sampling, **options)
 
 
-def merge_adapter(nets: Mapping[str, nn.Module], adapter: str | Path, strength: float = 1.0) -> Path:
-    """Add a LoRA run's slowest average, or the change in a LoRA file, to the weights of ``nets``, in place.
-
-    Returns the file.
-    """
-    if str(adapter).endswith(".safetensors"):
-        path = Path(adapter).expanduser()
-        load_object(MERGE_LORA_FILE)(nets, path, strength)
-        return path
-    other = find_run(adapter)
-    cfg = stored_settings(other)
-    if not cfg.lora.active:
-        raise ValueError(f"lora: given {adapter}, which is no LoRA run; train one: --init RUN --lora.rank 8")
-    file = weights_file(cfg, None)
-    checkpoint = find_intact_checkpoint(other, None, file)
-    lora.merge(nets, cfg.lora, read_tensors(checkpoint, file), checkpoint / file, strength)
-    return checkpoint / file
-
-
 def open_reference(run: Run, name: str) -> Run:
     """A second model for sampling from ``run``: a run directory, or ``ema:DECAY``, ``step:N``, ``step:best`` of it."""
     device = run.device.type
@@ -366,9 +362,6 @@ def average_name(weights: str) -> str:
 
 
 # ------------------------------------------------------------------------------- starting from other weights, LoRA
-MERGE_LORA_FILE = "genkit.integrations.lora_files:merge_lora_file"  # of a higher room, imported on demand
-
-
 def init_from(
     nets: Mapping[str, nn.Module],
     init: str | Path,

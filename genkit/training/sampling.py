@@ -46,6 +46,7 @@ GRID_NAMES = {**GRIDS, PIPELINE_GRID: None}
 GridName = Annotated[str, NameIn("genkit.training.sampling:GRID_NAMES")]
 Classes = int | str | Sequence[int | str] | Tensor
 """A class by number or name, or several in turn."""
+ALIKE = 0.01  # of the largest number of a codec, by which those of another may differ
 BOUNDED_CODECS = (codecs.Pixels, codecs.MinMax)  # whose samples lie in [-1, 1] in the model's units
 
 
@@ -148,6 +149,15 @@ class Sampling:
                 continue  # refused below without guidance
             if getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}: has no effect on {model}, which draws in one pass; leave it out")
+
+    def refuse_for_scale_input(self) -> None:
+        """``ValueError`` for the first setting of guidance that has no effect on a model which draws in one pass and
+        takes the scale as an input."""
+        idle = {"rule": self.guidance_rule != LINEAR, "passes": self.guidance_passes is not None,
+                "autoguide": self.autoguide is not None,
+                "classifier_scale": self.classifier_scale is not None}  # fmt: skip
+        if given := [name for name, used in idle.items() if used]:
+            raise ValueError(f"{given[0]}: has no effect on a model that takes the guidance scale as an input")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +278,7 @@ def takes_interval(objective: Objective) -> bool:
 
 def knows_null(objective: Objective) -> bool:
     """Whether conditions were dropped in training, so that the learned null embedding means something."""
-    return not isinstance(objective, Matching) or objective.cond_dropout > 0 or objective.cond_dropout_each > 0
+    return not isinstance(objective, Matching) or objective.knows_null
 
 
 def same_weights(a: Run, b: Run) -> bool:
@@ -299,11 +309,16 @@ def add_classifier(run: Run, classifier: Run, scale: float) -> Guidance:
 
 def require_same_samples(option: str, run: Run, other: Run) -> None:
     """``ValueError`` if ``other`` models other samples than ``run``: another shape, or another codec."""
-    ours, theirs = ((r.spec.shape, codecs.to_dict(r.codec)) for r in (run, other))
-    if ours != theirs:
+    require_same_units(option, (run.spec, run.codec), (other.spec, other.codec))
+
+
+def require_same_units(option: str, ours: tuple[Spec, Codec], theirs: tuple[Spec, Codec]) -> None:
+    """``ValueError`` if samples of two models have another shape, or are encoded otherwise."""
+    (shape, codec), (other_shape, other_codec) = ((spec.shape, codecs.to_dict(code)) for spec, code in (ours, theirs))
+    if shape != other_shape or not encodes_alike(codec, other_codec):
         raise ValueError(
-            f"{option}: was trained on samples {theirs[0]} by {theirs[1]['name']}, this model on {ours[0]} by "
-            f"{ours[1]['name']}, or by other settings; both need the same data"
+            f"{option}: was trained on samples {other_shape} by {other_codec['name']}, this model on {shape} by "
+            f"{codec['name']}, or by other settings; both need the same data"
         )
 
 
@@ -312,6 +327,30 @@ def as_count(n: object) -> int:
     if isinstance(n, bool) or not isinstance(n, SupportsIndex) or int(n) < 1:
         raise ValueError(f"n: given {n!r:.60}; needs a whole number from 1")
     return int(n)
+
+
+def encodes_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two stored codecs give samples the same meaning: numbers that were measured of the data may differ by a
+    hundredth, and latents may be drawn or their mean."""
+    (texts, numbers), (other_texts, other_numbers) = (split_numbers(codec) for codec in (a, b))
+    if texts != other_texts or len(numbers) != len(other_numbers):
+        return False
+    bound = ALIKE * max(map(abs, numbers), default=0.0)
+    return all(abs(x - y) <= bound for x, y in zip(numbers, other_numbers, strict=True))
+
+
+def split_numbers(codec: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """What a stored codec says in words, and its numbers in order."""
+    texts: dict[str, Any] = {}
+    numbers: list[float] = []
+    for name, value in codec.items():
+        if name in ("posterior", "measured"):
+            continue
+        if isinstance(value, list | tuple) and value and all(isinstance(v, float) for v in value):
+            numbers += value
+        else:
+            texts[name] = value
+    return texts, numbers
 
 
 def class_numbers(kind: Label, given: Classes, n: int, option: str = "label") -> Tensor:

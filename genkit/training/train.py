@@ -36,7 +36,7 @@ from genkit.training.descriptions import describe_start, summary
 from genkit.training.directory import create_run, find_run, list_checkpoints, read_state, rewind_log, slug
 from genkit.training.distributed import create_sharding, join_ranks
 from genkit.training.first_stage import LatentCodec, canonical_first_stage
-from genkit.training.init_sources import canonical_init, require_start
+from genkit.training.init_sources import canonical_init, find_source, require_start
 from genkit.training.initial_networks import initial_networks, require_shapes
 from genkit.training.latents import encode_data
 from genkit.training.lock import RunLock
@@ -65,7 +65,8 @@ from genkit.training.resume import (
     resume_point,
     settings_difference,
 )
-from genkit.training.run import Run
+from genkit.training.run import Run, load_run
+from genkit.training.sampling import require_same_units
 from genkit.training.schedules import warmup_steps
 from genkit.training.session import Recorder, Session, Watch, environment, tracker_names
 from genkit.training.settings import TrainSettings, stored_settings
@@ -306,6 +307,8 @@ def build_model(
         dataset = settings.data.load("train")
     data = encode_data(settings, dataset, accelerator, resumed if checkpoint else None)
     settings = resolve(settings, accelerator, data, resumed)
+    if not resumed:
+        require_reference_samples(settings, data)
     nets, origin = initial_networks(settings, accelerator.device, data, resumed if checkpoint else None, notes)
     require_shapes(settings, dataset, data.codec, nets, accelerator.device)
     state = initial_state(settings.objective, nets, settings, create_sharding(settings, accelerator))
@@ -314,6 +317,17 @@ def build_model(
     if settings.objective.needs_pairs:
         paired_source(stream(0, 0, 0, 1))
     return UntrainedModel(settings, dataset, data, state, stream, origin)
+
+
+def require_reference_samples(settings: TrainSettings, data: Data) -> None:
+    """``ValueError`` if a run that the objective learns from models other samples than ``data``, so that its
+    predictions would mean something else."""
+    references = dict(settings.objective.reference_runs)
+    if settings.objective.starts_from and settings.init and find_source(settings.init)[0] is None:
+        references["init"] = settings.init
+    for option, name in references.items():
+        run = load_run(name, device="cpu")
+        require_same_units(option, (data.spec, data.codec), (run.spec, run.codec))
 
 
 def choose_best(settings: TrainSettings, measurements: Mapping[str, PeriodicMeasurement]) -> BestCheckpoint | None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from genkit.cli import main as cli
 from genkit.core.tensors import sha256
+from genkit.integrations.export import export
 from genkit.training.checkpoint import find_checkpoint
 from genkit.training.run import load_run
 from tests.support.pipelines import largest, our_picture, their_picture
@@ -126,3 +127,16 @@ def test_files_that_do_not_fit_are_refused(run_of, lora_run, tmp_path, capsys):
     assert cli.main(["export", str(lora_run("sd3")), *kohya]) == 2
     assert "kohya's names are for a U-Net" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_the_file_has_the_scale_that_was_asked_for_and_no_other_adapter(lora_run, tmp_path):
+    run = lora_run("sd")
+    parts = {}
+    for scale in (1.0, 0.5):
+        file = tmp_path / f"{scale}.safetensors"
+        assert cli.main(["export", str(run), str(file), "--to", "lora", "--lora-scale", str(scale)]) == 0
+        parts[scale] = load_file(file)
+    for key, value in parts[1.0].items():
+        torch.testing.assert_close(parts[0.5][key], value * (0.5 if ".lora_B." in key else 1.0))
+    with pytest.raises(ValueError, match=r"writes the adapter of .* alone"):
+        export(run, tmp_path / "further", to="lora", lora=str(tmp_path / "1.0.safetensors"))

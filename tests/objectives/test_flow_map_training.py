@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from genkit.backbones import MLP, DiT, UNet
 from genkit.cli.main import main
 from genkit.core import Batch, Draw, Label, Spec
 from genkit.core.links import set_link
-from genkit.data.codecs import Identity
+from genkit.data.codecs import Identity, Standardize
 from genkit.data.toy import Moons
 from genkit.diffusion.guidance import classifier_free
 from genkit.diffusion.samplers import Seeds, bind
@@ -27,6 +28,7 @@ from genkit.rl.policies.policy import Policy
 from genkit.training.directory import read_log
 from genkit.training.loop import fit, initial_state
 from genkit.training.run import load_run
+from genkit.training.sampling import require_same_units
 from genkit.training.settings import TrainSettings
 from tests.support.objectives import train
 from tests.support.ranks import on_two_ranks
@@ -177,6 +179,55 @@ def test_a_teacher_of_other_samples_or_another_path_is_refused(teacher):
     with pytest.raises(ValueError, match="teacher: given one trained on"):
         FlowMap(teacher=str(teacher), path=Cosine()).setup(Spec((2,)))
     assert load_teacher.cache_info().currsize >= 0
+
+
+MISFITS = {  # arguments of the teacher and of the map, and what is wrong with them
+    "null": (["--objective.cond-dropout=0"], [], "never trained without its conditions.* --objective.cond-dropout 0"),
+    "guided": (["--objective.cond-dropout=0"], ["--objective.teacher-guidance=2", "--objective.cond-dropout=0"],
+               "nothing to guide away from"),
+    "fewer": (["--data.no-labels"], [], r"conditions none; the data have label \(2 classes\)"),
+    "more": ([], ["--data.no-labels"], r"conditions label \(2 classes\); the data have none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_teacher_that_would_be_asked_what_it_never_learned_is_refused(name, tmp_path, capsys):
+    of_teacher, of_map, message = MISFITS[name]
+    teacher = run_of(tmp_path / "teacher", "--objective=flow", "--steps=1", *of_teacher)
+    capsys.readouterr()
+    command = [*SMALL, "--objective=flow-map", f"--objective.teacher={teacher}", f"--out={tmp_path}", "--steps=1"]
+    assert main([*command, *of_map]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_teacher_without_null_is_learned_from_with_all_conditions(tmp_path):
+    teacher = run_of(tmp_path / "teacher", "--objective=flow", "--steps=1", "--objective.cond-dropout=0")
+    run_of(
+        tmp_path, "--objective=flow-map", f"--objective.teacher={teacher}", "--steps=1", "--objective.cond-dropout=0"
+    )
+
+
+@pytest.mark.parametrize("objective", ["flow-map", "dmd"])
+def test_predictions_of_samples_in_other_units_are_not_learned_from(objective, tmp_path, capsys):
+    small = ["train", "--data=four-ways", "--data.n=20", "--backbone.width=16", "--backbone.depth=1", "--batch=8",
+             "--steps=1", "--device=cpu", "--sample-every=0", "--no-tensorboard", f"--out={tmp_path}"]  # fmt: skip
+    assert main([*small, "--objective=flow"]) == 0
+    run = (tmp_path / "latest").resolve()
+    option, given = ("teacher", "--objective.teacher") if objective == "flow-map" else ("init", "--init")
+    command = [*small, f"--objective={objective}", "--objective.cond-dropout=0", f"{given}={run}"]
+    command = [c for c in command if objective == "flow-map" or "cond-dropout" not in c]
+    assert main([*command, "--data.scaling=standardize"]) == 2
+    assert f"{option}: was trained on samples" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_units_that_were_measured_again_are_the_same():
+    spec, codec = Spec((2,)), Standardize((1.0, -1.0), (2.0, 3.0))
+    for near in (codec, Standardize((1.001, -1.0), (2.0, 3.001))):
+        require_same_units("init", (spec, codec), (spec, near))
+    for other in (Standardize((1.1, -1.0), (2.0, 3.0)), Identity()):
+        with pytest.raises(ValueError, match="init: was trained on samples"):
+            require_same_units("init", (spec, codec), (spec, other))
 
 
 # -------------------------------------------------------------------------------------------------- what is learned

@@ -14,6 +14,7 @@ from genkit.core import SCALE_INPUT, Batch, Draw, Label, Spec
 from genkit.diffusion.guidance import classifier_free, scale_input
 from genkit.diffusion.paths import Cosine, chart
 from genkit.diffusion.samplers import bind
+from genkit.integrations.export import export
 from genkit.objectives import DDPM, EDM, Flow, GuidanceDistillation
 from genkit.objectives.matching.guidance_distillation import MIN_TAU
 from genkit.training.sampling import Sampling
@@ -264,3 +265,23 @@ def test_one_pass_draws_what_guidance_draws_in_two(base, tmp_path, capsys):
     ours, theirs = (dict(run.nets["net"].named_parameters()) for run in (half, resumed))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_an_exported_run_needs_no_base_and_is_guided_as_before(scale, tmp_path):
+    base = train(data={"name": "8gaussians", "n": 64}, backbone={"name": "mlp", "width": 8}, steps=2, batch=8,
+                 workers=0, tensorboard=False, sample_every=0, out=str(tmp_path))  # fmt: skip
+    run = distill(base, rank=2, steps=3, batch=8, lr=0.1, points=2, out=str(tmp_path))
+    out = tmp_path / "exported"
+    export(run.directory, out, to="run", lora_scale=scale)
+    loaded = load(run.directory, device="cpu", adapter_scale=scale)
+    for folder in (base.directory, run.directory):
+        folder.rename(tmp_path / f"moved-{folder.name}")
+    exported = load(out, device="cpu")
+    for guidance in (1.0, 3.0):
+        expected = loaded.sample(4, sampler="ddim", steps=2, guidance=guidance).x
+        assert torch.equal(exported.sample(4, sampler="ddim", steps=2, guidance=guidance).x, expected)
+    assert not torch.equal(loaded.sample(4, sampler="ddim", steps=2).x, expected), "the adapter has no effect"
+    assert main(["info", str(out)]) == 0
+    with pytest.raises(ValueError, match="needs a scale above 0"):
+        export(out, tmp_path / "off", to="run", lora_scale=0)

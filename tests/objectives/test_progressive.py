@@ -5,7 +5,7 @@ import torch
 
 from genkit import distill, load, train
 from genkit.core import Batch, Draw, Prediction
-from genkit.diffusion.guidance import classifier_free
+from genkit.diffusion.guidance import APG, classifier_free
 from genkit.diffusion.paths import PATHS, VP, Cosine, chart
 from genkit.diffusion.samplers import bind
 from genkit.objectives import DDPM, EDM, Flow, ProgressiveDistillation
@@ -214,3 +214,30 @@ def test_a_run_to_learn_from_is_needed_and_must_be_what_of_says(base, tmp_path):
     with pytest.raises(ValueError, match="given GuidanceDistillation, whose steps cannot be distilled"):
         train(objective=name, init=str(adapter.directory), **how)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture(scope="module")
+def hardly_trained(tmp_path_factory):
+    return train(data={"name": "8gaussians", "n": 64}, backbone={"name": "mlp", "width": 8}, steps=1, batch=8,
+                 workers=0, tensorboard=False, sample_every=0, out=str(tmp_path_factory.mktemp("short")))  # fmt: skip
+
+
+def short_student(base, **changes):
+    return train(init=str(base.directory), objective={"name": "progressive-distillation", "guidance": 3.0},
+                 backbone=base.config.backbone, data=base.config.data, steps=1, batch=8, workers=0, tensorboard=False,
+                 sample_every=0, out=str(base.directory.parent), **changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("idle", [{"guidance_rule": APG()}, {"guidance_passes": "apart"}, {"classifier_scale": 2.0},
+                                  {"autoguide": "ema:none"}])  # fmt: skip
+def test_options_of_guidance_that_a_learned_scale_passes_over_are_refused(hardly_trained, idle):
+    run = short_student(hardly_trained)
+    assert run.sample(2, guidance=2.0).x.shape == (2, 2)
+    with pytest.raises(ValueError, match="has no effect"):
+        run.sample(2, guidance=2.0, **idle)
+
+
+def test_an_optimizer_with_an_average_of_its_own_is_refused(hardly_trained):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(ValueError, match="optimizer: schedule-free averages the weights of the whole training"):
+        short_student(hardly_trained, optimizer="schedule-free")

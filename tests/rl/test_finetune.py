@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -198,3 +199,22 @@ def test_bad_requests_of_images_in_one_line(digits, tmp_path, argv, message):
 def test_labels_have_no_effect_in_an_environment(policy, tmp_path):
     with pytest.raises(ValueError, match="label, unconditional: have no effect in an environment"):
         finetune([str(policy), "--label", "3", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        *(([option, *HEIGHT], f"{name}: given 3, which has no effect if the reward is a function")
+          for name in ("num_envs", "workers", "num_steps", "act_steps", "checkpoint_eval_episodes", "patience")
+          for option in [f"--{name.replace('_', '-')}=3"]),
+        (["--method.gae-lambda=0.5", *HEIGHT], "method.gae_lambda: given 0.5, which has no effect"),
+        (["--method.critic-batch=5", *HEIGHT], "method.critic_batch: given 5, which has no effect"),
+        (["--samples=64"], "samples: given 64, which has no effect in an environment"),
+        (["--group=8"], "group: given 8, which has no effect in an environment"),
+        (["--patience=3"], "patience: given 3, but no checkpoint is evaluated"),
+    ],
+)  # fmt: skip
+def test_settings_without_an_effect_are_refused(policy, tmp_path, args, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        finetune([str(policy), "--out", str(tmp_path), *args])
+    assert not [*tmp_path.iterdir()]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from genkit.cli.commands.finetune import main as finetune
 from genkit.cli.commands.train import main as train
@@ -91,3 +92,20 @@ def test_a_damaged_record_is_refused(tuned):
     with pytest.raises(ValueError, match="is damaged"):
         Policy.load(tuned)
     file.write_text(content)
+
+
+def test_an_exported_model_acts_as_the_adapter_that_was_merged_into_it(policy, tmp_path):
+    pytest.importorskip("peft")
+    finetune([str(policy), "--lora.rank", "2", "--steps", "2", "--act-steps", "1", "--iterations", "1",
+              "--num-envs", "4", "--num-steps", "2", "--eval-episodes", "0", "--no-tensorboard", "--device=cpu",
+              "--out", str(tmp_path / "adapters")])  # fmt: skip
+    adapter = find_run(tmp_path / "adapters" / "latest")
+    export(policy, tmp_path / "out", to="run", lora=str(adapter))
+    assert (Policy.load(tmp_path / "out").steps, Policy.load(tmp_path / "out").act_steps) == (2, 1)
+    export(policy, tmp_path / "policy.pt", to="torchscript", lora=str(adapter))
+    graph = torch.jit.load(tmp_path / "policy.pt")
+    spec = Policy.load(policy).run.spec
+    noise, obs = torch.zeros(1, *spec.shape), torch.zeros(1, *spec.cond["obs"].shape)
+    assert graph(noise, obs).shape[1] == 1
+    export(policy, tmp_path / "base", to="run")
+    assert Policy.load(tmp_path / "base").steps == 4

@@ -5,6 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
+from genkit.cli.main import main
+from genkit.integrations.export import export
 from genkit.rl.policies.rollout import Rollouts, RolloutSettings, rollout
 
 
@@ -59,3 +61,25 @@ def test_a_file_name_holds_every_setting(policy):
     named = [Rollouts(first.policy, first.env, first.episodes, s, 1.0).name for s in long]
     assert named[0] != named[1]
     assert all(len(name) < 200 and "/" not in name for name in [*named, *names])
+
+
+@pytest.mark.parametrize(
+    ("change", "owner"),
+    [({"expectile": 0.9}, "--offline-q"), ({"gamma": 0.5}, "--fit-q"), ({"pair_episodes": 3}, "--pairs"),
+     ({"prefer": "success"}, "--pairs"), ({"ensemble_decay": 0.5}, "--execution ensemble"),
+     ({"guidance_limit": 3.0, "execution": "ensemble"}, "--execution real-time")],
+)  # fmt: skip
+def test_settings_without_an_effect_are_refused(policy, change, owner):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"{name}: given .* which has no effect without {owner}"):
+        rollout(policy, episodes=2, **change)
+
+
+def test_steps_of_a_policy_that_draws_in_one_pass_are_refused(tmp_path):
+    argv = ["train", "--data=four-ways", "--data.n=20", "--objective=regression", "--backbone.width=8", "--steps=1",
+            "--batch=8", "--device=cpu", "--no-tensorboard", f"--out={tmp_path}"]  # fmt: skip
+    assert main(argv) == 0
+    with pytest.raises(ValueError, match="steps: given 8, which has no effect on Regression"):
+        rollout(tmp_path / "latest", episodes=2, steps=8)
+    with pytest.raises(ValueError, match="steps: given 8, which has no effect on Regression"):
+        export(tmp_path / "latest", tmp_path / "policy.pt", to={"name": "torchscript", "steps": 8})

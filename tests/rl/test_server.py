@@ -4,7 +4,9 @@ import json
 import runpy
 import socket
 import struct
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,6 +127,35 @@ def test_no_more_clients_than_allowed_and_addresses_that_are_taken(policy, capsy
         assert cli(["serve", str(policy), "--port", str(server.address[1])]) == 2
         assert "cannot be had" in capsys.readouterr().err
     refuses(lambda: open_server(policy, port=0, delay=9, execution="real-time", act_steps=8), "delay: given 9", "0 … 8")
+    for idle in ({"delay": 2}, {"guidance_limit": 3.0}):
+        refuses(lambda idle=idle: open_server(policy, port=0, **idle), "has no effect without --execution real-time")
+
+
+def vanish(connection):
+    """Close a socket without telling the other side, as a machine does that loses its power."""
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, 19, 1)  # TCP_REPAIR of Linux, for the administrator alone
+    except OSError as e:
+        connection.close()
+        pytest.skip(f"a socket cannot be closed silently here: {e}")
+    connection.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_REPAIR is Linux's")
+def test_a_client_that_vanished_gives_up_its_place_and_one_that_pauses_keeps_it(policy):
+    with serving(policy, steps=1, clients=2, keepalive=1) as server:
+        paused = CLIENT(*server.address)
+        connection = socket.create_connection(server.address)
+        connection.sendall(pack_message({"type": "hello"}))
+        assert connection.recv(4)
+        vanish(connection)
+        with pytest.raises(ValueError, match="clients: 2 are connected"):
+            CLIENT(*server.address)
+        deadline = time.monotonic() + 20
+        while server.places._value == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert CLIENT(*server.address).step(np.zeros(2)).shape == (2,)
+        assert paused.step(np.zeros(2)).shape == (2,)
 
 
 def gated(policy, act_steps):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from genkit.backbones.lora import GuidanceLoRA
 from genkit.cli.commands.note import list_annotations
 from genkit.cli.output import console
 from genkit.config import parse, to_yaml
@@ -19,11 +20,11 @@ from genkit.data import text
 from genkit.data.classes import list_classes
 from genkit.data.codecs import LearnedCodec
 from genkit.training.annotations import read_annotations
-from genkit.training.base_weights import read_base
+from genkit.training.base_weights import BASE_FILE, read_base
 from genkit.training.best import read_best
 from genkit.training.directory import find_run, list_checkpoints, list_incomplete, list_saved, read_log, read_state
 from genkit.training.power_ema import average_names
-from genkit.training.run import load_run
+from genkit.training.run import Run, load_run
 from genkit.training.settings import TrainSettings
 
 
@@ -33,6 +34,14 @@ class Info:
 
     run: Annotated[PathText, tyro.conf.Positional]
     """Run directory, such as runs/latest."""
+
+
+def describe_base(run: Run) -> str:
+    """Where the weights under the adapter of a LoRA run are."""
+    if not (run.directory / BASE_FILE).is_file():
+        return "beside the weights that it adapts"
+    base, stays_apart = read_base(run.directory), isinstance(run.config.lora, GuidanceLoRA)
+    return f"{'beside' if stays_apart else 'merged into'} {base['run']} ({base['weights']})"
 
 
 def main(argv: list[str]) -> int:
@@ -69,8 +78,7 @@ def main(argv: list[str]) -> int:
         by = f"by {kind.encoder}" if isinstance(kind, Tokens) else f"up to {kind.length} bytes"
         lines[name] = f"{by}, such as {', '.join(map(repr, kind.examples))}"
     if run.config.lora.active:
-        base = read_base(run.directory)
-        lines["lora"] = f"rank {run.config.lora.rank}, merged into {base['run']} ({base['weights']})"
+        lines["lora"] = f"rank {run.config.lora.rank}, {describe_base(run)}"
         if run.config.weight_format.active:
             lines["lora"] += f"; trained on frozen weights in {run.config.weight_format}"
     if isinstance(run.codec, LearnedCodec):

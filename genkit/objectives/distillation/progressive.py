@@ -80,6 +80,7 @@ class ProgressiveDistillation(Student):
     """largest scale of guidance that the student takes as an input, so that --guidance 3 costs nothing; 1: none"""
 
     starts_from: ClassVar[Mapping[str, str | None]] = {"teacher": "net", "average": "net"}
+    replaces_weights: ClassVar[bool] = True  # at the end of a round
 
     def __post_init__(self) -> None:
         self.require_teacher()

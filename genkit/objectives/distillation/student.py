@@ -42,7 +42,7 @@ class Student(Objective):
 
     def require_null(self, guidance: float) -> None:
         """``ValueError`` for guidance of a teacher that was never trained without its conditions."""
-        if guidance != 1 and not (self.of.cond_dropout or self.of.cond_dropout_each):
+        if guidance != 1 and not self.of.knows_null:
             raise ValueError(
                 f"guidance: given {guidance:g}, but this teacher was never trained without its conditions: there is "
                 "nothing to guide away from; use 1"

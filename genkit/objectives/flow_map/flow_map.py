@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -21,6 +21,7 @@ from genkit.core import (
     Batch,
     Cond,
     Denoiser,
+    Label,
     Loss,
     Objective,
     ProbabilityPath,
@@ -135,9 +136,31 @@ class FlowMap(Matching):
 
     def setup(self, spec: Spec) -> None:
         if self.teacher is not None:
-            shape = load_teacher(self.teacher, self.teacher_guidance, self.path, torch.device("cpu"))[1].shape
-            if shape != spec.shape:
-                raise ValueError(f"teacher: given one of samples {shape}; the data have {spec.shape}")
+            run = load_teacher(self.teacher, self.teacher_guidance, self.path, torch.device("cpu"))[1]
+            self.require_teacher(run.spec, spec, run.objective.knows_null)
+
+    def require_teacher(self, theirs: Spec, ours: Spec, knows_null: bool) -> None:
+        """``ValueError`` unless the samples and conditions ``theirs`` of a teacher are ``ours``, and the teacher was
+        trained without conditions where it is asked without."""
+        if theirs.shape != ours.shape:
+            raise ValueError(f"teacher: given one of samples {theirs.shape}; the data have {ours.shape}")
+        given, needed = (describe_conditions(spec) for spec in (theirs, ours))
+        if given != needed:
+            raise ValueError(
+                f"teacher: given one with the conditions {given}; the data have {needed}; both need the same"
+            )
+        if not ours.cond or knows_null:
+            return
+        if self.guidance != 1 or self.teacher_guidance != 1:
+            raise ValueError("teacher: given one that was never trained without its conditions: there is nothing to "
+                             "guide away from; leave guidance and teacher_guidance at 1")  # fmt: skip
+        if self.knows_null:
+            raise ValueError("cond_dropout: the teacher was never trained without its conditions, so that there is "
+                             "nothing to learn of it without them; take --objective.cond-dropout 0")  # fmt: skip
+
+    @property
+    def reference_runs(self) -> Mapping[str, str]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def refuse_init(self, other: Objective) -> None:
         if not isinstance(other, Matching):
@@ -226,8 +249,14 @@ class FlowMap(Matching):
 
 
 @lru_cache(maxsize=4)
-def load_teacher(run: str, guidance: float, path: ProbabilityPath, device: torch.device) -> tuple[Denoiser, Spec]:
-    """The denoiser of a run, guided, and the layout of its samples. ``ValueError`` if it is on another path."""
+def load_teacher(run: str, guidance: float, path: ProbabilityPath, device: torch.device) -> tuple[Denoiser, Any]:
+    """The denoiser of a run, guided, and the run. ``ValueError`` if it is on another path."""
     teacher = load_object("genkit.training.run:load_run")(run, device=device.type)
     require_same_path("teacher", teacher.denoiser.path, path)
-    return classifier_free(guidance)(teacher.denoiser), teacher.spec
+    return classifier_free(guidance)(teacher.denoiser), teacher
+
+
+def describe_conditions(spec: Spec) -> str:
+    """The conditions of a spec in words, as far as they decide what a network of them can be asked."""
+    parts = [f"{name} ({kind.num} classes)" if isinstance(kind, Label) else name for name, kind in spec.cond.items()]
+    return ", ".join(sorted(parts)) or "none"

@@ -143,6 +143,11 @@ class Matching(Objective):
         return self.source.is_normal
 
     @property
+    def knows_null(self) -> bool:
+        """Whether conditions are dropped in training, so that a prediction without them means something."""
+        return self.cond_dropout > 0 or self.cond_dropout_each > 0
+
+    @property
     def weighs_places(self) -> bool:
         return True
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,9 @@ from genkit.training.train import pick_threads
 
 OF_CHAINS = ("exploration_noise", "min_std", "max_kl")  # settings of the noisy steps
 OF_EXPERIENCE = ("num_steps", "terminate_out_of_range", "samples", "group")  # settings of a model's own samples
+OF_ENVIRONMENTS = ("num_envs", "workers", "num_steps", "act_steps", "checkpoint_eval_episodes", "patience")
+OF_FUNCTIONS = ("samples", "group")
+OF_RETURNS = ("gamma", "gae_lambda", "critic_epochs", "critic_batch")  # settings of a method
 DEMO_ROWS = 1 << 16  # the stream's batch: no gradient step takes more demonstrations
 
 
@@ -165,6 +168,7 @@ def build_chain(settings: FinetuneSettings, base: Run) -> Chain:
 
 def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[Task, Policy | None]:
     """The source of rewards and, for an environment, the policy. ``ValueError`` for settings that have no effect."""
+    refuse_idle(settings)
     if settings.reward in REWARDS:
         return build_environment_task(settings, base, world)
     given = (settings.mode, settings.env, settings.terminate_out_of_range)
@@ -187,6 +191,26 @@ def build_task(settings: FinetuneSettings, base: Run, world: int = 1) -> tuple[T
         settings.unconditional,
     )
     return task, None
+
+
+def refuse_idle(settings: FinetuneSettings) -> None:
+    """``ValueError`` for the first setting, also of the method, that has no effect on such a reward."""
+    acts = settings.reward in REWARDS
+    reason = "in an environment" if acts else "if the reward is a function"
+    refuse_changed(settings, OF_FUNCTIONS if acts else OF_ENVIRONMENTS, reason)
+    if not acts:
+        refuse_changed(settings.method, OF_RETURNS, reason, prefix="method.")
+    if settings.patience is not None and not settings.checkpoint_eval_episodes:
+        raise ValueError(f"patience: given {settings.patience}, but no checkpoint is evaluated; give "
+                         "--checkpoint-eval-episodes, say 50")  # fmt: skip
+
+
+def refuse_changed(settings: Any, names: Collection[str], reason: str, prefix: str = "") -> None:
+    """``ValueError`` for the first of these settings that differs from its default."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.name in names and value != f.default:
+            raise ValueError(f"{prefix}{f.name}: given {value}, which has no effect {reason}; leave it out")
 
 
 def build_environment_task(settings: FinetuneSettings, base: Run, world: int) -> tuple[Task, Policy]:

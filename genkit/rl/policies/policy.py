@@ -47,14 +47,14 @@ POLICY_CLASSES: Mapping[tuple[type, bool], str] = {  # (codec, whether it sees p
 
 def read_acting(run: Run) -> dict[str, Any]:
     """``steps``, ``grid`` and ``act_steps`` that a fine-tuned policy acted with in training; empty for other runs."""
-    file = run.directory / ACTING_FILE
-    if not file.is_file():
+    file = run.file_used_with(ACTING_FILE)
+    if file is None:
         return {}
     try:
         acting = json.loads(file.read_text())
         return {"steps": int(acting["steps"]), "grid": str(acting["grid"]), "act_steps": int(acting["act_steps"])}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: is damaged; write it again: genkit finetune --resume {run.directory}") from None
+        raise ValueError(f"{file}: is damaged; write it again: genkit finetune --resume {file.parent}") from None
 
 
 def default_steps(run: Run) -> int:
@@ -207,6 +207,11 @@ class Policy:
         options = {"grid": acting["grid"], **options} if "grid" in acting else options
         if steps is None:
             steps = default_steps(run)
+        elif run.objective.sampler is None:
+            drawn = type(run.objective).__name__
+            raise ValueError(
+                f"steps: given {steps}, which has no effect on {drawn}: it draws in one pass; leave it out"
+            )
         elif steps != acting.get("steps", steps):
             logger.warning(f"steps: given {steps}, but {run.directory.name} was fine-tuned with {acting['steps']}")
         if run.objective.sampler is not None:

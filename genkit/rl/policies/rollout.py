@@ -122,6 +122,25 @@ class RolloutSettings:
     """Device of the networks; small ones are fastest on a CPU."""
 
 
+def refuse_idle(settings: RolloutSettings) -> None:
+    """``ValueError`` for the first setting that has no effect together with the others."""
+    s = settings
+    learns_q = bool(s.fit_q or s.offline_q)
+    needs = {  # by the setting: whether it has an effect, and what it belongs to
+        "expectile": (s.offline_q, "--offline-q"),
+        "gamma": (learns_q, "--fit-q or --offline-q"),
+        "pair_episodes": (s.pairs is not None, "--pairs FILE"),
+        "prefer": (s.pairs is not None, "--pairs FILE"),
+        "ensemble_decay": (s.execution == "ensemble", "--execution ensemble"),
+        "guidance_limit": (s.execution == "real-time", "--execution real-time"),
+    }
+    defaults = {f.name: f.default for f in fields(RolloutSettings)}
+    for name, (used, owner) in needs.items():
+        value = getattr(s, name)
+        if not used and value != defaults[name]:
+            raise ValueError(f"{name}: given {value}, which has no effect without {owner}; leave it out")
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """Episodes of a run's policy, with the settings that they depend on."""
@@ -222,6 +241,7 @@ def rollout(
     :func:`genkit.rl.policies.episodes.run_episodes`.
     """
     settings = override(settings or RolloutSettings(), **changes)
+    refuse_idle(settings)
     score = find_score(settings.prefer)
     if settings.pairs:
         refuse_other_kind(settings.pairs, ("chosen", "rejected"), "pairs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Mapping
@@ -55,6 +56,9 @@ class ServeSettings:
     """Conditions that the policy was trained with (--data.conditions): skill=2, returns=0.9, goal=1.5,0.4."""
     clients: Count = 4
     """Most clients at a time, each with an episode of its own."""
+    keepalive: Count = 15
+    """Seconds after which a client whose machine or network has vanished gives up its place. One that only sends
+    nothing keeps it."""
     ema: str | None = None
     """Averaged weights to use, by decay; None: the slowest; "none": the raw weights."""
     step: CheckpointStep | None = None
@@ -104,6 +108,10 @@ class Client(socketserver.StreamRequestHandler):
     server: PolicyServer  # type: ignore[assignment]
     disable_nagle_algorithm = True
 
+    def setup(self) -> None:
+        super().setup()
+        watch_connection(self.connection, self.server.settings.keepalive)
+
     def handle(self) -> None:
         """Answer the client's requests."""
         if not self.server.places.acquire(blocking=False):
@@ -112,7 +120,7 @@ class Client(socketserver.StreamRequestHandler):
             actor = self.server.actor()
             while self.answer_one(actor):
                 pass
-        except (ConnectionError, TimeoutError):
+        except OSError:  # the connection has ended, in one of the ways that the system has names for
             pass
         finally:
             self.server.places.release()
@@ -134,6 +142,23 @@ class Client(socketserver.StreamRequestHandler):
     def refuse(self, reason: str) -> None:
         """Answer with an error, in one line."""
         self.wfile.write(pack_message({"type": "error", "message": " ".join(reason.split())}))
+
+
+def watch_connection(connection: socket.socket, seconds: int) -> None:
+    """Let the system end a TCP connection whose other side has given no sign of life for so many seconds.
+
+    It asks the other side's system, not its program, so that a client may pause as long as it likes. Without this, the
+    place of a machine that lost its power or its network would never be free again.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probes = 3
+    interval = max(1, seconds // (2 * probes))
+    idle = max(1, seconds - probes * interval)
+    options = {"TCP_KEEPIDLE": idle, "TCP_KEEPALIVE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": probes,
+               "TCP_USER_TIMEOUT": 1000 * seconds}  # fmt: skip
+    for name, value in options.items():
+        if hasattr(socket, name):  # systems have different ones
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
@@ -208,6 +233,10 @@ def open_server(run: str | Path | Run, settings: ServeSettings | None = None, **
     ``ValueError`` if the run is not of a policy, or the address cannot be had.
     """
     s = config.override(settings or ServeSettings(), **changes)
+    for name in ("delay", "guidance_limit"):
+        given = getattr(s, name)
+        if s.execution == "naive" and given != getattr(ServeSettings(), name):
+            raise ValueError(f"{name}: given {given}, which has no effect without --execution real-time; leave it out")
     policy = Policy.load(run, steps=s.steps, sampler=s.sampler, act_steps=s.act_steps, ema=s.ema, step=s.step,
                          device=s.device, conditions=parse_conditions(s.conditions))  # fmt: skip
     return PolicyServer(policy, s)

@@ -12,6 +12,7 @@ from torch import nn
 from genkit.config.blocks import check_value, get_hints
 from genkit.core import Objective, Phase
 from genkit.training.optimizers.family import OptimizerFamily, PhaseRates
+from genkit.training.optimizers.modes import has_two_modes
 from genkit.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def create_optimizer(
     groups = parameter_groups(phase, nets, own.weight_decay, sharding, settings.decay == "all")
     rates = PhaseRates(own.lr, own.betas, own.weight_decay)
     optimizer = family.create(groups, rates, {name: nets[name] for name in phase.trains})
+    if settings.objective.replaces_weights and has_two_modes(optimizer):
+        raise ValueError(
+            f"optimizer: {title(family)} averages the weights of the whole training, and "
+            f"{type(settings.objective).__name__} replaces them at times; take another, say adamw"
+        )
     if hasattr(optimizer, "train"):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
