@@ -173,9 +173,13 @@ def fit_budget(
     """The settings with as many of the ``available`` samples as fit into ``max_minutes``; unchanged if all do.
 
     Twice as many samples as before are timed until that takes seconds, or is a batch. The seconds for a sample fall
-    with the size of the batch, so the estimate errs on the long side. A number that is given is not changed.
+    with the size of the batch, so the estimate errs on the long side. A number that is given is not changed;
+    ``ValueError`` for one above ``available``.
     """
     if settings.n is not None:
+        if settings.n > available:
+            raise ValueError(f"n: given {settings.n}, but the {settings.split} split has {available} samples; take "
+                             f"--n {available}, or leave it out")  # fmt: skip
         return settings
     clock: list[float] = []
 
@@ -344,7 +348,7 @@ def read_batches(
 ) -> Iterator[tuple[Tensor, Cond, Seeds]]:
     """Samples in the model's own units, their conditions, and a noise source with each sample's own seed."""
     data = run.config.data.unaugmented().load(settings.split)
-    n = min(settings.n or len(data), len(data))
+    n = settings.n or len(data)
     rows = choose_rows(len(data), n, settings.seed)
     progress("likelihood", 0, n)
     for first in range(0, n, settings.batch):

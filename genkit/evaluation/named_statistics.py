@@ -15,6 +15,7 @@ import numpy as np
 
 from genkit.config.blocks import suggest
 from genkit.core.arrays import open_npz, save_npz
+from genkit.core.messages import warn_once
 from genkit.core.tensors import cache_folder
 from genkit.evaluation.metrics import Moments
 from genkit.evaluation.metrics.features import Resize
@@ -81,10 +82,14 @@ def download_statistics(name: str, resize: str) -> Path:
 
 
 def save_statistics(moments: Moments, features: Mapping[str, Any], path: Path) -> None:
-    """Write an npz with mu, sigma, n and the settings of the features."""
+    """Write an npz with mu, sigma, n and the settings of the features. A note says if others are replaced by it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = np.asarray(json.dumps(dict(features), sort_keys=True))
-    save_npz(path, {**moments.to_arrays(), FEATURES_KEY: settings})
+    arrays = {**moments.to_arrays(), FEATURES_KEY: np.asarray(json.dumps(dict(features), sort_keys=True))}
+    if path.is_file():
+        with open_npz(path) as stored:
+            if not all(k in stored.files and np.array_equal(stored[k], value) for k, value in arrays.items()):
+                warn_once(f"{path}: held other statistics, which these replace")
+    save_npz(path, arrays)
 
 
 def require_same_features(path: Path, features: Mapping[str, Any]) -> None:

@@ -346,13 +346,16 @@ def sample(
 
 
 def open_reference(run: Run, name: str) -> Run:
-    """A second model for sampling from ``run``: a run directory, or ``ema:DECAY``, ``step:N``, ``step:best`` of it."""
-    device = run.device.type
+    """A second model for sampling from ``run``: a run directory, or ``ema:DECAY``, ``step:N``, ``step:best`` of it; the
+    latter with the adapter that was merged into it."""
+    device, further = run.device.type, run.adapter
+    scale = further.scale if further else run.adapter_scale if run.config.lora.active else None
+    same: dict[str, Any] = {"device": device, "adapter": further.place if further else None, "adapter_scale": scale}
     if match := re.fullmatch(r"ema:(.+)", name):
-        return load_run(run.directory, ema=match[1], step=run.step, device=device)
+        return load_run(run.directory, ema=match[1], step=run.step, **same)
     if match := re.fullmatch(r"step:(\d+|best)", name):
         step: Any = match[1] if match[1] == "best" else int(match[1])
-        return load_run(run.directory, ema=average_name(run.weights), step=step, device=device)
+        return load_run(run.directory, ema=average_name(run.weights), step=step, **same)
     return load_run(name, device=device)
 
 

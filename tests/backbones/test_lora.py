@@ -20,7 +20,7 @@ from genkit.core.links import set_link
 from genkit.core.tensors import sha256, to_tensors
 from genkit.diffusion.samplers import Seeds
 from genkit.training.loop import copy_for_ema
-from genkit.training.run import load_run
+from genkit.training.run import load_run, open_reference
 from genkit.training.sampling import Sampling
 
 pytest.importorskip("peft")
@@ -185,6 +185,15 @@ def test_sampling_takes_base_and_change_and_how_much_of_it(base, tuned):
     assert all(torch.allclose(half[k], (none[k] + whole[k]) / 2, atol=1e-6) for k in none)
     twice = weights(tuned, adapter=tuned)
     assert all(torch.allclose(twice[k], 2 * whole[k] - none[k], atol=1e-5) for k in none)
+
+
+def test_another_step_of_a_run_is_opened_with_the_same_adapter(base, tuned):
+    """Guidance away from a model without the adapter would be guidance towards what the adapter has changed."""
+    untouched = load_run(base).nets["net"].state_dict()
+    for opened in (load_run(base, adapter=tuned, adapter_scale=0.5), load_run(tuned, adapter_scale=0.5)):
+        own, weak = (r.nets["net"].state_dict() for r in (opened, open_reference(opened, f"step:{opened.step}")))
+        assert any(not torch.equal(own[k], untouched[k]) for k in untouched)
+        assert all(torch.equal(own[k], weak[k]) for k in untouched)
 
 
 def test_the_command_draws_with_a_change_into_a_file_of_its_own(base, tuned, tmp_path, capsys):

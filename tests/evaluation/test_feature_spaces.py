@@ -377,6 +377,10 @@ def test_statistics_by_name_are_kept_and_refused_in_other_features(tmp_path, cap
     assert named.metrics["fid"].value == pytest.approx(direct.metrics["fid"].value, rel=1e-6)
     file = tmp_path / "cache" / "statistics" / "b.npz"
     assert Moments.load(file).n == 50
+    for source, replaced in ((b, False), (a, True)):
+        capsys.readouterr()
+        assert main(["eval", source, "--features=raw", "--save-stats", "stats:b"]) == 0
+        assert ("b.npz: held other statistics, which these replace" in capsys.readouterr().err) is replaced
     with np.load(file) as arrays:
         changed = {**arrays, "features": np.asarray('{"name": "inception", "dim": 3}')}
     np.savez(file, **changed)

@@ -15,6 +15,7 @@ from genkit.evaluation import likelihood, likelihoods
 from genkit.evaluation.likelihoods import ESTIMATORS, LikelihoodSettings, choose_rows, read_batches
 from genkit.training.run import load_run
 from tests.support.evaluation import train
+from tests.support.refusals import refuses
 
 SECONDS = 0.02  # that a slow model takes for a sample
 
@@ -68,6 +69,12 @@ def test_every_estimator_ends_in_time_and_says_what_it_left_out(bound, moons, va
 def test_a_number_that_is_given_is_measured(moons, slow):
     assert likelihood(moons, n=12, steps=2, max_minutes=0.001, device="cpu").n == 12
     assert slow == [12], "nothing was timed"
+
+
+def test_more_samples_than_the_split_has_are_refused(moons):
+    available = len(load_run(moons, device="cpu").config.data.load("test"))
+    refuses(lambda: likelihood(moons, n=available + 1, steps=2, device="cpu"),
+            f"n: given {available + 1}, but the test split has {available} samples")  # fmt: skip
 
 
 def test_what_fits_is_measured_as_if_there_were_no_limit(moons, capsys):
