@@ -35,7 +35,7 @@ def make_parser(description: str, out: str) -> ScriptParser:
     parser.add_argument("--images", help="a folder, .zip or .npz; default: held-out images of the run's data")
     parser.add_argument("--sampler", default="heun", choices=SAMPLERS)
     parser.add_argument("--steps", type=int, default=40, help="number of sampler steps")
-    parser.add_argument("--n", type=int, default=10, help="number of images")
+    parser.add_argument("--n", type=int, help="number of images; default: 10, or all if there are fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
@@ -47,15 +47,19 @@ def add_restoration_arguments(parser: ScriptParser, noise: float) -> None:
 
 
 def load_images(args: argparse.Namespace, run: genkit.Run) -> Tensor:
-    """``args.n`` images ``[n, C, H, W]`` in [-1, 1], spread over the data. ValueError if they do not fit the model."""
+    """``args.n`` images ``[n, C, H, W]`` in [-1, 1], spread over the data; ``n`` is set if it was not given.
+
+    ``ValueError`` if they do not fit the model, or are fewer.
+    """
     name, fields = find_source(args.images) if args.images else ("", {})
     data = DATA[name](**fields).load("train") if name else run.config.data.unaugmented().load("test")
+    if data.spec.shape != run.spec.shape or len(run.spec.shape) != 3:
+        raise ValueError(f"images: given some of {data.spec.shape}, the model draws {run.spec.shape}; needs images")
+    args.n = min(10, len(data)) if args.n is None else args.n
     if not 1 <= args.n <= len(data):
         raise ValueError(f"n: given {args.n}; there are {len(data)} images; needs 1 or more, and no image twice")
     rows = torch.linspace(0, len(data) - 1, args.n).long()
     x0 = run.codec.encode(data.batch(rows, Draw((0,), 0, args.n)).to(run.device)).x
-    if data.spec.shape != run.spec.shape or x0.ndim != 4:
-        raise ValueError(f"images: given {args.n} of {data.spec.shape}, the model draws {run.spec.shape}; needs images")
     return x0
 
 

@@ -76,7 +76,7 @@ def test_it_improves_policies_after_the_critics_warmup(tmp_path):
 
 def test_from_outside_the_package(points, tmp_path, monkeypatch):
     monkeypatch.delitem(METHODS, "reinforce")
-    finetune(points, tmp_path, *SAMPLES, "--method=tests.recipes.reward_method:Reinforce", "--method.gamma=0.5")
+    finetune(points, tmp_path, *SAMPLES, "--method=tests.recipes.reward_method:Reinforce", "--method.lr=1e-3")
 
 
 def test_its_gradient_is_the_policy_gradient():

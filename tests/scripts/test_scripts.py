@@ -124,7 +124,7 @@ def test_restores_pictures_from_a_folder(run, tmp_path):
     for i in range(3):
         Image.new("L", (8, 8), 80 * i).save(tmp_path / "pictures" / f"{i}.png")
     out = tmp_path / "restored.png"
-    options = ("--images", tmp_path / "pictures", "--hide", "box", "--methods", "dps", "--steps", 2, "--n", 3)
+    options = ("--images", tmp_path / "pictures", "--hide", "box", "--methods", "dps", "--steps", 2)
     python("samplers/inpaint.py", run, *options, "--out", out)
     picture = Image.open(out)
     tile = MIN_SIDE + GAP
@@ -162,6 +162,6 @@ def test_editing_scripts_refuse_in_one_line(run, tmp_path):
     assert "strength: given 2" in refusal("samplers/sdedit.py", run, "--strengths", 2)
     assert "needs pictures" in refusal("samplers/image_to_image.py", "--data", "moons")
     assert "given 10 x 0" in refusal("samplers/image_to_image.py", "--answers", 0)
-    assert "given 0 of" in refusal("samplers/sdedit.py", run, "--n", 0)
+    assert "n: given 0; there are " in refusal("samplers/sdedit.py", run, "--n", 0)
     Image.new("L", (5, 5)).save(tmp_path / "small.png")
     assert "the model draws (1, 8, 8)" in refusal("samplers/inpaint.py", run, "--images", tmp_path)
