@@ -74,6 +74,8 @@ QUALITY = {  # the name in the file -> what the page calls it
     "edm": "edm",
     "flow": "flow",
     "flow-ot": "flow, OT coupling",
+    "flow-map": "flow map",
+    "drift": "drifting",
     "vae": "vae",
     "gan": "gan (relativistic)",
     "latent": "latent (a first stage, then a flow)",
@@ -83,8 +85,7 @@ QUALITY = {  # the name in the file -> what the page calls it
 
 def quality() -> str:
     """``genkit bench quality``: one row an objective, Fréchet distance by number of evaluations."""
-    found = [row for name in ("", "-gan", "-latent") for row in load(f"quality-digits{name}")["rows"]]
-    rows = []
+    found, rows = load("quality-digits")["rows"], []
     for name, label in QUALITY.items():
         own = {row["nfe"]: row["values"] for row in found if row["name"] == name}
         best = own.get(20) or next(iter(own.values()))
