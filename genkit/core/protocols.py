@@ -291,6 +291,11 @@ class Objective(ABC):
         return False
 
     @property
+    def knows_null(self) -> bool:
+        """Whether the learned null embedding of conditions means something, as far as the objective can tell."""
+        return True
+
+    @property
     def reference_runs(self) -> Mapping[str, str]:
         """Runs besides ``--init`` whose predictions it learns from, by the setting that names them. Training refuses
         those of other samples."""

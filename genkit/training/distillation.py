@@ -15,7 +15,6 @@ from genkit.core.progress import Progress
 from genkit.objectives.matching.guidance_distillation import GuidanceDistillation, GuidanceScale
 from genkit.training.directory import find_run
 from genkit.training.run import Run
-from genkit.training.sampling import knows_null
 from genkit.training.schedules import warmup_steps
 from genkit.training.settings import TrainingPrecision, TrainSettings, stored_settings
 from genkit.training.train import TrainedRun, train
@@ -82,7 +81,7 @@ def distill(
         raise ValueError("run: its guidance is distilled already; distil the run that it adapts")
     low, high = settings.guidance
     distilled = GuidanceDistillation(of=objective, low=low, high=high, points=settings.points)
-    if not knows_null(objective):
+    if not objective.knows_null:
         raise ValueError(
             "run: this model was never trained without its conditions, so it has no guidance to distil; train one with "
             "--objective.cond-dropout 0.1"

@@ -246,7 +246,7 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     if weak is None:
         if not run.spec.cond:
             raise ValueError(f"guidance: given {scale}, but this model has no conditions to guide by; use 1")
-        if not knows_null(run.objective):
+        if not run.objective.knows_null:
             raise ValueError(
                 f"guidance: given {scale}, but this model was never trained without its conditions: there is nothing "
                 "to guide away from; use 1, --autoguide, or train with --objective.cond-dropout 0.1"
@@ -276,11 +276,6 @@ def takes_interval(objective: Objective) -> bool:
     return isinstance(objective, FlowMap) and objective.guidance_range is not None
 
 
-def knows_null(objective: Objective) -> bool:
-    """Whether conditions were dropped in training, so that the learned null embedding means something."""
-    return not isinstance(objective, Matching) or objective.knows_null
-
-
 def same_weights(a: Run, b: Run) -> bool:
     """Whether two models are one: averages of different decay may still be equal early in training."""
     if a.nets.keys() != b.nets.keys():
@@ -295,7 +290,7 @@ def same_weights(a: Run, b: Run) -> bool:
 def require_conditions(run: Run, cond: Cond) -> None:
     """``ValueError`` if a condition is absent of a model that was never trained without it."""
     missing = [name for name in run.spec.cond if name not in cond]
-    if missing and not knows_null(run.objective):
+    if missing and not run.objective.knows_null:
         raise ValueError(f"condition {missing[0]!r} is missing, and this model was never trained without it; give it")
 
 

@@ -137,7 +137,7 @@ class FlowMap(Matching):
     def setup(self, spec: Spec) -> None:
         if self.teacher is not None:
             run = load_teacher(self.teacher, self.teacher_guidance, self.path, torch.device("cpu"))[1]
-            self.require_teacher(run.spec, spec, getattr(run.objective, "knows_null", True))
+            self.require_teacher(run.spec, spec, run.objective.knows_null)
 
     def require_teacher(self, theirs: Spec, ours: Spec, knows_null: bool) -> None:
         """``ValueError`` unless the samples and conditions ``theirs`` of a teacher are ``ours``, and the teacher was
