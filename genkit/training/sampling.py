@@ -153,11 +153,9 @@ class Sampling:
     def refuse_for_scale_input(self) -> None:
         """``ValueError`` for the first setting of guidance that has no effect on a model which draws in one pass and
         takes the scale as an input."""
-        idle = {"rule": self.guidance_rule != LINEAR, "passes": self.guidance_passes is not None,
-                "autoguide": self.autoguide is not None,
-                "classifier_scale": self.classifier_scale is not None}  # fmt: skip
-        if given := [name for name, used in idle.items() if used]:
-            raise ValueError(f"{given[0]}: has no effect on a model that takes the guidance scale as an input")
+        refuse_scale_input_options(
+            {**_guidance_options(self, self.autoguide), "classifier_scale": self.classifier_scale is not None}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +224,14 @@ def build_guidance(run: Run, sampling: Sampling, weak: Run | None, classifier: R
     return compose(*guides) if guides else None
 
 
-def _guidance_options(sampling: Sampling, weak: Run | None) -> dict[str, bool]:
+def refuse_scale_input_options(options: Mapping[str, bool]) -> None:
+    """``ValueError`` for the first option of guidance that is used, by name: a model that takes the scale as an input
+    has none of them."""
+    if idle := [name for name, used in options.items() if used]:
+        raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
+
+
+def _guidance_options(sampling: Sampling, weak: Run | str | None) -> dict[str, bool]:
     return {
         "rule": sampling.guidance_rule != LINEAR,
         "passes": sampling.guidance_passes is not None,
@@ -239,8 +244,7 @@ def add_guidance(run: Run, sampling: Sampling, weak: Run | None) -> Guidance:
     scale, rule, passes = sampling.guidance, sampling.guidance_rule, sampling.guidance_passes
     learned = run.objective.guidance_range or run.config.backbone.guidance_range
     if weak is None and learned:
-        if idle := [name for name, used in _guidance_options(sampling, weak).items() if used]:
-            raise ValueError(f"{idle[0]}: has no effect on a model that takes the guidance scale as an input")
+        refuse_scale_input_options(_guidance_options(sampling, weak))
         interval = sampling.guidance_interval if takes_interval(run.objective) else None
         return scale_input(scale, *learned, **dict(zip((LOW_INPUT, HIGH_INPUT), interval or (), strict=False)))
     if weak is None:
